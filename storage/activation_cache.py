@@ -1,0 +1,332 @@
+"""Opening a published cache: its sites, splits, rows by unit, contexts and statistics.
+
+Rows are read here by whole unit and in token order, which is what analysis wants; batches in training order come from
+``CacheSplit.stream``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.artifact import read_json, read_manifest, read_sealed
+from storage.cache_format import (
+    FORMAT_VERSION,
+    KIND,
+    PROVENANCE,
+    VOCABULARY,
+    CacheFormat,
+    Site,
+    manifest_name,
+    pieces,
+    split_path,
+    superseded_path,
+)
+from storage.encodings import Side
+from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
+from storage.layout import ArraySpec
+from storage.shard import read_rows
+from storage.statistics import SiteStatistics
+from storage.stream import RowStream, StreamSource
+
+
+def open_cache(path: Path | str, generation: int | None = None) -> ActivationCache:
+    """Open a published cache, at its newest generation unless told otherwise.
+
+    Raises ArtifactMissing, ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch where something else lies there.
+    """
+    root = Path(path)
+    manifest = read_manifest(root, KIND)
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ArtifactMismatch(
+            f"{root}: is written in cache format {manifest['format_version']}, this version reads format "
+            f"{FORMAT_VERSION}; install the version that wrote it, or make the cache again"
+        )
+    if generation is not None and generation != manifest["generation"]:
+        older = root / manifest_name(generation)
+        # a manifest beyond the newest belongs to a growth that was never published
+        if not 0 <= generation < manifest["generation"]:
+            raise ArtifactMissing(
+                f"{root}: has no generation {generation}; it has generations 0 to {manifest['generation']}"
+            )
+        if not older.exists():
+            raise ArtifactCorrupt(f"{older}: is missing; restore it, or open generation {manifest['generation']}")
+        manifest = read_sealed(older)
+    return ActivationCache(root, manifest)
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """A published activation cache at one generation."""
+
+    path: Path
+    manifest: dict[str, Any] = field(repr=False)
+
+    @property
+    def cache_id(self) -> str:
+        """Identity of the cache: what it was asked to hold, not where it lies."""
+        return str(self.manifest["cache_id"])
+
+    @property
+    def generation(self) -> int:
+        """0 when first published; one more each time the cache was extended or widened."""
+        return int(self.manifest["generation"])
+
+    @property
+    def seed(self) -> int:
+        """The seed of the shuffle inside units, and the default seed of epochs."""
+        return int(self.manifest["seed"])
+
+    @cached_property
+    def layout(self) -> CacheFormat:
+        """How the arrays lie on disk."""
+        return CacheFormat.from_json(self.manifest["format"])
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """The cached sites by name."""
+        return {site.name: site for site in self.layout.sites}
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """What an artifact made from this cache records of it."""
+        return {"cache_id": self.cache_id, "generation": self.generation, "digest": self.manifest["digest"]}
+
+    def split(self, name: str) -> CacheSplit:
+        """Return the rows of ``train`` or ``heldout``; raise ArtifactMismatch if the cache has no such rows."""
+        if name not in self.manifest["splits"]:
+            raise ArtifactMismatch(
+                f"{self.path}: has no {name} rows, only {', '.join(sorted(self.manifest['splits']))}; "
+                "use another split, or make the cache again with --holdout"
+            )
+        return CacheSplit(self, name)
+
+    def vocabulary(self) -> list[str]:
+        """Return the string of every token id."""
+        return list(read_json(self.path / VOCABULARY)["tokens"])
+
+
+@dataclass(frozen=True)
+class CacheSplit:
+    """The training or the held-out rows of a cache."""
+
+    cache: ActivationCache
+    name: str
+
+    @property
+    def root(self) -> Path:
+        """The cache's directory."""
+        return self.cache.path
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a copy of this split's order records of the cache."""
+        return self.cache.reference
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        return dict(self.cache.manifest["splits"][self.name])
+
+    @property
+    def layout(self) -> CacheFormat:
+        """How the arrays lie on disk."""
+        return self.cache.layout
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in this split."""
+        return int(self._record["n_rows"])
+
+    @property
+    def n_contexts(self) -> int:
+        """Contexts in this split; their rows may not all be stored."""
+        return int(self._record["n_contexts"])
+
+    @property
+    def bucket_rows(self) -> int:
+        """Rows that are shuffled together in memory when an epoch is gathered."""
+        return int(self._record["bucket_rows"])
+
+    @property
+    def unit_rows(self) -> list[int]:
+        """Rows of each unit."""
+        return pieces(self.n_rows, self.layout.shard_rows)
+
+    @property
+    def n_units(self) -> int:
+        """Units in this split."""
+        return len(self.unit_rows)
+
+    def first_row(self, unit: int) -> int:
+        """Return the index, in token order, of a unit's first row."""
+        return unit * self.layout.shard_rows
+
+    def dtype(self, key: str) -> str:
+        """Return the dtype in which ``key`` is served: bfloat16 comes as uint16 bits, int8 already as float32."""
+        if key in PROVENANCE:
+            return PROVENANCE[key]
+        dtype = self.cache.sites[self.check_keys([key])[0].split("/")[0]].dtype
+        return "float32" if dtype == "int8" else dtype
+
+    def width(self, key: str) -> int | None:
+        """Return the numbers per row of ``key``, None for provenance."""
+        return None if key in PROVENANCE else self.layout.encodings()[self.check_keys([key])[0]].width
+
+    def check_keys(self, keys: Sequence[str]) -> list[str]:
+        """Return keys with ``site/out`` of an SAE site as ``site/in``; raise SettingsError for unknown ones."""
+        stored = self.layout.encodings()
+        resolved, problems = [], []
+        for key in keys:
+            site = self.cache.sites.get(key.split("/")[0])
+            if key in PROVENANCE or key in stored:
+                resolved.append(key)
+            elif site is not None and key == f"{site.name}/out":
+                resolved.append(f"{site.name}/in")
+            else:
+                problems.append(key)
+        if problems:
+            raise SettingsError(
+                f"{self.cache.path}: no array {', '.join(map(repr, problems))}; "
+                f"there are {', '.join([*stored, *PROVENANCE])}"
+            )
+        return resolved
+
+    def shard_group(self, spec: ArraySpec, unit: int) -> Path:
+        """Return the Zarr group that holds one shard as it was at this generation."""
+        return self.group_of(spec.shard_name(unit))
+
+    def group_of(self, shard: str) -> Path:
+        """Return the Zarr group that holds a shard file, by its path there, as it was at this generation.
+
+        A short last shard that a later generation replaced lies in the ``superseded`` group of the last generation
+        that had it.
+        """
+        generation = self.cache.generation
+        while True:
+            group = superseded_path(self.cache.path, generation, self.name)
+            if (group / shard).exists():
+                return group
+            generation += 1
+            if not (self.cache.path / manifest_name(generation)).exists():
+                return split_path(self.cache.path, self.name)
+
+    def source(self, key: str) -> StreamSource:
+        """Return the arrays behind a key, as streams read them."""
+        if key in PROVENANCE:
+            spec = next(spec for spec in self.layout.provenance_specs() if spec.name == key)
+            return StreamSource(key, None, (spec,))
+        encoding = self.layout.encodings()[key]
+        specs = encoding.specs(self.layout.shard_rows, self.layout.chunk_rows, self.layout.compression)
+        return StreamSource(key, encoding, specs)
+
+    def read_unit(self, unit: int, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the rows of one unit in token order: sorted by (context, position).
+
+        Arrays are (rows, width) for activations (uint16 for bfloat16, float32 for int8) and (rows,) for provenance.
+        """
+        resolved = self.check_keys(keys)
+        wanted = {"context", "position", *resolved} & PROVENANCE.keys()
+        provenance = {name: self._read_stored(unit, name) for name in wanted}
+        order = np.lexsort((provenance["position"], provenance["context"]))
+        rows = {}
+        for key, name in zip(keys, resolved, strict=True):
+            stored = provenance[name] if name in PROVENANCE else self._read_stored(unit, name)
+            rows[key] = stored[order]
+        return rows
+
+    def _read_stored(self, unit: int, key: str) -> np.ndarray:
+        source = self.source(key)
+        n_rows = self.unit_rows[unit]
+        stored = {spec.name: read_rows(self.shard_group(spec, unit), spec, unit, n_rows) for spec in source.specs}
+        return source.decode(stored)
+
+    def context_tokens(self, contexts: np.ndarray) -> np.ndarray:
+        """Return int32 (n, context_length): the token ids of contexts."""
+        return self._read_contexts("contexts/tokens", contexts)
+
+    def context_documents(self, contexts: np.ndarray) -> np.ndarray:
+        """Return uint32 (n, context_length): the document of every token of contexts."""
+        return self._read_contexts("contexts/documents", contexts)
+
+    def _read_contexts(self, name: str, contexts: np.ndarray) -> np.ndarray:
+        spec = next(spec for spec in self.layout.context_specs() if spec.name == name)
+        wanted = np.asarray(contexts, np.int64)
+        found = np.empty((len(wanted), self.layout.context_length), spec.memory_dtype)
+        sizes = pieces(self.n_contexts, spec.shard_rows)
+        for block in np.unique(wanted // spec.shard_rows).tolist():
+            rows = read_rows(self.shard_group(spec, block), spec, block, sizes[block])
+            inside = wanted // spec.shard_rows == block
+            found[inside] = rows[wanted[inside] - block * spec.shard_rows]
+        return found
+
+    def statistics(self, site: str, side: Side) -> SiteStatistics:
+        """Return the statistics of one side of a site over this split, merged from its units in order."""
+        (key,) = self.check_keys([f"{site}/{side}"])
+        return self.merged_statistics([key])[key]
+
+    def merged_statistics(self, keys: Sequence[str]) -> dict[str, SiteStatistics]:
+        """Return the statistics of several stored ``site/side``, from one pass over the commit records."""
+        merged = {key: SiteStatistics(self.layout.encodings()[key].width) for key in keys}
+        for names in self._record["unit_records"]:
+            for name in names:
+                found = read_json(self.cache.path / name)["statistics"]
+                for key in merged.keys() & found.keys():
+                    merged[key].merge(SiteStatistics.from_json(found[key]))
+        return merged
+
+    def output_statistics(self) -> dict[str, SiteStatistics]:
+        """Return the statistics of every site's output, by site, from one pass over the commit records."""
+        keys = {site: self.check_keys([f"{site}/out"])[0] for site in self.cache.sites}
+        merged = self.merged_statistics(list(keys.values()))
+        return {site: merged[key] for site, key in keys.items()}
+
+    def unit_records(self) -> list[dict[str, Any]]:
+        """Return the commit records of this split's units, in unit order; a widened unit has several."""
+        return [read_json(self.cache.path / name) for names in self._record["unit_records"] for name in names]
+
+    def first_contexts(self) -> list[int]:
+        """Return the context of each unit's first row, in unit order; a context may span two units."""
+        return [read_json(self.cache.path / names[0])["first_context"] for names in self._record["unit_records"]]
+
+    def block_records(self) -> list[dict[str, Any]]:
+        """Return the commit records of this split's blocks of contexts."""
+        return [read_json(self.cache.path / name) for name in self._record["block_records"]]
+
+    def stream(
+        self,
+        keys: Sequence[str],
+        *,
+        batch_rows: int,
+        seed: int | None = None,
+        epoch: int = 0,
+        step: int = 0,
+        n_epochs: int | None = None,
+        n_rows: int | None = None,
+        drop_last: bool = False,
+        n_threads: int = 4,
+        order: str = "auto",
+    ) -> RowStream:
+        """Return batches in uniformly shuffled order, from (epoch, step) on.
+
+        ``n_rows`` restricts every epoch to the same uniform sample of rows. ``order``: ``gathered`` reads the units,
+        ``materialised`` an epoch written by ``pipeline shuffle``, ``auto`` the latter where it exists.
+        """
+        return RowStream(
+            self,
+            self.check_keys(keys),
+            names=list(keys),
+            batch_rows=batch_rows,
+            seed=self.cache.seed if seed is None else seed,
+            epoch=epoch,
+            step=step,
+            n_epochs=n_epochs,
+            n_rows=n_rows,
+            drop_last=drop_last,
+            n_threads=n_threads,
+            order=order,
+        )

@@ -1,0 +1,149 @@
+"""Where everything of an activation cache lies: the one place that knows its paths and arrays.
+
+``docs/format.md`` is the normative description; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from storage.encodings import Encoding, Side
+from storage.layout import ArraySpec, Compression
+
+KIND = "activation-cache"
+FORMAT_VERSION = 1
+SPLITS = ("train", "heldout")
+PROVENANCE: dict[str, str] = {"token_id": "int32", "context": "uint32", "position": "uint16", "document": "uint32"}
+"""One number per row each: the token, the context it stands in, its place there, and the document it comes from."""
+CONTEXT_ARRAYS: dict[str, str] = {"tokens": "int32", "documents": "uint32"}
+"""One vector of context_length numbers per context each."""
+VOCABULARY = "vocabulary.json"
+EPOCHS = "epochs"
+"""Folder of the materialised epochs."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One pair of hooks whose activations are cached; an SAE site has the same hook on both sides."""
+
+    name: str
+    hook_in: str
+    hook_out: str
+    d_in: int
+    d_out: int
+    dtype: str
+    """Storage dtype: bfloat16, float16, float32 or int8."""
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The sides that are stored: one where both hooks are the same."""
+        return ("in",) if self.hook_in == self.hook_out else ("in", "out")
+
+    def width(self, side: Side) -> int:
+        """Return d_in or d_out."""
+        return self.d_in if side == "in" else self.d_out
+
+    @property
+    def row_bytes(self) -> int:
+        """Stored bytes of one row, both sides."""
+        item = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.dtype]
+        return sum(self.width(side) * item + (4 if self.dtype == "int8" else 0) for side in self.sides)
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """Everything that fixes the arrays of a cache apart from how many rows they have."""
+
+    sites: tuple[Site, ...]
+    context_length: int
+    shard_rows: int
+    chunk_rows: int
+    compression: Compression
+    block_contexts: int
+    """Contexts per shard of the context arrays."""
+    column_scales: dict[str, list[float]] = field(default_factory=dict)
+    """``site/side`` → float32 column scale; int8 sites only."""
+
+    def site(self, name: str) -> Site:
+        """Return the site of that name."""
+        return next(site for site in self.sites if site.name == name)
+
+    def encoding(self, site: Site, side: Side) -> Encoding:
+        """Return how one side of a site is stored."""
+        scale = self.column_scales.get(f"{site.name}/{side}")
+        column_scale = None if scale is None else np.asarray(scale, np.float32)
+        return Encoding(f"sites/{site.name}/{side}", site.dtype, site.width(side), column_scale)
+
+    def encodings(self) -> dict[str, Encoding]:
+        """Return the encodings by key ``site/side``."""
+        return {f"{site.name}/{side}": self.encoding(site, side) for site in self.sites for side in site.sides}
+
+    def provenance_specs(self) -> tuple[ArraySpec, ...]:
+        """Return the one-dimensional arrays that say where each row comes from."""
+        return tuple(
+            ArraySpec(name, dtype, None, self.shard_rows, self.chunk_rows) for name, dtype in PROVENANCE.items()
+        )
+
+    def site_specs(self) -> tuple[ArraySpec, ...]:
+        """Return the arrays that hold activations."""
+        return tuple(
+            spec
+            for encoding in self.encodings().values()
+            for spec in encoding.specs(self.shard_rows, self.chunk_rows, self.compression)
+        )
+
+    def context_specs(self) -> tuple[ArraySpec, ...]:
+        """Return the arrays that hold contexts, one row per context."""
+        chunk = min(self.block_contexts, 256)
+        return tuple(
+            ArraySpec(f"contexts/{name}", dtype, self.context_length, self.block_contexts, chunk)
+            for name, dtype in CONTEXT_ARRAYS.items()
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the format as JSON."""
+        return {**asdict(self), "sites": [asdict(site) for site in self.sites]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Return the format written by ``as_json``."""
+        return cls(**{**value, "sites": tuple(Site(**site) for site in value["sites"])})
+
+
+def manifest_name(generation: int) -> str:
+    """Return the file name of one generation's manifest."""
+    return f"manifest-{generation}.json"
+
+
+def unit_record_name(generation: int, split: str, unit: int) -> str:
+    """Return the path of the commit record of one unit."""
+    return f"commits/{generation}/{split}-unit-{unit:06d}.json"
+
+
+def block_record_name(generation: int, split: str, block: int) -> str:
+    """Return the path of the commit record of one block of contexts."""
+    return f"commits/{generation}/{split}-contexts-{block:06d}.json"
+
+
+def split_path(root: Path, split: str) -> Path:
+    """Return the group of one split."""
+    return root / split
+
+
+def superseded_path(root: Path, generation: int, split: str) -> Path:
+    """Return the group that keeps the short last shards of a generation after a later one replaced them."""
+    return root / "superseded" / str(generation) / split
+
+
+def statistics_path(generation: int, split: str, key: str) -> str:
+    """Return the path of the statistics of one ``site/side``."""
+    return f"statistics/{generation}/{split}/{key}"
+
+
+def pieces(n_rows: int, piece_rows: int) -> list[int]:
+    """Return the sizes of consecutive pieces of ``piece_rows`` rows; the last may be short."""
+    return [min(piece_rows, n_rows - start) for start in range(0, n_rows, piece_rows)]

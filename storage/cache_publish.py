@@ -1,0 +1,236 @@
+"""Turning committed units into a published generation of a cache.
+
+A generation is the Zarr metadata that covers its rows, its statistics, and ``manifest-<g>.json``; ``manifest.json``, a
+copy of the newest one, is replaced last. Existing files never change, except the metadata that every generation
+extends, and the short last shards, which are kept under ``superseded/`` before a longer version takes their place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from storage.activation_cache import ActivationCache, CacheSplit
+from storage.artifact import (
+    MANIFEST,
+    describe_files,
+    digest,
+    make_directory,
+    read_json,
+    seal,
+    sync_directory,
+    write_atomically,
+)
+from storage.cache_format import (
+    FORMAT_VERSION,
+    KIND,
+    VOCABULARY,
+    CacheFormat,
+    block_record_name,
+    manifest_name,
+    pieces,
+    split_path,
+    statistics_path,
+    superseded_path,
+    unit_record_name,
+)
+from storage.layout import ArraySpec, array_metadata, group_metadata, small_array_files
+from storage.shuffle import default_bucket_rows
+
+Change = Literal["create", "extend", "widen"]
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """How much of one split a generation holds."""
+
+    n_rows: int
+    n_contexts: int
+    counts: Mapping[str, int]
+    """What became of the tokens, for the record: documents, tokens, rows left out, tokens of the partial context."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generation about to be published."""
+
+    root: Path
+    number: int
+    change: Change
+    layout: CacheFormat
+    """All sites, those of earlier generations included."""
+    seed: int
+    bucket_rows: int | None
+    """None: chosen from the number of rows."""
+    splits: Mapping[str, SplitSize]
+    previous: Mapping[str, Any] | None
+    """Manifest of the generation before."""
+
+    def unit_records(self, split: str) -> list[list[str]]:
+        """Return the commit records that make up each unit of a split."""
+        n_units = len(pieces(self.splits[split].n_rows, self.layout.shard_rows))
+        before = list(self.previous["splits"].get(split, {}).get("unit_records", [])) if self.previous else []
+        records = []
+        for unit in range(n_units):
+            kept = before[unit] if unit < len(before) else []
+            new = unit_record_name(self.number, split, unit)
+            if not (self.root / new).exists():
+                assert kept, f"unit {unit} of {split} was never committed"
+                records.append(kept)
+            else:
+                records.append([*kept, new] if self.change == "widen" else [new])
+        return records
+
+    def block_records(self, split: str) -> list[str]:
+        """Return the commit record of each block of contexts of a split."""
+        n_blocks = len(pieces(self.splits[split].n_contexts, self.layout.block_contexts))
+        before = list(self.previous["splits"].get(split, {}).get("block_records", [])) if self.previous else []
+        records = []
+        for block in range(n_blocks):
+            new = block_record_name(self.number, split, block)
+            records.append(new if (self.root / new).exists() else before[block])
+        return records
+
+
+def publish_generation(
+    generation: Generation, request: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """Write metadata, statistics, ``files`` (name → bytes) and the manifests; return the manifest.
+
+    ``facts`` goes into the manifest as it is (model, text, packing); every unit must have been committed.
+    """
+    root, layout = generation.root, generation.layout
+    for name, data in files.items():
+        write_file(root / name, data)
+    metadata = dict(_metadata(generation))
+    for name, data in metadata.items():
+        write_file(root / name, data)
+    splits: dict[str, dict[str, Any]] = {
+        split: {
+            "n_rows": size.n_rows,
+            "n_contexts": size.n_contexts,
+            "bucket_rows": generation.bucket_rows or default_bucket_rows(layout.shard_rows, size.n_rows),
+            "counts": dict(size.counts),
+            "unit_records": generation.unit_records(split),
+            "block_records": generation.block_records(split),
+        }
+        for split, size in generation.splits.items()
+    }
+    content = {
+        **facts,
+        "cache_id": generation.previous["cache_id"] if generation.previous else cache_id_of(request),
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "generation": generation.number,
+        "change": generation.change,
+        "previous": generation.previous["digest"] if generation.previous else None,
+        "request": dict(request),
+        "seed": generation.seed,
+        "format": layout.as_json(),
+        "splits": splits,
+    }
+    statistics = dict(_statistics(root, content))
+    for name, data in statistics.items():
+        write_file(root / name, data)
+    records = [name for split in splits.values() for names in split["unit_records"] for name in names]
+    records += [name for split in splits.values() for name in split["block_records"]]
+    content["files"] = describe_files(root, {*files, *statistics, *records, VOCABULARY})
+    content["metadata"] = describe_files(root, metadata)
+    sealed = seal(content)
+    write_file(root / manifest_name(generation.number), sealed)
+    write_atomically(root / MANIFEST, sealed)
+    return dict(read_json(root / MANIFEST))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file atomically, its folder first."""
+    make_directory(path.parent)
+    write_atomically(path, data)
+
+
+def _metadata(generation: Generation) -> Iterator[tuple[str, bytes]]:
+    """Yield the Zarr metadata of every group and array of a generation."""
+    layout = generation.layout
+    yield "zarr.json", group_metadata({"kind": KIND, "format_version": FORMAT_VERSION})
+    for split, size in generation.splits.items():
+        yield f"{split}/zarr.json", group_metadata({})
+        yield f"{split}/contexts/zarr.json", group_metadata({})
+        yield f"{split}/sites/zarr.json", group_metadata({})
+        for site in layout.sites:
+            hooks = {"hook_in": site.hook_in, "hook_out": site.hook_out}
+            yield f"{split}/sites/{site.name}/zarr.json", group_metadata(hooks)
+        for encoding in layout.encodings().values():
+            if encoding.column_scale is not None:
+                yield f"{split}/{encoding.name}/zarr.json", group_metadata({"value": "q * scale * column_scale"})
+                for name, data in small_array_files(encoding.column_scale, {}).items():
+                    yield f"{split}/{encoding.name}/column_scale/{name}", data
+        for spec in (*layout.provenance_specs(), *layout.site_specs()):
+            yield f"{split}/{spec.name}/zarr.json", array_metadata(spec, size.n_rows, {})
+        for spec in layout.context_specs():
+            yield f"{split}/{spec.name}/zarr.json", array_metadata(spec, size.n_contexts, {})
+
+
+def _statistics(root: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """Yield mean and variance of every side of every site as small Zarr arrays; the scalars are their attributes."""
+    cache = ActivationCache(root, manifest)
+    for split in manifest["splits"]:
+        for key, statistics in CacheSplit(cache, split).merged_statistics(list(cache.layout.encodings())).items():
+            scalars = {
+                "n_rows": statistics.n_rows,
+                "mean_norm": statistics.mean_norm,
+                "mean_square_norm": statistics.mean_square_norm,
+                "minimum": statistics.minimum,
+                "maximum": statistics.maximum,
+                "n_nonfinite": statistics.n_nonfinite,
+                "energy_share_of_largest_1_percent": statistics.energy_share(),
+            }
+            for name, values in (("mean", statistics.mean), ("variance", statistics.variance)):
+                for file, data in small_array_files(values.astype(np.float64), scalars).items():
+                    yield f"{statistics_path(manifest['generation'], split, key)}/{name}/{file}", data
+
+
+def keep_superseded(cache: ActivationCache) -> None:
+    """Link the short last shards of a published cache aside, before an extension writes longer ones in their place.
+
+    Safe to repeat. Readers look here first, so the published generation stays whole at every moment.
+    """
+    layout = cache.layout
+    for name in cache.manifest["splits"]:
+        split = cache.split(name)
+        rows = (*layout.provenance_specs(), *layout.site_specs())
+        for specs, n_rows in ((rows, split.n_rows), (layout.context_specs(), split.n_contexts)):
+            for spec in specs:
+                if n_rows % spec.shard_rows:
+                    _link_aside(split, spec, n_rows)
+
+
+def _link_aside(split: CacheSplit, spec: ArraySpec, n_rows: int) -> None:
+    shard = spec.shard_name(n_rows // spec.shard_rows)
+    aside = superseded_path(split.root, split.cache.generation, split.name)
+    if (aside / shard).exists():
+        return
+    write_file(aside / spec.name / "zarr.json", array_metadata(spec, n_rows, {}))
+    make_directory((aside / shard).parent)
+    _link_or_copy(split_path(split.root, split.name) / shard, aside / shard)
+    sync_directory((aside / shard).parent)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; a whole copy of its own where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+            raise
+        write_file(target, source.read_bytes())
+
+
+def cache_id_of(request: Mapping[str, Any]) -> str:
+    """Return the identity of a cache: the digest of what it was asked to hold."""
+    return digest(dict(request)).removeprefix("sha256:")[:16]

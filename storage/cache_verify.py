@@ -1,0 +1,133 @@
+"""Re-reading every byte of a cache against what was recorded when it was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from storage.activation_cache import ActivationCache, open_cache
+from storage.artifact import MANIFEST, check_files, check_request, read_manifest, verify_artifact
+from storage.cache_format import EPOCHS, SPLITS, CacheFormat, manifest_name, superseded_path, unit_record_name
+from storage.errors import ArtifactCorrupt
+from storage.layout import ArraySpec, array_metadata
+from storage.orders import EPOCH_KIND
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were just checked."""
+
+
+def total_bytes(cache: ActivationCache) -> int:
+    """Return the bytes of the shards that verifying a cache reads."""
+    return sum(recorded["bytes"] for _, _, recorded in _shards(_generations(cache)))
+
+
+def verify_bytes(path: Path, progress: Progress = lambda _: None) -> list[str]:
+    """Check every file of every generation of a cache; return a sentence for each difference.
+
+    Raises ArtifactMissing or ArtifactIncomplete where there is nothing published.
+    """
+    try:
+        cache = open_cache(path)
+        generations = _generations(cache)
+    except ArtifactCorrupt as error:
+        return [str(error)]
+    problems = _check_manifests(generations)
+    problems += check_request(path, cache.manifest)
+    problems += _check_metadata(cache)
+    for generation in generations:
+        problems += _check_superseded_metadata(generation)
+    if problems:
+        # commit records hold the checksums of the shards: where they are damaged, shards cannot be judged
+        return problems
+    for group, name, recorded in _shards(generations):
+        problems += check_files(group, {name: recorded})
+        progress(recorded["bytes"])
+    for epoch in sorted((path / EPOCHS).glob("*")):
+        if (epoch / MANIFEST).exists():
+            problems += verify_artifact(epoch, EPOCH_KIND)
+            problems += check_files(epoch, _epoch_shards(epoch))
+    return problems
+
+
+def _generations(cache: ActivationCache) -> list[ActivationCache]:
+    """Return the cache at every generation, the newest first."""
+    return [cache, *(open_cache(cache.path, generation) for generation in range(cache.generation - 1, -1, -1))]
+
+
+def _epoch_shards(epoch: Path) -> dict[str, Any]:
+    try:
+        return dict(read_manifest(epoch, EPOCH_KIND)["shards"])
+    except ArtifactCorrupt:
+        return {}
+
+
+def _check_manifests(generations: list[ActivationCache]) -> list[str]:
+    """Check that manifests form one line of generations, and the files that each vouches for."""
+    cache = generations[0]
+    problems: dict[str, None] = {}
+    newest = cache.path / manifest_name(cache.generation)
+    if not newest.exists() or newest.read_bytes() != (cache.path / MANIFEST).read_bytes():
+        problems[f"{newest}: differs from {MANIFEST}"] = None
+    for later, at in pairwise(generations):
+        if at.manifest["digest"] != later.manifest["previous"]:
+            name = cache.path / manifest_name(at.generation)
+            problems[f"{name}: generation {later.generation} grew on another one"] = None
+    for at in generations:
+        problems |= dict.fromkeys(check_files(cache.path, at.manifest["files"]))
+    return list(problems)
+
+
+def _check_metadata(cache: ActivationCache) -> list[str]:
+    """Check the Zarr metadata of the newest generation; an unfinished growth may have lengthened its arrays already."""
+    recorded = cache.manifest["metadata"]
+    if (cache.path / unit_record_name(cache.generation + 1, SPLITS[0], 0)).parent.exists():
+        lengthened = {f"{split}/{spec.name}/zarr.json": spec for split in SPLITS for spec in _specs(cache.layout)}
+        recorded = {
+            name: file
+            for name, file in recorded.items()
+            if name not in lengthened or not _is_lengthened(cache.path / name, lengthened[name])
+        }
+    return check_files(cache.path, recorded)
+
+
+def _is_lengthened(file: Path, spec: ArraySpec) -> bool:
+    try:
+        n_rows = int(json.loads(file.read_bytes())["shape"][0])
+        return file.read_bytes() == array_metadata(spec, n_rows, {})
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False
+
+
+def _specs(layout: CacheFormat) -> tuple[ArraySpec, ...]:
+    return (*layout.provenance_specs(), *layout.site_specs(), *layout.context_specs())
+
+
+def _shards(generations: list[ActivationCache]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
+    """Yield (group, shard, its record) as every generation would read it, nothing twice."""
+    seen = set()
+    for cache in generations:
+        for name in cache.manifest["splits"]:
+            split = cache.split(name)
+            for record in (*split.unit_records(), *split.block_records()):
+                for shard, recorded in record["shards"].items():
+                    group = split.group_of(shard)
+                    if (key := (group / shard, recorded["checksum"])) not in seen:
+                        seen.add(key)
+                        yield group, shard, recorded
+
+
+def _check_superseded_metadata(cache: ActivationCache) -> list[str]:
+    """Compare the metadata of superseded groups with what it is derived from; nothing else records it."""
+    problems = []
+    for name in cache.manifest["splits"]:
+        split, aside = cache.split(name), superseded_path(cache.path, cache.generation, name)
+        for spec in _specs(cache.layout):
+            n_rows = split.n_contexts if spec.name.startswith("contexts/") else split.n_rows
+            file = aside / spec.name / "zarr.json"
+            is_kept = (aside / spec.shard_name(n_rows // spec.shard_rows)).exists()
+            if is_kept and not (file.exists() and file.read_bytes() == array_metadata(spec, n_rows, {})):
+                problems.append(f"{file}: differs from the metadata of the generation it belongs to")
+    return problems

@@ -1,0 +1,183 @@
+"""Writing a cache: a unit is gathered in memory in its final order, written as whole shards, then committed.
+
+A unit counts as written if and only if its commit record exists. The record comes last and covers every array of
+the unit at once, so a kill at any moment leaves each unit either whole or absent, and pairs never come apart: every
+array of a unit is filled through the same permutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.artifact import canonical_json, make_directory, sync_directory, write_atomically
+from storage.cache_format import (
+    EPOCHS,
+    PROVENANCE,
+    CacheFormat,
+    block_record_name,
+    split_path,
+    unit_record_name,
+)
+from storage.errors import NonFiniteActivation
+from storage.layout import ArraySpec
+from storage.memory import aligned_rows
+from storage.randomness import invert
+from storage.shard import WrittenShard, write_shard
+from storage.shuffle import unit_permutation
+from storage.statistics import SiteStatistics
+
+_THREADS = 2
+_PIECE_ROWS = 2048
+
+
+class UnitBuffer:
+    """The rows of one unit in memory, every array already in the unit's shuffled order. Reused from unit to unit.
+
+    Memory is ``shard_rows`` times the bytes of a row over all arrays.
+    """
+
+    def __init__(self, layout: CacheFormat, *, with_provenance: bool = True) -> None:
+        self.layout = layout
+        self._encodings = layout.encodings()
+        self._specs = (*(layout.provenance_specs() if with_provenance else ()), *layout.site_specs())
+        self._rows = {spec.name: aligned_rows(layout.shard_rows, spec.width, spec.memory_dtype) for spec in self._specs}
+        self._destinations = np.empty(0, np.int64)
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self.n_rows = 0
+        self._n_filled = 0
+        self._first: tuple[int, int] | None = None
+        self.statistics: dict[str, SiteStatistics] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row of the unit has been filled."""
+        return self._n_filled == self.n_rows
+
+    def begin(self, seed: int, split: str, unit: int, n_rows: int) -> None:
+        """Start a unit of ``n_rows`` rows; its permutation depends on (seed, split, unit) alone."""
+        self.split, self.unit, self.n_rows, self._n_filled, self._first = split, unit, n_rows, 0, None
+        self._destinations = invert(unit_permutation(seed, split, unit, n_rows))
+        self.statistics = {key: SiteStatistics(encoding.width) for key, encoding in self._encodings.items()}
+        n_padded = min(-(-n_rows // self.layout.chunk_rows) * self.layout.chunk_rows, self.layout.shard_rows)
+        for rows in self._rows.values():
+            rows[n_rows:n_padded] = 0
+
+    def fill(self, provenance: Mapping[str, np.ndarray], activations: Mapping[str, np.ndarray]) -> None:
+        """Add the next rows in token order.
+
+        ``provenance`` holds one array (n,) per name of PROVENANCE; ``activations`` one (n, width) per ``site/side``
+        in the encoding's input dtype. Raises NonFiniteActivation naming site, side, context and position.
+        """
+        n = len(provenance["context"])
+        assert self._n_filled + n <= self.n_rows, "more rows than the unit holds"
+        if n and self._first is None:
+            self._first = (int(provenance["context"][0]), int(provenance["position"][0]))
+        destinations = self._destinations[self._n_filled : self._n_filled + n]
+        for name in PROVENANCE:
+            if name in self._rows:
+                self._rows[name][destinations] = provenance[name]
+        # pieces are independent and NumPy lets go of the interpreter, so threads share the work; their bounds do not
+        # depend on the threads, and their statistics are merged in order
+        pieces = [
+            (key, start, self._pool.submit(self._fill_piece, key, rows[start : start + _PIECE_ROWS], places))
+            for key, rows in ((key, activations[key]) for key in self._encodings)
+            for start in range(0, n, _PIECE_ROWS)
+            for places in (destinations[start : start + _PIECE_ROWS],)
+        ]
+        for key, start, piece in pieces:
+            statistics, bad = piece.result()
+            if bad is not None:
+                raise _nonfinite(self.split, key, provenance, start + bad)
+            self.statistics[key].merge(statistics)
+        self._n_filled += n
+
+    def _fill_piece(self, key: str, rows: np.ndarray, places: np.ndarray) -> tuple[SiteStatistics, int | None]:
+        """Put rows of one side in their places; return their statistics and the first row that is not finite."""
+        statistics = type(self.statistics[key])(rows.shape[1])
+        bad = statistics.add(rows)
+        if bad is None:
+            for name, stored in self._encodings[key].encode(rows).items():
+                self._rows[name][places] = stored
+        return statistics, bad
+
+    def commit(self, root: Path, generation: int) -> dict[str, Any]:
+        """Write every array's shard, sync, then write the commit record, which is returned."""
+        assert self.is_full, "a unit is committed when all its rows are there"
+        assert self._first is not None, "a unit has rows"
+        group = split_path(root, self.split)
+        names = [spec.shard_name(self.unit) for spec in self._specs]
+
+        def write(spec: ArraySpec, name: str) -> WrittenShard:
+            return write_shard(group / name, self._rows[spec.name], self.n_rows, spec)
+
+        # two at a time: the disk is kept busy while a shard is synced
+        written = self._pool.map(write, self._specs, names)
+        shards = {
+            name: {"bytes": file.n_bytes, "checksum": file.checksum} for name, file in zip(names, written, strict=True)
+        }
+        sync_shards(group, shards)
+        record = {
+            "split": self.split,
+            "unit": self.unit,
+            "n_rows": self.n_rows,
+            "first_context": self._first[0],
+            "first_position": self._first[1],
+            "shards": shards,
+            "statistics": {key: statistics.as_json() for key, statistics in self.statistics.items()},
+        }
+        write_record(root / unit_record_name(generation, self.split, self.unit), record)
+        return record
+
+
+def write_context_block(
+    root: Path, layout: CacheFormat, generation: int, split: str, block: int, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Write one block of contexts and its record. ``arrays``: tokens, documents, each (n ≤ block, context_length)."""
+    group = split_path(root, split)
+    n_contexts = len(arrays["tokens"])
+    shards = {}
+    for spec in layout.context_specs():
+        rows = aligned_rows(spec.shard_rows, spec.width, spec.memory_dtype)
+        rows[:n_contexts] = arrays[spec.name.removeprefix("contexts/")]
+        name = spec.shard_name(block)
+        written = write_shard(group / name, rows, n_contexts, spec)
+        shards[name] = {"bytes": written.n_bytes, "checksum": written.checksum}
+    sync_shards(group, shards)
+    record = {"split": split, "block": block, "n_contexts": n_contexts, "shards": shards}
+    write_record(root / block_record_name(generation, split, block), record)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a commit record, which is what makes its unit or block count as written."""
+    make_directory(path.parent)
+    write_atomically(path, canonical_json(dict(record)))
+
+
+def remove_temporary_files(root: Path) -> None:
+    """Delete what a killed writer left half-written. Only for the holder of the lock, before any worker starts.
+
+    Materialised epochs below a cache have locks of their own and are left alone.
+    """
+    for path in root.rglob(".*.tmp*"):
+        if path.relative_to(root).parts[0] != EPOCHS:
+            path.unlink(missing_ok=True)
+
+
+def sync_shards(group: Path, shards: Iterable[str]) -> None:
+    """Make the names of new shards survive a power cut, before a record vouches for them."""
+    for folder in sorted({(group / name).parent for name in shards}):
+        sync_directory(folder)
+
+
+def _nonfinite(split: str, key: str, provenance: Mapping[str, np.ndarray], row: int) -> NonFiniteActivation:
+    context, position = int(provenance["context"][row]), int(provenance["position"][row])
+    return NonFiniteActivation(
+        f"{key}: NaN or infinity in {split} context {context}, position {position} "
+        f"(token id {int(provenance['token_id'][row])}, document {int(provenance['document'][row])}). "
+        "Finished units are kept. Try --model-dtype float32, or leave this site out"
+    )

@@ -1,0 +1,80 @@
+"""Every error a user can act on, as one tree.
+
+The command line prints these without a traceback; anything else is a bug in this project and keeps its
+traceback. A message says what, where, what was found, what was wanted, and the next step.
+
+::
+
+    ActionableError
+    ├── SettingsError            a setting, or a combination of settings, that cannot be honoured
+    ├── TextError                the dataset: unreadable, no usable column, too short, empty
+    ├── ModelError               the language model: not found, unknown hook, wrong tokenizer
+    │   └── OutOfMemoryError     the device ran out of memory; says which batch size to try
+    ├── ArtifactError            a published directory
+    │   ├── ArtifactMissing      nothing there
+    │   ├── ArtifactIncomplete   a draft that was never published
+    │   ├── ArtifactBusy         another process is writing it
+    │   ├── ArtifactMismatch     made from other settings, another model or another input
+    │   └── ArtifactCorrupt      bytes differ from their recorded checksum, or a file is gone
+    ├── NonFiniteActivation      NaN or infinity where an activation should be
+    ├── ActivationOverflow       a value that the chosen storage dtype cannot hold
+    └── StorageFull              the disk is full or refuses to be written
+"""
+
+from __future__ import annotations
+
+
+class ActionableError(Exception):
+    """An error whose message tells the user what to do next."""
+
+
+class SettingsError(ActionableError):
+    """One or more settings cannot be honoured; the message lists all of them."""
+
+
+class TextError(ActionableError):
+    """The text or token source cannot be used as asked."""
+
+
+class ModelError(ActionableError):
+    """The language model cannot be used as asked."""
+
+
+class OutOfMemoryError(ModelError):
+    """The device cannot hold one batch; the message names the batch size to try."""
+
+
+class ArtifactError(ActionableError):
+    """A published directory is not what the caller needs."""
+
+
+class ArtifactMissing(ArtifactError):
+    """No artifact lies at this path."""
+
+
+class ArtifactIncomplete(ArtifactError):
+    """A draft lies at this path; it was never published."""
+
+
+class ArtifactBusy(ArtifactError):
+    """Another process is writing this artifact."""
+
+
+class ArtifactMismatch(ArtifactError):
+    """The artifact was made with other settings or from other inputs."""
+
+
+class ArtifactCorrupt(ArtifactError):
+    """Bytes on disk differ from what was recorded when they were written."""
+
+
+class NonFiniteActivation(ActionableError):
+    """A NaN or infinite activation or loss."""
+
+
+class ActivationOverflow(ActionableError):
+    """An activation lies outside the range of the storage dtype."""
+
+
+class StorageFull(ActionableError):
+    """Writing failed because the disk is full or read-only."""

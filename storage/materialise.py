@@ -1,0 +1,111 @@
+"""Writing one epoch's order to disk as sequential shards, for machines with little memory, slow disks or many readers.
+
+The order is the one a stream would gather, so reading either way serves the same rows. Work is one task per bucket,
+deterministic and idempotent: any number of workers may do them in any order, twice or after a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from storage.activation_cache import CacheSplit, open_cache
+from storage.artifact import Draft, read_json
+from storage.cache_publish import write_file
+from storage.cache_writer import remove_temporary_files, sync_shards, write_record
+from storage.errors import SettingsError
+from storage.layout import ArraySpec, array_metadata, group_metadata
+from storage.memory import aligned_rows
+from storage.orders import EPOCH_KIND, GatheredOrder, epoch_path, epoch_request
+from storage.shard import write_shard
+from storage.shuffle import EpochPlan
+
+RunTasks = Callable[[Callable[[int], None], Iterable[int]], None]
+"""Calls a function with every id; how (in turn, on workers) is the caller's business."""
+
+
+def plan_epoch(split: CacheSplit, seed: int, epoch: int) -> EpochPlan:
+    """Return the order of one epoch over all rows of a split."""
+    return EpochPlan(seed, epoch, split.name, tuple(split.unit_rows), split.bucket_rows)
+
+
+def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: RunTasks) -> Path:
+    """Write and publish one epoch's order inside the cache; return its directory. Resumes at the bucket.
+
+    Needs as much disk as the split itself and the memory of one bucket of the widest array per worker. Raises
+    SettingsError if the cache's buckets are no whole shards.
+    """
+    plan = plan_epoch(split, seed, epoch)
+    if plan.n_buckets > 1 and plan.bucket_rows % split.layout.shard_rows:
+        raise SettingsError(
+            f"{split.root}: buckets of {plan.bucket_rows:,} rows are no whole shards of {split.layout.shard_rows:,} "
+            "rows, so their copies would share files; read this cache without materialising it"
+        )
+    path = epoch_path(split.root, plan, split.cache.generation)
+    with Draft(path, EPOCH_KIND, epoch_request(split.identity, plan)) as draft:
+        if draft.published:
+            return path
+        remove_temporary_files(path)
+        missing = [bucket for bucket in range(plan.n_buckets) if not (path / _record_name(bucket)).exists()]
+        task = BucketTask(str(split.root), split.cache.generation, split.name, seed, epoch)
+        run_tasks(task, missing)
+        for name, data in _metadata(split, plan).items():
+            write_file(path / name, data)
+        shards = {}
+        for bucket in range(plan.n_buckets):
+            shards.update(read_json(path / _record_name(bucket))["shards"])
+        records = [_record_name(bucket) for bucket in range(plan.n_buckets)]
+        draft.publish({"shards": shards}, [*_metadata(split, plan), *records])
+    return path
+
+
+class BucketTask:
+    """Writes one bucket of an epoch; picklable, so that it runs on any worker that sees the cache."""
+
+    def __init__(self, cache: str, generation: int, split: str, seed: int, epoch: int) -> None:
+        self.cache, self.generation, self.split, self.seed, self.epoch = cache, generation, split, seed, epoch
+
+    def __call__(self, bucket: int) -> None:
+        """Write the bucket's shards of every array, then its record."""
+        split = open_cache(self.cache, self.generation).split(self.split)
+        plan = plan_epoch(split, self.seed, self.epoch)
+        path = epoch_path(split.root, plan, self.generation)
+        shards: dict[str, Any] = {}
+        with ThreadPoolExecutor(4) as pool:
+            for spec in _specs(split):
+                order = GatheredOrder(split, plan, [spec], pool)
+                shards.update(_write_bucket(path, order, plan, spec, bucket))
+        sync_shards(path, shards)
+        write_record(path / _record_name(bucket), {"bucket": bucket, "shards": shards})
+
+
+def _write_bucket(
+    path: Path, order: GatheredOrder, plan: EpochPlan, spec: ArraySpec, bucket: int
+) -> dict[str, dict[str, Any]]:
+    n_rows = plan.rows_in_bucket(bucket)
+    n_padded = -(-n_rows // spec.chunk_rows) * spec.chunk_rows
+    rows = aligned_rows(n_padded, spec.width, spec.memory_dtype)
+    order.load(bucket, {spec.name: rows})
+    shards = {}
+    for start in range(0, n_rows, spec.shard_rows):
+        name = spec.shard_name((bucket * plan.bucket_rows + start) // spec.shard_rows)
+        written = write_shard(path / name, rows[start:], min(spec.shard_rows, n_rows - start), spec)
+        shards[name] = {"bytes": written.n_bytes, "checksum": written.checksum}
+    return shards
+
+
+def _specs(split: CacheSplit) -> tuple[ArraySpec, ...]:
+    return (*split.layout.provenance_specs(), *split.layout.site_specs())
+
+
+def _metadata(split: CacheSplit, plan: EpochPlan) -> dict[str, bytes]:
+    files = {f"{spec.name}/zarr.json": array_metadata(spec, plan.n_rows, {}) for spec in _specs(split)}
+    groups = {"", "sites/", *(f"sites/{site.name}/" for site in split.layout.sites)}
+    groups |= {f"{encoding.name}/" for encoding in split.layout.encodings().values() if encoding.dtype == "int8"}
+    return {**{f"{group}zarr.json": group_metadata({}) for group in groups}, **files}
+
+
+def _record_name(bucket: int) -> str:
+    return f"commits/bucket-{bucket:06d}.json"

@@ -1,0 +1,123 @@
+"""The base of every settings class: frozen, strict, documented under each field.
+
+A setting is a decision that changes the result, so it belongs to an artifact's identity. Devices, worker
+counts, output paths and log levels do not, and are ordinary function arguments.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from storage.errors import SettingsError
+
+_UNITS = {
+    "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_quantity(text: Any) -> Any:
+    """Read ``60M``, ``1.5GB``, ``2GiB`` or ``1e6`` as a whole number; anything but a string passes through."""
+    if not isinstance(text, str):
+        return text
+    match = _QUANTITY.fullmatch(text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{text!r} is not a quantity; write a number such as 4096, 60M, 1.5GB or 2GiB")
+    # exact, since a float would round seeds above 2⁵³
+    value = Fraction(match[1].replace("_", "")) * _UNITS[match[2].lower()]
+    if value.denominator != 1:
+        raise ValueError(f"{text!r} is not a whole number")
+    return value.numerator
+
+
+Quantity = Annotated[int, BeforeValidator(parse_quantity)]
+"""A whole number that may be written ``60M`` or ``1.5GB``."""
+
+
+class Settings(BaseModel):
+    """Frozen settings that refuse unknown keys; the docstring under a field is its ``--help`` text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @classmethod
+    def read(cls, *sources: Mapping[str, Any], where: str = "settings") -> Self:
+        """Merge ``sources`` (later ones win) and validate once.
+
+        Raises SettingsError that lists every problem of the merged settings at once.
+        """
+        merged: dict[str, Any] = {}
+        for source in sources:
+            merged.update(source)
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise SettingsError(_describe(cls, error, where)) from error
+
+    @classmethod
+    def read_file(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read a YAML file and apply ``overrides`` on top, before validation."""
+        return cls.read(load_yaml(path), overrides or {}, where=str(path))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; raise SettingsError if it is unreadable or not a mapping."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"{path}: holds {type(loaded).__name__}, wanted a mapping of settings to values")
+    return loaded
+
+
+def _describe(settings: type[Settings], error: ValidationError, where: str) -> str:
+    """Return one line per setting; what each alternative of a union has against a value goes into the same line."""
+    found: dict[str, list[Any]] = {}
+    for problem in error.errors(include_url=False):
+        found.setdefault(_name(settings, problem), []).append(problem)
+    lines = [f"{len(found)} problem{'s' if len(found) > 1 else ''} in {where}:"]
+    return "\n".join([*lines, *(f"  {name}: {_message(problems)}" for name, problems in found.items())])
+
+
+def _name(settings: type[BaseModel], problem: Any) -> str:
+    """Return the setting's dotted name, without pydantic's labels for the alternatives of a union."""
+    models, names = [settings], []
+    for part in problem["loc"]:
+        if not isinstance(part, str):
+            names.append(str(part))
+        elif fields := [model.model_fields[part] for model in models if part in model.model_fields]:
+            names.append(part)
+            models = [model for field in fields for model in _models_in(field.annotation)]
+    if problem["type"] == "extra_forbidden":
+        names.append(str(problem["loc"][-1]))
+    return ".".join(names) or "(combination)"
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the settings classes that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _message(problems: list[Any]) -> str:
+    problem = problems[0]
+    if problem["type"] == "missing":
+        return "is required"
+    if problem["type"] == "extra_forbidden":
+        return "is no setting"
+    reasons = [one["msg"].removeprefix("Value error, ") for one in problems]
+    reasons[1:] = [reason.removeprefix("Input should be ") for reason in reasons[1:]]
+    got = f" (got {problem['input']!r})" if problem["loc"] and problem["input"] != () else ""
+    return ", or ".join(dict.fromkeys(reasons)) + got

@@ -1,0 +1,239 @@
+"""One shard file: writing it whole and durably, proving its layout, reading rows from it.
+
+An uncompressed Zarr v3 shard is ``rows ‖ index ‖ crc32c`` and nothing else, so it is written as a whole file past the
+page cache and read with positioned reads, both at the speed of the disk. A shard whose index does not prove that
+layout is read through zarr-python instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.util
+import os
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import xxhash
+import zarr
+from zarr.storage import LocalStore
+
+from storage.artifact import discard, is_disk_refusal, make_directory, storage_refused, temporary_path
+from storage.errors import ArtifactCorrupt
+from storage.layout import ArraySpec, codec_of
+from storage.memory import PAGE, aligned_rows, as_bytes
+from storage.scatter import read_sequential
+
+_BLOCK_BYTES = 8 << 20
+_EMPTY_CHUNK = 2**64 - 1
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """What is recorded of a shard file when it is written."""
+
+    n_bytes: int
+    checksum: str
+
+
+def rows_to_chunks(spec: ArraySpec, n_rows: int) -> int:
+    """Return how many inner chunks hold ``n_rows`` rows."""
+    return -(-n_rows // spec.chunk_rows)
+
+
+def shard_footer(spec: ArraySpec, chunk_sizes: list[int]) -> bytes:
+    """Return the index and its checksum for chunks of these encoded sizes, laid one after the other from 0."""
+    index = np.full((spec.chunks_per_shard, 2), _EMPTY_CHUNK, "<u8")
+    ends = np.cumsum(chunk_sizes, dtype=np.uint64)
+    index[: len(chunk_sizes), 0] = ends - np.asarray(chunk_sizes, np.uint64)
+    index[: len(chunk_sizes), 1] = chunk_sizes
+    encoded = index.tobytes()
+    return encoded + int(google_crc32c.value(encoded)).to_bytes(4, "little")
+
+
+def write_shard(path: Path, rows: np.ndarray, n_rows: int, spec: ArraySpec) -> WrittenShard:
+    """Write the first ``n_rows`` of ``rows`` as the shard file ``path``: synced, then renamed into place.
+
+    ``rows`` is (≥ whole chunks of n_rows, width), page-aligned, zero beyond ``n_rows``. Raises StorageFull.
+    """
+    temporary = temporary_path(path)
+    n_chunks = rows_to_chunks(spec, n_rows)
+    try:
+        make_directory(path.parent)
+        codec = codec_of(spec.compression, spec.memory_dtype.itemsize)
+        if codec is None:
+            body = as_bytes(rows[: n_chunks * spec.chunk_rows])
+            written = _write_file(temporary, body, shard_footer(spec, [spec.chunk_bytes] * n_chunks))
+        else:
+            chunks = [rows[i * spec.chunk_rows : (i + 1) * spec.chunk_rows] for i in range(n_chunks)]
+            encoded = [bytes(codec.encode(np.ascontiguousarray(chunk))) for chunk in chunks]
+            body = memoryview(b"".join(encoded))
+            written = _write_file(temporary, body, shard_footer(spec, [len(chunk) for chunk in encoded]))
+        temporary.rename(path)
+    except OSError as error:
+        discard(temporary)
+        if is_disk_refusal(error):
+            raise storage_refused(error, path) from error
+        raise
+    return written
+
+
+def _write_file(path: Path, body: memoryview, footer: bytes) -> WrittenShard:
+    """Write ``body ‖ footer`` past the page cache where the file system allows, checksumming beside the writing."""
+    direct_bytes = len(body) - len(body) % PAGE
+    tail = bytes(body[direct_bytes:]) + footer
+    n_bytes = direct_bytes + len(tail)
+    hasher = xxhash.xxh3_128()
+    with ThreadPoolExecutor(1) as checksummer:
+        checksum = checksummer.submit(_update, hasher, body[:direct_bytes], tail)
+        descriptor, direct = _open_for_writing(path, aligned=_is_aligned(body))
+        try:
+            _reserve(descriptor, n_bytes)
+            if direct:
+                _write_directly(descriptor, body[:direct_bytes])
+                _leave_direct_mode(descriptor)
+            else:
+                _write_blocks(descriptor, body[:direct_bytes], 0)
+            _write_blocks(descriptor, memoryview(tail), direct_bytes)
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+        return WrittenShard(n_bytes, checksum.result())
+
+
+def _update(hasher: xxhash.xxh3_128, body: memoryview, tail: bytes) -> str:
+    for start in range(0, len(body), _BLOCK_BYTES):
+        hasher.update(body[start : start + _BLOCK_BYTES])
+    hasher.update(tail)
+    return "xxh3:" + hasher.hexdigest()
+
+
+def _is_aligned(body: memoryview) -> bool:
+    return len(body) > 0 and np.frombuffer(body, np.uint8).ctypes.data % PAGE == 0
+
+
+def _open_for_writing(path: Path, *, aligned: bool) -> tuple[int, bool]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    if aligned and _DIRECT:
+        try:
+            return os.open(path, flags | _DIRECT, 0o644), True
+        except OSError as error:
+            # tmpfs and some network file systems refuse O_DIRECT when opening
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+    return os.open(path, flags, 0o644), False
+
+
+def _reserve(descriptor: int, n_bytes: int) -> None:
+    """Ask for the space at once: a full disk shows before anything is written, and the file lies in one piece."""
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except OSError as error:
+        # file systems that cannot reserve: the C library then writes single bytes, which O_DIRECT refuses
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+
+
+def _write_directly(descriptor: int, data: memoryview) -> None:
+    """Write past the page cache; through it where the file system takes O_DIRECT but not this alignment."""
+    try:
+        _write_blocks(descriptor, data, 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        _leave_direct_mode(descriptor)
+        _write_blocks(descriptor, data, 0)
+
+
+def _write_blocks(descriptor: int, data: memoryview, start: int) -> None:
+    offset = 0
+    while offset < len(data):
+        offset += os.pwrite(descriptor, data[offset : offset + _BLOCK_BYTES], start + offset)
+
+
+def _leave_direct_mode(descriptor: int) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_DIRECT)
+
+
+def is_contiguous(path: Path, n_rows: int, spec: ArraySpec) -> bool:
+    """Tell whether the shard's own index proves that its rows lie one after the other from byte 0."""
+    if spec.compression != "none":
+        return False
+    n_chunks = rows_to_chunks(spec, n_rows)
+    footer = shard_footer(spec, [spec.chunk_bytes] * n_chunks)
+    if path.stat().st_size != n_chunks * spec.chunk_bytes + len(footer):
+        return False
+    with path.open("rb", buffering=0) as file:
+        file.seek(-len(footer), os.SEEK_END)
+        return file.read() == footer
+
+
+def read_rows(group: Path, spec: ArraySpec, unit: int, n_rows: int) -> np.ndarray:
+    """Return all ``n_rows`` rows of one shard, in stored order, as a new array. Raises ArtifactCorrupt."""
+    rows = aligned_rows(n_rows, spec.width, spec.memory_dtype)
+    path = group / spec.shard_name(unit)
+    with shard_errors(path):
+        if is_contiguous(path, n_rows, spec):
+            with path.open("rb", buffering=0) as file:
+                read_sequential(file.fileno(), 0, rows)
+        else:
+            rows[...] = read_zarr(group, spec, unit * spec.shard_rows, unit * spec.shard_rows + n_rows)
+    return rows
+
+
+def read_zarr(group: Path, spec: ArraySpec, start: int, stop: int) -> np.ndarray:
+    """Return rows [start, stop) of one shard through zarr-python, whatever its codecs and the order of its chunks.
+
+    Raises ArtifactCorrupt for a shard that is missing, which Zarr would read as zeros, or cannot be decoded.
+    """
+    path = group / spec.shard_name(start // spec.shard_rows)
+    with shard_errors(path):
+        path.stat()
+        try:
+            return np.asarray(_open_zarr(group / spec.name)[start:stop])
+        except (RuntimeError, ValueError, zlib.error) as error:
+            # what the codecs of zarr-python and zarrs raise for bytes they did not write
+            raise _damaged(path, error) from error
+
+
+_opening = threading.Lock()
+
+
+def _open_zarr(path: Path) -> Any:
+    # an array keeps the codec pipeline it was opened with; the lock keeps threads from restoring each other's setting
+    with _opening, zarr.config.set(_zarr_pipeline()):
+        return zarr.open_array(LocalStore(path, read_only=True), mode="r")
+
+
+@contextmanager
+def shard_errors(path: Path) -> Iterator[None]:
+    """Raise ArtifactCorrupt naming the shard where reading it fails."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ArtifactCorrupt:
+    return ArtifactCorrupt(
+        f"{path}: a shard is missing, cut short or unreadable ({error}); run `pipeline verify` to list all damage, "
+        "then restore the file or cache these rows again"
+    )
+
+
+@cache
+def _zarr_pipeline() -> dict[str, Any]:
+    """Prefer the zarrs codec pipeline, several times faster than zarr-python's own, where it is installed."""
+    if importlib.util.find_spec("zarrs") is None:
+        return {}
+    return {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}

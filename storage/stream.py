@@ -1,0 +1,272 @@
+"""Batches in uniformly shuffled order, prefetched, resumable from two numbers.
+
+A stream walks the order of ``EpochPlan`` in segments: a bucket, gathered from every unit straight to its shuffled
+places, or a piece of an epoch that was materialised. A background thread fills the next segment while batches are
+served from the current one as views, so nothing is copied after the read. Memory is two segments.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+
+from storage.encodings import Encoding
+from storage.errors import SettingsError
+from storage.layout import ArraySpec
+from storage.memory import aligned_rows
+from storage.orders import GatheredOrder, MaterialisedOrder, OrderedSplit, find_materialised
+from storage.shuffle import EpochPlan, sample_prefix
+
+ORDERS = ("auto", "gathered", "materialised")
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """The arrays behind one key, and how their stored rows become the rows that are served."""
+
+    key: str
+    encoding: Encoding | None
+    specs: tuple[ArraySpec, ...]
+
+    def decode(self, stored: Mapping[str, np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
+        """Return served rows from stored rows by array name."""
+        return stored[self.specs[0].name] if self.encoding is None else self.encoding.decode(stored, out)
+
+
+class StreamedSplit(OrderedSplit, Protocol):
+    """What a stream needs to know of a split."""
+
+    @property
+    def bucket_rows(self) -> int:
+        """Rows shuffled together in memory."""
+
+    def source(self, key: str) -> StreamSource:
+        """Return the arrays behind a key."""
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream stands: the batch it serves next."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Consecutive rows of an epoch's order."""
+
+    epoch: int
+    step: int
+    arrays: dict[str, np.ndarray]
+    """By key. Views that stay valid until the next batch is asked for."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in this batch."""
+        return len(next(iter(self.arrays.values())))
+
+
+@dataclass
+class Segment:
+    """Memory for consecutive rows of an epoch's order, and which rows it holds now."""
+
+    stored: dict[str, np.ndarray]
+    epoch: int = -1
+    start: int = 0
+    stop: int = 0
+    error: BaseException | None = field(default=None)
+
+
+class RowStream(Iterator[RowBatch]):
+    """Iterator over batches; a context manager that stops the prefetching. Make one with ``CacheSplit.stream``."""
+
+    def __init__(
+        self,
+        split: StreamedSplit,
+        keys: Sequence[str],
+        *,
+        names: Sequence[str],
+        batch_rows: int,
+        seed: int,
+        epoch: int,
+        step: int,
+        n_epochs: int | None,
+        n_rows: int | None,
+        drop_last: bool,
+        n_threads: int,
+        order: str,
+    ) -> None:
+        self._split, self._seed, self._order = split, seed, order
+        self._sources = {key: split.source(key) for key in dict.fromkeys(keys)}
+        self._names = dict(zip(names, keys, strict=True))
+        self._specs = tuple(spec for source in self._sources.values() for spec in source.specs)
+        self.batch_rows = batch_rows
+        self._n_epochs = n_epochs
+        self._unit_rows = tuple(split.unit_rows) if n_rows is None else self._sample(n_rows)
+        self.n_rows = sum(self._unit_rows)
+        self._check(epoch, step, drop_last=drop_last)
+        self.n_steps_per_epoch = self.n_rows // batch_rows if drop_last else -(-self.n_rows // batch_rows)
+        self._epoch, self._step = divmod(epoch * self.n_steps_per_epoch + step, self.n_steps_per_epoch)
+        self._pool = ThreadPoolExecutor(n_threads)
+        self._decoded = {key: self._decode_buffer(source) for key, source in self._sources.items()}
+        self._stitched: dict[str, np.ndarray] = {}
+        self._free: queue.SimpleQueue[Segment | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Segment] = queue.SimpleQueue()
+        self._current: Segment | None = None
+        self._prefetcher: threading.Thread | None = None
+        self._closing = threading.Event()
+
+    def _sample(self, n_rows: int) -> tuple[int, ...]:
+        available = sum(self._split.unit_rows)
+        if not 1 <= n_rows <= available:
+            raise SettingsError(f"{self._split.root}: {n_rows:,} rows asked for, there are {available:,}")
+        return sample_prefix(self._seed, self._split.name, self._split.unit_rows, n_rows)
+
+    def _check(self, epoch: int, step: int, *, drop_last: bool) -> None:
+        if self.batch_rows < 1 or self.n_rows < (self.batch_rows if drop_last else 1):
+            raise SettingsError(
+                f"{self._split.root}: batches of {self.batch_rows:,} rows cannot be drawn from {self.n_rows:,} "
+                f"{self._split.name} rows; use batches of 1 to {self.n_rows:,} rows"
+            )
+        if epoch < 0 or step < 0:
+            raise SettingsError(f"a stream cannot begin at epoch {epoch}, step {step}; both count from 0")
+        if self._order not in ORDERS:
+            raise SettingsError(f"there is no order {self._order!r}; use one of {', '.join(ORDERS)}")
+
+    def _decode_buffer(self, source: StreamSource) -> np.ndarray | None:
+        return None if source.encoding is None else source.encoding.decode_buffer(self.batch_rows)
+
+    @property
+    def state(self) -> StreamState:
+        """The (epoch, step) of the next batch; a stream opened there serves exactly what this one would."""
+        return StreamState(self._epoch, self._step)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Return the plan of one epoch."""
+        return EpochPlan(self._seed, epoch, self._split.name, self._unit_rows, self._split.bucket_rows)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> RowBatch:
+        if self._n_epochs is not None and self._epoch >= self._n_epochs:
+            self.close()
+            raise StopIteration
+        start = self._step * self.batch_rows
+        stored = self._rows(self._epoch, start, min(start + self.batch_rows, self.n_rows))
+        decoded = {key: source.decode(stored, self._decoded[key]) for key, source in self._sources.items()}
+        batch = RowBatch(self._epoch, self._step, {name: decoded[key] for name, key in self._names.items()})
+        self._epoch, self._step = divmod(self._epoch * self.n_steps_per_epoch + self._step + 1, self.n_steps_per_epoch)
+        return batch
+
+    def _rows(self, epoch: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        segment = self._segment_at(epoch, start)
+        if stop <= segment.stop:
+            return self._cut(segment, start, stop)
+        if not self._stitched:
+            self._stitched = {
+                spec.name: aligned_rows(self.batch_rows, spec.width, spec.memory_dtype) for spec in self._specs
+            }
+        filled = 0
+        while start + filled < stop:
+            segment = self._segment_at(epoch, start + filled)
+            piece = self._cut(segment, start + filled, min(stop, segment.stop))
+            n = len(next(iter(piece.values())))
+            for name, rows in piece.items():
+                self._stitched[name][filled : filled + n] = rows
+            filled += n
+        return {name: rows[:filled] for name, rows in self._stitched.items()}
+
+    def _cut(self, segment: Segment, start: int, stop: int) -> dict[str, np.ndarray]:
+        return {name: rows[start - segment.start : stop - segment.start] for name, rows in segment.stored.items()}
+
+    def _segment_at(self, epoch: int, row: int) -> Segment:
+        """Return the loaded segment that holds ``row``, giving the previous one back to the prefetcher."""
+        while (
+            self._current is None or self._current.epoch != epoch or not self._current.start <= row < self._current.stop
+        ):
+            if self._prefetcher is None:
+                self._start_prefetching(epoch, row)
+            if self._current is not None:
+                self._free.put(self._current)
+            self._current = self._ready.get()
+            if self._current.error is not None:
+                error = self._current.error
+                self.close()
+                raise error
+        return self._current
+
+    def _start_prefetching(self, epoch: int, row: int) -> None:
+        order = self._open_order(epoch)
+        n_rows = min(order.segment_rows, self.n_rows)
+        for _ in range(order.n_buffers):
+            stored = {spec.name: aligned_rows(n_rows, spec.width, spec.memory_dtype) for spec in self._specs}
+            self._free.put(Segment(stored))
+        self._prefetcher = threading.Thread(target=self._prefetch, args=(epoch, row), daemon=True)
+        self._prefetcher.start()
+
+    def _open_order(self, epoch: int) -> GatheredOrder | MaterialisedOrder:
+        plan = self.plan(epoch)
+        materialised = None if self._order == "gathered" else find_materialised(self._split, plan)
+        if materialised is not None:
+            return MaterialisedOrder(materialised, plan, self._specs, self.batch_rows)
+        if self._order == "materialised":
+            raise SettingsError(
+                f"{self._split.root}: epoch {epoch} of {self._split.name} rows with seed {self._seed} was not "
+                "materialised; run `pipeline shuffle`, or read with order='gathered'"
+            )
+        return GatheredOrder(self._split, plan, self._specs, self._pool)
+
+    def _prefetch(self, epoch: int, row: int) -> None:
+        """Fill free segments in the order they will be asked for, until told to stop."""
+        try:
+            while self._n_epochs is None or epoch < self._n_epochs:
+                with closing(self._open_order(epoch)) as order:
+                    for index in range(row // order.segment_rows, order.n_segments):
+                        segment = self._free.get()
+                        if segment is None or self._closing.is_set():
+                            return
+                        rows = order.n_rows(index)
+                        # an epoch read the other way may have longer segments than the buffers were made for
+                        segment.stored = self._fit(segment.stored, rows)
+                        order.load(index, segment.stored)
+                        segment.epoch, segment.start = epoch, index * order.segment_rows
+                        segment.stop = segment.start + rows
+                        self._ready.put(segment)
+                epoch, row = epoch + 1, 0
+        except BaseException as error:
+            # handed to the consumer, which raises it
+            self._ready.put(Segment({}, error=error))
+
+    def _fit(self, stored: dict[str, np.ndarray], n_rows: int) -> dict[str, np.ndarray]:
+        if all(len(rows) >= n_rows for rows in stored.values()):
+            return stored
+        return {spec.name: aligned_rows(n_rows, spec.width, spec.memory_dtype) for spec in self._specs}
+
+    def close(self) -> None:
+        """Stop prefetching and let the memory go; a closed stream serves nothing more."""
+        if self._prefetcher is not None:
+            self._closing.set()
+            self._free.put(None)
+            self._prefetcher.join()
+            self._prefetcher = None
+        self._pool.shutdown()
+        self._n_epochs = 0
+        self._current = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

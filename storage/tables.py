@@ -1,0 +1,134 @@
+"""Parquet tables whose columns explain themselves: every field carries its meaning and its unit.
+
+The same rows in the same batches give the same bytes: row groups are cut by row count alone, the writer's options
+are fixed, and no time or path enters the file. (The library's name and version do, so bytes agree between equal
+releases of pyarrow.) A file appears under its name only when it is complete and synced.
+
+Meanings live in the Arrow schema that Parquet keeps beside the data: ``describe`` reads them back. Tools that
+read plain Parquet, DuckDB among them, see names and types only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage.artifact import is_disk_refusal, storage_refused, sync_directory
+from storage.errors import ArtifactCorrupt, ArtifactMissing
+
+ROW_GROUP_ROWS = 65_536
+"""Rows of a row group unless the table says otherwise: the least a reader must decompress."""
+
+_MEANING = b"description"
+_UNIT = b"unit"
+
+
+class Column(NamedTuple):
+    """What a column holds, in words."""
+
+    name: str
+    type: str
+    unit: str
+    is_nullable: bool
+    meaning: str
+
+
+def column(name: str, kind: pa.DataType, meaning: str, *, unit: str = "", nullable: bool = False) -> pa.Field:
+    """Declare a column; ``meaning`` is one sentence, ``unit`` is empty for numbers without one."""
+    metadata = {_MEANING: meaning.encode()} | ({_UNIT: unit.encode()} if unit else {})
+    return pa.field(name, kind, nullable=nullable, metadata=metadata)
+
+
+def describe(schema: pa.Schema) -> list[Column]:
+    """Return the name, type, unit and meaning of every column; fields declared elsewhere have an empty meaning."""
+    return [_describe_field(field) for field in schema]
+
+
+def _describe_field(field: pa.Field) -> Column:
+    metadata = field.metadata or {}
+    meaning, unit = metadata.get(_MEANING, b"").decode(), metadata.get(_UNIT, b"").decode()
+    return Column(field.name, _type_name(field.type), unit, field.nullable, meaning)
+
+
+def _type_name(kind: pa.DataType) -> str:
+    """Name a type as a reader thinks of it: ``list<float>`` rather than Arrow's ``list<element: float>``."""
+    return f"list<{_type_name(kind.value_type)}>" if pa.types.is_list(kind) else str(kind)
+
+
+def write_table(
+    path: Path,
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    *,
+    row_group_rows: int = ROW_GROUP_ROWS,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write ``batches`` as one Parquet file at ``path``, holding one row group in memory; return the row count.
+
+    ``path`` holds its old bytes or all the new ones. ``metadata`` is kept with the schema. Raises StorageFull if the
+    disk refuses; an exception of ``batches`` leaves nothing behind.
+    """
+    # Field names of the keys are sorted by us: Arrow keeps the order it is given.
+    schema = schema.with_metadata(dict(sorted((metadata or {}).items())) or None)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        n_rows = _write(temporary, schema, batches, row_group_rows)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        if is_disk_refusal(error):
+            raise storage_refused(error, path) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    return n_rows
+
+
+def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], row_group_rows: int) -> int:
+    n_rows = 0
+    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=3, version="2.6") as writer:
+        for group in _regroup(schema, batches, row_group_rows):
+            writer.write_table(group, row_group_size=group.num_rows)
+            n_rows += group.num_rows
+    return n_rows
+
+
+def _regroup(schema: pa.Schema, batches: Iterable[pa.RecordBatch], n_rows: int) -> Iterator[pa.Table]:
+    """Cut a stream of batches into tables of ``n_rows`` rows (the last may be shorter), whatever the batches' sizes."""
+    waiting: list[pa.RecordBatch] = []
+    n_waiting = 0
+    for batch in batches:
+        waiting.append(batch.cast(schema))
+        n_waiting += batch.num_rows
+        while n_waiting >= n_rows:
+            table = pa.Table.from_batches(waiting, schema=schema)
+            yield table.slice(0, n_rows).combine_chunks()
+            waiting, n_waiting = table.slice(n_rows).to_batches(), n_waiting - n_rows
+    if n_waiting:
+        yield pa.Table.from_batches(waiting, schema=schema).combine_chunks()
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
+    """Return a Parquet file, or some of its columns and rows, as an Arrow table.
+
+    Row groups without a row that ``where`` asks for are not read. Raises ArtifactMissing or ArtifactCorrupt.
+    """
+    try:
+        return pq.read_table(path, columns=list(columns) if columns is not None else None, filters=where)
+    except FileNotFoundError as error:
+        raise ArtifactMissing(f"{path}: there is no such table; run the command that makes it") from error
+    except pa.ArrowInvalid as error:
+        raise ArtifactCorrupt(f"{path}: cannot be read as Parquet ({error}); restore it or rebuild it") from error
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """Return the schema of a Parquet file, with the meanings of its columns."""
+    return pq.read_schema(path)

@@ -1,0 +1,19 @@
+"""Settings of the test session: no network, one thread, the same random examples every time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import hypothesis
+
+# Set on import, before any test module imports numpy, torch or datasets: they read these once. Child processes
+# inherit them.
+_HUB_CACHE = tempfile.TemporaryDirectory(prefix="hub-cache-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _HUB_CACHE.name  # neither reads nor fills the developer's own cache
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
