@@ -1,0 +1,205 @@
+"""What training does to weights: it learns, keeps its constraints, and stops on numbers that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from storage.cache_format import Site
+from storage.errors import NonFiniteActivation, SettingsError
+from storage.statistics import SiteStatistics
+from training.architectures import Architecture, ReLU, TopK
+from training.batches import Batch
+from training.build import build_run
+from training.metrics import JsonLines
+from training.run import TrainingRun
+from training.session import snapshot_steps
+from training.settings import TrainSettings
+from training.step import resolve_precision
+from training.trainer import Duty, every, train
+
+WIDTH = 16
+N_PLANTED = 32
+
+
+class PlantedRows:
+    """An endless stream of sparse sums of planted directions: 2 of 32 per row, inputs and outputs alike."""
+
+    d_in = d_out = WIDTH
+
+    def __init__(self, *, batch_rows: int = 256, offset: float = 0.0) -> None:
+        directions = np.random.Generator(np.random.Philox(100)).standard_normal((N_PLANTED, WIDTH))
+        self.directions = (directions / np.linalg.norm(directions, axis=1, keepdims=True)).astype(np.float32)
+        self.batch_rows = batch_rows
+        self.offset = offset
+        self.n_served = 0
+
+    def next_batch(self) -> Batch:
+        rng = np.random.Generator(np.random.Philox([self.n_served, 7]))
+        self.n_served += 1
+        chosen = rng.random((self.batch_rows, N_PLANTED)).argsort(axis=1)[:, :2]
+        coefficients = np.zeros((self.batch_rows, N_PLANTED), np.float32)
+        np.put_along_axis(coefficients, chosen, rng.uniform(0.5, 1.5, chosen.shape).astype(np.float32), axis=1)
+        rows = torch.from_numpy(coefficients @ self.directions + self.offset)
+        return Batch(rows, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n_served": self.n_served}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.n_served = state["n_served"]
+
+
+def statistics_of(rows: Tensor) -> SiteStatistics:
+    statistics = SiteStatistics(rows.shape[1])
+    statistics.add(rows.numpy())
+    return statistics
+
+
+def build(stream: PlantedRows, architecture: Architecture, n_steps: int, **settings: Any) -> TrainingRun:
+    site = Site("planted", "hook", "hook", WIDTH, WIDTH, "float32")
+    sample = stream.next_batch().inputs
+    return build_run(
+        TrainSettings(architecture=architecture, **settings),
+        site,
+        {"in": statistics_of(sample)},
+        n_steps=n_steps,
+        device=torch.device("cpu"),
+        precision="float32",
+    )
+
+
+@pytest.mark.parametrize("architecture", [TopK(k=2), ReLU(l1=0.3)], ids=["topk", "relu"])
+def test_planted_directions_are_recovered(architecture: Architecture) -> None:
+    stream = PlantedRows()
+    run = build(stream, architecture, 800, d_sae=64, lr=5e-3)
+    train(stream, [run], [], n_steps=800)
+    similarities = torch.from_numpy(stream.directions) @ run.transcoder.W_dec.detach().T
+    assert float(similarities.max(dim=1).values.mean()) >= 0.9
+
+
+def test_decoder_rows_have_unit_norm_after_every_step() -> None:
+    stream = PlantedRows(batch_rows=32)
+    run = build(stream, TopK(k=2), 5, d_sae=8, lr=0.1)
+
+    def check(step: int) -> None:
+        norms = torch.linalg.vector_norm(run.transcoder.W_dec.detach(), dim=1)
+        assert torch.allclose(norms, torch.ones(8), atol=1e-6), step
+
+    train(stream, [run], [Duty(every(1), check)], n_steps=5)
+
+
+def test_several_runs_share_a_stream_and_get_what_each_would_alone() -> None:
+    together = PlantedRows(batch_rows=32)
+    runs = [build(PlantedRows(batch_rows=32), TopK(k=k), 10, d_sae=8) for k in (1, 2)]
+    train(together, runs, [], n_steps=10)
+    alone = build(PlantedRows(batch_rows=32), TopK(k=2), 10, d_sae=8)
+    train(PlantedRows(batch_rows=32), [alone], [], n_steps=10)
+    assert torch.equal(runs[1].transcoder.W_enc, alone.transcoder.W_enc)
+    assert not torch.equal(runs[0].transcoder.W_enc, alone.transcoder.W_enc)
+
+
+def test_an_input_far_from_zero_is_learnt_as_well_as_a_centred_one() -> None:
+    losses = []
+    for offset in (0.0, 10.0):
+        stream = PlantedRows(offset=offset)
+        run = build(stream, TopK(k=2), 100, d_sae=64, lr=5e-3)
+        train(stream, [run], [], n_steps=100)
+        assert run.latest is not None
+        losses.append(float(run.latest.losses["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_clipping_bounds_the_gradient_that_adam_sees() -> None:
+    run = build(PlantedRows(), TopK(k=2), 1, d_sae=8, gradient_clip=1e-3)
+    run.step(PlantedRows().next_batch())
+    gradients = [parameter.grad for parameter in run.transcoder.parameters() if parameter.grad is not None]
+    assert float(torch.cat([gradient.flatten() for gradient in gradients]).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_learning_rate_follows_the_schedule_from_its_first_step() -> None:
+    run = build(PlantedRows(), TopK(k=2), 100, d_sae=8, lr=0.1, warmup_steps=4, decay_steps=0)
+    stream = PlantedRows()
+    rates: list[float] = []
+    train(stream, [run], [Duty(every(1), lambda _: rates.append(run.latest_lr))], n_steps=5)
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+
+
+def test_a_nan_stops_training_before_it_reaches_the_weights() -> None:
+    run = build(PlantedRows(), TopK(k=2), 10, d_sae=8)
+    before = run.transcoder.W_enc.detach().clone()
+    rows = torch.full((4, WIDTH), torch.nan)
+    with pytest.raises(NonFiniteActivation, match="step 1"):
+        run.step(Batch(rows, rows))
+    assert torch.equal(run.transcoder.W_enc, before)
+
+
+def test_statistics_that_are_not_finite_are_refused_before_training() -> None:
+    site = Site("mlp", "a", "b", 2, 2, "float32")
+    bad = statistics_of(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    bad.total[0] = np.nan
+    good = statistics_of(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    with pytest.raises(NonFiniteActivation, match="mlp/in"):
+        build_run(
+            TrainSettings(), site, {"in": bad, "out": good}, n_steps=1, device=torch.device("cpu"), precision="float32"
+        )
+
+
+def test_activations_that_never_vary_are_refused_before_training() -> None:
+    site = Site("mlp", "a", "b", 2, 2, "float32")
+    constant = statistics_of(torch.full((100, 2), 0.1))
+    varying = statistics_of(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    with pytest.raises(SettingsError, match="mlp/out: all rows are equal"):
+        build_run(
+            TrainSettings(),
+            site,
+            {"in": varying, "out": constant},
+            n_steps=1,
+            device=torch.device("cpu"),
+            precision="float32",
+        )
+
+
+def test_bfloat16_products_change_the_result_by_their_rounding_only() -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        run = build_run(
+            TrainSettings(architecture=ReLU(), d_sae=32),
+            Site("planted", "hook", "hook", WIDTH, WIDTH, "float32"),
+            {"in": statistics_of(PlantedRows().next_batch().inputs)},
+            n_steps=1,
+            device=torch.device("cpu"),
+            precision=precision,
+        )
+        run.step(PlantedRows().next_batch())
+        assert run.latest is not None
+        losses[precision] = float(run.latest.losses["loss"])
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2**-6)  # bfloat16 keeps 8 bits
+
+
+def test_an_explicit_precision_is_taken_as_it_is() -> None:
+    assert resolve_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+    assert resolve_precision("auto", torch.device("meta")) == "float32"
+
+
+def test_snapshots_are_evenly_spaced_inside_the_run() -> None:
+    assert snapshot_steps(3, 60) == [15, 30, 45]
+    assert snapshot_steps(0, 60) == []
+    assert snapshot_steps(5, 3) == [1, 2]
+
+
+def test_a_log_is_cut_back_to_what_its_checkpoint_knew(tmp_path: Path) -> None:
+    with JsonLines(tmp_path / "log") as log:
+        log.write({"step": 1})
+        n_bytes = log.commit()
+        log.write({"step": 2})
+    with JsonLines(tmp_path / "log", n_bytes) as log:
+        log.write({"step": 3})
+    assert (tmp_path / "log").read_text() == '{"step": 1}\n{"step": 3}\n'

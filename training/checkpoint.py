@@ -1,0 +1,100 @@
+"""Everything a run needs to continue bit for bit, in one file that appears whole or not at all.
+
+A checkpoint is a safetensors file whose header also carries the run's JSON state: no pickle, and weights and position
+cannot come from different steps. There is no random state to keep: every draw is derived from (seed, purpose, index).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from storage.artifact import sync_directory
+from storage.errors import ArtifactCorrupt, StorageFull
+
+KEPT = 2
+"""Newest checkpoints kept, so that a damaged last one costs only its interval."""
+_STATE = "state"
+
+
+class Checkpoint(NamedTuple):
+    """A run at a step: tensors by name and JSON state."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file so that ``path`` holds its old bytes or all the new ones.
+
+    Raises StorageFull if the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_directory(path.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise StorageFull(
+            f"{path}: cannot be written ({error}). Training up to the last checkpoint is kept: free some space or fix "
+            "the permissions, then run the same command again to continue"
+        ) from error
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a directory of their own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, then remove all but the newest ``KEPT``."""
+        state = {_STATE: json.dumps(checkpoint.state, sort_keys=True, allow_nan=False)}
+        write_tensors(self._path(checkpoint.step), checkpoint.tensors, state)
+        for old in self._paths()[:-KEPT]:
+            old.unlink()
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest checkpoint, or None if there is none.
+
+        Raises ArtifactCorrupt if it cannot be read; deleting the file named falls back to the one before.
+        """
+        paths = self._paths()
+        if not paths:
+            return None
+        path = paths[-1]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                state = json.loads(file.metadata()[_STATE])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactCorrupt(
+                f"{path}: is no readable checkpoint ({error}); delete it to continue from the one before it"
+            ) from error
+        return Checkpoint(int(path.stem), tensors, state)
+
+    def clear(self) -> None:
+        """Remove every checkpoint and what a killed writer left: the run is published."""
+        if self._directory.exists():
+            shutil.rmtree(self._directory)
+
+    def _path(self, step: int) -> Path:
+        return self._directory / f"{step:09d}.safetensors"
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._directory.glob("[0-9]*.safetensors"))

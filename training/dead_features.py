@@ -1,0 +1,26 @@
+"""Which features have gone quiet while training.
+
+This counts optimiser steps, on batches that differ; the share of dead features that runs are compared by is the
+held-out one (``training.evaluate``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FiringRecord:
+    """Steps since each feature last fired; 0 for those that fired in the latest batch."""
+
+    def __init__(self, d_sae: int, device: torch.device | str = "cpu") -> None:
+        self.steps_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+
+    def update(self, n_active: Tensor) -> None:
+        """Count one step in which feature f fired on ``n_active[f]`` rows."""
+        self.steps_since_fired += 1
+        self.steps_since_fired[n_active > 0] = 0
+
+    def dead(self, after_steps: int) -> Tensor:
+        """Return which features (d_sae,) have not fired in the last ``after_steps`` steps."""
+        return self.steps_since_fired >= after_steps

@@ -1,0 +1,94 @@
+"""Every decision that changes the transcoder a run makes. Devices, threads and paths are arguments of the stage."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from storage.settings import Quantity, Settings
+from training.architectures import AnyArchitecture, TopK
+from training.normalisation import NormalisationKind
+from training.objectives import ObjectiveKind
+from training.schedule import Schedule
+
+
+class TrainSettings(Settings):
+    """Settings of ``pipeline train``."""
+
+    site: str | None = None
+    """Site of the cache to train on, e.g. layer8; may be left out if the cache has only one."""
+
+    architecture: AnyArchitecture = TopK()
+    """Kind of transcoder and its own settings."""
+    expansion: PositiveInt = 32
+    """Number of features as a multiple of d_in."""
+    d_sae: Quantity | None = Field(default=None, ge=1)
+    """Number of features; used instead of expansion."""
+
+    epochs: PositiveFloat | None = None
+    """Passes over the training rows; 1 unless steps, rows or this is given."""
+    rows: Quantity | None = Field(default=None, ge=1)
+    """Length of training in rows, e.g. 60M; more than the cache holds means further epochs."""
+    steps: Quantity | None = Field(default=None, ge=1)
+    """Length of training in optimiser steps."""
+    batch_rows: Quantity = Field(default=4096, ge=1)
+    """Rows per optimiser step."""
+
+    lr: PositiveFloat = 4e-4
+    """Learning rate of Adam once warm-up is over, on normalised activations."""
+    warmup_steps: Quantity | None = Field(default=None, ge=0)
+    """Steps over which the learning rate rises linearly; by default a twentieth of all, at most 1000."""
+    decay_steps: Quantity | None = Field(default=None, ge=0)
+    """Steps at the end over which it falls linearly to zero; by default a fifth of all. 0 keeps it constant."""
+    gradient_clip: PositiveFloat | None = None
+    """Largest norm of the whole gradient; not clipped by default."""
+
+    normalisation: NormalisationKind = "standard"
+    """What brings activations to one scale: standard (centre, divide by RMS), rms (divide only) or none."""
+    reconstruction: ObjectiveKind = "variance"
+    """Loss: squared error over the outputs' variance, or the reference's squared error over each row's norm."""
+    encoder_scale: PositiveFloat = 1.0
+    """Length of the encoder's rows at the start."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; auto is bfloat16 where the device has instructions for it."""
+
+    log_every: Quantity = Field(default=50, ge=1)
+    """Steps between lines of training losses in metrics.jsonl."""
+    evaluate_every: Quantity = Field(default=1000, ge=1)
+    """Steps between scores on held-out rows; there is always one at the end, over all of them."""
+    evaluation_rows: Quantity = Field(default=65_536, ge=1)
+    """Held-out rows used before the end."""
+    dead_after_steps: Quantity = Field(default=1000, ge=1)
+    """Steps without firing after which the training log counts a feature as dead."""
+    snapshots: Quantity = Field(default=0, ge=0)
+    """Evenly spaced copies of the transcoder kept from the way to the end."""
+    seed: int = Field(default=0, ge=0)
+    """Decides initial weights and the order of rows."""
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        lengths = [name for name in ("epochs", "rows", "steps") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            raise ValueError(f"{' and '.join(lengths)} all set the length of training; give one of them")
+        if self.d_sae is not None and "expansion" in self.model_fields_set:
+            raise ValueError("expansion and d_sae both set the number of features; give one of them")
+        return self
+
+    def n_features(self, d_in: int) -> int:
+        """Return d_sae for inputs of width ``d_in``."""
+        return self.d_sae if self.d_sae is not None else self.expansion * d_in
+
+    def n_steps(self, n_rows: int, n_steps_per_epoch: int) -> int:
+        """Return the number of optimiser steps on a split of ``n_rows`` rows: the first that reaches the length."""
+        if self.steps is not None:
+            return self.steps
+        if self.rows is not None:
+            return -(-self.rows // min(self.batch_rows, n_rows))
+        return max(1, round((self.epochs or 1) * n_steps_per_epoch))
+
+    def schedule(self, n_steps: int) -> Schedule:
+        """Return the learning-rate schedule of a run of ``n_steps``."""
+        warmup = min(1000, n_steps // 20) if self.warmup_steps is None else self.warmup_steps
+        decay = n_steps // 5 if self.decay_steps is None else self.decay_steps
+        return Schedule(n_steps, warmup, decay)

@@ -1,0 +1,77 @@
+"""A published transcoder: how it lies on disk, and how to have it back without the cache it was trained on.
+
+Weights on disk are folded: they take the language model's own activations and give its own outputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from storage.artifact import read_manifest
+from storage.errors import ArtifactCorrupt, ArtifactMismatch
+from training.architectures import AnyArchitecture
+from training.architectures.base import Architecture, Transcoder
+from training.checkpoint import write_tensors
+
+__all__ = ["KIND", "WEIGHTS", "Transcoder", "load_transcoder", "read_transcoder_manifest", "save_weights"]
+
+KIND = "transcoder"
+"""The artifact's kind."""
+FORMAT_VERSION = 1
+"""Raised when a reader of the old version could not read the new one."""
+WEIGHTS = "weights.safetensors"
+METRICS = "metrics.jsonl"
+TIMING = "timing.jsonl"
+SNAPSHOTS = "snapshots"
+CHECKPOINTS = "checkpoints"
+
+_ARCHITECTURES: TypeAdapter[Architecture] = TypeAdapter(AnyArchitecture)
+
+
+def save_weights(path: Path, transcoder: Transcoder) -> None:
+    """Write the weights of a folded transcoder."""
+    assert transcoder.b_dec is None, "only a folded transcoder is published"
+    write_tensors(path, transcoder.state_dict())
+
+
+def read_transcoder_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a transcoder; the errors are those of ``storage.artifact.read_manifest``."""
+    manifest = read_manifest(path, KIND)
+    if manifest["format"] != FORMAT_VERSION:
+        raise ArtifactMismatch(
+            f"{path}: has format {manifest['format']}, this version reads {FORMAT_VERSION}; "
+            "use the version that made it"
+        )
+    return manifest
+
+
+def load_transcoder(path: Path | str, weights: str = WEIGHTS) -> Transcoder:
+    """Load a published transcoder on the CPU, in evaluation mode; ``weights`` may name one of its snapshots.
+
+    Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
+    """
+    path = Path(path)
+    manifest = read_transcoder_manifest(path)
+    site = manifest["site"]
+    try:
+        architecture = _ARCHITECTURES.validate_python(manifest["architecture"])
+        transcoder = architecture.build(site["d_in"], site["d_out"], manifest["d_sae"])
+        transcoder.b_dec = None
+        transcoder.load_state_dict(load_file(path / weights))
+    except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
+        raise ArtifactCorrupt(
+            f"{path / weights}: does not hold the weights its manifest describes ({error}); "
+            "restore the file or train again"
+        ) from error
+    return transcoder.eval().requires_grad_(False)
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of what computed the weights."""
+    return {"torch": torch.__version__.split("+")[0]}
