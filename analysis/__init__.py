@@ -1,0 +1,1 @@
+"""What a transcoder means: feature tables, evaluation, dashboards and circuits. Loads no language model."""

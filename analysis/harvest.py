@@ -1,0 +1,140 @@
+"""One pass over a split: every accumulator that any table needs sees every block once.
+
+A harvest covers a run of units. Harvests of consecutive runs merge into what one long pass would have given, to the
+bit, so units can be shared among workers in any way. A harvest holds numbers only (no model, no open file) and can
+be pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from analysis.block import Block, Coder
+from analysis.rows import RowBlock, TokenOrderSplit, iter_blocks
+from storage.errors import ActionableError
+from training.batches import as_tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The decisions that shape a harvest."""
+
+    n_rows: int | None = None
+    """Rows from the start of the split; None for all."""
+    block_rows: int = 2048
+    n_examples: int = 20
+    window_before: int = 24
+    window_after: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is analysed: a transcoder and the rows it is shown."""
+
+    coder: Coder
+    split: TokenOrderSplit
+    split_name: str
+    site: str
+    output_mean: NDArray[np.float64]
+    """(d_out,) roughly the mean output; see ``RowTotals``."""
+    vocabulary: Sequence[str]
+    """Token id → its text."""
+    device: torch.device | str = "cpu"
+
+
+class Accumulator(Protocol):
+    """Something counted in the pass. Blocks of a unit come in row order; ``merge`` appends units that come later."""
+
+    @classmethod
+    def start(cls, subject: Subject, plan: Plan, first_unit: int, /) -> Self:
+        """Return an empty accumulator for a harvest that begins at ``first_unit``."""
+        ...
+
+    def add(self, block: Block, /) -> None:
+        """Count a block."""
+        ...
+
+    def end_unit(self) -> None:
+        """Note that a unit is complete: float sums are closed here."""
+        ...
+
+    def merge(self, later: Any, /) -> None:
+        """Add an accumulator of the same class over the units that follow."""
+        ...
+
+
+AnyAccumulator = TypeVar("AnyAccumulator", bound=Accumulator)
+
+
+class Harvest:
+    """The accumulators of a run of consecutive units, found by their class."""
+
+    def __init__(self, kinds: Sequence[type[Accumulator]], subject: Subject, plan: Plan, first_unit: int = 0) -> None:
+        self.units = range(first_unit, first_unit)
+        self._accumulators = {kind: kind.start(subject, plan, first_unit) for kind in kinds}
+
+    def __getitem__(self, kind: type[AnyAccumulator]) -> AnyAccumulator:
+        found = self._accumulators[kind]
+        assert isinstance(found, kind)
+        return found
+
+    def add(self, block: Block) -> None:
+        """Let every accumulator count a block of the unit that is open."""
+        for accumulator in self._accumulators.values():
+            accumulator.add(block)
+
+    def end_unit(self) -> None:
+        """Close the open unit in every accumulator."""
+        for accumulator in self._accumulators.values():
+            accumulator.end_unit()
+        self.units = range(self.units.start, self.units.stop + 1)
+
+    def merge(self, later: Harvest) -> None:
+        """Append the harvest of the units that follow ours."""
+        assert later.units.start == self.units.stop, "harvests merge in unit order"
+        for kind, accumulator in self._accumulators.items():
+            accumulator.merge(later._accumulators[kind])
+        self.units = range(self.units.start, later.units.stop)
+
+
+def gather(
+    subject: Subject,
+    plan: Plan,
+    kinds: Sequence[type[Accumulator]],
+    *,
+    units: range | None = None,
+    progress: Callable[[int], object] = int,
+) -> Harvest:
+    """Harvest ``units`` (default: all of the split); ``progress`` is told the rows of every block done.
+
+    Memory: a unit of activations, ``plan.block_rows`` × d_sae of float32, and the accumulators.
+    Raises ActionableError for a split without rows, NonFiniteActivation where the transcoder or the cache holds one.
+    """
+    if subject.split.n_rows == 0:
+        raise ActionableError(
+            f"split {subject.split_name!r} has no rows to analyse; choose the other split, or make a cache that has it"
+        )
+    units = units if units is not None else range(subject.split.n_units)
+    harvest = Harvest(kinds, subject, plan, units.start)
+    keys = [f"{subject.site}/in", f"{subject.site}/out"]
+    blocks = iter_blocks(subject.split, keys, block_rows=plan.block_rows, n_rows=plan.n_rows, units=units)
+    for rows in blocks:
+        while harvest.units.stop < rows.unit:
+            harvest.end_unit()
+        with torch.inference_mode():
+            harvest.add(_open_block(subject, rows, keys))
+        progress(rows.n_rows)
+    while harvest.units.stop < units.stop:
+        harvest.end_unit()
+    return harvest
+
+
+def _open_block(subject: Subject, rows: RowBlock, keys: list[str]) -> Block:
+    inputs, outputs = (as_tensor(rows.arrays[key], subject.split.dtype(key)).to(subject.device).float() for key in keys)
+    return Block(rows, inputs, outputs, subject.coder)

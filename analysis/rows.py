@@ -1,0 +1,194 @@
+"""Rows of a split as blocks of whole contexts, in token order: what one pass over a cache reads.
+
+A storage unit may begin and end in mid-context, so the edges of units and blocks differ: **a context belongs to the
+unit in which the next context begins** (the last one, to the last unit). The rows of a unit's last context are carried
+into the next unit even where they happen to be complete, because nothing in the unit says that they are. The blocks of
+a unit are a function of the split and the settings alone, so units read by different workers give the blocks of one
+long pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class TokenOrderSplit(Protocol):
+    """The part of a cache's split that analysis reads; ``storage`` implements it."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the split."""
+        ...
+
+    @property
+    def n_units(self) -> int:
+        """Units of the split."""
+        ...
+
+    def first_row(self, u: int, /) -> int:
+        """Return the index in token order of the first row of unit ``u``."""
+        ...
+
+    def read_unit(self, u: int, keys: Sequence[str], /) -> dict[str, NDArray[np.generic]]:
+        """Return the rows of unit ``u`` sorted by (context, position)."""
+        ...
+
+    def dtype(self, key: str, /) -> str:
+        """Return the stored dtype of an array, e.g. ``bfloat16`` for what arrives as uint16."""
+        ...
+
+    def context_tokens(self, context_ids: NDArray[np.integer], /) -> NDArray[np.int32]:
+        """Return the token ids (contexts, positions) of contexts."""
+        ...
+
+    def context_documents(self, context_ids: NDArray[np.integer], /) -> NDArray[np.uint32]:
+        """Return the document ids (contexts, positions) of contexts."""
+        ...
+
+
+class RowBlock(NamedTuple):
+    """Consecutive rows of whole contexts. ``arrays`` holds what was asked for, in the dtype storage gave."""
+
+    unit: int
+    """The unit that the block's contexts belong to."""
+    first_row: int
+    """Index in token order of the block's first row."""
+    context: NDArray[np.int64]
+    """(rows,) context id, ascending."""
+    position: NDArray[np.int64]
+    """(rows,) position in the context; ascending within a context, with gaps where rows were left out."""
+    arrays: dict[str, NDArray[np.generic]]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the block."""
+        return len(self.context)
+
+
+class _Rows(NamedTuple):
+    """A run of rows in token order."""
+
+    first_row: int
+    arrays: dict[str, NDArray[np.generic]]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.arrays["context"])
+
+    def cut(self, start: int, stop: int) -> _Rows:
+        return _Rows(self.first_row + start, {key: array[start:stop] for key, array in self.arrays.items()})
+
+    def joined(self, later: _Rows) -> _Rows:
+        arrays = {key: np.concatenate([array, later.arrays[key]]) for key, array in self.arrays.items()}
+        return _Rows(self.first_row, arrays)
+
+
+def iter_blocks(
+    split: TokenOrderSplit,
+    keys: Sequence[str],
+    *,
+    block_rows: int,
+    n_rows: int | None = None,
+    units: range | None = None,
+) -> Iterator[RowBlock]:
+    """Yield the blocks of ``units`` (default: all), each at most ``block_rows`` rows or a single longer context.
+
+    Only the first ``n_rows`` rows of the split are read, where given. A worker that begins at unit u reads the end
+    of unit u - 1 too. Memory: one unit of the arrays asked for.
+    """
+    assert block_rows >= 1
+    n_rows = min(n_rows or split.n_rows, split.n_rows)
+    units = units if units is not None else range(split.n_units)
+    wanted = [*dict.fromkeys([*keys, "context", "position"])]
+    carry = _load_carry(split, wanted, units.start, n_rows) if len(units) else None
+    for unit in units:
+        rows = _load(split, unit, wanted, n_rows)
+        is_last = unit + 1 == split.n_units or split.first_row(unit + 1) >= n_rows
+        if rows is None:
+            return
+        kept = rows.n_rows if is_last else _last_context_start(rows)
+        if kept == 0 and carry is not None and _is_same_context(carry, rows):
+            carry = carry.joined(rows)
+            continue
+        yield from _cut_blocks(unit, carry, rows.cut(0, kept), keys, block_rows)
+        carry = None if is_last else _copied(rows.cut(kept, rows.n_rows))
+
+
+def _load(split: TokenOrderSplit, unit: int, keys: Sequence[str], n_rows: int) -> _Rows | None:
+    """Read a unit, short of the rows beyond ``n_rows``; None if it has none before."""
+    first_row = split.first_row(unit)
+    if first_row >= n_rows:
+        return None
+    rows = _Rows(first_row, split.read_unit(unit, keys))
+    return rows.cut(0, min(rows.n_rows, n_rows - first_row))
+
+
+def _load_carry(split: TokenOrderSplit, keys: Sequence[str], unit: int, n_rows: int) -> _Rows | None:
+    """Return what a pass from the start would carry into ``unit``: the last context of the unit before it."""
+    carry: _Rows | None = None
+    for earlier in reversed(range(unit)):
+        rows = _load(split, earlier, keys, n_rows)
+        if rows is None:
+            return None
+        if carry is not None and not _is_same_context(rows, carry):
+            break
+        start = _last_context_start(rows)
+        tail = rows.cut(start, rows.n_rows)
+        carry = tail if carry is None else tail.joined(carry)
+        if start > 0:
+            break
+    return carry
+
+
+def _copied(rows: _Rows) -> _Rows:
+    """Copy a few rows out of a unit, so that the unit's memory can go."""
+    return _Rows(rows.first_row, {key: array.copy() for key, array in rows.arrays.items()})
+
+
+def _last_context_start(rows: _Rows) -> int:
+    contexts = rows.arrays["context"]
+    return int(np.searchsorted(contexts, contexts[-1], side="left"))
+
+
+def _is_same_context(earlier: _Rows, later: _Rows) -> bool:
+    return bool(earlier.arrays["context"][-1] == later.arrays["context"][0])
+
+
+def _cut_blocks(
+    unit: int, carry: _Rows | None, rows: _Rows, keys: Sequence[str], block_rows: int
+) -> Iterator[RowBlock]:
+    """Cut ``carry`` followed by ``rows`` at context edges, copying only the block that holds the carry."""
+    pieces = [piece for piece in (carry, rows) if piece is not None and piece.n_rows]
+    if not pieces:
+        return
+    n_carry = pieces[0].n_rows if len(pieces) == 2 else 0
+    edges = block_edges(np.concatenate([piece.arrays["context"] for piece in pieces]), block_rows)
+    for start, stop in pairwise(edges):
+        if start >= n_carry:
+            block = pieces[-1].cut(start - n_carry, stop - n_carry)
+        elif stop <= n_carry:
+            block = pieces[0].cut(start, stop)
+        else:
+            block = pieces[0].cut(start, n_carry).joined(pieces[1].cut(0, stop - n_carry))
+        contexts, positions = (block.arrays[key].astype(np.int64) for key in ("context", "position"))
+        yield RowBlock(unit, block.first_row, contexts, positions, {key: block.arrays[key] for key in keys})
+
+
+def block_edges(contexts: NDArray[np.generic], block_rows: int) -> list[int]:
+    """Return where to cut rows with these context ids: as many whole contexts as fit into ``block_rows``, at least one.
+
+    Starts with 0 and ends with the number of rows.
+    """
+    starts = np.flatnonzero(np.concatenate([[True], contexts[1:] != contexts[:-1]]))
+    ends = np.append(starts[1:], len(contexts))
+    edges = [0]
+    while edges[-1] < len(contexts):
+        first_end = np.searchsorted(ends, edges[-1], side="right")
+        last_fitting_end = np.searchsorted(ends, edges[-1] + block_rows, side="right") - 1
+        edges.append(int(ends[max(first_end, last_fitting_end)]))
+    return edges

@@ -1,0 +1,12 @@
+"""Write the page that documents the tables: ``python -m analysis.tables docs/tables.md``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from analysis.table import tables_page
+from analysis.tables import TABLES
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(tables_page(TABLES))

@@ -1,0 +1,178 @@
+"""``features``: one row per feature, dead ones included, so that row number and feature agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from analysis.contexts import tokens_at
+from analysis.examples import Examples, TopExamples
+from analysis.features import FeatureTotals
+from analysis.harvest import Harvest, Plan, Subject
+from analysis.histogram import BINS_PER_OCTAVE, EDGES, QUANTILE_RELATIVE_ERROR, quantiles
+from analysis.reconstruction import RowTotals
+from analysis.table import Table, feature_ranges, list_array, record_batch
+from storage.tables import column
+
+DENSE_FREQUENCY = 0.1
+"""Above this share of rows a feature is called dense."""
+
+_PERCENTS = (10, 50, 90, 99)
+_ACTIVATION = "activation"
+
+SCHEMA = pa.schema(
+    [
+        column("feature", pa.int32(), "index of the feature, also the row number"),
+        column("frequency", pa.float64(), "share of rows on which it is active"),
+        column("log10_frequency", pa.float64(), "log₁₀ of frequency; null if dead", nullable=True),
+        column("n_active", pa.int64(), "rows on which it is active", unit="rows"),
+        column("mean", pa.float64(), "mean over active rows", unit=_ACTIVATION, nullable=True),
+        column("std", pa.float64(), "population standard deviation, active rows", unit=_ACTIVATION, nullable=True),
+        column("max", pa.float32(), "largest activation", unit=_ACTIVATION, nullable=True),
+        *(
+            column(
+                f"p{percent}",
+                pa.float64(),
+                f"{percent}th percentile (nearest rank) over active rows, within {QUANTILE_RELATIVE_ERROR:.1%} of it",
+                unit=_ACTIVATION,
+                nullable=True,
+            )
+            for percent in _PERCENTS
+        ),
+        column(
+            "histogram",
+            pa.list_(pa.int64()),
+            f"active rows per bin, {BINS_PER_OCTAVE} bins per doubling, from the first bin in use to the last",
+            unit="rows",
+        ),
+        column(
+            "histogram_edges",
+            pa.list_(pa.float32()),
+            "edges of these bins, one more than bins; a bin holds its low edge and not its high one",
+            unit=_ACTIVATION,
+        ),
+        column("decoder_norm", pa.float64(), "L2 norm of the decoder row", unit="output per activation"),
+        column("encoder_norm", pa.float64(), "L2 norm of the encoder row", unit="activation per input"),
+        column("encoder_bias", pa.float64(), "encoder bias", unit=_ACTIVATION),
+        column("is_dead", pa.bool_(), "whether it was active on no row"),
+        column("is_dense", pa.bool_(), f"whether frequency is above {DENSE_FREQUENCY:g}"),
+        column(
+            "top_token_id",
+            pa.int32(),
+            "token most frequent among its examples (of equally frequent ones, that of the stronger); null if dead",
+            nullable=True,
+        ),
+        column("top_token", pa.string(), "text of that token", nullable=True),
+        column("top_token_share", pa.float64(), "share of its examples at that token", nullable=True),
+    ]
+)
+
+
+def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.RecordBatch]:  # noqa: ARG001 - a table's signature
+    """Make the rows, a run of features at a time."""
+    totals, n_rows = harvest[FeatureTotals], harvest[RowTotals].n_rows
+    statistics = {"mean": totals.mean(), "std": totals.standard_deviation(), **_weights(subject)}
+    examples = harvest[TopExamples].kept
+    for features in feature_ranges(subject.coder.d_sae):
+        chosen = slice(features.start, features.stop)
+        n_active, counts = totals.n_active[chosen], totals.histogram[chosen]
+        largest = totals.maximum[chosen]
+        is_dead = n_active == 0
+        frequency = n_active / n_rows
+        found = quantiles(counts, tuple(percent / 100 for percent in _PERCENTS), largest)
+        columns = {
+            "feature": np.arange(features.start, features.stop),
+            "frequency": frequency,
+            "log10_frequency": np.log10(frequency, out=np.full(len(frequency), np.nan), where=~is_dead),
+            "n_active": n_active,
+            "max": np.where(is_dead, np.float32(np.nan), largest),
+            **{f"p{percent}": found[:, index] for index, percent in enumerate(_PERCENTS)},
+            **_trimmed_histograms(counts),
+            **{name: values[chosen] for name, values in statistics.items()},
+            "is_dead": is_dead,
+            "is_dense": frequency > DENSE_FREQUENCY,
+            **_top_tokens(examples, features, subject),
+        }
+        yield record_batch(SCHEMA, columns)
+
+
+def _weights(subject: Subject) -> dict[str, NDArray[np.float64]]:
+    encoder, decoder, bias = (
+        weight.detach().cpu().double().numpy()
+        for weight in (subject.coder.W_enc, subject.coder.W_dec, subject.coder.b_enc)
+    )
+    return {
+        "decoder_norm": np.sqrt(np.square(decoder).sum(axis=1)),
+        "encoder_norm": np.sqrt(np.square(encoder).sum(axis=1)),
+        "encoder_bias": bias,
+    }
+
+
+def _trimmed_histograms(counts: NDArray[np.int64]) -> dict[str, pa.Array]:
+    """Cut the empty bins off both ends of each histogram; a dead feature keeps no bin and no edge."""
+    used = counts > 0
+    is_alive = counts.sum(axis=1) > 0
+    first = np.where(is_alive, used.argmax(axis=1), 0)
+    last = np.where(is_alive, counts.shape[1] - used[:, ::-1].argmax(axis=1), 0)
+    bins = np.arange(counts.shape[1])
+    is_kept = (bins >= first[:, None]) & (bins < last[:, None])
+    edges = np.arange(counts.shape[1] + 1)
+    is_kept_edge = (edges >= first[:, None]) & (edges <= last[:, None]) & is_alive[:, None]
+    return {
+        "histogram": list_array(pa.array(counts[is_kept]), is_kept.sum(axis=1)),
+        "histogram_edges": list_array(
+            pa.array(np.broadcast_to(EDGES, is_kept_edge.shape)[is_kept_edge]), is_kept_edge.sum(axis=1)
+        ),
+    }
+
+
+def _top_tokens(examples: Examples, features: range, subject: Subject) -> dict[str, Any]:
+    """Find the most frequent token among the examples of each feature."""
+    tokens = np.full(len(features), np.nan)
+    shares = np.full(len(features), np.nan)
+    bounds = np.searchsorted(examples.feature, [features.start, features.stop])
+    own = examples.take(np.arange(bounds[0], bounds[1]))
+    if len(own.feature):
+        token = tokens_at(subject.split, own.context, own.position)
+        n_tokens = int(token.max()) + 1
+        pairs, first, n_seen = np.unique(own.feature * n_tokens + token, return_index=True, return_counts=True)
+        feature = pairs // n_tokens
+        order = np.lexsort((first, -n_seen, feature))  # examples are in order of strength
+        _, best = np.unique(feature[order], return_index=True)
+        chosen = order[best]
+        where = feature[chosen] - features.start
+        tokens[where] = pairs[chosen] % n_tokens
+        shares[where] = n_seen[chosen] / np.bincount(own.feature - features.start, minlength=len(features))[where]
+    ids = pa.array(tokens, from_pandas=True).cast(pa.int32())
+    return {
+        "top_token_id": ids,
+        "top_token": pa.array(subject.vocabulary, pa.string()).take(ids),
+        "top_token_share": shares,
+    }
+
+
+TABLE = Table(
+    name="features",
+    meaning=(
+        "One row per feature, dead ones included. Statistics are over the rows where the feature is active and null "
+        "where there are none.\n\n"
+        f"Percentiles come from a histogram of {BINS_PER_OCTAVE} bins per doubling between "
+        f"{EDGES[0]:.3g} and {EDGES[-1]:.0f}: each is within {QUANTILE_RELATIVE_ERROR:.1%} of the exact nearest-rank "
+        "value (`quantile_relative_error` in the file's metadata). Activations outside that range count in the "
+        "outermost bins, where the bound does not hold. Bin edges are the same for all features and all "
+        "transcoders, so histograms can be added."
+    ),
+    schema=SCHEMA,
+    needs=(FeatureTotals, RowTotals, TopExamples),
+    compute=compute,
+    metadata={
+        "quantile_relative_error": f"{QUANTILE_RELATIVE_ERROR:.6f}",
+        "histogram_bins_per_octave": str(BINS_PER_OCTAVE),
+        "histogram_range": f"{EDGES[0]:.9g} {EDGES[-1]:.9g}",
+    },
+    row_group_rows=8192,
+)
