@@ -1,0 +1,90 @@
+"""The command ``pipeline``. Every command is a thin call of a stage's function, loaded only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from storage.errors import ActionableError
+
+COMMANDS = {
+    "cache": "Text in, a shuffled on-disk cache of MLP inputs and outputs out.",
+    "extend": "Add rows to a cache.",
+    "widen": "Add layers to a cache, for the same rows.",
+    "shuffle": "Write one epoch's order as sequential shards (optional).",
+    "verify": "Check bytes, pairs and shuffle of a cache.",
+    "info": "Show a cache, transcoder or tables at a glance.",
+    "train": "Train a transcoder from a cache, without the language model.",
+    "analyze": "Turn a transcoder into tables of features and examples.",
+    "query": "Ask the tables in SQL.",
+    "demo": "Run everything on a small real model and show the result.",
+}
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module only when the command is used: `pipeline query` needs no torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Return the commands in the order data flows through them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Return a command, or None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"pipeline.commands.{cmd_name}").command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find the command that was typed; a wrong name is answered with the right ones."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"no command {args[0]!r}; there are {', '.join(COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer commands without loading them; options are click's business."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the list of commands without loading any."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tailrace", prog_name="pipeline")
+@click.option("--debug", is_flag=True, help="Show tracebacks and debugging output.")
+@click.option("--log-level", default="warning", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.pass_context
+def cli(context: click.Context, debug: bool, log_level: str) -> None:
+    """From text to trained transcoders through an on-disk activation cache."""
+    context.obj = {"debug": debug}
+    level = logging.DEBUG if debug else getattr(logging, log_level.upper())
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors a user can act on are printed without a traceback and exit with 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; run the same command again to continue", err=True)
+        sys.exit(130)
+    except ActionableError as error:
+        if "--debug" in arguments:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)

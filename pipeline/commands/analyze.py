@@ -1,0 +1,50 @@
+"""``pipeline analyze``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline import analyze
+from pipeline.analyze import AnalyzeSettings
+from pipeline.commands import options
+from pipeline.options import read_settings, settings_options
+
+
+@click.command("analyze")
+@click.argument("transcoder", type=options.ARTIFACT)
+@click.option("--cache", required=True, type=options.ARTIFACT, help="Cache to read.")
+@options.out
+@settings_options(AnalyzeSettings)
+@options.device
+@options.threads
+@options.quiet
+def command(
+    transcoder: Path,
+    cache: Path,
+    output: Path,
+    config: Path | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Make tables of TRANSCODER's features, examples and scores in one pass over a cache.
+
+    \b
+    pipeline analyze transcoders/gpt2-l8 --cache caches/gpt2-l8 --out tables/gpt2-l8
+    pipeline query "SELECT feature, frequency, top_token FROM features LIMIT 10" \\
+        --tables tables/gpt2-l8
+    """
+    settings = read_settings(AnalyzeSettings, config, given)
+    result = analyze.run(
+        settings, cache=cache, transcoder=transcoder, output=output, device=device, threads=threads, quiet=quiet
+    )
+    if not quiet:
+        fvu = "" if result.fvu is None else f", FVU {result.fvu:.4f}"
+        click.echo(
+            f"{result.path}: {result.n_features:,} features over {result.n_rows:,} rows, L0 {result.l0:.1f}{fvu}, "
+            f"{result.n_dead:,} dead"
+        )

@@ -1,0 +1,16 @@
+"""Flags that several commands share: where to run and how much to say. They decide nothing about a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+ARTIFACT = click.Path(file_okay=False, path_type=Path)
+"""A directory that holds, or will hold, an artifact."""
+
+out = click.option("--out", "output", required=True, type=ARTIFACT, help="Directory to write.")
+device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
+threads = click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch; by default its own choice.")
+quiet = click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+model_moved = click.option("--model", help="Where the model lies now, if it moved since the cache was made.")

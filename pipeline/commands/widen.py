@@ -1,0 +1,34 @@
+"""``pipeline widen``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline import grow
+from pipeline.commands import options
+from pipeline.commands.cache import show_result
+
+
+@click.command("widen")
+@click.argument("cache", type=options.ARTIFACT)
+@click.option("--layers", help="Layers to add, such as 4,5 or all.")
+@click.option("--hooks", multiple=True, help="Sites to add by hook names: NAME=IN_HOOK:OUT_HOOK. May be repeated.")
+@options.model_moved
+@options.device
+@options.threads
+@options.quiet
+def command(
+    cache: Path,
+    layers: str | None,
+    hooks: tuple[str, ...],
+    model: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Add layers to CACHE for the rows it holds, by running its recorded contexts again."""
+    result = grow.widen(cache, layers, hooks, grow.Place(device, threads, quiet, model))
+    if not quiet:
+        show_result(result)

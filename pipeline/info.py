@@ -1,0 +1,71 @@
+"""``pipeline info``: a cache, a transcoder or tables at a glance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from storage.activation_cache import ActivationCache, open_cache
+from storage.artifact import MANIFEST, REQUEST, read_json, read_sealed
+from storage.cache_format import KIND, PROVENANCE, SPLITS
+from storage.errors import ArtifactMissing
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return what lies at ``path`` as names and values, ready to be printed or dumped as JSON.
+
+    Raises ArtifactMissing if nothing does.
+    """
+    if not (path / MANIFEST).exists():
+        if (path / REQUEST).exists():
+            n_units = len(list((path / "commits").rglob("*-unit-*.json")))
+            return {
+                "state": "unfinished: run the command that makes it again to continue",
+                "finished units": n_units,
+                "request": read_json(path / REQUEST),
+            }
+        raise ArtifactMissing(f"{path}: no cache, transcoder or tables lie here; check the path")
+    manifest = read_sealed(path / MANIFEST)
+    if manifest["kind"] == KIND:
+        return dict(_describe_cache(open_cache(path)))
+    return {name: value for name, value in manifest.items() if name not in ("files", "digest")}
+
+
+def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
+    manifest = cache.manifest
+    yield "kind", manifest["kind"]
+    yield "cache id", f"{cache.cache_id}, generation {cache.generation}"
+    yield "model", f"{manifest['model']['name']} ({manifest['model'].get('dtype', '?')})"
+    yield "text", manifest["text"].get("dataset") or manifest["request"].get("dataset")
+    yield "context length", cache.layout.context_length
+    yield "rows per shard", cache.layout.shard_rows
+    for name in (name for name in SPLITS if name in manifest["splits"]):
+        split = cache.split(name)
+        yield f"{name} rows", split.n_rows
+        yield f"{name} contexts", split.n_contexts
+    sums = cache.split("train").output_statistics()
+    for site in cache.sites.values():
+        statistics = sums[site.name]
+        yield (
+            f"site {site.name}",
+            f"{site.hook_in} ({site.d_in}) -> {site.hook_out} ({site.d_out}), {site.dtype}; "
+            f"mean output norm {statistics.mean_norm:.4g}, "
+            f"largest 1 % of rows hold {statistics.energy_share():.0%} of the output energy",
+        )
+    yield "bytes on disk", _bytes_on_disk(cache.path)
+    yield "provenance", ", ".join(PROVENANCE)
+    epochs = sorted(epoch.name for epoch in (cache.path / "epochs").glob("*") if (epoch / MANIFEST).exists())
+    if epochs:
+        yield "materialised epochs", ", ".join(epochs)
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """Return the bytes of every file, links to the same file counted once."""
+    seen: dict[tuple[int, int], int] = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            status = (Path(folder) / name).stat()
+            seen[status.st_dev, status.st_ino] = status.st_size
+    return sum(seen.values())

@@ -1,0 +1,285 @@
+"""Open a checkpoint through TransformerLens: from the hub or a folder, in a chosen dtype, quietly.
+
+TransformerLens and transformers set log levels, draw progress bars and warn as they are imported and as they load;
+all of it is contained here, so that importing this module changes nothing and loading prints nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import platform
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from storage.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.bpe")
+_NOISY_LOGGERS = ("transformers", "huggingface_hub", "transformer_lens")
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint whose configuration is known and whose weights are not yet read."""
+
+    name: str
+    """A folder, or a name on the hub."""
+    is_local: bool
+    commit: str | None
+    """The hub's commit hash; None for a folder."""
+    config: Any
+
+    @property
+    def revision(self) -> str | None:
+        """What to ask the hub for, so that every file comes from one commit."""
+        return self.commit
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep third-party warnings, progress bars and log lines below errors from the user, for this block only."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [(logger, logger.level) for logger in loggers]
+    # TransformerLens also logs on the root logger. A filter there stops those lines only; a level would stop ours.
+    root = logging.getLogger()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging as transformers_logging
+
+        had_bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        root.addFilter(_is_error)
+        try:
+            yield
+        finally:
+            root.removeFilter(_is_error)
+            for logger, level in levels:
+                logger.setLevel(level)
+            if had_bars:
+                transformers_logging.enable_progress_bar()
+
+
+def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
+    """Read a checkpoint's configuration, and resolve ``revision`` to a commit hash if it is on the hub.
+
+    Raises ModelError if there is none, with near matches for a folder and the way round a missing network.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ModelError(f"model {name}: is a folder and has no revisions; leave out --revision {revision}")
+        _check_folder(folder)
+        return Checkpoint(str(folder), True, None, _read_config(str(folder), None))
+    if _looks_like_path(name):
+        raise ModelError(_no_such_folder(folder))
+    config = _read_config(name, revision)
+    return Checkpoint(name, False, _commit_hash(name, revision), config)
+
+
+def choose_dtype(checkpoint: Checkpoint, wanted: str, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in; ``auto`` is the checkpoint's own, except float16 on a CPU.
+
+    CPUs have no float16 arithmetic: torch emulates it, several times slower than float32, which holds the same
+    weights exactly.
+    """
+    dtype = _checkpoint_dtype(checkpoint) if wanted == "auto" else getattr(torch, wanted)
+    assert isinstance(dtype, torch.dtype)
+    if device.type != "cpu":
+        return dtype
+    if dtype is torch.bfloat16 and _emulates_bfloat16():
+        logger.warning(
+            "this CPU has no bfloat16 arithmetic and emulates it, 2 to 4 times slower than float32; "
+            "--model-dtype float32 computes with the same weights and rounds less"
+        )
+    return torch.float32 if dtype is torch.float16 and wanted == "auto" else dtype
+
+
+def boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, processing: str) -> Any:
+    """Load the weights and return a ``TransformerBridge`` in evaluation mode, without gradients.
+
+    ``processing`` is ``raw`` or ``compatibility`` (norms folded into weights, as ``HookedTransformer`` did).
+    """
+    with quiet():
+        from safetensors import SafetensorError
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            bridge: Any = TransformerBridge.boot_transformers(
+                checkpoint.name, device=str(device), dtype=dtype, revision=checkpoint.revision
+            )
+        except (OSError, ValueError, NotImplementedError, SafetensorError) as error:
+            raise ModelError(f"model {checkpoint.name}: cannot be loaded: {_first_line(error)}") from error
+        if processing == "compatibility":
+            _enable_compatibility(bridge, checkpoint.name)
+    bridge.eval()
+    bridge.requires_grad_(False)
+    return bridge
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def compile_mlps(bridge: Any) -> None:
+    """Compile every MLP with ``torch.compile``; the first batch then takes some seconds longer.
+
+    Only MLPs, from input to output: the hooks between a block's parts would break a larger graph apart.
+    """
+    for block in bridge.blocks:
+        mlp = getattr(getattr(block, "mlp", None), "original_component", None)
+        if mlp is not None:
+            mlp.compile()
+
+
+def parse_device(device: str) -> torch.device:
+    """Return the device named, ``auto`` being a GPU if there is one; raise ModelError if this machine has no such."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device {device!r}: is none; write cpu, cuda or cuda:1") from error
+    n_gpus = torch.cuda.device_count()
+    if parsed.type == "cuda" and (parsed.index or 0) >= n_gpus:
+        raise ModelError(f"device {device!r}: torch sees {n_gpus} CUDA devices here; use --device cpu, or install CUDA")
+    return parsed
+
+
+def _emulates_bfloat16() -> bool:
+    """Tell whether this is an x86 CPU without bfloat16 instructions; measured there on SmolLM2: 3.5 times slower."""
+    return platform.machine() in ("x86_64", "AMD64") and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def _enable_compatibility(bridge: Any, name: str) -> None:
+    try:
+        bridge.enable_compatibility_mode(disable_warnings=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"model {name}: TransformerLens cannot process this architecture's weights: {_first_line(error)}; "
+            "use --processing raw"
+        ) from error
+
+
+def _read_config(name: str, revision: str | None) -> Any:
+    with quiet():
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(name, revision=revision)
+        except (OSError, ValueError) as error:
+            at = f" at revision {revision}" if revision else ""
+            advice = "" if Path(name).is_dir() else _hub_advice(name)
+            raise ModelError(f"model {name}{at}: cannot be opened: {_first_line(error)}{advice}") from error
+
+
+def _hub_advice(name: str) -> str:
+    """Return what to do about a hub name that cannot be opened, with the nearest names that can be meant."""
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    official = next((hub for hub, aliases in MODEL_ALIASES.items() if name in aliases), None)
+    meant = f"\n  TransformerLens once called a model that; its name on the hub is {official}." if official else ""
+    beside = _near_folders(Path(name))
+    folders = f"\n  Folders here with a similar name: {', '.join(beside)}." if beside else ""
+    return (
+        f"{meant}{folders}\n  Check the name. On a machine without network, download the model elsewhere "
+        f"(huggingface-cli download {name} --local-dir FOLDER), copy the folder here and pass --model FOLDER."
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    missing = [] if "config.json" in names else ["config.json"]
+    if not names.intersection(WEIGHT_FILES):
+        missing.append("weights (model.safetensors, or model.safetensors.index.json with its shards)")
+    if not any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER_FILES):
+        # Without this check transformers would make up a tokenizer that knows no word.
+        missing.append("tokenizer (tokenizer.json)")
+    if missing:
+        raise ModelError(
+            f"model {folder}: is not a model in Hugging Face format, it has no {' and no '.join(missing)}; "
+            f"found: {', '.join(sorted(names)[:8]) or 'nothing'}"
+        )
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or name == ""
+
+
+def _no_such_folder(folder: Path) -> str:
+    parent = next((path for path in folder.parents if path.is_dir()), Path())
+    near = _near_folders(folder)
+    return f"model {folder}: no such folder; " + (
+        f"near matches: {', '.join(near)}" if near else f"{parent} exists and has no folder of a similar name"
+    )
+
+
+def _near_folders(folder: Path) -> list[str]:
+    if not folder.parent.is_dir():
+        return []
+    names = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+    return [str(folder.parent / name) for name in difflib.get_close_matches(folder.name, names, n=3, cutoff=0.6)]
+
+
+def _commit_hash(name: str, revision: str | None) -> str | None:
+    """Return the commit that the configuration just read came from: its file lies in ``snapshots/<commit>/``."""
+    path = _cached_file(name, "config.json", revision)
+    return path.parent.name if path is not None else None
+
+
+def _cached_file(name: str, file: str, revision: str | None) -> Path | None:
+    with quiet():
+        from transformers.utils.hub import cached_file
+
+        path = cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    return None if path is None else Path(path)
+
+
+def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    own = getattr(checkpoint.config.get_text_config(), "dtype", None) or getattr(checkpoint.config, "dtype", None)
+    if isinstance(own, str):
+        own = getattr(torch, own.removeprefix("torch."), None)
+    if isinstance(own, torch.dtype) and own.is_floating_point:
+        return own
+    return _weights_dtype(checkpoint) or torch.float32
+
+
+def _weights_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """Return the dtype of the first floating-point weight on disk; older configurations do not say."""
+    path = _cached_file(checkpoint.name, "model.safetensors", checkpoint.revision)
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    kinds = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
+    return next((_SAFETENSORS_DTYPES[kind] for kind in kinds if kind in _SAFETENSORS_DTYPES), None)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

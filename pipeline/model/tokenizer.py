@@ -1,0 +1,133 @@
+"""Text to token ids and back, with no token added: packing puts BOS and separators where they belong.
+
+A tokenizer called the usual way adds BOS by itself in some families and not in others, and TransformerLens reloads
+it so that it always does. This one never does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pipeline.model.loading import Checkpoint, quiet
+from storage.artifact import JSON, digest
+from storage.errors import ModelError
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space at the start of a token
+_BATCH_STATE = ("truncation", "padding")  # set by the last call of a tokenizer, no part of what it is
+
+
+class SpecialToken(NamedTuple):
+    """A token id and where it came from: ``bos``, ``eos`` or ``setting``."""
+
+    token_id: int
+    source: str
+
+
+class ModelTokenizer:
+    """A checkpoint's tokenizer, its beginning-of-context token and its separator between documents."""
+
+    def __init__(self, tokenizer: Any, *, name: str, d_vocab: int, bos_token_id: int | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._d_vocab = d_vocab
+        self.bos = _choose_bos(tokenizer, name, bos_token_id)
+        self.separator = _choose_separator(tokenizer, self.bos)
+        outside = {token.token_id for token in (self.bos, self.separator) if not 0 <= token.token_id < d_vocab}
+        if outside:
+            raise ModelError(
+                f"model {name}: special token ids {sorted(outside)} lie outside its vocabulary, 0 to {d_vocab - 1}; "
+                "the tokenizer belongs to another model, or --bos-token-id is wrong"
+            )
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, without special tokens and without any limit on length."""
+        if not texts:
+            return []
+        # verbose=False: a text longer than a context is cut by packing, so the warning about it would be wrong.
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, truncation=False, padding=False,
+            return_attention_mask=False, return_token_type_ids=False, verbose=False,
+        )  # fmt: skip
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Every token the tokenizer calls special, the BOS and the separator among them."""
+        return tuple(sorted({*self._tokenizer.all_special_ids, self.bos.token_id, self.separator.token_id}))
+
+    def vocabulary(self) -> list[str]:
+        """Return each token id's text, for every id the model has.
+
+        A token that is no whole UTF-8 text is shown in the tokenizer's own notation; an id without a token, as some
+        models have to round their embedding up, as ``<unused 50300>``.
+        """
+        n_tokens = min(len(self._tokenizer), self._d_vocab)
+        raw: list[str | None] = self._tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
+        texts: list[str] = self._tokenizer.batch_decode(
+            [[token_id] for token_id in range(n_tokens)], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        named = [_show(token_id, token, text) for token_id, (token, text) in enumerate(zip(raw, texts, strict=True))]
+        return named + [f"<unused {token_id}>" for token_id in range(n_tokens, self._d_vocab)]
+
+    def identity(self) -> dict[str, JSON]:
+        """Return what decides the tokens: a digest of the tokenizer, and the special tokens with their origin."""
+        return {
+            "digest": self._digest(),
+            "n_tokens": len(self._tokenizer),
+            "bos_token_id": self.bos.token_id,
+            "bos_source": self.bos.source,
+            "separator_token_id": self.separator.token_id,
+            "separator_source": self.separator.source,
+        }
+
+    def _digest(self) -> str:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return digest(self._tokenizer.get_vocab())
+        content = json.loads(backend.to_str())
+        return digest({key: value for key, value in content.items() if key not in _BATCH_STATE})
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the transformers tokenizer that lies beside a checkpoint's weights; raise ModelError if it is unusable."""
+    with quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(checkpoint.name, revision=checkpoint.revision)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ModelError(
+                f"model {checkpoint.name}: its tokenizer cannot be opened: {reason}; "
+                "a whole tokenizer.json (or the files of a slow tokenizer) must lie beside the weights"
+            ) from error
+
+
+def _choose_bos(tokenizer: Any, name: str, wanted: int | None) -> SpecialToken:
+    if wanted is not None:
+        return SpecialToken(wanted, "setting")
+    for source in ("bos", "eos"):
+        token_id = getattr(tokenizer, f"{source}_token_id", None)
+        if token_id is not None:
+            return SpecialToken(int(token_id), source)
+    raise ModelError(
+        f"model {name}: its tokenizer has neither a BOS nor an EOS token to begin a context with; "
+        "choose one of its token ids with --bos-token-id"
+    )
+
+
+def _choose_separator(tokenizer: Any, bos: SpecialToken) -> SpecialToken:
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return bos if eos is None else SpecialToken(int(eos), "eos")
+
+
+def _show(token_id: int, raw: str | None, text: str) -> str:
+    if raw is None:
+        return f"<unused {token_id}>"
+    if _REPLACEMENT in text or not text:
+        return raw
+    # SentencePiece drops the space of a text's first token when decoding, but here every token is a first one.
+    return f" {text}" if raw.startswith(_WORD_START) and not text.startswith(" ") else text

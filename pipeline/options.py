@@ -1,0 +1,137 @@
+"""Command-line flags generated from settings classes, so that a setting and its help live in one place.
+
+A flag that is not given is not passed on: defaults stay with the settings class, and a configuration file given with
+``--config`` is only overridden by flags that were typed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from storage.settings import Settings, load_yaml
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Read = TypeVar("Read", bound=Settings)
+
+_TAG = "kind"
+
+
+def settings_options(settings: type[Settings], required: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """Return a decorator that adds ``--config`` and a flag per setting; values arrive in the argument ``given``."""
+    flags = list(_flags(settings, required))
+
+    def decorate(command: Command) -> Command:
+        for flag in reversed(flags):
+            command = click.option(*flag.names, **flag.attributes)(command)
+        file = click.Path(dir_okay=False, path_type=Path)
+        return click.option("--config", type=file, help="YAML file of settings; flags override it.")(command)
+
+    return decorate
+
+
+def read_settings(settings: type[Read], config: Path | None, given: dict[str, Any]) -> Read:
+    """Merge a configuration file with the flags that were given, and validate once."""
+    flags = {name: value for name, value in given.items() if value is not None and value != ()}
+    loaded = load_yaml(config) if config else {}
+    for name, field in settings.model_fields.items():
+        variants = _variants(field)
+        if variants:
+            _merge_variant(loaded, flags, name, variants)
+    return settings.read(loaded, flags, where=str(config) if config else "the settings")
+
+
+class _Listed(click.Choice[str]):
+    """Shows and completes the values there are; the settings class refuses others, together with all other problems."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
+        return value
+
+
+class _Flag:
+    def __init__(self, name: str, attributes: dict[str, Any]) -> None:
+        dashed = name.replace("_", "-")
+        self.names = [f"--{dashed}/--no-{dashed}" if attributes.get("is_flag") else f"--{dashed}", name]
+        self.attributes = {"default": None, **attributes}
+
+
+def _flags(settings: type[Settings], required: tuple[str, ...]) -> Iterator[_Flag]:
+    for name, field in settings.model_fields.items():
+        variants = _variants(field)
+        if variants:
+            yield from _variant_flags(name, field, variants)
+        else:
+            yield _Flag(name, {**_type_of(field.annotation), "help": _help(field, name in required)})
+
+
+def _variant_flags(name: str, field: FieldInfo, variants: dict[str, type[Settings]]) -> Iterator[_Flag]:
+    """One flag chooses the kind; every setting of every kind is a flag of its own."""
+    yield _Flag(name, {"type": _Listed(list(variants)), "help": _help(field, required=False)})
+    for inner in dict.fromkeys(inner for kind in variants.values() for inner in kind.model_fields if inner != _TAG):
+        holders = {kind: settings for kind, settings in variants.items() if inner in settings.model_fields}
+        about = next(iter(holders.values())).model_fields[inner]
+        text = f"{'/'.join(holders)}: {_help(about, required=False)}"
+        yield _Flag(inner, {**_type_of(about.annotation), "help": text})
+
+
+def _merge_variant(
+    loaded: dict[str, Any], flags: dict[str, Any], name: str, variants: dict[str, type[Settings]]
+) -> None:
+    """Gather the flags of one kind into the nested settings, on top of what the file says of the same kind."""
+    inner_names = {inner for kind in variants.values() for inner in kind.model_fields if inner != _TAG}
+    inner = {key: flags.pop(key) for key in inner_names & flags.keys()}
+    kind = flags.pop(name, None)
+    if not inner and kind is None:
+        return
+    nested = loaded.get(name)
+    before: dict[str, Any] = nested if isinstance(nested, dict) else {}
+    if kind is not None and before.get(_TAG) not in (None, kind):
+        before = {}
+    if kind is None and _TAG not in before:
+        holders = [tag for tag, variant in variants.items() if inner.keys() <= variant.model_fields.keys()]
+        kind = holders[0] if len(holders) == 1 else next(iter(variants))
+    flags[name] = {**before, **({_TAG: kind} if kind else {}), **inner}
+
+
+def _variants(field: FieldInfo) -> dict[str, type[Settings]]:
+    """Return the settings classes of a union told apart by ``kind``, by their kind; empty for any other field."""
+    options = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else ()
+    if not options or not all(inspect.isclass(option) and issubclass(option, Settings) for option in options):
+        return {}
+    return {get_args(option.model_fields[_TAG].annotation)[0]: option for option in options}
+
+
+def _type_of(annotation: Any) -> dict[str, Any]:
+    """Return click's view of a type. Anything that is not plain stays text, which the settings class reads."""
+    if get_origin(annotation) is Annotated:
+        return _type_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        options = [option for option in get_args(annotation) if option is not type(None)]
+        return _type_of(options[0]) if len(options) == 1 else {"type": str, "metavar": "VALUE"}
+    if get_origin(annotation) is Literal:
+        values = get_args(annotation)
+        return {"type": _Listed([str(value) for value in values])}
+    if get_origin(annotation) in (tuple, list):
+        return {"type": str, "multiple": True}
+    if annotation is bool:
+        return {"is_flag": True}
+    metavar = {int: "N", float: "X"}.get(annotation, "TEXT")
+    return {"type": str, "metavar": metavar}
+
+
+def _help(field: FieldInfo, required: bool) -> str:
+    text = " ".join((field.description or "").split()).replace("``", "")
+    if required or field.is_required():
+        return f"{text} [required]"
+    default = field.default
+    if default is None or default == () or isinstance(default, Settings):
+        if isinstance(default, Settings):
+            return f"{text} [default: {getattr(default, _TAG)}]"
+        return text
+    return f"{text} [default: {default}]"

@@ -1,0 +1,18 @@
+"""The language models that come with this package, found wherever it is installed."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from storage.errors import ModelError
+
+
+def bundled_model(name: str) -> Path:
+    """Return the folder of a language model that comes with this package; raise ModelError if there is none such."""
+    models = Path(str(files("pipeline.samples").joinpath("models")))
+    folder = models / name
+    if not (folder / "config.json").is_file():
+        known = sorted(path.parent.name for path in models.glob("*/config.json"))
+        raise ModelError(f"no language model {name!r} comes with this package; it has: {', '.join(known) or 'none'}")
+    return folder

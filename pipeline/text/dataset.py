@@ -1,0 +1,115 @@
+"""Text in: a dataset of the hub or local files, opened as one resumable stream of documents.
+
+Settings and opening are here; the order of documents is in ``text_stream``, reading on after failures in
+``text_examples``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from pipeline.text.columns import Column, choose_column, infer_schema
+from pipeline.text.examples import UNREADABLE, TextExamples, describe_failure
+from pipeline.text.files import TextFiles, find_text_files, load_text_files, looks_local
+from pipeline.text.hub import find_commit, load_hub_dataset
+from pipeline.text.stream import MIN_WINDOW, Document, DocumentReader, DocumentStream, empty_dataset
+from storage.artifact import JSON
+from storage.errors import TextError
+from storage.settings import Quantity, Settings
+
+__all__ = ["Document", "DocumentReader", "DocumentStream", "TextSettings", "open_documents"]
+
+
+class TextSettings(Settings):
+    """Which text is read, and in which order."""
+
+    dataset: str
+    """Name of a dataset on the Hugging Face hub, or a local file, folder or quoted pattern of .txt, .jsonl, .json or
+    .parquet files (.gz, .zst, .bz2 and .xz are read too)."""
+    dataset_config: str | None = None
+    """Configuration of a hub dataset that has several."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a hub dataset; the newest commit if not given. The commit read is recorded."""
+    column: str | None = None
+    """Column that holds the text or the token ids; found by its name and type if not given."""
+    text_unit: Literal["document", "paragraph", "line"] | None = None
+    """What one document is in .txt files: the whole file (the default), a paragraph, or a line."""
+    shuffle_window: Quantity = 10_000
+    """Documents are shuffled within windows of this many; 0 keeps the dataset's order."""
+
+    @field_validator("shuffle_window")
+    @classmethod
+    def _check_window(cls, value: int) -> int:
+        if value != 0 and value < MIN_WINDOW:
+            raise ValueError(f"wanted 0 (no shuffling) or at least {MIN_WINDOW} documents")
+        return value
+
+    @model_validator(mode="after")
+    def _check_hub_settings(self) -> Self:
+        if not looks_local(self.dataset):
+            return self
+        given = {"dataset_config": self.dataset_config, "dataset_revision": self.dataset_revision}
+        misplaced = [name for name, value in given.items() if value is not None]
+        misplaced += ["split"] if self.split != "train" else []
+        if misplaced:
+            raise ValueError(f"{', '.join(misplaced)} is for hub datasets, but {self.dataset!r} is local; leave it out")
+        return self
+
+
+def open_documents(settings: TextSettings, seed: int, *, sleep: Callable[[float], None] = time.sleep) -> DocumentStream:
+    """Open the dataset that ``settings`` names; no document is consumed by finding its column.
+
+    Raises TextError if it does not exist, cannot be reached or read, is empty, or has no usable column.
+    """
+    opened = _open_local(settings) if looks_local(settings.dataset) else _open_hub(settings, sleep)
+    examples, column, source, files = opened
+    values = TextExamples(settings.dataset, examples.select_columns([column.name]), column.name, files, sleep)
+    return DocumentStream(values, column.kind, source, shuffle_window=settings.shuffle_window, seed=seed)
+
+
+def _open_hub(
+    settings: TextSettings, sleep: Callable[[float], None]
+) -> tuple[Any, Column, dict[str, JSON], TextFiles | None]:
+    dataset, config, split = settings.dataset, settings.dataset_config, settings.split
+    commit = find_commit(dataset, settings.dataset_revision, sleep)
+    options = {"sample_by": settings.text_unit} if settings.text_unit else {}
+    examples = load_hub_dataset(dataset, config, split, commit, options, sleep)
+    column = _find_column(examples, settings)
+    source = {"source": "hub", "dataset": dataset, "config": config, "split": split, "commit": commit}
+    return examples, column, {**source, **({"text_unit": settings.text_unit} if settings.text_unit else {})}, None
+
+
+def _open_local(settings: TextSettings) -> tuple[Any, Column, dict[str, JSON], TextFiles | None]:
+    files = find_text_files(settings.dataset)
+    if settings.text_unit is not None and files.format != "text":
+        raise TextError(
+            f"{settings.dataset}: text_unit={settings.text_unit} is for .txt files; in {files.format} files "
+            "a row is a document, so leave text_unit out"
+        )
+    unit = settings.text_unit or "document"
+    try:
+        examples = load_text_files(files, unit)
+        column = _find_column(examples, settings)
+    except StopIteration as error:
+        raise empty_dataset(settings.dataset) from error
+    except (OSError, *UNREADABLE) as error:
+        where = files.paths[0] if len(files.paths) == 1 else f"{settings.dataset}: one of its files"
+        raise TextError(f"{where}: cannot be read ({describe_failure(error)}); repair it or leave it out") from error
+    source = {"source": "local", "format": files.format}
+    return examples, column, {**source, **({"text_unit": unit} if files.format == "text" else {})}, files
+
+
+def _find_column(examples: Any, settings: TextSettings) -> Column:
+    """Choose the column from the declared types, or from the first rows, which stay unread for the stream."""
+    if examples.features is not None:
+        return choose_column(examples.features.arrow_schema, settings.column, settings.dataset)
+    rows = list(examples.take(MIN_WINDOW))
+    if not rows:
+        raise empty_dataset(settings.dataset)
+    return choose_column(infer_schema(rows, settings.dataset), settings.column, settings.dataset)

@@ -1,0 +1,154 @@
+"""Local text: which files a path, a folder or a pattern means, what they are, and how ``datasets`` streams them.
+
+Files are read in sorted order of their path below the folder they share, so a document's index does not depend on
+the machine. A file is known by that relative path, its size and its checksum; where it lay is never recorded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import io
+import os
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import pyarrow as pa
+
+from storage.artifact import checksum_file
+from storage.errors import TextError
+
+Format = Literal["text", "json", "parquet"]
+
+FORMATS: dict[str, Format] = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+
+class TextFiles(NamedTuple):
+    """Local files of one format in reading order, and the name that each is recorded under."""
+
+    format: Format
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]
+
+
+def looks_local(dataset: str) -> bool:
+    """Tell a path or pattern from a hub name: it exists, is spelled like a path, or ends like a text file."""
+    if os.path.exists(os.path.expanduser(dataset)) or dataset.startswith(("/", "./", "../", "~")):
+        return True
+    return glob.has_magic(dataset) or format_of(Path(dataset)) is not None
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format a file's name stands for, looking through one compression suffix; None if it is no text."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
+    if compressed:
+        suffixes.pop()
+    found = FORMATS.get(suffixes[-1]) if suffixes else None
+    return None if compressed and found == "parquet" else found
+
+
+def find_text_files(dataset: str) -> TextFiles:
+    """Return the text files that ``dataset`` (a file, a folder searched at any depth, or a glob) stands for.
+
+    Raises TextError if nothing is found, naming near matches, or if the files are of several formats.
+    """
+    found = _matching_files(dataset)
+    formats: list[Format] = sorted({kind for path in found if (kind := format_of(path)) is not None})
+    if not formats:
+        raise TextError(_nothing_found(dataset, found))
+    if len(formats) > 1:
+        examples = ", ".join(next(str(path) for path in found if format_of(path) == kind) for kind in formats)
+        raise TextError(f"{dataset}: holds files of several formats ({examples}); name one with a pattern like '*.txt'")
+    chosen = [path for path in found if format_of(path) is not None]
+    if not os.path.isdir(os.path.expanduser(dataset)) and len(chosen) < len(found):
+        other = next(path for path in found if format_of(path) is None)
+        raise TextError(f"{dataset}: matches {other}, which is no text file; {_wanted_suffixes()}")
+    root = Path(os.path.commonpath([path.parent for path in chosen]))
+    named = sorted((path.relative_to(root).as_posix(), path) for path in chosen)
+    return TextFiles(formats[0], tuple(path for _, path in named), tuple(name for name, _ in named))
+
+
+def describe_text_files(files: TextFiles) -> list[dict[str, Any]]:
+    """Return name, bytes and checksum of every file: the identity of local text. Reads every byte once."""
+    return [
+        {"name": name, "bytes": path.stat().st_size, "checksum": checksum_file(path)}
+        for name, path in zip(files.names, files.paths, strict=True)
+    ]
+
+
+def load_text_files(files: TextFiles, text_unit: str) -> Any:
+    """Return the streaming dataset of ``files``; a file is one of its shards. Raises what ``datasets`` raises."""
+    from datasets import load_dataset  # slow to import, and most commands read no text
+
+    if any(path.suffix.lower() == ".zst" for path in files.paths):
+        offer_zstandard()
+    options: dict[Format, dict[str, Any]] = {
+        "text": {"sample_by": text_unit},
+        "json": {},
+        # Left alone, `datasets` takes the size of the first row group, and fails where that is empty.
+        "parquet": {"batch_size": 1024},
+    }
+    # `datasets` reads each name as a pattern, so a bracket in a file name would match something else or nothing.
+    patterns = [glob.escape(str(path)) for path in files.paths]
+    return load_dataset(files.format, data_files=patterns, split="train", streaming=True, **options[files.format])
+
+
+def offer_zstandard() -> None:
+    """Let fsspec, through which ``datasets`` opens files, read zstandard with pyarrow where nothing else can.
+
+    Otherwise .zst files would need one more package, and the reader that fsspec builds from it stops silently
+    after the first frame of a file that was compressed in parallel.
+    """
+    from fsspec.compression import available_compressions, register_compression
+
+    if "zstd" not in available_compressions():
+        register_compression("zstd", _open_zstandard, "zst")
+
+
+def _open_zstandard(file: IO[bytes], mode: str = "rb", **_: Any) -> IO[bytes]:
+    if "r" not in mode:
+        raise io.UnsupportedOperation("zstandard files are only read here")
+    stream: IO[bytes] = pa.CompressedInputStream(file, "zstd")
+    return stream
+
+
+def _matching_files(dataset: str) -> list[Path]:
+    expanded = os.path.expanduser(dataset)
+    if os.path.isfile(expanded):
+        return [Path(expanded).absolute()]
+    if os.path.isdir(expanded):
+        inside = (Path(folder, name) for folder, _, names in os.walk(expanded) for name in names)
+        return sorted(path.absolute() for path in inside if not path.name.startswith("."))
+    matches = (Path(name) for name in glob.glob(expanded, recursive=True))
+    return sorted(path.absolute() for path in matches if path.is_file())
+
+
+def _nothing_found(dataset: str, found: list[Path]) -> str:
+    if found:
+        example = f"{found[0].name} and {len(found) - 1} more" if len(found) > 1 else found[0].name
+        return f"{dataset}: holds no text file (found {example}); {_wanted_suffixes()}"
+    if glob.has_magic(dataset):
+        return f"{dataset}: no file matches this pattern; check it, and quote it so that the shell leaves it alone"
+    path = Path(os.path.expanduser(dataset))
+    if path.is_dir():
+        return f"{dataset}: is an empty folder; {_wanted_suffixes()}"
+    if not path.parent.is_dir():
+        return f"{dataset}: there is no folder {path.parent}; check the path"
+    near = near_paths(dataset)
+    hint = f"did you mean {' or '.join(near)}?" if near else "check the path"
+    return f"{dataset}: no such file or folder; {hint}"
+
+
+def near_paths(dataset: str) -> list[str]:
+    """Return up to three files or folders that lie where ``dataset`` would and are spelled much like it."""
+    path = Path(os.path.expanduser(dataset))
+    if not path.parent.is_dir():
+        return []
+    near = difflib.get_close_matches(path.name, sorted(os.listdir(path.parent)), n=3, cutoff=0.6)
+    return [str(path.parent / name) for name in near]
+
+
+def _wanted_suffixes() -> str:
+    return f"wanted {', '.join(FORMATS)}, also compressed ({', '.join(COMPRESSIONS)}; Parquet compresses itself)"

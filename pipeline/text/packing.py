@@ -1,0 +1,362 @@
+"""Contexts of both splits from one pass over the documents, exactly resumable and extendable.
+
+Documents are taken in batches, whose bounds follow from the documents alone. Each split has a *lane*: the batch it is
+at, and how many of that batch's contexts were handed out. The state never holds more tokens than a context: resuming
+tokenises one batch again. A lane stays behind when its split has enough rows while the other goes on:
+
+* held-out rows are complete, but the last held-out document has tokens left;
+* training rows are complete, but no held-out context is full yet, so documents to train on are passed over.
+
+With larger targets, the lane behind first catches up from where it stopped. So every document's tokens come exactly
+once over all runs, and no document changes sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from pipeline.text.holdout import FIRST_DOCUMENTS, FirstChoices, HoldoutRule
+from pipeline.text.packer import NOTHING, Contexts, DocumentTokens, Packer, Partial, check_token_ids
+from pipeline.text.stream import Document
+from storage.artifact import JSON
+from storage.errors import SettingsError, TextError
+
+TRAIN = "train"
+HELDOUT = "heldout"
+_OTHER = {TRAIN: HELDOUT, HELDOUT: TRAIN}
+
+BATCH_DOCUMENTS = 256
+"""Documents tokenised at once, at most."""
+
+BATCH_WEIGHT = 1 << 20
+"""A batch ends early once its documents weigh this much; see ``Document.weight``."""
+
+
+class PackedContexts(NamedTuple):
+    """Contexts of one split: token ids (n, T) int32, and the index of each token's document (n, T) uint32."""
+
+    split: str
+    tokens: np.ndarray
+    documents: np.ndarray
+
+
+class Reader(Protocol):
+    """An iterator of documents with a JSON state, such as ``DocumentReader``."""
+
+    @property
+    def state(self) -> dict[str, JSON]:
+        """Where the next document lies."""
+        ...
+
+    def upcoming_indices(self, n: int) -> list[int]:
+        """Return the indices of the next documents without taking them."""
+        ...
+
+    def __iter__(self) -> Iterator[Document]: ...
+
+
+class Documents(Protocol):
+    """What is used of ``DocumentStream``."""
+
+    @property
+    def kind(self) -> Literal["text", "tokens"]:
+        """Whether documents carry text or token ids."""
+        ...
+
+    def read_from(self, state: JSON | None) -> Reader:
+        """Return a reader that begins at ``state``, or at the first document."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Where a split is: a batch, what waited when it began, and how far into the batch the split has come."""
+
+    batch: int = 0
+    documents: JSON = None
+    partial: Partial = NOTHING
+    emitted: int = 0
+    is_counted: bool = False
+
+    def to_json(self) -> dict[str, JSON]:
+        """Return the lane as JSON."""
+        return {**asdict(self), "partial": self.partial.to_json()}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a split has so far; ``stream_tokens`` are tokens and separators of its documents, packed or waiting."""
+
+    contexts: int = 0
+    rows: int = 0
+    documents: int = 0
+    empty_documents: int = 0
+    stream_tokens: int = 0
+
+
+class ContextSource:
+    """Iterator of ``PackedContexts`` until the targets are reached or the dataset ends; ``finished`` says which.
+
+    ``tokenize`` must treat each text by itself and add no special tokens. ``row_mask`` tells which positions become
+    rows. ``targets`` are rows per split (None: all); a split stops with the context that reaches its target. The
+    held-out target is the holdout rule's own unless given; once training is done, one held-out context is enough.
+    Pre-tokenised documents lose one leading BOS and one trailing separator, since packing adds its own.
+    Iterating again, or a new source with ``state``, goes on after the last item.
+
+    Raises TextError, also while iterating, if the text cannot be read or cannot fill one context of each split.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        tokenize: Callable[[list[str]], list[list[int]]],
+        *,
+        context_length: int,
+        bos_token_id: int,
+        separator_token_id: int,
+        holdout: HoldoutRule,
+        row_mask: Callable[[np.ndarray], np.ndarray],
+        targets: Mapping[str, int | None],
+        state: JSON | None = None,
+        vocabulary_size: int | None = None,
+    ) -> None:
+        if context_length < 2:
+            raise SettingsError(f"context_length is {context_length}; wanted at least 2, for BOS and one token")
+        self.finished: Literal["targets", "dataset"] | None = None
+        self._stream = documents
+        self._tokenize = tokenize
+        self._packer = Packer(context_length, bos_token_id, separator_token_id)
+        self._holdout = holdout
+        self._row_mask = row_mask
+        self._vocabulary_size = vocabulary_size
+        heldout = targets[HELDOUT] if HELDOUT in targets else holdout.target_rows(targets[TRAIN])
+        self._targets = {TRAIN: targets[TRAIN], HELDOUT: None if heldout is None else max(1, heldout)}
+        self._load(state)
+
+    def _load(self, state: JSON | None) -> None:
+        saved = state or {"lanes": {}, "progress": {}, "held": [], "n_assigned": 0, "first": None}
+        self._lanes = {split: Lane() for split in _OTHER}
+        for split, lane in saved["lanes"].items():
+            self._lanes[split] = Lane(**{**lane, "partial": Partial.from_json(lane["partial"])})
+        self._progress = {split: Progress(**saved["progress"].get(split, {})) for split in _OTHER}
+        # (batch, document) of each held-out document that chance picked, for the batches that a lane is still at or
+        # has yet to come to. Batches below `_n_assigned` are decided.
+        self._held = [(batch, document) for batch, document in saved["held"]]
+        self._n_assigned: int = saved["n_assigned"]
+        self._first = None if saved["first"] is None else FirstChoices(*saved["first"])
+
+    @property
+    def state(self) -> dict[str, JSON]:
+        """A JSON value from which a source with any targets goes on right after the last item."""
+        return {
+            "lanes": {split: lane.to_json() for split, lane in self._lanes.items()},
+            "progress": {split: asdict(progress) for split, progress in self._progress.items()},
+            "held": [list(pair) for pair in self._held],
+            "n_assigned": self._n_assigned,
+            "first": None if self._first is None else list(self._first),
+        }
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Per split: contexts, their tokens and rows, documents read, and how many of them were empty.
+
+        ``partial_tokens`` were read but lie in no context handed out: they wait for a run that extends this one.
+        """
+        return {split: self._count(progress) for split, progress in self._progress.items()}
+
+    def _count(self, progress: Progress) -> dict[str, int]:
+        return {
+            "contexts": progress.contexts,
+            "tokens": progress.contexts * self._packer.context_length,
+            "rows": progress.rows,
+            "documents": progress.documents,
+            "empty_documents": progress.empty_documents,
+            "partial_tokens": progress.stream_tokens - progress.contexts * (self._packer.context_length - 1),
+        }
+
+    def __iter__(self) -> Iterator[PackedContexts]:
+        reader, reader_batch = None, -1
+        while not self._is_done():
+            self._skip_decided_batches()
+            active = self._active_splits()
+            lane = self._lanes[active[0]]
+            if reader is None or lane.batch != reader_batch:
+                reader, reader_batch = self._stream.read_from(lane.documents), lane.batch
+            self._choose_first(reader)
+            batch = _read_batch(reader)
+            if not batch:
+                self._check_both_splits()
+                self.finished = "dataset"
+                return
+            reader_batch += 1
+            packed = self._pack(batch, active)
+            for split in active:
+                yield from self._hand_out(split, *packed[split], reader.state)
+        self.finished = "targets"
+
+    def _reached(self, split: str) -> bool:
+        target = self._targets[split]
+        return target is not None and self._progress[split].rows >= target
+
+    def _is_done(self) -> bool:
+        return self._reached(TRAIN) and (not self._holdout.holds_out or self._progress[HELDOUT].contexts > 0)
+
+    def _active_splits(self) -> list[str]:
+        """Return the splits that want rows and are at the earliest batch of those; held-out first."""
+        wanting = [HELDOUT] if self._holdout.holds_out and not self._reached(HELDOUT) else []
+        wanting += [] if self._reached(TRAIN) else [TRAIN]
+        earliest = min(self._lanes[split].batch for split in wanting)
+        return [split for split in wanting if self._lanes[split].batch == earliest]
+
+    def _skip_decided_batches(self) -> None:
+        """Let the held-out lane jump to training's: nothing that chance picked lies between. A list must be read."""
+        lane, front = self._lanes[HELDOUT], self._lanes[TRAIN]
+        if lane.batch < front.batch and not self._held and not self._holdout.listed:
+            self._lanes[HELDOUT] = Lane(front.batch, front.documents, lane.partial)
+
+    def _choose_first(self, reader: Reader) -> None:
+        if self._first is None and self._holdout.fraction:
+            self._first = self._holdout.first_choices(reader.upcoming_indices(FIRST_DOCUMENTS))
+
+    def _pack(self, batch: list[Document], active: Sequence[str]) -> dict[str, tuple[Contexts, Partial]]:
+        """Pack a batch for the active splits, deciding which of its documents are held out unless that is decided."""
+        number = self._lanes[active[0]].batch
+        held = self._candidates(batch, number, active)
+        tokens = self._token_arrays(
+            [document for document in batch if (HELDOUT if document.index in held else TRAIN) in active]
+        )
+        packed = {}
+        if HELDOUT in active:
+            offered = [document for document in tokens if document.document in held]
+            held, contexts, partial = self._hold_out(offered, number)
+            packed[HELDOUT] = (contexts, partial)
+            self._count_documents(HELDOUT, [document for document in offered if document.document in held])
+        self._assign(number, held)
+        if TRAIN in active:
+            trained = [document for document in tokens if document.document not in held]
+            packed[TRAIN] = self._packer.add(self._lanes[TRAIN].partial, trained)
+            self._count_documents(TRAIN, trained)
+        return packed
+
+    def _candidates(self, batch: list[Document], number: int, active: Sequence[str]) -> set[int]:
+        """Return the held-out documents of a batch; where chance picks among them, those it may pick."""
+        if not self._holdout.listed and number < self._n_assigned:
+            return {document for held_batch, document in self._held if held_batch == number}
+        if not self._holdout.listed and HELDOUT not in active:
+            return set()
+        limited = self._targets[HELDOUT] is not None
+        indices = (document.index for document in batch)
+        return {index for index in indices if self._holdout.is_candidate(index, self._first, limited=limited)}
+
+    def _hold_out(self, offered: list[DocumentTokens], batch: int) -> tuple[set[int], Contexts, Partial]:
+        """Pack the held-out documents one by one, since chance takes no further one once there are enough rows."""
+        target = self._targets[HELDOUT]
+        rows = self._progress[HELDOUT].rows
+        by_chance = batch >= self._n_assigned and not self._holdout.listed
+        partial = self._lanes[HELDOUT].partial
+        held: set[int] = set()
+        pieces: list[Contexts] = []
+        for document in offered:
+            if by_chance and target is not None and rows >= target:
+                break
+            contexts, partial = self._packer.add(partial, [document])
+            held.add(document.document)
+            pieces.append(contexts)
+            rows += int(self._row_mask(contexts.tokens).sum())
+        empty, _ = self._packer.add(NOTHING, [])
+        pieces.append(empty)
+        joined = Contexts(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
+        return held, joined, partial
+
+    def _assign(self, batch: int, held: set[int]) -> None:
+        if batch >= self._n_assigned:
+            self._n_assigned = batch + 1
+            if not self._holdout.listed:
+                self._held += [(batch, document) for document in sorted(held)]
+
+    def _token_arrays(self, documents: list[Document]) -> list[DocumentTokens]:
+        if self._stream.kind == "text":
+            tokenized = self._tokenize([document.text or "" for document in documents]) if documents else []
+            arrays = [np.array(tokens, dtype=np.int32) for tokens in tokenized]
+        else:
+            checked = (check_token_ids(item.index, item.tokens or [], self._vocabulary_size) for item in documents)
+            arrays = [self._packer.strip_boundaries(tokens) for tokens in checked]
+        return [DocumentTokens(item.index, tokens) for item, tokens in zip(documents, arrays, strict=True)]
+
+    def _count_documents(self, split: str, documents: Sequence[DocumentTokens]) -> None:
+        if self._lanes[split].is_counted:
+            return
+        progress = self._progress[split]
+        self._progress[split] = replace(
+            progress,
+            documents=progress.documents + len(documents),
+            empty_documents=progress.empty_documents + sum(len(document.tokens) == 0 for document in documents),
+            stream_tokens=progress.stream_tokens + sum(document.n_stream_tokens for document in documents),
+        )
+        self._lanes[split] = replace(self._lanes[split], is_counted=True)
+
+    def _hand_out(self, split: str, contexts: Contexts, partial: Partial, after: JSON) -> Iterator[PackedContexts]:
+        """Yield what the target leaves of a batch's contexts; the lane moves on once all were handed out."""
+        lane = self._lanes[split]
+        rows = self._row_mask(contexts.tokens[lane.emitted :]).sum(axis=1, dtype=np.int64)
+        n = self._n_wanted(split, rows)
+        self._lanes[split] = replace(lane, emitted=lane.emitted + n)
+        if n:
+            progress = self._progress[split]
+            self._progress[split] = replace(
+                progress, contexts=progress.contexts + n, rows=progress.rows + int(rows[:n].sum())
+            )
+            chosen = slice(lane.emitted, lane.emitted + n)
+            yield PackedContexts(split, contexts.tokens[chosen], contexts.documents[chosen])
+        if n == len(rows):
+            self._lanes[split] = Lane(lane.batch + 1, after, partial)
+            self._forget_passed_batches()
+
+    def _n_wanted(self, split: str, rows: np.ndarray) -> int:
+        """Return how many of the next contexts, with so many rows each, are needed to reach the split's target."""
+        target = self._targets[split]
+        if target is None:
+            return len(rows)
+        missing = target - self._progress[split].rows
+        return min(len(rows), int(np.searchsorted(np.cumsum(rows), missing)) + 1) if missing > 0 else 0
+
+    def _forget_passed_batches(self) -> None:
+        if self._held:
+            earliest = min(lane.batch for lane in self._lanes.values())
+            self._held = [(batch, document) for batch, document in self._held if batch >= earliest]
+
+    def _check_both_splits(self) -> None:
+        """Raise TextError if the dataset ended before each split that is wanted filled one context."""
+        counts = self.counts
+        n_documents = sum(count["documents"] for count in counts.values())
+        wanted = f"one context needs {self._packer.context_length - 1}"
+        if counts[TRAIN]["contexts"] == 0:
+            raise TextError(
+                f"the dataset is too short: its {counts[TRAIN]['documents']} documents for training hold "
+                f"{counts[TRAIN]['partial_tokens']} tokens, and {wanted}; give more text or a smaller context length"
+            )
+        if not self._holdout.holds_out or counts[HELDOUT]["contexts"]:
+            return
+        held = counts[HELDOUT]
+        found = (
+            f"{held['documents']} of its documents were held out, with {held['partial_tokens']} tokens, and {wanted}"
+        )
+        raise TextError(
+            f"the dataset has no held-out context: {found}; pass a larger --holdout, documents that exist "
+            f"({n_documents} were read), or --holdout 0"
+        )
+
+
+def _read_batch(reader: Reader) -> list[Document]:
+    documents: list[Document] = []
+    weight = 0
+    for document in reader:
+        documents.append(document)
+        weight += document.weight
+        if len(documents) == BATCH_DOCUMENTS or weight >= BATCH_WEIGHT:
+            break
+    return documents

@@ -1,0 +1,141 @@
+"""Flags are generated from settings classes: all there, all documented, all problems reported together."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from pipeline.analyze import AnalyzeSettings
+from pipeline.caching.settings import CacheSettings
+from pipeline.options import read_settings, settings_options
+from storage.errors import SettingsError
+from storage.settings import Settings
+from tests.cache_jobs import command
+from training.settings import TrainSettings
+
+
+def given(settings: type[Settings], *arguments: str) -> dict[str, Any]:
+    """Return what a command gets from flags."""
+    seen: dict[str, Any] = {}
+
+    @settings_options(settings)
+    def take(**flags: Any) -> None:
+        seen.update(flags)
+
+    click.command()(take).main(list(arguments), standalone_mode=False)
+    return seen
+
+
+def read(settings: type[Settings], *arguments: str) -> Any:
+    flags = given(settings, *arguments)
+    return read_settings(settings, flags.pop("config"), flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("cache", CacheSettings), ("train", TrainSettings), ("analyze", AnalyzeSettings)]
+)
+def test_help_lists_every_setting_with_its_description_and_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, settings: type[Settings]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    answer = command(capsys, name, "--help")
+    text = " ".join(answer.out.split())
+    assert answer.code == 0
+    for field, about in settings.model_fields.items():
+        described = " ".join((about.description or "").split()).replace("``", "")
+        assert described, f"{field} has no description"
+        assert f"--{field.replace('_', '-')} " in text
+        assert described.split(". ")[0].rstrip(".") in text, field
+        if about.is_required():
+            assert re.search(rf"--{field.replace('_', '-')} \S+ [^\[]*\[required\]", text), field
+        elif isinstance(about.default, int | float) and not isinstance(about.default, bool):
+            assert f"[default: {about.default}]" in text
+
+
+def test_settings_of_every_architecture_are_flags_that_say_whose_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(command(capsys, "train", "--help").out.split())
+    assert "--architecture [relu|topk" in text
+    assert re.search(r"--k N [^-]*topk[^:]*: ", text)
+    settings = read(TrainSettings, "--architecture", "topk", "--k", "7", "--steps", "1e3")
+    assert (settings.architecture.kind, settings.architecture.k, settings.steps) == ("topk", 7, 1000)
+    assert read(TrainSettings, "--k", "7").architecture.k == 7
+
+
+REQUIRED = ["--model", "gpt2", "--dataset", "text.jsonl", "--layers", "8", "--tokens"]
+
+
+def test_flags_take_quantities_lists_and_names() -> None:
+    settings = read(CacheSettings, *REQUIRED, "1.5M", "--hooks", "a", "--hooks", "b:c", "--shard-rows", "64")
+    assert (settings.tokens, settings.hooks, settings.shard_rows) == (1_500_000, ("a", "b:c"), 64)
+    assert read(CacheSettings, *REQUIRED, "all").tokens == "all"
+
+
+def test_flags_override_the_configuration_file_and_nothing_else_does(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: gpt2\ndataset: text.jsonl\nlayers: '8'\ntokens: 60M\nseed: 3\ncompression: zstd\n")
+    settings = read(CacheSettings, "--config", str(config), "--tokens", "2k", "--seed", "0")
+    assert (settings.tokens, settings.seed, settings.compression) == (2000, 0, "zstd")
+    assert settings.contexts_per_batch == 32  # neither in the file nor typed: the default
+
+
+def test_flags_of_an_architecture_are_merged_into_the_one_of_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("architecture: {kind: topk, k: 5}\nlr: 1e-3\n")
+    assert read(TrainSettings, "--config", str(config)).architecture.k == 5
+    assert read(TrainSettings, "--config", str(config), "--k", "9").architecture.k == 9
+    assert read(TrainSettings, "--config", str(config), "--architecture", "relu").architecture.kind == "relu"
+
+
+def test_all_problems_of_file_and_flags_come_at_once_and_name_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: gpt2\ndataset: text.jsonl\ntokens: 60M\nlayer: 8\nshard_rows: 100\nchunk_rows: 30\n")
+    answer = command(
+        capsys, "cache", "--config", config, "--out", tmp_path / "c",
+        "--storage-dtype", "float8", "--compression", "zip", "--context-length", "two",
+    )  # fmt: skip
+    assert answer.code == 1
+    assert answer.err.splitlines() == [
+        f"error: 6 problems in {config}:",
+        "  storage_dtype: Input should be 'auto', 'bfloat16', 'float16', 'float32' or 'int8' (got 'float8')",
+        "  compression: Input should be 'none', 'lz4', 'zstd', 'gzip' or 'blosc-zstd' (got 'zip')",
+        "  chunk_rows: wanted a divisor of shard_rows (100) (got 30)",
+        "  hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
+        "  context_length: Input should be a valid integer, unable to parse string as an integer (got 'two')",
+        "  layer: is no setting",
+    ]
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_command_without_its_settings_names_all_that_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = command(capsys, "cache", "--out", tmp_path / "c")
+    assert answer.code == 1
+    assert [line.strip() for line in answer.err.splitlines()[1:]] == [
+        "dataset: is required",
+        "model: is required",
+        "tokens: is required",
+        "hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read as YAML"), ("- a", "holds list, wanted a mapping"), ("a: [", "YAML")],
+)
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    config = tmp_path / "run.yaml"
+    if content is not None:
+        config.write_text(content)
+    with pytest.raises(SettingsError, match=message) as refused:
+        read(CacheSettings, "--config", str(config))
+    assert str(config) in str(refused.value)

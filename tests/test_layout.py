@@ -1,0 +1,141 @@
+"""The repository keeps what its documents promise: file sizes, docstrings, folder map, pins, no machine's paths."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("pipeline", "analysis", "training", "storage")
+MODULES = sorted(module for package in PACKAGES for module in (ROOT / package).rglob("*.py"))
+MAX_LINES = 400
+
+# Put together from pieces, so that this file does not hold what it forbids.
+MACHINE_PATHS = re.compile(
+    r"(?<![\w.~-])/(?:"
+    + "|".join(("work", "farm", "root", "home", "Users", r"tmp/brief", r"opt/pypi"))
+    + r")/?(?![\w-])"
+)
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def project() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def requirements() -> dict[str, Requirement]:
+    """Return every third-party distribution named in pyproject.toml, in an extra or not."""
+    extras = project()["optional-dependencies"].values()
+    named = [Requirement(line) for lines in (project()["dependencies"], *extras) for line in lines]
+    return {canonicalize_name(requirement.name): requirement for requirement in named if requirement.name != "tailrace"}
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def test_every_module_fits_the_line_budget() -> None:
+    lengths = {str(module.relative_to(ROOT)): len(module.read_text().splitlines()) for module in MODULES}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [
+        str(module.relative_to(ROOT)) for module in MODULES if not ast.get_docstring(ast.parse(module.read_text()))
+    ]
+    assert silent == []
+
+
+def folder_map() -> list[str]:
+    """Return the folders of the README's map: lines ``folder/  what is in it`` in the block under its heading."""
+    block = re.search(
+        r"^#+ [^\n]*folder map[^\n]*\n.*?^```[^\n]*\n(.*?)^```", (ROOT / "README.md").read_text(), re.I | re.M | re.S
+    )
+    assert block is not None, "README.md has no heading with 'Folder map' and a fenced block after it"
+    return re.findall(r"^([\w./-]+)/(?:\s|$)", block[1], re.M)
+
+
+def test_readme_folder_map_is_the_tree() -> None:
+    mapped = folder_map()
+    top_level = {path.relative_to(ROOT).parts[0] for path in tracked_files() if path.parent != ROOT}
+    visible = {name for name in top_level if not name.startswith(".")}
+    assert visible - set(mapped) == set(), "folders missing from the map"
+    assert [name for name in mapped if not (ROOT / name).is_dir()] == [], "folders in the map that do not exist"
+
+
+def test_no_file_names_a_path_of_a_machine() -> None:
+    found = []
+    for path in tracked_files():
+        content = path.read_bytes()
+        if b"\0" in content:
+            continue
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
+            if match := MACHINE_PATHS.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "text", ["see /" + "work/main", "cache_dir: /" + "home/someone/caches", '"/' + "root/.cache" + '"']
+)
+def test_a_path_of_a_machine_would_be_found(text: str) -> None:
+    assert MACHINE_PATHS.search(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["how it works/what", "./work/main", "a homework/", "framework/home", "caches/gpt2-l8"]
+)
+def test_other_slashes_are_no_path_of_a_machine(text: str) -> None:
+    assert not MACHINE_PATHS.search(text)
+
+
+def test_changelog_has_this_version_or_unreleased_changes() -> None:
+    headings = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings, "CHANGELOG.md has no `## [version]` heading"
+    assert headings[0] in {"Unreleased", project()["version"]}
+
+
+def test_every_requirement_is_pinned_within_its_bounds() -> None:
+    pinned = pins()
+    assert sorted(requirements().keys() - pinned.keys()) == []
+    outside = {name: pinned[name] for name, wanted in requirements().items() if pinned[name] not in wanted.specifier}
+    assert outside == {}
+
+
+def imported_names(module: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0]
+
+
+def test_every_import_is_of_a_declared_requirement() -> None:
+    providers = packages_distributions()
+    lines = project()["dependencies"] + project()["optional-dependencies"]["smollm2"]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    undeclared = set()
+    for module in MODULES:
+        for name in set(imported_names(module)) - set(PACKAGES) - set(sys.stdlib_module_names):
+            if not declared & {canonicalize_name(provider) for provider in providers.get(name, [])}:
+                undeclared.add(f"{module.relative_to(ROOT)} imports {name}")
+    assert sorted(undeclared) == []
