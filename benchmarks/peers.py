@@ -1,0 +1,48 @@
+"""Environments of their own for other projects, made with pip below ``.envs`` and kept for the next run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+_ROOT = _HERE.parent
+
+
+def environment(name: str, requirements: Sequence[str]) -> Path:
+    """Return the Python of the environment ``name``, made at first use; torch is the release this project pins.
+
+    pip's own resolver chooses the rest: a peer may need other releases than this project's constraints.
+    """
+    folder = _HERE / ".envs" / name
+    python, done = folder / "bin/python", folder / "complete.json"
+    wanted = [_pinned("torch"), *requirements]
+    if not done.exists() or json.loads(done.read_text()) != wanted:
+        print(f"making the environment {folder} with {', '.join(wanted)}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        # torch alone first: nothing after it may pull in another build
+        subprocess.run([*pip, wanted[0], "numpy"], check=True)
+        subprocess.run([*pip, *wanted], check=True)
+        done.write_text(json.dumps(wanted))
+    return python
+
+
+def _pinned(name: str) -> str:
+    lines = (_ROOT / "constraints.txt").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"{name}=="))
+
+
+def run_script(python: Path | str, script: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run ``benchmarks/<script>`` in a fresh process with one JSON argument; return the JSON of its last line."""
+    variables = {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [str(python), str(_HERE / script), json.dumps(arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=variables)
+    if done.returncode:
+        raise RuntimeError(f"{script} {arguments} failed:\n{done.stderr[-4000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
