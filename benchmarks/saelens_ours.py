@@ -35,6 +35,7 @@ def write(path: str, n_rows: int, width: int, shard_rows: int, bucket_rows: int 
     buffers = [UnitBuffer(layout), UnitBuffer(layout)]
     for buffer in buffers:
         fill_unit(buffer, pool, 0, shard_rows, statistics=False)
+    fill_unit(buffers[0], pool, 0, min(shard_rows, 4096))  # compiles the sums
     start = time.perf_counter()
     write_units(root, buffers, pool, n_rows)
     publish_rows(root, layout, n_rows, bucket_rows)

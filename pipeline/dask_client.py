@@ -23,7 +23,12 @@ def dask_client(n_workers: int, scheduler: str | None = None) -> Iterator[tuple[
     with ExitStack() as stack:
         cluster: Any = scheduler or stack.enter_context(
             distributed.LocalCluster(
-                n_workers=n_workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR
+                n_workers=n_workers,
+                threads_per_worker=1,
+                dashboard_address=None,
+                # any port will do: without a dashboard, too, the scheduler listens on a fixed one unless told
+                scheduler_kwargs={"dashboard_address": ":0"},
+                silence_logs=logging.ERROR,
             )
         )
         yield distributed, stack.enter_context(distributed.Client(cluster))

@@ -14,13 +14,10 @@ from typing import Any, Self
 import numpy as np
 
 from storage.bfloat16 import bits_to_float32
+from storage.row_sums import RowSums, sum_rows
 
-_BLOCK_ROWS = 256
-_SIGN = 0x8000
-_SIGN_MAGNITUDE = (np.dtype(np.uint16), np.dtype(np.float16))
-"""Dtypes of 16-bit floats in memory: bfloat16 bits and float16."""
-_LARGEST_SQUARED = 2.0**50
-"""Above this magnitude, sums of squares of wide rows could leave float32."""
+_LARGEST_SUMMED = {"float32": 2.0**50, "uint16": 2.0**50, "float16": 65504.0}
+"""Beyond these magnitudes sums of squares of wide rows could leave float32, or the number was no finite float16."""
 _ENERGY_BINS_PER_OCTAVE = 4
 _ENERGY_OCTAVES = 256
 _N_ENERGY_BINS = _ENERGY_BINS_PER_OCTAVE * _ENERGY_OCTAVES
@@ -88,13 +85,17 @@ class SiteStatistics:
         """
         if not len(rows):
             return None
-        summed = _sum_blocks(rows, np.dtype(np.float32), _LARGEST_SQUARED)
-        if summed is None:
-            if not np.isfinite(_extremes(rows)).all():
-                return int(np.argmax(~np.isfinite(as_float32(rows)).all(axis=1)))
-            summed = _sum_blocks(rows, np.dtype(np.float64), np.inf)
-        assert summed is not None, "finite numbers of float32 have squares in float64"
-        partial, energies = summed
+        sums = sum_rows(rows)
+        if max(-sums.minimum, sums.maximum) > _LARGEST_SUMMED[rows.dtype.name] or not np.isfinite(sums.energies).all():
+            wide = as_float32(rows).astype(np.float64)
+            if not np.isfinite(wide).all():
+                return int(np.argmax(~np.isfinite(wide).all(axis=1)))
+            sums = _sum_in_float64(wide)
+        n, energies = len(rows), sums.energies.astype(np.float64)
+        partial = SiteStatistics(self.width, n)
+        partial.total = sums.sums + n * sums.shift.astype(np.float64)
+        partial.squared_deviations = np.maximum(sums.squares - sums.sums**2 / n, 0.0)
+        partial.minimum, partial.maximum = sums.minimum, sums.maximum
         partial.total_norm = float(np.sqrt(energies).sum())
         bins = _energy_bins(energies)
         partial.energy_counts = np.bincount(bins, minlength=_N_ENERGY_BINS).astype(np.float64)
@@ -163,69 +164,12 @@ class SiteStatistics:
         )
 
 
-def _sum_blocks(rows: np.ndarray, dtype: np.dtype[Any], largest: float) -> tuple[SiteStatistics, np.ndarray] | None:
-    """Return sums over rows (n, d) and the squared norm of each row, float64 (n,).
-
-    Works block by block, so that a block stays in the processor's cache through all its sums; deviations are taken
-    from the mean of the first block, near enough to the mean of all for float32 sums not to cancel. Returns None as
-    soon as a value is not finite or larger than ``largest``.
-    """
-    n, width = rows.shape
-    partial = SiteStatistics(width, n)
-    energies = np.empty(n, dtype)
-    sums, squares, shift = _zeros(width), _zeros(width), np.zeros(width, dtype)
-    scratch = np.empty((min(n, _BLOCK_ROWS), width), dtype)
-    for start in range(0, n, _BLOCK_ROWS):
-        piece = rows[start : start + _BLOCK_ROWS]
-        minimum, maximum = _extremes(piece)
-        if not max(-minimum, maximum) <= largest or not np.isfinite(maximum - minimum):
-            return None
-        partial.minimum, partial.maximum = min(partial.minimum, minimum), max(partial.maximum, maximum)
-        block = _convert(piece, scratch[: len(piece)])
-        if start == 0:
-            shift = block.mean(axis=0, dtype=np.float64).astype(dtype)
-        np.vecdot(block, block, out=energies[start : start + len(piece)])
-        block -= shift
-        sums += block.sum(axis=0)
-        squares += np.einsum("ij,ij->j", block, block)
-    partial.total = sums + n * shift.astype(np.float64)
-    partial.squared_deviations = np.maximum(squares - sums**2 / n, 0.0)
-    return partial, energies.astype(np.float64)
-
-
-def _convert(rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Write finite rows as numbers of the dtype of ``out``, without allocating; bfloat16 and float16 by their bits."""
-    if out.dtype != np.float32 or rows.dtype not in _SIGN_MAGNITUDE:
-        out[...] = as_float32(rows)
-    elif rows.dtype == np.uint16:
-        bits = out.view(np.uint32)
-        bits[...] = rows
-        np.left_shift(bits, 16, out=bits)
-    else:
-        # NumPy converts float16 one number at a time. A sign-extended shift puts exponent and mantissa in their
-        # places and the factor corrects the exponent's bias: exact for every finite number, subnormals included.
-        extended = out.view(np.int32)
-        extended[...] = rows.view(np.int16)
-        np.left_shift(extended, 13, out=extended)
-        np.bitwise_and(out.view(np.uint32), np.uint32(0x8FFFE000), out=out.view(np.uint32))
-        np.multiply(out, np.float32(2.0**112), out=out)
-    return out
-
-
-def _extremes(rows: np.ndarray) -> tuple[float, float]:
-    """Return the smallest and the largest value; either is not finite if and only if some value is not.
-
-    16-bit floats are compared by their bits, 2 to 20 times as fast: as a signed integer the largest one is the largest
-    positive number, as an unsigned one the most negative number, and NaN lies beyond infinity.
-    """
-    if rows.dtype not in _SIGN_MAGNITUDE:
-        return float(rows.min()), float(rows.max())
-    bits = rows.view(np.uint16)
-    largest, most_negative = bits.view(np.int16).max(), bits.max()
-    smallest_bits = most_negative if most_negative >= _SIGN else bits.min()
-    largest_bits = largest.view(np.uint16) if largest >= 0 else bits.min()
-    low, high = as_float32(np.array([smallest_bits, largest_bits], np.uint16).view(rows.dtype))
-    return float(low), float(high)
+def _sum_in_float64(rows: np.ndarray) -> RowSums:
+    """Return the sums of finite rows whose squares may be too large for float32."""
+    shift = rows.mean(axis=0)
+    deviations = rows - shift
+    squares, energies = (deviations**2).sum(axis=0), (rows**2).sum(axis=1)
+    return RowSums(shift, deviations.sum(axis=0), squares, energies, float(rows.min()), float(rows.max()))
 
 
 def as_float32(rows: np.ndarray) -> np.ndarray:
