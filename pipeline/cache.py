@@ -340,6 +340,10 @@ def check_pairing(
     captured = model.capture(tokens, hooks)
     for hook in hooks:
         check = model.compare_pair(hook, captured[hook.hook_in], captured[hook.hook_out])
+        if not check.applicable:
+            logger.info(
+                "%s: pairing check not applicable: no MLP joins its hooks, or its weights are processed", hook.name
+            )
         if check.applicable and not check.exact and check.relative_error > 1e-2:
             raise ModelError(
                 f"{hook.name}: {hook.hook_out} is not the MLP of {hook.hook_in} (relative error "

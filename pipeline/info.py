@@ -9,7 +9,7 @@ from typing import Any
 
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import MANIFEST, REQUEST, read_json, read_sealed
-from storage.cache_format import KIND, PROVENANCE, SPLITS
+from storage.cache_format import KIND, PROVENANCE, SPLITS, Site
 from storage.errors import ArtifactMissing
 
 
@@ -50,7 +50,7 @@ def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
         statistics = sums[site.name]
         yield (
             f"site {site.name}",
-            f"{site.hook_in} ({site.d_in}) -> {site.hook_out} ({site.d_out}), {site.dtype}; "
+            f"{_hooks(site)}, {site.dtype}; "
             f"mean output norm {statistics.mean_norm:.4g}, "
             f"largest 1 % of rows hold {statistics.energy_share():.0%} of the output energy",
         )
@@ -59,6 +59,12 @@ def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
     epochs = sorted(epoch.name for epoch in (cache.path / "epochs").glob("*") if (epoch / MANIFEST).exists())
     if epochs:
         yield "materialised epochs", ", ".join(epochs)
+
+
+def _hooks(site: Site) -> str:
+    if len(site.sides) == 1:
+        return f"{site.hook_in} ({site.d_in})"
+    return f"{site.hook_in} ({site.d_in}) -> {site.hook_out} ({site.d_out})"
 
 
 def _bytes_on_disk(path: Path) -> int:

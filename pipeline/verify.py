@@ -14,7 +14,7 @@ from pipeline.cache import row_mask_of
 from pipeline.caching.plan import refuse_other_inputs
 from pipeline.caching.settings import CacheSettings
 from pipeline.device import limited_threads
-from pipeline.model.language_model import LanguageModel, load_language_model
+from pipeline.model.language_model import LanguageModel, PairingCheck, load_language_model
 from pipeline.model.sites import SiteHooks
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from storage.cache_format import Site
@@ -42,7 +42,9 @@ class PairingReport:
     """‖stored − computed‖ / ‖computed‖ over all rows checked."""
     tolerance: float
     mlp_relative_error: float | None
-    """‖MLP(stored input) − stored output‖ / ‖stored output‖, where the site is a layer's own MLP; None elsewhere."""
+    """‖MLP(stored input) − stored output‖ / ‖stored output‖, on the output of a layer's own MLP; None elsewhere."""
+    is_mlp: bool
+    """Whether the site is a layer's own MLP and its weights are raw; elsewhere that check is not applicable."""
 
     @property
     def passed(self) -> bool:
@@ -107,11 +109,11 @@ class _PairChecker:
     def check(self, split: CacheSplit, contexts: np.ndarray) -> list[PairingReport]:
         stored = _stored_rows(split, contexts)
         computed = self._computed_rows(split, contexts, stored)
-        return [
-            self._report(split.name, site, side, stored, computed)
-            for site in self.cache.sites.values()
-            for side in site.sides
-        ]
+        reports = []
+        for site in self.cache.sites.values():
+            pairing = self._compare_pair(site, stored)
+            reports += [self._report(split.name, site, side, stored, computed, pairing) for side in site.sides]
+        return reports
 
     def _computed_rows(
         self, split: CacheSplit, contexts: np.ndarray, stored: dict[str, np.ndarray]
@@ -127,25 +129,32 @@ class _PairChecker:
             here = stored["context"] // size == batch
             context, position = stored["context"][here] - batch * size, stored["position"][here]
             for hook in self.hooks:
-                for side, name in (("in", hook.hook_in), ("out", hook.hook_out)):
+                for side, name in hook.sides.items():
                     rows = captured[name][context, position].float().cpu().numpy()
                     pieces.setdefault(f"{hook.name}/{side}", []).append(rows)
         return {key: np.concatenate(rows) for key, rows in pieces.items()}
 
     def _report(
-        self, split: str, site: Site, side: Side, stored: dict[str, np.ndarray], computed: dict[str, np.ndarray]
+        self,
+        split: str,
+        site: Site,
+        side: Side,
+        stored: dict[str, np.ndarray],
+        computed: dict[str, np.ndarray],
+        pairing: PairingCheck,
     ) -> PairingReport:
         key = f"{site.name}/{side}"
         kept, again = as_float32(stored[key]).astype(np.float64), computed[key].astype(np.float64)
         error = float(np.linalg.norm(kept - again) / np.linalg.norm(again))
         tolerance = RELATIVE_ERROR[site.dtype] + MODEL_TOLERANCE[self.model.dtype]
-        mlp_error = self._mlp_error(site, stored) if side == "out" else None
-        return PairingReport(split, site.name, side, len(kept), error, tolerance, mlp_error)
+        mlp_error = pairing.relative_error if pairing.applicable and side == "out" else None
+        return PairingReport(split, site.name, side, len(kept), error, tolerance, mlp_error, pairing.applicable)
 
-    def _mlp_error(self, site: Site, stored: dict[str, np.ndarray]) -> float | None:
-        inputs, outputs = (torch.from_numpy(as_float32(stored[f"{site.name}/{side}"])) for side in ("in", "out"))
-        check = self.model.compare_pair(SiteHooks(site.name, site.hook_in, site.hook_out), inputs, outputs)
-        return check.relative_error if check.applicable else None
+    def _compare_pair(self, site: Site, stored: dict[str, np.ndarray]) -> PairingCheck:
+        sides = (
+            torch.from_numpy(as_float32(stored[f"{site.name}/{side}"])) for side in (site.sides[0], site.sides[-1])
+        )
+        return self.model.compare_pair(SiteHooks(site.name, site.hook_in, site.hook_out), *sides)
 
 
 def _stored_rows(split: CacheSplit, contexts: np.ndarray) -> dict[str, np.ndarray]:

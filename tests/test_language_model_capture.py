@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from pipeline.model.sites import SiteHooks
 from storage.errors import ModelError, OutOfMemoryError
 from tests.tiny_models import FAMILIES, save_tiny_model
 
@@ -79,6 +80,83 @@ def test_every_activation_equals_that_of_run_with_cache(model: LanguageModel) ->
     assert len(captured) >= 4 * N_LAYERS
     for hook, value in captured.items():
         assert torch.equal(value, cached[hook].flatten(2)), hook
+
+
+def test_a_heads_slice_is_that_heads_part_of_what_the_attention_multiplies(model: LanguageModel) -> None:
+    plain, _ = plain_mlps(model.bridge.cfg.model_name)
+    projections = ("attn.c_proj", "attention.dense", "self_attn.o_proj")
+    outputs = [module for name, module in plain.named_modules() if name.endswith(projections)]
+    expected: dict[int, torch.Tensor] = {}
+    for layer, module in enumerate(outputs):
+
+        def keep(_module: Any, inputs: Any, layer: int = layer) -> None:
+            expected[layer] = inputs[0].clone()
+
+        module.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        plain(TOKENS)
+    assert len(expected) == N_LAYERS
+    heads = [f"blocks.{layer}.attn.hook_z[{head}]" for layer in range(N_LAYERS) for head in range(4)]
+    captured = model.capture(TOKENS, model.resolve_sites(None, heads))
+    assert list(captured) == heads
+    for layer, value in expected.items():
+        for head in range(4):
+            slice_ = captured[f"blocks.{layer}.attn.hook_z[{head}]"]
+            torch.testing.assert_close(slice_, value[..., 4 * head : 4 * head + 4], rtol=1e-4, atol=1e-5)
+
+
+def test_heads_of_one_hook_are_views_of_what_it_held_in_one_pass(model: LanguageModel) -> None:
+    z = "blocks.1.attn.hook_z"
+    sites = model.resolve_sites(None, [f"{z}[0]", f"{z}[3]", z, f"{z}[3]:blocks.1.hook_attn_out"])
+    captured = model.capture(TOKENS, sites)
+    assert list(captured) == [f"{z}[0]", f"{z}[3]", z, "blocks.1.hook_attn_out"]
+    assert captured[z].shape == (2, 10, 16)
+    for head in (0, 3):
+        assert captured[f"{z}[{head}]"].shape == (2, 10, 4)
+        assert torch.equal(captured[f"{z}[{head}]"], captured[z][..., 4 * head : 4 * head + 4])
+    assert len({value.untyped_storage().data_ptr() for hook, value in captured.items() if z in hook}) == 1
+    assert model.widths(sites[:1] + sites[3:]) == {
+        f"{z}.head0": (4, 4),
+        f"{z}.head3-to-blocks.1.hook_attn_out": (4, 16),
+    }
+
+
+def test_keys_and_values_have_as_many_heads_as_the_model_gives_them(model: LanguageModel) -> None:
+    n_shared = 4 if model.bridge.cfg.model_name.endswith(("gpt2", "neox")) else 2
+    for hook, n_heads in (("hook_q", 4), ("hook_z", 4), ("hook_k", n_shared), ("hook_v", n_shared)):
+        last = f"blocks.0.attn.{hook}[{n_heads - 1}]"
+        assert model.capture(TOKENS, model.resolve_sites(None, [last]))[last].shape == (2, 10, 4)
+        with pytest.raises(
+            ModelError, match=rf"{hook}\[{n_heads}\]: this hook has {n_heads} heads, 0 to {n_heads - 1}"
+        ):
+            model.resolve_sites(None, [f"blocks.0.attn.{hook}[{n_heads}]"])
+
+
+def test_pairing_is_not_applicable_to_residuals_attention_and_heads(gpt2: LanguageModel) -> None:
+    hooks = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "attn.hook_z", "attn.hook_z[0]"]
+    for site in gpt2.resolve_sites(None, [f"blocks.1.{hook}" for hook in hooks]):
+        assert not gpt2.check_pairing(TOKENS, site).applicable, site
+
+
+def test_a_head_where_there_is_none_is_refused_by_the_capture_too(gpt2: LanguageModel) -> None:
+    for hook, complaint in (("mlp.hook_out[0]", "this hook has no heads"), ("attn.hook_z[-1]", "4 heads, 0 to 3")):
+        name = f"blocks.0.{hook}"
+        with pytest.raises(ModelError, match=complaint):
+            gpt2.capture(TOKENS, [SiteHooks("mine", name, name)])
+
+
+@pytest.mark.parametrize(
+    ("hook", "complaint"),
+    [
+        ("blocks.0.hook_mlp_in[0]", r"never fired: blocks\.0\.hook_mlp_in\. "),
+        ("blocks.0.attn.hook_pattern[0]", r"hook blocks\.0\.attn\.hook_pattern: holds a tensor of shape"),
+    ],
+)
+def test_a_head_of_a_hook_that_holds_no_rows_is_refused_for_that(
+    gpt2: LanguageModel, hook: str, complaint: str
+) -> None:
+    with pytest.raises(ModelError, match=complaint):
+        gpt2.widths(gpt2.resolve_sites(None, [hook]))
 
 
 def test_the_output_is_the_mlp_of_the_input_bit_for_bit(model: LanguageModel) -> None:

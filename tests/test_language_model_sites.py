@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from pipeline.model.sites import SiteHooks, layer_site, resolve_sites
@@ -13,7 +15,12 @@ HOOKS = [f"blocks.{layer}.{part}" for layer in range(N_LAYERS) for part in PARTS
 
 
 def resolve(layers: str | None = None, *hooks: str) -> list[SiteHooks]:
-    return resolve_sites(layers, hooks, n_layers=N_LAYERS, hook_names=HOOKS)
+    return resolve_sites(layers, hooks, n_layers=N_LAYERS, hook_names=HOOKS, count_heads=count_heads)
+
+
+def count_heads(hooks: Sequence[str]) -> dict[str, int]:
+    """Stand in for a model of four heads, of which one hook in five never fires."""
+    return {hook: 4 if hook.endswith("hook_z") else 0 for hook in hooks if not hook.endswith("hook_normalized")}
 
 
 def refusal(layers: str | None = None, *hooks: str) -> list[str]:
@@ -50,6 +57,19 @@ def test_a_layer_is_the_input_and_the_output_of_its_mlp() -> None:
         ),
         ("blocks.2.attn.hook_z", SiteHooks("blocks.2.attn.hook_z", "blocks.2.attn.hook_z", "blocks.2.attn.hook_z")),
         ("z=blocks.2.attn.hook_z", SiteHooks("z", "blocks.2.attn.hook_z", "blocks.2.attn.hook_z")),
+        (
+            "blocks.2.attn.hook_z[0]",
+            SiteHooks("blocks.2.attn.hook_z.head0", "blocks.2.attn.hook_z[0]", "blocks.2.attn.hook_z[0]"),
+        ),
+        ("z=blocks.2.attn.hook_z [ 03 ]", SiteHooks("z", "blocks.2.attn.hook_z[3]", "blocks.2.attn.hook_z[3]")),
+        (
+            "blocks.2.attn.hook_z[3]:blocks.2.hook_mlp_out",
+            SiteHooks(
+                "blocks.2.attn.hook_z.head3-to-blocks.2.hook_mlp_out",
+                "blocks.2.attn.hook_z[3]",
+                "blocks.2.hook_mlp_out",
+            ),
+        ),
         ("blocks.5.mlp.hook_in:blocks.5.mlp.hook_out", layer_site(5)),
     ],
 )
@@ -93,6 +113,52 @@ def test_names_that_differ_only_in_case_are_one_folder_somewhere() -> None:
 def test_the_same_hooks_under_two_names_are_refused() -> None:
     assert refusal("4", "mine=blocks.4.mlp.hook_in:blocks.4.mlp.hook_out")[1] == (
         "site mine: has the same hooks as site layer4; leave one out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("hook", "complaint"),
+    [
+        ("blocks.2.attn.hook_z[4]", "this hook has 4 heads, 0 to 3"),
+        ("blocks.2.attn.hook_z[-1]", "this hook has 4 heads, 0 to 3"),
+        (
+            "blocks.2.mlp.hook_in[0]",
+            "this hook has no heads, it holds one vector per position; leave out [0]. Heads are at "
+            "blocks.L.attn.hook_z, hook_q, hook_k and hook_v",
+        ),
+    ],
+)
+def test_a_head_that_a_hook_does_not_have_is_answered_with_those_it_has(hook: str, complaint: str) -> None:
+    assert refusal(None, f"mine={hook}", f"other={hook}:blocks.3.hook_resid_pre") == [
+        "2 problems in the sites asked for:",
+        f"site mine: {hook}: {complaint}",
+        f"site other: {hook}: {complaint}",
+    ]
+
+
+@pytest.mark.parametrize("hook", ["a[", "a[b]", "a[]", "a[0-3]", "a[1][2]", "[1]", "a[1]b", "a[1.5]"])
+def test_brackets_that_hold_no_head_are_explained(hook: str) -> None:
+    assert refusal(None, hook)[1] == (
+        f"hooks '{hook}': '{hook}' is not understood; brackets hold the number of one head, such as "
+        "blocks.0.attn.hook_z[5]"
+    )
+
+
+def test_an_unknown_hook_with_a_head_is_answered_with_near_matches_without() -> None:
+    (_, problem) = refusal(None, "blocks.2.attn.hook_zz[1]")
+    assert problem.startswith("site blocks.2.attn.hook_zz.head1: this model has no hook 'blocks.2.attn.hook_zz'; near")
+    assert "blocks.2.attn.hook_z," in problem
+
+
+def test_heads_are_left_to_the_capture_where_they_cannot_be_counted() -> None:
+    assert len(resolve(None, "blocks.2.ln2.hook_normalized[9]")) == 1
+
+
+def test_heads_of_one_hook_are_sites_of_their_own_and_the_same_head_twice_is_refused() -> None:
+    heads = [f"blocks.2.attn.hook_z[{head}]" for head in range(4)]
+    assert [site.hook_in for site in resolve(None, *heads)] == heads
+    assert refusal(None, "a=blocks.2.attn.hook_z[1]", "b=blocks.2.attn.hook_z[01]")[1] == (
+        "site b: has the same hooks as site a; leave one out"
     )
 
 

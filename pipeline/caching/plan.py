@@ -155,7 +155,7 @@ def choose_scales(hooks: Sequence[SiteHooks], dtypes: Mapping[str, str], seen: P
     for hook in hooks:
         if dtypes[hook.name] == "int8":
             assert seen is not None, "int8 needs a probe for its column scales"
-            for side, name in (("in", hook.hook_in), ("out", hook.hook_out)):
+            for side, name in hook.sides.items():
                 scale = column_scale_of(seen.total_squares[name], seen.n_rows)
                 scales[f"{hook.name}/{side}"] = [float(value) for value in scale]
     return scales

@@ -29,7 +29,8 @@ class CacheSettings(ModelSettings, TextSettings, RowFilter, CacheLayout):
     layers: Annotated[str | None, BeforeValidator(_as_text)] = None
     """Layers whose MLPs are cached, such as 8, 0,3,8-11 or all."""
     hooks: tuple[str, ...] = Field(default=(), validate_default=True)
-    """Sites by hook names: NAME=IN_HOOK:OUT_HOOK, IN_HOOK:OUT_HOOK, or one HOOK for an SAE. May be repeated."""
+    """Sites by hook names: NAME=IN_HOOK:OUT_HOOK, IN_HOOK:OUT_HOOK, or one HOOK for an SAE; HOOK[5] is one head of an
+    attention hook. May be repeated."""
     context_length: int = 128
     """Tokens per context, the BOS that begins it included."""
     contexts_per_batch: int = 32

@@ -67,7 +67,9 @@ def command(
 def _check_pairs(path: Path, n_contexts: int, model: str | None, device: str, threads: int | None) -> list[str]:
     problems = []
     for report in verify.check_pairs(path, n_contexts=n_contexts, model=model, device=device, threads=threads):
-        mlp = "" if report.mlp_relative_error is None else f", MLP(in) against out {report.mlp_relative_error:.1e}"
+        mlp = "" if report.is_mlp else ", pairing check not applicable"
+        if report.mlp_relative_error is not None:
+            mlp = f", MLP(in) against out {report.mlp_relative_error:.1e}"
         line = (
             f"pairs: {report.split} {report.site}/{report.side}, {report.n_rows:,} rows against the model run again: "
             f"relative error {report.relative_error:.1e} (at most {report.tolerance:.1e} expected){mlp}"

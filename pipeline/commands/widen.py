@@ -14,7 +14,7 @@ from pipeline.commands.cache import show_result
 @click.command("widen")
 @click.argument("cache", type=options.ARTIFACT)
 @click.option("--layers", help="Layers to add, such as 4,5 or all.")
-@click.option("--hooks", multiple=True, help="Sites to add by hook names: NAME=IN_HOOK:OUT_HOOK. May be repeated.")
+@click.option("--hooks", multiple=True, help="Sites to add by hook names, as of pipeline cache. May be repeated.")
 @options.model_moved
 @options.device
 @options.threads

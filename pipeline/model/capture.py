@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.model.sites import SiteHooks
+from pipeline.model.sites import HookSlice, SiteHooks
 from storage.errors import ModelError, OutOfMemoryError
 
 _HOOK_LEVEL = 712_349  # tells our hooks from anybody else's when they are taken away; any number no one uses
@@ -43,16 +43,27 @@ class PairingCheck:
 def capture(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
     """Return the activation at each of ``hooks``, (contexts, positions, d), for ``tokens`` (contexts, positions).
 
-    ``points`` maps hook names to hook points. Heads are flattened into one dimension. The tensors are inference
-    tensors and may be the model's own: use them before the next call, or copy them. If a hook fires more than once
-    in a pass, the first firing counts.
+    ``points`` maps hook names to hook points. ``HOOK[H]`` is head H's slice of a hook, and d then d_head; otherwise
+    heads are flattened into one dimension. The tensors are inference tensors and may be the model's own, or views of
+    one another: use them before the next call, or copy them. If a hook fires more than once in a pass, the first
+    firing counts.
     """
-    with torch.inference_mode(), _captured(points, hooks) as captured:
-        # No KV cache: it would be filled and thrown away.
-        with _explained_failures(tokens.shape[0]), _no_padding_advice(), contextlib.suppress(_AllCaptured):
-            bridge(tokens, return_type=None, use_cache=False)
-        _check_all_fired(hooks, captured)
-        return {hook: _rows(hook, captured[hook], tokens) for hook in hooks}
+    wanted = {hook: HookSlice.parse(hook) for hook in hooks}
+    captured = _fired(bridge, points, list(dict.fromkeys(part.point for part in wanted.values())), tokens)
+    _check_all_fired([part.point for part in wanted.values()], captured)
+    with torch.inference_mode():
+        return {hook: _rows(part, captured[part.point], tokens) for hook, part in wanted.items()}
+
+
+def count_heads(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], tokens: Tensor) -> dict[str, int]:
+    """Return the number of heads at each of ``hooks``, 0 where one vector per position is held.
+
+    Keys and values have fewer heads than queries where attention is grouped. Hooks that never fire, or hold no
+    activation of token positions, are left out: ``capture`` says so.
+    """
+    shapes = {hook: getattr(value, "shape", ()) for hook, value in _fired(bridge, points, hooks, tokens).items()}
+    per_position = {hook: shape for hook, shape in shapes.items() if tuple(shape[:2]) == tuple(tokens.shape)}
+    return {hook: shape[2] if len(shape) == 4 else 0 for hook, shape in per_position.items() if len(shape) > 2}
 
 
 def compare_pair(mlp: Callable[[Tensor], Any], inputs: Tensor, outputs: Tensor) -> PairingCheck:
@@ -73,6 +84,15 @@ def compare_pair(mlp: Callable[[Tensor], Any], inputs: Tensor, outputs: Tensor) 
 def unique_hooks(sites: Sequence[SiteHooks]) -> list[str]:
     """Return every hook of ``sites`` once, in order."""
     return list(dict.fromkeys(hook for site in sites for hook in (site.hook_in, site.hook_out)))
+
+
+def _fired(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], tokens: Tensor) -> dict[str, Any]:
+    """Run the model until the last of ``hooks`` has fired; return what each of those that did held."""
+    # No KV cache: it would be filled and thrown away.
+    with torch.inference_mode(), _captured(points, hooks) as captured:
+        with _explained_failures(tokens.shape[0]), _no_padding_advice(), contextlib.suppress(_AllCaptured):
+            bridge(tokens, return_type=None, use_cache=False)
+        return captured
 
 
 @contextlib.contextmanager
@@ -141,7 +161,7 @@ def _smaller_batch(n_contexts: int) -> str:
 
 
 def _check_all_fired(hooks: Sequence[str], captured: Mapping[str, Any]) -> None:
-    silent = [hook for hook in hooks if hook not in captured]
+    silent = [hook for hook in dict.fromkeys(hooks) if hook not in captured]
     if silent:
         raise ModelError(
             f"the language model ran to its end and these hooks never fired: {', '.join(silent)}. TransformerLens "
@@ -150,16 +170,21 @@ def _check_all_fired(hooks: Sequence[str], captured: Mapping[str, Any]) -> None:
         )
 
 
-def _rows(hook: str, value: Any, tokens: Tensor) -> Tensor:
+def _rows(hook: HookSlice, value: Any, tokens: Tensor) -> Tensor:
     """Return a captured value as (contexts, positions, d), or say why it is no activation of token positions."""
     if isinstance(value, tuple) and value:
         value = value[0]
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        raise ModelError(f"hook {hook}: holds {kind}, wanted floating-point activations; choose another hook")
+        raise ModelError(f"hook {hook.point}: holds {kind}, wanted floating-point activations; choose another hook")
     if value.ndim < 3 or value.shape[:2] != tokens.shape:
         raise ModelError(
-            f"hook {hook}: holds a tensor of shape {tuple(value.shape)} for {tokens.shape[0]} contexts of "
+            f"hook {hook.point}: holds a tensor of shape {tuple(value.shape)} for {tokens.shape[0]} contexts of "
             f"{tokens.shape[1]} positions; wanted one vector per position, or one per head and position"
         )
+    if hook.head is not None:
+        problem = hook.problem(value.shape[2] if value.ndim == 4 else 0)
+        if problem is not None:
+            raise ModelError(f"hook {problem}")
+        return value[:, :, hook.head]
     return value.flatten(2) if value.ndim > 3 else value

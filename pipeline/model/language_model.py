@@ -30,7 +30,7 @@ __all__ = ["LanguageModel", "ModelSettings", "PairingCheck", "SiteHooks", "load_
 logger = logging.getLogger(__name__)
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_PROBE_POSITIONS = 7  # of the pass that finds out widths; a number that is no usual number of heads
+_PROBE_POSITIONS = 7  # of the pass that finds out widths and heads; a number that is no usual number of heads
 _LIBRARIES = ("torch", "transformer_lens", "transformers", "tokenizers")
 
 
@@ -119,11 +119,14 @@ class LanguageModel:
 
     def resolve_sites(self, layers: str | None, hooks: Sequence[str] = ()) -> list[SiteHooks]:
         """Return the sites of ``layers`` (``"0,3,8-11"``, ``"all"``) and ``hooks``; see ``pipeline.model.sites``."""
-        return sites.resolve_sites(layers, hooks, n_layers=self.n_layers, hook_names=self._points)
+        return sites.resolve_sites(
+            layers, hooks, n_layers=self.n_layers, hook_names=self._points, count_heads=self._count_heads
+        )
 
     def capture(self, tokens: Tensor, sites: Sequence[SiteHooks]) -> dict[str, Tensor]:
         """Return each hook's activations (contexts, positions, d) for ``tokens`` (contexts, positions), in one pass.
 
+        By the sites' names of their hooks: ``HOOK[H]`` is a slice of width d_head, a view of what ``HOOK`` holds.
         The pass stops at the last hook wanted. The tensors belong to the model: use or copy them before the next
         call. Raises ModelError if a token id or the length is beyond the model or a hook does not fire, and
         OutOfMemoryError, naming the batch size to try.
@@ -134,8 +137,7 @@ class LanguageModel:
 
     def widths(self, sites: Sequence[SiteHooks]) -> dict[str, tuple[int, int]]:
         """Return (d_in, d_out) of each site, found by running one short context."""
-        n_positions = min(_PROBE_POSITIONS, self.max_context_length)
-        captured = self.capture(torch.full((1, n_positions), self.bos_token_id), sites)
+        captured = self.capture(self._short_context(), sites)
         return {site.name: (captured[site.hook_in].shape[-1], captured[site.hook_out].shape[-1]) for site in sites}
 
     def check_pairing(self, tokens: Tensor, site: SiteHooks) -> PairingCheck:
@@ -177,6 +179,13 @@ class LanguageModel:
             "tokenizer": self._tokenizer.identity(),
             "versions": {library: version(library) for library in _LIBRARIES},
         }
+
+    def _count_heads(self, hooks: Sequence[str]) -> dict[str, int]:
+        tokens = self._short_context().to(self.device)
+        return activation_capture.count_heads(self.bridge, self._points, hooks, tokens)
+
+    def _short_context(self) -> Tensor:
+        return torch.full((1, min(_PROBE_POSITIONS, self.max_context_length)), self.bos_token_id)
 
     def _mlp(self, site: SiteHooks) -> Any:
         """Return the module whose input and output ``site`` claims to hold; None where that cannot be recomputed."""

@@ -3,20 +3,60 @@
 A layer means ``blocks.L.mlp.hook_in`` and ``blocks.L.mlp.hook_out``, the exact input and output of the MLP in every
 model family. The older names mean other things: ``ln2.hook_normalized`` is taken before the norm's gain and bias,
 and ``hook_mlp_out`` comes after a further norm where a family has one.
+
+Wherever a hook is named, ``blocks.3.attn.hook_z[5]`` means one head's slice of it.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from storage.encodings import Side
 from storage.errors import ModelError
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LAYER_ITEM = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 _MLP_HOOK = re.compile(r"blocks\.(\d+)\.mlp\.hook_(?:in|out)")
+_ONE_HEAD = re.compile(r"([^\[\]]+?)\s*\[\s*([+-]?[0-9]+)\s*\]")
+
+HeadCounts = Callable[[Sequence[str]], Mapping[str, int]]
+"""Hook points → how many heads each holds, 0 where it holds one vector per position; leaves out those that do not
+hold activations of token positions, about which capturing them has more to say."""
+
+
+class HookSlice(NamedTuple):
+    """What a hook's name means: a hook point of the model, and which head of it if not all."""
+
+    point: str
+    head: int | None
+
+    @classmethod
+    def parse(cls, hook: str) -> HookSlice:
+        """Read ``blocks.3.attn.hook_z[5]`` or a name without brackets."""
+        match = _ONE_HEAD.fullmatch(hook)
+        return cls(hook, None) if match is None else cls(match[1], int(match[2]))
+
+    def __str__(self) -> str:
+        return self.point if self.head is None else f"{self.point}[{self.head}]"
+
+    @property
+    def folder_name(self) -> str:
+        """The same without brackets, which shells and file name patterns take for something else."""
+        return self.point if self.head is None else f"{self.point}.head{self.head}"
+
+    def problem(self, n_heads: int) -> str | None:
+        """Return what is wrong with asking for this head where the hook has ``n_heads``; None if nothing is."""
+        if self.head is None or 0 <= self.head < n_heads:
+            return None
+        if n_heads == 0:
+            return (
+                f"{self}: this hook has no heads, it holds one vector per position; leave out [{self.head}]. "
+                "Heads are at blocks.L.attn.hook_z, hook_q, hook_k and hook_v"
+            )
+        return f"{self}: this hook has {n_heads} head{'s' if n_heads > 1 else ''}, 0 to {n_heads - 1}"
 
 
 class SiteHooks(NamedTuple):
@@ -25,6 +65,11 @@ class SiteHooks(NamedTuple):
     name: str
     hook_in: str
     hook_out: str
+
+    @property
+    def sides(self) -> dict[Side, str]:
+        """The hook of each side that is stored: one side where both hooks are the same."""
+        return {"in": self.hook_in} if self.hook_in == self.hook_out else {"in": self.hook_in, "out": self.hook_out}
 
     @property
     def default_layer(self) -> int | None:
@@ -41,12 +86,18 @@ def layer_site(layer: int) -> SiteHooks:
 
 
 def resolve_sites(
-    layers: str | None, hooks: Sequence[str], *, n_layers: int, hook_names: Collection[str]
+    layers: str | None,
+    hooks: Sequence[str],
+    *,
+    n_layers: int,
+    hook_names: Collection[str],
+    count_heads: HeadCounts,
 ) -> list[SiteHooks]:
     """Return the sites of ``layers`` (``"0,3,8-11"`` or ``"all"``) followed by those of ``hooks``.
 
     Each of ``hooks`` is ``HOOK`` (input and output are the same, as for a sparse autoencoder) or ``IN:OUT``, either
-    one optionally with a name, ``NAME=IN:OUT``. Raises ModelError that lists every problem at once.
+    one optionally with a name, ``NAME=IN:OUT``; a hook may be one head's slice, ``HOOK[H]``. ``count_heads`` is asked
+    only about hooks of which a head is wanted. Raises ModelError that lists every problem at once.
     """
     problems: list[str] = []
     sites = [layer_site(layer) for layer in _parse_layers(layers or "", n_layers, problems)]
@@ -57,6 +108,7 @@ def resolve_sites(
         )
     for site in sites:
         problems += _unknown_hooks(site, hook_names)
+    problems += _unknown_heads(sites, hook_names, count_heads)
     problems += _repeated(sites)
     if problems:
         raise ModelError("\n  ".join([_count(problems), *problems]))
@@ -88,8 +140,16 @@ def _parse_hooks(text: str, problems: list[str]) -> SiteHooks | None:
     if len(parts) > 2 or not all(parts):
         problems.append(f"hooks {text!r}: write IN_HOOK:OUT_HOOK, one HOOK, or NAME=IN_HOOK:OUT_HOOK")
         return None
-    hook_in, hook_out = parts[0], parts[-1]
-    site = SiteHooks(name.strip() if equals else _default_name(hook_in, hook_out), hook_in, hook_out)
+    hook_in, hook_out = HookSlice.parse(parts[0]), HookSlice.parse(parts[-1])
+    wrong = [part.point for part in dict.fromkeys((hook_in, hook_out)) if re.search(r"[\[\]]", part.point)]
+    if wrong:
+        problems += [
+            f"hooks {text!r}: {hook!r} is not understood; brackets hold the number of one head, such as "
+            "blocks.0.attn.hook_z[5]"
+            for hook in wrong
+        ]
+        return None
+    site = SiteHooks(name.strip() if equals else _default_name(hook_in, hook_out), str(hook_in), str(hook_out))
     if not _SAFE_NAME.fullmatch(site.name):
         problems.append(
             f"hooks {text!r}: the name {site.name!r} will be a folder name; use up to 128 letters, digits, '.', '_' "
@@ -98,22 +158,36 @@ def _parse_hooks(text: str, problems: list[str]) -> SiteHooks | None:
     return site
 
 
-def _default_name(hook_in: str, hook_out: str) -> str:
-    layer = SiteHooks("", hook_in, hook_out).default_layer
+def _default_name(hook_in: HookSlice, hook_out: HookSlice) -> str:
+    layer = SiteHooks("", str(hook_in), str(hook_out)).default_layer
     if layer is not None:
         return f"layer{layer}"
-    return hook_in if hook_in == hook_out else f"{hook_in}-to-{hook_out}"
+    return hook_in.folder_name if hook_in == hook_out else f"{hook_in.folder_name}-to-{hook_out.folder_name}"
 
 
 def _unknown_hooks(site: SiteHooks, hook_names: Collection[str]) -> list[str]:
     problems = []
-    for hook in dict.fromkeys((site.hook_in, site.hook_out)):
+    for hook in dict.fromkeys(HookSlice.parse(name).point for name in (site.hook_in, site.hook_out)):
         if hook in hook_names:
             continue
         near = difflib.get_close_matches(hook, hook_names, n=4, cutoff=0.6)
         advice = f"near matches: {', '.join(near)}" if near else "names look like blocks.0.mlp.hook_out"
         problems.append(f"site {site.name}: this model has no hook {hook!r}; {advice}")
     return problems
+
+
+def _unknown_heads(sites: Sequence[SiteHooks], hook_names: Collection[str], count_heads: HeadCounts) -> list[str]:
+    asked = {
+        (site.name, part): None
+        for site in sites
+        for part in map(HookSlice.parse, (site.hook_in, site.hook_out))
+        if part.head is not None and part.point in hook_names
+    }
+    if not asked:
+        return []
+    counts = count_heads(list(dict.fromkeys(part.point for _, part in asked)))
+    found = [(name, part.problem(counts[part.point])) for name, part in asked if part.point in counts]
+    return [f"site {name}: {problem}" for name, problem in found if problem is not None]
 
 
 def _repeated(sites: Sequence[SiteHooks]) -> list[str]:
