@@ -61,9 +61,11 @@ def count_heads(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], to
     Keys and values have fewer heads than queries where attention is grouped. Hooks that never fire, or hold no
     activation of token positions, are left out: ``capture`` says so.
     """
-    shapes = {hook: getattr(value, "shape", ()) for hook, value in _fired(bridge, points, hooks, tokens).items()}
-    per_position = {hook: shape for hook, shape in shapes.items() if tuple(shape[:2]) == tuple(tokens.shape)}
-    return {hook: shape[2] if len(shape) == 4 else 0 for hook, shape in per_position.items() if len(shape) > 2}
+    counts = {}
+    for hook, value in _fired(bridge, points, hooks, tokens).items():
+        if isinstance(value, Tensor) and value.ndim > 2 and value.shape[:2] == tokens.shape:
+            counts[hook] = value.shape[2] if value.ndim == 4 else 0
+    return counts
 
 
 def compare_pair(mlp: Callable[[Tensor], Any], inputs: Tensor, outputs: Tensor) -> PairingCheck:
