@@ -1,0 +1,290 @@
+"""Run a language model with something else in place of what chosen sites compute.
+
+A site is a pair of hooks. What passes its input hook is read, what passes its output hook is replaced, and everything
+after sees the replaced value. The model's own computation still runs, so a substitute may look at its result (to
+measure an error, or to leave it alone). Nothing of the model is swapped or changed: hooks are added on entering and
+these same hooks are taken away on leaving, so nesting in any order of sites restores exactly what was there before.
+
+Position 0 keeps the model's own value unless asked otherwise: it holds the BOS, whose activations are hundreds of
+times larger than any other and which caches leave out, so a transcoder has never seen it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from analysis.hook_points import HookAddress, HookFunction, hooked, name_problem, parse_hook
+from storage.cache_format import Site
+from storage.errors import ModelError
+
+EVERY_POSITION = torch.ones(1, 1, dtype=torch.bool)
+"""For ``where``: replace at all positions, the BOS included."""
+
+
+class Substitute(ABC):
+    """What stands in for a site's own computation."""
+
+    @abstractmethod
+    def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Return what goes on instead of ``outputs``, same shape and dtype.
+
+        ``inputs`` (contexts, positions, d_in) is what the site reads, ``outputs`` (contexts, positions, d_out) what
+        the model itself makes of it; both belong to the model and must not be written to.
+        """
+
+    def problems(self, site: Site) -> list[str]:  # noqa: ARG002
+        """Return a sentence for everything that makes it unfit for ``site``."""
+        return []
+
+
+class Transcoded(Substitute):
+    """The output of a transcoder: any function from (…, d_in) to (…, d_out).
+
+    A module computes in the dtype of its own weights, whatever the model's; the result is rounded to the model's.
+    """
+
+    def __init__(self, transcoder: Callable[[Tensor], Tensor]) -> None:
+        self.transcoder = transcoder
+
+    def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Return the transcoder's outputs."""
+        return self.transcoder(inputs.to(weights_dtype(self.transcoder, inputs.dtype))).to(outputs.dtype)
+
+    def problems(self, site: Site) -> list[str]:
+        """Return a sentence for every width that differs, where the transcoder says its widths."""
+        return width_problems(self.transcoder, site)
+
+
+class ZeroAblated(Substitute):
+    """Zeros."""
+
+    def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:  # noqa: ARG002
+        """Return zeros."""
+        return torch.zeros_like(outputs)
+
+
+class MeanAblated(Substitute):
+    """The same vector everywhere: ``mean`` (d_out,), usually the mean output over a cache's training rows."""
+
+    def __init__(self, mean: NDArray[np.floating] | Tensor) -> None:
+        self.mean = torch.as_tensor(mean).detach().clone()
+
+    def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the mean at every position."""
+        return self.mean.to(outputs.device, outputs.dtype).expand_as(outputs)
+
+    def problems(self, site: Site) -> list[str]:
+        """Return a sentence if the mean is no vector of the site's width."""
+        if tuple(self.mean.shape) == (site.d_out,):
+            return []
+        return [f"the mean has shape {tuple(self.mean.shape)}, wanted ({site.d_out},)"]
+
+
+class Unchanged(Substitute):
+    """The model's own output."""
+
+    def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:  # noqa: ARG002
+        """Return ``outputs``."""
+        return outputs
+
+
+class Replacement:
+    """What is replaced inside a ``replaced`` context."""
+
+    def __init__(self, splices: Sequence[_Splice]) -> None:
+        self._splices = splices
+
+    def silent_sites(self) -> list[str]:
+        """Return the names of the sites whose output hook has not fired yet: nothing was replaced there."""
+        return [splice.site.name for splice in self._splices if splice.n_firings == 0]
+
+
+@contextlib.contextmanager
+def replaced(
+    bridge: Any, substitutes: Mapping[Site, Substitute], *, where: Tensor | None = None
+) -> Iterator[Replacement]:
+    """Replace the outputs of sites of a TransformerLens ``bridge`` for every forward pass inside.
+
+    ``where`` is a bool tensor that can be expanded to (contexts, positions): True where outputs are replaced,
+    everywhere but at position 0 by default. Raises ModelError, listing every problem, for a hook that the model does
+    not have, a substitute of another width, and two sites that write to the same place. In a nested context the inner
+    one acts on what the outer one left, so of two substitutes for one site the inner one counts.
+    """
+    points: Mapping[str, Any] = bridge.hook_dict
+    problems = _site_problems(substitutes, points)
+    if problems:
+        raise ModelError("cannot replace what was asked for:\n" + "\n".join(f"  {line}" for line in problems))
+    splices = [_Splice(site, substitute, points, where) for site, substitute in substitutes.items()]
+    # At a point where one site writes and another reads, the reader sees what was written.
+    functions = [(splice.point_out, splice.write) for splice in splices]
+    functions += [(splice.point_in, splice.read) for splice in splices if not splice.reads_what_it_writes]
+    with hooked(functions):
+        yield Replacement(splices)
+
+
+def run_replaced(
+    bridge: Any, tokens: Tensor, substitutes: Mapping[Site, Substitute], where: Tensor | None = None
+) -> Tensor:
+    """Return the logits (contexts, positions, vocab) of ``tokens`` with ``substitutes`` in place, as ``replaced`` does.
+
+    Raises ModelError if an output hook never fired: nothing would have been replaced there.
+    """
+    with replaced(bridge, substitutes, where=where) as replacement:
+        logits: Tensor = bridge(tokens, return_type="logits", use_cache=False)
+    if silent := replacement.silent_sites():
+        raise ModelError(
+            f"sites {', '.join(silent)}: their output hooks never fired, so nothing was replaced; TransformerLens "
+            "leaves some hooks off. Cache the MLP's own blocks.L.mlp.hook_in and blocks.L.mlp.hook_out"
+        )
+    return logits
+
+
+def weights_dtype(transcoder: object, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of a module's weights, ``default`` for a function or a module without any."""
+    weights = next(transcoder.parameters(), None) if isinstance(transcoder, nn.Module) else None
+    return default if weights is None else weights.dtype
+
+
+def width_problems(transcoder: object, site: Site) -> list[str]:
+    """Return a sentence for every width of ``transcoder`` that is not the site's."""
+    pairs = [(name, getattr(transcoder, name, None), getattr(site, name)) for name in ("d_in", "d_out")]
+    return [
+        f"the transcoder has {name} {own}, the site {wanted}"
+        for name, own, wanted in pairs
+        if isinstance(own, int) and own != wanted
+    ]
+
+
+def _site_problems(substitutes: Mapping[Site, Substitute], points: Mapping[str, Any]) -> list[str]:
+    problems = []
+    written: list[tuple[Site, int, int | None]] = []
+    for site, substitute in substitutes.items():
+        names = dict.fromkeys((site.hook_in, site.hook_out))
+        unknown = [problem for name in names if (problem := name_problem(name, points)) is not None]
+        problems += [f"site {site.name}: {problem}" for problem in [*unknown, *substitute.problems(site)]]
+        if not unknown:
+            address = _address(site.hook_out)
+            place = (id(points[address.point]), address.head)
+            for other, point, head in written:
+                if point == place[0] and (head == place[1] or None in (head, place[1])):
+                    problems.append(
+                        f"site {site.name}: writes to {site.hook_out}, which site {other.name} replaces too; choose one"
+                    )
+            written.append((site, *place))
+    return problems
+
+
+def _address(name: str) -> HookAddress:
+    address = parse_hook(name)
+    assert address is not None, "names were checked"
+    return address
+
+
+class _Splice:
+    """One site while it is replaced: its input on the way from one hook to the other."""
+
+    def __init__(self, site: Site, substitute: Substitute, points: Mapping[str, Any], where: Tensor | None) -> None:
+        self.site = site
+        self.n_firings = 0
+        self._substitute, self._where = substitute, where
+        self._in, self._out = _address(site.hook_in), _address(site.hook_out)
+        self.point_in, self.point_out = points[self._in.point], points[self._out.point]
+        self._inputs: Tensor | None = None
+
+    @property
+    def reads_what_it_writes(self) -> bool:
+        """Whether one hook function can do both, as for an autoencoder."""
+        return self.point_in is self.point_out and self._in.head == self._out.head
+
+    @property
+    def read(self) -> HookFunction:
+        """Remember the site's input."""
+
+        def remember(value: Any, *, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes it by name
+            self._inputs = self._slice(_tensor_in(value), self._in, self.site.hook_in, self.site.d_in)
+
+        return remember
+
+    @property
+    def write(self) -> HookFunction:
+        """Put the substitute's output in the place of the model's."""
+
+        def replace(value: Any, *, hook: Any) -> Any:  # noqa: ARG001
+            whole = _tensor_in(value)
+            own = self._slice(whole, self._out, self.site.hook_out, self.site.d_out)
+            new = self._substitute(self._take_inputs(own), own)
+            if new.shape != own.shape or new.dtype != own.dtype:
+                raise ModelError(
+                    f"site {self.site.name}: the substitute gave {new.dtype} of shape {tuple(new.shape)}, wanted "
+                    f"{own.dtype} of shape {tuple(own.shape)}"
+                )
+            self.n_firings += 1
+            whole = self._put(whole, torch.where(self._mask(own), new, own))
+            return (whole, *value[1:]) if isinstance(value, tuple) else whole
+
+        return replace
+
+    def _take_inputs(self, own: Tensor) -> Tensor:
+        if self.reads_what_it_writes:
+            return own
+        inputs, self._inputs = self._inputs, None
+        if inputs is None or inputs.shape[:2] != own.shape[:2]:
+            raise ModelError(
+                f"site {self.site.name}: {self.site.hook_out} fired and {self.site.hook_in} had not fired before it "
+                "in this pass; a site's input must come before its output"
+            )
+        return inputs
+
+    def _slice(self, value: Tensor, address: HookAddress, name: str, width: int) -> Tensor:
+        """Return (contexts, positions, width): one head, or all of them side by side as a cache keeps them."""
+        if address.head is None:
+            rows = value.flatten(2) if value.ndim > 3 else value
+        elif value.ndim == 4 and address.head < value.shape[2]:
+            rows = value[:, :, address.head]
+        else:
+            raise ModelError(
+                f"site {self.site.name}: {name} holds a tensor of shape {tuple(value.shape)}; wanted (contexts, "
+                f"positions, heads, width) with more than {address.head} heads"
+            )
+        if rows.ndim != 3 or rows.shape[2] != width:
+            raise ModelError(
+                f"site {self.site.name}: {name} holds a tensor of shape {tuple(value.shape)}; wanted {width} numbers "
+                "per position. The site belongs to another model"
+            )
+        return rows
+
+    def _put(self, whole: Tensor, new: Tensor) -> Tensor:
+        if self._out.head is None:
+            return new.reshape(whole.shape)
+        # A copy: the tensor may be somebody else's, such as a cache's or the residual stream's.
+        whole = whole.clone()
+        whole[:, :, self._out.head] = new
+        return whole
+
+    def _mask(self, own: Tensor) -> Tensor:
+        """Return where to replace, (contexts, positions, 1)."""
+        if self._where is None:
+            return (torch.arange(own.shape[1], device=own.device) > 0)[None, :, None]
+        try:
+            return self._where.to(own.device).expand(own.shape[:2])[..., None]
+        except RuntimeError as error:
+            raise ModelError(
+                f"site {self.site.name}: where has shape {tuple(self._where.shape)}, the batch "
+                f"{tuple(own.shape[:2])} (contexts, positions); give a mask of the batch that is run"
+            ) from error
+
+
+def _tensor_in(value: Any) -> Tensor:
+    """Return the activation: attention hooks of some families hold a tuple that begins with it."""
+    tensor = value[0] if isinstance(value, tuple) and value else value
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise ModelError(f"a hook holds {type(tensor).__name__}, wanted floating-point activations; choose another")
+    return tensor
