@@ -1,0 +1,296 @@
+"""Batches straight from the language model through a mixing buffer, resumable from a few thousand characters.
+
+The same protocol as batches from a cache, for all sites at once. One background thread reads the text and runs the
+model, a block ahead; it alone uses the text and the model once the stream has begun, so whoever else needs the model
+borrows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from pipeline.cache import check_context_length
+from pipeline.live.contexts import ContextBatches
+from pipeline.live.heldout import HeldoutRows, compute_heldout_rows, read_heldout_contexts
+from pipeline.live.mixing import Mixing, choose_block_rows
+from pipeline.live.opening import Opening, choose_sites, refuse_other_origin
+from pipeline.live.producer import BlockProducer, BlockStart
+from pipeline.live.rows import RowMaker
+from pipeline.live.settings import LiveSettings
+from pipeline.live.stages import StageMemory
+from pipeline.model.language_model import LanguageModel, load_language_model
+from pipeline.text.dataset import open_documents
+from pipeline.text.holdout import HoldoutRule
+from pipeline.text.packing import HELDOUT, TRAIN, ContextSource
+from storage.artifact import JSON, digest
+from storage.cache_format import Site
+from storage.encodings import Side
+from storage.errors import SettingsError
+from storage.statistics import SiteStatistics
+from training.batches import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class LiveBatches:
+    """Endless batches of training rows of every site; a context manager that stops the background thread.
+
+    Opening loads the model, computes the held-out rows and, unless an ``opening`` of an earlier run with the same
+    settings is given, the first block of training rows for its statistics. Raises SettingsError, TextError,
+    ModelError, NonFiniteActivation or ActivationOverflow; ``next_batch`` raises them too, when the background thread
+    met one. ``device`` is where the model runs and batches arrive.
+    """
+
+    sites: Mapping[str, Site]
+    """By name, with the dtype that rows are buffered in."""
+    statistics: Mapping[str, Mapping[Side, SiteStatistics]]
+    """Of the first block of training rows, as buffered, by site and side."""
+    facts: dict[str, Any]
+    """What decides every row, for a manifest: model, text, packing."""
+    made_from: dict[str, Any]
+    """What decides every batch, as digests and numbers: a state or an opening of another run is refused by it."""
+
+    def __init__(
+        self,
+        settings: LiveSettings,
+        *,
+        batch_rows: int,
+        device: torch.device | str = "cpu",
+        opening: Opening | None = None,
+        compile_model: bool = False,
+    ) -> None:
+        if batch_rows < 1:
+            raise SettingsError(f"batch_rows is {batch_rows}, wanted at least 1")
+        self.batch_rows = batch_rows
+        self._settings, self._device = settings, torch.device(device)
+        self._model = load_language_model(settings, device=str(device), compile_model=compile_model)
+        check_context_length(settings.context_length, self._model)
+        hooks = self._model.resolve_sites(settings.layers, settings.hooks)
+        self._documents = open_documents(settings, settings.seed)
+        self._row_mask = settings.row_mask(settings.context_length, self._model.special_token_ids)
+        self._rule = HoldoutRule.parse(settings.holdout, settings.seed)
+        dtypes = opening.dtypes if opening else None
+        sites = choose_sites(settings, self._model, hooks, self._row_mask, self._read(None, 1), dtypes)
+        self.sites = {site.name: site for site in sites}
+        row_bytes = sum(site.row_bytes for site in sites)
+        block_rows = choose_block_rows(settings.buffer_rows, settings.buffer_bytes, row_bytes, batch_rows)
+        self._mixing = Mixing(settings.seed, block_rows)
+        self._maker = RowMaker(self._model, sites, self._row_mask, settings.contexts_per_batch)
+        self.facts = self._facts()
+        self.made_from = self._made_from()
+        if opening:
+            refuse_other_origin("the opening", opening.made_from, self.made_from)
+        self._heldout = self._compute_heldout()
+        self._memory = StageMemory(sites, block_rows)
+        self._model_lock = threading.Lock()
+        self._producer: BlockProducer | None = None
+        self._begin(0, 0, BlockStart())
+        logger.info("live buffer: blocks of %s rows, %.2f GB", f"{block_rows:,}", self._memory.n_bytes / 1e9)
+        self.statistics = opening.statistics if opening else self._first_statistics()
+
+    @property
+    def opening(self) -> Opening:
+        """What was decided and measured at the start of the text; opening again with it saves the first block."""
+        dtypes = {name: site.dtype for name, site in self.sites.items()}
+        statistics = {name: dict(sides) for name, sides in self.statistics.items()}
+        return Opening(self.made_from, dtypes, statistics)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: half of the rows among which a batch is drawn."""
+        return self._mixing.block_rows
+
+    @property
+    def n_heldout_rows(self) -> int:
+        """Held-out rows in memory; 0 without held-out documents."""
+        return self._heldout.n_rows if self._heldout else 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the mixing buffer."""
+        return self._memory.n_bytes
+
+    @property
+    def n_passes(self) -> int:
+        """Passes over the text that were finished before the newest block now served was begun."""
+        return self._starts[-1].position.text_pass
+
+    def next_batch(self) -> Mapping[str, Batch]:
+        """Return the next batch of every site, (batch_rows, d) float32 on the device; valid until the next call."""
+        if self._step == self._steps_in(self._stage):
+            self._leave_stage()
+        self._wait_for_stage()
+        start = self._step * self.batch_rows
+        rows = self._memory.read(self._stage, start, start + self.batch_rows)
+        self._step += 1
+        return self._as_batches(rows)
+
+    def heldout(self, max_rows: int | None = None) -> Iterable[Mapping[str, Batch]]:
+        """Yield the held-out rows, or ``max_rows`` of them, always the same uniform sample, in batches."""
+        pieces = self._heldout.pieces(self.batch_rows, max_rows) if self._heldout else ()
+        for rows in pieces:
+            yield self._as_batches(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the next batch as JSON: its stage and step, and where the older block began."""
+        stage, step = self._stage, self._step
+        starts = self._starts
+        if step == self._steps_in(stage):
+            stage, step, starts = stage + 1, 0, starts[-1:]
+        return {"stage": stage, "step": step, "text": starts[0].as_json(), "made_from": self.made_from}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a position returned by ``state_dict``; computes two blocks anew, at most.
+
+        Raises ArtifactMismatch for a state of a run with other settings, text or model.
+        """
+        refuse_other_origin("this position", state["made_from"], self.made_from)
+        self._begin(state["stage"], state["step"], BlockStart.from_json(state["text"]))
+
+    @contextmanager
+    def borrowed_model(self) -> Iterator[LanguageModel]:
+        """Lend the language model between two of its batches; leave it as it was."""
+        with self._model_lock:
+            yield self._model
+
+    def close(self) -> None:
+        """Stop the background thread."""
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self, stage: int, step: int, oldest: BlockStart) -> None:
+        """Stand before a step; ``oldest`` is where the older of the stage's blocks began. Nothing is computed yet."""
+        self.close()
+        self._stage, self._step = stage, step
+        self._starts = [oldest]
+        self._first_block = max(stage - 1, 0)
+        self._n_ready = self._first_block
+        """Blocks before this one were computed or are not needed."""
+
+    def _start(self) -> BlockProducer:
+        oldest = self._starts[0]
+        return BlockProducer(
+            self._read(oldest, self._mixing.block_rows),
+            self._maker,
+            self._mixing,
+            self._memory,
+            first_block=self._first_block,
+            skipped_rows=oldest.skipped_rows,
+            n_blocks_ahead=self._stage + 2 - self._first_block,
+            model_lock=self._model_lock,
+        )
+
+    def _wait_for_stage(self) -> None:
+        """Wait until every block of the stage is in memory."""
+        if self._producer is None:
+            self._producer = self._start()
+        while self._n_ready <= self._stage:
+            start = self._producer.wait_for_block()
+            if self._n_ready == self._first_block:
+                self._starts = []  # the same place, which is known more closely now
+            self._starts.append(start)
+            self._n_ready += 1
+
+    def _leave_stage(self) -> None:
+        assert self._producer is not None, "a stage is left after its last batch was served"
+        self._producer.stage_is_served()
+        self._stage, self._step, self._starts = self._stage + 1, 0, self._starts[-1:]
+
+    def _steps_in(self, stage: int) -> int:
+        return self._mixing.stage_rows(stage) // self.batch_rows
+
+    def _first_statistics(self) -> dict[str, dict[Side, SiteStatistics]]:
+        try:
+            self._wait_for_stage()
+        except BaseException:  # an interrupt too: nobody else could stop the thread
+            self.close()
+            raise
+        assert self._producer is not None
+        sums = self._producer.statistics
+        return {name: {side: sums[f"{name}/{side}"] for side in site.sides} for name, site in self.sites.items()}
+
+    def _as_batches(self, rows: Mapping[str, Tensor]) -> dict[str, Batch]:
+        batches = {}
+        for name, site in self.sites.items():
+            sides = [rows[f"{name}/{side}"].to(self._device).to(torch.float32) for side in site.sides]
+            batches[name] = Batch(sides[0], sides[-1])
+        return batches
+
+    def _compute_heldout(self) -> HeldoutRows | None:
+        if not self._rule.holds_out:
+            return None
+        settings = self._settings
+        contexts = read_heldout_contexts(
+            self._open_source(None), self._rule, self._row_mask, settings.heldout_rows, settings.dataset
+        )
+        return compute_heldout_rows(contexts, self._maker, settings.contexts_per_batch, settings.heldout_rows)
+
+    def _read(self, start: BlockStart | None, smallest_pass: int) -> ContextBatches:
+        return ContextBatches(
+            self._open_source,
+            self._settings.contexts_per_batch,
+            start.position if start else None,
+            smallest_pass=smallest_pass,
+            name=self._settings.dataset,
+        )
+
+    def _open_source(self, state: JSON | None) -> ContextSource:
+        # held-out documents depend on how many of their rows are wanted, so every reader of the text asks for as many
+        return ContextSource(
+            self._documents,
+            self._model.tokenize,
+            context_length=self._settings.context_length,
+            bos_token_id=self._model.bos_token_id,
+            separator_token_id=self._model.separator_token_id,
+            holdout=self._rule,
+            row_mask=self._row_mask,
+            targets={TRAIN: None, HELDOUT: self._settings.heldout_rows},
+            state=state,
+            vocabulary_size=self._model.d_vocab,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        settings = self._settings
+        return {
+            "model": self._model.identity(),
+            "text": self._documents.identity(),
+            "packing": {
+                "context_length": settings.context_length,
+                "bos_token_id": self._model.bos_token_id,
+                "separator_token_id": self._model.separator_token_id,
+                "contexts_per_batch": settings.contexts_per_batch,
+                "exclude": settings.exclude,
+                "first_position": settings.first_position,
+                "holdout": settings.holdout,
+                "heldout_rows": settings.heldout_rows,
+            },
+        }
+
+    def _made_from(self) -> dict[str, Any]:
+        model = {key: value for key, value in self.facts["model"].items() if key != "versions"}
+        return {
+            "model": digest(model),
+            "text": digest(self.facts["text"]),
+            **self.facts["packing"],
+            "sites": {name: [site.hook_in, site.hook_out, site.dtype] for name, site in self.sites.items()},
+            "seed": self._settings.seed,
+            "block_rows": self._mixing.block_rows,
+            "batch_rows": self.batch_rows,
+        }

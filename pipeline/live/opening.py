@@ -1,0 +1,124 @@
+"""What live mode decides or measures once, at the start of the text, and keeps for the whole run.
+
+Storage dtypes come from a look at the first batches, as for a cache; statistics are of the first block of training
+rows. Both are functions of the settings and may be computed again; a run that is continued passes them on to save that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Self
+
+import torch
+
+from pipeline.caching.plan import PROBE_BATCHES, Probe, choose_dtypes
+from pipeline.caching.producer import RowMask
+from pipeline.live.contexts import ContextBatches
+from pipeline.live.rows import RowMaker
+from pipeline.live.settings import LiveSettings
+from pipeline.model.language_model import LanguageModel
+from pipeline.model.sites import SiteHooks
+from storage.artifact import list_differences
+from storage.cache_format import Site
+from storage.encodings import Side
+from storage.errors import ArtifactMismatch, ModelError
+from storage.statistics import SiteStatistics
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Storage dtype of every site, and statistics of every side over the first block of training rows."""
+
+    made_from: dict[str, Any]
+    """What they belong to; see ``LiveBatches.made_from``."""
+    dtypes: dict[str, str]
+    statistics: dict[str, dict[Side, SiteStatistics]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the opening as JSON; about 22 characters for every dimension of every side."""
+        statistics = {
+            site: {side: sums.as_json() for side, sums in sides.items()} for site, sides in self.statistics.items()
+        }
+        return {"made_from": self.made_from, "dtypes": self.dtypes, "statistics": statistics}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Return the opening written by ``as_json``."""
+        statistics = {
+            site: {side: SiteStatistics.from_json(sums) for side, sums in sides.items()}
+            for site, sides in value["statistics"].items()
+        }
+        return cls(value["made_from"], value["dtypes"], statistics)
+
+
+def choose_sites(
+    settings: LiveSettings,
+    model: LanguageModel,
+    hooks: Sequence[SiteHooks],
+    row_mask: RowMask,
+    batches: ContextBatches,
+    dtypes: Mapping[str, str] | None,
+) -> tuple[Site, ...]:
+    """Return the sites with their storage dtypes: those of an earlier opening, or else decided as for a cache.
+
+    Raises ModelError if a layer's captured output is not its MLP of the captured input, NonFiniteActivation if the
+    first batches hold NaN or infinity.
+    """
+    widths = model.widths(hooks)
+    wide = [Site(hook.name, hook.hook_in, hook.hook_out, *widths[hook.name], "float32") for hook in hooks]
+    first = next(batches)
+    check_pairs(model, hooks, torch.from_numpy(first.tokens).long(), settings.model)
+    if dtypes is None or dtypes.keys() != widths.keys():
+        fixed = _fixed_dtype(settings, model)
+        seen = None
+        if fixed is None:
+            maker = RowMaker(model, wide, row_mask, settings.contexts_per_batch)
+            seen = Probe({}, {})
+            for batch in (first, *islice(batches, PROBE_BATCHES - 1)):
+                for key, rows in maker.rows(batch.tokens, batch.documents, batch.position.context).items():
+                    hook = _hook_of(wide, key)
+                    largest = float(rows.abs().max()) if len(rows) else 0.0
+                    seen.largest[hook] = max(seen.largest.get(hook, 0.0), largest)
+        dtypes = choose_dtypes(hooks, fixed, seen)
+    return tuple(
+        Site(site.name, site.hook_in, site.hook_out, site.d_in, site.d_out, dtypes[site.name]) for site in wide
+    )
+
+
+def _fixed_dtype(settings: LiveSettings, model: LanguageModel) -> str | None:
+    """Return the storage dtype, or None where a look at the activations has to decide."""
+    if settings.storage_dtype != "auto":
+        return settings.storage_dtype
+    return {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(model.dtype)
+
+
+def _hook_of(sites: Sequence[Site], key: str) -> str:
+    name, _, side = key.rpartition("/")
+    site = next(site for site in sites if site.name == name)
+    return site.hook_in if side == "in" else site.hook_out
+
+
+def check_pairs(model: LanguageModel, hooks: Sequence[SiteHooks], tokens: torch.Tensor, name: str) -> None:
+    """Raise ModelError if a layer's captured output is not its MLP of the captured input, within rounding."""
+    wrong = []
+    captured = model.capture(tokens, hooks)
+    for hook in hooks:
+        check = model.compare_pair(hook, captured[hook.hook_in], captured[hook.hook_out])
+        if check.applicable and not check.exact and check.relative_error > 1e-2:
+            wrong.append(
+                f"{hook.name}: {hook.hook_out} is not the MLP of {hook.hook_in} (relative error "
+                f"{check.relative_error:.2g}) in {name}; give the right pair with --hooks"
+            )
+    if wrong:
+        raise ModelError("\n".join(wrong))
+
+
+def refuse_other_origin(what: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raise ArtifactMismatch where something was made from other settings, text or model than this run's."""
+    if differences := list_differences(dict(recorded), dict(found)):
+        raise ArtifactMismatch(
+            f"{what} belongs to another live run; use the settings it was made with, or start anew:\n"
+            + "\n".join(f"  {line}" for line in differences)
+        )

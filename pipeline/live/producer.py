@@ -1,0 +1,134 @@
+"""Computes blocks in a background thread, one ahead of the stage that training is at.
+
+The thread takes a permit for every block. A permit is given back with every stage that was served, which is when the
+memory of a further block is free.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from torch import Tensor
+
+from pipeline.live.contexts import ContextBatches, TextPosition
+from pipeline.live.mixing import Mixing
+from pipeline.live.rows import RowMaker, as_array
+from pipeline.live.stages import StageMemory
+from storage.statistics import SiteStatistics
+
+
+@dataclass(frozen=True)
+class BlockStart:
+    """Where the rows of a block begin: in which batch of contexts, and after how many of its rows."""
+
+    position: TextPosition = field(default_factory=TextPosition)
+    skipped_rows: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the start as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Return the start written by ``as_json``."""
+        return cls(TextPosition.from_json(value["position"]), value["skipped_rows"])
+
+
+class BlockProducer:
+    """Fills ``memory`` with block after block from ``first_block`` on, which begins at the first batch's rows.
+
+    Statistics are summed over block 0, if it is computed.
+    """
+
+    def __init__(
+        self,
+        batches: ContextBatches,
+        maker: RowMaker,
+        mixing: Mixing,
+        memory: StageMemory,
+        *,
+        first_block: int,
+        skipped_rows: int,
+        n_blocks_ahead: int,
+        model_lock: threading.Lock,
+    ) -> None:
+        self.statistics = {
+            f"{site.name}/{side}": SiteStatistics(site.width(side)) for site in maker.sites for side in site.sides
+        }
+        self._batches, self._maker, self._mixing, self._memory = batches, maker, mixing, memory
+        self._block, self._skipped, self._model_lock = first_block, skipped_rows, model_lock
+        self._permits = threading.Semaphore(n_blocks_ahead)
+        self._ready: queue.SimpleQueue[BlockStart | BaseException] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        # the last batch's rows, its position, and how many of its rows are in the buffer
+        self._rows: dict[str, Tensor] = {}
+        self._position = TextPosition()
+        self._n, self._used = 0, 0
+        self._thread = threading.Thread(target=self._run, name="live-blocks", daemon=True)
+        self._thread.start()
+
+    def wait_for_block(self) -> BlockStart:
+        """Wait until the next block lies in memory and return where it began; raise what went wrong."""
+        found = self._ready.get()
+        if isinstance(found, BaseException):
+            self._ready.put(found)  # whoever asks again is told again
+            raise found
+        return found
+
+    def stage_is_served(self) -> None:
+        """Note that a stage's memory may be written to."""
+        self._permits.release()
+
+    def close(self) -> None:
+        """Stop the thread; it may finish the batch it is at."""
+        self._stopped.set()
+        self._permits.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._permits.acquire()
+                start = None if self._stopped.is_set() else self._fill_block()
+                if start is None:
+                    return
+                self._ready.put(start)
+                self._block += 1
+        except BaseException as error:
+            # raised by whoever waits for the block
+            self._ready.put(error)
+
+    def _fill_block(self) -> BlockStart | None:
+        """Compute one block and return where it began; None if told to stop."""
+        places = self._mixing.places(self._block)
+        start, filled = None, 0
+        while filled < self._mixing.block_rows:
+            while self._used == self._n:
+                if self._stopped.is_set():
+                    return None
+                self._compute_batch()
+            if start is None:
+                start = BlockStart(self._position, self._used)
+            stop = min(self._n, self._used + self._mixing.block_rows - filled)
+            piece = {key: rows[self._used : stop] for key, rows in self._rows.items()}
+            self._memory.put(self._block, places, filled, piece)
+            if self._block == 0:
+                self._sum(piece)
+            filled += stop - self._used
+            self._used = stop
+        return start
+
+    def _compute_batch(self) -> None:
+        batch = next(self._batches)
+        with self._model_lock:
+            self._rows = self._maker.rows(batch.tokens, batch.documents, batch.position.context)
+        self._position, self._n = batch.position, len(next(iter(self._rows.values())))
+        self._used, self._skipped = self._skipped, 0
+
+    def _sum(self, piece: dict[str, Tensor]) -> None:
+        for key, rows in piece.items():
+            bad = self.statistics[key].add(as_array(rows))
+            assert bad is None, "rows were checked when they were made"
