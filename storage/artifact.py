@@ -187,11 +187,23 @@ def read_manifest(path: Path, kind: str) -> dict[str, JSON]:
             raise ArtifactIncomplete(
                 f"{path}: this {kind} was never finished; run the command that makes it again and it will continue"
             )
-        raise ArtifactMissing(f"{path}: there is no {kind} here; check the path, or make it first")
+        verb, it = ("are", "them") if _is_plural(kind) else ("is", "it")
+        raise ArtifactMissing(f"{path}: there {verb} no {kind} here; check the path, or make {it} first")
     manifest = read_sealed(path / MANIFEST)
     if manifest.get("kind") != kind:
-        raise ArtifactMismatch(f"{path}: holds a {manifest.get('kind')}, wanted a {kind}; give the path of a {kind}")
+        found = _one(str(manifest.get("kind")))
+        raise ArtifactMismatch(f"{path}: holds {found}, wanted {_one(kind)}; give the path of {_one(kind)}")
     return manifest
+
+
+def _one(kind: str) -> str:
+    if _is_plural(kind):
+        return kind
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def _is_plural(kind: str) -> bool:
+    return kind.endswith("s")
 
 
 def verify_artifact(path: Path, kind: str) -> list[str]:
@@ -286,13 +298,22 @@ class Draft:
             raise
 
     def _refuse_other_request(self) -> None:
-        existing = read_manifest(self.path, self.kind)["request"] if self.published else read_json(self.path / REQUEST)
+        existing = self._published_request() if self.published else read_json(self.path / REQUEST)
         if differences := list_differences(existing, self.request):
-            state = "a published" if self.published else "an unfinished"
+            state = "published" if self.published else "unfinished"
+            what, verb = f"{state} {self.kind}", "lie" if _is_plural(self.kind) else "lies"
             raise ArtifactMismatch(
-                f"{self.path}: {state} {self.kind} with other settings lies here; "
-                "use its settings, or choose another path:\n" + "\n".join(f"  {line}" for line in differences)
+                f"{self.path}: {what if _is_plural(self.kind) else _one(what)} with other settings {verb} here; "
+                "use the same settings, or choose another path:\n" + "\n".join(f"  {line}" for line in differences)
             )
+
+    def _published_request(self) -> JSON:
+        manifest = read_sealed(self.path / MANIFEST)
+        if manifest.get("kind") != self.kind:
+            raise ArtifactMismatch(
+                f"{self.path}: holds {_one(str(manifest.get('kind')))} already; choose another path for the {self.kind}"
+            )
+        return manifest["request"]
 
     def publish(self, manifest: Mapping[str, JSON], files: Iterable[str]) -> dict[str, JSON]:
         """Write the manifest, which makes the artifact complete; return it as written."""
