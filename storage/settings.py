@@ -6,6 +6,7 @@ counts, output paths and log levels do not, and are ordinary function arguments.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -72,6 +73,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; raise SettingsError if it is unreadable or not a mapping."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(f"{path}: there is no such file; check the path of the settings") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
     if loaded is None:
@@ -85,23 +88,35 @@ def _describe(settings: type[Settings], error: ValidationError, where: str) -> s
     """Return one line per setting; what each alternative of a union has against a value goes into the same line."""
     found: dict[str, list[Any]] = {}
     for problem in error.errors(include_url=False):
-        found.setdefault(_name(settings, problem), []).append(problem)
+        name, about = _name(settings, problem)
+        found.setdefault(name, []).append({**problem, "about": about})
     lines = [f"{len(found)} problem{'s' if len(found) > 1 else ''} in {where}:"]
     return "\n".join([*lines, *(f"  {name}: {_message(problems)}" for name, problems in found.items())])
 
 
-def _name(settings: type[BaseModel], problem: Any) -> str:
-    """Return the setting's dotted name, without pydantic's labels for the alternatives of a union."""
-    models, names = [settings], []
-    for part in problem["loc"]:
+def _name(settings: type[BaseModel], problem: Any) -> tuple[str, list[type[BaseModel]]]:
+    """Return the setting's dotted name, without pydantic's labels for the alternatives of a union, and whose it is."""
+    models: list[type[BaseModel]] = [settings]
+    names = []
+    is_unknown = problem["type"] == "extra_forbidden"
+    path = problem["loc"][:-1] if is_unknown else problem["loc"]
+    for part in path:
         if not isinstance(part, str):
             names.append(str(part))
         elif fields := [model.model_fields[part] for model in models if part in model.model_fields]:
             names.append(part)
             models = [model for field in fields for model in _models_in(field.annotation)]
-    if problem["type"] == "extra_forbidden":
+        else:
+            models = [model for model in models if _kind(model) == part] or models
+    if is_unknown:
         names.append(str(problem["loc"][-1]))
-    return ".".join(names) or "(combination)"
+    return ".".join(names) or "(combination)", models
+
+
+def _kind(model: type[BaseModel]) -> str | None:
+    """Return the ``kind`` by which a union tells this model from others."""
+    field = model.model_fields.get("kind")
+    return None if field is None else str(get_args(field.annotation)[0])
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -111,12 +126,23 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
+def _unknown(name: str, models: list[type[BaseModel]]) -> str:
+    known = {field for model in models for field in model.model_fields}
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.75)
+    kinds = [kind for model in models if (kind := _kind(model)) is not None]
+    whose = f" of {' or '.join(kinds)}" if kinds else ""
+    return f"is no setting{whose}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
 def _message(problems: list[Any]) -> str:
     problem = problems[0]
     if problem["type"] == "missing":
         return "is required"
     if problem["type"] == "extra_forbidden":
-        return "is no setting"
+        return _unknown(str(problem["loc"][-1]), problem["about"])
+    if problem["type"] == "union_tag_invalid":
+        wanted = problem["ctx"]["expected_tags"].replace("'", "")
+        return f"wanted one of {wanted} (got {problem['ctx']['tag']!r})"
     reasons = [one["msg"].removeprefix("Value error, ") for one in problems]
     reasons[1:] = [reason.removeprefix("Input should be ") for reason in reasons[1:]]
     got = f" (got {problem['input']!r})" if problem["loc"] and problem["input"] != () else ""

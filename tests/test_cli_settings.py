@@ -110,7 +110,7 @@ def test_all_problems_of_file_and_flags_come_at_once_and_name_the_file(
         "  chunk_rows: wanted a divisor of shard_rows (100) (got 30)",
         "  hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
         "  context_length: Input should be a valid integer, unable to parse string as an integer (got 'two')",
-        "  layer: is no setting",
+        "  layer: is no setting; did you mean layers?",
     ]
     assert not (tmp_path / "c").exists()
 
@@ -130,7 +130,7 @@ def test_a_command_without_its_settings_names_all_that_are_missing(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read as YAML"), ("- a", "holds list, wanted a mapping"), ("a: [", "YAML")],
+    [(None, "there is no such file"), ("- a", "holds list, wanted a mapping"), ("a: [", "YAML")],
 )
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     config = tmp_path / "run.yaml"

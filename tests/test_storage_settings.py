@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from storage.errors import SettingsError
 from storage.settings import Quantity, Settings, load_yaml, parse_quantity
@@ -119,7 +119,7 @@ def test_an_empty_file_has_no_settings(tmp_path: Path) -> None:
         (b"- rows\n- name\n", "holds list, wanted a mapping"),
         (b"just text", "holds str, wanted a mapping"),
         (b"name: \xff\xfe", "cannot be read as YAML"),
-        (None, "cannot be read as YAML.*No such file"),
+        (None, "there is no such file; check the path of the settings"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -133,3 +133,40 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
 def test_a_key_that_is_no_name_is_no_setting(key: Any) -> None:
     with pytest.raises(SettingsError, match="1 problem in settings"):
         Example.read({"rows": 1, key: 2})
+
+
+class Round(Settings):
+    """A shape without corners."""
+
+    kind: Literal["round"] = "round"
+    radius: int = 1
+
+
+class Square(Settings):
+    """A shape with corners."""
+
+    kind: Literal["square"] = "square"
+    side: int = 1
+
+
+class Drawing(Settings):
+    """Settings with a union told apart by ``kind``."""
+
+    shape: Annotated[Round | Square, Field(discriminator="kind")] = Round()
+    colour: str = "red"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": {"kind": "round", "side": 2}}, "shape.side: is no setting of round"),
+        ({"shape": {"kind": "round", "radios": 2}}, "shape.radios: is no setting of round; did you mean radius?"),
+        ({"shape": {"kind": "oval"}}, "shape: wanted one of round, square (got 'oval')"),
+        ({"colours": "blue"}, "colours: is no setting; did you mean colour?"),
+        ({"size": 3}, "size: is no setting"),
+    ],
+)
+def test_a_setting_of_another_kind_and_a_misspelt_one_are_told_apart(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        Drawing.read(changes)
+    assert str(refused.value).splitlines() == ["1 problem in settings:", f"  {message}"]
