@@ -26,10 +26,11 @@ from storage.statistics import SiteStatistics
 from training.batches import CacheBatches, iter_once
 from training.build import build_run
 from training.checkpoint import Checkpoints
+from training.kernels.adaptive import resolve_precision
+from training.kernels.kernel import Precision
 from training.run import TrainingRun
 from training.session import HeldoutBatches, Session
 from training.settings import TrainSettings
-from training.step import Precision, resolve_precision
 from training.trainer import PeriodicHook, train
 from training.transcoder import CHECKPOINTS, FORMAT_VERSION, KIND, describe_versions, read_transcoder_manifest
 
@@ -89,7 +90,7 @@ def _train(
 ) -> None:
     split = cache.split("train")
     statistics: dict[Side, SiteStatistics] = {side: split.statistics(site.name, side) for side in site.sides}
-    with CacheBatches(split, site, batch_rows=settings.batch_rows, seed=settings.seed, device=device) as stream:
+    with CacheBatches(split, [site], batch_rows=settings.batch_rows, seed=settings.order_seed, device=device) as stream:
         n_steps = settings.n_steps(split.n_rows, stream.n_steps_per_epoch)
         training = build_run(settings, site, statistics, n_steps=n_steps, device=device, precision=precision)
         heldout = open_heldout(cache, site, settings.batch_rows, device)
@@ -104,8 +105,10 @@ def _train(
             quiet=quiet,
         )
         with session:
-            first_step = session.resume(stream)
-            train(stream, [training], session.duties(stream), n_steps=n_steps, first_step=first_step)
+            steps = session.checkpoint_steps()
+            if (state := session.resume(steps[-1] if steps else None)) is not None:
+                stream.load_state_dict(state)
+            train(stream, [training], session.duties(stream), n_steps=n_steps, first_step=training.n_steps_done)
             files = session.export()
         draft.publish(describe(settings, cache, site, training, precision, session.summary()), files)
 
@@ -128,6 +131,10 @@ def choose_site(settings: TrainSettings, cache: ActivationCache) -> Site:
         problems.append(f"site: the cache has no {settings.site!r}; {meant}it has {', '.join(names)}")
     if site is not None:
         problems += settings.architecture.problems(settings.n_features(site.d_in))
+        if settings.architecture.skip and site.hook_in == site.hook_out:
+            problems.append(
+                "architecture.skip: an autoencoder's outputs are its inputs, which a linear path would copy"
+            )
     elif settings.d_sae is not None:
         problems += settings.architecture.problems(settings.d_sae)
     if problems or site is None:

@@ -327,7 +327,7 @@ def test_every_problem_of_the_settings_is_reported_at_once() -> None:
         "  tokens: '6OM' is not a quantity; write a number such as 4096, 60M, 1.5GB or 2GiB, or 'all' (got '6OM')",
         "  hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
         "  context_length: wanted 2 (BOS and a token) to 65,536 (got 1)",
-        "  holdout: holdout: 'often' is not understood; write a share up to 0.5 such as 0.01, 0 for no held-out "
+        "  holdout: 'often' is not understood; write a share up to 0.5 such as 0.01, 0 for no held-out "
         "documents, or document indices such as 7::20 or 3,17 (got 'often')",
         "  colour: is no setting",
     ]

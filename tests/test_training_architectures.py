@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from training.architectures import ARCHITECTURES, Architecture, ReLU, TopK, Transcoder
+from training.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    Matryoshka,
+    ReLU,
+    TopK,
+    Transcoder,
+)
+from training.architectures.batch_topk import BatchTopKTranscoder
+from training.architectures.gated import GatedTranscoder
+from training.architectures.jumprelu import JumpReLUTranscoder
+from training.architectures.relu import ReLUTranscoder
 from training.batches import Batch
+from training.entries import DenseEntries
 from training.initialise import initialise, random_directions
+from training.kernels.dense import DenseStep
 from training.normalisation import Normalisation
 from training.objectives import Objective, ReferenceObjective, VarianceObjective
-from training.step import AutogradStep
 
-SMALL: dict[str, Architecture] = {"relu": ReLU(l1=0.3), "topk": TopK(k=3)}
+SMALL: dict[str, Architecture] = {
+    "relu": ReLU(l1=0.3),
+    "topk": TopK(k=3),
+    "batch_topk": BatchTopK(k=3),
+    "jumprelu": JumpReLU(l0=0.1, bandwidth=0.5),
+    "gated": Gated(l1=0.3),
+    "matryoshka": Matryoshka(k=3, levels=2),
+}
 """Settings of each kind that suit a handful of features."""
 
 
@@ -70,7 +94,7 @@ def test_forward_pass_agrees_with_the_original_code() -> None:
 
 
 def test_losses_agree_with_the_original_code() -> None:
-    losses = AutogradStep()(reference_transcoder(), GOLDEN, ReferenceObjective()).losses
+    losses = DenseStep()(reference_transcoder(), GOLDEN, ReferenceObjective()).losses
     assert float(losses["reconstruction"]) == pytest.approx(2.2349625, abs=1e-5)
     assert float(losses["sparsity"]) == pytest.approx(0.2875, abs=1e-6)
     assert float(losses["loss"]) == pytest.approx(2.5224624, abs=1e-5)
@@ -78,7 +102,7 @@ def test_losses_agree_with_the_original_code() -> None:
 
 def test_gradients_agree_with_the_original_code() -> None:
     transcoder = reference_transcoder()
-    AutogradStep()(transcoder, GOLDEN, ReferenceObjective())
+    DenseStep()(transcoder, GOLDEN, ReferenceObjective())
     assert close(transcoder.W_dec.grad, [[0.7376, 1.2048], [-0.61, -0.28], [0.580125, 0.83475]])
     assert transcoder.W_enc.grad is not None
     assert close(transcoder.W_enc.grad.T, [[1.43325, -0.031, 0.90375], [-0.78775, -0.093, -0.30125]])
@@ -89,7 +113,7 @@ def test_gradients_agree_with_the_original_code() -> None:
 
 def test_parallel_gradient_is_removed_as_in_the_original_code() -> None:
     transcoder = reference_transcoder()
-    AutogradStep()(transcoder, GOLDEN, ReferenceObjective())
+    DenseStep()(transcoder, GOLDEN, ReferenceObjective())
     transcoder.constrain_gradients()
     # row 2 is the unit vector (1, 0), so of (0.580125, 0.83475) only the second part stays
     assert close(transcoder.W_dec.grad, [[-0.10624, 0.07968], [-0.61, 0.0], [0.0, 0.83475]])
@@ -97,7 +121,7 @@ def test_parallel_gradient_is_removed_as_in_the_original_code() -> None:
 
 def test_a_target_of_zero_gives_a_finite_reference_loss() -> None:
     zero = Batch(GOLDEN.inputs, torch.zeros(2, 2))
-    assert torch.isfinite(AutogradStep()(reference_transcoder(), zero, ReferenceObjective()).losses["loss"])
+    assert torch.isfinite(DenseStep()(reference_transcoder(), zero, ReferenceObjective()).losses["loss"])
 
 
 def test_variance_loss_is_one_for_predicting_the_mean() -> None:
@@ -108,12 +132,14 @@ def test_variance_loss_is_one_for_predicting_the_mean() -> None:
 
 def test_variance_loss_and_l1_do_not_depend_on_the_scale_of_the_outputs() -> None:
     transcoder = random_transcoder(SMALL["relu"])
+    transcoder.activation_unit = VarianceObjective(3.0).activation_unit
     inputs, targets = random_tensor(20, 8, 4), random_tensor(21, 8, 3)
-    found = AutogradStep()(transcoder, Batch(inputs, targets), VarianceObjective(3.0)).losses
+    found = DenseStep()(transcoder, Batch(inputs, targets), VarianceObjective(3.0)).losses
     with torch.no_grad():  # a transcoder whose activations and outputs are ten times as large
         for parameter in (transcoder.W_enc, transcoder.b_enc, transcoder.b_dec_out):
             parameter.mul_(10)
-    scaled = AutogradStep()(transcoder, Batch(inputs, 10 * targets), VarianceObjective(300.0)).losses
+    transcoder.activation_unit = VarianceObjective(300.0).activation_unit
+    scaled = DenseStep()(transcoder, Batch(inputs, 10 * targets), VarianceObjective(300.0)).losses
     assert {name: float(value) for name, value in scaled.items()} == pytest.approx(
         {name: float(value) for name, value in found.items()}
     )
@@ -121,8 +147,8 @@ def test_variance_loss_and_l1_do_not_depend_on_the_scale_of_the_outputs() -> Non
 
 def test_l1_is_summed_over_features_and_averaged_over_all_rows() -> None:
     transcoder = ReLU(l1=2.0).build(2, 2, 3)
-    activations = torch.ones(4, 5, 3)
-    assert float(transcoder.penalties(activations, 1.0)["sparsity"]) == 2.0 * 3
+    entries = DenseEntries(torch.ones(4, 3), transcoder.selection())
+    assert float(transcoder.penalties(entries, transcoder.activation(entries))["sparsity"]) == 2.0 * 3
 
 
 def test_topk_keeps_the_k_largest_positive_pre_activations() -> None:
@@ -131,23 +157,15 @@ def test_topk_keeps_the_k_largest_positive_pre_activations() -> None:
     assert transcoder.activate(pre_activations).tolist() == [[0.0, 3.0, 0.0, 2.0], [0.0, 0.0, 0.25, 0.0]]
 
 
-def test_topk_without_dense_activations_gives_the_same_outputs_counts_and_gradients() -> None:
-    architecture = TopK(k=2)
-    sparse, dense = (random_transcoder(architecture, d_sae=64) for _ in range(2))
-    inputs = random_tensor(30, 16, 4)
-    chosen = sparse.trace(inputs)  # 2 of 64 is below the share at which bags are used
-    reference = Transcoder.trace(dense, inputs)
-    assert torch.allclose(chosen.outputs, reference.outputs, atol=1e-12)
-    assert torch.equal(chosen.n_active, reference.n_active)
-    chosen.outputs.pow(2).sum().backward()
-    reference.outputs.pow(2).sum().backward()
-    for (name, found), wanted in zip(sparse.named_parameters(), dense.parameters(), strict=True):
-        assert torch.allclose(_gradient(found), _gradient(wanted), atol=1e-10), name
-
-
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+NOT_BY_SLOPE = {("jumprelu", "log_threshold")}
+"""Parameters that learn by a straight-through estimate, which is not the slope of the loss."""
+HELD_FIXED = {("gated", "W_dec"): "gate", ("gated", "b_dec_out"): "gate"}
+"""Loss terms in which a parameter counts as a constant."""
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -155,39 +173,157 @@ def _gradient(parameter: Tensor) -> Tensor:
 def test_gradients_agree_with_finite_differences(kind: str, objective: Objective) -> None:
     transcoder = random_transcoder(SMALL[kind], d_sae=100 if kind == "topk" else 10)
     batch = Batch(random_tensor(40, 6, 4), random_tensor(41, 6, 3))
-    step = AutogradStep()
+    step = DenseStep()
     step(transcoder, batch, objective)
     gradients = {name: _gradient(parameter).clone() for name, parameter in transcoder.named_parameters()}
     for index, (name, parameter) in enumerate(transcoder.named_parameters()):
+        if (kind, name) in NOT_BY_SLOPE:
+            continue
         direction = random_tensor(50 + index, *parameter.shape)
         losses = []
         for sign in (1, -1):
             with torch.no_grad():
                 parameter.add_(sign * 1e-6 * direction)
-            losses.append(float(step(transcoder, batch, objective).losses["loss"]))
+            found = step(transcoder, batch, objective).losses
+            constant = HELD_FIXED.get((kind, name))
+            losses.append(float(found["loss"]) - (float(found[constant]) if constant else 0.0))
             with torch.no_grad():
                 parameter.sub_(sign * 1e-6 * direction)
         wanted = float((gradients[name] * direction).sum())
         assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(wanted, rel=1e-5, abs=1e-8), name
 
 
+def test_jumprelu_thresholds_learn_by_the_straight_through_estimate() -> None:
+    # one feature, threshold 1, bandwidth 0.5: of pre-activations 0.9, 1.2, 3 the first two lie within 0.25 of it
+    transcoder = JumpReLU(l0=0.1, bandwidth=0.5).build(1, 1, 1).double()
+    with torch.no_grad():
+        transcoder.W_enc.fill_(1)
+        transcoder.W_dec.fill_(1)
+    batch = Batch(torch.tensor([[0.9], [1.2], [3.0]]).double(), torch.tensor([[1.0], [1.0], [1.0]]).double())
+    DenseStep()(transcoder, batch, VarianceObjective(1.0))
+    # outputs 0, 1.2, 3; slope of the mean squared error to them 2/3 · (−1, 0.2, 2); the activation's estimate is
+    # −θ/ε = −2 and that of l0 · mean L0 is −0.1/3 · 1/ε, on each of the two rows; d θ / d log θ = θ = 1
+    wanted = -2 * 2 / 3 * (-1 + 0.2) - 2 * 0.1 / 3 / 0.5
+    assert isinstance(transcoder, JumpReLUTranscoder)
+    assert transcoder.log_threshold.grad is not None
+    assert float(transcoder.log_threshold.grad) == pytest.approx(wanted)
+
+
+def test_l0_target_penalises_the_squared_distance_from_it() -> None:
+    transcoder = JumpReLU(l0=2.0, target_l0=4.0).build(2, 2, 3)
+    # thresholds are exp(0) = 1, so six of twelve fire: mean L0 1.5, and 2 · (1.5 / 4 − 1)²
+    entries = DenseEntries(torch.tensor([[2.0, 0.5, 2.0], [0.5, 2.0, 0.5]] * 2), transcoder.selection())
+    found = transcoder.penalties(entries, transcoder.activation(entries))["sparsity"]
+    assert float(found.detach()) == pytest.approx(2.0 * (1.5 / 4 - 1) ** 2)
+
+
+def test_tanh_penalty_saturates_for_strong_activations() -> None:
+    transcoder = ReLU(l1=1.0, tanh_scale=2.0).build(2, 2, 2)
+    transcoder.activation_unit = 0.5
+    entries = DenseEntries(torch.tensor([[0.25, -1.0], [100.0, 0.0]]), transcoder.selection())
+    found = transcoder.penalties(entries, transcoder.activation(entries))["sparsity"]
+    # in units of 0.5 the activations are 0.5 and 200: tanh(1)/2 and 1/2, over two rows
+    assert float(found) == pytest.approx((math.tanh(1.0) / 2 + 0.5) / 2)
+
+
+def test_batch_topk_takes_the_largest_of_the_whole_batch_and_remembers_its_threshold() -> None:
+    transcoder = BatchTopK(k=1).build(1, 1, 3)
+    entries = DenseEntries(torch.tensor([[5.0, 4.0, 1.0], [0.5, 0.25, -1.0]]), transcoder.selection())
+    activations = transcoder.activation(entries)
+    assert activations.tolist() == [[5.0, 4.0, 0.0], [0.0, 0.0, 0.0]]
+    transcoder.end_step(activations)
+    assert transcoder.activate(torch.tensor([[4.5, 4.0, 1.0]])).tolist() == [[4.5, 0.0, 0.0]]  # above 4
+    transcoder.end_step(torch.tensor([[6.0, 0.0, 0.0]]))
+    assert isinstance(transcoder, BatchTopKTranscoder)
+    assert float(transcoder.threshold) == pytest.approx(0.99 * 4 + 0.01 * 6)
+
+
+def test_gates_open_features_and_magnitudes_say_how_far() -> None:
+    transcoder = Gated(l1=1.0).build(1, 1, 3)
+    assert isinstance(transcoder, GatedTranscoder)
+    with torch.no_grad():
+        transcoder.r_mag.copy_(torch.tensor([0.0, math.log(2.0), 0.0]))
+        transcoder.b_mag.copy_(torch.tensor([0.5, 0.0, -9.0]))
+    assert transcoder.activate(torch.tensor([[1.0, 3.0, 2.0], [-0.25, -1.0, 1.0]])).tolist() == [
+        [1.5, 6.0, 0.0],
+        [0.0, 0.0, 0.0],
+    ]
+
+
+def test_matryoshka_averages_the_loss_over_its_nested_dictionaries() -> None:
+    transcoder = Matryoshka(k=2, levels=2).build(2, 1, 2)
+    with torch.no_grad():
+        transcoder.W_enc.copy_(torch.eye(2))
+        transcoder.W_dec.fill_(1.0)
+    found = DenseStep()(transcoder, Batch(torch.tensor([[2.0, 1.0]]), torch.tensor([[4.0]])), VarianceObjective(1.0))
+    # the first feature alone gives 2, both give 3: errors 4 and 1
+    assert float(found.losses["reconstruction"]) == pytest.approx((4 + 1) / 2)
+    assert found.outputs.tolist() == [[3.0]]
+
+
+def test_skip_path_adds_a_linear_map_of_the_inputs() -> None:
+    transcoder = random_transcoder(TopK(k=2, skip=True))
+    assert transcoder.W_skip is not None
+    inputs = random_tensor(90, 5, 4)
+    features = transcoder.encode(inputs) @ transcoder.W_dec + transcoder.b_dec_out
+    assert torch.allclose(transcoder(inputs), features + inputs @ transcoder.W_skip.T, atol=1e-12)
+    with pytest.raises(ValueError, match="skip path"):
+        transcoder.decode(transcoder.encode(inputs))
+
+
+def test_k_moves_in_a_straight_line_from_its_start() -> None:
+    settings = TopK(k=10, k_start=30, k_warmup_steps=4)
+    assert [settings.k_in(step) for step in range(6)] == [30, 25, 20, 15, 10, 10]
+
+
+def test_l1_rises_over_its_warmup() -> None:
+    transcoder = ReLU(l1=0.4, l1_warmup_steps=4).build(2, 2, 2)
+    assert isinstance(transcoder, ReLUTranscoder)
+    seen = []
+    for step in range(5):
+        transcoder.begin_step(step)
+        seen.append(transcoder.l1)
+    assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+
+
 @pytest.mark.parametrize("kind", SMALL)
 def test_firing_counts_are_the_rows_on_which_a_feature_is_positive(kind: str) -> None:
     transcoder = random_transcoder(SMALL[kind])
     inputs = random_tensor(60, 9, 4)
-    assert torch.equal(transcoder.trace(inputs).n_active, (transcoder.encode(inputs) > 0).sum(0))
+    result = DenseStep()(transcoder, Batch(inputs, random_tensor(61, 9, 3)), VarianceObjective(3.0))
+    entries = DenseEntries(transcoder.pre_activations(inputs), transcoder.selection())
+    assert torch.equal(result.n_active, (transcoder.activation(entries) > 0).sum(0))
+    assert int(result.n_active.sum()) > 0
 
 
+NORMALISATION = Normalisation(10 * random_tensor(70, 4), 7.0, 3 * random_tensor(71, 3), 0.2)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
 @pytest.mark.parametrize("kind", SMALL)
-def test_folded_transcoder_does_on_raw_rows_what_training_did_on_normalised_ones(kind: str) -> None:
-    transcoder = random_transcoder(SMALL[kind])
-    normalisation = Normalisation(10 * random_tensor(70, 4), 7.0, 3 * random_tensor(71, 3), 0.2)
-    folded = transcoder.folded(normalisation)
-    raw = 7 * random_tensor(72, 20, 4) + normalisation.mean_in
-    wanted = normalisation.restore(transcoder(normalisation.inputs(raw)))
+def test_folded_transcoder_does_on_raw_rows_what_training_did_on_normalised_ones(kind: str, skip: bool) -> None:
+    transcoder = random_transcoder(SMALL[kind].model_copy(update={"skip": skip}))
+    for name, buffer in transcoder.named_buffers():
+        assert name == "threshold"
+        buffer.fill_(0.3)
+    folded = transcoder.folded(NORMALISATION)
+    raw = 7 * random_tensor(72, 20, 4) + NORMALISATION.mean_in
+    wanted = NORMALISATION.restore(transcoder(NORMALISATION.inputs(raw)))
     assert torch.allclose(folded(raw), wanted, atol=1e-10)
     assert folded.b_dec is None
     assert torch.allclose(torch.linalg.vector_norm(folded.W_dec, dim=1), torch.ones(10).double())
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_taking_over_a_folded_transcoder_gives_it_back(kind: str) -> None:
+    architecture = SMALL[kind].model_copy(update={"skip": True, "input_bias": False})
+    transcoder = random_transcoder(architecture)
+    for _, buffer in transcoder.named_buffers():
+        buffer.fill_(0.3)
+    again = architecture.build(4, 3, 10).double()
+    again.take_folded(transcoder.folded(NORMALISATION), NORMALISATION)
+    for name, value in again.state_dict().items():
+        assert torch.allclose(value, transcoder.state_dict()[name], atol=1e-10), name
 
 
 @pytest.mark.parametrize("kind", SMALL)

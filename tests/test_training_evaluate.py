@@ -87,9 +87,9 @@ def test_batches_pair_inputs_with_their_outputs(tmp_path: Path) -> None:
     inputs = np.arange(300, dtype=np.float32)[:, None] * np.ones(4, np.float32)
     cache = open_cache(publish_cache(tmp_path / "cache", {"mlp": {"train": (inputs, 2 * inputs[:, :3])}}))
     seen = []
-    with CacheBatches(cache.split("train"), cache.sites["mlp"], batch_rows=100, seed=1) as stream:
+    with CacheBatches(cache.split("train"), [cache.sites["mlp"]], batch_rows=100, seed=1) as stream:
         for _ in range(stream.n_steps_per_epoch):
-            batch = stream.next_batch()
+            batch = stream.next_batch()["mlp"]
             assert torch.equal(batch.outputs, 2 * batch.inputs[:, :3])
             seen += batch.inputs[:, 0].tolist()
     assert sorted(seen) == list(range(300))
@@ -113,14 +113,14 @@ def test_batches_are_float32_whatever_is_stored(tmp_path: Path, dtype: str) -> N
 
 def test_every_state_of_the_stream_continues_with_the_same_batches(tmp_path: Path) -> None:
     cache = open_cache(small_cache(tmp_path / "cache", n_rows=300))
-    with CacheBatches(cache.split("train"), cache.sites["mlp"], batch_rows=64, seed=0) as stream:
+    with CacheBatches(cache.split("train"), [cache.sites["mlp"]], batch_rows=64, seed=0) as stream:
         states, batches = [], []
         for _ in range(10):  # 4 batches to an epoch
             states.append(stream.state_dict())
-            batches.append(stream.next_batch().inputs.clone())
+            batches.append(stream.next_batch()["mlp"].inputs.clone())
         for start, state in enumerate(states):
             stream.load_state_dict(state)
-            assert torch.equal(stream.next_batch().inputs, batches[start])
+            assert torch.equal(stream.next_batch()["mlp"].inputs, batches[start])
 
 
 def test_partial_evaluation_reads_the_same_rows_every_time(tmp_path: Path) -> None:

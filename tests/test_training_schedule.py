@@ -28,12 +28,12 @@ def test_warmup_then_decay_falls_to_zero_after_the_last_step_and_never_below() -
 
 
 def test_default_warmup_is_a_twentieth_and_default_decay_a_fifth() -> None:
-    assert TrainSettings().schedule(2000) == Schedule(2000, 100, 400)
-    assert TrainSettings().schedule(60_000) == Schedule(60_000, 1000, 12_000)
+    assert TrainSettings().build_schedule(2000) == Schedule(2000, 100, 400, final=0.1)
+    assert TrainSettings().build_schedule(60_000) == Schedule(60_000, 1000, 12_000, final=0.1)
 
 
 def test_zero_turns_warmup_and_decay_off() -> None:
-    assert TrainSettings(warmup_steps=0, decay_steps=0).schedule(100) == Schedule(100, 0, 0)
+    assert TrainSettings(warmup_steps=0, decay_steps=0).build_schedule(100) == Schedule(100, 0, 0, final=0.1)
 
 
 def test_length_is_rounded_up_to_the_step_that_reaches_the_rows() -> None:

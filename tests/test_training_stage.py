@@ -67,7 +67,7 @@ def test_manifest_names_cache_model_and_site(cache: Path, trained: TrainResult) 
     assert manifest["inputs"]["cache"] == opened.reference
     assert manifest["model"] == {"name": "tiny"}
     assert (manifest["site"]["name"], manifest["site"]["d_in"], manifest["site"]["d_out"]) == ("mlp", 6, 5)
-    assert manifest["architecture"] == {"kind": "topk", "k": 2}
+    assert (manifest["architecture"]["kind"], manifest["architecture"]["k"]) == ("topk", 2)
 
 
 def test_saved_weights_have_the_score_the_run_reported_on_raw_rows(cache: Path, trained: TrainResult) -> None:

@@ -7,7 +7,7 @@ avoid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -31,13 +31,14 @@ class Batch(NamedTuple):
     outputs: Tensor
 
 
+SiteBatches = Mapping[str, Batch]
+"""The same rows at several sites, by the site's name."""
+
+
 class BatchStream(Protocol):
     """An endless stream of batches that can be put back to any of its states."""
 
-    d_in: int
-    d_out: int
-
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> SiteBatches:
         """Return the next batch, valid until the next call."""
         ...
 
@@ -78,45 +79,53 @@ def keys_of(site: Site) -> list[str]:
     return [f"{site.name}/{side}" for side in site.sides]
 
 
-class _RowsToBatch:
-    """Turn row arrays of one site into a batch on the device."""
+class _RowsToBatches:
+    """Turn row arrays into a batch of every site, on the device."""
 
-    def __init__(self, split: CacheSplit, site: Site, device: torch.device) -> None:
-        self._keys = keys_of(site)
-        self._dtypes = [split.dtype(key) for key in self._keys]
+    def __init__(self, split: CacheSplit, sites: Sequence[Site], device: torch.device) -> None:
+        self._sides = {site.name: keys_of(site) for site in sites}
+        self.keys = [key for keys in self._sides.values() for key in keys]
+        self._dtypes = {key: split.dtype(key) for key in self.keys}
         self._device = device
 
-    def __call__(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        tensors = [
-            as_tensor(arrays[key], dtype).to(self._device).to(torch.float32)
-            for key, dtype in zip(self._keys, self._dtypes, strict=True)
-        ]
-        return Batch(tensors[0], tensors[-1])
+    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Batch]:
+        tensors = {
+            key: as_tensor(arrays[key], self._dtypes[key]).to(self._device).to(torch.float32) for key in self.keys
+        }
+        return {site: Batch(tensors[keys[0]], tensors[keys[-1]]) for site, keys in self._sides.items()}
 
 
 class CacheBatches:
-    """The training rows of one site of a cache, in their shuffled order, epoch after epoch.
+    """The training rows of some sites of a cache, in their shuffled order, epoch after epoch.
 
-    The last batch of an epoch is left out when it would be short, unless the split is smaller than one batch.
+    The last batch of an epoch is left out when it would be short, unless the split is smaller than one batch. With
+    ``n_rows``, every epoch is the same uniform sample of that many rows.
     """
 
     def __init__(
-        self, split: CacheSplit, site: Site, *, batch_rows: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        split: CacheSplit,
+        sites: Sequence[Site],
+        *,
+        batch_rows: int,
+        seed: int,
+        n_rows: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.d_in, self.d_out = site.d_in, site.d_out
-        self._split, self._site = split, site
-        self._to_batch = _RowsToBatch(split, site, torch.device(device))
-        self._batch_rows, self._seed = batch_rows, seed
+        self._split, self._seed, self._batch_rows, self._n_rows = split, seed, batch_rows, n_rows
+        self._to_batches = _RowsToBatches(split, sites, torch.device(device))
         self._stream = self._open(0, 0)
 
     def _open(self, epoch: int, step: int) -> RowStream:
+        n_rows = self._split.n_rows if self._n_rows is None else self._n_rows
         return self._split.stream(
-            keys_of(self._site),
+            self._to_batches.keys,
             batch_rows=self._batch_rows,
             seed=self._seed,
             epoch=epoch,
             step=step,
-            drop_last=self._split.n_rows >= self._batch_rows,
+            n_rows=self._n_rows,
+            drop_last=n_rows >= self._batch_rows,
         )
 
     @property
@@ -124,9 +133,9 @@ class CacheBatches:
         """Number of batches in one pass over the split."""
         return self._stream.n_steps_per_epoch
 
-    def next_batch(self) -> Batch:
-        """Return the next batch, valid until the next call."""
-        return self._to_batch(next(self._stream).arrays)
+    def next_batch(self) -> dict[str, Batch]:
+        """Return the next batch by site, valid until the next call."""
+        return self._to_batches(next(self._stream).arrays)
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``{"epoch", "step"}`` of the next batch."""
@@ -159,8 +168,8 @@ def iter_once(
     max_rows: int | None = None,
 ) -> Iterator[Batch]:
     """Yield every row of ``split`` once, or ``max_rows`` of them: always the same uniform sample."""
-    to_batch = _RowsToBatch(split, site, torch.device(device))
+    to_batches = _RowsToBatches(split, [site], torch.device(device))
     n_rows = None if max_rows is None or max_rows >= split.n_rows else max_rows
     with split.stream(keys_of(site), batch_rows=batch_rows, seed=EVALUATION_SEED, n_epochs=1, n_rows=n_rows) as stream:
         for rows in stream:
-            yield to_batch(rows.arrays)
+            yield to_batches(rows.arrays)[site.name]

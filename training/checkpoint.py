@@ -69,15 +69,21 @@ class Checkpoints:
         for old in self._paths()[:-KEPT]:
             old.unlink()
 
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints there are, ascending."""
+        return [int(path.stem) for path in self._paths()]
+
     def latest(self) -> Checkpoint | None:
-        """Return the newest checkpoint, or None if there is none.
+        """Return the newest checkpoint, or None if there is none; the errors are those of ``load``."""
+        steps = self.steps()
+        return self.load(steps[-1]) if steps else None
+
+    def load(self, step: int) -> Checkpoint:
+        """Return the checkpoint at ``step``.
 
         Raises ArtifactCorrupt if it cannot be read; deleting the file named falls back to the one before.
         """
-        paths = self._paths()
-        if not paths:
-            return None
-        path = paths[-1]
+        path = self._path(step)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

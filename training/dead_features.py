@@ -6,6 +6,8 @@ held-out one (``training.evaluate``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,11 @@ class FiringRecord:
     def dead(self, after_steps: int) -> Tensor:
         """Return which features (d_sae,) have not fired in the last ``after_steps`` steps."""
         return self.steps_since_fired >= after_steps
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the record by name."""
+        return {"steps_since_fired": self.steps_since_fired}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from ``state_tensors``."""
+        self.steps_since_fired.copy_(tensors["steps_since_fired"])

@@ -92,7 +92,7 @@ def predictor(transcoder: Transcoder) -> Predictor:
     """Return a loaded (folded) transcoder as something ``evaluate`` can score."""
 
     def predict(inputs: Tensor) -> tuple[Tensor, Tensor]:
-        trace = transcoder.trace(inputs)
-        return trace.outputs, trace.n_active
+        activations = transcoder.encode(inputs)
+        return transcoder.decode(activations, inputs), (activations > 0).sum(0)
 
     return predict

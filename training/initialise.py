@@ -38,3 +38,4 @@ def initialise(
     transcoder.b_dec_out.copy_(mean_out)
     if transcoder.b_dec is not None:
         transcoder.b_dec.copy_(mean_in)
+    transcoder.initialise_own()

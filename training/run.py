@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from storage.errors import NonFiniteActivation
 from training.architectures.base import Transcoder
-from training.batches import Batch
+from training.batches import SiteBatches
 from training.dead_features import FiringRecord
+from training.ema import WeightAverage
+from training.kernels.adaptive import AdaptiveStep
+from training.kernels.kernel import ExtraLoss, StepKernel, StepResult
 from training.normalisation import Normalisation
 from training.objectives import Objective
+from training.optim import Optimiser
 from training.schedule import Schedule
-from training.step import StepKernel, StepResult
 
 CHECK_EVERY = 50
 """Steps between looks at the loss on a device where looking makes the host wait."""
 
 
-class TrainingRun:
-    """Trains one transcoder on raw batches.
+class Resampler(Protocol):
+    """Gives dead features new weights between steps."""
 
-    The order inside a step is fixed: gradients, parallel part off, clipping, Adam, unit norm.
+    def after_step(self, run: TrainingRun) -> Mapping[str, float]:
+        """Change weights of ``run`` if it is time to; return what to log of it."""
+        ...
+
+    def lr_factor(self, step: int) -> float:
+        """Return what the learning rate is multiplied by in ``step`` on top of its schedule."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the state by name."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from ``state_tensors``."""
+        ...
+
+
+class TrainingRun:
+    """Trains one transcoder on the raw batches of one site.
+
+    The order inside a step is fixed: gradients, parallel part off, clipping, optimiser, unit norm, average, resampling.
     """
 
     def __init__(
@@ -32,64 +56,84 @@ class TrainingRun:
         objective: Objective,
         normalisation: Normalisation,
         kernel: StepKernel,
+        optimiser: Optimiser,
         schedule: Schedule,
         *,
+        site: str,
         lr: float,
-        gradient_clip: float | None = None,
+        firing: FiringRecord | None = None,
+        extra: Sequence[ExtraLoss] = (),
+        resampler: Resampler | None = None,
+        average: WeightAverage | None = None,
         name: str = "transcoder",
     ) -> None:
         self.transcoder = transcoder
+        self.objective = objective
         self.normalisation = normalisation
+        self.optimiser = optimiser
         self.schedule = schedule
+        self.site = site
         self.lr = lr
         self.name = name
         self.n_steps_done = 0
         self.n_rows_done = 0
         self.latest: StepResult | None = None
+        self.latest_targets: Tensor | None = None
+        """Normalised outputs of the latest batch."""
         self.latest_rows = 0
         self.latest_lr = 0.0
+        self.latest_extras: Mapping[str, float] = {}
         device = transcoder.W_enc.device
-        self.firing = FiringRecord(transcoder.d_sae, device)
-        self._on_device = normalisation.to(device, transcoder.W_enc.dtype)
-        self._objective = objective
+        self.firing = FiringRecord(transcoder.d_sae, device) if firing is None else firing
+        self.on_device = normalisation.to(device, transcoder.W_enc.dtype)
         self._kernel = kernel
-        self._gradient_clip = gradient_clip
+        self._extra = extra
+        self._resampler = resampler
+        self._average = average
         self._check_every = 1 if device.type == "cpu" else CHECK_EVERY
         self._parameters = dict(transcoder.named_parameters())
-        self._optimiser = build_adam(list(self._parameters.values()), lr)
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batches: SiteBatches) -> None:
         """Take one optimiser step on raw rows. Raises NonFiniteActivation before a bad loss reaches the weights."""
-        result = self._kernel(self.transcoder, self._on_device.apply(batch), self._objective)
+        raw = batches[self.site]
+        batch = self.on_device.apply(raw)
+        self.transcoder.begin_step(self.n_steps_done)
+        result = self._kernel(self.transcoder, batch, self.objective, self._extra)
         if (self.n_steps_done + 1) % self._check_every == 0:
             self._refuse_non_finite(result.losses["loss"])
-        self.transcoder.constrain_gradients()
-        if self._gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self._parameters.values(), self._gradient_clip)
-        for group in self._optimiser.param_groups:
-            group["lr"] = self.current_lr
         self.latest_lr = self.current_lr
-        self._optimiser.step()
-        self.transcoder.constrain_parameters()
+        self.optimiser.step(self.latest_lr)
+        if self._average is not None:
+            self._average.update()
         self.firing.update(result.n_active)
-        self.latest, self.latest_rows = result, len(batch.inputs)
+        self.latest, self.latest_targets, self.latest_rows = result, batch.outputs, len(raw.inputs)
         self.n_steps_done += 1
-        self.n_rows_done += len(batch.inputs)
+        self.n_rows_done += len(raw.inputs)
+        if self._resampler is not None:
+            self.latest_extras = self._resampler.after_step(self)
 
     @property
     def current_lr(self) -> float:
         """The learning rate of the next step."""
-        return self.lr * self.schedule.factor(self.n_steps_done)
+        factor = 1.0 if self._resampler is None else self._resampler.lr_factor(self.n_steps_done)
+        return self.lr * self.schedule.factor(self.n_steps_done) * factor
+
+    @property
+    def scored(self) -> Transcoder:
+        """The transcoder that is scored and published, in normalised units: the averaged one if there is one."""
+        return self.transcoder if self._average is None else self._average.transcoder
 
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return predicted raw outputs of raw inputs and how often each feature fired."""
-        trace = self.transcoder.trace(self._on_device.inputs(inputs))
-        return self._on_device.restore(trace.outputs), trace.n_active
+        normalised = self.on_device.inputs(inputs)
+        activations = self.scored.encode(normalised)
+        outputs = self.scored.decode(activations, normalised)
+        return self.on_device.restore(outputs), (activations > 0).sum(0)
 
     def folded(self) -> Transcoder:
         """Return the transcoder as it would be published: raw inputs to raw outputs, on the CPU."""
-        return self.transcoder.folded(self.normalisation)
+        return self.scored.folded(self.normalisation)
 
     def _refuse_non_finite(self, *values: Tensor) -> None:
         if all(bool(torch.isfinite(value).all()) for value in values):
@@ -103,26 +147,33 @@ class TrainingRun:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return everything a step depends on, by name. Raises NonFiniteActivation rather than keep a bad weight."""
         self._refuse_non_finite(*self._parameters.values())
-        tensors = {"steps_since_fired": self.firing.steps_since_fired}
-        for name, parameter in self._parameters.items():
-            tensors[f"parameter.{name}"] = parameter
-            for key, value in self._optimiser.state[parameter].items():
-                tensors[f"adam.{key}.{name}"] = value
+        tensors = dict(self.firing.state_tensors())
+        tensors |= {f"transcoder.{name}": value for name, value in self.transcoder.state_dict().items()}
+        tensors |= self.optimiser.state_tensors()
+        if self._average is not None:
+            tensors |= self._average.state_tensors()
+        if self._resampler is not None:
+            tensors |= self._resampler.state_tensors()
         return tensors
 
+    def state(self) -> dict[str, Any]:
+        """Return the rest of what a step depends on, as JSON."""
+        return {"kernel": self._kernel.state() if isinstance(self._kernel, AdaptiveStep) else None}
+
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor], *, n_steps_done: int, n_rows_done: int) -> None:
-        """Continue from ``state_tensors``."""
+    def load_state(
+        self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, n_steps_done: int, n_rows_done: int
+    ) -> None:
+        """Continue from ``state_tensors`` and ``state``."""
         self.n_steps_done, self.n_rows_done = n_steps_done, n_rows_done
-        self.firing.steps_since_fired.copy_(tensors["steps_since_fired"])
-        for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-            self._optimiser.state[parameter] = {
-                key: tensors[f"adam.{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-
-
-def build_adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Return Adam in its fused form, 8 times faster than the plain loop on a CPU, where the device has it."""
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.Adam(parameters, lr=lr, fused=fused, foreach=None if fused else True)
+        self.firing.load_state(tensors)
+        own = self.transcoder.state_dict()
+        for name in own:
+            own[name].copy_(tensors[f"transcoder.{name}"])
+        self.optimiser.load_state(tensors)
+        if self._average is not None:
+            self._average.load_state(tensors)
+        if self._resampler is not None:
+            self._resampler.load_state(tensors)
+        if isinstance(self._kernel, AdaptiveStep):
+            self._kernel.load_state(state["kernel"])

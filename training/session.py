@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -65,16 +65,19 @@ class Session:
         self._timing: JsonLines | None = None
         self._bar: Any = None
 
-    def resume(self, stream: BatchStream) -> int:
-        """Continue from the newest checkpoint if there is one; return the number of steps already done."""
-        checkpoint = self._checkpoints.latest()
-        n_bytes = 0
-        if checkpoint is not None:
+    def checkpoint_steps(self) -> list[int]:
+        """Return the steps this run could be continued from, ascending."""
+        return self._checkpoints.steps()
+
+    def resume(self, step: int | None) -> Mapping[str, Any] | None:
+        """Continue from the checkpoint at ``step``, or begin where it is None; return the stream's state there."""
+        n_bytes, stream_state = 0, None
+        if step is not None:
+            checkpoint = self._checkpoints.load(step)
             state = checkpoint.state
-            self.run.load_state(checkpoint.tensors, n_steps_done=checkpoint.step, n_rows_done=state["rows"])
-            stream.load_state_dict(state["stream"])
-            n_bytes, self.scores = state["metrics_bytes"], state["scores"]
-            logger.info("continuing at step %d of %d", checkpoint.step, self.n_steps)
+            self.run.load_state(checkpoint.tensors, state["run"], n_steps_done=step, n_rows_done=state["rows"])
+            n_bytes, self.scores, stream_state = state["metrics_bytes"], state["scores"], state["stream"]
+            logger.info("continuing at step %d of %d", step, self.n_steps)
         timing = self._directory / TIMING
         self._metrics = JsonLines(self._directory / METRICS, n_bytes)
         self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
@@ -88,7 +91,7 @@ class Session:
         )
         self._started, self._rows_at_start = time.monotonic(), self.run.n_rows_done
         self._last_checkpoint = self._started
-        return self.run.n_steps_done
+        return stream_state
 
     def duties(self, stream: BatchStream) -> list[Duty]:
         """Return what is due between steps. The checkpoint comes last, so that it holds all that was logged before."""
@@ -127,6 +130,7 @@ class Session:
             "l0": int(latest.n_active.sum()) / run.latest_rows,
             "dead_fraction": float(run.firing.dead(self._settings.dead_after_steps).double().mean()),
             "lr": run.latest_lr,
+            **run.latest_extras,
         }
         self._metrics.write({"step": step, "rows": run.n_rows_done, "split": "train", **record})
         self.scores["train"] = record
@@ -144,7 +148,14 @@ class Session:
         self.scores["heldout"] = record
 
     def _call(self, hook: PeriodicHook) -> Callable[[int], None]:
-        return lambda step: hook(step, self.run.folded())
+        def call(step: int) -> None:
+            found = hook(step, self.run.folded())
+            if found:
+                assert self._metrics is not None
+                self._metrics.write({"step": step, "rows": self.run.n_rows_done, "split": "model", **found})
+                self.scores["model"] = dict(found)
+
+        return call
 
     def _save_snapshot(self, step: int) -> None:
         save_weights(self._directory / snapshot_name(step), self.run.folded())
@@ -172,6 +183,7 @@ class Session:
         assert self._metrics is not None
         state = {
             "rows": self.run.n_rows_done,
+            "run": self.run.state(),
             "stream": stream.state_dict(),
             "metrics_bytes": self._metrics.commit(),
             "scores": self.scores,

@@ -8,9 +8,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from storage.settings import Quantity, Settings
 from training.architectures import AnyArchitecture, TopK
+from training.kernels.adaptive import KernelKind
 from training.normalisation import NormalisationKind
 from training.objectives import ObjectiveKind
-from training.schedule import Schedule
+from training.optim import OptimiserKind
+from training.schedule import Schedule, ScheduleKind
 
 
 class TrainSettings(Settings):
@@ -37,10 +39,21 @@ class TrainSettings(Settings):
 
     lr: PositiveFloat = 4e-4
     """Learning rate of Adam once warm-up is over, on normalised activations."""
+    schedule: ScheduleKind = "linear"
+    """Course of the learning rate after warm-up: linear (constant, then to zero over decay_steps), constant, cosine,
+    cosine_restarts."""
     warmup_steps: Quantity | None = Field(default=None, ge=0)
     """Steps over which the learning rate rises linearly; by default a twentieth of all, at most 1000."""
     decay_steps: Quantity | None = Field(default=None, ge=0)
-    """Steps at the end over which it falls linearly to zero; by default a fifth of all. 0 keeps it constant."""
+    """linear: steps at the end over which it falls to zero; by default a fifth of all. 0 keeps it constant."""
+    final_lr: float = Field(default=0.1, ge=0, le=1)
+    """cosine, cosine_restarts: share of lr that is left at the end."""
+    cycles: PositiveInt = 1
+    """cosine_restarts: number of times it starts anew from lr."""
+    optimiser: OptimiserKind = "adam"
+    """adam, adamw (weight decay 0.01) or muon (for the two weight matrices, adam for the rest)."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Score and publish a moving average of the weights, which count this much less with every step, such as 0.999."""
     gradient_clip: PositiveFloat | None = None
     """Largest norm of the whole gradient; not clipped by default."""
 
@@ -50,6 +63,8 @@ class TrainSettings(Settings):
     """Loss: squared error over the outputs' variance, or the reference's squared error over each row's norm."""
     encoder_scale: PositiveFloat = 1.0
     """Length of the encoder's rows at the start."""
+    kernel: KernelKind = "auto"
+    """How a step is computed: auto (on a CPU, sparse while few features fire, else dense), dense or sparse."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; auto is bfloat16 where the device has instructions for it."""
 
@@ -64,7 +79,9 @@ class TrainSettings(Settings):
     snapshots: Quantity = Field(default=0, ge=0)
     """Evenly spaced copies of the transcoder kept from the way to the end."""
     seed: int = Field(default=0, ge=0)
-    """Decides initial weights and the order of rows."""
+    """Decides initial weights and whatever else is drawn while training."""
+    order_seed: int = Field(default=0, ge=0)
+    """Decides the order of rows; runs that share it share one reading of the cache."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -87,8 +104,8 @@ class TrainSettings(Settings):
             return -(-self.rows // min(self.batch_rows, n_rows))
         return max(1, round((self.epochs or 1) * n_steps_per_epoch))
 
-    def schedule(self, n_steps: int) -> Schedule:
+    def build_schedule(self, n_steps: int) -> Schedule:
         """Return the learning-rate schedule of a run of ``n_steps``."""
         warmup = min(1000, n_steps // 20) if self.warmup_steps is None else self.warmup_steps
         decay = n_steps // 5 if self.decay_steps is None else self.decay_steps
-        return Schedule(n_steps, warmup, decay)
+        return Schedule(n_steps, warmup, decay, self.schedule, self.final_lr, self.cycles)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from training.architectures.base import Transcoder
-from training.batches import Batch, BatchStream
+from training.batches import BatchStream, SiteBatches
 
 
 class Run(Protocol):
     """Something that learns from batches."""
 
-    def step(self, batch: Batch) -> None:
-        """Learn from one batch."""
+    def step(self, batches: SiteBatches) -> None:
+        """Learn from one batch of rows at the sites read."""
         ...
 
 
 class PeriodicHook(Protocol):
     """What the caller wants done now and then, such as measuring the language model with the transcoder in place."""
 
-    def __call__(self, step: int, transcoder: Transcoder, /) -> None:
-        """Look at ``transcoder``, a folded copy as it would be published after ``step`` steps."""
+    def __call__(self, step: int, transcoder: Transcoder, /) -> Mapping[str, float] | None:
+        """Look at ``transcoder``, a folded copy as it would be published after ``step`` steps; return what to log."""
         ...
 
 

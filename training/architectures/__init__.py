@@ -7,12 +7,27 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from training.architectures.base import Architecture, Transcoder
+from training.architectures.batch_topk import BatchTopK
+from training.architectures.gated import Gated
+from training.architectures.jumprelu import JumpReLU
+from training.architectures.matryoshka import Matryoshka
 from training.architectures.relu import ReLU
 from training.architectures.topk import TopK
 
-__all__ = ["ARCHITECTURES", "AnyArchitecture", "Architecture", "ReLU", "TopK", "Transcoder"]
+__all__ = [
+    "ARCHITECTURES",
+    "AnyArchitecture",
+    "Architecture",
+    "BatchTopK",
+    "Gated",
+    "JumpReLU",
+    "Matryoshka",
+    "ReLU",
+    "TopK",
+    "Transcoder",
+]
 
-AnyArchitecture = Annotated[ReLU | TopK, Field(discriminator="kind")]
+AnyArchitecture = Annotated[TopK | BatchTopK | JumpReLU | ReLU | Gated | Matryoshka, Field(discriminator="kind")]
 """Settings of any architecture, told apart by ``kind``."""
 
 ARCHITECTURES: tuple[type[Architecture], ...] = get_args(get_args(AnyArchitecture)[0])

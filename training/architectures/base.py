@@ -16,27 +16,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from storage.settings import Settings
+from training.batches import Batch
+from training.entries import Above, Entries, Selection
 from training.normalisation import Normalisation
+from training.objectives import Objective
 
 SMALLEST_NORM = 1e-12
 """A decoder row below this has no direction; it is left as it is rather than divided by zero."""
 
 
 class Trace(NamedTuple):
-    """What one forward pass over rows gave the loss and the bookkeeping."""
+    """What one forward pass over a batch gave the loss and the bookkeeping."""
 
     outputs: Tensor
     """(rows, d_out), predicted."""
-    n_active: Tensor
-    """(d_sae,) int64: on how many of the rows each feature fired."""
-    penalties: dict[str, Tensor]
-    """The architecture's own loss terms by name, scalars, already weighted."""
+    activations: Tensor
+    """At the entries the pass was given."""
+    terms: dict[str, Tensor]
+    """Loss terms by name, scalars, already weighted; their sum is the loss."""
 
 
 class Transcoder(nn.Module, ABC):
     """From an MLP's input to its output through sparse features; an autoencoder if both are the same activations.
 
     ``b_dec``, subtracted from the inputs, exists only in training and only where the architecture asks for it.
+    ``W_skip`` is a linear path past the features (Paulo et al. 2025, "Transcoders beat sparse autoencoders").
     """
 
     W_enc: nn.Parameter
@@ -49,14 +53,20 @@ class Transcoder(nn.Module, ABC):
     """(d_out,)."""
     b_dec: nn.Parameter | None
     """(d_in,) or None."""
+    W_skip: nn.Parameter | None
+    """(d_out, d_in) or None."""
 
-    def __init__(self, d_in: int, d_out: int, d_sae: int, *, input_bias: bool = False) -> None:
+    activation_unit: float = 1.0
+    """The objective's: activations are divided by it before a sparsity term or a bandwidth counts them."""
+
+    def __init__(self, d_in: int, d_out: int, d_sae: int, *, input_bias: bool = False, skip: bool = False) -> None:
         super().__init__()
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
         self.b_dec_out = nn.Parameter(torch.zeros(d_out))
         self.register_parameter("b_dec", nn.Parameter(torch.zeros(d_in)) if input_bias else None)
+        self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_out, d_in)) if skip else None)
 
     @property
     def d_in(self) -> int:
@@ -73,15 +83,18 @@ class Transcoder(nn.Module, ABC):
         """Number of features."""
         return self.W_enc.shape[0]
 
+    # As it is used
+
     @abstractmethod
     def activate(self, pre_activations: Tensor) -> Tensor:
-        """Return the activations (…, d_sae) of pre-activations (…, d_sae); both zero or positive where they fire."""
+        """Return the activations (…, d_sae) of pre-activations (…, d_sae), as a trained transcoder computes them."""
 
     def pre_activations(self, inputs: Tensor) -> Tensor:
         """Return W_enc (x − b_dec) + b_enc, (…, d_sae)."""
-        return F.linear(inputs, self.W_enc, self._encoder_bias())
+        return F.linear(inputs, self.W_enc, self.encoder_bias())
 
-    def _encoder_bias(self) -> Tensor:
+    def encoder_bias(self) -> Tensor:
+        """Return b_enc − W_enc b_dec, (d_sae,)."""
         # Subtracting b_dec from every row would cost a sixth matrix product in the backward pass; as part of the bias
         # its gradient is a column sum and a matrix-vector product.
         if self.b_dec is None:
@@ -93,39 +106,76 @@ class Transcoder(nn.Module, ABC):
         """Return the activations (…, d_sae) of inputs (…, d_in)."""
         return self.activate(self.pre_activations(inputs))
 
-    def decode(self, activations: Tensor) -> Tensor:
-        """Return outputs (…, d_out) of activations (…, d_sae)."""
-        return activations @ self.W_dec + self.b_dec_out
+    def decode(self, activations: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return outputs (…, d_out) of activations (…, d_sae); a skip transcoder needs the inputs (…, d_in) too.
+
+        Raises ValueError if they are missing.
+        """
+        if self.W_skip is not None and inputs is None:
+            raise ValueError("this transcoder has a skip path: call decode(activations, inputs), or forward(inputs)")
+        return activations @ self.W_dec + self.unexplained(inputs)
+
+    def unexplained(self, inputs: Tensor | None) -> Tensor:
+        """Return what is not written by features: the bias, and the skip path's part of inputs (…, d_in)."""
+        if self.W_skip is None or inputs is None:
+            return self.b_dec_out
+        return F.linear(inputs, self.W_skip, self.b_dec_out)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the predicted outputs (…, d_out) of inputs (…, d_in)."""
-        return self.decode(self.encode(inputs))
+        return self.decode(self.encode(inputs), inputs)
 
-    def trace(self, inputs: Tensor, activation_unit: float = 1.0) -> Trace:
-        """Run rows (rows, d_in) as training sees them; ``activation_unit`` is the objective's."""
-        activations = self.encode(inputs)
-        n_active = (activations.detach() > 0).sum(0)
-        return Trace(self.decode(activations), n_active, self.penalties(activations, activation_unit))
+    # As it is trained
 
-    def penalties(self, activations: Tensor, activation_unit: float) -> dict[str, Tensor]:  # noqa: ARG002
+    def initialise_own(self) -> None:
+        """Give the parameters that only this architecture has their first values; zero unless it says otherwise."""
+
+    def begin_step(self, step: int) -> None:
+        """Take the settings that change while training to their values in ``step``, counted from 0."""
+
+    def selection(self) -> Selection:
+        """Return which pairs can be active or receive a gradient."""
+        return Above()
+
+    @abstractmethod
+    def activation(self, entries: Entries) -> Tensor:
+        """Return the activations at entries, shaped as ``entries.pre``: positive where a feature fires, else zero."""
+
+    def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:
+        """Return outputs and loss terms of a batch of normalised rows."""
+        activations = self.activation(entries)
+        outputs = entries.decode(activations, self.W_dec) + self.unexplained(batch.inputs)
+        terms = {"reconstruction": objective.reconstruction(exact(outputs, batch.outputs), batch.outputs)}
+        return Trace(outputs, activations, {**terms, **self.penalties(entries, activations)})
+
+    def penalties(self, entries: Entries, activations: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the loss terms besides reconstruction; none unless the architecture has some."""
         return {}
 
+    def end_step(self, activations: Tensor) -> None:
+        """Learn from a step's activations what is not learnt by gradient."""
+
     @torch.no_grad()
-    def constrain_gradients(self) -> None:
+    def constrain_gradients(self, features: slice = slice(None)) -> None:
         """Remove the part of each decoder row's gradient along the row, before the optimiser sees it.
 
         The norm is put back to one after the step anyway; left in, that part would only fill Adam's moments.
         """
         if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+            gradient, rows = self.W_dec.grad[features], self.W_dec[features]
+            gradient.addcmul_((gradient * rows).sum(1, keepdim=True), rows, value=-1)
 
     @torch.no_grad()
-    def constrain_parameters(self) -> None:
-        """Bring every decoder row back to unit norm, after the optimiser's step."""
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
-        self.W_dec.div_(torch.where(norms > SMALLEST_NORM, norms, torch.ones_like(norms)))
+    def constrain_parameters(self, features: slice = slice(None)) -> None:
+        """Bring decoder rows back to unit norm, after the optimiser's step."""
+        rows = self.W_dec[features]
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        rows.div_(torch.where(norms > SMALLEST_NORM, norms, torch.ones_like(norms)))
+
+    # Between normalised and raw units
+
+    def scale_activations(self, factor: float) -> None:
+        """Multiply by ``factor`` every parameter besides encoder and biases that counts in units of activations."""
 
     @torch.no_grad()
     def folded(self, normalisation: Normalisation) -> Self:
@@ -135,20 +185,62 @@ class Transcoder(nn.Module, ABC):
         so decoder rows keep unit norm and an activation is the length of what the feature writes.
         """
         raw = copy.deepcopy(self).cpu()
-        exact = normalisation.to(torch.device("cpu"), torch.float64)
-        W_enc = raw.W_enc.double() * (exact.scale_out / exact.scale_in)
-        b_enc = raw.b_enc.double() * exact.scale_out - W_enc @ exact.mean_in
+        exactly = normalisation.to(torch.device("cpu"), torch.float64)
+        W_enc = raw.W_enc.double() * (exactly.scale_out / exactly.scale_in)
+        b_enc = raw.b_enc.double() * exactly.scale_out - W_enc @ exactly.mean_in
         if raw.b_dec is not None:
-            b_enc -= W_enc @ (raw.b_dec.double() * exact.scale_in)
+            b_enc -= W_enc @ (raw.b_dec.double() * exactly.scale_in)
             raw.b_dec = None
+        b_dec_out = exactly.restore(raw.b_dec_out.double())
+        if raw.W_skip is not None:
+            W_skip = raw.W_skip.double() * (exactly.scale_out / exactly.scale_in)
+            b_dec_out -= W_skip @ exactly.mean_in
+            raw.W_skip.copy_(W_skip)
         raw.W_enc.copy_(W_enc)
         raw.b_enc.copy_(b_enc)
-        raw.b_dec_out.copy_(exact.restore(raw.b_dec_out.double()))
+        raw.b_dec_out.copy_(b_dec_out)
+        raw.scale_activations(exactly.scale_out)
         return raw
+
+    @torch.no_grad()
+    def take_folded(self, raw: Self, normalisation: Normalisation) -> None:
+        """Take over the weights of a published transcoder of the same shape: the inverse of ``folded``.
+
+        An input bias starts at zero, whatever it was before folding.
+        """
+        exactly = normalisation.to(torch.device("cpu"), torch.float64)
+        source = copy.deepcopy(raw).cpu()
+        W_enc, b_dec_out = source.W_enc.double(), source.b_dec_out.double()
+        self.W_enc.copy_(W_enc * (exactly.scale_in / exactly.scale_out))
+        self.b_enc.copy_((source.b_enc.double() + W_enc @ exactly.mean_in) / exactly.scale_out)
+        if self.W_skip is not None and source.W_skip is not None:
+            W_skip = source.W_skip.double()
+            b_dec_out = b_dec_out + W_skip @ exactly.mean_in
+            self.W_skip.copy_(W_skip * (exactly.scale_in / exactly.scale_out))
+        self.W_dec.copy_(source.W_dec)
+        self.b_dec_out.copy_(exactly.outputs(b_dec_out))
+        source.scale_activations(1 / exactly.scale_out)
+        if self.b_dec is not None:
+            self.b_dec.zero_()
+        shared = {"W_enc", "b_enc", "W_dec", "b_dec_out", "W_skip", "b_dec"}
+        own = self.state_dict()
+        for name, value in source.state_dict().items():
+            if name not in shared:
+                own[name].copy_(value)
+
+
+def exact(values: Tensor, like: Tensor) -> Tensor:
+    """Return ``values`` in the dtype of ``like``: losses are summed in float32 even under autocast."""
+    return values.to(like.dtype)
 
 
 class Architecture(Settings, ABC):
     """Settings of one architecture. A subclass adds ``kind: Literal[…]``, by which files and flags name it."""
+
+    input_bias: bool = False
+    """Subtract a learnt bias from the inputs (it is folded into the encoder when the transcoder is saved)."""
+    skip: bool = False
+    """Add a linear path from inputs to outputs past the features."""
 
     @abstractmethod
     def build(self, d_in: int, d_out: int, d_sae: int) -> Transcoder:

@@ -1,4 +1,4 @@
-"""ReLU features held sparse by an l1 penalty: the architecture of the original transcoders."""
+"""ReLU features held sparse by an l1 or tanh penalty: the architecture of the original transcoders."""
 
 from __future__ import annotations
 
@@ -9,34 +9,62 @@ from pydantic import Field
 from torch import Tensor
 
 from training.architectures.base import Architecture, Transcoder
+from training.entries import Entries
 
 
 class ReLUTranscoder(Transcoder):
-    """``max(0, W_enc (x − b_dec) + b_enc)``; loss term ``sparsity``: l1 · mean over rows of the sum of activations."""
+    """``max(0, W_enc (x − b_dec) + b_enc)``; loss term ``sparsity``: l1 · mean over rows of the summed penalty.
 
-    def __init__(self, d_in: int, d_out: int, d_sae: int, *, l1: float, input_bias: bool) -> None:
-        super().__init__(d_in, d_out, d_sae, input_bias=input_bias)
-        self.l1 = l1
+    The penalty of an activation a, in units of ``activation_unit``, is a itself, or tanh(s·a)/s, which stops growing
+    for activations far above 1/s (Anthropic, "Circuits Updates", tanh penalty).
+    """
+
+    def __init__(self, d_in: int, d_out: int, d_sae: int, *, settings: ReLU) -> None:
+        super().__init__(d_in, d_out, d_sae, input_bias=settings.input_bias, skip=settings.skip)
+        self._settings = settings
+        self.l1 = settings.l1
+
+    def begin_step(self, step: int) -> None:
+        """Raise l1 linearly from zero over its warm-up."""
+        warmup = self._settings.l1_warmup_steps
+        self.l1 = self._settings.l1 * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
 
     def activate(self, pre_activations: Tensor) -> Tensor:
         """Return the positive part."""
         return pre_activations.relu()
 
-    def penalties(self, activations: Tensor, activation_unit: float) -> dict[str, Tensor]:
-        """Return the l1 term. Summed over features only, so it does not depend on how many rows there are."""
+    def activation(self, entries: Entries) -> Tensor:
+        """Return the positive part."""
+        return entries.pre.relu()
+
+    def penalties(self, entries: Entries, activations: Tensor) -> dict[str, Tensor]:
+        """Return the sparsity term. Summed over features only, so it does not depend on how many rows there are."""
+        return {"sparsity": total(self._penalty(activations)) * (self.l1 / entries.n_rows)}
+
+    def _penalty(self, activations: Tensor) -> Tensor:
         exact = activations.float() if activations.dtype == torch.bfloat16 else activations
-        return {"sparsity": exact.sum(-1).mean() * (self.l1 / activation_unit)}
+        in_units = exact / self.activation_unit
+        steepness = self._settings.tanh_scale
+        return in_units if steepness is None else torch.tanh(in_units * steepness) / steepness
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sum of all values; row by row first where there are rows, which rounds less."""
+    return values.sum(-1).sum() if values.ndim > 1 else values.sum()
 
 
 class ReLU(Architecture):
-    """ReLU with an l1 penalty."""
+    """ReLU with an l1 or tanh penalty."""
 
     kind: Literal["relu"] = "relu"
+    input_bias: bool = True
     l1: float = Field(default=0.05, ge=0)
     """Weight of the summed activations in the loss; higher gives fewer active features."""
-    input_bias: bool = True
-    """Subtract a learnt bias from the inputs (it is folded into the encoder when the transcoder is saved)."""
+    l1_warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which l1 rises linearly from zero."""
+    tanh_scale: float | None = Field(default=None, gt=0)
+    """Penalise tanh(s·a)/s instead of the activation a, in units of the outputs' typical length; s is this."""
 
     def build(self, d_in: int, d_out: int, d_sae: int) -> ReLUTranscoder:
         """Return the module with all weights zero."""
-        return ReLUTranscoder(d_in, d_out, d_sae, l1=self.l1, input_bias=self.input_bias)
+        return ReLUTranscoder(d_in, d_out, d_sae, settings=self)

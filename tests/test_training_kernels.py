@@ -1,0 +1,256 @@
+"""The sparse step computes what the dense one does; the blocked optimiser what torch's does."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK, Transcoder
+from training.batches import Batch
+from training.ema import WeightAverage
+from training.entries import Above, LargestOfBatch, LargestPerRow, Selection, restrict
+from training.kernels.adaptive import AdaptiveStep
+from training.kernels.dense import DenseStep
+from training.kernels.kernel import Precision
+from training.kernels.select import Selector
+from training.kernels.sparse import SparseStep
+from training.objectives import VarianceObjective
+from training.optim import BlockedAdam, Optimiser, TorchOptimiser, build_optimiser
+
+D_IN, D_OUT, D_SAE, ROWS = 24, 20, 300, 700
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "relu": ReLU(l1=0.3),
+    "relu-tanh-skip": ReLU(l1=0.3, tanh_scale=2.0, skip=True, input_bias=False),
+    "topk": TopK(k=5),
+    "topk-wide-skip": TopK(k=60, skip=True),
+    "batch_topk": BatchTopK(k=5),
+    "jumprelu": JumpReLU(l0=0.1, bandwidth=0.4),
+    "jumprelu-target": JumpReLU(l0=0.1, target_l0=5.0, bandwidth=0.4, skip=True),
+    "gated": Gated(l1=0.2, input_bias=True),
+    "matryoshka": Matryoshka(k=5, levels=3),
+}
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_transcoder(architecture: Architecture, d_sae: int = D_SAE) -> Transcoder:
+    """Return a float64 module whose features are a mixture of frequent, rare and silent ones."""
+    transcoder = architecture.build(D_IN, D_OUT, d_sae).double()
+    with torch.no_grad():
+        for index, parameter in enumerate(transcoder.parameters()):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator(index)))
+        transcoder.W_enc.mul_(3 * torch.rand(d_sae, 1, dtype=torch.float64, generator=generator(50)))
+        transcoder.b_enc.sub_(1.5)
+    transcoder.constrain_parameters()
+    return transcoder
+
+
+def random_batch(scale: float = 1.0) -> Batch:
+    inputs = torch.randn(ROWS, D_IN, dtype=torch.float64, generator=generator(60)) * scale
+    return Batch(inputs, torch.randn(ROWS, D_OUT, dtype=torch.float64, generator=generator(61)))
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    return Batch(batch.inputs.to(dtype), batch.outputs.to(dtype))
+
+
+def relative_error(found: Tensor | None, wanted: Tensor | None) -> float:
+    assert found is not None
+    assert wanted is not None
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"),
+    [
+        (torch.float64, "float32", 1e-13),
+        (torch.float32, "float32", 2e-6),  # sums of 700 float32 products, far from the 5e-2 of bfloat16 products
+        (torch.float32, "bfloat16", 2e-6),
+    ],
+    ids=["float64", "float32", "screened in bfloat16"],
+)
+def test_sparse_step_agrees_with_dense_autograd_in_float64(
+    name: str, dtype: torch.dtype, precision: Precision, tolerance: float
+) -> None:
+    reference = random_transcoder(ARCHITECTURES[name])
+    sparse = copy.deepcopy(reference).to(dtype)
+    batch, objective = random_batch(), VarianceObjective(20.0)
+    wanted = DenseStep()(reference, batch, objective)
+    kernel = SparseStep(precision)
+    for _ in range(2):  # the second time its memory is used again
+        found = kernel(sparse, cast(batch, dtype), objective)
+    assert torch.equal(found.n_active, wanted.n_active)
+    assert relative_error(found.outputs, wanted.outputs) < tolerance
+    for term, value in wanted.losses.items():
+        assert float(found.losses[term]) == pytest.approx(float(value), rel=10 * tolerance), term
+    for (parameter, mine), theirs in zip(sparse.named_parameters(), reference.parameters(), strict=True):
+        assert relative_error(mine.grad, theirs.grad) < tolerance, parameter
+
+
+SELECTIONS: dict[str, Selection] = {
+    "above zero": Above(),
+    "above floors": Above(torch.linspace(-1, 2, D_SAE, dtype=torch.float64)),
+    "per row": LargestPerRow(7),
+    "of batch": LargestOfBatch(7),
+}
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("outliers", [False, True], ids=["", "outlier dimensions"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_screening_in_bfloat16_misses_nothing_at_any_scale(selection: str, outliers: bool, scale: float) -> None:
+    chosen = SELECTIONS[selection]
+    transcoder = random_transcoder(TopK(k=7))
+    inputs = random_batch(scale).inputs
+    if outliers:
+        inputs[:, 3] *= 50
+        inputs[::17] *= 20
+    inputs, weights, bias = inputs.float(), transcoder.W_enc.detach().float(), transcoder.b_enc.detach().float()
+    floors = chosen.floor if isinstance(chosen, Above) else None
+    as_float = Above(floors.float()) if floors is not None else chosen
+    pairs, pre = Selector(torch.bfloat16).select(inputs, weights, bias, as_float)
+    dense = inputs.double() @ weights.double().T + bias.double()
+    wanted = dense > (0 if floors is None else floors) if isinstance(chosen, Above) else restrict(dense, chosen) > 0
+    found = torch.zeros_like(dense, dtype=torch.bool)
+    found[torch.from_numpy(pairs.rows), torch.from_numpy(pairs.features)] = True
+    # float32 and float64 may disagree about numbers within rounding of the edge
+    doubtful = (dense.abs() + inputs.double().norm(dim=1, keepdim=True) * weights.double().norm(dim=1)) * 1e-6
+    edge = torch.where(wanted, dense, torch.inf).min() if not isinstance(chosen, Above) else torch.zeros(())
+    if isinstance(chosen, LargestPerRow):
+        edge = torch.where(wanted, dense, torch.inf).min(dim=1, keepdim=True).values
+    if floors is not None:
+        edge = floors
+    differ = (found != wanted) & ((dense - edge).abs() > doubtful)
+    assert not bool(differ.any())
+    exact = dense[torch.from_numpy(pairs.rows), torch.from_numpy(pairs.features)]
+    assert torch.allclose(pre.double(), exact, rtol=1e-4, atol=float(doubtful.max()))
+
+
+def test_a_row_without_a_positive_pre_activation_has_no_pair() -> None:
+    pairs, pre = Selector(torch.float32).select(
+        torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [1.0]]), torch.zeros(2), LargestPerRow(1)
+    )
+    assert (pairs.rows.tolist(), pairs.features.tolist(), pre.tolist()) == ([0], [0], [2.0])
+
+
+def test_batch_selection_recovers_when_its_guess_from_the_last_batch_is_far_too_high() -> None:
+    transcoder = random_transcoder(BatchTopK(k=5)).float()
+    selector = Selector(torch.bfloat16)
+    arguments = (transcoder.W_enc.detach(), transcoder.b_enc.detach(), LargestOfBatch(5))
+    selector.select(random_batch(100.0).inputs.float(), *arguments)
+    inputs = random_batch().inputs.float()
+    found, _ = selector.select(inputs, *arguments)
+    fresh, _ = Selector(torch.bfloat16).select(inputs, *arguments)
+    assert len(found) == 5 * ROWS
+    assert np.array_equal(found.features, fresh.features)
+
+
+def test_adaptive_step_goes_sparse_when_few_features_fire_and_back() -> None:
+    transcoder = random_transcoder(ReLU(l1=0.1)).float()
+    batch, step = cast(random_batch(), torch.float32), AdaptiveStep("float32")
+    step(transcoder, batch, VarianceObjective(20.0))
+    assert step.is_sparse is False
+    with torch.no_grad():
+        transcoder.b_enc.sub_(6)
+    step(transcoder, batch, VarianceObjective(20.0))
+    assert step.is_sparse is True
+    with torch.no_grad():
+        transcoder.b_enc.add_(6)
+    step(transcoder, batch, VarianceObjective(20.0))
+    assert step.is_sparse is False
+    assert AdaptiveStep("float32").state() == {"is_sparse": None}
+
+
+def test_a_nan_makes_the_loss_of_the_adaptive_step_nan() -> None:
+    transcoder = random_transcoder(TopK(k=2)).float()
+    batch = cast(random_batch(), torch.float32)
+    batch.inputs[5, 3] = math.nan
+    losses = AdaptiveStep("float32")(transcoder, batch, VarianceObjective(20.0)).losses
+    assert math.isnan(float(losses["loss"]))
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3], ids=["", "clipped"])
+def test_blocked_adam_takes_the_steps_of_torch_adam(clip: float | None) -> None:
+    blocked = random_transcoder(ReLU(l1=0.1))
+    plain = copy.deepcopy(blocked)
+    optimisers: list[Optimiser] = [
+        BlockedAdam(blocked, clip=clip),
+        TorchOptimiser(plain, [torch.optim.Adam(plain.parameters(), lr=0.1)], clip=clip),
+    ]
+    for step in range(3):
+        for transcoder, optimiser in zip((blocked, plain), optimisers, strict=True):
+            DenseStep()(transcoder, random_batch(), VarianceObjective(20.0))
+            optimiser.step(0.01 / (step + 1))
+    for (name, mine), theirs in zip(blocked.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-12), name
+    assert torch.allclose(torch.linalg.vector_norm(blocked.W_dec, dim=1), torch.ones(D_SAE).double())
+
+
+def test_clipping_scales_the_whole_gradient_to_its_bound() -> None:
+    transcoder = random_transcoder(TopK(k=2))
+    before = {name: value.detach().clone() for name, value in transcoder.named_parameters()}
+    DenseStep()(transcoder, random_batch(), VarianceObjective(20.0))
+    optimiser = TorchOptimiser(transcoder, [torch.optim.SGD(transcoder.parameters(), lr=1.0)], clip=1e-3)
+    optimiser.step(1.0)
+    moved = torch.cat([(value.detach() - before[name]).flatten() for name, value in transcoder.named_parameters()])
+    assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])
+def test_an_optimiser_that_is_saved_and_loaded_goes_on_as_if_it_had_not_been(kind: Any) -> None:
+    transcoder = random_transcoder(TopK(k=2)).float()
+    batch = cast(random_batch(), torch.float32)
+
+    def step(module: Transcoder, optimiser: Optimiser) -> None:
+        DenseStep()(module, batch, VarianceObjective(20.0))
+        optimiser.step(1e-3)
+
+    optimiser = build_optimiser(kind, transcoder, lr=1e-3, clip=None)
+    step(transcoder, optimiser)
+    again = copy.deepcopy(transcoder)
+    restored = build_optimiser(kind, again, lr=1e-3, clip=None)
+    restored.load_state({name: value.clone() for name, value in optimiser.state_tensors().items()})
+    step(transcoder, optimiser)
+    step(again, restored)
+    assert all(torch.equal(*pair) for pair in zip(transcoder.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_forgotten_features_lose_their_moments_and_others_keep_them(kind: Any) -> None:
+    transcoder = random_transcoder(ReLU(l1=0.1)).float()
+    optimiser = build_optimiser(kind, transcoder, lr=1e-3, clip=None)
+    DenseStep()(transcoder, cast(random_batch(), torch.float32), VarianceObjective(20.0))
+    optimiser.step(1e-3)
+    before = {name: value.clone() for name, value in optimiser.state_tensors().items()}
+    optimiser.forget(torch.tensor([2, 7]))
+    for name, value in optimiser.state_tensors().items():
+        if value.ndim and len(value) == D_SAE:
+            others = torch.ones(D_SAE, dtype=torch.bool)
+            others[[2, 7]] = False
+            assert not bool(value[[2, 7]].any()), name
+            assert torch.equal(value[others], before[name][others]), name
+        else:
+            assert torch.equal(value, before[name]), name
+
+
+def test_weight_average_is_the_plain_mean_at_first_and_then_forgets() -> None:
+    transcoder = TopK(k=1).build(1, 1, 1)
+    average = WeightAverage(transcoder, decay=0.75)
+    seen = []
+    for value in (1.0, 3.0, 5.0, 7.0, 9.0):
+        with torch.no_grad():
+            transcoder.b_enc.fill_(value)
+        average.update()
+        seen.append(float(average.transcoder.b_enc))
+    # 1, (1+3)/2, (1+3+5)/3, (1+3+5+7)/4, then a quarter of the newest
+    assert seen == pytest.approx([1.0, 2.0, 3.0, 4.0, 0.75 * 4.0 + 0.25 * 9.0])

@@ -1,0 +1,71 @@
+"""The k · rows largest pre-activations of a batch survive: rows take as many features as they need, k on average.
+
+A batch is a matter of training. In use a threshold stands in for it: the running mean of the smallest activation that
+survived in training (Bussmann et al. 2024, "BatchTopK sparse autoencoders", section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from training.architectures.base import Transcoder
+from training.architectures.topk import SelectsLargest
+from training.entries import Entries, LargestOfBatch
+
+THRESHOLD_RATE = 0.01
+"""Share of the newest batch in the running mean of the threshold."""
+
+
+class BatchTopKTranscoder(Transcoder):
+    """``BatchTopK(max(0, W_enc x + b_enc))`` in training; in use, activations above ``threshold``."""
+
+    threshold: Tensor
+    """Scalar, float32; 0 until the first step."""
+
+    def __init__(self, d_in: int, d_out: int, d_sae: int, *, settings: SelectsLargest) -> None:
+        super().__init__(d_in, d_out, d_sae, input_bias=settings.input_bias, skip=settings.skip)
+        self._settings = settings
+        self.k = settings.k
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def begin_step(self, step: int) -> None:
+        """Take k towards its final value."""
+        self.k = self._settings.k_in(step)
+
+    def activate(self, pre_activations: Tensor) -> Tensor:
+        """Return the pre-activations above the threshold, zero elsewhere."""
+        return pre_activations.relu() * (pre_activations > self.threshold)
+
+    def selection(self) -> LargestOfBatch:
+        """Return the k · rows largest of the batch."""
+        return LargestOfBatch(self.k)
+
+    def activation(self, entries: Entries) -> Tensor:
+        """Return the positive part of what was selected."""
+        return entries.pre.relu()
+
+    @torch.no_grad()
+    def end_step(self, activations: Tensor) -> None:
+        """Move the threshold towards the smallest activation of the batch; no synchronisation with the host."""
+        infinity = torch.tensor(torch.inf, dtype=activations.dtype, device=activations.device)
+        smallest = torch.where(activations > 0, activations, infinity).amin().to(self.threshold.dtype)
+        moved = torch.lerp(self.threshold, smallest, THRESHOLD_RATE)
+        fresh = torch.where(self.threshold > 0, moved, smallest)
+        self.threshold.copy_(torch.where(torch.isfinite(smallest), fresh, self.threshold))
+
+    def scale_activations(self, factor: float) -> None:
+        """Scale the threshold with the activations."""
+        self.threshold.mul_(factor)
+
+
+class BatchTopK(SelectsLargest):
+    """The k · rows largest features of each batch."""
+
+    kind: Literal["batch_topk"] = "batch_topk"
+
+    def build(self, d_in: int, d_out: int, d_sae: int) -> BatchTopKTranscoder:
+        """Return the module with all weights zero."""
+        return BatchTopKTranscoder(d_in, d_out, d_sae, settings=self)

@@ -1,0 +1,88 @@
+"""Gated features: one set of pre-activations decides what fires, a rescaled copy of it says how strongly.
+
+The penalty shrinks only the gate, so magnitudes are not pulled towards zero (Rajamanoharan et al. 2024, "Improving
+dictionary learning with gated sparse autoencoders", section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from training.architectures.base import Architecture, Trace, Transcoder, exact
+from training.architectures.relu import total
+from training.batches import Batch
+from training.entries import Entries
+from training.objectives import Objective
+
+
+class GatedTranscoder(Transcoder):
+    """``1[π > 0] · max(0, exp(r) π + b_mag)`` with gates ``π = W_enc x + b_enc``.
+
+    The paper writes magnitudes as exp(r) (W_enc x) + b; its b is ``b_mag`` + exp(r) b_enc here, the same functions.
+    Loss terms: ``sparsity``, l1 · mean over rows of the summed positive gates, and ``gate``, the reconstruction from
+    them with the decoder held fixed, which teaches gates without moving the decoder.
+    """
+
+    r_mag: nn.Parameter
+    """(d_sae,)."""
+    b_mag: nn.Parameter
+    """(d_sae,)."""
+
+    def __init__(self, d_in: int, d_out: int, d_sae: int, *, settings: Gated) -> None:
+        super().__init__(d_in, d_out, d_sae, input_bias=settings.input_bias, skip=settings.skip)
+        self._settings = settings
+        self.l1 = settings.l1
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+
+    def begin_step(self, step: int) -> None:
+        """Raise l1 linearly from zero over its warm-up."""
+        warmup = self._settings.l1_warmup_steps
+        self.l1 = self._settings.l1 * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+
+    def activate(self, pre_activations: Tensor) -> Tensor:
+        """Return the magnitudes of features whose gate is open."""
+        magnitudes = (pre_activations * self.r_mag.exp() + self.b_mag).relu()
+        return magnitudes * (pre_activations > 0)
+
+    def activation(self, entries: Entries) -> Tensor:
+        """Return the magnitudes where the gate is open; the gate itself passes no gradient."""
+        magnitudes = (entries.pre * entries.at(self.r_mag.exp()) + entries.at(self.b_mag)).relu()
+        return magnitudes * (entries.pre > 0)
+
+    def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:
+        """Return outputs and loss terms, those of the gates included."""
+        found = super().trace(entries, batch, objective)
+        gates = entries.pre.relu()
+        constant = self.unexplained(batch.inputs).detach()
+        from_gates = entries.decode(gates, self.W_dec.detach()) + constant
+        gates = gates.float() if gates.dtype == torch.bfloat16 else gates
+        terms = {
+            **found.terms,
+            "sparsity": total(gates) * (self.l1 / self.activation_unit / entries.n_rows),
+            "gate": objective.reconstruction(exact(from_gates, batch.outputs), batch.outputs),
+        }
+        return found._replace(terms=terms)
+
+    @torch.no_grad()
+    def scale_activations(self, factor: float) -> None:
+        """Scale the magnitudes' bias with the activations."""
+        self.b_mag.mul_(factor)
+
+
+class Gated(Architecture):
+    """Gates with an l1 penalty, magnitudes without."""
+
+    kind: Literal["gated"] = "gated"
+    l1: float = Field(default=0.05, ge=0)
+    """Weight of the summed positive gates in the loss; higher gives fewer active features."""
+    l1_warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which l1 rises linearly from zero."""
+
+    def build(self, d_in: int, d_out: int, d_sae: int) -> GatedTranscoder:
+        """Return the module with all weights zero."""
+        return GatedTranscoder(d_in, d_out, d_sae, settings=self)

@@ -1,0 +1,139 @@
+"""ReLU that jumps: a feature fires with its full pre-activation above a threshold learnt for it, and L0 is the penalty.
+
+A step has no slope, so a threshold learns through straight-through estimators: near it, within half a bandwidth, the
+step counts as if it had the slope of a rectangle (Rajamanoharan et al. 2024, "Jumping ahead", section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from training.architectures.base import Architecture, Transcoder
+from training.architectures.relu import total
+from training.entries import Above, Entries
+
+
+class _Jump(torch.autograd.Function):
+    """``p · 1[p > θ]``; the threshold's gradient is −(θ/ε) · 1[|p − θ| < ε/2] of the activation's."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        (gradient,) = gradients
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        of_threshold = gradient * near * (-threshold / ctx.bandwidth)
+        return gradient * (pre > threshold), _reduced(of_threshold, threshold), None
+
+
+class _Step(torch.autograd.Function):
+    """``1[p > θ]``; the threshold's gradient is −(1/ε) · 1[|p − θ| < ε/2], the pre-activation has none."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(threshold.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        (gradient,) = gradients
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return None, _reduced(gradient * near / -ctx.bandwidth, threshold), None
+
+
+def _reduced(gradient: Tensor, threshold: Tensor) -> Tensor:
+    """Sum over rows where one threshold stood for a whole column."""
+    return gradient if gradient.shape == threshold.shape else gradient.sum(0)
+
+
+class JumpReLUTranscoder(Transcoder):
+    """``p · 1[p > θ]`` of ``p = W_enc x + b_enc``, with a threshold θ = exp(log_threshold) per feature.
+
+    Loss term ``sparsity``: l0 · mean L0, or l0 · (mean L0 / target − 1)² where a target is set.
+    """
+
+    log_threshold: nn.Parameter
+    """(d_sae,)."""
+
+    def __init__(self, d_in: int, d_out: int, d_sae: int, *, settings: JumpReLU) -> None:
+        super().__init__(d_in, d_out, d_sae, input_bias=settings.input_bias, skip=settings.skip)
+        self._settings = settings
+        self.l0 = settings.l0
+        self.log_threshold = nn.Parameter(torch.zeros(d_sae))
+
+    @property
+    def threshold(self) -> Tensor:
+        """(d_sae,), positive."""
+        return self.log_threshold.exp()
+
+    @property
+    def bandwidth(self) -> float:
+        """ε in the units of activations."""
+        return self._settings.bandwidth * self.activation_unit
+
+    @torch.no_grad()
+    def initialise_own(self) -> None:
+        """Set all thresholds to the initial one."""
+        self.log_threshold.fill_(math.log(self._settings.initial_threshold * self.activation_unit))
+
+    def begin_step(self, step: int) -> None:
+        """Raise the penalty linearly from zero over its warm-up."""
+        warmup = self._settings.l0_warmup_steps
+        self.l0 = self._settings.l0 * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+
+    def activate(self, pre_activations: Tensor) -> Tensor:
+        """Return the pre-activations above their thresholds, zero elsewhere."""
+        return pre_activations * (pre_activations > self.threshold)
+
+    def selection(self) -> Above:
+        """Return all pairs above the lower edge of the threshold's bandwidth: below, nothing is passed on."""
+        return Above(self.threshold.detach() - self.bandwidth / 2)
+
+    def activation(self, entries: Entries) -> Tensor:
+        """Return the pre-activations above their thresholds, zero elsewhere."""
+        activations: Tensor = _Jump.apply(entries.pre, entries.at(self.threshold), self.bandwidth)  # type: ignore[no-untyped-call]
+        return activations
+
+    def penalties(self, entries: Entries, activations: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return the weighted L0."""
+        fires: Tensor = _Step.apply(entries.pre, entries.at(self.threshold), self.bandwidth)  # type: ignore[no-untyped-call]
+        mean_l0 = total(fires) / entries.n_rows
+        target = self._settings.target_l0
+        return {"sparsity": self.l0 * (mean_l0 if target is None else (mean_l0 / target - 1).square())}
+
+    @torch.no_grad()
+    def scale_activations(self, factor: float) -> None:
+        """Scale the thresholds with the activations."""
+        self.log_threshold.add_(math.log(factor))
+
+
+class JumpReLU(Architecture):
+    """ReLU above learnt thresholds, with an L0 penalty."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    l0: float = Field(default=1e-3, ge=0)
+    """Weight of the mean number of active features in the loss, or of its squared distance from target_l0."""
+    target_l0: float | None = Field(default=None, gt=0)
+    """Number of active features to aim for; the penalty is then l0 · (L0 / target − 1)²."""
+    l0_warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the penalty rises linearly from zero."""
+    bandwidth: float = Field(default=1e-3, gt=0)
+    """Width of the window in which thresholds learn, in units of the outputs' typical length."""
+    initial_threshold: float = Field(default=1e-3, gt=0)
+    """Thresholds at the start, in the same units."""
+
+    def build(self, d_in: int, d_out: int, d_sae: int) -> JumpReLUTranscoder:
+        """Return the module with all weights zero."""
+        return JumpReLUTranscoder(d_in, d_out, d_sae, settings=self)
