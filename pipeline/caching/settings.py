@@ -46,7 +46,7 @@ class CacheSettings(ModelSettings, TextSettings, RowFilter, CacheLayout):
         try:
             HoldoutRule.parse(value)
         except SettingsError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(str(error).removeprefix("holdout: ")) from error
         return value
 
     # Problems between settings belong to the later one of them, so that they are reported together with all others:
