@@ -45,6 +45,7 @@ from pipeline.caching.stage import (
     begin_draft,
     forget_draft,
     forget_finished_draft,
+    hook_options,
     keep_plan,
     log_event,
     recall_plan,
@@ -252,7 +253,7 @@ class Growth:
             if [hook.name for hook in kept.hooks] != [hook.name for hook in hooks]:
                 raise ArtifactMismatch(
                     f"{self.root}: an unfinished `{change}` by {', '.join(hook.name for hook in kept.hooks)} lies "
-                    "here; finish that one first"
+                    f"here; finish that one first, with `pipeline {change} {self.root} {hook_options(kept.hooks)}`"
                 )
             return kept
         layout = self.cache.layout if change == "extend" else self._widened_layout(hooks)

@@ -19,6 +19,7 @@ from pipeline.caching.context_packing import CHECKPOINT, ContextPacker, PackingP
 from pipeline.caching.plan import CachePlan, refuse_other_inputs
 from pipeline.caching.producer import RowProducer, UnitTask
 from pipeline.caching.unit_writer import UnitWriter
+from pipeline.model.sites import SiteHooks
 from pipeline.progress import RowProgress
 from pipeline.text.packing import ContextSource
 from storage.artifact import LOCK, REQUEST, canonical_json, read_json, sync_directory
@@ -166,10 +167,24 @@ def begin_draft(root: Path, change: str, generation: int, inputs: Mapping[str, A
     begun = read_json(root / BEGUN)
     if begun["change"] != change:
         raise ArtifactMismatch(
-            f"{root}: an unfinished `{begun['change']}` lies here; finish it first with the command that began it"
+            f"{root}: an unfinished `{begun['change']}` lies here; finish it first, with {_finishing(root, begun)}"
         )
     refuse_other_inputs(str(root), begun["inputs"], inputs)
     return dict(begun["inputs"])
+
+
+def _finishing(root: Path, begun: Mapping[str, Any]) -> str:
+    """Return the command that finishes what was begun. An extension may end at other rows than it was begun for."""
+    if begun["change"] == "extend":
+        return f"`pipeline extend {root} --tokens N`, N as large as its dataset allows (`all` always works)"
+    if begun["change"] == "widen" and (plan := recall_plan(root)) is not None:
+        return f"`pipeline widen {root} {hook_options(plan.hooks)}`"
+    return "the command that began it"
+
+
+def hook_options(hooks: Sequence[SiteHooks]) -> str:
+    """Return the options of the command line that ask for these sites."""
+    return " ".join(f"--hooks '{hook.name}={':'.join(hook.sides.values())}'" for hook in hooks)
 
 
 def forget_finished_draft(root: Path, published: int) -> None:
