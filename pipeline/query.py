@@ -125,7 +125,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], is_number: Sequence[bo
 
 
 def _cell(value: Any) -> str:
-    """Return a value on one line: numbers to six digits, text with its line breaks visible, long values cut."""
+    """Return a value on one line: numbers to six digits, text with its white space visible, long values cut."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -134,6 +134,8 @@ def _cell(value: Any) -> str:
         text = "[" + ", ".join(_cell(item) for item in value[:MAX_CELL_WIDTH]) + "]"
     else:
         text = str(value).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+        # Tokens of spaces alone are common in code and would look like nothing at all.
+        text = f"'{text}'" if text and not text.strip(" ") else text
     return text if len(text) <= MAX_CELL_WIDTH else text[: MAX_CELL_WIDTH - 1] + "…"
 
 

@@ -1,0 +1,29 @@
+"""Answers in text: every value on one line, and every token visible."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from pipeline.query import render_table
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        (" each", " each"),
+        (" ", "' '"),
+        ("    ", "'    '"),
+        ("", ""),
+        ("\n", "\\n"),
+        ("\n\t  ", "\\n\\t"),
+    ],
+)
+def test_a_token_of_spaces_alone_is_quoted_and_others_are_not(token: str, shown: str) -> None:
+    lines = render_table(pa.table({"token": [token], "n": [1]})).splitlines()
+    assert lines[-1].removesuffix("1").rstrip() == shown
+    assert lines[-1].endswith("  1")
+
+
+def test_tokens_inside_a_list_are_shown_alike() -> None:
+    assert "[ a, '  ', b]" in render_table(pa.table({"window": [[" a", "  ", "b"]]}))
