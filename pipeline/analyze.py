@@ -179,7 +179,7 @@ def _write_tables(subject: Subject, plan: Plan, output: Path, quiet: bool) -> di
     """Make every table in ``output``; return the number of rows of each."""
     n_rows = min(plan.n_rows or subject.split.n_rows, subject.split.n_rows)
     logger.info("reading %d %s rows of %s", n_rows, subject.split_name, subject.site)
-    with tqdm(total=n_rows, desc="analyze", unit="row", unit_scale=True, disable=quiet) as bar:
+    with tqdm(total=n_rows, desc="analyze", unit="row", unit_scale=True, disable=quiet or None) as bar:
         harvest = gather(subject, plan, accumulators(TABLES), progress=bar.update)
     counts = {}
     for table in TABLES:

@@ -38,7 +38,7 @@ def run(
 
     def run_tasks(task: Callable[[int], None], buckets: Iterable[int]) -> None:
         waiting = list(buckets)
-        with tqdm(total=len(waiting), desc="shuffling", unit=" bucket", disable=quiet) as bar:
+        with tqdm(total=len(waiting), desc="shuffling", unit=" bucket", disable=quiet or None) as bar:
             for _ in _completed(task, waiting, workers):
                 bar.update()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import glob
 import io
+import logging
 import os
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -82,6 +83,8 @@ def load_text_files(files: TextFiles, text_unit: str) -> Any:
     """Return the streaming dataset of ``files``; a file is one of its shards. Raises what ``datasets`` raises."""
     from datasets import load_dataset  # slow to import, and most commands read no text
 
+    # Its readers log an error and then raise it: what the user is told would come after the same thing, twice.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     if any(path.suffix.lower() == ".zst" for path in files.paths):
         offer_zstandard()
     options: dict[Format, dict[str, Any]] = {
