@@ -21,6 +21,7 @@ COMMANDS = {
     "info": "Show a cache, transcoder or tables at a glance.",
     "train": "Train a transcoder from a cache, without the language model.",
     "analyze": "Turn a transcoder into tables of features and examples.",
+    "evaluate": "Run the language model with transcoders in place of its MLPs.",
     "query": "Ask the tables in SQL.",
     "demo": "Run everything on a small real model and show the result.",
 }

@@ -90,9 +90,9 @@ class Noted(Substitute):
 
 
 def random_transcoder(
-    d_in: int = WIDTH, d_out: int = WIDTH, *, d_sae: int = 24, k: int = 4, seed: int = 0
+    d_in: int = WIDTH, d_out: int = WIDTH, *, d_sae: int = 24, k: int = 4, seed: int = 0, skip: bool = False
 ) -> Transcoder:
-    transcoder = TopK(k=k).build(d_in, d_out, d_sae)
+    transcoder = TopK(k=k, skip=skip).build(d_in, d_out, d_sae)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in transcoder.parameters():

@@ -94,6 +94,34 @@ def test_info_shows_every_artifact_as_text_and_as_json(
     assert json.loads(command(capsys, "info", place / name, "--json").out)["kind"] == kind
 
 
+def test_info_of_a_transcoder_and_of_tables_fits_a_glance(
+    said: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, _ = said
+    lines = {
+        name: dict(
+            re.split(r"\s{2,}", line, maxsplit=1) for line in command(capsys, "info", place / name).out.splitlines()
+        )
+        for name in ("transcoder", "tables")
+    }
+    whole = json.loads(command(capsys, "info", place / "transcoder", "--json").out)
+    heldout = whole["metrics"]["heldout"]
+    assert lines["transcoder"] == {
+        "kind": "transcoder",
+        "model": f"{model_folder().name} (float32)",
+        "site layer0": "blocks.0.mlp.hook_in (16) -> blocks.0.mlp.hook_out (16)",
+        "cache id": f"{whole['inputs']['cache']['cache_id']}, generation 0",
+        "architecture": "topk, k 4",
+        "features": "32",
+        "trained": "8 steps, 400 rows",
+        "held out": f"FVU {heldout['fvu']:.4g}, L0 4.0, dead features {heldout['dead_fraction']:.1%}, over 60 rows",
+        "everything else": "--json",
+    }
+    assert lines["tables"]["table features"] == "32 rows"
+    assert lines["tables"]["rows read"] == "heldout rows"
+    assert lines["tables"]["transcoder"] == json.loads((place / "transcoder/manifest.json").read_text())["digest"]
+
+
 def test_info_of_a_cache_says_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_cache(tmp_path / "cache", holdout="0")
     described = json.loads(command(capsys, "info", tmp_path / "cache", "--json").out)
@@ -241,7 +269,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        (["e"], ["extend"]),
+        (["e"], ["extend", "evaluate"]),
         (["cache", "--storage-dtype", "b"], ["bfloat16"]),
         (["cache", "--tok"], ["--tokens"]),
         (["query", "--form"], ["--format"]),

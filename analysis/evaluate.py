@@ -1,0 +1,211 @@
+"""What a language model loses when transcoders stand in for its MLPs: cross entropy recovered, KL, FVU, L0.
+
+Every context is run as it is (original), with the transcoders in place (spliced), and with the same sites ablated to
+zero and to their mean; once for each site alone, and once for all of them together. All numbers are nats per
+prediction, over every prediction of every context: the one made at position t is of the token at t + 1.
+
+What is ablated or replaced is a site's *output*, at the same positions in all runs. Replacing the input hook, or
+ablating every head where the site is one of them, gives numbers that look like these and mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from analysis.attention_patterns import SitePattern, pattern_of
+from analysis.hook_points import observed
+from analysis.in_place import InPlaceCoder, InPlaceSums, Measured
+from analysis.next_tokens import next_token_divergences, next_token_losses
+from analysis.replacement import MeanAblated, Substitute, ZeroAblated, run_replaced
+from analysis.splice_scores import Outcome, SpliceScore
+from storage.cache_format import Site
+from storage.errors import NonFiniteActivation
+
+ALL_SITES = "all sites"
+"""Name of the set of every site; no site can be called that, since names have no spaces."""
+
+
+@dataclass(frozen=True, eq=False)
+class SplicedSite:
+    """A site, what stands in for it, and its mean output for ablation (d_out,)."""
+
+    site: Site
+    coder: InPlaceCoder
+    mean_output: NDArray[np.float64]
+
+
+class ContextBatch(NamedTuple):
+    """Contexts to evaluate on."""
+
+    contexts: NDArray[np.int64]
+    """(n,) their ids."""
+    tokens: Tensor
+    """(n, positions) int64, on the model's device."""
+    where: Tensor
+    """(n, positions) bool: where outputs are replaced, which is where a cache has rows."""
+
+
+class TokenDeltas(NamedTuple):
+    """What splicing did to each prediction of a batch; arrays of (n · (positions − 1),), context by context."""
+
+    sites: str
+    context: NDArray[np.int64]
+    position: NDArray[np.int64]
+    token_id: NDArray[np.int64]
+    next_token_id: NDArray[np.int64]
+    replaced: NDArray[np.bool_]
+    ce_original: NDArray[np.float64]
+    ce_spliced: NDArray[np.float64]
+    kl: NDArray[np.float64]
+
+
+class Evaluation:
+    """Scores a set of sites on a model, batch by batch. Memory: two batches of logits, (n, positions, vocab) each."""
+
+    def __init__(self, bridge: Any, spliced: Sequence[SplicedSite]) -> None:
+        self._bridge = bridge
+        self._patterns: dict[str, SitePattern] = {
+            one.site.name: pattern for one in spliced if (pattern := pattern_of(one.site, bridge.hook_dict)) is not None
+        }
+        self._sets = [_SetSums(one.site.name, [one]) for one in spliced]
+        if len(spliced) > 1:
+            self._sets.append(_SetSums(ALL_SITES, spliced))
+
+    @torch.inference_mode()
+    def add(self, batch: ContextBatch) -> list[TokenDeltas]:
+        """Run a batch and count it; return the deltas of each site, then those of all sites together.
+
+        Raises ModelError for hooks that the model does not have or that never fire, and NonFiniteActivation where the
+        spliced model predicts nothing.
+        """
+        original, patterns = self._run(batch.tokens, {}, batch.where)
+        losses = next_token_losses(original, batch.tokens)
+        deltas = []
+        for sums in self._sets:
+            kinds: dict[str, dict[Site, Substitute]] = {
+                "spliced": sums.measured(batch.where),
+                "zero": {one.site: ZeroAblated() for one in sums.members},
+                "mean": {one.site: MeanAblated(one.mean_output) for one in sums.members},
+            }
+            for kind, substitutes in kinds.items():
+                logits, changed = self._run(batch.tokens, substitutes, batch.where)
+                after = next_token_losses(logits, batch.tokens)
+                refuse_nonfinite(after, f"{sums.name}, {kind}", batch.contexts)
+                divergences = next_token_divergences(original, logits)
+                sums.kinds[kind].add(after, divergences, self._pattern_sums(sums, patterns, changed))
+                if kind == "spliced":
+                    sums.add(losses, after)
+                    deltas.append(_deltas(sums.name, batch, losses, after, divergences))
+                del logits, changed  # before the next run, so that no third batch of logits is held
+        return deltas
+
+    def scores(self) -> dict[str, SpliceScore]:
+        """Return the scores over all batches so far, by site, and of ``ALL_SITES`` where there are several."""
+        return {sums.name: sums.score() for sums in self._sets}
+
+    def _run(
+        self, tokens: Tensor, substitutes: Mapping[Site, Substitute], where: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits and the attention patterns that some site is scored by."""
+        hooks = sorted({hook for pattern in self._patterns.values() for hook in pattern.hooks})
+        with observed(self._bridge.hook_dict, hooks) as patterns:
+            return run_replaced(self._bridge, tokens, substitutes, where), patterns
+
+    def _pattern_sums(
+        self, sums: _SetSums, original: Mapping[str, Tensor], changed: Mapping[str, Tensor]
+    ) -> dict[str, tuple[float, int]]:
+        found = {}
+        for one in sums.members:
+            if (pattern := self._patterns.get(one.site.name)) is not None:
+                divergences = pattern.divergences(original, changed)
+                found[one.site.name] = (float(divergences.sum()), divergences.numel())
+        return found
+
+
+def refuse_nonfinite(losses: Tensor, what: str, contexts: NDArray[np.int64]) -> None:
+    """Raise NonFiniteActivation, naming ``what`` was run and the context, if a loss (contexts, …) is not finite."""
+    finite = torch.isfinite(losses).all(1)
+    if not finite.all():
+        context = int(contexts[int((~finite).int().argmax())])
+        raise NonFiniteActivation(
+            f"{what}: the loss of context {context} is not finite. The transcoder, or the model in its dtype, "
+            "overflows; run `pipeline verify` on both, and if they are sound, train with a lower learning rate"
+        )
+
+
+class _KindSums:
+    """Sums over predictions of one kind of replacement."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._loss = self._divergence = 0.0
+        self._patterns: dict[str, tuple[float, int]] = {}
+
+    def add(self, losses: Tensor, divergences: Tensor, patterns: Mapping[str, tuple[float, int]]) -> None:
+        self.n += losses.numel()
+        self._loss += float(losses.sum())
+        self._divergence += float(divergences.sum())
+        for name, (total, count) in patterns.items():
+            before, n_before = self._patterns.get(name, (0.0, 0))
+            self._patterns[name] = (before + total, n_before + count)
+
+    def outcome(self) -> Outcome:
+        patterns = {name: total / count for name, (total, count) in self._patterns.items()}
+        return Outcome(self._loss / self.n, self._divergence / self.n, patterns)
+
+
+class _SetSums:
+    """Everything counted about one set of sites."""
+
+    def __init__(self, name: str, members: Sequence[SplicedSite]) -> None:
+        self.name, self.members = name, members
+        self.kinds = {kind: _KindSums() for kind in ("spliced", "zero", "mean")}
+        self._in_place = {one.site.name: InPlaceSums(one.mean_output) for one in members}
+        self._original = 0.0
+        self._increases: list[float] = []
+
+    def measured(self, where: Tensor) -> dict[Site, Substitute]:
+        return {one.site: Measured(one.coder, self._in_place[one.site.name], where) for one in self.members}
+
+    def add(self, original: Tensor, spliced: Tensor) -> None:
+        self._original += float(original.sum())
+        self._increases += (spliced - original).mean(1).tolist()
+
+    def score(self) -> SpliceScore:
+        n_contexts, n = len(self._increases), self.kinds["spliced"].n
+        assert n > 0, "there is at least one context"
+        spread = float(np.std(self._increases, ddof=1)) if n_contexts > 1 else None
+        return SpliceScore(
+            sites=tuple(one.site.name for one in self.members),
+            n_contexts=n_contexts,
+            n_predictions=n,
+            ce_original=self._original / n,
+            spliced=self.kinds["spliced"].outcome(),
+            zero=self.kinds["zero"].outcome(),
+            mean=self.kinds["mean"].outcome(),
+            ce_increase_error=None if spread is None else spread / n_contexts**0.5,
+            in_place={name: sums.score() for name, sums in self._in_place.items()},
+        )
+
+
+def _deltas(name: str, batch: ContextBatch, before: Tensor, after: Tensor, divergences: Tensor) -> TokenDeltas:
+    n_contexts, n_predictions = before.shape
+    tokens = batch.tokens.cpu().numpy()
+    return TokenDeltas(
+        sites=name,
+        context=np.repeat(batch.contexts, n_predictions),
+        position=np.tile(np.arange(n_predictions), n_contexts),
+        token_id=tokens[:, :-1].ravel(),
+        next_token_id=tokens[:, 1:].ravel(),
+        replaced=batch.where[:, :-1].cpu().numpy().ravel(),
+        ce_original=before.numpy().ravel(),
+        ce_spliced=after.numpy().ravel(),
+        kl=divergences.numpy().ravel(),
+    )

@@ -1,0 +1,79 @@
+"""The language model that a cache was made with, opened again, and the cache's contexts as it was shown them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis.evaluate import ContextBatch
+from pipeline.cache import row_mask_of
+from pipeline.caching.plan import refuse_other_inputs
+from pipeline.caching.settings import CacheSettings
+from pipeline.model.capture import _explained_failures, _no_padding_advice
+from pipeline.model.language_model import LanguageModel, load_language_model
+from storage.activation_cache import ActivationCache, CacheSplit
+from storage.errors import OutOfMemoryError
+from storage.randomness import philox
+
+
+@dataclass(frozen=True)
+class RecordedModel:
+    """A cache and its language model."""
+
+    cache: ActivationCache
+    model: LanguageModel
+    row_mask: Callable[[np.ndarray], np.ndarray]
+    """From token ids (contexts, T) to which of them the cache keeps as rows, bool (contexts, T)."""
+
+    @property
+    def bridge(self) -> Any:
+        """The TransformerLens model."""
+        return self.model.bridge
+
+    def batch(self, split: CacheSplit, contexts: np.ndarray) -> ContextBatch:
+        """Return contexts by their ids; outputs are replaced where the cache has rows."""
+        tokens = split.context_tokens(contexts)
+        where = torch.from_numpy(self.row_mask(tokens))
+        device = self.model.device
+        return ContextBatch(
+            np.asarray(contexts, np.int64), torch.from_numpy(tokens.astype(np.int64)).to(device), where.to(device)
+        )
+
+    def batches(self, split: CacheSplit, contexts: np.ndarray, size: int) -> Iterator[ContextBatch]:
+        """Return ``batch`` of every ``size`` contexts in turn."""
+        for start in range(0, len(contexts), size):
+            yield self.batch(split, contexts[start : start + size])
+
+
+def open_recorded_model(cache: ActivationCache, *, model: str | None = None, device: str = "cpu") -> RecordedModel:
+    """Load the model that ``cache`` was made with; ``model`` says where it lies if it moved.
+
+    Raises ModelError if it cannot be loaded, ArtifactMismatch, with every difference, if it is another one.
+    """
+    moved = {} if model is None else {"model": model}
+    settings = CacheSettings.read({**cache.manifest["request"], "tokens": "all"}, moved, where=str(cache.path))
+    loaded = load_language_model(settings, device=device)
+    refuse_other_inputs(str(cache.path), {"model": cache.manifest["model"]}, {"model": loaded.identity()})
+    return RecordedModel(cache, loaded, row_mask_of(settings, loaded))
+
+
+def sample_contexts(split: CacheSplit, n_contexts: int, seed: int) -> np.ndarray:
+    """Return the ids of a uniform sample of a split's contexts, ascending; all of them if it has no more."""
+    generator = np.random.Generator(philox(seed, f"evaluate/{split.name}"))
+    chosen = generator.choice(split.n_contexts, min(n_contexts, split.n_contexts), replace=False)
+    return np.asarray(np.sort(chosen), np.int64)
+
+
+@contextmanager
+def explained_passes(n_contexts: int) -> Iterator[None]:
+    """Run whole passes inside; if memory runs out, say which batch to try."""
+    try:
+        with _explained_failures(n_contexts), _no_padding_advice():
+            yield
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{error} (--contexts-per-batch)") from error
