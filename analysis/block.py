@@ -53,7 +53,7 @@ class Coder(Protocol):
         """Return activations (rows, d_sae) of inputs (rows, d_in)."""
         ...
 
-    def decode(self, acts: Tensor, /) -> Tensor:
+    def decode(self, acts: Tensor, inputs: Tensor, /) -> Tensor:
         """Return predicted outputs (rows, d_out) of activations (rows, d_sae)."""
         ...
 
@@ -86,7 +86,7 @@ class Block:
     @cached_property
     def predicted(self) -> Tensor:
         """(rows, d_out) the transcoder's outputs."""
-        return self._coder.decode(self.acts)
+        return self._coder.decode(self.acts, self.inputs)
 
     @cached_property
     def active(self) -> ActivePairs:

@@ -104,7 +104,7 @@ class FakeCoder:
     def encode(self, x: Tensor) -> Tensor:
         return torch.relu(x @ self.W_enc.T + self.b_enc)
 
-    def decode(self, acts: Tensor) -> Tensor:
+    def decode(self, acts: Tensor, inputs: Tensor) -> Tensor:
         return acts @ self.W_dec
 
 
