@@ -13,6 +13,16 @@ from storage.cache_format import KIND, PROVENANCE, SPLITS, Site
 from storage.errors import ArtifactMissing
 
 
+def glance(path: Path) -> dict[str, Any]:
+    """Return the few things one wants to know of what lies at ``path``; ``describe`` has everything.
+
+    Raises ArtifactMissing if nothing does.
+    """
+    described = describe(path)
+    shown = _GLANCES.get(described.get("kind", ""))
+    return described if shown is None else dict(shown(described))
+
+
 def describe(path: Path) -> dict[str, Any]:
     """Return what lies at ``path`` as names and values, ready to be printed or dumped as JSON.
 
@@ -65,6 +75,42 @@ def _hooks(site: Site) -> str:
     if len(site.sides) == 1:
         return f"{site.hook_in} ({site.d_in})"
     return f"{site.hook_in} ({site.d_in}) -> {site.hook_out} ({site.d_out})"
+
+
+def _origin(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What transcoders and tables have in common: where they come from."""
+    site = Site(**manifest["site"])
+    yield "kind", manifest["kind"]
+    yield "model", f"{manifest['model']['name']} ({manifest['model'].get('dtype', '?')})"
+    yield f"site {site.name}", _hooks(site)
+    cache = manifest["inputs"]["cache"]
+    yield "cache id", f"{cache['cache_id']}, generation {cache['generation']}"
+
+
+def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from _origin(manifest)
+    kind, choices = manifest["architecture"]["kind"], manifest["architecture"]
+    on = [name if value is True else f"{name} {value}" for name, value in choices.items() if value and name != "kind"]
+    yield "architecture", ", ".join([kind, *on])
+    yield "features", manifest["d_sae"]
+    metrics = manifest["metrics"]
+    yield "trained", f"{metrics['steps']:,} steps, {metrics['rows']:,} rows"
+    if heldout := metrics.get("heldout"):
+        score = f"FVU {heldout['fvu']:.4g}, L0 {heldout['l0']:.1f}, dead features {heldout['dead_fraction']:.1%}"
+        yield "held out", f"{score}, over {heldout['n_rows']:,} rows"
+    yield "everything else", "--json"
+
+
+def _glance_at_tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from _origin(manifest)
+    yield "transcoder", manifest["inputs"]["transcoder"]["digest"]
+    yield "rows read", f"{manifest['request']['settings']['split']} rows"
+    for name, table in sorted(manifest["tables"].items()):
+        yield f"table {name}", f"{table['n_rows']:,} rows"
+    yield "everything else", "--json"
+
+
+_GLANCES = {"transcoder": _glance_at_transcoder, "tables": _glance_at_tables}
 
 
 def _bytes_on_disk(path: Path) -> int:

@@ -13,13 +13,13 @@ from pipeline import info
 
 @click.command("info")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, which has everything.")
 def command(path: Path, as_json: bool) -> None:
     """Show the cache, transcoder or tables at PATH."""
-    described = info.describe(path)
     if as_json:
-        click.echo(json.dumps(described, indent=2))
+        click.echo(json.dumps(info.describe(path), indent=2))
         return
+    described = info.glance(path)
     width = max(len(name) for name in described)
     for name, value in described.items():
         click.echo(f"{name:{width}}  {_text(value)}")
