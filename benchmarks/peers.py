@@ -14,22 +14,26 @@ _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
 
 
-def environment(name: str, requirements: Sequence[str]) -> Path:
+def environment(name: str, requirements: Sequence[str], *, without: Sequence[str] = ()) -> Path:
     """Return the Python of the environment ``name``, made at first use; torch is the release this project pins.
 
-    pip's own resolver chooses the rest: a peer may need other releases than this project's constraints.
+    pip's own resolver chooses the rest: a peer may need other releases than this project's constraints. ``without``
+    is removed afterwards: what a peer requires, does not need here, and cannot be imported beside this torch.
     """
     folder = _HERE / ".envs" / name
     python, done = folder / "bin/python", folder / "complete.json"
     wanted = [_pinned("torch"), *requirements]
-    if not done.exists() or json.loads(done.read_text()) != wanted:
-        print(f"making the environment {folder} with {', '.join(wanted)}", file=sys.stderr)
+    described = [*wanted, *(f"without {name}" for name in without)]
+    if not done.exists() or json.loads(done.read_text()) != described:
+        print(f"making the environment {folder} with {', '.join(described)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         # torch alone first: nothing after it may pull in another build
         subprocess.run([*pip, wanted[0], "numpy"], check=True)
         subprocess.run([*pip, *wanted], check=True)
-        done.write_text(json.dumps(wanted))
+        if without:
+            subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *without], check=True)
+        done.write_text(json.dumps(described))
     return python
 
 
