@@ -71,6 +71,13 @@ def test_settings_of_every_architecture_are_flags_that_say_whose_they_are(
 REQUIRED = ["--model", "gpt2", "--dataset", "text.jsonl", "--layers", "8", "--tokens"]
 
 
+def test_what_every_cache_needs_comes_first_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = re.findall(r"^  (--[a-z-]+)", command(capsys, "cache", "--help").out, re.M)
+    needed = ["--out", "--model", "--dataset", "--tokens", "--layers", "--hooks"]
+    assert [flag for flag in flags if flag in needed] == needed
+    assert flags.index("--hooks") < min(flags.index(flag) for flag in ("--storage-dtype", "--exclude", "--seed"))
+
+
 def test_flags_take_quantities_lists_and_names() -> None:
     settings = read(CacheSettings, *REQUIRED, "1.5M", "--hooks", "a", "--hooks", "b:c", "--shard-rows", "64")
     assert (settings.tokens, settings.hooks, settings.shard_rows) == (1_500_000, ("a", "b:c"), 64)
@@ -105,10 +112,10 @@ def test_all_problems_of_file_and_flags_come_at_once_and_name_the_file(
     assert answer.code == 1
     assert answer.err.splitlines() == [
         f"error: 6 problems in {config}:",
+        "  hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
         "  storage_dtype: Input should be 'auto', 'bfloat16', 'float16', 'float32' or 'int8' (got 'float8')",
         "  compression: Input should be 'none', 'lz4', 'zstd', 'gzip' or 'blosc-zstd' (got 'zip')",
         "  chunk_rows: wanted a divisor of shard_rows (100) (got 30)",
-        "  hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
         "  context_length: Input should be a valid integer, unable to parse string as an integer (got 'two')",
         "  layer: is no setting; did you mean layers?",
     ]
@@ -121,8 +128,8 @@ def test_a_command_without_its_settings_names_all_that_are_missing(
     answer = command(capsys, "cache", "--out", tmp_path / "c")
     assert answer.code == 1
     assert [line.strip() for line in answer.err.splitlines()[1:]] == [
-        "dataset: is required",
         "model: is required",
+        "dataset: is required",
         "tokens: is required",
         "hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
     ]

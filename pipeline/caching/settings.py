@@ -12,7 +12,7 @@ from pipeline.text.dataset import TextSettings
 from pipeline.text.holdout import HoldoutRule
 from storage.errors import SettingsError
 from storage.layout import CacheLayout
-from storage.settings import Quantity
+from storage.settings import Quantity, Settings
 
 
 def _as_text(value: Any) -> Any:
@@ -20,8 +20,8 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-class CacheSettings(ModelSettings, TextSettings, RowFilter, CacheLayout):
-    """Which model's activations on which text, and how they lie on disk."""
+class WantedRows(Settings):
+    """How many rows of which sites."""
 
     tokens: Quantity | Literal["all"]
     """Training rows to write, such as 60M: one row per token that is kept; ``all`` takes the whole dataset. May be
@@ -31,6 +31,19 @@ class CacheSettings(ModelSettings, TextSettings, RowFilter, CacheLayout):
     hooks: tuple[str, ...] = Field(default=(), validate_default=True)
     """Sites by hook names: NAME=IN_HOOK:OUT_HOOK, IN_HOOK:OUT_HOOK, or one HOOK for an SAE; HOOK[5] is one head of an
     attention hook. May be repeated."""
+
+    @field_validator("hooks")
+    @classmethod
+    def _check_sites(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not value and info.data.get("layers", "") is None:
+            raise ValueError("nothing to cache: give --layers (such as 8, or all) or --hooks")
+        return value
+
+
+# Pydantic lists the fields of the last base first. What every command line has comes first in the help.
+class CacheSettings(CacheLayout, RowFilter, WantedRows, TextSettings, ModelSettings):
+    """Which model's activations on which text, and how they lie on disk."""
+
     context_length: int = 128
     """Tokens per context, the BOS that begins it included."""
     contexts_per_batch: int = 32
@@ -75,13 +88,6 @@ class CacheSettings(ModelSettings, TextSettings, RowFilter, CacheLayout):
             raise ValueError("give shard_rows too, of which it is a multiple")
         if isinstance(value, int) and isinstance(shard_rows, int) and value % max(1, shard_rows):
             raise ValueError(f"wanted a multiple of shard_rows ({shard_rows})")
-        return value
-
-    @field_validator("hooks")
-    @classmethod
-    def _check_sites(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if not value and info.data.get("layers", "") is None:
-            raise ValueError("nothing to cache: give --layers (such as 8, or all) or --hooks")
         return value
 
     @field_validator("context_length")
