@@ -115,11 +115,13 @@ def main() -> None:
 
 def make_sides() -> dict[str, Side]:
     """Return all sides by name, their environments made."""
-    peers = {
-        name: Side(name, script, environment(name.lower(), requirements, without=UNWANTED.get(name, ())))
-        for name, (script, requirements) in REQUIREMENTS.items()
-    }
+    peers = {name: Side(name, script, peer_python(name)) for name, (script, _) in REQUIREMENTS.items()}
     return {side.name: side for side in (OURS, REFERENCE)} | peers
+
+
+def peer_python(name: str) -> Path:
+    """Return the Python of a peer's environment, made at first use."""
+    return environment(name.lower(), REQUIREMENTS[name][1], without=UNWANTED.get(name, ()))
 
 
 def start_report(sizes: Sequence[Size]) -> Report:
