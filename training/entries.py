@@ -14,6 +14,8 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from training.whole_batch import ALONE, WholeBatch
+
 
 @dataclass(frozen=True)
 class Above:
@@ -46,6 +48,8 @@ class Entries(ABC):
     pre: Tensor
     """(rows, d_sae) or (n_pairs,); carries the gradient to the encoder."""
     n_rows: int
+    whole: WholeBatch = ALONE
+    """What the rows are part of."""
 
     @abstractmethod
     def at(self, per_feature: Tensor) -> Tensor:
@@ -63,13 +67,18 @@ class Entries(ABC):
     def count(self, active: Tensor) -> Tensor:
         """Return int64 (d_sae,): on how many rows a feature is ``active`` (bool, as ``pre``)."""
 
+    @abstractmethod
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Return the sum of each row's ``values`` (as ``pre``), (rows,); int64 for bool."""
+
 
 class DenseEntries(Entries):
     """Every pair. Entries outside a selection of the largest are zero and pass no gradient."""
 
-    def __init__(self, pre: Tensor, selection: Selection) -> None:
+    def __init__(self, pre: Tensor, selection: Selection, whole: WholeBatch = ALONE) -> None:
         self.n_rows = len(pre)
-        self.pre = restrict(pre, selection)
+        self.whole = whole
+        self.pre = restrict(pre, selection, whole)
 
     def at(self, per_feature: Tensor) -> Tensor:
         """Return ``per_feature`` itself, which broadcasts over rows."""
@@ -88,9 +97,16 @@ class DenseEntries(Entries):
         """Return column sums."""
         return active.sum(0)
 
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Return row sums."""
+        return values.sum(1)
 
-def restrict(pre: Tensor, selection: Selection) -> Tensor:
-    """Return dense pre-activations (rows, d_sae) with those a selection of the largest leaves out set to zero."""
+
+def restrict(pre: Tensor, selection: Selection, whole: WholeBatch = ALONE) -> Tensor:
+    """Return dense pre-activations (rows, d_sae) with those a selection of the largest leaves out set to zero.
+
+    ``whole`` is the batch that the rows are part of.
+    """
     match selection:
         case Above():
             return pre
@@ -99,7 +115,8 @@ def restrict(pre: Tensor, selection: Selection) -> Tensor:
             return pre * torch.zeros_like(pre, dtype=torch.bool).scatter_(1, chosen, True)
         case LargestOfBatch(k):
             flat = pre.detach().flatten()
-            chosen = flat.topk(min(k * len(pre), len(flat)), sorted=False).indices
+            n_chosen = whole.share_of_largest(flat, k * whole.n_rows(len(pre)))
+            chosen = flat.topk(n_chosen, sorted=False).indices
             mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, chosen, True)
             return pre * mask.view_as(pre)
         case _:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +13,7 @@ from training.architectures.base import Transcoder
 from training.batches import SiteBatches
 from training.dead_features import FiringRecord
 from training.ema import WeightAverage
-from training.kernels.adaptive import AdaptiveStep
-from training.kernels.kernel import ExtraLoss, StepKernel, StepResult
+from training.kernels.kernel import ExtraLoss, StatefulKernel, StepKernel, StepResult
 from training.normalisation import Normalisation
 from training.objectives import Objective
 from training.optim import Optimiser
@@ -83,6 +82,8 @@ class TrainingRun:
         self.latest_rows = 0
         self.latest_lr = 0.0
         self.latest_extras: Mapping[str, float] = {}
+        self.wants_rows: Callable[[int], bool] = lambda _: False
+        """After which steps (counted from 1) the latest result must have its ``per_row`` part."""
         device = transcoder.W_enc.device
         self.firing = FiringRecord(transcoder.d_sae, device) if firing is None else firing
         self.on_device = normalisation.to(device, transcoder.W_enc.dtype)
@@ -98,7 +99,8 @@ class TrainingRun:
         raw = batches[self.site]
         batch = self.on_device.apply(raw)
         self.transcoder.begin_step(self.n_steps_done)
-        result = self._kernel(self.transcoder, batch, self.objective, self._extra)
+        per_row = self.wants_rows(self.n_steps_done + 1)
+        result = self._kernel(self.transcoder, batch, self.objective, self._extra, per_row=per_row)
         if (self.n_steps_done + 1) % self._check_every == 0:
             self._refuse_non_finite(result.losses["loss"])
         self.latest_lr = self.current_lr
@@ -106,9 +108,9 @@ class TrainingRun:
         if self._average is not None:
             self._average.update()
         self.firing.update(result.n_active)
-        self.latest, self.latest_targets, self.latest_rows = result, batch.outputs, len(raw.inputs)
+        self.latest, self.latest_targets, self.latest_rows = result, batch.outputs, result.n_rows
         self.n_steps_done += 1
-        self.n_rows_done += len(raw.inputs)
+        self.n_rows_done += result.n_rows
         if self._resampler is not None:
             self.latest_extras = self._resampler.after_step(self)
 
@@ -158,7 +160,7 @@ class TrainingRun:
 
     def state(self) -> dict[str, Any]:
         """Return the rest of what a step depends on, as JSON."""
-        return {"kernel": self._kernel.state() if isinstance(self._kernel, AdaptiveStep) else None}
+        return {"kernel": self._kernel.state() if isinstance(self._kernel, StatefulKernel) else None}
 
     @torch.no_grad()
     def load_state(
@@ -175,5 +177,5 @@ class TrainingRun:
             self._average.load_state(tensors)
         if self._resampler is not None:
             self._resampler.load_state(tensors)
-        if isinstance(self._kernel, AdaptiveStep):
+        if isinstance(self._kernel, StatefulKernel):
             self._kernel.load_state(state["kernel"])

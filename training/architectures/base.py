@@ -20,6 +20,7 @@ from training.batches import Batch
 from training.entries import Above, Entries, Selection
 from training.normalisation import Normalisation
 from training.objectives import Objective
+from training.whole_batch import ALONE, WholeBatch
 
 SMALLEST_NORM = 1e-12
 """A decoder row below this has no direction; it is left as it is rather than divided by zero."""
@@ -152,8 +153,8 @@ class Transcoder(nn.Module, ABC):
         """Return the loss terms besides reconstruction; none unless the architecture has some."""
         return {}
 
-    def end_step(self, activations: Tensor) -> None:
-        """Learn from a step's activations what is not learnt by gradient."""
+    def end_step(self, activations: Tensor, whole: WholeBatch = ALONE) -> None:
+        """Learn from a step's activations, on rows of ``whole``, what is not learnt by gradient."""
 
     @torch.no_grad()
     def constrain_gradients(self, features: slice = slice(None)) -> None:

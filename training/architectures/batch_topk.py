@@ -14,6 +14,7 @@ from torch import Tensor
 from training.architectures.base import Transcoder
 from training.architectures.topk import SelectsLargest
 from training.entries import Entries, LargestOfBatch
+from training.whole_batch import ALONE, WholeBatch
 
 THRESHOLD_RATE = 0.01
 """Share of the newest batch in the running mean of the threshold."""
@@ -48,10 +49,11 @@ class BatchTopKTranscoder(Transcoder):
         return entries.pre.relu()
 
     @torch.no_grad()
-    def end_step(self, activations: Tensor) -> None:
+    def end_step(self, activations: Tensor, whole: WholeBatch = ALONE) -> None:
         """Move the threshold towards the smallest activation of the batch; no synchronisation with the host."""
         infinity = torch.tensor(torch.inf, dtype=activations.dtype, device=activations.device)
-        smallest = torch.where(activations > 0, activations, infinity).amin().to(self.threshold.dtype)
+        firing = torch.where(activations > 0, activations, infinity)
+        smallest = whole.least((firing.amin() if len(firing) else infinity).to(self.threshold.dtype))
         moved = torch.lerp(self.threshold, smallest, THRESHOLD_RATE)
         fresh = torch.where(self.threshold > 0, moved, smallest)
         self.threshold.copy_(torch.where(torch.isfinite(smallest), fresh, self.threshold))

@@ -18,6 +18,7 @@ from training.kernels.dense import DenseStep
 from training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
 from training.kernels.sparse import SparseStep
 from training.objectives import Objective
+from training.whole_batch import ALONE, WholeBatch
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +40,24 @@ class AdaptiveStep:
         """Which one computes the next step; None before the first."""
 
     def __call__(
-        self, transcoder: Transcoder, batch: Batch, objective: Objective, extra: Sequence[ExtraLoss] = ()
+        self,
+        transcoder: Transcoder,
+        batch: Batch,
+        objective: Objective,
+        extra: Sequence[ExtraLoss] = (),
+        *,
+        per_row: bool = False,
+        whole: WholeBatch = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter and return the loss terms."""
         if self.is_sparse is None:
             self._choose(_expected_density(transcoder))
         # a row that is not finite is for the dense step, whose loss will say so
         sparse = self.is_sparse and bool(torch.isfinite(batch.inputs.sum()))
-        result = (self._sparse if sparse else self._dense)(transcoder, batch, objective, extra)
-        self._choose(int(result.n_active.sum()) / (len(batch.inputs) * transcoder.d_sae))
+        kernel: StepKernel = self._sparse if sparse else self._dense
+        result = kernel(transcoder, batch, objective, extra, per_row=per_row, whole=whole)
+        # of the whole batch, so that processes which share one choose alike
+        self._choose(int(result.n_active.sum()) / (result.n_rows * transcoder.d_sae))
         return result
 
     def _choose(self, density: float) -> None:
@@ -64,9 +74,9 @@ class AdaptiveStep:
         """Return which kernel is next, as JSON."""
         return {"is_sparse": self.is_sparse}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any] | None) -> None:
         """Continue from ``state``."""
-        self.is_sparse = state["is_sparse"]
+        self.is_sparse = None if state is None else state["is_sparse"]
 
 
 def _expected_density(transcoder: Transcoder) -> float:

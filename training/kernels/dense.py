@@ -12,6 +12,7 @@ from training.batches import Batch
 from training.entries import DenseEntries
 from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
 from training.objectives import Objective
+from training.whole_batch import ALONE, WholeBatch
 
 
 class DenseStep:
@@ -24,14 +25,21 @@ class DenseStep:
             self._pre = torch.compile(_pre_activations)
 
     def __call__(
-        self, transcoder: Transcoder, batch: Batch, objective: Objective, extra: Sequence[ExtraLoss] = ()
+        self,
+        transcoder: Transcoder,
+        batch: Batch,
+        objective: Objective,
+        extra: Sequence[ExtraLoss] = (),
+        *,
+        per_row: bool = False,
+        whole: WholeBatch = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter and return the loss terms."""
         transcoder.zero_grad(set_to_none=True)
         with torch.autocast(batch.inputs.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            entries = DenseEntries(self._pre(transcoder, batch.inputs), transcoder.selection())
+            entries = DenseEntries(self._pre(transcoder, batch.inputs), transcoder.selection(), whole)
             trace = transcoder.trace(entries, batch, objective)
-        return finish(transcoder, entries, trace, batch, extra)
+        return finish(transcoder, entries, trace, batch, extra, per_row=per_row)
 
 
 def _pre_activations(transcoder: Transcoder, inputs: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A kernel leaves gradients in ``.grad`` and changes no weight: constraints, clipp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,8 +15,22 @@ from training.architectures.base import Trace, Transcoder
 from training.batches import Batch
 from training.entries import Entries
 from training.objectives import Objective
+from training.whole_batch import ALONE, WholeBatch
 
 Precision = Literal["float32", "bfloat16"]
+
+
+class PerRow(NamedTuple):
+    """What happened on each row of a batch; computed only when asked for."""
+
+    l0: Tensor
+    """(rows,) int64: how many features fire."""
+    l1: Tensor
+    """(rows,): sum of the activations, in the unit in which a sparsity term counts them."""
+    outputs: Tensor
+    """(rows, d_out), predicted, normalised."""
+    targets: Tensor
+    """(rows, d_out), normalised."""
 
 
 class StepResult(NamedTuple):
@@ -28,6 +42,9 @@ class StepResult(NamedTuple):
     """(d_sae,) int64: on how many rows of the batch each feature fired."""
     outputs: Tensor
     """(rows, d_out), predicted, normalised."""
+    n_rows: int
+    """Rows of the batch: of all of it, where processes share it."""
+    per_row: PerRow | None = None
 
 
 class ExtraLoss(Protocol):
@@ -42,9 +59,33 @@ class StepKernel(Protocol):
     """Forward pass, loss and gradients."""
 
     def __call__(
-        self, transcoder: Transcoder, batch: Batch, objective: Objective, extra: Sequence[ExtraLoss] = ()
+        self,
+        transcoder: Transcoder,
+        batch: Batch,
+        objective: Objective,
+        extra: Sequence[ExtraLoss] = (),
+        *,
+        per_row: bool = False,
+        whole: WholeBatch = ALONE,
     ) -> StepResult:
-        """Set ``.grad`` of every parameter to the gradient of the loss on ``batch`` (normalised rows)."""
+        """Set ``.grad`` of every parameter to the gradient of the loss on ``batch`` (normalised rows).
+
+        ``per_row`` asks for the result of that name. If ``batch`` is a slice of ``whole``, gradients and losses are
+        means over the slice, counts those of the whole batch.
+        """
+        ...
+
+
+@runtime_checkable
+class StatefulKernel(Protocol):
+    """A kernel whose choices depend on the steps before."""
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what the next step depends on, as JSON."""
+        ...
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Continue from ``state``."""
         ...
 
 
@@ -54,6 +95,8 @@ def finish(
     trace: Trace,
     batch: Batch,
     extra: Sequence[ExtraLoss],
+    *,
+    per_row: bool = False,
 ) -> StepResult:
     """Add the extra terms, run the backward pass, and let the transcoder learn what is not learnt by gradient."""
     terms = dict(trace.terms)
@@ -62,6 +105,12 @@ def finish(
     total = torch.stack([*terms.values()]).sum()
     total.backward()  # type: ignore[no-untyped-call]
     activations = trace.activations.detach()
-    transcoder.end_step(activations)
+    transcoder.end_step(activations, entries.whole)
     losses = {"loss": total.detach(), **{name: term.detach() for name, term in terms.items()}}
-    return StepResult(losses, entries.count(activations > 0), trace.outputs.detach())
+    active, outputs = activations > 0, trace.outputs.detach()
+    rows = None
+    if per_row:
+        l1 = entries.row_sums(activations).to(batch.outputs.dtype) / transcoder.activation_unit
+        rows = PerRow(entries.row_sums(active), l1, outputs, batch.outputs)
+    n_rows = entries.whole.n_rows(len(batch.inputs))
+    return StepResult(losses, entries.whole.total(entries.count(active)), outputs, n_rows, rows)

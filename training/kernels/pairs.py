@@ -18,6 +18,7 @@ from torch import Tensor
 from training.entries import Entries
 from training.kernels import loops
 from training.kernels.threads import over_ranges
+from training.whole_batch import ALONE, WholeBatch
 
 
 class Pairs:
@@ -102,8 +103,9 @@ class Pairs:
 class SparseEntries(Entries):
     """Pre-activations at pairs; ``pre`` is their value, already computed."""
 
-    def __init__(self, pairs: Pairs, pre: Tensor, transcoder: Any, inputs: Tensor) -> None:
+    def __init__(self, pairs: Pairs, pre: Tensor, transcoder: Any, inputs: Tensor, whole: WholeBatch = ALONE) -> None:
         self.pairs = pairs
+        self.whole = whole
         self.n_rows = pairs.n_rows
         self.pre = _Encode.apply(pre, transcoder.W_enc, transcoder.b_enc, transcoder.b_dec, inputs, pairs)  # type: ignore[no-untyped-call]
         self._features = torch.from_numpy(pairs.features)
@@ -126,6 +128,11 @@ class SparseEntries(Entries):
     def count(self, active: Tensor) -> Tensor:
         """Return how many active pairs each feature has."""
         return torch.bincount(self._features[active], minlength=self.pairs.d_sae)
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Return the sum over each row's pairs."""
+        sums = torch.zeros(self.n_rows, dtype=torch.int64 if values.dtype == torch.bool else values.dtype)
+        return sums.index_add_(0, torch.from_numpy(self.pairs.rows), values.to(sums.dtype))
 
 
 class _Encode(torch.autograd.Function):

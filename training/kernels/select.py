@@ -22,6 +22,7 @@ from training.entries import Above, LargestOfBatch, LargestPerRow, Selection
 from training.kernels import loops
 from training.kernels.pairs import Pairs
 from training.kernels.threads import over_ranges
+from training.whole_batch import ALONE, WholeBatch
 
 CHUNK_BYTES = 12 << 20
 """Size of the buffer of screened numbers, which should stay in the processor's cache: 256 rows of 24,576 bfloat16."""
@@ -46,7 +47,9 @@ class Selector:
         self._guess = -1.0
 
     @torch.no_grad()
-    def select(self, inputs: Tensor, W_enc: Tensor, bias: Tensor, selection: Selection) -> tuple[Pairs, Tensor]:
+    def select(
+        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, selection: Selection, whole: WholeBatch = ALONE
+    ) -> tuple[Pairs, Tensor]:
         """Return the selected pairs of ``inputs`` (rows, d_in) and their exact pre-activations (n_pairs,)."""
         self._take_weights(W_enc)
         norms = torch.linalg.vector_norm(W_enc, dim=1)
@@ -65,28 +68,25 @@ class Selector:
                 pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
                 return _kept(pairs, pre, _largest(pre, pairs.offsets, k))
             case LargestOfBatch(k):
-                return self._largest_of_batch(inputs, W_enc, bias, margin, k)
+                return self._largest_of_batch(inputs, W_enc, bias, margin, k, whole)
             case _:
                 assert_never(selection)
 
     def _largest_of_batch(
-        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, margin: Tensor, k: int
+        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, margin: Tensor, k: int, whole: WholeBatch
     ) -> tuple[Pairs, Tensor]:
         """Return the k · rows largest, chosen among candidates above a guess if that many lie above it for sure."""
-        n_wanted = k * len(inputs)
+        n_wanted = k * whole.n_rows(len(inputs))
         guess = self._guess if self._guess >= 0 else self._first_guess(inputs, bias, margin, k)
         while True:
             pairs = self._above(inputs, W_enc, bias + margin, guess)
             pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
-            values = pre.numpy()
-            threshold = float(np.partition(values, -n_wanted)[-n_wanted]) if len(values) >= n_wanted else -np.inf
-            certain = guess * (1 + 2 * _ROUNDING[self._dtype])
-            if threshold >= certain or guess == 0:
+            cut = whole.cut(pre, guess * (1 + 2 * _ROUNDING[self._dtype]), n_wanted)
+            if cut.is_complete:
                 break
             guess = guess / 2 if guess > 1e-3 * float(margin.max()) else 0.0
-        self._guess = max(0.0, _GUESS * threshold)
-        whole = np.array([0, len(values)], np.int64)
-        return _kept(pairs, pre, _largest(pre, whole, n_wanted))
+        self._guess = _GUESS * cut.threshold
+        return _kept(pairs, pre, _largest(pre, np.array([0, len(pre)], np.int64), cut.n_own))
 
     def _first_guess(self, inputs: Tensor, bias: Tensor, margin: Tensor, k: int) -> float:
         """Return a value that most rows' k-th largest pre-activations exceed."""
@@ -173,7 +173,9 @@ def _rounded_down(cuts: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 def _largest(pre: Tensor, offsets: np.ndarray, k: int) -> np.ndarray:
     """Return which of the values are among the k largest positive ones of their stretch."""
-    kept, values = np.empty(len(pre), np.bool_), pre.numpy()
+    kept, values = np.zeros(len(pre), np.bool_), pre.numpy()
+    if k == 0:  # other processes hold the whole batch's largest
+        return kept
     over_ranges(len(offsets) - 1, lambda start, stop: loops.keep_largest(values, offsets, k, start, stop, kept))
     return kept
 

@@ -16,6 +16,7 @@ from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
 from training.kernels.pairs import SparseEntries
 from training.kernels.select import Selector
 from training.objectives import Objective
+from training.whole_batch import ALONE, WholeBatch
 
 
 class SparseStep:
@@ -26,16 +27,24 @@ class SparseStep:
         self._selector: Selector | None = None
 
     def __call__(
-        self, transcoder: Transcoder, batch: Batch, objective: Objective, extra: Sequence[ExtraLoss] = ()
+        self,
+        transcoder: Transcoder,
+        batch: Batch,
+        objective: Objective,
+        extra: Sequence[ExtraLoss] = (),
+        *,
+        per_row: bool = False,
+        whole: WholeBatch = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter and return the loss terms."""
         inputs = batch.inputs.contiguous()
         selector = self._open(transcoder)
-        pairs, pre = selector.select(inputs, transcoder.W_enc, transcoder.encoder_bias(), transcoder.selection())
+        bias, selection = transcoder.encoder_bias(), transcoder.selection()
+        pairs, pre = selector.select(inputs, transcoder.W_enc, bias, selection, whole)
         _clear_gradients(transcoder)
-        entries = SparseEntries(pairs, pre, transcoder, inputs)
+        entries = SparseEntries(pairs, pre, transcoder, inputs, whole)
         trace = transcoder.trace(entries, batch, objective)
-        return finish(transcoder, entries, trace, batch, extra)
+        return finish(transcoder, entries, trace, batch, extra, per_row=per_row)
 
     def _open(self, transcoder: Transcoder) -> Selector:
         if self._selector is None:
