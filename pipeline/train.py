@@ -1,40 +1,32 @@
-"""The stage ``pipeline train``: one transcoder from one site of a published cache. Loads no language model.
+"""The stage ``pipeline train``: one transcoder from one site, of a published cache or live from the language model.
 
-The precision that ``auto`` stands for is part of the request: a draft begun on a machine with bfloat16 instructions
-must not be finished in float32 on another.
+From a cache it loads no language model. The precision that ``auto`` stands for is part of the request: a draft begun on
+a machine with bfloat16 instructions must not be finished in float32 on another.
 """
 
 from __future__ import annotations
 
-import difflib
-import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.device import limited_threads, open_device
-from storage.activation_cache import ActivationCache, open_cache
+from pipeline.live.settings import LiveSettings
+from pipeline.model_scores import ModelScores, ModelScoreSettings
+from pipeline.side_by_side import Origins, train_drafts
+from pipeline.training_rows import CacheSource, TrainingSource
+from pipeline.warm_start import WarmStart
 from storage.artifact import LOCK, MANIFEST, REQUEST, Draft, Lock
-from storage.cache_format import Site
-from storage.encodings import Side
 from storage.errors import ArtifactMismatch, SettingsError
-from storage.statistics import SiteStatistics
-from training.batches import CacheBatches, iter_once
-from training.build import build_run
 from training.checkpoint import Checkpoints
-from training.kernels.adaptive import resolve_precision
-from training.kernels.kernel import Precision
-from training.run import TrainingRun
-from training.session import HeldoutBatches, Session
 from training.settings import TrainSettings
-from training.trainer import PeriodicHook, train
-from training.transcoder import CHECKPOINTS, FORMAT_VERSION, KIND, describe_versions, read_transcoder_manifest
-
-logger = logging.getLogger(__name__)
+from training.trainer import PeriodicHook
+from training.transcoder import CHECKPOINTS, KIND, read_transcoder_manifest
 
 
 @dataclass(frozen=True)
@@ -49,143 +41,66 @@ class TrainResult:
 def run(
     settings: TrainSettings,
     *,
-    cache: Path,
     output: Path,
+    cache: Path | None = None,
+    live: LiveSettings | None = None,
     device: str = "cpu",
     threads: int | None = None,
     quiet: bool = False,
     fresh: bool = False,
     checkpoint_steps: int = 1000,
     hooks: Sequence[tuple[int, PeriodicHook]] = (),
+    start_from: Path | None = None,
+    model_scores: ModelScoreSettings | None = None,
+    model: str | None = None,
 ) -> TrainResult:
-    """Train on the cache at ``cache`` and publish the transcoder at ``output``.
+    """Train on the cache at ``cache``, or on ``live`` rows, and publish the transcoder at ``output``.
 
     An unfinished run at ``output`` with the same settings is continued, a finished one returned as it is; ``fresh``
-    throws an unfinished one away first. ``hooks`` are (every so many steps, hook). Raises SettingsError with every
-    problem of the settings, and the errors of ``storage.artifact.Draft`` and ``storage.activation_cache.open_cache``.
+    throws an unfinished one away first. ``hooks`` are (every so many steps, hook). ``start_from`` is a transcoder to
+    start from. ``model`` says where the cache's language model lies if it moved, for ``model_scores``. Raises
+    SettingsError with every problem of the settings, and the errors of ``storage.artifact.Draft`` and of opening what
+    is given.
     """
-    opened = open_cache(cache)
     on = open_device(device)
-    site = choose_site(settings, opened)
-    precision = resolve_precision(settings.precision, on)
     if fresh:
         discard_draft(output)
-    with limited_threads(threads), Draft(output, KIND, describe_request(settings, opened, site, precision)) as draft:
+    with ExitStack() as stack:
+        stack.enter_context(limited_threads(threads))
+        source = stack.enter_context(open_source(cache, live, settings, output, on))
+        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
+        start = None if start_from is None else WarmStart(start_from)
+        origins = Origins(on, scores, start, hooks)
+        # What was begun is recognised, and what is published returned, before a language model is loaded for it.
+        begun = (output / REQUEST).exists()
+        site = None if begun else origins.site(settings, source)
+        draft = stack.enter_context(Draft(output, KIND, origins.request(settings, source)))
         if not draft.published:
-            _train(settings, opened, site, draft, on, precision, checkpoint_steps, hooks, quiet)
+            site = origins.site(settings, source) if site is None else site
+            drafts = {"transcoder": (settings, site, draft)}
+            train_drafts(source, drafts, origins, place=output, checkpoint_steps=checkpoint_steps, quiet=quiet)
         Checkpoints(output / CHECKPOINTS).clear()
     return TrainResult(output, read_transcoder_manifest(output)["metrics"])
 
 
-def _train(
-    settings: TrainSettings,
-    cache: ActivationCache,
-    site: Site,
-    draft: Draft,
-    device: torch.device,
-    precision: Precision,
-    checkpoint_steps: int,
-    hooks: Sequence[tuple[int, PeriodicHook]],
-    quiet: bool,
-) -> None:
-    split = cache.split("train")
-    statistics: dict[Side, SiteStatistics] = {side: split.statistics(site.name, side) for side in site.sides}
-    with CacheBatches(split, [site], batch_rows=settings.batch_rows, seed=settings.order_seed, device=device) as stream:
-        n_steps = settings.n_steps(split.n_rows, stream.n_steps_per_epoch)
-        training = build_run(settings, site, statistics, n_steps=n_steps, device=device, precision=precision)
-        heldout = open_heldout(cache, site, settings.batch_rows, device)
-        session = Session(
-            draft.path,
-            training,
-            settings,
-            n_steps=n_steps,
-            heldout=heldout,
-            checkpoint_steps=checkpoint_steps,
-            hooks=hooks,
-            quiet=quiet,
-        )
-        with session:
-            steps = session.checkpoint_steps()
-            if (state := session.resume(steps[-1] if steps else None)) is not None:
-                stream.load_state_dict(state)
-            train(stream, [training], session.duties(stream), n_steps=n_steps, first_step=training.n_steps_done)
-            files = session.export()
-        draft.publish(describe(settings, cache, site, training, precision, session.summary()), files)
+@contextmanager
+def open_source(
+    cache: Path | None, live: LiveSettings | None, settings: TrainSettings, output: Path, device: torch.device
+) -> Iterator[TrainingSource]:
+    """Yield where rows come from: the cache, or the language model as it runs; raise SettingsError unless one is given.
 
+    The rows of all runs that share it are in the order of ``settings``.
+    """
+    if (cache is None) == (live is None):
+        raise SettingsError("train on a cache or on live rows: give one of them")
+    if cache is not None:
+        yield CacheSource(cache, batch_rows=settings.batch_rows, order_seed=settings.order_seed, device=device)
+        return
+    from pipeline.live_rows import LiveSource  # seconds, which training from a cache does not need
 
-def choose_site(settings: TrainSettings, cache: ActivationCache) -> Site:
-    """Return the site to train on; raise SettingsError listing every setting that does not fit the cache."""
-    problems = []
-    site = None
-    names = list(cache.sites)
-    if settings.site is None:
-        if len(names) > 1:
-            problems.append(f"site: the cache has {len(names)}; choose one of {', '.join(names)}")
-        else:
-            site = cache.sites[names[0]]
-    elif settings.site in cache.sites:
-        site = cache.sites[settings.site]
-    else:
-        near = difflib.get_close_matches(settings.site, names)
-        meant = f"did you mean {' or '.join(near)}? " if near else ""
-        problems.append(f"site: the cache has no {settings.site!r}; {meant}it has {', '.join(names)}")
-    if site is not None:
-        problems += settings.architecture.problems(settings.n_features(site.d_in))
-        if settings.architecture.skip and site.hook_in == site.hook_out:
-            problems.append(
-                "architecture.skip: an autoencoder's outputs are its inputs, which a linear path would copy"
-            )
-    elif settings.d_sae is not None:
-        problems += settings.architecture.problems(settings.d_sae)
-    if problems or site is None:
-        raise SettingsError(
-            f"{cache.path}: cannot train on this cache:\n" + "\n".join(f"  {line}" for line in problems)
-        )
-    return site
-
-
-def open_heldout(cache: ActivationCache, site: Site, batch_rows: int, device: torch.device) -> HeldoutBatches | None:
-    """Return a source of held-out batches, or None if the cache has no held-out rows."""
-    if "heldout" not in cache.manifest["splits"]:
-        logger.warning("%s has no held-out rows: nothing will say how well the transcoder generalises", cache.path)
-        return None
-    split = cache.split("heldout")
-    return lambda max_rows: iter_once(split, site, batch_rows=batch_rows, device=device, max_rows=max_rows)
-
-
-def describe_request(
-    settings: TrainSettings, cache: ActivationCache, site: Site, precision: Precision
-) -> dict[str, Any]:
-    """Return what decides the transcoder: settings with their choices made, and the cache."""
-    chosen = settings.model_copy(update={"site": site.name, "precision": precision})
-    return {"settings": chosen.model_dump(mode="json"), "cache": cache.reference}
-
-
-def describe(
-    settings: TrainSettings,
-    cache: ActivationCache,
-    site: Site,
-    training: TrainingRun,
-    precision: Precision,
-    metrics: dict[str, Any],
-) -> dict[str, Any]:
-    """Return the manifest of a trained transcoder."""
-    return {
-        "format": FORMAT_VERSION,
-        "inputs": {"cache": cache.reference},
-        "model": cache.manifest.get("model"),
-        "site": asdict(site),
-        "d_sae": training.transcoder.d_sae,
-        "architecture": settings.architecture.model_dump(mode="json"),
-        "normalisation": {
-            "kind": settings.normalisation,
-            "scale_in": training.normalisation.scale_in,
-            "scale_out": training.normalisation.scale_out,
-        },
-        "precision": precision,
-        "metrics": metrics,
-        "versions": describe_versions(),
-    }
+    assert live is not None
+    with closing(LiveSource(live, output, batch_rows=settings.batch_rows, device=device)) as source:
+        yield source
 
 
 def discard_draft(path: Path) -> None:

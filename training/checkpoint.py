@@ -94,6 +94,12 @@ class Checkpoints:
             ) from error
         return Checkpoint(int(path.stem), tensors, state)
 
+    def discard_after(self, step: int) -> None:
+        """Remove checkpoints newer than ``step``: a run continued from there would count them among those kept."""
+        for path in self._paths():
+            if int(path.stem) > step:
+                path.unlink()
+
     def clear(self) -> None:
         """Remove every checkpoint and what a killed writer left: the run is published."""
         if self._directory.exists():

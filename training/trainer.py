@@ -1,4 +1,8 @@
-"""The training loop and nothing else: what happens in a step is a run's affair, what happens between steps a duty's."""
+"""The training loop and nothing else: what happens in a step is a run's affair, what happens between steps a duty's.
+
+Any number of runs learn from one stream, each as if it were alone. They may end at different steps, and one whose
+numbers stop being finite may leave without the others.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from storage.errors import NonFiniteActivation
 from training.architectures.base import Transcoder
 from training.batches import BatchStream, SiteBatches
 
@@ -39,14 +44,48 @@ def every(n: int, last: int | None = None) -> Callable[[int], bool]:
     return lambda step: step % n == 0 or step == last
 
 
+@dataclass(frozen=True)
+class Lane:
+    """A run's place beside others: where it ends, and what is done between its steps, at its end, and if it fails."""
+
+    run: Run
+    n_steps: int
+    duties: Sequence[Duty] = ()
+    """In order, after each step."""
+    finish: Callable[[], None] | None = None
+    """Done once, after the last step and its duties."""
+    give_up: Callable[[NonFiniteActivation], None] | None = None
+    """Told when loss or weights stop being finite, after which the others go on; None: the error is raised."""
+
+    def advance(self, batches: SiteBatches, step: int) -> bool:
+        """Take step number ``step``, counted from 1; return whether there are more to take."""
+        try:
+            self.run.step(batches)
+            for duty in self.duties:
+                if duty.due(step):
+                    duty.action(step)
+            if step == self.n_steps and self.finish is not None:
+                self.finish()
+        except NonFiniteActivation as error:
+            if self.give_up is None:
+                raise
+            self.give_up(error)
+            return False
+        return step < self.n_steps
+
+
 def train(
-    stream: BatchStream, runs: Sequence[Run], duties: Sequence[Duty], *, n_steps: int, first_step: int = 0
+    stream: BatchStream, lanes: Sequence[Lane], *, first_step: int = 0, watch: Callable[[int], None] | None = None
 ) -> None:
-    """Give every batch to every run, from ``first_step`` to ``n_steps``; see to ``duties``, in order, after each."""
-    for step in range(first_step, n_steps):
-        batch = stream.next_batch()
-        for run in runs:
-            run.step(batch)
-        for duty in duties:
-            if duty.due(step + 1):
-                duty.action(step + 1)
+    """Give every batch to every run that is still under way; ``first_step`` steps were taken before.
+
+    ``watch`` is told the number of steps done after each. Raises what the stream raises, whatever the lanes.
+    """
+    step = first_step
+    under_way = [lane for lane in lanes if lane.n_steps > first_step]
+    while under_way:
+        batches = stream.next_batch()
+        step += 1
+        under_way = [lane for lane in under_way if lane.advance(batches, step)]
+        if watch is not None:
+            watch(step)
