@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality_peers import PeerRecipe, peer_predictor, train_dictionary_learning, write_rows
 from storage.activation_cache import ActivationCache, open_cache
 from storage.cache_format import Site
 from storage.encodings import Side
 from storage.statistics import SiteStatistics
 from training.batches import Batch, CacheBatches, iter_once
 from training.build import build_run
-from training.evaluate import evaluate
+from training.evaluate import HeldoutScore, evaluate
 from training.kernels.adaptive import resolve_precision
 from training.run import TrainingRun
 from training.settings import TrainSettings
@@ -54,7 +55,7 @@ class Point:
     dead_fraction: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """What is trained, and where it is noted."""
 
@@ -64,10 +65,15 @@ class Recipe:
     seed: int = 0
 
     @property
+    def kind(self) -> str:
+        """The architecture's kind."""
+        return str(self.architecture["kind"])
+
+    @property
     def name(self) -> str:
         """A file name."""
         values = "-".join(f"{key}{value}" for key, value in self.architecture.items() if key != "kind")
-        return f"{self.group}-{self.architecture['kind']}-{values}-lr{self.lr:g}-seed{self.seed}"
+        return f"{self.group}-{self.kind}-{values}-lr{self.lr:g}-seed{self.seed}"
 
 
 def transcoder_recipes(lr: float) -> list[Recipe]:
@@ -129,22 +135,8 @@ class Bench:
                 for run in runs:
                     run.step(both)
         for recipe, run in zip(recipes, runs, strict=True):
-            score = evaluate(run.predict, self.heldout(recipe.group))
-            assert score.fvu is not None
-            setting = ", ".join(f"{key} {value}" for key, value in recipe.architecture.items() if key != "kind")
-            point = Point(
-                recipe.group,
-                recipe.architecture["kind"],
-                recipe.seed,
-                recipe.lr,
-                setting,
-                score.l0,
-                score.fvu,
-                score.dead_fraction,
-            )
             save_weights(self.folder / f"{recipe.name}.safetensors", run.folded())
-            self._note(recipe).write_text(json.dumps(asdict(point)))
-            print(json.dumps(asdict(point)), flush=True)
+            note_point(self._note(recipe), recipe, evaluate(run.predict, self.heldout(recipe.group)))
 
     def _build(self, recipe: Recipe) -> TrainingRun:
         site, sides = self.site, dict(self._sides)
@@ -171,7 +163,57 @@ class Bench:
             yield batch if group == "transcoder" else Batch(batch.outputs, batch.outputs)
 
 
-def best_lr(bench: Bench, group: str, architecture: dict[str, Any]) -> float:
+class Peer:
+    """dictionary_learning's SAEs of the output, on the same rows in the same order."""
+
+    def __init__(self, bench: Bench, threads: int) -> None:
+        self._bench, self._threads = bench, threads
+        self._rows = bench.folder / "rows.npy"
+        if not self._rows.exists():
+            with CacheBatches(bench.cache.split("train"), [bench.site], batch_rows=bench.batch_rows, seed=0) as stream:
+                batches = (stream.next_batch()[bench.site.name].outputs for _ in range(bench.steps))
+                write_rows(self._rows, batches, bench.steps * bench.batch_rows)
+
+    def points(self, recipes: Sequence[Recipe]) -> list[Point]:
+        """Return the points of recipes; those that were not trained before are trained side by side."""
+        missing = [recipe for recipe in recipes if not self._note(recipe).exists()]
+        for start in range(0, len(missing), 12):
+            self._train(missing[start : start + 12])
+        return [Point(**json.loads(self._note(recipe).read_text())) for recipe in recipes]
+
+    def _note(self, recipe: Recipe) -> Path:
+        return self._bench.folder / f"peer-{recipe.name}.json"
+
+    def _train(self, recipes: Sequence[Recipe]) -> None:
+        bench = self._bench
+        paths = {recipe: self._note(recipe).with_suffix(".safetensors") for recipe in recipes}
+        train_dictionary_learning(
+            self._rows,
+            [
+                PeerRecipe(recipe.kind, recipe.architecture["k"], recipe.lr, recipe.seed, str(path))
+                for recipe, path in paths.items()
+            ],
+            d_sae=bench.d_sae,
+            batch_rows=bench.batch_rows,
+            steps=bench.steps,
+            threads=self._threads,
+        )
+        for recipe, path in paths.items():
+            score = evaluate(peer_predictor(recipe.kind, path), bench.heldout("sae"))
+            note_point(self._note(recipe), recipe, score)
+
+
+def note_point(path: Path, recipe: Recipe, score: HeldoutScore) -> None:
+    """Keep what a dictionary scored."""
+    assert score.fvu is not None
+    setting = ", ".join(f"{key} {value}" for key, value in recipe.architecture.items() if key != "kind")
+    scores = (score.l0, score.fvu, score.dead_fraction)
+    point = Point(recipe.group, recipe.kind, recipe.seed, recipe.lr, setting, *scores)
+    path.write_text(json.dumps(asdict(point)))
+    print(path.stem, json.dumps(asdict(point)), flush=True)
+
+
+def best_lr(bench: Bench | Peer, group: str, architecture: dict[str, Any]) -> float:
     """Return the learning rate with the lowest held-out FVU."""
     points = bench.points([Recipe(group, architecture, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)])
     return min(points, key=lambda point: point.fvu).lr
@@ -197,16 +239,16 @@ def table(points: Sequence[Point]) -> list[tuple[str, ...]]:
     rows = []
     for kind in dict.fromkeys(point.kind for point in points):
         mine = [point for point in points if point.kind == kind]
-        cells = []
-        for l0 in L0S:
-            by_seed = [
-                fvu
-                for seed in sorted({point.seed for point in mine})
-                if (fvu := fvu_at([point for point in mine if point.seed == seed], l0)) is not None
-            ]
-            cells.append(describe(by_seed))
-        rows.append((kind, *cells))
+        rows.append((kind, *(describe(seeds_at(mine, l0)) for l0 in L0S)))
     return rows
+
+
+def seeds_at(points: Sequence[Point], l0: float) -> list[float]:
+    """Return each seed's FVU at ``l0``."""
+    by_seed = (
+        fvu_at([point for point in points if point.seed == seed], l0) for seed in {point.seed for point in points}
+    )
+    return [fvu for fvu in by_seed if fvu is not None]
 
 
 def describe(values: Sequence[float]) -> str:
@@ -218,6 +260,23 @@ def describe(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
 
+def compare(bench: Bench, peer: Peer) -> None:
+    """Print both sides' SAEs over seeds, and the difference in standard errors."""
+    lr = best_lr(peer, "sae", {"kind": "topk", "k": 32})
+    print("learning rate of the peer's SAEs:", lr, flush=True)
+    theirs = peer.points(sae_recipes(lr))
+    lr = best_lr(bench, "sae", {"kind": "topk", "k": 32})
+    print("learning rate of our SAEs:", lr, flush=True)
+    ours = bench.points(sae_recipes(lr))
+    for kind in ("topk", "batch_topk"):
+        for l0 in L0S:
+            mine, other = (seeds_at([point for point in points if point.kind == kind], l0) for points in (ours, theirs))
+            if len(mine) > 1 and len(other) > 1:
+                error = math.sqrt(statistics.variance(mine) / len(mine) + statistics.variance(other) / len(other))
+                difference = statistics.mean(mine) - statistics.mean(other)
+                print(f"| {kind} | {l0} | {describe(mine)} | {describe(other)} | {difference / error:+.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", type=Path, help="a cache of one MLP, such as the one of `make demo MODEL=smollm2`")
@@ -227,12 +286,16 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peer", action="store_true", help="train dictionary_learning's SAEs and compare")
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
     sizes = {"d_sae": found.d_sae, "batch_rows": found.batch_rows, "steps": found.steps}
     bench = Bench(open_cache(found.cache), found.site, found.out, **sizes)
     lr = best_lr(bench, "transcoder", {"kind": "topk", "k": 32})
     print("learning rate of transcoders:", lr, flush=True)
+    if found.peer:
+        compare(bench, Peer(bench, found.threads))
+        return
     transcoders = bench.points(transcoder_recipes(lr))
     lr = best_lr(bench, "sae", {"kind": "topk", "k": 32})
     print("learning rate of SAEs:", lr, flush=True)

@@ -22,7 +22,8 @@ class CompiledLoop:
     def _compiled(self) -> Callable[..., Any]:
         # half a second, which commands that compile nothing need not spend
         compile_function: Any = importlib.import_module("numba").njit
-        options = {"nogil": True, "fastmath": self._fastmath or False}
+        # Python's rule that dividing by zero raises would keep every loop with a division from being vectorised
+        options = {"nogil": True, "fastmath": self._fastmath or False, "error_model": "numpy"}
         try:
             compiled: Callable[..., Any] = compile_function(cache=True, **options)(self._function)
         except RuntimeError:  # no directory to keep it in can be written to

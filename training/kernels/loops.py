@@ -166,7 +166,7 @@ def keep_largest(values: Any, offsets: Any, k: int, start: int, stop: int, kept:
                 n_equal -= kept[pair]
 
 
-@compiled_loop("contract")
+@compiled_loop("reassoc", "contract", "nsz")
 def adam_rows(
     weights: Any,
     gradient: Any,
@@ -190,7 +190,7 @@ def adam_rows(
     width = weights.shape[1]
     number = weights.dtype.type
     b1, b2, rest1, rest2 = number(beta1), number(beta2), number(1 - beta1), number(1 - beta2)
-    lr, root, eps, factor = number(rate), number(root_correction), number(epsilon), number(scale)
+    lr, per_root, eps, factor = number(rate), number(1 / root_correction), number(epsilon), number(scale)
     for row in range(start, stop):
         w, g, m, v = weights[row], gradient[row], mean[row], square[row]
         along = 0.0
@@ -203,7 +203,7 @@ def adam_rows(
             slope = factor * (g[column] - part * w[column])
             m[column] = b1 * m[column] + rest1 * slope
             v[column] = b2 * v[column] + rest2 * slope * slope
-            w[column] -= lr * m[column] / (np.sqrt(v[column]) / root + eps)
+            w[column] -= lr * m[column] / (np.sqrt(v[column]) * per_root + eps)
         if unit_norm:
             for column in range(width):
                 total += w[column] * w[column]

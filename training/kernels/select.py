@@ -4,9 +4,10 @@ All pre-activations are computed once, chunk by chunk of rows, in bfloat16 where
 it, and raised by a margin that covers what rounding can have taken away. Whatever could be selected is above its cut in
 these *screened* numbers; only those few candidates are computed exactly, and the selection is made among them.
 
-The margin. Rounding x and w to bfloat16 changes their product by at most 2⁻⁸ ‖x‖ ‖w‖ (each number by at most 2⁻⁹ of
-itself, then Cauchy-Schwarz); sums are float32. The result is rounded by at most 2⁻⁹ of itself, which leaves its sign
-alone and is allowed for where a cut is not zero. So nothing is missed, whatever the scale of the activations.
+The margin. With x and w rounded to u and v, their product changes by at most ‖x − u‖ ‖v‖ + ‖x‖ ‖w − v‖
+(Cauchy-Schwarz), whose norms are computed: about half of the 2⁻⁸ ‖x‖ ‖w‖ that rounding could do at worst. Sums are
+float32. The result is rounded by at most 2⁻⁹ of itself, which leaves its sign alone and is allowed for where a cut is
+not zero. So nothing is missed, whatever the scale of the activations.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ CHUNK_BYTES = 12 << 20
 _ROW_STEP = 32
 """Chunks are a multiple of this many rows: the matrix product is up to a fifth slower for a count such as 682."""
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20, torch.float64: 2.0**-48}
-"""Largest change of a product, in ‖x‖ ‖w‖, and of a result, in itself; in float32 and float64 by the order of sums."""
+"""Largest change of a number by rounding, with something to spare; in float32 and float64 by the order of sums."""
+_SUMMING = {torch.bfloat16: 2.0**-20, torch.float32: 2.0**-20, torch.float64: 2.0**-48}
+"""Largest change of a product by the order of its sum, in ‖x‖ ‖w‖."""
 _GUESS = 0.9
 """Share of the last batch's threshold from which the next batch's candidates are collected."""
 _GROUPS = 6
@@ -51,10 +54,7 @@ class Selector:
         self, inputs: Tensor, W_enc: Tensor, bias: Tensor, selection: Selection, whole: WholeBatch = ALONE
     ) -> tuple[Pairs, Tensor]:
         """Return the selected pairs of ``inputs`` (rows, d_in) and their exact pre-activations (n_pairs,)."""
-        self._take_weights(W_enc)
-        norms = torch.linalg.vector_norm(W_enc, dim=1)
-        largest = torch.linalg.vector_norm(inputs, dim=1).max()
-        margin = norms * largest * _ROUNDING[self._dtype]
+        margin = self._margin(inputs, self._take_weights(W_enc), W_enc)
         match selection:
             case Above(floor):
                 raised = bias if floor is None else bias - floor
@@ -134,10 +134,16 @@ class Selector:
         n_rows = CHUNK_BYTES // (d_sae * self._screened.element_size())
         return max(_ROW_STEP, n_rows // _ROW_STEP * _ROW_STEP)
 
-    def _take_weights(self, W_enc: Tensor) -> None:
+    def _take_weights(self, W_enc: Tensor) -> Tensor:
         if self._weights is None or self._weights.shape != W_enc.shape:
             self._weights = torch.empty_like(W_enc, dtype=self._dtype)
-        self._weights.copy_(W_enc)
+        return self._weights.copy_(W_enc)
+
+    def _margin(self, inputs: Tensor, rounded: Tensor, W_enc: Tensor) -> Tensor:
+        """Return, for each feature, more than screening can be off for any of the rows; see the module docstring."""
+        norms, lost = _norms(W_enc, rounded)
+        of_inputs, lost_of_inputs = (found.max() for found in _norms(inputs, inputs.to(self._dtype)))
+        return (norms + lost) * (lost_of_inputs + of_inputs * _SUMMING[self._dtype]) + of_inputs * lost
 
     def _screen(self, inputs: Tensor, bias: Tensor) -> Tensor:
         """Return screened pre-activations (rows, d_sae), in memory that the next call uses again."""
@@ -157,6 +163,14 @@ class Selector:
             if n_found >= 0:
                 return self._columns[:n_found].copy(), counts
             self._columns = np.empty(2 * len(self._columns), np.int64)
+
+
+def _norms(rows: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the norm of each row, and of what it lost by rounding."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    if rows.dtype == rounded.dtype:
+        return norms, torch.zeros_like(norms)
+    return norms, torch.linalg.vector_norm(rows - rounded, dim=1)
 
 
 def _ordered(values: Tensor) -> np.ndarray:
