@@ -20,7 +20,10 @@ from training.evaluate import evaluate
 
 def predict_zero(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Predict (0, 0); of three features the first fires on every row, the second on none, the third on the first."""
-    return torch.zeros(len(inputs), 2), torch.tensor([len(inputs), 0, 1])
+    active = torch.zeros(len(inputs), 3, dtype=torch.bool)
+    active[:, 0] = True
+    active[0, 2] = True
+    return torch.zeros(len(inputs), 2), active
 
 
 TARGETS = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])
@@ -43,11 +46,59 @@ def test_l0_and_dead_fraction_count_firings() -> None:
     assert score.dead_fraction == pytest.approx(1 / 3)
 
 
+def test_l0_quantiles_are_numbers_of_features_that_rows_have() -> None:
+    # batches of 1 and 3 rows: L0 of the rows is 2, then 2, 1, 1
+    score = evaluate(predict_zero, [Batch(TARGETS[:1], TARGETS[:1]), Batch(TARGETS, TARGETS)])
+    assert score.l0 == pytest.approx(6 / 4)
+    assert list(score.l0_quantiles.items()) == [
+        ("l0_min", 1),
+        ("l0_p05", 1),
+        ("l0_p25", 1),
+        ("l0_p50", 1),  # the 2nd smallest of 4
+        ("l0_p75", 2),
+        ("l0_p95", 2),
+        ("l0_max", 2),
+    ]
+
+
+def test_frequent_features_are_counted_and_weighted_by_their_firings() -> None:
+    # 12 rows in 4 batches: the features fire on 12, 0 and 4 of them
+    score = evaluate(predict_zero, [Batch(TARGETS, TARGETS)] * 4)
+    assert score.frequent == {
+        "freq_over_1_percent": pytest.approx(2 / 3),
+        "normalized_freq_over_1_percent": pytest.approx(1),
+        "freq_over_10_percent": pytest.approx(2 / 3),
+        "normalized_freq_over_10_percent": pytest.approx(1),
+    }
+
+    def fire(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        active = torch.zeros(len(inputs), 3, dtype=torch.bool)
+        active[0, 0] = active[:5, 1] = active[:, 2] = True  # of 100 rows: 1, 5 and 100
+        return torch.zeros(len(inputs), 2), active
+
+    rows = torch.arange(200.0).reshape(100, 2)
+    assert evaluate(fire, [Batch(rows, rows)]).frequent == {
+        "freq_over_1_percent": pytest.approx(2 / 3),  # exactly 1 percent is not over it
+        "normalized_freq_over_1_percent": pytest.approx(105 / 106),
+        "freq_over_10_percent": pytest.approx(1 / 3),
+        "normalized_freq_over_10_percent": pytest.approx(100 / 106),
+    }
+
+
+def test_density_histogram_has_dead_features_in_its_first_bin_and_constant_ones_in_its_last() -> None:
+    score = evaluate(predict_zero, [Batch(TARGETS, TARGETS)] * 4)
+    counts = score.log10_frequency["counts"]
+    # log10 of 0, 1/3 and 1 is -10, -0.477 and 0; bins are a quarter wide
+    assert (len(counts), counts[0], counts[38], counts[39]) == (40, 1, 1, 1)
+    assert score.mean_log10_frequency == pytest.approx((-10 + math.log10(1 / 3) + 0) / 3)
+    assert "log10_frequency" not in score.record()
+
+
 def test_fvu_survives_a_mean_far_larger_than_the_spread() -> None:
     targets = torch.tensor([[4096.0, 0.0], [4097.0, 0.0]])
 
     def predict(inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return targets + torch.tensor([0.5, 0.0]), torch.zeros(1, dtype=torch.int64)
+        return targets + torch.tensor([0.5, 0.0]), torch.zeros(2, 1, dtype=torch.bool)
 
     assert evaluate(predict, [Batch(targets, targets)]).fvu == pytest.approx(0.5 / 0.5)
 

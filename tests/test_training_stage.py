@@ -57,7 +57,13 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResul
 def test_published_transcoder_is_whole_and_keeps_no_checkpoints(trained: TrainResult) -> None:
     assert verify_artifact(trained.path, "transcoder") == []
     manifest = json.loads((trained.path / "manifest.json").read_text())
-    assert sorted(manifest["files"]) == ["metrics.jsonl", "snapshots/000000030.safetensors", "weights.safetensors"]
+    assert sorted(manifest["files"]) == [
+        "log_feature_sparsity.safetensors",
+        "metrics.jsonl",
+        "snapshots/000000030.safetensors",
+        "snapshots/000000030_log_feature_sparsity.safetensors",
+        "weights.safetensors",
+    ]
     assert not (trained.path / "checkpoints").exists()
 
 
@@ -80,6 +86,7 @@ def test_saved_weights_have_the_score_the_run_reported_on_raw_rows(cache: Path, 
 
 def test_metrics_file_ends_with_the_score_over_all_held_out_rows(trained: TrainResult) -> None:
     lines = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
+    assert sum(lines[-1].pop("log10_frequency")["counts"]) == QUICK["d_sae"]
     assert lines[-1] == {"step": 60, "rows": 60 * 64, "split": "heldout", **trained.metrics["heldout"]}
     assert lines[-2]["split"] == "train"
 

@@ -1,4 +1,4 @@
-"""How good a transcoder is on rows it was not trained on: FVU, L0, dead features.
+"""How good a transcoder is on rows it was not trained on: FVU, L0, how often its features fire.
 
 FVU is pooled: squared error summed over all rows, over the squared distance of all targets from *their own* mean. It is
 not an average of per-batch or per-row ratios, which would weigh rows with small outputs more.
@@ -7,7 +7,7 @@ not an average of per-batch or per-row ratios, which would weigh rows with small
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,13 +15,18 @@ from torch import Tensor
 
 from training.architectures.base import Transcoder
 from training.batches import Batch
+from training.firing_frequency import histogram, log10_frequency
+from training.l0_distribution import l0_quantiles
+
+FREQUENT = {"1_percent": 0.01, "10_percent": 0.1}
+"""Frequencies above which a feature counts as frequent, by the ending of the metric's name."""
 
 
 class Predictor(Protocol):
-    """Maps raw inputs (rows, d_in) to predicted raw outputs (rows, d_out) and firing counts (d_sae,)."""
+    """Maps raw inputs (rows, d_in) to predicted raw outputs (rows, d_out), and says what fired."""
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (outputs, number of rows on which each feature fired)."""
+        """Return (outputs, bool (rows, d_sae): which features fired)."""
         ...
 
 
@@ -34,12 +39,29 @@ class HeldoutScore:
     """Fraction of variance unexplained; None if the targets do not vary."""
     l0: float
     """Mean number of features that fire on a row."""
+    l0_quantiles: dict[str, int]
+    """Quantiles over rows of the number of features that fire, by name (``l0_min`` … ``l0_max``)."""
     dead_fraction: float
     """Share of features that fire on none of the rows."""
+    mean_log10_frequency: float
+    """Mean over features of log10(frequency + 1e-10)."""
+    frequent: dict[str, float]
+    """``freq_over_…``: share of features that fire on more than 1 or 10 percent of rows; ``normalized_freq_over_…``:
+    the share of all firings that are theirs. The names are those of SAEBench."""
+    log10_frequency: dict[str, Any]
+    """Histogram over features of log10(frequency + 1e-10), in fixed bins (``training.firing_frequency``)."""
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as JSON."""
-        return asdict(self)
+        """Return the numbers, without the histogram, as flat JSON."""
+        return {
+            "n_rows": self.n_rows,
+            "fvu": self.fvu,
+            "l0": self.l0,
+            **self.l0_quantiles,
+            "dead_fraction": self.dead_fraction,
+            "mean_log10_frequency": self.mean_log10_frequency,
+            **self.frequent,
+        }
 
 
 class _Sums:
@@ -52,18 +74,20 @@ class _Sums:
         self.origin: Tensor | None = None
         self.offsets: Tensor | None = None
         self.n_active: Tensor | None = None
+        self.l0: list[Tensor] = []
 
-    def add(self, targets: Tensor, predicted: Tensor, n_active: Tensor) -> None:
+    def add(self, targets: Tensor, predicted: Tensor, active: Tensor) -> None:
         if self.origin is None or self.offsets is None or self.n_active is None:
             self.origin = targets[0].clone()
             self.offsets = torch.zeros(targets.shape[1], dtype=torch.float64)
-            self.n_active = torch.zeros(len(n_active), dtype=torch.int64)
+            self.n_active = torch.zeros(active.shape[1], dtype=torch.int64)
         shifted = targets - self.origin
         self.n_rows += len(targets)
         self.error += _sum_of_squares(predicted - targets)
         self.squares += _sum_of_squares(shifted)
         self.offsets += shifted.sum(0).cpu().double()
-        self.n_active += n_active.cpu()
+        self.n_active += active.sum(0).cpu()
+        self.l0.append(active.sum(1).cpu())
 
 
 def _sum_of_squares(rows: Tensor) -> float:
@@ -75,17 +99,32 @@ def evaluate(predict: Predictor, batches: Iterable[Batch]) -> HeldoutScore:
     """Score ``predict`` on raw ``batches``; there must be at least one row."""
     sums = _Sums()
     for batch in batches:
-        outputs, n_active = predict(batch.inputs)
-        sums.add(batch.outputs, outputs, n_active)
+        outputs, active = predict(batch.inputs)
+        sums.add(batch.outputs, outputs, active)
     if sums.offsets is None or sums.n_active is None:
         raise ValueError("no rows to evaluate on")
+    log10 = log10_frequency(sums.n_active, sums.n_rows)
     spread = sums.squares - float(sums.offsets.pow(2).sum()) / sums.n_rows
     return HeldoutScore(
         n_rows=sums.n_rows,
         fvu=sums.error / spread if spread > 0 else None,
         l0=int(sums.n_active.sum()) / sums.n_rows,
+        l0_quantiles=l0_quantiles(torch.cat(sums.l0)),
         dead_fraction=int((sums.n_active == 0).sum()) / len(sums.n_active),
+        mean_log10_frequency=float(log10.mean()),
+        frequent=_frequent(sums.n_active, sums.n_rows),
+        log10_frequency=histogram(log10),
     )
+
+
+def _frequent(n_active: Tensor, n_rows: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    n_firings = max(1, int(n_active.sum()))
+    for name, above in FREQUENT.items():
+        frequent = n_active.double() / n_rows > above
+        found[f"freq_over_{name}"] = float(frequent.double().mean())
+        found[f"normalized_freq_over_{name}"] = int(n_active[frequent].sum()) / n_firings
+    return found
 
 
 def predictor(transcoder: Transcoder) -> Predictor:
@@ -93,6 +132,6 @@ def predictor(transcoder: Transcoder) -> Predictor:
 
     def predict(inputs: Tensor) -> tuple[Tensor, Tensor]:
         activations = transcoder.encode(inputs)
-        return transcoder.decode(activations, inputs), (activations > 0).sum(0)
+        return transcoder.decode(activations, inputs), activations > 0
 
     return predict

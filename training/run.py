@@ -101,7 +101,7 @@ class TrainingRun:
         self.transcoder.begin_step(self.n_steps_done)
         per_row = self.wants_rows(self.n_steps_done + 1)
         result = self._kernel(self.transcoder, batch, self.objective, self._extra, per_row=per_row)
-        if (self.n_steps_done + 1) % self._check_every == 0:
+        if per_row or (self.n_steps_done + 1) % self._check_every == 0:
             self._refuse_non_finite(result.losses["loss"])
         self.latest_lr = self.current_lr
         self.optimiser.step(self.latest_lr)
@@ -127,11 +127,11 @@ class TrainingRun:
 
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return predicted raw outputs of raw inputs and how often each feature fired."""
+        """Return predicted raw outputs of raw inputs, and which features fired, bool (rows, d_sae)."""
         normalised = self.on_device.inputs(inputs)
         activations = self.scored.encode(normalised)
         outputs = self.scored.decode(activations, normalised)
-        return self.on_device.restore(outputs), (activations > 0).sum(0)
+        return self.on_device.restore(outputs), activations > 0
 
     def folded(self) -> Transcoder:
         """Return the transcoder as it would be published: raw inputs to raw outputs, on the CPU."""

@@ -76,6 +76,12 @@ class TrainSettings(Settings):
     """Held-out rows used before the end."""
     dead_after_steps: Quantity = Field(default=1000, ge=1)
     """Steps without firing after which the training log counts a feature as dead."""
+    feature_sampling_window: Quantity = Field(default=2000, ge=1)
+    """Steps over which it is counted how often each feature fires."""
+    dead_feature_threshold: float = Field(default=1e-8, ge=0, le=1)
+    """Frequency in that window below which sparsity/dead_features counts a feature."""
+    keep_best: bool = False
+    """Keep the weights that had the lowest FVU on the same evaluation_rows held-out rows, as best.safetensors."""
     snapshots: Quantity = Field(default=0, ge=0)
     """Evenly spaced copies of the transcoder kept from the way to the end."""
     seed: int = Field(default=0, ge=0)

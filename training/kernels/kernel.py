@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from training.architectures.base import Trace, Transcoder
+from training.architectures.base import Trace, Transcoder, exact
 from training.batches import Batch
 from training.entries import Entries
 from training.objectives import Objective
@@ -110,7 +110,7 @@ def finish(
     active, outputs = activations > 0, trace.outputs.detach()
     rows = None
     if per_row:
-        l1 = entries.row_sums(activations).to(batch.outputs.dtype) / transcoder.activation_unit
+        l1 = entries.row_sums(exact(activations, batch.outputs)) / transcoder.activation_unit
         rows = PerRow(entries.row_sums(active), l1, outputs, batch.outputs)
     n_rows = entries.whole.n_rows(len(batch.inputs))
     return StepResult(losses, entries.whole.total(entries.count(active)), outputs, n_rows, rows)

@@ -1,0 +1,258 @@
+"""Where metrics go besides ``metrics.jsonl``: TensorBoard and Weights & Biases, each an optional extra.
+
+A logger changes no result. One that cannot be started stops the command before training; one that fails later is
+warned of once and left out, and training goes on. Every number is logged at its training step, and a run that is
+resumed logs no step twice: what an earlier process sent after the checkpoint is hidden (TensorBoard) or not sent again
+(W&B), and would be the same numbers anyway.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from storage.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+_WANDB_STATE = "run.json"
+
+WandbMode = Literal["auto", "online", "offline"]
+
+
+class Logger(Protocol):
+    """Receives the metrics of one run."""
+
+    name: str
+    """What the user calls it."""
+
+    def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:
+        """Get ready to log steps after ``first_step`` of the run in ``directory``; ``config``: its settings as JSON.
+
+        Raises SettingsError if it cannot.
+        """
+        ...
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers at ``step``; steps never fall."""
+        ...
+
+    def log_histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """Log ``counts`` in the bins between ``edges``, one more than there are counts."""
+        ...
+
+    def close(self) -> None:
+        """Write what is pending."""
+        ...
+
+
+class TensorBoardLogger:
+    """Event files in ``tensorboard/`` of the run's directory. Needs the extra ``tailrace[tensorboard]``."""
+
+    name = "TensorBoard"
+
+    def __init__(self) -> None:
+        self._writer: Any = None
+
+    def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:  # noqa: ARG002
+        """Open a new event file; what older ones hold after ``first_step`` is hidden."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SettingsError(
+                f"TensorBoard cannot be used, because a package is missing ({error}): "
+                "pip install 'tailrace[tensorboard]', or leave TensorBoard out"
+            ) from error
+        self._writer = SummaryWriter(str(directory / TENSORBOARD), purge_step=first_step + 1)
+        self._writer.add_text("settings", f"```\n{json.dumps(config, indent=2)}\n```", first_step + 1)
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one point per number."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """Write the bins; sums are those of the bins' middles."""
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+        total = sum(count * middle for count, middle in zip(counts, middles, strict=True))
+        squares = sum(count * middle**2 for count, middle in zip(counts, middles, strict=True))
+        self._writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=total,
+            sum_squares=squares,
+            bucket_limits=list(edges[1:]),
+            bucket_counts=list(counts),
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandbLogger:
+    """A Weights & Biases run with files in ``wandb/`` of the run's directory. Needs the extra ``tailrace[wandb]``.
+
+    ``auto`` goes offline where no key is found or the server does not answer; ``wandb sync`` sends such a run later.
+    WANDB_MODE, where set, is obeyed instead.
+    """
+
+    name = "W&B"
+
+    def __init__(self, project: str = "tailrace", *, mode: WandbMode = "auto", start_timeout: float = 20.0) -> None:
+        self._project, self._mode, self._timeout = project, mode, start_timeout
+        self._run: Any = None
+        self._last_step = 0
+        self._state = Path()
+
+    def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:
+        """Begin a run, or continue the one begun in ``directory`` if training continues too."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise SettingsError(
+                f"W&B cannot be used, because a package is missing ({error}): "
+                "pip install 'tailrace[wandb]', or leave W&B out"
+            ) from error
+        folder = directory / WANDB
+        folder.mkdir(exist_ok=True)
+        self._state = folder / _WANDB_STATE
+        run_id, self._last_step = self._earlier(first_step)
+        mode = self._choose_mode(wandb)
+        arguments: dict[str, Any] = {
+            "project": self._project,
+            "name": run_name,
+            "id": run_id,
+            "resume": "allow",
+            "dir": str(directory),
+            "config": dict(config),
+        }
+        quiet = {"init_timeout": self._timeout, "silent": True, "console": "off"}
+        try:
+            self._run = wandb.init(mode=mode, settings=wandb.Settings(**quiet), **arguments)
+        except (wandb.errors.Error, OSError, TimeoutError) as error:
+            if self._mode != "auto" or mode == "offline":
+                raise SettingsError(
+                    f"W&B did not start ({error}): check the key (wandb login) and the network, "
+                    "or choose the mode offline"
+                ) from error
+            logger.warning("W&B did not start online (%s): logging offline, 'wandb sync' sends it later", error)
+            self._run = wandb.init(mode="offline", settings=wandb.Settings(**quiet), **arguments)
+        self._remember(run_id)
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers unless this step was sent before training was interrupted."""
+        self._log(step, dict(values))
+
+    def log_histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """Send the bins unless this step was sent before."""
+        import wandb
+
+        self._log(step, {name: wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))})
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            self._run.finish()
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if step <= self._last_step:
+            return
+        self._run.log(values, step=step)
+        self._remember(self._run.id, step - 1)
+
+    def _earlier(self, first_step: int) -> tuple[str, int]:
+        """Return the run's id and the last step it has; a run that starts from nothing is a new one."""
+        if first_step > 0 and self._state.exists():
+            state = json.loads(self._state.read_text())
+            return state["id"], state["last_step"]
+        return uuid.uuid4().hex[:8], 0
+
+    def _remember(self, run_id: str, last_step: int | None = None) -> None:
+        # the latest step may get more values, so it only counts as sent once a later one is
+        state = {"id": run_id, "last_step": self._last_step if last_step is None else max(self._last_step, last_step)}
+        temporary = self._state.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state))
+        temporary.rename(self._state)
+
+    def _choose_mode(self, wandb: Any) -> Any:
+        if asked := os.environ.get("WANDB_MODE"):
+            return asked
+        if self._mode != "auto":
+            return self._mode
+        if wandb.api.api_key:
+            return "online"
+        logger.info("no W&B key found: logging offline, 'wandb sync' sends it later")
+        return "offline"
+
+
+class Loggers:
+    """The loggers of one run, none of which can stop it once it is under way."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._active = list(loggers)
+
+    def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:
+        """Start all of them. Raises SettingsError with what is wrong with each that cannot be."""
+        problems = []
+        for one in self._active:
+            try:
+                one.start(directory, run_name, config, first_step)
+            except SettingsError as error:
+                problems.append(str(error))
+        if problems:
+            self.close()
+            raise SettingsError("\n".join(problems))
+
+    def log(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Log the numbers among ``values``."""
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
+        for one in list(self._active):
+            self._guarded(one, partial(one.log_scalars, step, numbers))
+
+    def log_histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """Log one histogram."""
+        for one in list(self._active):
+            self._guarded(one, partial(one.log_histogram, step, name, counts, edges))
+
+    def close(self) -> None:
+        """Close all of them."""
+        for one in list(self._active):
+            self._guarded(one, one.close)
+        self._active = []
+
+    def _guarded(self, one: Logger, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever goes wrong in a logger must not cost the training run
+            self._active.remove(one)
+            logger.warning(
+                "%s failed (%s) and is left out from here on; metrics.jsonl has every number", one.name, error
+            )
+
+
+def build_loggers(
+    *, tensorboard: bool = False, wandb_project: str | None = None, wandb_mode: WandbMode = "auto"
+) -> list[Logger]:
+    """Return new loggers for one run: those asked for."""
+    chosen: list[Logger] = []
+    if tensorboard:
+        chosen.append(TensorBoardLogger())
+    if wandb_project is not None:
+        chosen.append(WandbLogger(wandb_project, mode=wandb_mode))
+    return chosen
