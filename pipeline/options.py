@@ -6,8 +6,9 @@ A flag that is not given is not passed on: defaults stay with the settings class
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from storage.errors import SettingsError
 from storage.settings import Settings, load_yaml
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,9 +25,17 @@ Read = TypeVar("Read", bound=Settings)
 _TAG = "kind"
 
 
-def settings_options(settings: type[Settings], required: tuple[str, ...] = ()) -> Callable[[Command], Command]:
-    """Return a decorator that adds ``--config`` and a flag per setting; values arrive in the argument ``given``."""
+def settings_options(
+    settings: type[Settings], required: tuple[str, ...] = (), also: Mapping[str, type[Settings]] | None = None
+) -> Callable[[Command], Command]:
+    """Return a decorator that adds ``--config`` and a flag per setting; values arrive in the argument ``given``.
+
+    ``also`` has further classes by what their flags' help begins with. A name in several is one flag for all of them.
+    """
     flags = list(_flags(settings, required))
+    for beginning, further in (also or {}).items():
+        known = {flag.names[-1] for flag in flags}
+        flags += [flag.explained(beginning) for flag in _flags(further, ()) if flag.names[-1] not in known]
 
     def decorate(command: Command) -> Command:
         for flag in reversed(flags):
@@ -38,13 +48,72 @@ def settings_options(settings: type[Settings], required: tuple[str, ...] = ()) -
 
 def read_settings(settings: type[Read], config: Path | None, given: dict[str, Any]) -> Read:
     """Merge a configuration file with the flags that were given, and validate once."""
-    flags = {name: value for name, value in given.items() if value is not None and value != ()}
     loaded = load_yaml(config) if config else {}
+    return _read(settings, loaded, given, str(config) if config else "the settings")
+
+
+def _read(settings: type[Read], loaded: dict[str, Any], given: Mapping[str, Any], where: str) -> Read:
+    flags = {name: value for name, value in given.items() if value is not None and value != ()}
     for name, field in settings.model_fields.items():
         variants = _variants(field)
         if variants:
             _merge_variant(loaded, flags, name, variants)
-    return settings.read(loaded, flags, where=str(config) if config else "the settings")
+    return settings.read(loaded, flags, where=where)
+
+
+def read_settings_together(
+    classes: Sequence[type[Settings]], config: Path | None, given: dict[str, Any]
+) -> list[Settings]:
+    """Read one configuration file and one set of flags as several settings, each taking the names it knows.
+
+    Raises SettingsError with the problems of all; names that none knows are the first one's.
+    """
+    loaded = load_yaml(config) if config else {}
+    names = [setting_fields(settings).keys() for settings in classes]
+    unknown = (loaded.keys() | given.keys()) - set().union(*names)
+    where = str(config) if config else "the settings"
+    read, problems = [], []
+    for settings, own in zip(classes, names, strict=True):
+        mine = own | unknown if settings is classes[0] else own
+        try:
+            read.append(
+                _read(
+                    settings,
+                    {name: value for name, value in loaded.items() if name in mine},
+                    {name: value for name, value in given.items() if name in mine},
+                    where,
+                )
+            )
+        except SettingsError as error:
+            problems.append(str(error))
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return read
+
+
+def setting_fields(settings: type[Settings]) -> dict[str, FieldInfo]:
+    """Return every setting by the name of its flag: those of nested settings are beside the choice of their kind."""
+    fields = {}
+    for name, field in settings.model_fields.items():
+        fields[name] = field
+        for kind in _variants(field).values():
+            fields |= {inner: about for inner, about in kind.model_fields.items() if inner != _TAG}
+    return fields
+
+
+def flat_values(settings: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of some of the settings by the names of their flags.
+
+    Nested settings become the kind under their own name, and their settings beside it.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        field = settings.model_fields.get(name)
+        if isinstance(value, Mapping) and field is not None and _variants(field):
+            flat |= {name if inner == _TAG else inner: nested for inner, nested in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 class _Listed(click.Choice[str]):
@@ -59,6 +128,12 @@ class _Flag:
         dashed = name.replace("_", "-")
         self.names = [f"--{dashed}/--no-{dashed}" if attributes.get("is_flag") else f"--{dashed}", name]
         self.attributes = {"default": None, **attributes}
+
+    def explained(self, beginning: str) -> _Flag:
+        """Return the flag with a beginning to its help."""
+        flag = copy.copy(self)
+        flag.attributes = {**self.attributes, "help": f"{beginning}{self.attributes['help']}"}
+        return flag
 
 
 def _flags(settings: type[Settings], required: tuple[str, ...]) -> Iterator[_Flag]:

@@ -185,6 +185,7 @@ def _member(one: OpenRun, source: TrainingSource, origins: Origins, give_up: Giv
 def _publish(one: OpenRun, source: TrainingSource, origins: Origins) -> None:
     files = one.session.export()
     one.draft.publish(_describe(one, source, origins), files)
+    Checkpoints(one.path / CHECKPOINTS).discard_after(-1)
     logger.info("%s: published after %d steps", one.path, one.run.n_steps_done)
 
 

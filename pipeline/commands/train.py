@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline import train
+from pipeline import sweep, train
 from pipeline.commands import options
-from pipeline.options import read_settings, settings_options
+from pipeline.live.settings import LiveSettings
+from pipeline.model_scores import ModelScoreSettings
+from pipeline.options import read_settings_together, setting_fields, settings_options
+from pipeline.sweep import SweepResult
+from pipeline.sweep_grid import Point, expand, read_grid
+from pipeline.sweep_table import FINISHED, RUNS_TABLE, RunOutcome
+from storage.errors import SettingsError
+from storage.settings import Settings
 from training.settings import TrainSettings
+
+YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("train")
-@click.argument("cache", type=options.ARTIFACT)
+@click.argument("cache", type=options.ARTIFACT, required=False)
 @options.out
-@settings_options(TrainSettings)
+@settings_options(TrainSettings, also={"": ModelScoreSettings, "with --live: ": LiveSettings})
+@click.option("--live", is_flag=True, help="Train on rows straight from --model on --dataset, without a CACHE.")
+@click.option("--sweep", "sweeps", multiple=True, metavar="NAME=VALUE,…", help="Train a run per value. Repeatable.")
+@click.option("--sweep-file", type=YAML_FILE, help="YAML: settings with lists of values, or a list of runs.")
+@click.option("--from", "start_from", type=options.ARTIFACT, help="Transcoder to start from, of the same shape.")
 @click.option("--fresh", is_flag=True, help="Throw an unfinished run at --out away instead of continuing it.")
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps between.")
 @options.device
 @options.threads
 @options.quiet
 def command(
-    cache: Path,
+    cache: Path | None,
     output: Path,
     config: Path | None,
+    live: bool,
+    sweeps: tuple[str, ...],
+    sweep_file: Path | None,
+    start_from: Path | None,
     fresh: bool,
     checkpoint_steps: int,
     device: str,
@@ -33,24 +51,49 @@ def command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Train a transcoder on one site of CACHE.
+    """Train a transcoder on one site of CACHE, or several side by side.
 
     \b
     pipeline train caches/gpt2-l8 --architecture topk --k 64 --out transcoders/gpt2-l8
+    pipeline train caches/gpt2-l8 --sweep k=16,32,64 --sweep lr=2e-4,4e-4 --out sweeps/gpt2-l8
+    pipeline train --live --model gpt2 --layers 8 --dataset Skylion007/openwebtext \\
+        --rows 60M --out transcoders/gpt2-l8
 
-    Continues where it stopped if it was interrupted. No language model is loaded.
+    Continues where it stopped if it was interrupted. From a cache, no language model is loaded.
     """
-    settings = read_settings(TrainSettings, config, given)
-    result = train.run(
-        settings,
-        cache=cache,
-        output=output,
-        device=device,
-        threads=threads,
-        quiet=quiet,
-        fresh=fresh,
-        checkpoint_steps=checkpoint_steps,
-    )
+    given = {name: value for name, value in given.items() if value is not None and value != ()}
+    if live == (cache is not None):
+        raise click.UsageError("give --live or CACHE, not both" if live else "give CACHE, or --live with a --model")
+    # beside a cache, --model is no setting: it says where the model lies that the cache was made with
+    model = None if live else given.pop("model", None)
+    if not live:
+        refuse_live_settings(given)
+    classes: list[type[Settings]] = [TrainSettings, ModelScoreSettings, *([LiveSettings] if live else [])]
+
+    def read(point: Point) -> tuple[Any, ...]:
+        return tuple(read_settings_together(classes, config, {**given, **point}))
+
+    points = read_grid(sweeps, sweep_file) if sweeps or sweep_file else [{}]
+    _, *shared = read(points[0])
+    place: dict[str, Any] = {
+        "cache": cache,
+        "live": shared[1] if live else None,
+        "output": output,
+        "device": device,
+        "threads": threads,
+        "quiet": quiet,
+        "fresh": fresh,
+        "checkpoint_steps": checkpoint_steps,
+        "start_from": start_from,
+        "model_scores": shared[0],
+        "model": model,
+    }
+    if sweeps or sweep_file:
+        swept = sweep.run(expand(points, lambda point: read(point)[0]), **place)
+        if not quiet:
+            show_sweep(swept)
+        return
+    result = train.run(read({})[0], **place)
     if not quiet:
         click.echo(f"{result.path}: {show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and score["fvu"] > 1:
@@ -58,6 +101,14 @@ def command(
                 "warning: FVU above 1 is worse than always predicting the mean; train for longer, or with a lower --lr",
                 err=True,
             )
+
+
+def refuse_live_settings(given: Collection[str]) -> None:
+    """Raise SettingsError for flags that mean something with ``--live`` only."""
+    others = setting_fields(TrainSettings).keys() | ModelScoreSettings.model_fields.keys()
+    if misplaced := [name for name in LiveSettings.model_fields if name in given and name not in others]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in misplaced)
+        raise SettingsError(f"{flags}: only with --live; a cache has decided it already. Leave it out")
 
 
 def show_metrics(metrics: dict[str, Any]) -> str:
@@ -69,3 +120,18 @@ def show_metrics(metrics: dict[str, Any]) -> str:
         f"{metrics['steps']:,} steps, held-out FVU {score['fvu']:.4f}, L0 {score['l0']:.1f}, "
         f"dead features {score['dead_fraction']:.1%}"
     )
+
+
+def show_sweep(result: SweepResult) -> None:
+    """Print one line for every run, and where the table is."""
+    width = max(len(one.name) for one in result.runs)
+    for one in result.runs:
+        click.echo(f"{one.name.ljust(width)}  {show_outcome(one)}")
+    click.echo(f"{result.path / RUNS_TABLE}: written")
+
+
+def show_outcome(outcome: RunOutcome) -> str:
+    """Return how a run ended in one line."""
+    if outcome.status == FINISHED:
+        return show_metrics(outcome.metrics)
+    return f"diverged after {outcome.metrics['steps']:,} steps: {outcome.metrics['reason']}"
