@@ -61,7 +61,7 @@ def test_settings_of_every_architecture_are_flags_that_say_whose_they_are(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     text = " ".join(command(capsys, "train", "--help").out.split())
-    assert "--architecture [relu|topk" in text
+    assert "--architecture [topk|batch_topk|jumprelu|relu|gated|matryoshka" in text
     assert re.search(r"--k N [^-]*topk[^:]*: ", text)
     settings = read(TrainSettings, "--architecture", "topk", "--k", "7", "--steps", "1e3")
     assert (settings.architecture.kind, settings.architecture.k, settings.steps) == ("topk", 7, 1000)
