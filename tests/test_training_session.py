@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pipeline.train import TrainResult, run
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import SettingsError
+from tests.test_training_trainer import PlantedRows, build
 from tests.training_caches import publish_cache, random_rows, small_cache
+from training.architectures import TopK
 from training.batches import iter_once
 from training.evaluate import evaluate, predictor
-from training.session import log_sparsity_name
+from training.run import TrainingRun
+from training.session import N_RESAMPLED, Session, log_sparsity_name
 from training.settings import TrainSettings
 from training.transcoder import load_transcoder
 
@@ -134,6 +139,43 @@ def test_the_last_weights_can_be_the_best_on_the_same_rows_as_the_others(cache: 
 
     earlier = min(line["fvu"] for line in lines(trained.path, "heldout")[:-1])
     assert trained.metrics["best"]["fvu"] == pytest.approx(min(earlier, score("weights.safetensors")), rel=1e-4)
+
+
+class TwoEverySecondStep:
+    """Stands in for a resampler: says that two features were resampled in every second step."""
+
+    def after_step(self, run: TrainingRun) -> dict[str, float]:
+        return {N_RESAMPLED: 2.0 * (run.n_steps_done // 2)}
+
+    def lr_factor(self, step: int) -> float:
+        return 1.0
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+def test_resampled_features_are_logged_once_even_across_a_resume(tmp_path: Path) -> None:
+    settings = TrainSettings.read({"architecture": {"kind": "topk", "k": 2}, "d_sae": 8, "log_every": 5})
+
+    def advance(first: int, last: int) -> None:
+        stream = PlantedRows(batch_rows=16)
+        run = build(stream, TopK(k=2), 10, d_sae=8)
+        run._resampler = TwoEverySecondStep()
+        with Session(tmp_path, run, settings, n_steps=10, heldout=None, checkpoint_steps=7, quiet=True) as session:
+            session.resume(first or None)
+            duties = session.duties(stream)
+            for step in range(first + 1, last + 1):
+                run.step(stream.next_batch())
+                for duty in duties:
+                    if duty.due(step):
+                        duty.action(step)
+
+    advance(0, 9)  # ends between two lines, after the checkpoint at 7
+    advance(7, 10)
+    found = [(line["step"], line["metrics/n_resampled_neurons"]) for line in lines(tmp_path, "train")]
+    assert found == [(5, 4), (10, 6)]
 
 
 def test_keeping_the_best_without_held_out_rows_is_refused_before_training(tmp_path: Path) -> None:

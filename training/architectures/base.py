@@ -35,6 +35,8 @@ class Trace(NamedTuple):
     """At the entries the pass was given."""
     terms: dict[str, Tensor]
     """Loss terms by name, scalars, already weighted; their sum is the loss."""
+    whole: WholeBatch = ALONE
+    """What the rows are part of."""
 
 
 class Transcoder(nn.Module, ABC):

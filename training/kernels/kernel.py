@@ -99,7 +99,7 @@ def finish(
     per_row: bool = False,
 ) -> StepResult:
     """Add the extra terms, run the backward pass, and let the transcoder learn what is not learnt by gradient."""
-    terms = dict(trace.terms)
+    terms, trace = dict(trace.terms), trace._replace(whole=entries.whole)
     for loss in extra:
         terms |= loss(transcoder, batch, trace)
     total = torch.stack([*terms.values()]).sum()
