@@ -8,14 +8,20 @@ import torch
 
 from storage.cache_format import Site
 from storage.encodings import Side
+from storage.errors import SettingsError
 from storage.statistics import SiteStatistics
+from training.architectures.base import Transcoder
+from training.batches import Batch
+from training.dead_features import FiringRecord
 from training.ema import WeightAverage
-from training.initialise import initialise
+from training.initialise import Centres, data_directions, initialise, medians
 from training.kernels.adaptive import build_kernel
 from training.kernels.kernel import Precision
-from training.normalisation import build_normalisation, check_statistics
+from training.normalisation import Normalisation, build_normalisation, check_statistics
 from training.objectives import build_objective
 from training.optim import build_optimiser
+from training.resampling.settings import Surroundings
+from training.row_source import RowScorer, RowSource
 from training.run import TrainingRun
 from training.settings import TrainSettings
 
@@ -29,10 +35,14 @@ def build_run(
     device: torch.device,
     precision: Precision,
     name: str = "transcoder",
+    row_source: RowSource | None = None,
+    row_scorer: RowScorer | None = None,
 ) -> TrainingRun:
     """Return a run with initial weights on ``device``. ``statistics``: by side, of the training rows.
 
-    Raises NonFiniteActivation or SettingsError for activations that cannot be learnt from.
+    ``row_source`` gives raw rows of ``site`` to initialise from and to resample dead features from, ``row_scorer`` says
+    what they cost the language model; each is needed only by settings that ask for it. Raises NonFiniteActivation or
+    SettingsError for activations that cannot be learnt from, SettingsError for a setting that cannot be honoured.
     """
     check_statistics(site.name, statistics)
     side_in, side_out = statistics["in"], statistics[site.sides[-1]]
@@ -40,14 +50,17 @@ def build_run(
     objective = build_objective(settings.reconstruction, float(side_out.variance.sum()) / normalisation.scale_out**2)
     transcoder = settings.architecture.build(site.d_in, site.d_out, settings.n_features(site.d_in))
     transcoder.activation_unit = objective.activation_unit
-    initialise(
-        transcoder,
-        mean_in=normalisation.inputs(torch.from_numpy(side_in.mean)),
-        mean_out=normalisation.outputs(torch.from_numpy(side_out.mean)),
-        encoder_scale=settings.encoder_scale,
-        seed=settings.seed,
+    means = Centres(
+        normalisation.inputs(torch.from_numpy(side_in.mean)), normalisation.outputs(torch.from_numpy(side_out.mean))
     )
+    connection = settings.connection.build(site.d_out)
+    resampler = settings.resampling.build(
+        Surroundings(transcoder.d_sae, n_steps, settings.seed, means.inputs, means.outputs, row_source, row_scorer)
+    )
+    _initialise(transcoder, settings, normalisation, means, row_source)
     transcoder = transcoder.to(device)
+    firing = FiringRecord(transcoder.d_sae, device)
+    auxiliary = settings.auxiliary.build(firing, objective, dead_after_steps=settings.dead_after_steps)
     return TrainingRun(
         transcoder,
         objective,
@@ -57,6 +70,57 @@ def build_run(
         settings.build_schedule(n_steps),
         site=site.name,
         lr=settings.lr,
+        firing=firing,
+        extra=[term for term in (auxiliary, connection) if term is not None],
+        resampler=resampler,
         average=None if settings.ema is None else WeightAverage(transcoder, settings.ema),
         name=name,
     )
+
+
+def _initialise(
+    transcoder: Transcoder,
+    settings: TrainSettings,
+    normalisation: Normalisation,
+    means: Centres,
+    row_source: RowSource | None,
+) -> None:
+    rows = _initial_rows(settings, transcoder, normalisation, row_source)
+    begin, decoder = means, None
+    if rows is not None and settings.decoder_init == "data":
+        decoder = data_directions(rows.outputs, means.outputs, transcoder.d_sae, settings.seed)
+    if settings.bias_init == "zeros":
+        begin = Centres(torch.zeros_like(means.inputs), torch.zeros_like(means.outputs))
+    elif rows is not None and settings.bias_init == "geometric_median":
+        n = settings.bias_init_rows
+        begin = medians(Batch(rows.inputs[:n], rows.outputs[:n]))
+    initialise(
+        transcoder,
+        mean_in=begin.inputs,
+        mean_out=begin.outputs,
+        encoder_scale=settings.encoder_scale,
+        encoder_init=settings.encoder_init,
+        decoder=decoder,
+        seed=settings.seed,
+    )
+
+
+def _initial_rows(
+    settings: TrainSettings, transcoder: Transcoder, normalisation: Normalisation, row_source: RowSource | None
+) -> Batch | None:
+    """Return the normalised rows that initial weights are made from, on their device; None if none are needed."""
+    n_rows = settings.initial_rows(transcoder.d_in)
+    if n_rows == 0:
+        return None
+    if row_source is None:
+        wanting = [
+            f"{setting}: {value}"
+            for setting, value in (("bias_init", settings.bias_init), ("decoder_init", settings.decoder_init))
+            if value in ("geometric_median", "data")
+        ]
+        raise SettingsError(
+            f"{' and '.join(wanting)} need training rows to begin with, and this run has no source of rows; train "
+            "from a cache, or use mean and random"
+        )
+    raw = row_source(n_rows, 0).batch
+    return normalisation.to(raw.inputs.device, raw.inputs.dtype).apply(raw)

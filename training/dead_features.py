@@ -23,6 +23,10 @@ class FiringRecord:
         self.steps_since_fired += 1
         self.steps_since_fired[n_active > 0] = 0
 
+    def restart(self, features: Tensor) -> None:
+        """Count features (n,), by index, as having fired just now: they have new weights."""
+        self.steps_since_fired[features] = 0
+
     def dead(self, after_steps: int) -> Tensor:
         """Return which features (d_sae,) have not fired in the last ``after_steps`` steps."""
         return self.steps_since_fired >= after_steps

@@ -31,6 +31,13 @@ class WeightAverage:
         torch._foreach_lerp_(own, list(self._source.state_dict().values()), share)
         self.transcoder.constrain_parameters()
 
+    @torch.no_grad()
+    def restart(self, features: Tensor) -> None:
+        """Take features (n,), by index, as they are now: what they were before they were replaced does not count."""
+        own = self.transcoder.feature_parameters()
+        for name, value in self._source.feature_parameters().items():
+            own[name][features] = value[features]
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the averaged weights and the number of steps."""
         averaged = {f"average.{name}": value for name, value in self.transcoder.state_dict().items()}

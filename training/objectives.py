@@ -31,6 +31,10 @@ class Objective(Protocol):
         """Return the scalar loss of ``predicted`` (rows, d_out) against ``target`` (rows, d_out)."""
         ...
 
+    def elements(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Return (rows, d_out) whose mean is ``reconstruction``."""
+        ...
+
 
 @dataclass(frozen=True)
 class VarianceObjective:
@@ -53,6 +57,10 @@ class VarianceObjective:
         mean_error: Tensor = (predicted - target).pow(2).sum(-1).mean()
         return mean_error / self.total_variance
 
+    def elements(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Return each element's squared error, times d_out / V."""
+        return (predicted - target).pow(2) * (target.shape[-1] / self.total_variance)
+
 
 @dataclass(frozen=True)
 class ReferenceObjective:
@@ -65,9 +73,13 @@ class ReferenceObjective:
 
     def reconstruction(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Return mean over all elements of (predicted − target)² / ‖target‖."""
+        return self.elements(predicted, target).mean()
+
+    def elements(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Return (predicted − target)² / ‖target‖ of every element."""
         norms = torch.linalg.vector_norm(target, dim=-1, keepdim=True).clamp_min(EPSILON)
         error: Tensor = (predicted - target).pow(2) / norms
-        return error.mean()
+        return error
 
 
 def build_objective(kind: ObjectiveKind, total_variance: float) -> Objective:

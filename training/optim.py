@@ -69,11 +69,13 @@ class TorchOptimiser:
 
     def forget(self, features: Tensor) -> None:
         """Zero the moments of features in every parameter that has a row per feature."""
+        per_feature = self._transcoder.feature_parameters()
         for optimiser in self._optimisers:
             for parameter, state in optimiser.state.items():
-                for value in state.values():
-                    if value.ndim and value.shape == parameter.shape and len(value) == self._transcoder.d_sae:
-                        value[features] = 0
+                if self._names[parameter] in per_feature:
+                    for value in state.values():
+                        if value.shape == parameter.shape:
+                            value[features] = 0
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return torch's state by kind and parameter."""
@@ -134,10 +136,9 @@ class BlockedAdam:
 
     def forget(self, features: Tensor) -> None:
         """Zero the moments of features in every parameter that has a row per feature."""
-        for moments in (self._means, self._squares):
-            for value in moments.values():
-                if len(value) == self._transcoder.d_sae:
-                    value[features] = 0
+        for name in self._transcoder.feature_parameters():
+            self._means[name][features] = 0
+            self._squares[name][features] = 0
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the moments and the number of steps."""

@@ -120,6 +120,14 @@ class TrainingRun:
         factor = 1.0 if self._resampler is None else self._resampler.lr_factor(self.n_steps_done)
         return self.lr * self.schedule.factor(self.n_steps_done) * factor
 
+    def restart(self, features: Tensor) -> None:
+        """Forget the past of features (n,), by index, that were just given new weights."""
+        self.transcoder.restart_own(features)
+        self.optimiser.forget(features)
+        self.firing.restart(features)
+        if self._average is not None:
+            self._average.restart(features)
+
     @property
     def scored(self) -> Transcoder:
         """The transcoder that is scored and published, in normalised units: the averaged one if there is one."""

@@ -8,10 +8,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from storage.settings import Quantity, Settings
 from training.architectures import AnyArchitecture, TopK
+from training.auxiliary import AnyAuxiliary, NoAuxiliary
+from training.connection import AnyConnection, NoConnection
+from training.initialise import BiasInit, DecoderInit, EncoderInit
 from training.kernels.adaptive import KernelKind
 from training.normalisation import NormalisationKind
 from training.objectives import ObjectiveKind
 from training.optim import OptimiserKind
+from training.resampling import AnyResampling, NoResampling
 from training.schedule import Schedule, ScheduleKind
 
 
@@ -61,8 +65,24 @@ class TrainSettings(Settings):
     """What brings activations to one scale: standard (centre, divide by RMS), rms (divide only) or none."""
     reconstruction: ObjectiveKind = "variance"
     """Loss: squared error over the outputs' variance, or the reference's squared error over each row's norm."""
+    bias_init: BiasInit = "mean"
+    """What the output bias (and the input bias, if there is one) begins as: mean, zeros or geometric_median."""
+    bias_init_rows: Quantity = Field(default=65_536, ge=1)
+    """Rows, a uniform sample, whose geometric median is taken."""
+    decoder_init: DecoderInit = "random"
+    """What features write at the start: random directions, or (data) the centred outputs of random rows."""
+    encoder_init: EncoderInit = "tied"
+    """What features read at the start: tied (what they write, if inputs and outputs have one width, else independent),
+    independent (random directions) or kaiming (the original code's, each weight uniform within √(6 / d_sae))."""
     encoder_scale: PositiveFloat = 1.0
-    """Length of the encoder's rows at the start."""
+    """Length of the encoder's rows at the start; kaiming: factor on its weights, 1 being the original code's."""
+
+    auxiliary: AnyAuxiliary = NoAuxiliary()
+    """Loss term that revives dead features: none, auxk (they reconstruct the residual) or ghost (ghost gradients)."""
+    resampling: AnyResampling = NoResampling()
+    """How dead features get new weights: none, anthropic (from rows drawn by their loss) or l2 (with replacement)."""
+    connection: AnyConnection = NoConnection()
+    """Penalty on connections to another transcoder's features: none or sparse."""
     kernel: KernelKind = "auto"
     """How a step is computed: auto (on a CPU, sparse while few features fire, else dense), dense or sparse."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -75,7 +95,7 @@ class TrainSettings(Settings):
     evaluation_rows: Quantity = Field(default=65_536, ge=1)
     """Held-out rows used before the end."""
     dead_after_steps: Quantity = Field(default=1000, ge=1)
-    """Steps without firing after which the training log counts a feature as dead."""
+    """Steps without firing after which a feature counts as dead, for the training log and for auxiliary."""
     feature_sampling_window: Quantity = Field(default=2000, ge=1)
     """Steps over which it is counted how often each feature fires."""
     dead_feature_threshold: float = Field(default=1e-8, ge=0, le=1)
@@ -97,6 +117,12 @@ class TrainSettings(Settings):
         if self.d_sae is not None and "expansion" in self.model_fields_set:
             raise ValueError("expansion and d_sae both set the number of features; give one of them")
         return self
+
+    def initial_rows(self, d_in: int) -> int:
+        """Return how many rows the first weights are made from, for inputs of width ``d_in``."""
+        for_biases = self.bias_init_rows if self.bias_init == "geometric_median" else 0
+        for_decoder = self.n_features(d_in) if self.decoder_init == "data" else 0
+        return max(for_biases, for_decoder)
 
     def n_features(self, d_in: int) -> int:
         """Return d_sae for inputs of width ``d_in``."""

@@ -25,6 +25,8 @@ from training.whole_batch import ALONE, WholeBatch
 SMALLEST_NORM = 1e-12
 """A decoder row below this has no direction; it is left as it is rather than divided by zero."""
 
+_NOT_PER_FEATURE = ("b_dec_out", "b_dec", "W_skip")
+
 
 class Trace(NamedTuple):
     """What one forward pass over a batch gave the loss and the bookkeeping."""
@@ -105,6 +107,14 @@ class Transcoder(nn.Module, ABC):
         with torch.autocast(self.W_enc.device.type, enabled=False):
             return self.b_enc - self.W_enc @ self.b_dec
 
+    def pre_activations_of(self, features: Tensor, inputs: Tensor) -> Tensor:
+        """Return the pre-activations (rows, n) of features (n,), given by index, alone."""
+        rows = self.W_enc.index_select(0, features)
+        bias = self.b_enc.index_select(0, features)
+        if self.b_dec is not None:
+            bias = bias - rows @ self.b_dec
+        return F.linear(inputs, rows, bias)
+
     def encode(self, inputs: Tensor) -> Tensor:
         """Return the activations (…, d_sae) of inputs (…, d_in)."""
         return self.activate(self.pre_activations(inputs))
@@ -132,6 +142,13 @@ class Transcoder(nn.Module, ABC):
 
     def initialise_own(self) -> None:
         """Give the parameters that only this architecture has their first values; zero unless it says otherwise."""
+
+    def restart_own(self, features: Tensor) -> None:
+        """Give features (n,), by index, the first values of the parameters that only this architecture has."""
+
+    def feature_parameters(self) -> dict[str, nn.Parameter]:
+        """Return by name the parameters with a row, or a number, per feature."""
+        return {name: value for name, value in self.named_parameters() if name not in _NOT_PER_FEATURE}
 
     def begin_step(self, step: int) -> None:
         """Take the settings that change while training to their values in ``step``, counted from 0."""

@@ -39,6 +39,12 @@ class GatedTranscoder(Transcoder):
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
+    @torch.no_grad()
+    def restart_own(self, features: Tensor) -> None:
+        """Make magnitudes of features equal to their gates."""
+        self.r_mag[features] = 0
+        self.b_mag[features] = 0
+
     def begin_step(self, step: int) -> None:
         """Raise l1 linearly from zero over its warm-up."""
         warmup = self._settings.l1_warmup_steps

@@ -86,7 +86,16 @@ class JumpReLUTranscoder(Transcoder):
     @torch.no_grad()
     def initialise_own(self) -> None:
         """Set all thresholds to the initial one."""
-        self.log_threshold.fill_(math.log(self._settings.initial_threshold * self.activation_unit))
+        self.log_threshold.fill_(self._initial_log_threshold)
+
+    @torch.no_grad()
+    def restart_own(self, features: Tensor) -> None:
+        """Set the thresholds of features to the initial one."""
+        self.log_threshold[features] = self._initial_log_threshold
+
+    @property
+    def _initial_log_threshold(self) -> float:
+        return math.log(self._settings.initial_threshold * self.activation_unit)
 
     def begin_step(self, step: int) -> None:
         """Raise the penalty linearly from zero over its warm-up."""
