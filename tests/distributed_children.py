@@ -14,7 +14,9 @@ from torch import Tensor
 from tests.test_training_kernels import ARCHITECTURES, cast, random_batch, random_transcoder
 from tests.test_training_trainer import SITE, PlantedRows, build
 from training.architectures import Architecture, BatchTopK, JumpReLU, Matryoshka
+from training.auxiliary import AuxK, Ghost
 from training.batches import Batch, BatchStream, SiteBatches
+from training.dead_features import FiringRecord
 from training.distributed import DistributedStep, Group, RankBatches, open_group
 from training.ema import WeightAverage
 from training.follow import follow_first
@@ -56,8 +58,15 @@ def rows_of(case: str) -> Batch:
 
 
 def extra_losses(name: str, d_sae: int) -> list[ExtraLoss]:
-    """Return no auxiliary loss."""
-    return []
+    """Return the auxiliary loss called ``name``; every third feature is dead."""
+    if name == "none":
+        return []
+    firing = FiringRecord(d_sae)
+    firing.steps_since_fired[::3] = 10
+    loss = {"auxk": AuxK(), "ghost": Ghost(), "ghost-elementwise": Ghost(ghost_rescale="elementwise")}[name]
+    term = loss.build(firing, OBJECTIVE, dead_after_steps=5)
+    assert term is not None
+    return [term]
 
 
 def cases() -> list[tuple[str, str, str, str, torch.dtype]]:
@@ -70,6 +79,7 @@ def cases() -> list[tuple[str, str, str, str, torch.dtype]]:
     found += [(name, "plain", "dense and sparse", "none", torch.float64) for name in ("batch_topk", "matryoshka")]
     found += [("batch_topk", "lopsided", kernel, "none", torch.float64) for kernel in ("dense", "sparse")]
     found += [("batch_topk", "plain", "screened", "none", torch.float32)]
+    found += [("topk", "plain", "dense", name, torch.float64) for name in ("auxk", "ghost", "ghost-elementwise")]
     return found
 
 
@@ -83,7 +93,9 @@ def take_step(
     if slice_of is not None:
         batch = Batch(slice_of._slice(batch.inputs), slice_of._slice(batch.outputs))
     for _ in range(2):  # the second begins from the first one's guesses and memory
-        result = kernel(transcoder, batch, OBJECTIVE, extra_losses(auxiliary, transcoder.d_sae), per_row=True)
+        # asked for by the first process alone, as in training, where it keeps the log
+        asks = slice_of is None or slice_of._rank == 0
+        result = kernel(transcoder, batch, OBJECTIVE, extra_losses(auxiliary, transcoder.d_sae), per_row=asks)
     assert result.per_row is not None
     found = {f"gradient.{name}": value.grad for name, value in transcoder.named_parameters() if value.grad is not None}
     found |= {f"loss.{name}": value for name, value in result.losses.items()}

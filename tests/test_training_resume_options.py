@@ -36,8 +36,9 @@ INTERRUPTED_AT = 13
 OPTIONS: dict[str, dict[str, Any]] = {
     "auto-adam": {"kernel": "auto", "optimiser": "adam"},
     "dense-adam": {"kernel": "dense", "optimiser": "adam"},
-    "dense-adamw-auxk": {"kernel": "dense", "optimiser": "adamw"},
+    "dense-adamw-auxk": {"kernel": "dense", "optimiser": "adamw", "auxiliary": {"kind": "auxk"}},
     "sparse-muon": {"kernel": "sparse", "optimiser": "muon"},
+    "sparse-adam-ghost": {"kernel": "sparse", "optimiser": "adam", "auxiliary": {"kind": "ghost"}},
 }
 FEW: dict[str, dict[str, Any]] = {
     "topk": {"k": 3, "k_start": 6, "k_warmup_steps": 15},

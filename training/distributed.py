@@ -166,10 +166,9 @@ class RankBatches:
 class SharedBatch(WholeBatch):
     """A batch whose rows lie in the processes of a group. Every method must be called by all of them, in one order."""
 
-    def __init__(self, group: Group, own_rows: int) -> None:
-        self._group = group
-        self._n_rows = int(group.add_up(torch.tensor([own_rows], device=group.device)))
-        self.share = own_rows / self._n_rows
+    def __init__(self, group: Group, own_rows: int, n_rows: int) -> None:
+        self._group, self._n_rows = group, n_rows
+        self.share = own_rows / n_rows
         """The part of the rows that is at hand."""
 
     def n_rows(self, own: int) -> int:  # noqa: ARG002
@@ -233,10 +232,15 @@ class DistributedStep:
         per_row: bool = False,
         whole: WholeBatch = ALONE,
     ) -> StepResult:
-        """Set ``.grad`` of every parameter and return the loss terms; ``outputs`` are those of the rows at hand."""
+        """Set ``.grad`` of every parameter and return the loss terms; ``outputs`` are those of the rows at hand.
+
+        ``per_row`` is done if any process asks for it: the one that keeps the log is.
+        """
         assert whole is ALONE, "a slice is not sliced again"
-        shared = SharedBatch(self._group, len(batch.inputs))
-        result = self._kernel(transcoder, batch, objective, extra, per_row=per_row, whole=shared)
+        numbers = torch.tensor([len(batch.inputs), int(per_row)], device=self._group.device)
+        n_rows, n_asking = self._group.add_up(numbers).tolist()
+        shared = SharedBatch(self._group, len(batch.inputs), n_rows)
+        result = self._kernel(transcoder, batch, objective, extra, per_row=n_asking > 0, whole=shared)
         self._add_up_gradients(transcoder, shared.share)
         values = torch.stack([value.double() for value in result.losses.values()]) * shared.share
         kinds = [value.dtype for value in result.losses.values()]
