@@ -83,8 +83,10 @@ def _origin(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "kind", manifest["kind"]
     yield "model", f"{manifest['model']['name']} ({manifest['model'].get('dtype', '?')})"
     yield f"site {site.name}", _hooks(site)
-    cache = manifest["inputs"]["cache"]
-    yield "cache id", f"{cache['cache_id']}, generation {cache['generation']}"
+    if cache := manifest["inputs"].get("cache"):
+        yield "cache id", f"{cache['cache_id']}, generation {cache['generation']}"
+    else:
+        yield "rows", "live, straight from the model"
 
 
 def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:

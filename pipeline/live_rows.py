@@ -121,3 +121,7 @@ class LiveRows:
     def n_steps(self, settings: TrainSettings) -> int:
         """Return the number of steps; ``rows`` or ``steps`` is given."""
         return settings.n_steps(settings.batch_rows, 1)
+
+    def fresh_rows(self, site: Site, seed: int) -> None:  # noqa: ARG002
+        """Return nothing: the text is read once, in its order."""
+        return

@@ -10,6 +10,8 @@ from pipeline.training_rows import CacheSource, TrainingSource
 from storage.cache_format import Site
 from storage.errors import SettingsError
 from storage.settings import Quantity, Settings
+from training.row_source import RowScorer
+from training.settings import TrainSettings
 from training.trainer import PeriodicHook
 
 if TYPE_CHECKING:
@@ -58,6 +60,19 @@ class ModelScores:
                 self.recorded(), site.name, n_contexts=self._settings.evaluate_model_contexts
             )
         return [(every, self._hooks[site.name])]
+
+    def row_scorer(self, settings: TrainSettings, site: Site) -> RowScorer | None:
+        """Return what says how much rows cost the language model, for settings that resample by it; else None.
+
+        None as well where there is no cache to find rows' contexts in.
+        """
+        if getattr(settings.resampling, "resample_by", None) != "model_loss" or not isinstance(
+            self._source, CacheSource
+        ):
+            return None
+        from pipeline.loss_hooks import LossIncrease
+
+        return LossIncrease(self.recorded(), site.name)
 
     def recorded(self) -> RecordedModel:
         """Return the cache and its language model."""

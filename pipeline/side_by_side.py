@@ -24,6 +24,7 @@ from storage.errors import NonFiniteActivation, SettingsError
 from training.build import build_run
 from training.checkpoint import Checkpoints
 from training.kernels.adaptive import resolve_precision
+from training.loggers import Logger
 from training.run import TrainingRun
 from training.session import Session
 from training.settings import TrainSettings
@@ -46,6 +47,8 @@ class Origins:
     start: WarmStart | None = None
     hooks: Sequence[tuple[int, PeriodicHook]] = ()
     """(every so many steps, hook) of the caller."""
+    loggers: Callable[[], list[Logger]] = list
+    """Makes the loggers of one run."""
 
     def request(self, settings: TrainSettings, source: TrainingSource) -> dict[str, Any]:
         """Return what decides a transcoder: settings with their choices made, rows, and first weights if not random."""
@@ -154,6 +157,8 @@ def _open_run(
         device=origins.device,
         precision=origins.precision(settings),
         name=name,
+        row_source=rows.fresh_rows(site, settings.seed),
+        row_scorer=origins.scores.row_scorer(settings, site),
     )
     if origins.start is not None:
         origins.start.apply(run)
@@ -165,6 +170,7 @@ def _open_run(
         heldout=rows.heldout(site),
         checkpoint_steps=checkpoint_steps,
         hooks=[*origins.scores.hooks(site), *origins.hooks],
+        loggers=origins.loggers(),
         quiet=quiet,
     )
     return OpenRun(name, settings, site, draft, run, session)

@@ -8,7 +8,7 @@ others go on. The sweep is published when all have ended, with one row for each 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,14 @@ from pipeline.model_scores import ModelScores, ModelScoreSettings
 from pipeline.side_by_side import OpenRun, Origins, train_drafts
 from pipeline.sweep_grid import SHARED
 from pipeline.sweep_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
-from pipeline.train import discard_draft, open_source
+from pipeline.train import discard_draft, nothing_left_if_refused, open_source
 from pipeline.training_rows import TrainingSource
 from pipeline.warm_start import WarmStart
 from storage.artifact import REQUEST, Draft, canonical_json, read_json, read_manifest, write_atomically
 from storage.cache_format import Site
 from storage.errors import NonFiniteActivation, SettingsError
 from training.checkpoint import Checkpoints
+from training.loggers import Logger
 from training.settings import TrainSettings
 from training.trainer import PeriodicHook
 from training.transcoder import CHECKPOINTS, describe_versions, read_transcoder_manifest
@@ -65,6 +66,7 @@ def run(
     start_from: Path | None = None,
     model_scores: ModelScoreSettings | None = None,
     model: str | None = None,
+    loggers: Callable[[], list[Logger]] = list,
 ) -> SweepResult:
     """Train ``runs``, by name, on the same batches and publish the sweep at ``output``.
 
@@ -75,11 +77,11 @@ def run(
     on = open_device(device)
     if fresh:
         discard_draft(output)
-    with ExitStack() as stack:
+    with nothing_left_if_refused(output), ExitStack() as stack:
         stack.enter_context(limited_threads(threads))
         source = stack.enter_context(open_source(cache, live, next(iter(runs.values())), output, on))
         scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
-        origins = Origins(on, scores, None if start_from is None else WarmStart(start_from), hooks)
+        origins = Origins(on, scores, None if start_from is None else WarmStart(start_from), hooks, loggers)
         begun = (output / REQUEST).exists()
         sites = None if begun else choose_sites(runs, origins, source)
         requests = {name: origins.request(settings, source) for name, settings in runs.items()}

@@ -7,7 +7,7 @@ a machine with bfloat16 instructions must not be finished in float32 on another.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from pipeline.warm_start import WarmStart
 from storage.artifact import LOCK, MANIFEST, REQUEST, Draft, Lock
 from storage.errors import ArtifactMismatch, SettingsError
 from training.checkpoint import Checkpoints
+from training.loggers import Logger
 from training.settings import TrainSettings
 from training.trainer import PeriodicHook
 from training.transcoder import CHECKPOINTS, KIND, read_transcoder_manifest
@@ -53,24 +54,25 @@ def run(
     start_from: Path | None = None,
     model_scores: ModelScoreSettings | None = None,
     model: str | None = None,
+    loggers: Callable[[], list[Logger]] = list,
 ) -> TrainResult:
     """Train on the cache at ``cache``, or on ``live`` rows, and publish the transcoder at ``output``.
 
     An unfinished run at ``output`` with the same settings is continued, a finished one returned as it is; ``fresh``
     throws an unfinished one away first. ``hooks`` are (every so many steps, hook). ``start_from`` is a transcoder to
-    start from. ``model`` says where the cache's language model lies if it moved, for ``model_scores``. Raises
-    SettingsError with every problem of the settings, and the errors of ``storage.artifact.Draft`` and of opening what
-    is given.
+    start from. ``model`` says where the cache's language model lies if it moved, for ``model_scores``. ``loggers``
+    makes a run's loggers, besides ``metrics.jsonl``. Raises SettingsError with every problem of the settings, and the
+    errors of ``storage.artifact.Draft`` and of opening what is given.
     """
     on = open_device(device)
     if fresh:
         discard_draft(output)
-    with ExitStack() as stack:
+    with nothing_left_if_refused(output), ExitStack() as stack:
         stack.enter_context(limited_threads(threads))
         source = stack.enter_context(open_source(cache, live, settings, output, on))
         scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
         start = None if start_from is None else WarmStart(start_from)
-        origins = Origins(on, scores, start, hooks)
+        origins = Origins(on, scores, start, hooks, loggers)
         # What was begun is recognised, and what is published returned, before a language model is loaded for it.
         begun = (output / REQUEST).exists()
         site = None if begun else origins.site(settings, source)
@@ -101,6 +103,18 @@ def open_source(
     assert live is not None
     with closing(LiveSource(live, output, batch_rows=settings.batch_rows, device=device)) as source:
         yield source
+
+
+@contextmanager
+def nothing_left_if_refused(output: Path) -> Iterator[None]:
+    """Delete a draft that was begun inside for settings that turn out wrong: it would refuse the right ones."""
+    begun = (output / REQUEST).exists()
+    try:
+        yield
+    except SettingsError:
+        if not begun:
+            discard_draft(output)
+        raise
 
 
 def discard_draft(path: Path) -> None:

@@ -20,6 +20,7 @@ from storage.encodings import Side
 from storage.errors import SettingsError
 from storage.statistics import SiteStatistics
 from training.batches import BatchStream, CacheBatches, iter_once
+from training.row_source import CacheRows, RowSource
 from training.session import HeldoutBatches
 from training.settings import TrainSettings
 
@@ -44,6 +45,10 @@ class TrainingRows(Protocol):
 
     def n_steps(self, settings: TrainSettings) -> int:
         """Return the number of optimiser steps that the settings ask for."""
+        ...
+
+    def fresh_rows(self, site: Site, seed: int) -> RowSource | None:
+        """Return what gives further training rows on demand, or None where rows come in one order only."""
         ...
 
 
@@ -162,6 +167,10 @@ class CachedRows:
     def n_steps(self, settings: TrainSettings) -> int:
         """Return the number of steps; epochs are passes over the cache."""
         return settings.n_steps(self._split.n_rows, self.stream.n_steps_per_epoch)
+
+    def fresh_rows(self, site: Site, seed: int) -> RowSource:
+        """Return samples of the cache's training rows."""
+        return CacheRows(self._split, site, seed=seed, device=self._device)
 
 
 def choose_site(settings: TrainSettings, source: TrainingSource) -> Site:

@@ -236,3 +236,10 @@ def test_a_prefix_that_ends_inside_an_epoch_is_what_a_longer_run_saw_first(cache
     with opened.stream(["mlp/in"], batch_rows=64, seed=0, n_epochs=1) as stream:
         longer = np.concatenate([batch.arrays["mlp/in"].copy() for batch in stream])
     assert np.array_equal(first, longer[:128])
+
+
+def test_a_score_that_is_not_finite_is_a_divergence_too(cache: Path, tmp_path: Path) -> None:
+    # finite weights, but so large that the squared error is not
+    bad = diverging().model_copy(update={"evaluate_every": 1})
+    swept = run_sweep({"good": settings(steps=3), "bad": bad}, cache, tmp_path / "sweep")
+    assert [one.status for one in swept.runs] == ["finished", "diverged"]

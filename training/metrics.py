@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from storage.artifact import is_disk_refusal, storage_refused
+from storage.errors import NonFiniteActivation
 
 
 class JsonLines:
@@ -25,9 +26,19 @@ class JsonLines:
         self._file.truncate(n_bytes)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; keys keep their order. Raises StorageFull if the disk refuses."""
+        """Append one line; keys keep their order.
+
+        Raises NonFiniteActivation for a number that is none, StorageFull if the disk refuses.
+        """
         try:
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            line = json.dumps(record, allow_nan=False)
+        except ValueError as error:
+            raise NonFiniteActivation(
+                f"{self.path}: a score is not finite ({record}): the weights have grown too large. Start afresh with a "
+                "lower lr or a gradient_clip"
+            ) from error
+        try:
+            self._file.write(line.encode() + b"\n")
             self._file.flush()
         except OSError as error:
             if is_disk_refusal(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.sweep_grid import Point, expand, read_grid
 from pipeline.sweep_table import FINISHED, RUNS_TABLE, RunOutcome
 from storage.errors import SettingsError
 from storage.settings import Settings
+from training.loggers import build_loggers
 from training.settings import TrainSettings
 
 YAML_FILE = click.Path(dir_okay=False, path_type=Path)
@@ -31,6 +33,8 @@ YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--sweep", "sweeps", multiple=True, metavar="NAME=VALUE,…", help="Train a run per value. Repeatable.")
 @click.option("--sweep-file", type=YAML_FILE, help="YAML: settings with lists of values, or a list of runs.")
 @click.option("--from", "start_from", type=options.ARTIFACT, help="Transcoder to start from, of the same shape.")
+@click.option("--tensorboard", is_flag=True, help="Log to tensorboard/ in --out as well.")
+@click.option("--wandb", "wandb_project", metavar="PROJECT", help="Log to a project of Weights & Biases as well.")
 @click.option("--fresh", is_flag=True, help="Throw an unfinished run at --out away instead of continuing it.")
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps between.")
 @options.device
@@ -44,6 +48,8 @@ def command(
     sweeps: tuple[str, ...],
     sweep_file: Path | None,
     start_from: Path | None,
+    tensorboard: bool,
+    wandb_project: str | None,
     fresh: bool,
     checkpoint_steps: int,
     device: str,
@@ -87,6 +93,7 @@ def command(
         "start_from": start_from,
         "model_scores": shared[0],
         "model": model,
+        "loggers": partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb_project),
     }
     if sweeps or sweep_file:
         swept = sweep.run(expand(points, lambda point: read(point)[0]), **place)
