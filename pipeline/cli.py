@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "Train a transcoder from a cache, without the language model.",
     "analyze": "Turn a transcoder into tables of features and examples.",
     "evaluate": "Run the language model with transcoders in place of its MLPs.",
+    "pareto": "Draw L0 against FVU or CE recovered of many transcoders.",
     "query": "Ask the tables in SQL.",
     "demo": "Run everything on a small real model and show the result.",
 }

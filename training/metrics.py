@@ -7,6 +7,7 @@ goes to ``timing.jsonl``, which is not part of it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,9 +34,10 @@ class JsonLines:
         try:
             line = json.dumps(record, allow_nan=False)
         except ValueError as error:
+            wrong = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
             raise NonFiniteActivation(
-                f"{self.path}: a score is not finite ({record}): the weights have grown too large. Start afresh with a "
-                "lower lr or a gradient_clip"
+                f"after step {record.get('step')}, {', '.join(wrong) or 'a score'} is not finite: the weights have grown "
+                "too large. Start afresh with a lower lr or a gradient_clip"
             ) from error
         try:
             self._file.write(line.encode() + b"\n")
