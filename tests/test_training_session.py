@@ -16,6 +16,7 @@ from pipeline.train import TrainResult, run
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import SettingsError
+from tests import resampled_runs
 from tests.test_training_trainer import PlantedRows, build
 from tests.training_caches import publish_cache, random_rows, small_cache
 from training.architectures import TopK
@@ -139,6 +140,14 @@ def test_the_last_weights_can_be_the_best_on_the_same_rows_as_the_others(cache: 
 
     earlier = min(line["fvu"] for line in lines(trained.path, "heldout")[:-1])
     assert trained.metrics["best"]["fvu"] == pytest.approx(min(earlier, score("weights.safetensors")), rel=1e-4)
+
+
+def test_resamplers_count_features_under_the_name_that_the_log_reads() -> None:
+    resampling = {"kind": "anthropic", "resample_every": 4, "resample_rows": 64}
+    run = resampled_runs.build({"resampling": resampling}, n_steps=20, row_source=resampled_runs.PlantedSource())
+    resampled_runs.kill(run, 3)
+    resampled_runs.take_steps(run, 4)
+    assert run.latest_extras[N_RESAMPLED] == 3
 
 
 class TwoEverySecondStep:
