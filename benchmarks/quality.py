@@ -214,9 +214,14 @@ def note_point(path: Path, recipe: Recipe, score: HeldoutScore) -> None:
 
 
 def best_lr(bench: Bench | Peer, group: str, architecture: dict[str, Any]) -> float:
-    """Return the learning rate with the lowest held-out FVU."""
-    points = bench.points([Recipe(group, architecture, lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)])
-    return min(points, key=lambda point: point.fvu).lr
+    """Return the learning rate with the lowest held-out FVU, doubled for as long as that lowers it."""
+    rates = [5e-4, 1e-3, 2e-3, 4e-3]
+    while True:
+        points = bench.points([Recipe(group, architecture, lr) for lr in rates])
+        best = min(points, key=lambda point: point.fvu).lr
+        if best < rates[-1]:
+            return best
+        rates.append(2 * rates[-1])
 
 
 def fvu_at(points: Sequence[Point], l0: float) -> float | None:
