@@ -15,7 +15,7 @@ from torch import Tensor
 from storage.errors import SettingsError
 from tests.distributed_children import KERNELS, WHOLE_RUNS, cases, load_results, take_step, train_planted
 from tests.test_training_trainer import PlantedRows
-from training.distributed import RankBatches, open_group
+from training.distributed import RankBatches, SharedBatch, open_group
 from training.kernels.dense import DenseStep
 from training.whole_batch import ALONE
 
@@ -132,3 +132,34 @@ def test_a_cut_is_complete_where_nothing_below_the_candidates_could_pass_it(
 ) -> None:
     cut = ALONE.cut(torch.tensor(values), certain, n)
     assert (cut.threshold, cut.is_complete) == wanted
+
+
+class Gathered:
+    """Stands in for a group: what the processes would send is known."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, held: list[list[float]], n: int) -> None:
+        self.rank = rank
+        # no process needs to send more than n values
+        self._sent = [sorted((value for value in values if value > 0), reverse=True)[:n] for values in held]
+
+    def least(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        assert sorted(rows.tolist(), reverse=True) == self._sent[self.rank]
+        return [torch.tensor(values) for values in self._sent]
+
+
+@pytest.mark.parametrize(
+    ("n", "kept"),
+    [(1, [1, 0]), (2, [2, 0]), (3, [3, 0]), (4, [3, 1]), (5, [3, 2]), (6, [3, 3]), (9, [3, 3])],
+)
+def test_of_equal_values_in_several_processes_exactly_as_many_are_kept_as_in_one(n: int, kept: list[int]) -> None:
+    held = [[3.0, -1.0, 2.0, 2.0], [2.0, 1.0, 2.0, 0.0]]
+    found = []
+    for rank, values in enumerate(held):
+        group: Any = Gathered(rank, held, n)
+        found.append(SharedBatch(group, 4, 8).cut(torch.tensor(values), 0.0, n).n_own)
+    assert found == kept
