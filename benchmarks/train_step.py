@@ -34,7 +34,7 @@ UNWANTED = {"dictionary_learning": ["torchvision"]}
 MODES = {
     "ours": (COUNTED, "dense"),
     "reference": ("float32",),
-    "SAELens": ("float32", "bfloat16", "bfloat16 compiled"),
+    "SAELens": ("bfloat16", "bfloat16 compiled"),
     "sparsify": ("float32", "bfloat16"),
     "dictionary_learning": ("float32", "bfloat16"),
 }
@@ -70,8 +70,8 @@ class Size:
 
 QUICK = (Size(Problem(256, 2048, 32), rounds=1, steps=2, is_quick=True),)
 FULL = (
-    Size(Problem(768, 6144, 64), rounds=7, steps=2),
-    Size(Problem(768, 24_576, 64), rounds=5, steps=1),
+    Size(Problem(768, 6144, 64), rounds=5, steps=2),
+    Size(Problem(768, 24_576, 64), rounds=3, steps=1),
 )
 
 
