@@ -145,6 +145,7 @@ class CachedRows:
         self.stream = stream
         self._cache, self._split, self._batch_rows, self._device = cache, split, batch_rows, device
         self._statistics: dict[str, dict[Side, SiteStatistics]] = {}
+        self._has_warned = False
 
     def statistics(self, site: Site) -> Mapping[Side, SiteStatistics]:
         """Return those of the cache's training rows; read once, however many runs ask."""
@@ -155,9 +156,11 @@ class CachedRows:
     def heldout(self, site: Site) -> HeldoutBatches | None:
         """Return the held-out rows, the same for every run."""
         if "heldout" not in self._cache.manifest["splits"]:
-            logger.warning(
-                "%s has no held-out rows: nothing will say how well the transcoder generalises", self._cache.path
-            )
+            if not self._has_warned:  # once, however many runs ask
+                logger.warning(
+                    "%s has no held-out rows: nothing will say how well the transcoder generalises", self._cache.path
+                )
+            self._has_warned = True
             return None
         split = self._cache.split("heldout")
         return lambda max_rows: iter_once(

@@ -17,6 +17,7 @@ from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, NonFiniteActivation, SettingsError
 from storage.tables import describe, read_schema, read_table
+from tests.cache_jobs import command
 from tests.test_training_resume import results
 from tests.training_caches import publish_cache, random_rows, small_cache
 from training.settings import TrainSettings
@@ -243,3 +244,58 @@ def test_a_score_that_is_not_finite_is_a_divergence_too(cache: Path, tmp_path: P
     bad = diverging().model_copy(update={"evaluate_every": 1})
     swept = run_sweep({"good": settings(steps=3), "bad": bad}, cache, tmp_path / "sweep")
     assert [one.status for one in swept.runs] == ["finished", "diverged"]
+
+
+# ---- the command
+
+
+def test_the_command_sweeps_and_prints_a_line_per_run(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("- {architecture: {kind: topk, k: 3}}\n- {architecture: relu, l1: 0.02}\n")
+    base = ["--steps", 4, "--d-sae", 24, "--batch-rows", 64, "--threads", 1, "--out", tmp_path / "s"]
+    answer = command(capsys, "train", cache, "--sweep-file", grid, "--sweep", "lr=1e-3,1e-2", *base)
+    assert answer.code == 0, answer.err
+    names = [line.split("  ")[0] for line in answer.out.splitlines()]
+    assert names == [
+        "architecture=topk,k=3,lr=0.001",
+        "architecture=topk,k=3,lr=0.01",
+        "architecture=relu,l1=0.02,lr=0.001",
+        "architecture=relu,l1=0.02,lr=0.01",
+        f"{tmp_path / 's' / 'runs.parquet'}: written",
+    ]
+    assert all("4 steps, held-out FVU" in line for line in answer.out.splitlines()[:-1])
+    assert command(capsys, "verify", tmp_path / "s").out.endswith("verified\n")
+    config = tmp_path / "run.yaml"
+    config.write_text("architecture: {kind: topk, k: 3}\nlr: 1e-2\n")
+    plain = train.run(
+        TrainSettings(architecture={"kind": "topk", "k": 3}, d_sae=24, batch_rows=64, steps=4, lr=1e-2),
+        cache=cache, output=tmp_path / "plain", threads=1, quiet=True,
+    )  # fmt: skip
+    again = command(
+        capsys, "train", cache, "--config", config, "--sweep", "seed=0,1", *base[:-1], tmp_path / "configured"
+    )
+    assert again.code == 0, again.err
+    assert results(tmp_path / "configured" / "runs" / "seed=0") == results(plain.path)
+
+
+def test_the_command_names_bad_sweeps_and_writes_nothing(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", tmp_path / "s", "--d-sae", 24]
+    for arguments, message in (
+        (["--sweep", "lrr=1,2"], "lrr: is no setting of `pipeline train`; did you mean lr?"),
+        (["--sweep", "batch_rows=1,2"], "batch_rows: cannot be swept"),
+        (["--sweep", "d_sae=0,24"], "d_sae: Input should be greater than or equal to 1"),
+        (["--sweep", "k=2,25"], "25 features per row cannot be chosen from d_sae = 24"),
+        (["--sweep", "site=mlp,layer3"], "there is no 'layer3'"),
+        (["--sweep-file", tmp_path / "absent.yaml"], "there is no such file"),
+    ):
+        answer = command(capsys, "train", cache, *out, *arguments)
+        assert answer.code == 1
+        assert message in answer.err
+        assert not (tmp_path / "s").exists()
+    (tmp_path / "grid.yaml").write_text("lr: 1e-3\n")
+    answer = command(capsys, "train", cache, *out, "--sweep-file", tmp_path / "grid.yaml")
+    assert "holds neither a mapping of settings to lists of values" in answer.err

@@ -36,8 +36,8 @@ class JsonLines:
         except ValueError as error:
             wrong = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
             raise NonFiniteActivation(
-                f"after step {record.get('step')}, {', '.join(wrong) or 'a score'} is not finite: the weights have grown "
-                "too large. Start afresh with a lower lr or a gradient_clip"
+                f"after step {record.get('step')}, {', '.join(wrong) or 'a score'} is not finite: the weights have "
+                "grown too large. Start afresh with a lower lr or a gradient_clip"
             ) from error
         try:
             self._file.write(line.encode() + b"\n")
