@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from storage.cache_format import Site
 from storage.errors import NonFiniteActivation, SettingsError
 from training.build import build_run
 from training.checkpoint import Checkpoints
+from training.distributed import Group, RankBatches
+from training.follow import follow_first
 from training.kernels.adaptive import resolve_precision
 from training.loggers import Logger
 from training.run import TrainingRun
@@ -49,6 +52,8 @@ class Origins:
     """(every so many steps, hook) of the caller."""
     loggers: Callable[[], list[Logger]] = list
     """Makes the loggers of one run."""
+    group: Group | None = None
+    """The processes that train one run together, if there are several."""
 
     def request(self, settings: TrainSettings, source: TrainingSource) -> dict[str, Any]:
         """Return what decides a transcoder: settings with their choices made, rows, and first weights if not random."""
@@ -116,9 +121,15 @@ def train_drafts(
             stack.enter_context(one.session)
             opened.append(one)
         members = [_member(one, source, origins, give_up) for one in opened]
+        stream, group = rows.stream, origins.group
+        ready = None
+        if group is not None:
+            (one,) = opened
+            stream = RankBatches(stream, group.rank, group.size)
+            ready = partial(follow_first, group, one.run, stream)
         n_steps = max((one.session.n_steps for one in opened), default=0)
         bar = stack.enter_context(_SharedBar(n_steps, hidden=quiet or alone))
-        train_together(rows.stream, members, checkpoint_steps=checkpoint_steps, watch=bar)
+        train_together(stream, members, checkpoint_steps=checkpoint_steps, watch=bar, ready=ready)
 
 
 class _SharedBar:
@@ -149,19 +160,7 @@ def _open_run(
     quiet: bool,
 ) -> OpenRun:
     n_steps = rows.n_steps(settings)
-    run = build_run(
-        settings,
-        site,
-        rows.statistics(site),
-        n_steps=n_steps,
-        device=origins.device,
-        precision=origins.precision(settings),
-        name=name,
-        row_source=rows.fresh_rows(site, settings.seed),
-        row_scorer=origins.scores.row_scorer(settings, site),
-    )
-    if origins.start is not None:
-        origins.start.apply(run)
+    run = _build(name, settings, site, rows, origins)
     session = Session(
         draft.path,
         run,
@@ -174,6 +173,37 @@ def _open_run(
         quiet=quiet,
     )
     return OpenRun(name, settings, site, draft, run, session)
+
+
+def _build(name: str, settings: TrainSettings, site: Site, rows: TrainingRows, origins: Origins) -> TrainingRun:
+    run = build_run(
+        settings,
+        site,
+        rows.statistics(site),
+        n_steps=rows.n_steps(settings),
+        device=origins.device,
+        precision=origins.precision(settings),
+        name=name,
+        row_source=rows.fresh_rows(site, settings.seed),
+        row_scorer=origins.scores.row_scorer(settings, site),
+        group=origins.group,
+    )
+    if origins.start is not None:
+        origins.start.apply(run)
+    return run
+
+
+def train_beside(source: TrainingSource, settings: TrainSettings, origins: Origins, *, place: Path) -> None:
+    """Take the steps of a run whose files the first process of the group writes; nothing is written here."""
+    assert origins.group is not None, "only a process of a group trains beside another"
+    site = origins.site(settings, source)
+    with ExitStack() as stack:
+        rows: TrainingRows = stack.enter_context(source.open([site], place))
+        run = _build("transcoder", settings, site, rows, origins)
+        stream = RankBatches(rows.stream, origins.group.rank, origins.group.size)
+        follow_first(origins.group, run, stream)
+        for _ in range(run.n_steps_done, rows.n_steps(settings)):
+            run.step(stream.next_batch())
 
 
 def _member(one: OpenRun, source: TrainingSource, origins: Origins, give_up: GiveUp | None) -> Member:

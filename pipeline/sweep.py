@@ -8,6 +8,7 @@ others go on. The sweep is published when all have ended, with one row for each 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def run(
     every run before anything is written, NonFiniteActivation if all runs diverge, and what ``pipeline.train.run`` does.
     """
     check_shared(runs)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError("a sweep trains in one process; start one run with torchrun, or the sweep without it")
     on = open_device(device)
     if fresh:
         discard_draft(output)

@@ -18,12 +18,13 @@ import torch
 from pipeline.device import limited_threads, open_device
 from pipeline.live.settings import LiveSettings
 from pipeline.model_scores import ModelScores, ModelScoreSettings
-from pipeline.side_by_side import Origins, train_drafts
+from pipeline.side_by_side import Origins, train_beside, train_drafts
 from pipeline.training_rows import CacheSource, TrainingSource
 from pipeline.warm_start import WarmStart
 from storage.artifact import LOCK, MANIFEST, REQUEST, Draft, Lock
 from storage.errors import ArtifactMismatch, SettingsError
 from training.checkpoint import Checkpoints
+from training.distributed import open_group
 from training.loggers import Logger
 from training.settings import TrainSettings
 from training.trainer import PeriodicHook
@@ -63,24 +64,42 @@ def run(
     start from. ``model`` says where the cache's language model lies if it moved, for ``model_scores``. ``loggers``
     makes a run's loggers, besides ``metrics.jsonl``. Raises SettingsError with every problem of the settings, and the
     errors of ``storage.artifact.Draft`` and of opening what is given.
+
+    Started by torchrun, several processes train the transcoder of a cache together; the first one writes its files.
     """
     on = open_device(device)
-    if fresh:
-        discard_draft(output)
-    with nothing_left_if_refused(output), ExitStack() as stack:
+    with ExitStack() as stack:
+        group = open_group(on)
+        if group is not None:
+            on = stack.enter_context(group).device
+        if group is not None and live is not None:
+            raise SettingsError("live rows come from one process; cache them to train with several")
+        if fresh and (group is None or group.is_first):
+            discard_draft(output)
         stack.enter_context(limited_threads(threads))
+        if group is None or group.is_first:
+            stack.enter_context(nothing_left_if_refused(output))
         source = stack.enter_context(open_source(cache, live, settings, output, on))
         scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
         start = None if start_from is None else WarmStart(start_from)
-        origins = Origins(on, scores, start, hooks, loggers)
+        origins = Origins(on, scores, start, hooks, loggers, group)
+        if group is not None and not group.is_first:
+            if group.share_first(None):
+                train_beside(source, settings, origins, place=output)
+            group.share_first(None)  # published
+            return TrainResult(output, read_transcoder_manifest(output)["metrics"])
         # What was begun is recognised, and what is published returned, before a language model is loaded for it.
         begun = (output / REQUEST).exists()
         site = None if begun else origins.site(settings, source)
         draft = stack.enter_context(Draft(output, KIND, origins.request(settings, source)))
+        if group is not None:
+            group.share_first(not draft.published)
         if not draft.published:
             site = origins.site(settings, source) if site is None else site
             drafts = {"transcoder": (settings, site, draft)}
             train_drafts(source, drafts, origins, place=output, checkpoint_steps=checkpoint_steps, quiet=quiet)
+        if group is not None:
+            group.share_first(None)
         Checkpoints(output / CHECKPOINTS).clear()
     return TrainResult(output, read_transcoder_manifest(output)["metrics"])
 

@@ -13,6 +13,7 @@ from storage.statistics import SiteStatistics
 from training.architectures.base import Transcoder
 from training.batches import Batch
 from training.dead_features import FiringRecord
+from training.distributed import DistributedStep, Group
 from training.ema import WeightAverage
 from training.initialise import Centres, data_directions, initialise, medians
 from training.kernels.adaptive import build_kernel
@@ -37,11 +38,13 @@ def build_run(
     name: str = "transcoder",
     row_source: RowSource | None = None,
     row_scorer: RowScorer | None = None,
+    group: Group | None = None,
 ) -> TrainingRun:
     """Return a run with initial weights on ``device``. ``statistics``: by side, of the training rows.
 
     ``row_source`` gives raw rows of ``site`` to initialise from and to resample dead features from, ``row_scorer`` says
-    what they cost the language model; each is needed only by settings that ask for it. Raises NonFiniteActivation or
+    what they cost the language model; each is needed only by settings that ask for it. With a ``group``, batches are
+    slices of those of all its processes. Raises NonFiniteActivation or
     SettingsError for activations that cannot be learnt from, SettingsError for a setting that cannot be honoured.
     """
     check_statistics(site.name, statistics)
@@ -60,12 +63,13 @@ def build_run(
     _initialise(transcoder, settings, normalisation, means, row_source)
     transcoder = transcoder.to(device)
     firing = FiringRecord(transcoder.d_sae, device)
+    kernel = build_kernel(settings.kernel, precision, device, name=name)
     auxiliary = settings.auxiliary.build(firing, objective, dead_after_steps=settings.dead_after_steps)
     return TrainingRun(
         transcoder,
         objective,
         normalisation,
-        build_kernel(settings.kernel, precision, device, name=name),
+        kernel if group is None else DistributedStep(kernel, group),
         build_optimiser(settings.optimiser, transcoder, lr=settings.lr, clip=settings.gradient_clip),
         settings.build_schedule(n_steps),
         site=site.name,

@@ -91,15 +91,19 @@ def train_together(
     *,
     checkpoint_steps: int,
     watch: Callable[[int], None] | None = None,
+    ready: Callable[[], None] | None = None,
 ) -> None:
     """Train all members to their ends, from the newest step they can all be continued from.
 
-    Their sessions are entered by the caller. A member without a ``give_up`` that fails stops all.
+    Their sessions are entered by the caller. A member without a ``give_up`` that fails stops all. ``ready`` is called
+    when they stand where they go on from.
     """
     step = newest_common_step(member.session.checkpoint_steps() for member in members)
     states = [member.resume(step) for member in members]
     if states and states[0] is not None:
         stream.load_state_dict(states[0])
+    if ready is not None:
+        ready()
     clock = CheckpointClock(checkpoint_steps)
     lanes = [member.lane(stream, clock) for member in members]
     train(stream, lanes, first_step=step or 0, watch=watch)

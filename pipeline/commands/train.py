@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ def command(
             show_sweep(swept)
         return
     result = train.run(read({})[0], **place)
-    if not quiet:
+    if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         click.echo(f"{result.path}: {show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and score["fvu"] > 1:
             click.echo(
