@@ -131,6 +131,15 @@ def test_points_have_the_numbers_of_their_manifests_and_evaluations(made: Path) 
     assert (found.group, points["relu"].group, found.site) == ("topk", "relu", "layer0")
 
 
+def test_lines_are_told_apart_by_what_their_transcoders_differ_in(made: Path, tmp_path: Path) -> None:
+    skip = TrainSettings.read(BASE, {"architecture": {"kind": "topk", "k": 2, "skip": True}})
+    train.run(skip, cache=made / "cache", output=tmp_path / "skip", threads=1, quiet=True)
+    alone = collect([tmp_path / "skip"])
+    assert [one.group for one in alone] == ["topk"]
+    groups = lines(collect([tmp_path / "skip", made / "relu", made / "sweep"]), "fvu")
+    assert {group: len(points) for group, points in groups.items()} == {"relu": 1, "topk": 6, "topk with skip": 1}
+
+
 def test_the_command_draws_and_prints(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = command(capsys, "pareto", made / "sweep", made / "relu", "--out", tmp_path / "new" / "plot.png")
     assert answer.code == 0, answer.err
