@@ -5,8 +5,6 @@ For a transcoder of a later layer whose features are already known, this makes t
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,16 +86,12 @@ def _weights_file(path: Path) -> Path:
 
 def _check_shape(file: Path, name: str, d_out: int) -> None:
     try:
-        with file.open("rb") as opened:
-            (n_bytes,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(n_bytes)) if n_bytes <= file.stat().st_size else None
-        if header is None:
-            raise ValueError("its header is longer than the file")
+        with safe_open(file, framework="pt") as opened:
+            held = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise SettingsError(f"connection_path: {file}: there is no such file; check the path") from error
-    except (OSError, SafetensorError, ValueError, struct.error) as error:
+    except (OSError, SafetensorError) as error:
         raise SettingsError(f"connection_path: {file}: cannot be read as safetensors ({error})") from error
-    held = {key: value["shape"] for key, value in header.items() if key != "__metadata__"}
     found = held.get(name)
     if found is None:
         raise SettingsError(f"connection_path: {file}: holds no {name}, only {', '.join(sorted(held))}")
