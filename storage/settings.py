@@ -47,7 +47,13 @@ Quantity = Annotated[int, BeforeValidator(parse_quantity)]
 class Settings(BaseModel):
     """Frozen settings that refuse unknown keys; the docstring under a field is its ``--help`` text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,  # no setting means anything then, and JSON cannot hold it
+    )
 
     @classmethod
     def read(cls, *sources: Mapping[str, Any], where: str = "settings") -> Self:

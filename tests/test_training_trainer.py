@@ -76,7 +76,7 @@ def build(stream: PlantedRows, architecture: Architecture, n_steps: int, **setti
 RECOVERING: list[Architecture] = [
     TopK(k=2),
     BatchTopK(k=2),
-    JumpReLU(l0=0.05, bandwidth=0.3, initial_threshold=0.3),
+    JumpReLU(l0=0.05, bandwidth=0.3, initial_threshold=0.03),
     ReLU(l1=0.3),
     Gated(l1=1.0),
     Matryoshka(k=2, levels=2),

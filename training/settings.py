@@ -74,8 +74,9 @@ class TrainSettings(Settings):
     encoder_init: EncoderInit = "tied"
     """What features read at the start: tied (what they write, if inputs and outputs have one width, else independent),
     independent (random directions) or kaiming (the original code's, each weight uniform within √(6 / d_sae))."""
-    encoder_scale: PositiveFloat = 1.0
-    """Length of the encoder's rows at the start; kaiming: factor on its weights, 1 being the original code's."""
+    encoder_scale: PositiveFloat = 0.1
+    """Length of the encoder's rows at the start; at 1, random features would first have to be unlearnt. For kaiming, a
+    factor on its weights, 1 being the original code's."""
 
     auxiliary: AnyAuxiliary = NoAuxiliary()
     """Loss term that revives dead features: none, auxk (they reconstruct the residual) or ghost (ghost gradients)."""
