@@ -53,7 +53,7 @@ def main() -> None:
 
 def add_l0(report: Report, planted: Planted, l0: int, rounds: int) -> None:
     """Measure one density."""
-    d_sae, width = planted.encoder.shape
+    d_sae = len(planted.encoder)
     steps: dict[str, Step] = {
         "sparse": stepper(planted, l0, "sparse", "bfloat16"),
         "dense bfloat16": stepper(planted, l0, "dense", "bfloat16"),

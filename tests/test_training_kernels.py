@@ -97,6 +97,20 @@ def test_sparse_step_agrees_with_dense_autograd_in_float64(
         assert relative_error(mine.grad, theirs.grad) < tolerance, parameter
 
 
+@pytest.mark.slow  # compiles C++
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("name", ["relu", "batch_topk"])
+def test_compiled_step_agrees_with_the_plain_one(name: str) -> None:
+    reference = random_transcoder(ARCHITECTURES[name]).float()
+    compiled = copy.deepcopy(reference)
+    batch = cast(random_batch(), torch.float32)
+    wanted = DenseStep()(reference, batch, VarianceObjective(20.0))
+    found = DenseStep(compiled=True)(compiled, batch, VarianceObjective(20.0))
+    assert torch.equal(found.n_active, wanted.n_active)
+    for mine, theirs in zip(compiled.parameters(), reference.parameters(), strict=True):
+        assert relative_error(mine.grad, theirs.grad) < 2e-6  # rounding in another order
+
+
 SELECTIONS: dict[str, Selection] = {
     "above zero": Above(),
     "above floors": Above(torch.linspace(-1, 2, D_SAE, dtype=torch.float64)),

@@ -22,7 +22,7 @@ from training.whole_batch import ALONE, WholeBatch
 
 logger = logging.getLogger(__name__)
 
-KernelKind = Literal["auto", "dense", "sparse"]
+KernelKind = Literal["auto", "dense", "sparse", "compiled"]
 
 SPARSE_BELOW = 0.03
 """Share of active pairs below which the sparse step takes over."""
@@ -86,11 +86,11 @@ def _expected_density(transcoder: Transcoder) -> float:
 
 
 def build_kernel(kind: KernelKind, precision: Precision, device: torch.device, *, name: str) -> StepKernel:
-    """Return the kernel of a run; ``kind`` other than dense is for the CPU."""
+    """Return the kernel of a run; auto is dense, and sparse not offered, on devices other than the CPU."""
     if kind == "sparse":
         return SparseStep(precision)
-    if kind == "dense" or device.type != "cpu":
-        return DenseStep(precision)
+    if kind in ("dense", "compiled") or device.type != "cpu":
+        return DenseStep(precision, compiled=kind == "compiled")
     return AdaptiveStep(precision, name=name)
 
 

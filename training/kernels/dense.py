@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
-from training.architectures.base import Transcoder
+from training.architectures.base import Trace, Transcoder
 from training.batches import Batch
 from training.entries import DenseEntries
 from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
 from training.objectives import Objective
 from training.whole_batch import ALONE, WholeBatch
 
+Forward = Callable[[Transcoder, Batch, Objective, WholeBatch], tuple[DenseEntries, Trace]]
+
 
 class DenseStep:
-    """Five matrix products; in bfloat16 if asked for, the loss always in float32."""
+    """Five matrix products; in bfloat16 if asked for, the loss always in float32.
+
+    ``compiled`` fuses what lies between the products with ``torch.compile``, which needs a C++ compiler on a CPU and
+    takes up to a minute for the first step.
+    """
 
     def __init__(self, precision: Precision = "float32", *, compiled: bool = False) -> None:
         self._autocast = precision == "bfloat16"
-        self._pre: Callable[[Transcoder, Tensor], Tensor] = _pre_activations
-        if compiled:
-            self._pre = torch.compile(_pre_activations)
+        self._forward: Forward = torch.compile(_forward) if compiled else _forward
 
     def __call__(
         self,
@@ -37,10 +40,12 @@ class DenseStep:
         """Set ``.grad`` of every parameter and return the loss terms."""
         transcoder.zero_grad(set_to_none=True)
         with torch.autocast(batch.inputs.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            entries = DenseEntries(self._pre(transcoder, batch.inputs), transcoder.selection(), whole)
-            trace = transcoder.trace(entries, batch, objective)
+            entries, trace = self._forward(transcoder, batch, objective, whole)
         return finish(transcoder, entries, trace, batch, extra, per_row=per_row)
 
 
-def _pre_activations(transcoder: Transcoder, inputs: Tensor) -> Tensor:
-    return transcoder.pre_activations(inputs)
+def _forward(
+    transcoder: Transcoder, batch: Batch, objective: Objective, whole: WholeBatch
+) -> tuple[DenseEntries, Trace]:
+    entries = DenseEntries(transcoder.pre_activations(batch.inputs), transcoder.selection(), whole)
+    return entries, transcoder.trace(entries, batch, objective)
