@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from pipeline.caching.plan import (
 )
 from pipeline.caching.producer import RowMask, RowProducer
 from pipeline.caching.rows import RowFilter
-from pipeline.caching.settings import CacheSettings
+from pipeline.caching.settings import CacheSettings, CapturedContexts
 from pipeline.caching.stage import (
     PackingThread,
     UnitPlanner,
@@ -169,7 +169,7 @@ class CacheJob:
             producer = RowProducer(
                 self.model, plan.hooks, plan.layout, self.blocks, self.row_mask, self.settings.contexts_per_batch
             )
-            check_pairing(self.model, plan.hooks, self._first_batch(), self.settings)
+            check_pairing(self.model, plan.hooks, self._batches(1)[0][0], self.settings.model)
             targets = {split: target if split == "train" else None for split in self.blocks}
             planner = UnitPlanner(self.progress, plan.layout, self.settings.contexts_per_batch, targets)
             self._write(plan, planner, producer, bar, workers)
@@ -215,9 +215,6 @@ class CacheJob:
             vocabulary_size=self.model.d_vocab,
         )
 
-    def _first_batch(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._batches(1)[0]
-
     def _batches(self, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the first training batches, as (tokens, kept positions)."""
         size = self.settings.contexts_per_batch
@@ -234,7 +231,7 @@ class CacheJob:
         if target is None:
             self.progress.wait_until_done()
         n_rows = target or self.progress.n_rows("train")
-        fixed = fixed_dtype(self.settings, self.model.dtype)
+        fixed = fixed_dtype(self.settings.storage_dtype, self.model.dtype)
         seen = None
         if fixed in (None, "int8"):
             n_contexts = -(-n_rows // max(1, self.settings.context_length - 1))
@@ -303,7 +300,7 @@ def dataset_ended(root: Path, generation: int) -> bool:
     return bool(last_packing(root, generation)["finished"] == "dataset")
 
 
-def row_mask_of(settings: CacheSettings, model: LanguageModel) -> RowMask:
+def row_mask_of(settings: CapturedContexts, model: LanguageModel) -> RowMask:
     """Return which positions of contexts become rows."""
     return settings.row_mask(settings.context_length, model.special_token_ids)
 
@@ -332,25 +329,28 @@ def check_enough_rows(progress: PackingProgress, source: ContextSource, target: 
         )
 
 
-def check_pairing(
-    model: LanguageModel, hooks: tuple[SiteHooks, ...], batch: tuple[np.ndarray, np.ndarray], settings: CacheSettings
-) -> None:
-    """Raise ModelError if a layer's captured output is not bit for bit its MLP of the captured input."""
-    tokens = torch.from_numpy(batch[0].astype(np.int64))
-    captured = model.capture(tokens, hooks)
+def check_pairing(model: LanguageModel, hooks: Sequence[SiteHooks], tokens: np.ndarray, name: str) -> None:
+    """Raise ModelError if a layer's captured output is not its MLP of the captured input, within rounding.
+
+    ``tokens`` (contexts, T) are what the model called ``name`` is run on; every site that is wrong is reported.
+    """
+    captured = model.capture(torch.from_numpy(tokens.astype(np.int64)), hooks)
+    wrong = []
     for hook in hooks:
         check = model.compare_pair(hook, captured[hook.hook_in], captured[hook.hook_out])
         if not check.applicable:
             logger.info(
                 "%s: pairing check not applicable: no MLP joins its hooks, or its weights are processed", hook.name
             )
-        if check.applicable and not check.exact and check.relative_error > 1e-2:
-            raise ModelError(
+        elif not check.exact and check.relative_error > 1e-2:
+            wrong.append(
                 f"{hook.name}: {hook.hook_out} is not the MLP of {hook.hook_in} (relative error "
-                f"{check.relative_error:.2g}) in {settings.model}; give the right pair with --hooks"
+                f"{check.relative_error:.2g}) in {name}; give the right pair with --hooks"
             )
-        if check.applicable and not check.exact:
+        elif not check.exact:
             logger.info("%s: pairs agree within %.1e, not bit for bit", hook.name, check.relative_error)
+    if wrong:
+        raise ModelError("\n".join(wrong))
 
 
 def massive_warnings(cache: ActivationCache) -> tuple[str, ...]:

@@ -263,7 +263,7 @@ class Growth:
 
     def _widened_layout(self, hooks: Sequence[SiteHooks]) -> CacheFormat:
         """Return the format of the new sites alone, with the recorded shards, so that rows stay where they are."""
-        fixed = fixed_dtype(self.settings, self.model.dtype)
+        fixed = fixed_dtype(self.settings.storage_dtype, self.model.dtype)
         seen = None
         if fixed in (None, "int8"):
             n = probe_batches(self.settings, self.cache.split("train").n_contexts)
@@ -286,7 +286,7 @@ class Growth:
         return UnitPlanner(self.progress, plan.layout, self.settings.contexts_per_batch, targets, first)
 
     def _write(self, plan: CachePlan, planner: UnitPlanner, bar: RowProgress, *, with_provenance: bool) -> None:
-        check_pairing(self.model, plan.hooks, self._batches(1)[0], self.settings)
+        check_pairing(self.model, plan.hooks, self._batches(1)[0][0], self.settings.model)
         producer = RowProducer(
             self.model, plan.hooks, plan.layout, self.blocks, self.row_mask, self.settings.contexts_per_batch
         )

@@ -321,14 +321,14 @@ def test_every_problem_of_the_settings_is_reported_at_once() -> None:
     assert str(refused.value).splitlines() == [
         "9 problems in settings:",
         "  tokens: '6OM' is not a quantity; write a number such as 4096, 60M, 1.5GB or 2GiB, or 'all' (got '6OM')",
-        "  hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
+        "  hooks: no site is asked for: give --layers (such as 8, or all) or --hooks",
         "  first_position: Input should be greater than or equal to 0 (got -1)",
-        "  compression: Input should be 'none', 'lz4', 'zstd', 'gzip' or 'blosc-zstd' (got 'zip')",
-        "  chunk_rows: wanted a divisor of shard_rows (64) (got 48)",
-        "  bucket_rows: Input should be a valid integer, unable to parse string as an integer, or 'auto' (got 'many')",
         "  context_length: wanted 2 (BOS and a token) to 65,536 (got 1)",
         "  holdout: 'often' is not understood; write a share up to 0.5 such as 0.01, 0 for no held-out "
         "documents, or document indices such as 7::20 or 3,17 (got 'often')",
+        "  compression: Input should be 'none', 'lz4', 'zstd', 'gzip' or 'blosc-zstd' (got 'zip')",
+        "  chunk_rows: wanted a divisor of shard_rows (64) (got 48)",
+        "  bucket_rows: Input should be a valid integer, unable to parse string as an integer, or 'auto' (got 'many')",
         "  colour: is no setting",
     ]
 

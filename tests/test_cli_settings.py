@@ -71,11 +71,23 @@ def test_settings_of_every_architecture_are_flags_that_say_whose_they_are(
 REQUIRED = ["--model", "gpt2", "--dataset", "text.jsonl", "--layers", "8", "--tokens"]
 
 
-def test_what_every_cache_needs_comes_first_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = re.findall(r"^  (--[a-z-]+)", command(capsys, "cache", "--help").out, re.M)
-    needed = ["--out", "--model", "--dataset", "--tokens", "--layers", "--hooks"]
+@pytest.mark.parametrize(
+    ("name", "needed", "others"),
+    [
+        (
+            "cache",
+            ["--out", "--model", "--dataset", "--tokens", "--layers", "--hooks"],
+            ["--storage-dtype", "--exclude", "--seed"],
+        ),
+        ("train", ["--out", "--model", "--dataset", "--layers", "--hooks"], ["--storage-dtype", "--exclude"]),
+    ],
+)
+def test_what_rows_from_a_model_need_comes_before_what_may_be_left_out(
+    capsys: pytest.CaptureFixture[str], name: str, needed: list[str], others: list[str]
+) -> None:
+    flags = re.findall(r"^  (--[a-z-]+)", command(capsys, name, "--help").out, re.M)
     assert [flag for flag in flags if flag in needed] == needed
-    assert flags.index("--hooks") < min(flags.index(flag) for flag in ("--storage-dtype", "--exclude", "--seed"))
+    assert flags.index("--hooks") < min(flags.index(flag) for flag in others)
 
 
 def test_flags_take_quantities_lists_and_names() -> None:
@@ -112,11 +124,11 @@ def test_all_problems_of_file_and_flags_come_at_once_and_name_the_file(
     assert answer.code == 1
     assert answer.err.splitlines() == [
         f"error: 6 problems in {config}:",
-        "  hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
+        "  hooks: no site is asked for: give --layers (such as 8, or all) or --hooks",
+        "  context_length: Input should be a valid integer, unable to parse string as an integer (got 'two')",
         "  storage_dtype: Input should be 'auto', 'bfloat16', 'float16', 'float32' or 'int8' (got 'float8')",
         "  compression: Input should be 'none', 'lz4', 'zstd', 'gzip' or 'blosc-zstd' (got 'zip')",
         "  chunk_rows: wanted a divisor of shard_rows (100) (got 30)",
-        "  context_length: Input should be a valid integer, unable to parse string as an integer (got 'two')",
         "  layer: is no setting; did you mean layers?",
     ]
     assert not (tmp_path / "c").exists()
@@ -131,7 +143,7 @@ def test_a_command_without_its_settings_names_all_that_are_missing(
         "model: is required",
         "dataset: is required",
         "tokens: is required",
-        "hooks: nothing to cache: give --layers (such as 8, or all) or --hooks",
+        "hooks: no site is asked for: give --layers (such as 8, or all) or --hooks",
     ]
 
 

@@ -114,7 +114,7 @@ def test_all_problems_of_the_settings_are_reported_at_once() -> None:
     lines = str(refused.value).splitlines()
     assert lines[0] == "5 problems in settings:"
     assert [line.strip().split(":")[0] for line in lines[1:]] == [
-        "hooks", "context_length", "storage_dtype", "holdout", "buffer_rows",
+        "hooks", "context_length", "holdout", "storage_dtype", "buffer_rows",
     ]  # fmt: skip
 
 

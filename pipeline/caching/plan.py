@@ -94,10 +94,10 @@ def choose_rows(settings: CacheSettings, sites: Sequence[Site], n_rows: int) -> 
     return shard, chunk
 
 
-def fixed_dtype(settings: CacheSettings, model_dtype: torch.dtype) -> str | None:
-    """Return the storage dtype, or None where a probe of the activations has to decide."""
-    if settings.storage_dtype != "auto":
-        return settings.storage_dtype
+def fixed_dtype(storage_dtype: str, model_dtype: torch.dtype) -> str | None:
+    """Return the storage dtype that a setting means, or None where a probe of the activations has to decide."""
+    if storage_dtype != "auto":
+        return storage_dtype
     return {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(model_dtype)
 
 

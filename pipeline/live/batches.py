@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pipeline.cache import check_context_length
+from pipeline.cache import check_context_length, row_mask_of
 from pipeline.live.contexts import ContextBatches
 from pipeline.live.heldout import HeldoutRows, compute_heldout_rows, read_heldout_contexts
 from pipeline.live.mixing import Mixing, choose_block_rows
@@ -75,7 +75,7 @@ class LiveBatches:
         check_context_length(settings.context_length, self._model)
         hooks = self._model.resolve_sites(settings.layers, settings.hooks)
         self._documents = open_documents(settings, settings.seed)
-        self._row_mask = settings.row_mask(settings.context_length, self._model.special_token_ids)
+        self._row_mask = row_mask_of(settings, self._model)
         self._rule = HoldoutRule.parse(settings.holdout, settings.seed)
         dtypes = opening.dtypes if opening else None
         sites = choose_sites(settings, self._model, hooks, self._row_mask, self._read(None, 1), dtypes)

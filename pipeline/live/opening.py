@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
-import torch
-
-from pipeline.caching.plan import PROBE_BATCHES, Probe, choose_dtypes
+from pipeline.cache import check_pairing
+from pipeline.caching.plan import PROBE_BATCHES, Probe, choose_dtypes, fixed_dtype
 from pipeline.caching.producer import RowMask
 from pipeline.live.contexts import ContextBatches
 from pipeline.live.rows import RowMaker
@@ -23,7 +22,7 @@ from pipeline.model.sites import SiteHooks
 from storage.artifact import list_differences
 from storage.cache_format import Site
 from storage.encodings import Side
-from storage.errors import ArtifactMismatch, ModelError
+from storage.errors import ArtifactMismatch
 from storage.statistics import SiteStatistics
 
 
@@ -69,9 +68,9 @@ def choose_sites(
     widths = model.widths(hooks)
     wide = [Site(hook.name, hook.hook_in, hook.hook_out, *widths[hook.name], "float32") for hook in hooks]
     first = next(batches)
-    check_pairs(model, hooks, torch.from_numpy(first.tokens).long(), settings.model)
+    check_pairing(model, hooks, first.tokens, settings.model)
     if dtypes is None or dtypes.keys() != widths.keys():
-        fixed = _fixed_dtype(settings, model)
+        fixed = fixed_dtype(settings.storage_dtype, model.dtype)
         seen = None
         if fixed is None:
             maker = RowMaker(model, wide, row_mask, settings.contexts_per_batch)
@@ -87,32 +86,10 @@ def choose_sites(
     )
 
 
-def _fixed_dtype(settings: LiveSettings, model: LanguageModel) -> str | None:
-    """Return the storage dtype, or None where a look at the activations has to decide."""
-    if settings.storage_dtype != "auto":
-        return settings.storage_dtype
-    return {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(model.dtype)
-
-
 def _hook_of(sites: Sequence[Site], key: str) -> str:
     name, _, side = key.rpartition("/")
     site = next(site for site in sites if site.name == name)
     return site.hook_in if side == "in" else site.hook_out
-
-
-def check_pairs(model: LanguageModel, hooks: Sequence[SiteHooks], tokens: torch.Tensor, name: str) -> None:
-    """Raise ModelError if a layer's captured output is not its MLP of the captured input, within rounding."""
-    wrong = []
-    captured = model.capture(tokens, hooks)
-    for hook in hooks:
-        check = model.compare_pair(hook, captured[hook.hook_in], captured[hook.hook_out])
-        if check.applicable and not check.exact and check.relative_error > 1e-2:
-            wrong.append(
-                f"{hook.name}: {hook.hook_out} is not the MLP of {hook.hook_in} (relative error "
-                f"{check.relative_error:.2g}) in {name}; give the right pair with --hooks"
-            )
-    if wrong:
-        raise ModelError("\n".join(wrong))
 
 
 def refuse_other_origin(what: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:
