@@ -8,7 +8,7 @@ each peer in its fastest mode. Contenders are processes that take turns of a ste
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -107,7 +107,7 @@ def test_ratios_are_over_the_fastest_mode_of_each_side(tmp_path: Path) -> None:
     }
     modes = [("SAELens", "float32"), ("SAELens", "bfloat16"), ("dictionary_learning", "float32")]
     family.processes = [StepProcess(Side(name, ""), "batch_topk", mode, tmp_path) for name, mode in modes]
-    report = start_report([size])
+    report = start_report(size)
     add_ratios(report, family)
     assert report.ratios == {
         "batch_topk_vs_saelens_128": 5.0,  # of 5, 4 and 10
