@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from analysis.hook_points import parse_hook
 from analysis.next_tokens import pattern_divergences
 from storage.cache_format import Site
+from storage.hook_names import HookName
 
 _QUERIES_OR_KEYS = re.compile(r"(blocks\.\d+\.attn)\.(?:hook_(?:rot_)?[qk]|[qk]\.hook_out)")
 
@@ -48,8 +48,8 @@ class SitePattern(NamedTuple):
 
 def pattern_of(site: Site, points: Mapping[str, Any]) -> SitePattern | None:
     """Return the pattern that ``site`` writes to; None unless its output hook holds queries or keys."""
-    address = parse_hook(site.hook_out)
-    match = None if address is None else _QUERIES_OR_KEYS.fullmatch(address.point)
-    if address is None or match is None or f"{match[1]}.hook_pattern" not in points:
+    hook = HookName.parse(site.hook_out)
+    match = _QUERIES_OR_KEYS.fullmatch(hook.point)
+    if match is None or f"{match[1]}.hook_pattern" not in points:
         return None
-    return SitePattern(f"{match[1]}.hook_pattern", address.point, address.head)
+    return SitePattern(f"{match[1]}.hook_pattern", hook.point, hook.head)

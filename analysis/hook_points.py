@@ -1,7 +1,6 @@
-"""Hook points of a TransformerLens model: how a hook is named, and hook functions that are gone again afterwards.
+"""Hook points of a TransformerLens model: whether it has one, and hook functions that are gone again afterwards.
 
-A name is one that TransformerLens knows, or such a name with the index of an attention head behind it in brackets,
-``blocks.3.attn.hook_z[5]``. Several names may mean the same point (``blocks.0.hook_mlp_out`` and
+Several names may mean the same point (``blocks.0.hook_mlp_out`` and
 ``blocks.0.mlp.hook_out`` in most families), so points are compared as objects, never by name.
 """
 
@@ -10,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-_NAME = re.compile(r"(?P<point>[^\[\]]+)(?:\[(?P<head>\d+)\])?")
+from storage.hook_names import HookName
+
 _LEVELS = itertools.count(800_000_000)
 """Tells the hooks of one context from everybody else's, nested ones of ours included; far from TransformerLens's own
 levels, which count its open contexts."""
@@ -25,28 +24,12 @@ HookFunction = Callable[..., Any]
 """``f(value, *, hook)``; what it returns replaces the value, None leaves it."""
 
 
-class HookAddress(NamedTuple):
-    """A hook point by name, and the attention head whose slice is meant; None for all of it."""
-
-    point: str
-    head: int | None
-
-
-def parse_hook(name: str) -> HookAddress | None:
-    """Return what a hook's name means; None if it is no such name."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return None
-    # Head 0 is a head: only a missing index means the whole hook.
-    return HookAddress(match["point"], None if match["head"] is None else int(match["head"]))
-
-
 def name_problem(name: str, points: Mapping[str, Any]) -> str | None:
     """Return a sentence if ``name`` is no hook of the model whose hook points are ``points``."""
-    address = parse_hook(name)
-    if address is not None and address.point in points:
+    hook = HookName.parse(name)
+    if hook.point in points and (hook.head is None or hook.head >= 0):
         return None
-    near = difflib.get_close_matches(address.point if address else name, list(points), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(hook.point, list(points), n=3, cutoff=0.6)
     advice = f"near matches: {', '.join(near)}" if near else "names look like blocks.0.mlp.hook_out or …hook_z[5]"
     return f"this model has no hook {name!r}; {advice}"
 

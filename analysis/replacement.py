@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from analysis.hook_points import HookAddress, HookFunction, hooked, name_problem, parse_hook
+from analysis.hook_points import HookFunction, hooked, name_problem
 from storage.cache_format import Site
 from storage.errors import ModelError
+from storage.hook_names import HookName
 
 EVERY_POSITION = torch.ones(1, 1, dtype=torch.bool)
 """For ``where``: replace at all positions, the BOS included."""
@@ -171,7 +172,7 @@ def _site_problems(substitutes: Mapping[Site, Substitute], points: Mapping[str, 
         unknown = [problem for name in names if (problem := name_problem(name, points)) is not None]
         problems += [f"site {site.name}: {problem}" for problem in [*unknown, *substitute.problems(site)]]
         if not unknown:
-            address = _address(site.hook_out)
+            address = HookName.parse(site.hook_out)
             place = (id(points[address.point]), address.head)
             for other, point, head in written:
                 if point == place[0] and (head == place[1] or None in (head, place[1])):
@@ -182,12 +183,6 @@ def _site_problems(substitutes: Mapping[Site, Substitute], points: Mapping[str, 
     return problems
 
 
-def _address(name: str) -> HookAddress:
-    address = parse_hook(name)
-    assert address is not None, "names were checked"
-    return address
-
-
 class _Splice:
     """One site while it is replaced: its input on the way from one hook to the other."""
 
@@ -195,7 +190,7 @@ class _Splice:
         self.site = site
         self.n_firings = 0
         self._substitute, self._where = substitute, where
-        self._in, self._out = _address(site.hook_in), _address(site.hook_out)
+        self._in, self._out = HookName.parse(site.hook_in), HookName.parse(site.hook_out)
         self.point_in, self.point_out = points[self._in.point], points[self._out.point]
         self._inputs: Tensor | None = None
 
@@ -243,7 +238,7 @@ class _Splice:
             )
         return inputs
 
-    def _slice(self, value: Tensor, address: HookAddress, name: str, width: int) -> Tensor:
+    def _slice(self, value: Tensor, address: HookName, name: str, width: int) -> Tensor:
         """Return (contexts, positions, width): one head, or all of them side by side as a cache keeps them."""
         if address.head is None:
             rows = value.flatten(2) if value.ndim > 3 else value

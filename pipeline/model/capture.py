@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.model.sites import HookSlice, SiteHooks
+from pipeline.model.sites import SiteHooks, head_problem
 from storage.errors import ModelError, OutOfMemoryError
+from storage.hook_names import HookName
 
 _HOOK_LEVEL = 712_349  # tells our hooks from anybody else's when they are taken away; any number no one uses
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
@@ -48,7 +49,7 @@ def capture(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], tokens
     one another: use them before the next call, or copy them. If a hook fires more than once in a pass, the first
     firing counts.
     """
-    wanted = {hook: HookSlice.parse(hook) for hook in hooks}
+    wanted = {hook: HookName.parse(hook) for hook in hooks}
     captured = _fired(bridge, points, list(dict.fromkeys(part.point for part in wanted.values())), tokens)
     _check_all_fired([part.point for part in wanted.values()], captured)
     with torch.inference_mode():
@@ -172,7 +173,7 @@ def _check_all_fired(hooks: Sequence[str], captured: Mapping[str, Any]) -> None:
         )
 
 
-def _rows(hook: HookSlice, value: Any, tokens: Tensor) -> Tensor:
+def _rows(hook: HookName, value: Any, tokens: Tensor) -> Tensor:
     """Return a captured value as (contexts, positions, d), or say why it is no activation of token positions."""
     if isinstance(value, tuple) and value:
         value = value[0]
@@ -185,7 +186,7 @@ def _rows(hook: HookSlice, value: Any, tokens: Tensor) -> Tensor:
             f"{tokens.shape[1]} positions; wanted one vector per position, or one per head and position"
         )
     if hook.head is not None:
-        problem = hook.problem(value.shape[2] if value.ndim == 4 else 0)
+        problem = head_problem(hook, value.shape[2] if value.ndim == 4 else 0)
         if problem is not None:
             raise ModelError(f"hook {problem}")
         return value[:, :, hook.head]

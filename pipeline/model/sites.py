@@ -16,47 +16,15 @@ from typing import NamedTuple
 
 from storage.encodings import Side
 from storage.errors import ModelError
+from storage.hook_names import HookName
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LAYER_ITEM = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 _MLP_HOOK = re.compile(r"blocks\.(\d+)\.mlp\.hook_(?:in|out)")
-_ONE_HEAD = re.compile(r"([^\[\]]+?)\s*\[\s*([+-]?[0-9]+)\s*\]")
 
 HeadCounts = Callable[[Sequence[str]], Mapping[str, int]]
 """Hook points → how many heads each holds, 0 where it holds one vector per position; leaves out those that do not
 hold activations of token positions, about which capturing them has more to say."""
-
-
-class HookSlice(NamedTuple):
-    """What a hook's name means: a hook point of the model, and which head of it if not all."""
-
-    point: str
-    head: int | None
-
-    @classmethod
-    def parse(cls, hook: str) -> HookSlice:
-        """Read ``blocks.3.attn.hook_z[5]`` or a name without brackets."""
-        match = _ONE_HEAD.fullmatch(hook)
-        return cls(hook, None) if match is None else cls(match[1], int(match[2]))
-
-    def __str__(self) -> str:
-        return self.point if self.head is None else f"{self.point}[{self.head}]"
-
-    @property
-    def folder_name(self) -> str:
-        """The same without brackets, which shells and file name patterns take for something else."""
-        return self.point if self.head is None else f"{self.point}.head{self.head}"
-
-    def problem(self, n_heads: int) -> str | None:
-        """Return what is wrong with asking for this head where the hook has ``n_heads``; None if nothing is."""
-        if self.head is None or 0 <= self.head < n_heads:
-            return None
-        if n_heads == 0:
-            return (
-                f"{self}: this hook has no heads, it holds one vector per position; leave out [{self.head}]. "
-                "Heads are at blocks.L.attn.hook_z, hook_q, hook_k and hook_v"
-            )
-        return f"{self}: this hook has {n_heads} head{'s' if n_heads > 1 else ''}, 0 to {n_heads - 1}"
 
 
 class SiteHooks(NamedTuple):
@@ -115,6 +83,18 @@ def resolve_sites(
     return sites
 
 
+def head_problem(hook: HookName, n_heads: int) -> str | None:
+    """Return what is wrong with asking for a hook's head where the hook has ``n_heads``; None if nothing is."""
+    if hook.head is None or 0 <= hook.head < n_heads:
+        return None
+    if n_heads == 0:
+        return (
+            f"{hook}: this hook has no heads, it holds one vector per position; leave out [{hook.head}]. "
+            "Heads are at blocks.L.attn.hook_z, hook_q, hook_k and hook_v"
+        )
+    return f"{hook}: this hook has {n_heads} head{'s' if n_heads > 1 else ''}, 0 to {n_heads - 1}"
+
+
 def _parse_layers(text: str, n_layers: int, problems: list[str]) -> list[int]:
     if text.strip().lower() == "all":
         return list(range(n_layers))
@@ -140,7 +120,7 @@ def _parse_hooks(text: str, problems: list[str]) -> SiteHooks | None:
     if len(parts) > 2 or not all(parts):
         problems.append(f"hooks {text!r}: write IN_HOOK:OUT_HOOK, one HOOK, or NAME=IN_HOOK:OUT_HOOK")
         return None
-    hook_in, hook_out = HookSlice.parse(parts[0]), HookSlice.parse(parts[-1])
+    hook_in, hook_out = HookName.parse(parts[0]), HookName.parse(parts[-1])
     wrong = [part.point for part in dict.fromkeys((hook_in, hook_out)) if re.search(r"[\[\]]", part.point)]
     if wrong:
         problems += [
@@ -158,16 +138,22 @@ def _parse_hooks(text: str, problems: list[str]) -> SiteHooks | None:
     return site
 
 
-def _default_name(hook_in: HookSlice, hook_out: HookSlice) -> str:
+def _default_name(hook_in: HookName, hook_out: HookName) -> str:
     layer = SiteHooks("", str(hook_in), str(hook_out)).default_layer
     if layer is not None:
         return f"layer{layer}"
-    return hook_in.folder_name if hook_in == hook_out else f"{hook_in.folder_name}-to-{hook_out.folder_name}"
+    name_in, name_out = _without_brackets(hook_in), _without_brackets(hook_out)
+    return name_in if hook_in == hook_out else f"{name_in}-to-{name_out}"
+
+
+def _without_brackets(hook: HookName) -> str:
+    """Return a hook's name as part of a folder's: shells and file name patterns take brackets for something else."""
+    return hook.point if hook.head is None else f"{hook.point}.head{hook.head}"
 
 
 def _unknown_hooks(site: SiteHooks, hook_names: Collection[str]) -> list[str]:
     problems = []
-    for hook in dict.fromkeys(HookSlice.parse(name).point for name in (site.hook_in, site.hook_out)):
+    for hook in dict.fromkeys(HookName.parse(name).point for name in (site.hook_in, site.hook_out)):
         if hook in hook_names:
             continue
         near = difflib.get_close_matches(hook, hook_names, n=4, cutoff=0.6)
@@ -180,13 +166,13 @@ def _unknown_heads(sites: Sequence[SiteHooks], hook_names: Collection[str], coun
     asked = {
         (site.name, part): None
         for site in sites
-        for part in map(HookSlice.parse, (site.hook_in, site.hook_out))
+        for part in map(HookName.parse, (site.hook_in, site.hook_out))
         if part.head is not None and part.point in hook_names
     }
     if not asked:
         return []
     counts = count_heads(list(dict.fromkeys(part.point for _, part in asked)))
-    found = [(name, part.problem(counts[part.point])) for name, part in asked if part.point in counts]
+    found = [(name, head_problem(part, counts[part.point])) for name, part in asked if part.point in counts]
     return [f"site {name}: {problem}" for name, problem in found if problem is not None]
 
 

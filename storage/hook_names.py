@@ -1,0 +1,30 @@
+"""How a hook is named wherever a name is recorded: a hook point of the model, or one attention head's slice of it.
+
+``blocks.3.attn.hook_z`` is all of the point and ``blocks.3.attn.hook_z[5]`` its head 5. Nothing here knows a model:
+whether there is such a point, and such a head, is for whoever has one to say.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_ONE_HEAD = re.compile(r"([^\[\]]+?)\s*\[\s*([+-]?[0-9]+)\s*\]")
+
+
+class HookName(NamedTuple):
+    """A hook point by name, and which head of it is meant."""
+
+    point: str
+    """Name of the point; a name that is malformed is kept here whole, brackets included, and no model has it."""
+    head: int | None
+    """Index of the head, from 0; None for the whole point. As written, so possibly no index of any model: -1."""
+
+    @classmethod
+    def parse(cls, name: str) -> HookName:
+        """Read ``HOOK`` or ``HOOK[H]``."""
+        match = _ONE_HEAD.fullmatch(name)
+        return cls(name, None) if match is None else cls(match[1], int(match[2]))
+
+    def __str__(self) -> str:
+        return self.point if self.head is None else f"{self.point}[{self.head}]"
