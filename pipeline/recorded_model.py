@@ -14,7 +14,7 @@ from analysis.evaluate import ContextBatch
 from pipeline.cache import row_mask_of
 from pipeline.caching.plan import refuse_other_inputs
 from pipeline.caching.settings import CacheSettings
-from pipeline.model.capture import _explained_failures, _no_padding_advice
+from pipeline.model.capture import explained_failures, without_padding_advice
 from pipeline.model.language_model import LanguageModel, load_language_model
 from storage.activation_cache import ActivationCache, CacheSplit
 from storage.errors import OutOfMemoryError
@@ -29,6 +29,8 @@ class RecordedModel:
     model: LanguageModel
     row_mask: Callable[[np.ndarray], np.ndarray]
     """From token ids (contexts, T) to which of them the cache keeps as rows, bool (contexts, T)."""
+    contexts_per_batch: int
+    """Contexts per pass when the cache was made: the same grid gives the same bits."""
 
     @property
     def bridge(self) -> Any:
@@ -59,7 +61,7 @@ def open_recorded_model(cache: ActivationCache, *, model: str | None = None, dev
     settings = CacheSettings.read({**cache.manifest["request"], "tokens": "all"}, moved, where=str(cache.path))
     loaded = load_language_model(settings, device=device)
     refuse_other_inputs(str(cache.path), {"model": cache.manifest["model"]}, {"model": loaded.identity()})
-    return RecordedModel(cache, loaded, row_mask_of(settings, loaded))
+    return RecordedModel(cache, loaded, row_mask_of(settings, loaded), settings.contexts_per_batch)
 
 
 def sample_contexts(split: CacheSplit, n_contexts: int, seed: int) -> np.ndarray:
@@ -73,7 +75,7 @@ def sample_contexts(split: CacheSplit, n_contexts: int, seed: int) -> np.ndarray
 def explained_passes(n_contexts: int) -> Iterator[None]:
     """Run whole passes inside; if memory runs out, say which batch to try."""
     try:
-        with _explained_failures(n_contexts), _no_padding_advice():
+        with explained_failures(n_contexts), without_padding_advice():
             yield
     except OutOfMemoryError as error:
         raise OutOfMemoryError(f"{error} (--contexts-per-batch)") from error

@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.cache import row_mask_of
-from pipeline.caching.plan import refuse_other_inputs
-from pipeline.caching.settings import CacheSettings
 from pipeline.device import limited_threads
-from pipeline.model.language_model import LanguageModel, PairingCheck, load_language_model
+from pipeline.model.language_model import PairingCheck
 from pipeline.model.sites import SiteHooks
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from pipeline.recorded_model import RecordedModel, open_recorded_model
+from storage.activation_cache import CacheSplit, open_cache
 from storage.cache_format import Site
 from storage.cache_verify import total_bytes, verify_bytes
 from storage.encodings import RELATIVE_ERROR, Side
@@ -78,12 +76,8 @@ def check_pairs(
     ``model`` says where the model lies if it moved. Raises ArtifactMismatch if it is not the recorded one.
     """
     cache = open_cache(path)
-    moved = {} if model is None else {"model": model}
-    settings = CacheSettings.read({**cache.manifest["request"], "tokens": "all"}, moved, where=str(path))
     with limited_threads(threads):
-        loaded = load_language_model(settings, device=device)
-        refuse_other_inputs(str(path), {"model": cache.manifest["model"]}, {"model": loaded.identity()})
-        checker = _PairChecker(cache, settings, loaded)
+        checker = _PairChecker(open_recorded_model(cache, model=model, device=device))
         reports = []
         for name in cache.manifest["splits"]:
             split = cache.split(name)
@@ -101,10 +95,9 @@ def _used_contexts(split: CacheSplit) -> int:
 
 
 class _PairChecker:
-    def __init__(self, cache: ActivationCache, settings: CacheSettings, model: LanguageModel) -> None:
-        self.cache, self.settings, self.model = cache, settings, model
-        self.mask = row_mask_of(settings, model)
-        self.hooks = [SiteHooks(site.name, site.hook_in, site.hook_out) for site in cache.sites.values()]
+    def __init__(self, recorded: RecordedModel) -> None:
+        self.cache, self.model, self.grid = recorded.cache, recorded.model, recorded.contexts_per_batch
+        self.hooks = [SiteHooks(site.name, site.hook_in, site.hook_out) for site in self.cache.sites.values()]
 
     def check(self, split: CacheSplit, contexts: np.ndarray) -> list[PairingReport]:
         stored = _stored_rows(split, contexts)
@@ -119,7 +112,7 @@ class _PairChecker:
         self, split: CacheSplit, contexts: np.ndarray, stored: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Return float32 activations of the stored rows' positions, each context run in its own grid batch."""
-        size = self.settings.contexts_per_batch
+        size = self.grid
         pieces: dict[str, list[np.ndarray]] = {}
         for batch in np.unique(contexts // size).tolist():
             grid = np.arange(batch * size, min((batch + 1) * size, split.n_contexts))

@@ -93,7 +93,7 @@ def _fired(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], tokens:
     """Run the model until the last of ``hooks`` has fired; return what each of those that did held."""
     # No KV cache: it would be filled and thrown away.
     with torch.inference_mode(), _captured(points, hooks) as captured:
-        with _explained_failures(tokens.shape[0]), _no_padding_advice(), contextlib.suppress(_AllCaptured):
+        with explained_failures(tokens.shape[0]), without_padding_advice(), contextlib.suppress(_AllCaptured):
             bridge(tokens, return_type=None, use_cache=False)
         return captured
 
@@ -121,7 +121,7 @@ def _captured(points: Mapping[str, Any], hooks: Sequence[str]) -> Iterator[dict[
 
 
 @contextlib.contextmanager
-def _no_padding_advice() -> Iterator[None]:
+def without_padding_advice() -> Iterator[None]:
     """Keep transformers from advising on padding when BOS doubles as padding: contexts here are never padded."""
     advisor = logging.getLogger("transformers.modeling_utils")
     advisor.addFilter(_is_not_about_padding)
@@ -136,7 +136,7 @@ def _is_not_about_padding(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _explained_failures(n_contexts: int) -> Iterator[None]:
+def explained_failures(n_contexts: int) -> Iterator[None]:
     """Say what to do when memory runs out, on a GPU or a CPU, or when ``torch.compile`` cannot work."""
     try:
         yield
