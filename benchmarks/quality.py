@@ -215,7 +215,7 @@ def note_point(path: Path, recipe: Recipe, score: HeldoutScore) -> None:
 
 def best_lr(bench: Bench | Peer, group: str, architecture: dict[str, Any]) -> float:
     """Return the learning rate with the lowest held-out FVU, doubled for as long as that lowers it."""
-    rates = [5e-4, 1e-3, 2e-3, 4e-3]
+    rates = [1e-3, 2e-3, 4e-3, 8e-3]
     while True:
         points = bench.points([Recipe(group, architecture, lr) for lr in rates])
         best = min(points, key=lambda point: point.fvu).lr
@@ -287,9 +287,9 @@ def main() -> None:
     parser.add_argument("cache", type=Path, help="a cache of one MLP, such as the one of `make demo MODEL=smollm2`")
     parser.add_argument("--site", default="layer3")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/.envs/quality"))
-    parser.add_argument("--d-sae", type=int, default=2304)
+    parser.add_argument("--d-sae", type=int, default=1152)
     parser.add_argument("--batch-rows", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer", action="store_true", help="train dictionary_learning's SAEs and compare")
     found = parser.parse_args()

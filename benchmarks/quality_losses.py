@@ -1,8 +1,8 @@
 """Claim: at the same L0, which replaces an MLP better: a transcoder of it, or an SAE of its output?
 
-Takes the dictionaries that quality.py trained, puts each into the language model in turn, and draws L0 against the cross
-entropy: the comparison of Dunefsky et al. (2024, section 4) on a small real model. Both kinds saw the same rows for the
-same number of steps. An SAE reads the output it reproduces, so the MLP still runs; a transcoder stands in for it.
+Takes the dictionaries that quality.py trained, puts each into the language model in turn, and draws L0 against the
+cross entropy: the comparison of Dunefsky et al. (2024, section 4) on a small real model. Both kinds saw the same rows
+for the same number of steps. An SAE reads the output it reproduces, so the MLP still runs; a transcoder replaces it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Models:
         return self.loss(Transcoded(transcoder.eval().requires_grad_(False)), site)
 
 
-def trained(folder: Path, site: Site) -> Iterator[tuple[Recipe, Point, Transcoder]]:
+def trained(folder: Path) -> Iterator[tuple[Recipe, Point, Transcoder]]:
     """Yield the dictionaries of quality.py: seed 0, the learning rate it settled on."""
     for path in sorted(folder.glob("[ts]*.json")):
         point = Point(**json.loads(path.read_text()))
@@ -105,7 +105,7 @@ def main() -> None:
     print(f"cross entropy: the model {models.original:.4f}, with the MLP's output zeroed {models.zero:.4f}")
     print("| kind | L0 | FVU of what it reproduces | cross entropy | recovered |\n| --- | --- | --- | --- | --- |")
     losses = []
-    for recipe, point, transcoder in trained(found.dictionaries, site):
+    for recipe, point, transcoder in trained(found.dictionaries):
         loss = models.loss_with(recipe.group, transcoder)
         losses.append((point, loss))
         share = recovered(models.zero, loss, models.original)
