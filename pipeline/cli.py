@@ -18,12 +18,12 @@ COMMANDS = {
     "widen": "Add layers to a cache, for the same rows.",
     "shuffle": "Write one epoch's order as sequential shards (optional).",
     "verify": "Check bytes, pairs and shuffle of a cache.",
-    "info": "Show a cache, transcoder or tables at a glance.",
+    "info": "Show any artifact at a glance.",
     "train": "Train a transcoder from a cache, without the language model.",
     "analyze": "Turn a transcoder into tables of features and examples.",
     "evaluate": "Run the language model with transcoders in place of its MLPs.",
     "pareto": "Draw L0 against FVU or CE recovered of many transcoders.",
-    "query": "Ask the tables in SQL.",
+    "query": "Ask tables, a sweep or an evaluation in SQL.",
     "demo": "Run everything on a small real model and show the result.",
 }
 

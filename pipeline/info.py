@@ -1,9 +1,10 @@
-"""``pipeline info``: a cache, a transcoder or tables at a glance."""
+"""``pipeline info``: any artifact at a glance."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def describe(path: Path) -> dict[str, Any]:
                 "finished units": n_units,
                 "request": read_json(path / REQUEST),
             }
-        raise ArtifactMissing(f"{path}: no cache, transcoder or tables lie here; check the path")
+        raise ArtifactMissing(f"{path}: no cache, transcoder, sweep, evaluation or tables lie here; check the path")
     manifest = read_sealed(path / MANIFEST)
     if manifest["kind"] == KIND:
         return dict(_describe_cache(open_cache(path)))
@@ -77,12 +78,12 @@ def _hooks(site: Site) -> str:
     return f"{site.hook_in} ({site.d_in}) -> {site.hook_out} ({site.d_out})"
 
 
-def _origin(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What transcoders and tables have in common: where they come from."""
-    site = Site(**manifest["site"])
+def _origin(manifest: dict[str, Any], sites: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """What all artifacts made from rows have in common: where they come from."""
     yield "kind", manifest["kind"]
     yield "model", f"{manifest['model']['name']} ({manifest['model'].get('dtype', '?')})"
-    yield f"site {site.name}", _hooks(site)
+    for site in (Site(**recorded) for recorded in sites):
+        yield f"site {site.name}", _hooks(site)
     if cache := manifest["inputs"].get("cache"):
         yield "cache id", f"{cache['cache_id']}, generation {cache['generation']}"
     else:
@@ -90,7 +91,7 @@ def _origin(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _origin(manifest)
+    yield from _origin(manifest, [manifest["site"]])
     kind, choices = manifest["architecture"]["kind"], manifest["architecture"]
     on = [name if value is True else f"{name} {value}" for name, value in choices.items() if value and name != "kind"]
     yield "architecture", ", ".join([kind, *on])
@@ -104,15 +105,45 @@ def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
 
 
 def _glance_at_tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _origin(manifest)
+    yield from _origin(manifest, [manifest["site"]])
     yield "transcoder", manifest["inputs"]["transcoder"]["digest"]
     yield "rows read", f"{manifest['request']['settings']['split']} rows"
-    for name, table in sorted(manifest["tables"].items()):
-        yield f"table {name}", f"{table['n_rows']:,} rows"
+    yield from _tables(manifest["tables"])
     yield "everything else", "--json"
 
 
-_GLANCES = {"transcoder": _glance_at_transcoder, "tables": _glance_at_tables}
+def _tables(tables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, table in sorted(tables.items()):
+        yield f"table {name}", f"{table['n_rows']:,} rows"
+
+
+def _glance_at_sweep(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from _origin(manifest, [])
+    statuses = Counter(one["status"] for one in manifest["runs"])
+    yield "runs", ", ".join(f"{n:,} {status}" for status, n in sorted(statuses.items(), reverse=True))
+    yield from _tables({"runs": {"n_rows": len(manifest["runs"])}})
+    yield "everything else", "--json"
+
+
+def _glance_at_evaluation(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from _origin(manifest, manifest["sites"].values())
+    first, split = manifest["scores"][0], manifest["request"]["settings"]["split"]
+    yield "run on", f"{first['n_predictions']:,} tokens of {first['n_contexts']:,} {split} contexts"
+    yield "cross entropy", f"{first['ce_original']:.4f} nats per token"
+    for score in manifest["scores"]:
+        share = score["ce_recovered"]
+        recovered = "" if share is None else f", {share:.1%} recovered"
+        yield f"with {score['name']}", f"{score['spliced']['ce']:.4f}{recovered}, KL {score['spliced']['kl']:.4f}"
+    yield from _tables(manifest["tables"])
+    yield "everything else", "--json"
+
+
+_GLANCES = {
+    "transcoder": _glance_at_transcoder,
+    "tables": _glance_at_tables,
+    "sweep": _glance_at_sweep,
+    "evaluation": _glance_at_evaluation,
+}
 
 
 def _bytes_on_disk(path: Path) -> int:

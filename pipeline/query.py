@@ -1,4 +1,4 @@
-"""`pipeline query`: SQL over published tables, one view per Parquet file.
+"""`pipeline query`: SQL over an artifact's published tables, one view per Parquet file.
 
 A query can read the tables and nothing else: no other file, no network, no extension, and no statement that writes.
 """
@@ -16,11 +16,13 @@ from typing import Any, Literal
 import duckdb
 import pyarrow as pa
 
-from storage.artifact import read_manifest, write_atomically
-from storage.errors import ActionableError
+from storage.artifact import MANIFEST, read_manifest, read_sealed, write_atomically
+from storage.errors import ActionableError, ArtifactMismatch
 from storage.tables import write_table
 
-KIND = "tables"
+KINDS = ("tables", "sweep", "evaluation")
+"""What has Parquet tables: those of ``pipeline analyze``, ``runs`` of a sweep and ``tokens`` of an evaluation. Spelled
+out, because the modules that make them load torch."""
 
 Format = Literal["table", "csv", "json", "parquet"]
 
@@ -31,8 +33,9 @@ MAX_CELL_WIDTH = 48
 def run(sql: str, *, tables: Path, format: Format = "table", output: Path | None = None) -> str | pa.Table:
     """Answer one SELECT over the tables at ``tables``, in DuckDB's SQL; write the answer to ``output`` where given.
 
-    Returns text, or for ``parquet`` an Arrow table. ``table`` shows the first rows only, unless it goes to a file.
-    Raises ActionableError with DuckDB's own message for SQL that it refuses.
+    ``tables`` is the path of tables, a sweep or an evaluation. Returns text, or for ``parquet`` an Arrow table.
+    ``table`` shows the first rows only, unless it goes to a file. Raises ActionableError with DuckDB's own message for
+    SQL that it refuses.
     """
     if output is not None:
         _check_output(output, tables)
@@ -69,7 +72,13 @@ def select(sql: str, tables: Path) -> pa.Table:
 
 
 def _table_files(tables: Path) -> dict[str, Path]:
-    files = read_manifest(tables, KIND)["files"]
+    # where nothing is published, read_manifest says whether nothing lies there or something unfinished does
+    kind = str(read_sealed(tables / MANIFEST).get("kind")) if (tables / MANIFEST).exists() else KINDS[0]
+    if kind not in KINDS:
+        raise ArtifactMismatch(
+            f"{tables}: is of kind {kind}, which has no tables; give the path of tables, a sweep or an evaluation"
+        )
+    files = read_manifest(tables, kind)["files"]
     return {name.removesuffix(".parquet"): tables / name for name in files if name.endswith(".parquet")}
 
 

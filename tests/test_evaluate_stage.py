@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from analysis.evaluate import ALL_SITES
-from pipeline import evaluate
+from pipeline import evaluate, query
 from pipeline.evaluate import EvaluateSettings
+from pipeline.info import glance
 from pipeline.recorded_model import open_recorded_model, sample_contexts
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
@@ -100,6 +101,34 @@ def test_the_artifact_is_sound_and_names_its_inputs_and_no_place(made: Path) -> 
     together = evaluate.read_result(made / "evaluation").scores[ALL_SITES]
     assert manifest["scores"][2]["ce_recovered"] == together.ce_recovered
     assert str(made) not in text
+
+
+def test_an_evaluation_is_asked_in_sql_as_the_view_tokens(made: Path) -> None:
+    sql = f"SELECT avg(ce_spliced) AS ce, count(*) AS n FROM tokens WHERE sites = '{ALL_SITES}'"
+    [row] = json.loads(query.run(sql, tables=made / "evaluation", format="json"))
+    score = evaluate.read_result(made / "evaluation").scores[ALL_SITES]
+    assert row == {"ce": pytest.approx(score.spliced.ce, abs=1e-6), "n": score.n_predictions}
+
+
+def test_info_of_an_evaluation_fits_a_glance(made: Path) -> None:
+    shown = glance(made / "evaluation")
+    scores = evaluate.read_result(made / "evaluation").scores
+    expected = {
+        f"with {name}": f"{score.spliced.ce:.4f}, {score.ce_recovered:.1%} recovered, KL {score.spliced.kl:.4f}"
+        for name, score in scores.items()
+    }
+    assert shown == {
+        "kind": "evaluation",
+        "model": f"{model_folder().name} (float32)",
+        "site layer0": "blocks.0.mlp.hook_in (16) -> blocks.0.mlp.hook_out (16)",
+        "site layer1": "blocks.1.mlp.hook_in (16) -> blocks.1.mlp.hook_out (16)",
+        "cache id": f"{open_cache(made / 'cache').cache_id}, generation 0",
+        "run on": "45 tokens of 3 heldout contexts",
+        "cross entropy": f"{scores['layer0'].ce_original:.4f} nats per token",
+        **expected,
+        "table tokens": "135 rows",
+        "everything else": "--json",
+    }
 
 
 def test_the_order_of_transcoders_and_the_place_make_no_difference(made: Path, tmp_path: Path) -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline import sweep, train
+from pipeline import query, sweep, train
+from pipeline.info import describe as describe_artifact
+from pipeline.info import glance
 from pipeline.sweep import SweepResult
 from pipeline.sweep_grid import expand, read_grid
 from storage import orders
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
-from storage.errors import ArtifactMismatch, NonFiniteActivation, SettingsError
+from storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
 from storage.tables import describe, read_schema, read_table
 from tests.cache_jobs import command
 from tests.test_training_resume import results
@@ -86,6 +89,30 @@ def test_the_table_has_a_row_per_run_and_a_meaning_per_column(swept: SweepResult
     assert (rows["fast"]["lr"], rows["fast"]["seed"], rows["fast"]["site"]) == (3e-2, 4, "mlp")
     assert "seconds" not in str(table.column_names)
     assert all(column.meaning for column in describe(read_schema(swept.path / "runs.parquet")))
+
+
+def test_a_sweep_is_asked_in_sql_as_the_view_runs(swept: SweepResult) -> None:
+    sql = "SELECT name FROM runs WHERE architecture = 'topk' ORDER BY heldout_fvu"
+    scores = {one.name: one.metrics["heldout"]["fvu"] for one in swept.runs if one.name in ("topk", "fast", "short")}
+    answer = query.run(sql, tables=swept.path, format="parquet")
+    assert isinstance(answer, pa.Table)
+    assert answer["name"].to_pylist() == sorted(scores, key=scores.__getitem__)
+    with pytest.raises(ActionableError, match="Tables: runs"):
+        query.run("SELECT 1 FROM features", tables=swept.path)
+
+
+def test_info_of_a_sweep_counts_how_its_runs_ended(cache: Path, tmp_path: Path) -> None:
+    swept = run_sweep({"a": settings(steps=2), "bad": diverging(), "b": settings(steps=3)}, cache, tmp_path / "sweep")
+    whole = describe_artifact(swept.path)
+    assert glance(swept.path) == {
+        "kind": "sweep",
+        "model": f"{whole['model']['name']} ({whole['model'].get('dtype', '?')})",
+        "cache id": f"{open_cache(cache).cache_id}, generation 0",
+        "runs": "2 finished, 1 diverged",
+        "table runs": "3 rows",
+        "everything else": "--json",
+    }
+    assert [one["name"] for one in whole["runs"]] == ["a", "bad", "b"]
 
 
 def test_a_published_sweep_is_sound_and_comes_back_as_it_is(swept: SweepResult, cache: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline import info
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, which has everything.")
 def command(path: Path, as_json: bool) -> None:
-    """Show the cache, transcoder or tables at PATH."""
+    """Show the cache, transcoder, sweep, evaluation or tables at PATH."""
     if as_json:
         click.echo(json.dumps(info.describe(path), indent=2))
         return
