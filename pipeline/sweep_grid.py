@@ -102,15 +102,21 @@ def expand(points: Sequence[Point], read: Callable[[Point], TrainSettings]) -> d
         try:
             settings = read(point)
         except SettingsError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
+            problems |= dict.fromkeys(_without_counts(str(error)))
             continue
         name = run_name(settings, list(point))
         if name in runs:
-            problems[f"{name}: two runs are the same; leave one out"] = None
+            problems[f"  {name}: two runs are the same; leave one out"] = None
         runs[name] = settings
     if problems:
-        raise SettingsError("\n".join(problems))
+        raise SettingsError("\n".join(["this sweep cannot be run:", *problems]))
     return runs
+
+
+def _without_counts(message: str) -> list[str]:
+    """Return the lines of a run's problems; how many it has is no number of the sweep's."""
+    problems = [line for line in message.splitlines() if line.startswith("  ")]
+    return problems or [f"  {line}" for line in message.splitlines()]
 
 
 def run_name(settings: TrainSettings, names: Sequence[str]) -> str:

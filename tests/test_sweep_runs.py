@@ -250,6 +250,22 @@ def test_values_that_do_not_fit_the_cache_are_named_for_every_run(cache: Path, t
     assert "two runs are the same" in refused(cache, tmp_path / "s", "lr=1e-3,0.001")
 
 
+def test_problems_of_every_run_are_told_at_once_and_only_once(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "s"
+    swept = ["--sweep", "lr=nan,1e-3,0", "--sweep", "k=4,0", "--site", "mlp", "--out", out]
+    answer = command(capsys, "train", cache, *swept)
+    assert answer.code == 1
+    assert answer.err.splitlines() == [
+        "error: this sweep cannot be run:",
+        "  lr: Input should be a finite number (got 'nan')",
+        "  architecture.k: Input should be greater than or equal to 1 (got '0')",
+        "  lr: Input should be greater than 0 (got '0')",
+    ]
+    assert not out.exists()
+
+
 def test_runs_given_from_python_must_share_their_batches(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"batch_rows: all runs share one stream[^\0]*got \[32, 64\]"):
         run_sweep({"a": settings(), "b": settings(batch_rows=32)}, cache, tmp_path / "s")

@@ -80,8 +80,11 @@ def command(
     def read(point: Point) -> tuple[Any, ...]:
         return tuple(read_settings_together(classes, config, {**given, **point}))
 
-    points = read_grid(sweeps, sweep_file) if sweeps or sweep_file else [{}]
-    _, *shared = read(points[0])
+    is_sweep = bool(sweeps or sweep_file)
+    points = read_grid(sweeps, sweep_file) if is_sweep else [{}]
+    # before anything else is read, so that the problems of all runs are told and not the first run's alone
+    runs = expand(points, lambda point: read(point)[0]) if is_sweep else {}
+    own, *shared = read(points[0])
     place: dict[str, Any] = {
         "cache": cache,
         "live": shared[1] if live else None,
@@ -96,12 +99,12 @@ def command(
         "model": model,
         "loggers": partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb_project),
     }
-    if sweeps or sweep_file:
-        swept = sweep.run(expand(points, lambda point: read(point)[0]), **place)
+    if is_sweep:
+        swept = sweep.run(runs, **place)
         if not quiet:
             show_sweep(swept)
         return
-    result = train.run(read({})[0], **place)
+    result = train.run(own, **place)
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         click.echo(f"{result.path}: {show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and score["fvu"] > 1:
