@@ -41,3 +41,18 @@ def test_a_place_taken_by_another_kind_of_artifact_is_left_alone_and_said_so(tmp
     with pytest.raises(ArtifactMismatch, match="a: holds a table already; choose another path for the transcoder"):
         Draft(tmp_path / "a", "transcoder", {})
     assert {path: path.read_bytes() for path in every_file(tmp_path)} == before
+
+
+def test_a_part_that_only_one_side_has_is_named_without_all_it_holds(tmp_path: Path) -> None:
+    """Such as a run that another grid of a sweep does not have, with its forty settings."""
+    one, two, other = ({"runs": {name: {"settings": {"lr": 0.1}}}} for name in ("k=1", "k=1", "k=2"))
+    with Draft(tmp_path / "a", "sweep", one):
+        pass
+    with Draft(tmp_path / "a", "sweep", two):
+        pass
+    with pytest.raises(ArtifactMismatch) as caught:
+        Draft(tmp_path / "a", "sweep", other)
+    assert str(caught.value).splitlines()[1:] == [
+        "  runs.k=1: is there, not asked for",
+        "  runs.k=2: is not there, asked for",
+    ]
