@@ -26,16 +26,21 @@ _TAG = "kind"
 
 
 def settings_options(
-    settings: type[Settings], required: tuple[str, ...] = (), also: Mapping[str, type[Settings]] | None = None
+    settings: type[Settings],
+    required: tuple[str, ...] = (),
+    also: Mapping[str, type[Settings]] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Callable[[Command], Command]:
     """Return a decorator that adds ``--config`` and a flag per setting; values arrive in the argument ``given``.
 
     ``also`` has further classes by what their flags' help begins with. A name in several is one flag for all of them.
+    ``notes`` has what a command adds to the help of a setting, by its name.
     """
     flags = list(_flags(settings, required))
     for beginning, further in (also or {}).items():
         known = {flag.names[-1] for flag in flags}
         flags += [flag.explained(beginning) for flag in _flags(further, ()) if flag.names[-1] not in known]
+    flags = [flag.explained(after=(notes or {}).get(flag.names[-1], "")) for flag in flags]
 
     def decorate(command: Command) -> Command:
         for flag in reversed(flags):
@@ -129,10 +134,10 @@ class _Flag:
         self.names = [f"--{dashed}/--no-{dashed}" if attributes.get("is_flag") else f"--{dashed}", name]
         self.attributes = {"default": None, **attributes}
 
-    def explained(self, beginning: str) -> _Flag:
-        """Return the flag with a beginning to its help."""
+    def explained(self, before: str = "", after: str = "") -> _Flag:
+        """Return the flag with more to its help."""
         flag = copy.copy(self)
-        flag.attributes = {**self.attributes, "help": f"{beginning}{self.attributes['help']}"}
+        flag.attributes = {**self.attributes, "help": f"{before}{self.attributes['help']} {after}".rstrip()}
         return flag
 
 
@@ -151,8 +156,18 @@ def _variant_flags(name: str, field: FieldInfo, variants: dict[str, type[Setting
     for inner in dict.fromkeys(inner for kind in variants.values() for inner in kind.model_fields if inner != _TAG):
         holders = {kind: settings for kind, settings in variants.items() if inner in settings.model_fields}
         about = next(iter(holders.values())).model_fields[inner]
-        text = f"{'/'.join(holders)}: {_help(about, required=False)}"
+        whose = "" if len(holders) == len(variants) else f"{'/'.join(holders)}: "
+        text = f"{whose}{_help(about, required=False)}{_other_defaults(inner, holders)}"
         yield _Flag(inner, {**_type_of(about.annotation), "help": text})
+
+
+def _other_defaults(name: str, holders: Mapping[str, type[Settings]]) -> str:
+    """Return what the default is for the kinds that have another one than the first, to go after its help."""
+    first, *others = [(kind, holder.model_fields[name].default) for kind, holder in holders.items()]
+    different = [
+        f"{kind}: {default}" for kind, default in others if None not in (default, first[1]) and default != first[1]
+    ]
+    return f" [default of {', '.join(different)}]" if different else ""
 
 
 def _merge_variant(

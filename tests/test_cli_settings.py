@@ -63,9 +63,19 @@ def test_settings_of_every_architecture_are_flags_that_say_whose_they_are(
     text = " ".join(command(capsys, "train", "--help").out.split())
     assert "--architecture [topk|batch_topk|jumprelu|relu|gated|matryoshka" in text
     assert re.search(r"--k N [^-]*topk[^:]*: ", text)
+    assert "--skip / --no-skip Add a linear path" in text  # every architecture has it
+    assert re.search(r"--input-bias [^\[]*\[default: False\] \[default of relu: True\]", text)
     settings = read(TrainSettings, "--architecture", "topk", "--k", "7", "--steps", "1e3")
     assert (settings.architecture.kind, settings.architecture.k, settings.steps) == ("topk", 7, 1000)
     assert read(TrainSettings, "--k", "7").architecture.k == 7
+
+
+def test_help_of_train_says_what_a_model_is_beside_a_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(command(capsys, "train", "--help").out.split())
+    assert re.search(r"--model TEXT with --live: [^-]*\[required\] With a CACHE: where its model lies now", text)
 
 
 REQUIRED = ["--model", "gpt2", "--dataset", "text.jsonl", "--layers", "8", "--tokens"]

@@ -29,7 +29,11 @@ YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command("train")
 @click.argument("cache", type=options.ARTIFACT, required=False)
 @options.out
-@settings_options(TrainSettings, also={"": ModelScoreSettings, "with --live: ": LiveSettings})
+@settings_options(
+    TrainSettings,
+    also={"": ModelScoreSettings, "with --live: ": LiveSettings},
+    notes={"model": "With a CACHE: where its model lies now, if one is needed and it moved."},
+)
 @click.option("--live", is_flag=True, help="Train on rows straight from --model on --dataset, without a CACHE.")
 @click.option("--sweep", "sweeps", multiple=True, metavar="NAME=VALUE,…", help="Train a run per value. Repeatable.")
 @click.option("--sweep-file", type=YAML_FILE, help="YAML: settings with lists of values, or a list of runs.")
@@ -37,7 +41,13 @@ YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--tensorboard", is_flag=True, help="Log to tensorboard/ in --out as well.")
 @click.option("--wandb", "wandb_project", metavar="PROJECT", help="Log to a project of Weights & Biases as well.")
 @click.option("--fresh", is_flag=True, help="Throw an unfinished run at --out away instead of continuing it.")
-@click.option("--checkpoint-steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps between.")
+@click.option(
+    "--checkpoint-steps",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Steps between checkpoints; a minute, if that is sooner.",
+)
 @options.device
 @options.threads
 @options.quiet
@@ -66,7 +76,8 @@ def command(
     pipeline train --live --model gpt2 --layers 8 --dataset Skylion007/openwebtext \\
         --rows 60M --out transcoders/gpt2-l8
 
-    Continues where it stopped if it was interrupted. From a cache, no language model is loaded.
+    Continues where it stopped if it was interrupted. From a cache, no language model is loaded, unless it is to
+    score the transcoder (--evaluate-model-every) or rows (--resample-by model_loss).
     """
     given = {name: value for name, value in given.items() if value is not None and value != ()}
     if live == (cache is not None):
