@@ -17,6 +17,8 @@ from storage.errors import SettingsError
 
 SUFFIXES = (".png", ".svg", ".html")
 TITLES = {"fvu": "held-out FVU (lower is better)", "ce_recovered": "CE recovered (higher is better)"}
+WORTHLESS = {"fvu": "an FVU above 1, worse than the mean", "ce_recovered": "less than 0, worse than zero ablation"}
+"""What is said of points that are worse than no transcoder."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
@@ -54,9 +56,12 @@ def _draw(groups: Mapping[str, Sequence[Point]], measure: Measure, kind: str) ->
     with matplotlib.rc_context({"svg.hashsalt": "tailrace", "svg.fonttype": "none"}):
         figure = Figure(figsize=(9, 6), layout="constrained")
         axes = figure.add_subplot()
-        for index, (group, points) in enumerate(groups.items()):
+        drawn, left_out = _worth_drawing(groups, measure)
+        for index, (group, points) in enumerate(drawn.items()):
             _draw_group(axes, group, points, measure, index)
-        l0s = [point.l0 for points in groups.values() for point in points]
+        if left_out:
+            axes.set_title(f"not drawn: {left_out} with {WORTHLESS[measure]}", loc="left", fontsize=8)
+        l0s = [point.l0 for points in drawn.values() for point in points]
         if min(l0s) > 0 and max(l0s) / min(l0s) >= WIDE:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -68,6 +73,24 @@ def _draw(groups: Mapping[str, Sequence[Point]], measure: Measure, kind: str) ->
         metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
         figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     return buffer.getvalue()
+
+
+def _worth_drawing(groups: Mapping[str, Sequence[Point]], measure: Measure) -> tuple[dict[str, list[Point]], int]:
+    """Return the points that are better than no transcoder, by group, and how many others there are.
+
+    One run that came near diverging, with an FVU of a million, would press all the others onto the axis. If no point is
+    better, all are drawn.
+    """
+    good = {group: [point for point in points if not _is_worthless(point, measure)] for group, points in groups.items()}
+    good = {group: points for group, points in good.items() if points}
+    if not good:
+        return {group: list(points) for group, points in groups.items()}, 0
+    return good, sum(map(len, groups.values())) - sum(map(len, good.values()))
+
+
+def _is_worthless(point: Point, measure: Measure) -> bool:
+    value = point.value(measure)
+    return value is not None and (value > 1 if measure == "fvu" else value < 0)
 
 
 def _draw_group(axes: Any, group: str, points: Sequence[Point], measure: Measure, index: int) -> None:

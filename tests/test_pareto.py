@@ -77,6 +77,21 @@ def test_a_picture_names_every_point_and_line_in_its_own_colour(tmp_path: Path) 
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_transcoder_worse_than_none_is_counted_and_listed_but_flattens_no_picture(tmp_path: Path) -> None:
+    groups = lines([*POINTS, point("wild", 4, 5e8, -0.1)], "fvu")
+    write_plot(tmp_path / "plot.svg", groups, "fvu")
+    drawing = ElementTree.fromstring((tmp_path / "plot.svg").read_text())
+    texts = [element.text for element in drawing.iter() if element.tag.endswith("text")]
+    assert "not drawn: 1 with an FVU above 1, worse than the mean" in texts
+    assert "wild" not in texts
+    assert "1e8" not in texts
+    assert "wild" in [row[1] for row in table(groups, "fvu")]
+    write_plot(tmp_path / "ce.svg", lines([*POINTS, point("wild", 4, 5e8, -0.1)], "ce_recovered"), "ce_recovered")
+    assert "not drawn: 1 with less than 0, worse than zero ablation" in (tmp_path / "ce.svg").read_text()
+    write_plot(tmp_path / "alone.svg", lines([point("wild", 4, 5e8)], "fvu"), "fvu")
+    assert "wild" in (tmp_path / "alone.svg").read_text()
+
+
 def test_a_page_needs_nothing_else_and_escapes_names(tmp_path: Path) -> None:
     odd = [*POINTS, replace(point("e", 9, 0.2), name="<script>$x$&")]
     write_plot(tmp_path / "plot.html", lines(odd, "fvu"), "fvu")
