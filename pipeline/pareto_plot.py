@@ -93,16 +93,22 @@ def _is_worthless(point: Point, measure: Measure) -> bool:
     return value is not None and (value > 1 if measure == "fvu" else value < 0)
 
 
+def style(index: int) -> tuple[str, str, str]:
+    """Return colour, mark and dash of a line; colour and mark together are the same for none of the first 49."""
+    colours, marks = len(COLOURS), len(MARKS)
+    return COLOURS[index % colours], MARKS[(index + index // colours) % marks], DASHES[index % len(DASHES)]
+
+
 def _draw_group(axes: Any, group: str, points: Sequence[Point], measure: Measure, index: int) -> None:
     """Draw every point, and the line through those that no other of the group beats."""
-    colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
+    colour, mark, dash = style(index)
     best = front(points, measure)
     axes.plot(
         [point.l0 for point in best],
         [point.value(measure) for point in best],
         color=colour,
         marker=mark,
-        linestyle=DASHES[index % len(DASHES)],
+        linestyle=dash,
         label=group,
     )
     others = [point for point in points if point not in best]

@@ -14,7 +14,7 @@ import pytest
 from pipeline import evaluate, pareto, sweep, train
 from pipeline.evaluate import EvaluateSettings
 from pipeline.pareto import Point, as_json, collect, front, lines
-from pipeline.pareto_plot import COLOURS, table, write_plot
+from pipeline.pareto_plot import COLOURS, style, table, write_plot
 from pipeline.sweep_grid import expand, read_grid
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tests.cache_jobs import command, run_cache
@@ -75,6 +75,11 @@ def test_a_picture_names_every_point_and_line_in_its_own_colour(tmp_path: Path) 
     assert (tmp_path / "again.svg").read_bytes() == drawing.encode()
     write_plot(tmp_path / "plot.png", lines(POINTS, "fvu"), "fvu")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_of_one_point_can_be_told_apart() -> None:
+    """All architectures with and without skip are twelve, more than there are colours."""
+    assert len({style(index)[:2] for index in range(49)}) == 49
 
 
 def test_a_transcoder_worse_than_none_is_counted_and_listed_but_flattens_no_picture(tmp_path: Path) -> None:
