@@ -150,8 +150,8 @@ class TrainingRun:
             return
         raise NonFiniteActivation(
             f"{self.name}: the loss or a weight is not finite at step {self.n_steps_done + 1} "
-            f"(learning rate {self.current_lr:.3g}). The last checkpoint is kept, but continuing it would end here "
-            "again: verify the cache, or start afresh with a lower lr or a gradient_clip"
+            f"(learning rate {self.current_lr:.3g}). Checkpoints from before are kept, but continuing would end "
+            "here again: verify the cache, or start afresh with a lower lr or a gradient_clip"
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
