@@ -94,15 +94,19 @@ def _describe(settings: type[Settings], error: ValidationError, where: str) -> s
     """Return one line per setting; what each alternative of a union has against a value goes into the same line."""
     found: dict[str, list[Any]] = {}
     for problem in error.errors(include_url=False):
-        name, about = _name(settings, problem)
-        found.setdefault(name, []).append({**problem, "about": about})
+        name, about, others = _name(settings, problem)
+        found.setdefault(name, []).append({**problem, "about": about, "others": others})
     lines = [f"{len(found)} problem{'s' if len(found) > 1 else ''} in {where}:"]
     return "\n".join([*lines, *(f"  {name}: {_message(problems)}" for name, problems in found.items())])
 
 
-def _name(settings: type[BaseModel], problem: Any) -> tuple[str, list[type[BaseModel]]]:
-    """Return the setting's dotted name, without pydantic's labels for the alternatives of a union, and whose it is."""
+def _name(settings: type[BaseModel], problem: Any) -> tuple[str, list[type[BaseModel]], list[type[BaseModel]]]:
+    """Return the setting's dotted name, without pydantic's labels for the alternatives of a union, and whose it is.
+
+    Last come the alternatives that were not chosen.
+    """
     models: list[type[BaseModel]] = [settings]
+    others: list[type[BaseModel]] = []
     names = []
     is_unknown = problem["type"] == "extra_forbidden"
     path = problem["loc"][:-1] if is_unknown else problem["loc"]
@@ -113,10 +117,12 @@ def _name(settings: type[BaseModel], problem: Any) -> tuple[str, list[type[BaseM
             names.append(part)
             models = [model for field in fields for model in _models_in(field.annotation)]
         else:
-            models = [model for model in models if _kind(model) == part] or models
+            chosen = [model for model in models if _kind(model) == part] or models
+            others = [model for model in models if model not in chosen]
+            models = chosen
     if is_unknown:
         names.append(str(problem["loc"][-1]))
-    return ".".join(names) or "(combination)", models
+    return ".".join(names) or "(combination)", models, others
 
 
 def _kind(model: type[BaseModel]) -> str | None:
@@ -132,11 +138,26 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
-def _unknown(name: str, models: list[type[BaseModel]]) -> str:
+def _below(settings: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
+    """Return the alternatives of every setting that is a choice between kinds, beside the setting's name."""
+    return [
+        (name, model)
+        for name, field in settings.model_fields.items()
+        for model in _models_in(field.annotation)
+        if _kind(model) is not None
+    ]
+
+
+def _unknown(name: str, models: list[type[BaseModel]], others: list[type[BaseModel]]) -> str:
     known = {field for model in models for field in model.model_fields}
     near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.75)
     kinds = [kind for model in models if (kind := _kind(model)) is not None]
     whose = f" of {' or '.join(kinds)}" if kinds else ""
+    if holders := [str(_kind(model)) for model in others if name in model.model_fields]:
+        return f"is no setting{whose}, but of {' or '.join(holders)}"
+    if places := [(place, model) for top in models for place, model in _below(top) if name in model.model_fields]:
+        place, model = places[0]
+        return f"is no setting by itself; write it below {place}, such as {place}: {{kind: {_kind(model)}, {name}: …}}"
     return f"is no setting{whose}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
@@ -145,7 +166,7 @@ def _message(problems: list[Any]) -> str:
     if problem["type"] == "missing":
         return "is required"
     if problem["type"] == "extra_forbidden":
-        return _unknown(str(problem["loc"][-1]), problem["about"])
+        return _unknown(str(problem["loc"][-1]), problem["about"], problem["others"])
     if problem["type"] == "union_tag_invalid":
         wanted = problem["ctx"]["expected_tags"].replace("'", "")
         return f"wanted one of {wanted} (got {problem['ctx']['tag']!r})"

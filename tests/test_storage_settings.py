@@ -159,11 +159,15 @@ class Drawing(Settings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": {"kind": "round", "side": 2}}, "shape.side: is no setting of round"),
+        ({"shape": {"kind": "round", "side": 2}}, "shape.side: is no setting of round, but of square"),
         ({"shape": {"kind": "round", "radios": 2}}, "shape.radios: is no setting of round; did you mean radius?"),
         ({"shape": {"kind": "oval"}}, "shape: wanted one of round, square (got 'oval')"),
         ({"colours": "blue"}, "colours: is no setting; did you mean colour?"),
         ({"size": 3}, "size: is no setting"),
+        (
+            {"side": 3},
+            "side: is no setting by itself; write it below shape, such as shape: {kind: square, side: …}",
+        ),
     ],
 )
 def test_a_setting_of_another_kind_and_a_misspelt_one_are_told_apart(changes: dict[str, Any], message: str) -> None:
