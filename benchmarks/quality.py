@@ -192,6 +192,7 @@ class Peer:
             [
                 PeerRecipe(recipe.kind, recipe.architecture["k"], recipe.lr, recipe.seed, str(path))
                 for recipe, path in paths.items()
+                if not path.exists()
             ],
             d_sae=bench.d_sae,
             batch_rows=bench.batch_rows,

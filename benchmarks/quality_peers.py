@@ -78,6 +78,6 @@ def peer_predictor(kind: str, weights: Path) -> Predictor:
             activations = torch.zeros_like(activations).scatter(-1, features, values)
         else:
             activations = activations * (activations > threshold)
-        return activations @ tensors["W_dec"] + tensors["b_dec_out"], (activations > 0).sum(0)
+        return activations @ tensors["W_dec"] + tensors["b_dec_out"], activations > 0
 
     return predict
