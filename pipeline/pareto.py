@@ -148,7 +148,7 @@ def lines(points: Sequence[Point], measure: Measure) -> dict[str, list[Point]]:
     measured = [point for point in points if point.value(measure) is not None]
     if not measured:
         advice = (
-            "run `pipeline evaluate` and give its directory beside the transcoders"
+            "run `pipeline evaluate`, and give its directory beside those of the transcoders or their sweep"
             if measure == "ce_recovered"
             else "train on a cache whose held-out outputs vary"
         )

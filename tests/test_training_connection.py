@@ -105,6 +105,8 @@ def test_a_reference_that_does_not_fit_is_refused_before_training(tmp_path: Path
         build_loss(path)
     with pytest.raises(SettingsError, match=r"Pickled checkpoints \(.pt, .pkl\) are not opened"):
         build_loss(tmp_path / "old.pt")
+    with pytest.raises(SettingsError, match="absent: there is nothing at this path; give the directory of a published"):
+        build_loss(tmp_path / "absent")
     with pytest.raises(SettingsError, match="there is no such file"):
         build_loss(tmp_path / "none.safetensors")
     broken, half = tmp_path / "broken.safetensors", tmp_path / "half.safetensors"

@@ -112,5 +112,5 @@ def test_a_kaiming_encoder_is_uniform_within_the_originals_bound() -> None:
     ],
 )
 def test_beginning_from_rows_without_a_source_of_rows_is_refused(settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(SettingsError, match=f"{named} need training rows"):
+    with pytest.raises(SettingsError, match=f"{named} needs? training rows"):
         build(settings)

@@ -122,8 +122,9 @@ def _initial_rows(
             for setting, value in (("bias_init", settings.bias_init), ("decoder_init", settings.decoder_init))
             if value in ("geometric_median", "data")
         ]
+        need = "needs" if len(wanting) == 1 else "need"
         raise SettingsError(
-            f"{' and '.join(wanting)} need training rows to begin with, and this run has no source of rows; train "
+            f"{' and '.join(wanting)} {need} training rows to begin with, and this run has no source of rows; train "
             "from a cache, or use mean and random"
         )
     raw = row_source(n_rows, 0).batch

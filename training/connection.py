@@ -76,9 +76,9 @@ def _weights_file(path: Path) -> Path:
         read_transcoder_manifest(path)
         return path / WEIGHTS
     if path.suffix != ".safetensors":
-        kind = "has another ending" if path.exists() else "is neither"
+        kind = "is a file with another ending" if path.exists() else "there is nothing at this path"
         raise SettingsError(
-            f"connection_path: {path} {kind}; give the directory of a published transcoder, or a .safetensors file "
+            f"connection_path: {path}: {kind}; give the directory of a published transcoder, or a .safetensors file "
             "with W_enc and W_dec. Pickled checkpoints (.pt, .pkl) are not opened, because they can run code"
         )
     return path
