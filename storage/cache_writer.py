@@ -8,7 +8,7 @@ array of a unit is filled through the same permutation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,12 @@ class UnitBuffer:
             return write_shard(group / name, self._rows[spec.name], self.n_rows, spec)
 
         # two at a time: the disk is kept busy while a shard is synced
-        written = self._pool.map(write, self._specs, names)
+        pending = [self._pool.submit(write, *pair) for pair in zip(self._specs, names, strict=True)]
+        wait(pending, return_when=FIRST_EXCEPTION)
+        for shard in pending:
+            shard.cancel()
+        wait(pending)  # a shard still being written after a failure would leave its temporary file
+        written = [shard.result() for shard in pending if not shard.cancelled()]
         shards = {
             name: {"bytes": file.n_bytes, "checksum": file.checksum} for name, file in zip(names, written, strict=True)
         }

@@ -41,7 +41,7 @@ class TrainSettings(Settings):
     batch_rows: Quantity = Field(default=4096, ge=1)
     """Rows per optimiser step."""
 
-    lr: PositiveFloat = 4e-4
+    lr: PositiveFloat = 4e-3
     """Learning rate of Adam once warm-up is over, on normalised activations."""
     schedule: ScheduleKind = "linear"
     """Course of the learning rate after warm-up: linear (constant, then to zero over decay_steps), constant, cosine,

@@ -7,7 +7,7 @@ to autograd: a new tensor of their size in every step would cost more in page fa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,15 @@ class Pairs:
                 numbers, left, self.rows, self.order, self.feature_offsets, start, stop, out
             ),
         )
+
+    def dots_and_outer(self, weights: Tensor, by_row: Tensor, by_feature: Tensor, gradient: Tensor) -> Tensor:
+        """Return ``dots(by_row, by_feature)`` and do ``add_outer(weights, by_row, gradient)``, in one pass."""
+        left, right, numbers = (tensor.detach().numpy() for tensor in (by_row, by_feature, weights))
+        out = np.empty(len(self), left.dtype)
+        pairs = (self.rows, self.order, self.feature_offsets)
+        work = partial(loops.dots_and_outer, left, right, numbers, *pairs, out, gradient.numpy())
+        over_ranges(self.d_sae, work)
+        return torch.from_numpy(out)
 
     def sums(self, weights: Tensor) -> Tensor:
         """Return the sum of each feature's weights, (d_sae,)."""
@@ -187,7 +196,7 @@ class _Decode(torch.autograd.Function):
         pairs: Pairs = ctx.pairs
         gradient = gradients[0].contiguous()
         if W_dec.requires_grad:
-            pairs.add_outer(values, gradient, W_dec.grad)
+            return pairs.dots_and_outer(values, gradient, W_dec, W_dec.grad), None, None
         return pairs.dots(gradient, W_dec), None, None
 
 
