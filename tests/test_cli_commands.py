@@ -236,6 +236,8 @@ def test_a_bug_of_ours_keeps_its_traceback(
 def interrupted_main(arguments: list[str], errors: str) -> None:
     """Run the command line and press Ctrl-C when the third unit is being put into its place."""
     torch.set_num_threads(1)
+    # Tests started in the background by a shell inherit that interrupts are ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rename = Path.rename
 
     def press(self: Path, target: Any) -> Path:
