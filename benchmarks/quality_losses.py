@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,8 +59,14 @@ class Models:
 
 def trained(folder: Path) -> Iterator[tuple[Recipe, Point, Transcoder]]:
     """Yield the dictionaries of quality.py: seed 0, the learning rate it settled on."""
-    for path in sorted(folder.glob("[ts]*.json")):
-        point = Point(**json.loads(path.read_text()))
+    points = {path: Point(**json.loads(path.read_text())) for path in sorted(folder.glob("[ts]*.json"))}
+    # the search left single dictionaries at other rates
+    rates = {
+        group: Counter(point.lr for point in points.values() if point.group == group) for group in ("transcoder", "sae")
+    }
+    for path, point in points.items():
+        if point.lr != rates[point.group].most_common(1)[0][0]:
+            continue
         makers = {"transcoder": transcoder_recipes, "sae": sae_recipes}
         for recipe in makers[point.group](point.lr):
             if recipe.name == path.stem and recipe.kind in KINDS and recipe.seed == 0:
