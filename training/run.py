@@ -77,8 +77,6 @@ class TrainingRun:
         self.n_steps_done = 0
         self.n_rows_done = 0
         self.latest: StepResult | None = None
-        self.latest_targets: Tensor | None = None
-        """Normalised outputs of the latest batch."""
         self.latest_rows = 0
         self.latest_lr = 0.0
         self.latest_extras: Mapping[str, float] = {}
@@ -108,7 +106,7 @@ class TrainingRun:
         if self._average is not None:
             self._average.update()
         self.firing.update(result.n_active)
-        self.latest, self.latest_targets, self.latest_rows = result, batch.outputs, result.n_rows
+        self.latest, self.latest_rows = result, result.n_rows
         self.n_steps_done += 1
         self.n_rows_done += result.n_rows
         if self._resampler is not None:

@@ -32,9 +32,7 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """Return what the base learning rate is multiplied by in ``step``: between 0 and 1."""
-        if step < self.warmup_steps:
-            return min((step + 1) / self.warmup_steps, self._course(step))
-        return self._course(step)
+        return min(warmed_up(step, self.warmup_steps), self._course(step))
 
     def _course(self, step: int) -> float:
         match self.kind:
@@ -53,3 +51,8 @@ class Schedule:
 
     def _cosine(self, progress: float) -> float:
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def warmed_up(step: int, warmup_steps: int) -> float:
+    """Return the share of a value in ``step`` that rises linearly over ``warmup_steps`` and is whole in the last."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0

@@ -17,6 +17,7 @@ from training.architectures.relu import total
 from training.batches import Batch
 from training.entries import Entries
 from training.objectives import Objective
+from training.schedule import warmed_up
 
 
 class GatedTranscoder(Transcoder):
@@ -47,8 +48,7 @@ class GatedTranscoder(Transcoder):
 
     def begin_step(self, step: int) -> None:
         """Raise l1 linearly from zero over its warm-up."""
-        warmup = self._settings.l1_warmup_steps
-        self.l1 = self._settings.l1 * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+        self.l1 = self._settings.l1 * warmed_up(step, self._settings.l1_warmup_steps)
 
     def activate(self, pre_activations: Tensor) -> Tensor:
         """Return the magnitudes of features whose gate is open."""

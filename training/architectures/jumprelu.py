@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from training.architectures.base import Architecture, Transcoder
 from training.architectures.relu import total
 from training.entries import Above, Entries
+from training.schedule import warmed_up
 
 
 class _Jump(torch.autograd.Function):
@@ -99,8 +100,7 @@ class JumpReLUTranscoder(Transcoder):
 
     def begin_step(self, step: int) -> None:
         """Raise the penalty linearly from zero over its warm-up."""
-        warmup = self._settings.l0_warmup_steps
-        self.l0 = self._settings.l0 * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+        self.l0 = self._settings.l0 * warmed_up(step, self._settings.l0_warmup_steps)
 
     def activate(self, pre_activations: Tensor) -> Tensor:
         """Return the pre-activations above their thresholds, zero elsewhere."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from training.architectures.base import Architecture, Transcoder
 from training.entries import Entries
+from training.schedule import warmed_up
 
 
 class ReLUTranscoder(Transcoder):
@@ -26,8 +27,7 @@ class ReLUTranscoder(Transcoder):
 
     def begin_step(self, step: int) -> None:
         """Raise l1 linearly from zero over its warm-up."""
-        warmup = self._settings.l1_warmup_steps
-        self.l1 = self._settings.l1 * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+        self.l1 = self._settings.l1 * warmed_up(step, self._settings.l1_warmup_steps)
 
     def activate(self, pre_activations: Tensor) -> Tensor:
         """Return the positive part."""
