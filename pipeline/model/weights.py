@@ -1,0 +1,153 @@
+"""Read a language model's linear parts off TransformerLens, and check each against what the model computes.
+
+Families differ in ways that no name tells (Gemma's norms multiply by 1 + weight and its embeddings by √d_model), so
+what is read is compared with a short run of the model, and a family that does not fit is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.model_weights import IDENTITY, AttentionWeights, LayerWeights, ModelWeights, Norm, NormKind
+from pipeline.model.language_model import LanguageModel
+from storage.errors import ModelError
+
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Of the largest entry: room for the rounding of one norm or one product in the model's dtype."""
+
+
+def read_weights(model: LanguageModel) -> ModelWeights:
+    """Return the weights of ``model``; tensors are views of the model's where it keeps them in that shape.
+
+    Raises ModelError, naming the part, where a family computes something else than its weights say.
+    """
+    bridge = model.bridge
+    reader = _Reader(bridge)
+    with torch.inference_mode():
+        weights = ModelWeights(
+            W_E=bridge.W_E,
+            W_U=bridge.W_U,
+            final_norm=reader.norm(bridge, "ln_final", "the final norm"),
+            layers=tuple(reader.layer(block, number) for number, block in enumerate(bridge.blocks)),
+            W_pos=_optional(bridge, "W_pos"),
+            b_U=_unless(0, _optional(bridge, "b_U")),
+            is_parallel=bool(getattr(bridge.cfg, "parallel_attn_mlp", False)),
+            logit_cap=_logit_cap(bridge.cfg),
+        )
+        return _with_embedding_scale(weights, model)
+
+
+class _Reader:
+    """Reads blocks and remembers what every block shares."""
+
+    def __init__(self, bridge: Any) -> None:
+        self._eps = float(getattr(bridge.cfg, "eps", 0.0))
+
+    def layer(self, block: Any, number: int) -> LayerWeights:
+        attention = getattr(block, "attn", None)
+        if attention is None:
+            raise ModelError(f"block {number} has no attention; circuits and OV norms need a transformer of one kind")
+        here = f"block {number}: "
+        return LayerWeights(
+            attention=self._attention(attention, here),
+            norm_attention=self.norm(block, "ln1", here + "the norm before attention"),
+            norm_mlp=self.norm(block, "ln2", here + "the norm before the MLP"),
+            norm_attention_out=self.norm(block, "ln1_post", here + "the norm after attention"),
+            norm_mlp_out=self.norm(block, "ln2_post", here + "the norm after the MLP"),
+        )
+
+    def norm(self, owner: Any, name: str, what: str) -> Norm:
+        """Return the norm of that name, the identity if there is none; checked on a made-up vector."""
+        module = getattr(owner, name, None)
+        if module is None:
+            return IDENTITY
+        original = getattr(module, "original_component", module)
+        weight, bias = getattr(original, "weight", None), getattr(original, "bias", None)
+        eps = float(getattr(original, "eps", getattr(original, "variance_epsilon", self._eps)))
+        like = weight if weight is not None else next(owner.parameters())
+        probe = _probe(like, int(weight.shape[0]) if weight is not None else None)
+        shown = original(probe)
+        kinds: tuple[NormKind, ...] = ("layer", "rms")
+        for kind in kinds:
+            for gain in (weight, None if weight is None else 1 + weight):
+                if _agree(_apply(Norm(kind, gain, bias, eps), probe), shown):
+                    return Norm(kind, _unless(1, gain), _unless(0, bias), eps)
+        raise ModelError(f"{what} is neither a layer norm nor an RMS norm with a gain; circuits cannot pass through it")
+
+    def _attention(self, attention: Any, here: str) -> AttentionWeights:
+        W_V, W_O = _optional(attention, "W_V"), _optional(attention, "W_O")
+        if W_V is None or W_O is None or W_V.ndim != 3 or W_O.ndim != 3 or W_O.shape[0] % W_V.shape[0]:
+            found = {name: None if w is None else tuple(w.shape) for name, w in (("W_V", W_V), ("W_O", W_O))}
+            raise ModelError(
+                f"{here}attention has {found}, wanted W_V (value heads, d_model, d_head) and W_O (heads, d_head, "
+                "d_model); this family's attention is not supported"
+            )
+        b_V = _optional(attention, "b_V")
+        return AttentionWeights(W_V, W_O, _unless(0, b_V), _unless(0, _optional(attention, "b_O")))
+
+
+def _with_embedding_scale(weights: ModelWeights, model: LanguageModel) -> ModelWeights:
+    """Return the weights with W_E as the stream sees it: compared with what enters block 0."""
+    n_positions = min(4, model.max_context_length)
+    tokens = torch.full((1, n_positions), model.bos_token_id, device=model.device)
+    seen: list[Tensor] = []
+    hook = "blocks.0.hook_in"
+    model.bridge.run_with_hooks(
+        tokens, return_type=None, fwd_hooks=[(hook, lambda value, hook: seen.append(value))], stop_at_layer=1
+    )
+    (stream,) = seen
+    token = weights.W_E[tokens[0]].to(stream.dtype)
+    position = 0 if weights.W_pos is None else weights.W_pos[:n_positions].to(stream.dtype)
+    if _agree(token + position, stream[0]):
+        return weights
+    scale = weights.d_model**0.5
+    if _agree(token * torch.tensor(scale, dtype=stream.dtype, device=stream.device) + position, stream[0]):
+        return replace(weights, W_E=weights.W_E * torch.tensor(scale, dtype=stream.dtype, device=stream.device))
+    raise ModelError(
+        f"model {model.identity()['name']}: what enters block 0 is not the token's embedding plus its position's; "
+        "this family's embedding is not supported"
+    )
+
+
+def _apply(norm: Norm, x: Tensor) -> Tensor:
+    exact = x.double()
+    centred = exact - exact.mean(-1, keepdim=True) if norm.kind == "layer" else exact
+    out = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    out = out if norm.weight is None else out * norm.weight.double()
+    return out if norm.bias is None else out + norm.bias.double()
+
+
+def _probe(like: Tensor, width: int | None) -> Tensor:
+    """Return (1, 1, width) a vector with a mean, of the weights' dtype and device."""
+    width = width if width is not None else int(like.shape[-1])
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(1, 1, width, generator=generator) + 0.5).to(like.device, like.dtype)
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    tolerance = _TOLERANCES.get(other.dtype, 1e-4)
+    largest = float(other.abs().max().double())
+    return bool((one.double() - other.double()).abs().max() <= tolerance * max(largest, 1e-30))
+
+
+def _optional(owner: Any, name: str) -> Tensor | None:
+    """Return a parameter that a family may not have."""
+    try:
+        value = getattr(owner, name)
+    except (AttributeError, ValueError):
+        return None
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def _unless(nothing: float, value: Tensor | None) -> Tensor | None:
+    """Return None for a parameter that changes nothing: a gain of ones, a bias of zeros."""
+    return None if value is None or bool((value == nothing).all()) else value
+
+
+def _logit_cap(config: Any) -> float | None:
+    cap = getattr(config, "output_logits_soft_cap", None)
+    return float(cap) if cap is not None and cap > 0 else None

@@ -1,0 +1,88 @@
+"""The language model that transcoders were trained on, opened again from what the transcoders themselves record.
+
+No cache is needed, so a transcoder can be tried on any text. A model from a folder is recorded by the folder's name and
+a digest of its files, never by a path: where it lies has to be said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from storage.artifact import list_differences
+from storage.errors import ArtifactMismatch, ModelError, SettingsError
+from training.transcoder import read_transcoder_manifest
+
+
+def open_transcoder_model(
+    transcoders: Sequence[Path], *, model: str | None = None, device: str = "cpu", dtype: str | None = None
+) -> LanguageModel:
+    """Return the language model that every one of ``transcoders`` was trained on.
+
+    ``model`` is a hub name or a folder, where it is not (or no longer) under its recorded name; ``dtype`` computes in
+    another precision than the recorded one. Raises SettingsError if no transcoder is given, ArtifactMismatch if they
+    belong to different models or the model opened is another one, with every difference, and ModelError if it cannot
+    be loaded, saying what to give.
+    """
+    if not transcoders:
+        raise SettingsError("no transcoder given, and so no language model; give the path of at least one")
+    recorded = _common_model(transcoders)
+    settings = {
+        "model": model if model is not None else recorded["name"],
+        "revision": None if model is not None and Path(model).expanduser().is_dir() else recorded.get("revision"),
+        "model_dtype": dtype if dtype is not None else recorded.get("dtype", "auto"),
+        "processing": recorded.get("processing", "raw"),
+        "bos_token_id": _given_bos(recorded),
+    }
+    try:
+        loaded = load_language_model(ModelSettings.model_validate(settings), device=device)
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise ModelError(
+            f"{transcoders[0]}: its language model is recorded as {recorded['name']!r}"
+            f"{' (a folder of that name)' if recorded.get('files_digest') else ''} and cannot be opened under that "
+            f"name; say where it lies with --model. {error}"
+        ) from error
+    differences = list_differences(_compared(recorded, recorded, dtype), _compared(loaded.identity(), recorded, dtype))
+    if differences:
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise ArtifactMismatch(
+            f"{settings['model']}: is not the model that {transcoders[0]} was trained on; give that one with --model "
+            f"('there' is the transcoder's, 'asked for' the model opened):\n{lines}"
+        )
+    return loaded
+
+
+def _common_model(transcoders: Sequence[Path]) -> Mapping[str, Any]:
+    """Return the model all transcoders record; library versions may differ."""
+    recorded = [read_transcoder_manifest(path)["model"] for path in transcoders]
+    problems = [
+        f"{path} and {transcoders[0]}: {line}"
+        for path, other in zip(transcoders[1:], recorded[1:], strict=True)
+        for line in list_differences(_without_versions(recorded[0]), _without_versions(other))
+    ]
+    if problems:
+        lines = "\n".join(f"  {line}" for line in problems)
+        raise ArtifactMismatch(f"these transcoders were trained on different language models; choose one's:\n{lines}")
+    return dict(recorded[0])
+
+
+def _given_bos(recorded: Mapping[str, Any]) -> int | None:
+    """Return the BOS if it was a setting; a tokenizer's own is found again."""
+    tokenizer = recorded.get("tokenizer") or {}
+    return None if tokenizer.get("bos_source") in ("bos", "eos") else tokenizer.get("bos_token_id")
+
+
+def _compared(identity: Mapping[str, Any], recorded: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Keep what the transcoder records and a move, another precision or another library release does not change."""
+    left_out = {"versions", "name"} | ({"dtype"} if dtype is not None else set())
+    if recorded.get("files_digest") is None:
+        left_out.discard("name")
+    return {key: identity.get(key) for key in recorded if key not in left_out}
+
+
+def _without_versions(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key != "versions"}
