@@ -104,13 +104,21 @@ def publish_transcoder(
     path: Path, cache: ActivationCache, site: str, transcoder: Transcoder, changes: Mapping[str, Any] | None = None
 ) -> Path:
     """Publish a transcoder as if it had been trained on ``site`` of ``cache``."""
-    with Draft(path, KIND, {"site": site}) as draft:
+    inputs = {"inputs": {"cache": cache.reference}, **(changes or {})}
+    return publish_transcoder_of(path, cache.manifest["model"], cache.sites[site], transcoder, inputs)
+
+
+def publish_transcoder_of(
+    path: Path, model: Mapping[str, Any], site: Site, transcoder: Transcoder, changes: Mapping[str, Any] | None = None
+) -> Path:
+    """Publish a transcoder of ``site`` of the language model with that identity."""
+    with Draft(path, KIND, {"site": site.name}) as draft:
         save_weights(path / WEIGHTS, transcoder)
         manifest = {
             "format": FORMAT_VERSION,
-            "inputs": {"cache": cache.reference},
-            "model": cache.manifest["model"],
-            "site": asdict(cache.sites[site]),
+            "inputs": {},
+            "model": dict(model),
+            "site": asdict(site),
             "d_sae": transcoder.d_sae,
             "architecture": {"kind": "topk", "k": 4},
             "metrics": {},

@@ -43,7 +43,7 @@ class ModelSettings(Settings):
     revision: str | None = None
     """Branch, tag or commit on the hub; by default the newest. The commit it stands for is recorded."""
 
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    model_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """What the model computes in; auto is the checkpoint's own dtype, but float32 for float16 on a CPU."""
 
     processing: Literal["raw", "compatibility"] = "raw"

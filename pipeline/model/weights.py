@@ -14,6 +14,7 @@ from torch import Tensor
 
 from analysis.model_weights import IDENTITY, AttentionWeights, LayerWeights, ModelWeights, Norm, NormKind
 from pipeline.model.language_model import LanguageModel
+from pipeline.model.sites import SiteHooks
 from storage.errors import ModelError
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -94,12 +95,8 @@ def _with_embedding_scale(weights: ModelWeights, model: LanguageModel) -> ModelW
     """Return the weights with W_E as the stream sees it: compared with what enters block 0."""
     n_positions = min(4, model.max_context_length)
     tokens = torch.full((1, n_positions), model.bos_token_id, device=model.device)
-    seen: list[Tensor] = []
-    hook = "blocks.0.hook_in"
-    model.bridge.run_with_hooks(
-        tokens, return_type=None, fwd_hooks=[(hook, lambda value, hook: seen.append(value))], stop_at_layer=1
-    )
-    (stream,) = seen
+    site = SiteHooks("stream", "blocks.0.hook_in", "blocks.0.hook_in")
+    stream = model.capture(tokens, [site])["blocks.0.hook_in"]
     token = weights.W_E[tokens[0]].to(stream.dtype)
     position = 0 if weights.W_pos is None else weights.W_pos[:n_positions].to(stream.dtype)
     if _agree(token + position, stream[0]):

@@ -1,0 +1,63 @@
+"""The language model of a transcoder is opened from what the transcoder records, and no other is let pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.model.language_model import ModelSettings, load_language_model
+from pipeline.transcoder_model import open_transcoder_model
+from storage.errors import ArtifactMismatch, ModelError, SettingsError
+from tests.spliced_models import WIDTH, mlp_site, publish_transcoder_of, random_transcoder
+from tests.tiny_models import save_tiny_model
+
+
+def published(folder: Path, model: Path, layer: int = 0) -> Path:
+    identity = load_language_model(ModelSettings(model=str(model))).identity()
+    return publish_transcoder_of(folder, identity, mlp_site(layer), random_transcoder(seed=layer))
+
+
+def test_the_model_is_found_where_it_is_said_to_lie(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "there", "llama")
+    transcoder = published(tmp_path / "transcoder", model)
+    moved = model.rename(tmp_path / "elsewhere")
+
+    loaded = open_transcoder_model([transcoder], model=str(moved), dtype="float64")
+
+    assert loaded.dtype is torch.float64
+    assert loaded.n_layers == 2
+
+
+def test_a_recorded_folder_name_is_tried_and_its_absence_names_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcoder = published(tmp_path / "transcoder", save_tiny_model(tmp_path / "there", "llama"))
+    monkeypatch.chdir(tmp_path)
+    assert open_transcoder_model([transcoder]).d_model == WIDTH
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    with pytest.raises(ModelError, match=r"'there' \(a folder of that name\).*--model"):
+        open_transcoder_model([transcoder])
+
+
+def test_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:
+    transcoder = published(tmp_path / "transcoder", save_tiny_model(tmp_path / "one", "llama"))
+    other = save_tiny_model(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(ArtifactMismatch, match="files_digest"):
+        open_transcoder_model([transcoder], model=str(other))
+
+
+def test_transcoders_of_two_models_are_refused_together(tmp_path: Path) -> None:
+    one = published(tmp_path / "a", save_tiny_model(tmp_path / "one", "llama"))
+    two = published(tmp_path / "b", save_tiny_model(tmp_path / "two", "gpt2"), layer=1)
+    with pytest.raises(ArtifactMismatch, match="different language models") as caught:
+        open_transcoder_model([one, two])
+    assert "architecture" in str(caught.value)
+    assert "name" in str(caught.value)
+
+
+def test_no_transcoder_is_refused() -> None:
+    with pytest.raises(SettingsError, match="no transcoder given"):
+        open_transcoder_model([])
