@@ -1,0 +1,1 @@
+"""What the pages of a dashboard say, computed from published tables; nothing here knows HTML."""
