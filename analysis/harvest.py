@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from analysis.block import Block, Coder
 from analysis.rows import RowBlock, TokenOrderSplit, iter_blocks
+from analysis.weight_space.unembedding import TokenEffects
 from storage.errors import ActionableError
 from training.batches import as_tensor
 
@@ -46,6 +47,8 @@ class Subject:
     vocabulary: Sequence[str]
     """Token id → its text."""
     device: torch.device | str = "cpu"
+    effects: TokenEffects | None = None
+    """What features do to the logits; None without the language model, or for outputs that do not reach them."""
 
 
 class Accumulator(Protocol):

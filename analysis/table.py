@@ -18,13 +18,19 @@ FEATURES_PER_BATCH = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """One Parquet file of the ``tables`` artifact."""
+class TableDescription:
+    """One Parquet file of the ``tables`` artifact, as its reader knows it."""
 
     name: str
     meaning: str
     """What one row is, and what a reader should know; Markdown."""
     schema: pa.Schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(TableDescription):
+    """A table that is made in the pass over the rows."""
+
     needs: tuple[type[Accumulator], ...]
     """What the pass must count for it."""
     compute: Callable[[Harvest, Subject, Plan], Iterator[pa.RecordBatch]]
@@ -63,7 +69,7 @@ def feature_ranges(d_sae: int) -> Iterator[range]:
         yield range(start, min(start + FEATURES_PER_BATCH, d_sae))
 
 
-def tables_page(tables: Sequence[Table]) -> str:
+def tables_page(tables: Sequence[TableDescription]) -> str:
     """Return ``docs/tables.md``: every column of every table, from the schemas."""
     parts = [_INTRODUCTION]
     for table in tables:

@@ -1,6 +1,7 @@
 """`pipeline analyze`: read a split of a cache once with a transcoder and publish tables about its features.
 
-Needs no language model. The transcoder may come from another cache than the one read, as long as both hold the same
+Runs no language model: its weights are read for what they alone tell, unless it is left out, and are gone before rows
+are read. The transcoder may come from another cache than the one read, as long as both hold the same
 site of the same model: what matters is what the numbers are, not which rows were trained on.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,12 +23,14 @@ from analysis.harvest import Plan, Subject, gather
 from analysis.table import Table, accumulators
 from analysis.tables import TABLES
 from pipeline.device import limited_threads, open_device
+from pipeline.recorded_model import open_recorded_model
+from pipeline.weight_tables import FromWeights, check_downstream, write_weight_tables
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import Draft, list_differences, read_manifest
-from storage.errors import ArtifactMismatch
+from storage.errors import ArtifactMismatch, SettingsError
 from storage.settings import Quantity, Settings
 from storage.tables import read_table, write_table
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 KIND = "tables"
 FORMAT_VERSION = 1
@@ -56,6 +60,9 @@ class AnalyzeSettings(Settings):
 
     window_after: int = Field(default=8, ge=0)
     """Tokens shown after an example, within its context."""
+
+    without_model: bool = False
+    """Leave the language model's weights out: no promoted tokens, no connections.parquet."""
 
     block_rows: int = Field(default=2048, ge=1)
     """Rows encoded at once: memory is this times d_sae times 4 bytes, a few times over."""
@@ -104,23 +111,45 @@ def run(
     device: str = "cpu",
     threads: int | None = None,
     quiet: bool = False,
+    model: str | None = None,
+    downstream: Sequence[Path] = (),
 ) -> AnalyzeResult:
     """Publish the tables of ``transcoder`` over ``cache`` at ``output``; return at once if they are there already.
 
-    Raises ArtifactMismatch if the transcoder belongs to another model or site, or if other tables lie at ``output``.
+    ``model`` says where the language model lies if it moved; ``downstream`` are transcoders of later layers, to whose
+    features connections are told. Raises ArtifactMismatch if the transcoder belongs to another model or site, or if
+    other tables lie at ``output``; ModelError if the model cannot be loaded.
     """
     opened = open_cache(cache)
     made_of = read_transcoder_manifest(transcoder)
     site = check_same_site(opened, cache, made_of, transcoder)
     on = open_device(device)
+    _refuse_unused_model(settings, model, downstream)
+    later = check_downstream(transcoder, made_of, downstream)
     inputs = {"cache": opened.reference, "transcoder": {"digest": made_of["digest"]}}
+    if later:
+        inputs["downstream"] = {other["site"]["name"]: {"digest": other["digest"]} for other in later.values()}
     request = {"format": FORMAT_VERSION, "settings": settings.model_dump(mode="json"), "inputs": inputs}
     with Draft(output, KIND, request) as draft:
         if not draft.published:
             _remove_leftovers(draft.path)
             with limited_threads(threads):
-                subject = _open_subject(opened, site, settings, transcoder, on)
+                coder = load_transcoder(transcoder).to(on)
+                from_weights = None
+                if not settings.without_model:
+                    from_weights = write_weight_tables(
+                        coder,
+                        made_of["site"],
+                        downstream=later,
+                        open_model=lambda: open_recorded_model(opened, model=model, device=device).model,
+                        vocabulary=opened.vocabulary(),
+                        output=draft.path,
+                        quiet=quiet,
+                    )
+                subject = _open_subject(opened, site, settings, coder, on, from_weights)
                 n_table_rows = _write_tables(subject, settings.plan(), draft.path, quiet)
+                if from_weights is not None:
+                    n_table_rows["connections"] = from_weights.n_connections
             draft.publish(
                 {
                     "format": FORMAT_VERSION,
@@ -130,7 +159,7 @@ def run(
                     "tables": {name: {"n_rows": n_rows} for name, n_rows in n_table_rows.items()},
                     "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
                 },
-                [_file_name(table) for table in TABLES],
+                [f"{name}.parquet" for name in n_table_rows],
             )
     return read_result(output)
 
@@ -160,18 +189,30 @@ def check_same_site(cache: ActivationCache, cache_path: Path, transcoder: dict[s
     return str(wanted["name"])
 
 
+def _refuse_unused_model(settings: AnalyzeSettings, model: str | None, downstream: Sequence[Path]) -> None:
+    if settings.without_model and (model is not None or downstream):
+        given = " and ".join(["--model"] * (model is not None) + ["--downstream"] * bool(downstream))
+        raise SettingsError(f"--without-model leaves nothing for {given} to do; leave out one or the other")
+
+
 def _open_subject(
-    cache: ActivationCache, site: str, settings: AnalyzeSettings, transcoder: Path, device: torch.device
+    cache: ActivationCache,
+    site: str,
+    settings: AnalyzeSettings,
+    coder: Transcoder,
+    device: torch.device,
+    from_weights: FromWeights | None,
 ) -> Subject:
     split = cache.split(settings.split)
     return Subject(
-        coder=load_transcoder(transcoder).to(device),
+        coder=coder,
         split=split,
         split_name=settings.split,
         site=site,
         output_mean=split.statistics(site, "out").mean,
         vocabulary=cache.vocabulary(),
         device=device,
+        effects=None if from_weights is None else from_weights.effects,
     )
 
 

@@ -23,7 +23,7 @@ from training.architectures import TopK
 from training.settings import TrainSettings
 from training.transcoder import load_transcoder
 
-SETTINGS = AnalyzeSettings(examples=5, window_before=4, window_after=2, block_rows=50)
+SETTINGS = AnalyzeSettings(examples=5, window_before=4, window_after=2, block_rows=50, without_model=True)
 
 
 def train_on(cache, output):
@@ -125,7 +125,7 @@ def test_a_run_that_was_cut_short_is_finished_and_leaves_no_half_written_file(ma
 
 
 def test_training_rows_can_be_read_and_limited(made, tmp_path):
-    result = rerun(made, tmp_path / "t", AnalyzeSettings(split="train", rows=100))
+    result = rerun(made, tmp_path / "t", AnalyzeSettings(split="train", rows=100, without_model=True))
     assert result.n_rows == 100
     assert read_table(tmp_path / "t" / "layers.parquet")["split"].to_pylist() == ["train"]
 

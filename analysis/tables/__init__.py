@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from analysis.table import Table
-from analysis.tables import examples, features, layers
+from analysis.table import Table, TableDescription
+from analysis.tables import connections, examples, features, layers
 
 TABLES: tuple[Table, ...] = (features.TABLE, examples.TABLE, layers.TABLE)
+
+EVERY_TABLE: tuple[TableDescription, ...] = (*TABLES, connections.DESCRIPTION)
+"""Those that are made of weights alone, without the pass, too."""

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from analysis.table import tables_page
-from analysis.tables import TABLES
+from analysis.tables import EVERY_TABLE
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(tables_page(TABLES))
+    Path(sys.argv[1]).write_text(tables_page(EVERY_TABLE))

@@ -16,6 +16,9 @@ from analysis.harvest import Harvest, Plan, Subject
 from analysis.histogram import BINS_PER_OCTAVE, EDGES, QUANTILE_RELATIVE_ERROR, quantiles
 from analysis.reconstruction import RowTotals
 from analysis.table import Table, feature_ranges, list_array, record_batch
+from analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
+from analysis.tables.weight_columns import NOTE as WEIGHT_NOTE
+from analysis.tables.weight_columns import WeightColumns
 from storage.tables import column
 
 DENSE_FREQUENCY = 0.1
@@ -68,6 +71,7 @@ SCHEMA = pa.schema(
         ),
         column("top_token", pa.string(), "text of that token", nullable=True),
         column("top_token_share", pa.float64(), "share of its examples at that token", nullable=True),
+        *WEIGHT_COLUMNS,
     ]
 )
 
@@ -77,6 +81,7 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
     totals, n_rows = harvest[FeatureTotals], harvest[RowTotals].n_rows
     statistics = {"mean": totals.mean(), "std": totals.standard_deviation(), **_weights(subject)}
     examples = harvest[TopExamples].kept
+    from_weights = WeightColumns(subject.coder.W_dec, subject.effects, subject.vocabulary)
     for features in feature_ranges(subject.coder.d_sae):
         chosen = slice(features.start, features.stop)
         n_active, counts = totals.n_active[chosen], totals.histogram[chosen]
@@ -96,6 +101,7 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
             "is_dead": is_dead,
             "is_dense": frequency > DENSE_FREQUENCY,
             **_top_tokens(examples, features, subject),
+            **from_weights.of(features),
         }
         yield record_batch(SCHEMA, columns)
 
@@ -164,7 +170,7 @@ TABLE = Table(
         f"{EDGES[0]:.3g} and {EDGES[-1]:.0f}: each is within {QUANTILE_RELATIVE_ERROR:.1%} of the exact nearest-rank "
         "value (`quantile_relative_error` in the file's metadata). Activations outside that range count in the "
         "outermost bins, where the bound does not hold. Bin edges are the same for all features and all "
-        "transcoders, so histograms can be added."
+        f"transcoders, so histograms can be added.\n\n{WEIGHT_NOTE}"
     ),
     schema=SCHEMA,
     needs=(FeatureTotals, RowTotals, TopExamples),

@@ -18,6 +18,13 @@ from pipeline.options import read_settings, settings_options
 @click.option("--cache", required=True, type=options.ARTIFACT, help="Cache to read.")
 @options.out
 @settings_options(AnalyzeSettings)
+@options.model_moved
+@click.option(
+    "--downstream",
+    type=options.ARTIFACT,
+    multiple=True,
+    help="Transcoder of a later layer of the same model, to tell connections to its features; may be repeated.",
+)
 @options.device
 @options.threads
 @options.quiet
@@ -26,6 +33,8 @@ def command(
     cache: Path,
     output: Path,
     config: Path | None,
+    model: str | None,
+    downstream: tuple[Path, ...],
     device: str,
     threads: int | None,
     quiet: bool,
@@ -40,7 +49,15 @@ def command(
     """
     settings = read_settings(AnalyzeSettings, config, given)
     result = analyze.run(
-        settings, cache=cache, transcoder=transcoder, output=output, device=device, threads=threads, quiet=quiet
+        settings,
+        cache=cache,
+        transcoder=transcoder,
+        output=output,
+        device=device,
+        threads=threads,
+        quiet=quiet,
+        model=model,
+        downstream=downstream,
     )
     if not quiet:
         fvu = "" if result.fvu is None else f", FVU {result.fvu:.4f}"

@@ -1,0 +1,83 @@
+"""Products of all features with all of something else, a block at a time, of which only the ends are kept.
+
+A matrix of features × tokens would be 4.9 GB for GPT-2 and 24,576 features; what is kept of a row is a few numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+NUMBERS_AT_ONCE = 1 << 24
+"""Products held at a time: 64 MB of float32, a few times over while they are looked through."""
+
+
+class Ends(NamedTuple):
+    """The largest, or the smallest, entries of each row, the most extreme first."""
+
+    index: NDArray[np.int32]
+    """(rows, n) which column."""
+    value: NDArray[np.float32]
+    """(rows, n)."""
+
+    @classmethod
+    def joined(cls, parts: list[Self]) -> Self:
+        """Return the rows of several parts, one after the other."""
+        return cls(np.concatenate([part.index for part in parts]), np.concatenate([part.value for part in parts]))
+
+
+def largest(scores: Tensor, n: int) -> Ends:
+    """Return the ``n`` largest entries of each row of ``scores`` (rows, columns), all if there are fewer."""
+    return _ends(scores, n, largest=True)
+
+
+def smallest(scores: Tensor, n: int) -> Ends:
+    """Return the ``n`` smallest entries of each row of ``scores`` (rows, columns), all if there are fewer."""
+    return _ends(scores, n, largest=False)
+
+
+def _ends(scores: Tensor, n: int, *, largest: bool) -> Ends:
+    value, index = scores.topk(min(n, scores.shape[-1]), dim=-1, largest=largest, sorted=True)
+    return Ends(index.to("cpu", torch.int32).numpy(), value.to("cpu", torch.float32).numpy())
+
+
+class BothEnds(NamedTuple):
+    """A row's largest and smallest entries without overlap."""
+
+    top: Ends
+    bottom: Ends
+
+    @classmethod
+    def joined(cls, parts: list[Self]) -> Self:
+        """Return the rows of several parts, one after the other."""
+        return cls(Ends.joined([part.top for part in parts]), Ends.joined([part.bottom for part in parts]))
+
+
+def both_ends(scores: Tensor, n: int) -> BothEnds:
+    """Return the ``n`` largest and the ``n`` smallest entries of each row; the largest go first if columns are few."""
+    n_top = min(n, scores.shape[-1])
+    return BothEnds(largest(scores, n_top), smallest(scores, min(n, scores.shape[-1] - n_top)))
+
+
+def blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
+    """Cut rows so that ``NUMBERS_AT_ONCE`` products fit, at least one row each."""
+    size = max(1, NUMBERS_AT_ONCE // max(1, n_columns))
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
+
+
+def ends_of_products(rows: Tensor, columns: Tensor, n: int) -> BothEnds:
+    """Return both ends of ``rows @ columns`` for rows (n_rows, d) and columns (d, n_columns), block by block."""
+    return BothEnds.joined([both_ends(scores, n) for scores in products(rows, columns)])
+
+
+def products(rows: Tensor, columns: Tensor, carry: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
+    """Yield ``carry(rows) @ columns`` a block of rows at a time, in float32."""
+    for block in blocks(len(rows), columns.shape[1]):
+        chosen = rows[block].float()
+        yield (chosen if carry is None else carry(chosen)) @ columns

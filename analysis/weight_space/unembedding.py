@@ -1,0 +1,100 @@
+"""Which tokens a feature makes likelier or less likely by what it writes straight to the unembedding.
+
+The effect of feature i on the logits is W_dec[i] carried to the residual stream (``analysis.weight_space.stream``) and
+through the linear part of the final norm, times W_U: the final norm's gain counts, as W_U reads behind it, and what the
+norm divides by does not, as it depends on the text. So numbers are logits per activation up to a positive factor of the
+position, and a model with folded weights gives the same tokens as the raw one. Later layers are not seen: this is the
+direct path alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from analysis.model_weights import ModelWeights
+from analysis.weight_space.extremes import Ends, largest, products, smallest
+from analysis.weight_space.stream import StreamPoint, carry_forth
+from storage.compiled import compiled_loop
+from storage.errors import ModelError
+
+N_TOKENS = 10
+"""Tokens kept at either end."""
+N_BINS = 50
+"""Bins of a feature's histogram over all tokens, from its smallest to its largest effect."""
+
+
+@dataclass(frozen=True)
+class TokenEffects:
+    """The effects of every feature on the logits, in short."""
+
+    promoted: Ends
+    """(d_sae, n) the tokens it raises most, the most first."""
+    suppressed: Ends
+    """(d_sae, n) the tokens it lowers most, the most first."""
+    histogram: NDArray[np.int32]
+    """(d_sae, N_BINS) tokens per bin; all of the vocabulary."""
+    histogram_edges: NDArray[np.float32]
+    """(d_sae, N_BINS + 1) a bin holds its low edge, and the last bin its high one too."""
+
+
+def token_effects(
+    decoder: Tensor, writes: StreamPoint, weights: ModelWeights, *, progress: Callable[[int], object] = int
+) -> TokenEffects:
+    """Return the effects of decoder rows (d_sae, d_out) that are written at ``writes``.
+
+    ``progress`` is told the rows of every block done. Memory: W_U in float32 and a few blocks of 64 MB. Raises
+    ModelError if a product is not finite.
+    """
+    W_U = weights.W_U.to(decoder.device, torch.float32)
+
+    def carry(rows: Tensor) -> Tensor:
+        return carry_forth(weights.final_norm, writes.carry(rows))
+
+    promoted, suppressed, histograms, edges = [], [], [], []
+    for scores in products(decoder, W_U, carry):
+        promoted.append(largest(scores, N_TOKENS))
+        suppressed.append(smallest(scores, N_TOKENS))
+        own_edges = _edges(scores)
+        counts = np.zeros((len(own_edges), N_BINS), np.int32)
+        _count_into_bins(scores.cpu().numpy(), own_edges, counts)
+        histograms.append(counts)
+        edges.append(own_edges)
+        progress(len(own_edges))
+    return TokenEffects(
+        Ends.joined(promoted), Ends.joined(suppressed), np.concatenate(histograms), np.concatenate(edges)
+    )
+
+
+def _edges(scores: Tensor) -> NDArray[np.float32]:
+    low, high = (end.cpu().numpy().astype(np.float64) for end in (scores.amin(dim=1), scores.amax(dim=1)))
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        # the loop that counts would write outside its bins
+        raise ModelError(
+            "a product of decoder and unembedding is not finite: the model's unembedding or final norm, or the "
+            "transcoder's decoder, holds NaN or infinity; restore their files"
+        )
+    edges = np.linspace(low, high, N_BINS + 1, axis=1).astype(np.float32)
+    edges[:, 0], edges[:, -1] = low, high
+    return edges
+
+
+@compiled_loop()
+def _count_into_bins(scores: NDArray[np.float32], edges: NDArray[np.float32], counts: NDArray[np.int32]) -> None:
+    """Count each row of scores (rows, n) between its own edges; exact by the edges as they are rounded."""
+    n_bins = counts.shape[1]
+    for row in range(scores.shape[0]):
+        low, high = edges[row, 0], edges[row, n_bins]
+        per_unit = n_bins / (high - low) if high > low else 0.0
+        for value in scores[row]:
+            place = min(int((value - low) * per_unit), n_bins - 1)
+            while place > 0 and value < edges[row, place]:
+                place -= 1
+            while place < n_bins - 1 and value >= edges[row, place + 1]:
+                place += 1
+            counts[row, place] += 1
