@@ -32,13 +32,12 @@ class Recipe:
     d_sae: int
     k: int
     steps: int
-    learning_rate: float
     about: str
 
 
 RECIPES: dict[DemoModel, Recipe] = {
-    "tiny": Recipe(2, 600_000, 2048, 32, 700, 2e-3, "1.35 M parameters, trained on other presidents' speeches"),
-    "smollm2": Recipe(3, 300_000, 4608, 32, 400, 1e-3, "SmolLM2-135M-Instruct"),
+    "tiny": Recipe(2, 600_000, 2048, 32, 700, "1.35 M parameters, trained on other presidents' speeches"),
+    "smollm2": Recipe(3, 300_000, 4608, 32, 400, "SmolLM2-135M-Instruct"),
 }
 
 
@@ -82,13 +81,14 @@ def run(
     cached = cache.run(settings, output=place / "cache", threads=threads, quiet=quiet)
     say("2/4 verify: every byte, and pairs against the model run again")
     _verify(cached.path, threads)
-    say("3/4 train: a TopK transcoder from the cache; the language model is not needed any more")
+    say("3/4 train: a BatchTopK transcoder from the cache; the language model is not needed any more")
     training = TrainSettings.model_validate(
         {
-            "architecture": {"kind": "topk", "k": recipe.k},
+            "architecture": {"kind": "batch_topk", "k": recipe.k},
             "d_sae": recipe.d_sae,
             "steps": steps or recipe.steps,
-            "lr": recipe.learning_rate,
+            "auxiliary": {"kind": "auxk"},
+            "dead_after_steps": 50,  # so short a run would be over before the default calls a feature dead
             "evaluate_every": 200,
         }
     )

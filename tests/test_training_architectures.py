@@ -235,7 +235,7 @@ def test_batch_topk_takes_the_largest_of_the_whole_batch_and_remembers_its_thres
     assert transcoder.activate(torch.tensor([[4.5, 4.0, 1.0]])).tolist() == [[4.5, 0.0, 0.0]]  # above 4
     transcoder.end_step(torch.tensor([[6.0, 0.0, 0.0]]))
     assert isinstance(transcoder, BatchTopKTranscoder)
-    assert float(transcoder.threshold) == pytest.approx(0.99 * 4 + 0.01 * 6)
+    assert float(transcoder.threshold) == pytest.approx(0.9 * 4 + 0.1 * 6)
 
 
 def test_gates_open_features_and_magnitudes_say_how_far() -> None:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from storage.settings import Quantity, Settings
-from training.architectures import AnyArchitecture, TopK
+from training.architectures import AnyArchitecture, BatchTopK
 from training.auxiliary import AnyAuxiliary, NoAuxiliary
 from training.connection import AnyConnection, NoConnection
 from training.initialise import BiasInit, DecoderInit, EncoderInit
@@ -25,7 +25,7 @@ class TrainSettings(Settings):
     site: str | None = None
     """Site of the cache to train on, e.g. layer8; may be left out if the cache has only one."""
 
-    architecture: AnyArchitecture = TopK()
+    architecture: AnyArchitecture = BatchTopK()
     """Kind of transcoder and its own settings."""
     expansion: PositiveInt = 32
     """Number of features as a multiple of d_in."""

@@ -71,7 +71,7 @@ def command(
     """Train a transcoder on one site of CACHE, or several side by side.
 
     \b
-    pipeline train caches/gpt2-l8 --architecture topk --k 64 --out transcoders/gpt2-l8
+    pipeline train caches/gpt2-l8 --k 64 --out transcoders/gpt2-l8
     pipeline train caches/gpt2-l8 --sweep k=16,32,64 --sweep lr=2e-4,4e-4 --out sweeps/gpt2-l8
     pipeline train --live --model gpt2 --layers 8 --dataset Skylion007/openwebtext \\
         --rows 60M --out transcoders/gpt2-l8

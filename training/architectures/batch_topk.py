@@ -16,8 +16,11 @@ from training.architectures.topk import SelectsLargest
 from training.entries import Entries, LargestOfBatch
 from training.whole_batch import ALONE, WholeBatch
 
-THRESHOLD_RATE = 0.01
-"""Share of the newest batch in the running mean of the threshold."""
+THRESHOLD_RATE = 0.1
+"""Share of the newest batch in the running mean of the threshold.
+
+A batch's smallest survivor is an extreme quantile of rows · d_sae values and hardly varies, while activations grow as
+training goes on: at 0.01 the mean lags behind (after 150 steps 44 features in use for k = 32; at 0.1, 31)."""
 
 
 class BatchTopKTranscoder(Transcoder):
