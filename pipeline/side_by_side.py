@@ -160,6 +160,8 @@ def _open_run(
     quiet: bool,
 ) -> OpenRun:
     n_steps = rows.n_steps(settings)
+    for sentence in settings.without_effect(n_steps):
+        logger.warning("%s: %s", draft.path, sentence)
     run = _build(name, settings, site, rows, origins)
     session = Session(
         draft.path,
