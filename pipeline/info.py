@@ -12,6 +12,8 @@ from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import MANIFEST, REQUEST, read_json, read_sealed
 from storage.cache_format import KIND, PROVENANCE, SPLITS, Site
 from storage.errors import ArtifactMissing
+from training.checkpoint import Checkpoints
+from training.transcoder import CHECKPOINTS
 
 
 def glance(path: Path) -> dict[str, Any]:
@@ -31,10 +33,9 @@ def describe(path: Path) -> dict[str, Any]:
     """
     if not (path / MANIFEST).exists():
         if (path / REQUEST).exists():
-            n_units = len(list((path / "commits").rglob("*-unit-*.json")))
             return {
                 "state": "unfinished: run the command that makes it again to continue",
-                "finished units": n_units,
+                **_progress(path),
                 "request": read_json(path / REQUEST),
             }
         raise ArtifactMissing(f"{path}: no cache, transcoder, sweep, evaluation or tables lie here; check the path")
@@ -42,6 +43,15 @@ def describe(path: Path) -> dict[str, Any]:
     if manifest["kind"] == KIND:
         return dict(_describe_cache(open_cache(path)))
     return {name: value for name, value in manifest.items() if name not in ("files", "digest")}
+
+
+def _progress(draft: Path) -> dict[str, int]:
+    """Return how far an unfinished cache or training run has come; nothing for what is made in one go."""
+    if (draft / CHECKPOINTS).is_dir():
+        return {"steps kept": max(Checkpoints(draft / CHECKPOINTS).steps(), default=0)}
+    if (draft / "commits").is_dir():
+        return {"finished units": len(list((draft / "commits").rglob("*-unit-*.json")))}
+    return {}
 
 
 def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:

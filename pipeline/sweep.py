@@ -88,7 +88,9 @@ def run(
         begun = (output / REQUEST).exists()
         sites = None if begun else choose_sites(runs, origins, source)
         requests = {name: origins.request(settings, source) for name, settings in runs.items()}
-        sweep = stack.enter_context(Draft(output, KIND, {"format": FORMAT_VERSION, "runs": requests}))
+        sweep = stack.enter_context(
+            Draft(output, KIND, {"format": FORMAT_VERSION, "runs": requests}, discard_with="--fresh")
+        )
         if not sweep.published:
             drafts = {
                 name: stack.enter_context(Draft(output / RUNS / name, TRANSCODER, request))

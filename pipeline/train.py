@@ -91,7 +91,7 @@ def run(
         # What was begun is recognised, and what is published returned, before a language model is loaded for it.
         begun = (output / REQUEST).exists()
         site = None if begun else origins.site(settings, source)
-        draft = stack.enter_context(Draft(output, KIND, origins.request(settings, source)))
+        draft = stack.enter_context(Draft(output, KIND, origins.request(settings, source), discard_with="--fresh"))
         if group is not None:
             group.share_first(not draft.published)
         if not draft.published:

@@ -272,10 +272,11 @@ class Draft:
     """A directory being made. Use as a context manager: the lock is held inside, nothing is published on leaving.
 
     Opening the same request again resumes it; another request on the same path is refused with every
-    difference shown.
+    difference shown, and ``discard_with``, the option that throws an unfinished one away.
     """
 
-    def __init__(self, path: Path, kind: str, request: Mapping[str, JSON]) -> None:
+    def __init__(self, path: Path, kind: str, request: Mapping[str, JSON], *, discard_with: str | None = None) -> None:
+        self._discard_with = discard_with
         self.path = path
         self.kind = kind
         self.request = json.loads(canonical_json(dict(request)))
@@ -302,9 +303,11 @@ class Draft:
         if differences := list_differences(existing, self.request):
             state = "published" if self.published else "unfinished"
             what, verb = f"{state} {self.kind}", "lie" if _is_plural(self.kind) else "lies"
+            anew = f", or throw it away with {self._discard_with}" if self._discard_with and not self.published else ""
             raise ArtifactMismatch(
                 f"{self.path}: {what if _is_plural(self.kind) else _one(what)} with other settings {verb} here; "
-                "use the same settings, or choose another path:\n" + "\n".join(f"  {line}" for line in differences)
+                f"use the same settings, or choose another path{anew}:\n"
+                + "\n".join(f"  {line}" for line in differences)
             )
 
     def _published_request(self) -> JSON:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.info import glance
 from pipeline.train import TrainResult, run
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
@@ -158,7 +159,10 @@ def test_fresh_throws_away_an_unfinished_run_but_never_a_published_one(
         run(settings, cache=cache, output=output, quiet=True, checkpoint_steps=5, hooks=[(11, interrupt)])
     with pytest.raises(ArtifactIncomplete):
         load_transcoder(output)
+    assert glance(output)["steps kept"] == 10
     other = TrainSettings.read(QUICK, {"lr": 0.02})
+    with pytest.raises(ArtifactMismatch, match="or throw it away with --fresh"):
+        run(other, cache=cache, output=output, quiet=True)
     assert run(other, cache=cache, output=output, quiet=True, fresh=True).metrics["steps"] == 60
     with pytest.raises(ArtifactMismatch, match="is published"):
         run(settings, cache=cache, output=trained.path, quiet=True, fresh=True)
