@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "Run the language model with transcoders in place of its MLPs.",
     "pareto": "Draw L0 against FVU or CE recovered of many transcoders.",
     "query": "Ask tables, a sweep or an evaluation in SQL.",
+    "dashboard": "Write a static site of feature pages.",
     "demo": "Run everything on a small real model and show the result.",
 }
 

@@ -1,0 +1,72 @@
+"""The list of all features of a dashboard: a value per feature and column, small enough to be loaded whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from analysis.dashboards.example_lines import top_tokens
+from analysis.dashboards.feature_tables import FeatureTables
+from analysis.dashboards.histograms import first_bin, shared_axis, sparkline
+from analysis.dashboards.rounding import rounded_list
+from analysis.dashboards.vocabulary import Vocabulary
+
+TOKENS_SHOWN = 8
+"""Distinct tokens listed per feature, and as many that it promotes."""
+
+_COLUMNS = ("feature", "frequency", "max", "mean", "is_dead", "is_dense", "histogram", "histogram_edges")
+
+
+def feature_index(tables: FeatureTables, features: Sequence[int]) -> dict[str, Any]:
+    """Return the columns of the list over ``features`` (sorted), and the axis that all sparklines share.
+
+    ``tokens`` and ``promoted`` are places in ``vocabulary``; ``promoted`` is None where the tables do not know.
+    """
+    vocabulary = Vocabulary()
+    table = tables.read("features", columns=(*_COLUMNS, "promoted_tokens"))
+    examples = tables.read("examples", columns=("feature", "kind", "token"))
+    assert table is not None, "tables always have the table of features"
+    table = _chosen(table, features)
+    tokens: list[list[str]] = [[] for _ in features]
+    if examples is not None:
+        tokens = top_tokens(_chosen(examples, features), features, TOKENS_SHOWN)
+    counts, edges = table["histogram"].to_pylist(), table["histogram_edges"].to_pylist()
+    axis = shared_axis(edges)
+    return {
+        "feature": table["feature"].to_pylist(),
+        "frequency": rounded_list(table["frequency"].to_numpy()),
+        "max": _numbers(table["max"]),
+        "mean": _numbers(table["mean"]),
+        "is_dense": [int(flag) for flag in table["is_dense"].to_pylist()],
+        "sparks": [
+            "" if axis is None or not own else sparkline(axis.counts(own, first_bin(limits)))
+            for own, limits in zip(counts, edges, strict=True)
+        ],
+        "spark_range": None if axis is None else rounded_list(axis.edges[[0, -1]]),
+        "tokens": [[vocabulary.place(token) for token in own] for own in tokens],
+        "promoted": _promoted(table, vocabulary),
+        "vocabulary": vocabulary.texts,
+    }
+
+
+def _chosen(table: pa.Table, features: Sequence[int]) -> pa.Table:
+    if len(features) == 0:
+        return table.slice(0, 0)
+    return table.filter(pc.is_in(table["feature"], pa.array(features, table.schema.field("feature").type)))
+
+
+def _numbers(column: pa.ChunkedArray) -> list[float | None]:
+    return rounded_list(np.asarray(column.to_numpy(), np.float64))
+
+
+def _promoted(table: pa.Table, vocabulary: Vocabulary) -> list[list[int]] | None:
+    if "promoted_tokens" not in table.column_names or table["promoted_tokens"].null_count == table.num_rows:
+        return None
+    return [
+        [vocabulary.place(token) for token in (own or [])[:TOKENS_SHOWN]]
+        for own in table["promoted_tokens"].to_pylist()
+    ]

@@ -1,0 +1,103 @@
+"""Published tables, read a run of features at a time; what a table or a column lacks is told, not raised.
+
+Tables differ in what they hold: those made without the language model have no promoted tokens and no connections, those
+made with `--activations none` no activations. A page shows what is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from storage.artifact import read_manifest
+from storage.tables import read_schema, read_table
+
+KIND = "tables"
+"""The kind of artifact read; spelled out, because the module that makes it loads torch."""
+
+_ACTIVATIONS = re.compile(r"activations/features-(\d+)-(\d+)\.parquet")
+
+
+class FeatureTables:
+    """One ``tables`` artifact. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path, KIND)
+        self._files = set(self.manifest["files"])
+
+    @property
+    def n_features(self) -> int:
+        """The number of features, dead ones included."""
+        return int(self.manifest["tables"]["features"]["n_rows"])
+
+    @cached_property
+    def layer(self) -> dict[str, Any]:
+        """The transcoder's row of the table ``layers``."""
+        (row,) = read_table(self.path / "layers.parquet").to_pylist()
+        return dict(row)
+
+    @cached_property
+    def n_bands(self) -> int:
+        """The number of bands that examples were drawn from; 0 if none were."""
+        bands = self.read("examples", columns=("band",))
+        if bands is None or "band" not in bands.column_names:
+            return 0
+        last = pc.max(bands["band"]).as_py()
+        return 0 if last is None else int(last) + 1
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a table of this name."""
+        return f"{name}.parquet" in self._files
+
+    def schema(self, name: str) -> pa.Schema:
+        """Return the schema of a table that is there, with the facts kept in its file."""
+        return read_schema(self.path / f"{name}.parquet")
+
+    def read(self, name: str, features: range | None = None, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """Return the rows of a run of features (of all, if none are given), in the table's order; None without it.
+
+        Columns that the table lacks are left out.
+        """
+        if not self.has(name):
+            return None
+        path = self.path / f"{name}.parquet"
+        chosen = None if columns is None else [column for column in columns if column in read_schema(path).names]
+        return read_table(path, chosen, None if features is None else _within(features))
+
+    def activations(self, features: range) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Return feature and value of every stored activation of a run of features; None if none are stored at all."""
+        found = list(self._activation_files())
+        if not found:
+            return None
+        overlapping = [path for path, first, last in found if first < features.stop and last >= features.start]
+        parts = [read_table(path, ["feature", "activation"], _within(features)) for path in overlapping]
+        if not parts:
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        joined = pa.concat_tables(parts)
+        return joined["feature"].to_numpy().astype(np.int64), joined["activation"].to_numpy()
+
+    def _activation_files(self) -> Iterator[tuple[Path, int, int]]:
+        for name in sorted(self._files):
+            if match := _ACTIVATIONS.fullmatch(name):
+                yield self.path / name, int(match[1]), int(match[2])
+
+
+def _within(features: range) -> pc.Expression:
+    return (pc.field("feature") >= features.start) & (pc.field("feature") < features.stop)
+
+
+def feature_slices(table: pa.Table, features: Sequence[int]) -> list[slice]:
+    """Return where the rows of each feature lie in a table that is sorted by feature."""
+    column = table["feature"].to_numpy()
+    starts = np.searchsorted(column, features, side="left")
+    stops = np.searchsorted(column, features, side="right")
+    return [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]

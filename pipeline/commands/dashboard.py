@@ -1,0 +1,35 @@
+"""``pipeline dashboard``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline import dashboard
+from pipeline.commands import options
+from pipeline.dashboard import DashboardSettings
+from pipeline.options import read_settings, settings_options
+
+
+@click.command("dashboard")
+@click.argument("tables", type=options.ARTIFACT)
+@options.out
+@settings_options(DashboardSettings)
+@options.quiet
+def command(tables: Path, output: Path, config: Path | None, quiet: bool, **given: Any) -> None:
+    """Write a static site of TABLES' features: a list to sort, search and filter, and a page for each.
+
+    \b
+    pipeline dashboard tables/gpt2-l8 --out dashboards/gpt2-l8
+    pipeline dashboard tables/gpt2-l8 --features 89,100-200 --out dashboards/some
+
+    It opens from disk: no server, no network. Copy the folder to share it. A link to one feature ends in
+    index.html#feature=89.
+    """
+    settings = read_settings(DashboardSettings, config, given)
+    result = dashboard.run(settings, tables=tables, output=output, quiet=quiet)
+    if not quiet:
+        size = f"{result.n_bytes / 1e6:.1f} MB in {result.n_files:,} files"
+        click.echo(f"{result.page}: {result.n_features:,} features, {size}; open it in a browser")
