@@ -25,6 +25,7 @@ COMMANDS = {
     "pareto": "Draw L0 against FVU or CE recovered of many transcoders.",
     "query": "Ask tables, a sweep or an evaluation in SQL.",
     "dashboard": "Write a static site of feature pages.",
+    "serve": "Show a dashboard over HTTP, or tables without making one.",
     "demo": "Run everything on a small real model and show the result.",
 }
 
