@@ -141,11 +141,16 @@ def run_replaced(
     with replaced(bridge, substitutes, where=where) as replacement:
         logits: Tensor = bridge(tokens, return_type="logits", use_cache=False)
     if silent := replacement.silent_sites():
-        raise ModelError(
-            f"sites {', '.join(silent)}: their output hooks never fired, so nothing was replaced; TransformerLens "
-            "leaves some hooks off. Cache the MLP's own blocks.L.mlp.hook_in and blocks.L.mlp.hook_out"
-        )
+        raise ModelError(silent_sites_problem(silent))
     return logits
+
+
+def silent_sites_problem(sites: Sequence[str]) -> str:
+    """Return a sentence about sites, by name, where nothing was replaced because their output hooks never fired."""
+    return (
+        f"sites {', '.join(sites)}: their output hooks never fired, so nothing was replaced; TransformerLens "
+        "leaves some hooks off. Cache the MLP's own blocks.L.mlp.hook_in and blocks.L.mlp.hook_out"
+    )
 
 
 def weights_dtype(transcoder: object, default: torch.dtype) -> torch.dtype:
@@ -204,7 +209,7 @@ class _Splice:
         """Remember the site's input."""
 
         def remember(value: Any, *, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes it by name
-            self._inputs = self._slice(_tensor_in(value), self._in, self.site.hook_in, self.site.d_in)
+            self._inputs = self._slice(tensor_in(value), self._in, self.site.hook_in, self.site.d_in)
 
         return remember
 
@@ -213,7 +218,7 @@ class _Splice:
         """Put the substitute's output in the place of the model's."""
 
         def replace(value: Any, *, hook: Any) -> Any:  # noqa: ARG001
-            whole = _tensor_in(value)
+            whole = tensor_in(value)
             own = self._slice(whole, self._out, self.site.hook_out, self.site.d_out)
             new = self._substitute(self._take_inputs(own), own)
             if new.shape != own.shape or new.dtype != own.dtype:
@@ -277,8 +282,11 @@ class _Splice:
             ) from error
 
 
-def _tensor_in(value: Any) -> Tensor:
-    """Return the activation: attention hooks of some families hold a tuple that begins with it."""
+def tensor_in(value: Any) -> Tensor:
+    """Return the activation that a hook holds: attention hooks of some families hold a tuple that begins with it.
+
+    Raises ModelError if the hook holds anything but floating-point numbers.
+    """
     tensor = value[0] if isinstance(value, tuple) and value else value
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise ModelError(f"a hook holds {type(tensor).__name__}, wanted floating-point activations; choose another")

@@ -1,0 +1,177 @@
+"""Edits of feature activations while a transcoder stands in for an MLP: keep, ablate, clamp, add, scale.
+
+An edit is a function of activations, so it works on a transcoder's features and on an MLP's neurons alike. Several
+are applied in the order given.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from analysis.in_place import InPlaceCoder
+from analysis.replacement import Substitute, weights_dtype, width_problems
+from storage.cache_format import Site
+
+
+class FeatureCoder(InPlaceCoder, Protocol):
+    """The part of a transcoder that editing its features needs."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        ...
+
+    @property
+    def W_dec(self) -> Tensor:
+        """(d_sae, d_out) what each feature writes."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Edit(ABC):
+    """A change of the activations of ``features``, everywhere or at the positions of ``where``."""
+
+    features: tuple[int, ...]
+    where: Tensor | None = None
+    """(contexts, positions) bool, or a shape that can be expanded to it."""
+
+    @abstractmethod
+    def new_values(self, activations: Tensor) -> Tensor:
+        """Return what activations (…, n) of the chosen features become, in the order of ``features``."""
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """Return a copy of activations (contexts, positions, width) with the change made."""
+        chosen = torch.tensor(self.features, dtype=torch.long, device=activations.device)
+        return self._where_asked(activations, self._changed(activations, chosen))
+
+    def problems(self, width: int) -> list[str]:
+        """Return a sentence if some feature does not exist among ``width``."""
+        outside = sorted({feature for feature in self.features if not 0 <= feature < width})
+        if not outside:
+            return []
+        named = ", ".join(str(feature) for feature in outside)
+        return [f"{type(self).__name__}: there is no feature {named}; there are 0 to {width - 1}"]
+
+    def _changed(self, activations: Tensor, chosen: Tensor) -> Tensor:
+        changed = activations.clone()
+        changed[..., chosen] = self.new_values(activations[..., chosen]).to(activations.dtype)
+        return changed
+
+    def _where_asked(self, before: Tensor, after: Tensor) -> Tensor:
+        if self.where is None:
+            return after
+        return torch.where(self.where.to(before.device).expand(before.shape[:-1])[..., None], after, before)
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate(Edit):
+    """Set features to zero."""
+
+    def new_values(self, activations: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(activations)
+
+
+@dataclass(frozen=True, eq=False)
+class KeepOnly(Edit):
+    """Set every *other* feature to zero; with no features, all of them, which leaves the bias."""
+
+    def new_values(self, activations: Tensor) -> Tensor:
+        """Return the activations as they are."""
+        return activations
+
+    def _changed(self, activations: Tensor, chosen: Tensor) -> Tensor:
+        changed = torch.zeros_like(activations)
+        changed[..., chosen] = activations[..., chosen]
+        return changed
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp(Edit):
+    """Set features to a value, whatever they were."""
+
+    value: float = 0.0
+
+    def new_values(self, activations: Tensor) -> Tensor:
+        """Return ``value`` everywhere."""
+        return torch.full_like(activations, self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Edit):
+    """Add a value to features, active or not."""
+
+    value: float = 0.0
+
+    def new_values(self, activations: Tensor) -> Tensor:
+        """Return the activations and ``value``."""
+        return activations + self.value
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Edit):
+    """Multiply features by a factor."""
+
+    factor: float = 1.0
+
+    def new_values(self, activations: Tensor) -> Tensor:
+        """Return the activations times ``factor``."""
+        return activations * self.factor
+
+
+class EditedFeatures(Substitute):
+    """A transcoder with its activations edited, bias and skip path kept.
+
+    With ``on_top_of="transcoder"`` the output is the transcoder's of the edited activations. With ``"model"`` it is
+    the model's own output and the difference that the edits make, so that the transcoder's error stays in and edits
+    that change nothing leave the model as it is: that is for steering.
+    """
+
+    def __init__(
+        self,
+        coder: FeatureCoder,
+        edits: Sequence[Edit],
+        *,
+        on_top_of: Literal["transcoder", "model"] = "transcoder",
+    ) -> None:
+        self._coder, self._edits, self._on_top_of = coder, tuple(edits), on_top_of
+
+    def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Return the output of the edited activations."""
+        rows = inputs.to(weights_dtype(self._coder, inputs.dtype))
+        before = self._coder.encode(rows)
+        after = before
+        for edit in self._edits:
+            after = edit(after)
+        if self._on_top_of == "transcoder":
+            return self._coder.decode(after, rows).to(outputs.dtype)
+        return outputs + ((after - before) @ self._coder.W_dec).to(outputs.dtype)
+
+    def problems(self, site: Site) -> list[str]:
+        """Return a sentence for every width that differs and every feature that does not exist."""
+        return width_problems(self._coder, site) + [
+            problem for edit in self._edits for problem in edit.problems(self._coder.d_sae)
+        ]
+
+
+class EditedNeurons(Substitute):
+    """A site's own values with some of their coordinates edited, such as an MLP's neurons at ``mlp.hook_post``."""
+
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        self._edits = tuple(edits)
+
+    def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the edited values."""
+        for edit in self._edits:
+            outputs = edit(outputs)
+        return outputs
+
+    def problems(self, site: Site) -> list[str]:
+        """Return a sentence for every neuron that does not exist."""
+        return [problem for edit in self._edits for problem in edit.problems(site.d_out)]
