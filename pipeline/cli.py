@@ -24,6 +24,8 @@ COMMANDS = {
     "evaluate": "Run the language model with transcoders in place of its MLPs.",
     "pareto": "Draw L0 against FVU or CE recovered of many transcoders.",
     "query": "Ask tables, a sweep or an evaluation in SQL.",
+    "task": "Find the features that do a task, from prompts with answers.",
+    "circuits-model": "Train a transcoder for every layer of a model.",
     "dashboard": "Write a static site of feature pages.",
     "serve": "Show a dashboard over HTTP, or tables without making one.",
     "demo": "Run everything on a small real model and show the result.",
@@ -41,7 +43,7 @@ class LazyGroup(click.Group):
         """Return a command, or None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"pipeline.commands.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"pipeline.commands.{cmd_name.replace('-', '_')}").command
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
