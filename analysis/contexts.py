@@ -16,7 +16,8 @@ def tokens_of(split: TokenOrderSplit, contexts: NDArray[np.int64]) -> NDArray[np
 
 def tokens_at(split: TokenOrderSplit, contexts: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int32]:
     """Return (n,) the token id at each position."""
-    return tokens_of(split, contexts)[np.arange(len(contexts)), positions]
+    distinct, place = np.unique(contexts, return_inverse=True)
+    return split.context_tokens(distinct)[place, positions]
 
 
 def documents_at(

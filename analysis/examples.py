@@ -10,11 +10,12 @@ at hand then; nothing is encoded a second time, and the numbers shown agree with
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis import loops
 from analysis.block import Block
 from analysis.harvest import Plan, Subject
 
@@ -41,23 +42,29 @@ class Examples(NamedTuple):
         """Return the chosen entries, in the order given."""
         return type(self)._make(array[chosen] for array in self)
 
+    def joined(self, others: Self) -> Self:
+        """Return these examples followed by others."""
+        columns: Any = zip(self, others, strict=True)
+        return type(self)._make(np.concatenate(pair) for pair in columns)
+
 
 class TopExamples:
-    """Accumulator of the ``n`` strongest examples per feature, sorted by feature, then by falling activation.
+    """Accumulator of the ``n`` strongest examples per feature.
 
-    Memory: up to 2·n examples per feature, each 36 bytes and 4 per row of its window.
+    Memory: n examples per feature, each 32 bytes and 4 per row of its window.
     """
 
     def __init__(self, d_sae: int, n: int, before: int, after: int) -> None:
         self.n = n
         self.before = before
-        self.after = after
-        self._d_sae = d_sae
-        self._kept = Examples.empty(before + 1 + after)
-        self._waiting: list[Examples] = []
-        self._n_waiting = 0
-        self._threshold = np.zeros(d_sae, np.float32)
-        """What a later row must exceed to be kept; stale (too low) while candidates wait, which costs only time."""
+        self._n_kept = np.zeros(d_sae, np.int64)
+        self._activation = np.zeros((d_sae, n), np.float32)
+        """In the order of strength, as the slots; everything else lies in its example's slot."""
+        self._slot = np.zeros((d_sae, n), np.int64)
+        self._row = np.zeros((d_sae, n), np.int64)
+        self._context = np.zeros((d_sae, n), np.int64)
+        self._position = np.zeros((d_sae, n), np.int32)
+        self._window = np.zeros((d_sae, n, before + 1 + after), np.float32)
 
     @classmethod
     def start(cls, subject: Subject, plan: Plan, first_unit: int) -> Self:  # noqa: ARG003 - an accumulator's signature
@@ -66,66 +73,58 @@ class TopExamples:
 
     @property
     def kept(self) -> Examples:
-        """The examples so far."""
-        self._settle()
-        return self._kept
+        """The examples so far, sorted by feature, then by falling activation."""
+        is_kept = np.arange(self.n) < self._n_kept[:, None]
+        feature, rank = np.nonzero(is_kept)
+        slot = self._slot[feature, rank]
+        return Examples(
+            feature=feature,
+            activation=self._activation[feature, rank],
+            row=self._row[feature, slot],
+            context=self._context[feature, slot],
+            position=self._position[feature, slot].astype(np.int64),
+            window=self._window[feature, slot],
+        )
 
     def add(self, block: Block) -> None:
-        """Take a block's candidates."""
-        chosen = self._strongest_per_context(block)
-        if not len(chosen):
-            return
-        row, feature = block.active.row[chosen], block.active.feature[chosen]
-        candidates = Examples(
-            feature=feature,
-            activation=block.active.value[chosen],
-            row=block.rows.first_row + row,
-            context=block.rows.context[row],
-            position=block.rows.position[row],
-            window=block.window(row, feature, self.before, self.after),
-        )
-        self._wait(candidates)
+        """Take a block's examples."""
+        pairs, rows = block.by_feature, block.rows
+        pair, feature, slot = self._keep(pairs.offsets, pairs.row, pairs.value, rows.context)
+        row = pairs.row[pair]
+        self._row[feature, slot] = rows.first_row + row  # of two for one slot, the later one stays
+        self._context[feature, slot] = rows.context[row]
+        self._position[feature, slot] = rows.position[row]
+        windows = self._window.reshape(-1, self._window.shape[2])
+        place = feature * self.n + slot
+        loops.fill_windows(*pairs[1:], rows.context, rows.position, pair, feature, place, self.before, windows)
 
     def end_unit(self) -> None:
         """Do nothing: the kept set does not depend on where units end."""
 
     def merge(self, later: Self) -> None:
         """Add the examples of rows that come after all of ours."""
-        self._wait(later.kept)
+        theirs = later.kept
+        offsets = np.searchsorted(theirs.feature, np.arange(len(self._n_kept) + 1))
+        # they are in the order of strength, earlier rows first among equals, so each is in a "context" of its own
+        each = np.arange(len(theirs.row))
+        pair, feature, slot = self._keep(offsets, each, theirs.activation, each)
+        self._row[feature, slot] = theirs.row[pair]
+        self._context[feature, slot] = theirs.context[pair]
+        self._position[feature, slot] = theirs.position[pair]
+        self._window[feature, slot] = theirs.window[pair]
 
-    def _strongest_per_context(self, block: Block) -> NDArray[np.int64]:
-        """Return which active pairs of the block are the strongest of their feature and context, and worth keeping."""
-        row, feature, value = block.active
-        worthy = np.flatnonzero(value > self._threshold[feature])
-        key = block.context_index[row[worthy]] * self._d_sae + feature[worthy]
-        strongest = np.zeros(block.n_contexts * self._d_sae, np.float32)
-        np.maximum.at(strongest, key, value[worthy])
-        equal = np.flatnonzero(value[worthy] == strongest[key])
-        _, first = np.unique(key[equal], return_index=True)  # pairs are in row order, so the earliest row wins
-        return worthy[equal[first]]
-
-    def _wait(self, candidates: Examples) -> None:
-        """Collect candidates and sort them seldom: when they are half as many as what is kept at most."""
-        self._waiting.append(candidates)
-        self._n_waiting += len(candidates.row)
-        if self._n_waiting > self._d_sae * self.n // 2:
-            self._settle()
-
-    def _settle(self) -> None:
-        if not self._waiting:
-            return
-        columns = zip(self._kept, *self._waiting, strict=True)
-        self._kept = keep_strongest(Examples._make(np.concatenate(arrays) for arrays in columns), self.n)
-        self._waiting, self._n_waiting = [], 0
-        rank = rank_in_group(self._kept.feature)
-        last = rank == self.n - 1
-        self._threshold[self._kept.feature[last]] = self._kept.activation[last]
-
-
-def keep_strongest(examples: Examples, n: int) -> Examples:
-    """Return the ``n`` strongest examples per feature; of equal ones, the earlier row."""
-    order = np.lexsort((examples.row, -examples.activation, examples.feature))
-    return examples.take(order[rank_in_group(examples.feature[order]) < n])
+    def _keep(
+        self,
+        offsets: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        values: NDArray[np.float32],
+        contexts: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return which pairs were kept, with their features and slots."""
+        chosen = np.empty((3, len(values)), np.int64)
+        n = loops.keep_strongest(offsets, rows, values, contexts, self._n_kept, self._slot, self._activation, *chosen)
+        pair, feature, slot = chosen[:, :n]
+        return pair, feature, slot
 
 
 def rank_in_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:

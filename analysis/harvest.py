@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, TypeVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.block import Block, Coder
+from analysis.block import Block
+from analysis.encoding import Coder, DenseEncoder, Encoder, expected_density, open_encoder, selection_in_use
 from analysis.rows import RowBlock, TokenOrderSplit, iter_blocks
 from analysis.weight_space.unembedding import TokenEffects
 from storage.errors import ActionableError
 from training.batches import as_tensor
+
+PROBE_ROWS: Final = 1024
+"""Rows on which the share of active pairs is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +34,22 @@ class Plan:
 
     n_rows: int | None = None
     """Rows from the start of the split; None for all."""
-    block_rows: int = 2048
+    block_rows: int = 8192
     n_examples: int = 20
     window_before: int = 24
     window_after: int = 8
+    activation_rows: int = 0
+    """Rows from the start of the split whose activations are kept one by one; whole contexts only."""
+    n_bands: int = 5
+    """Equal parts of the range from zero to a feature's maximum."""
+    n_band_examples: int = 5
+    """Examples of each band, from the rows whose activations are kept."""
+    n_random_examples: int = 10
+    """Examples among all active rows, from the same rows."""
+    seed: int = 0
+    """Decides which examples of bands and of all active rows are taken."""
+    coactivation_floor: float = 1e-4
+    """Share of rows on which a feature must be active for its co-activation to be counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +67,15 @@ class Subject:
     device: torch.device | str = "cpu"
     effects: TokenEffects | None = None
     """What features do to the logits; None without the language model, or for outputs that do not reach them."""
+    density: float | None = None
+    """Share of pairs that are active, which decides how rows are encoded; measured on the first rows if None."""
+    scratch: Path | None = None
+    """Folder for pairs that wait to be sorted; they wait in memory if None."""
+
+    @cached_property
+    def context_length(self) -> int:
+        """Positions of a context."""
+        return int(self.split.context_tokens(np.zeros(1, np.int64)).shape[1])
 
 
 class Accumulator(Protocol):
@@ -116,28 +143,61 @@ def gather(
 ) -> Harvest:
     """Harvest ``units`` (default: all of the split); ``progress`` is told the rows of every block done.
 
-    Memory: a unit of activations, ``plan.block_rows`` × d_sae of float32, and the accumulators.
+    Memory: a unit of activations, the pairs of ``plan.block_rows`` rows or a piece of dense activations, and the
+    accumulators.
     Raises ActionableError for a split without rows, NonFiniteActivation where the transcoder or the cache holds one.
     """
-    if subject.split.n_rows == 0:
-        raise ActionableError(
-            f"split {subject.split_name!r} has no rows to analyse; choose the other split, or make a cache that has it"
-        )
+    refuse_empty(subject)
     units = units if units is not None else range(subject.split.n_units)
     harvest = Harvest(kinds, subject, plan, units.start)
     keys = [f"{subject.site}/in", f"{subject.site}/out"]
+    encode = open_encoder(subject.coder, subject.device, find_density(subject))
     blocks = iter_blocks(subject.split, keys, block_rows=plan.block_rows, n_rows=plan.n_rows, units=units)
     for rows in blocks:
         while harvest.units.stop < rows.unit:
             harvest.end_unit()
         with torch.inference_mode():
-            harvest.add(_open_block(subject, rows, keys))
+            harvest.add(_open_block(subject, rows, keys, encode))
         progress(rows.n_rows)
     while harvest.units.stop < units.stop:
         harvest.end_unit()
     return harvest
 
 
-def _open_block(subject: Subject, rows: RowBlock, keys: list[str]) -> Block:
-    inputs, outputs = (as_tensor(rows.arrays[key], subject.split.dtype(key)).to(subject.device).float() for key in keys)
-    return Block(rows, inputs, outputs, subject.coder)
+def refuse_empty(subject: Subject) -> None:
+    """Raise ActionableError if the split has no rows."""
+    if subject.split.n_rows == 0:
+        raise ActionableError(
+            f"split {subject.split_name!r} has no rows to analyse; choose the other split, or make a cache that has it"
+        )
+
+
+def find_density(subject: Subject) -> float | None:
+    """Return the share of pairs that are active: as told, as the architecture fixes it, or as the first rows have it.
+
+    None where nothing depends on it.
+    """
+    if subject.density is not None:
+        return subject.density
+    if torch.device(subject.device).type != "cpu" or selection_in_use(subject.coder) is None:
+        return None
+    fixed = expected_density(subject.coder)
+    return fixed if fixed is not None else measure_density(subject)
+
+
+def measure_density(subject: Subject) -> float:
+    """Return the share of pairs that are active on the first rows of the split. Reads its first unit."""
+    key = f"{subject.site}/in"
+    first = next(iter_blocks(subject.split, [key], block_rows=PROBE_ROWS, n_rows=PROBE_ROWS))
+    with torch.inference_mode():
+        pairs = DenseEncoder(subject.coder)(_on_device(subject, first, key)).pairs
+    return len(pairs) / (first.n_rows * subject.coder.d_sae)
+
+
+def _open_block(subject: Subject, rows: RowBlock, keys: list[str], encode: Encoder) -> Block:
+    inputs, outputs = (_on_device(subject, rows, key) for key in keys)
+    return Block(rows, inputs, outputs, encode)
+
+
+def _on_device(subject: Subject, rows: RowBlock, key: str) -> torch.Tensor:
+    return as_tensor(rows.arrays[key], subject.split.dtype(key)).to(subject.device).float()

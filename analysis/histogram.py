@@ -27,19 +27,20 @@ EDGES: Final[NDArray[np.float32]] = np.exp2(
 
 _INNER = EDGES[1:-1]
 _CELL_STARTS = (np.arange(1 << 15, dtype=np.uint32) << np.uint32(16)).view(np.float32)
-_BIN_OF_CELL = np.searchsorted(_INNER, np.nan_to_num(_CELL_STARTS, nan=np.inf), side="right")
+BIN_OF_CELL: Final = np.searchsorted(_INNER, np.nan_to_num(_CELL_STARTS, nan=np.inf), side="right")
 """The bin of the smallest value of each cell; a cell is the values that share their upper 16 bits, 128 to an octave."""
-_HIGH_EDGE = np.append(_INNER, np.float32(np.inf))
+HIGH_EDGE: Final[NDArray[np.float32]] = np.append(_INNER, np.float32(np.inf))
+"""(bins,) the high edge of each bin, infinity for the last, which values beyond the range count in."""
 
 
 def find_bins(values: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the bin of every (positive, finite) value.
 
     A cell is narrower than a bin, so its values lie in the bin of its smallest or in the next one: a look-up and a
-    comparison, several times faster than a binary search of the edges and equal to it.
+    comparison, several times faster than a binary search of the edges and equal to it; ``loops.add_pairs`` does so too.
     """
-    bins: NDArray[np.int64] = _BIN_OF_CELL[np.ascontiguousarray(values).view(np.uint32) >> np.uint32(16)]
-    return np.add(bins, values >= _HIGH_EDGE[bins], dtype=np.int64)
+    bins: NDArray[np.int64] = BIN_OF_CELL[np.ascontiguousarray(values).view(np.uint32) >> np.uint32(16)]
+    return np.add(bins, values >= HIGH_EDGE[bins], dtype=np.int64)
 
 
 def quantiles(

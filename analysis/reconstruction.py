@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis import loops
 from analysis.block import Block
 from analysis.harvest import Plan, Subject
 from analysis.sums import OrderedSum
@@ -36,8 +37,9 @@ class RowTotals:
 
     def add(self, block: Block) -> None:
         """Count a block. Raises NonFiniteActivation if the transcoder yields one."""
-        outputs = block.outputs.cpu().numpy().astype(np.float64)
-        error = np.square(outputs - block.predicted.cpu().numpy()).sum()
+        deviation, sums = np.zeros_like(self._center), np.zeros(2)
+        loops.add_rows(block.outputs.cpu().numpy(), block.predicted, self._center, deviation, sums)
+        error, squared_deviation = sums
         if not np.isfinite(error):
             first, last = block.rows.first_row, block.rows.first_row + block.rows.n_rows - 1
             raise NonFiniteActivation(
@@ -45,12 +47,10 @@ class RowTotals:
                 "output or the cached one is not finite; run `pipeline verify` on the cache, and if it is sound, "
                 "train the transcoder again with a lower learning rate"
             )
-        deviation = outputs - self._center
         self._error.add(error)
-        self._deviation.add(deviation.sum(axis=0))
-        self._squared_deviation.add(np.square(deviation).sum())
-        l0 = np.bincount(block.active.row, minlength=block.rows.n_rows)
-        self.l0_counts += np.bincount(l0, minlength=len(self.l0_counts))
+        self._deviation.add(deviation)
+        self._squared_deviation.add(squared_deviation)
+        self.l0_counts += np.bincount(np.diff(block.pairs.offsets), minlength=len(self.l0_counts))
         self.n_rows += block.rows.n_rows
 
     def end_unit(self) -> None:

@@ -9,31 +9,39 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pyarrow.compute as pc
-import torch
 from pydantic import Field
-from tqdm import tqdm
 
-from analysis.harvest import Plan, Subject, gather
-from analysis.table import Table, accumulators
+from analysis.activations import LAST_ROW, SPOOLED_BYTES
+from analysis.harvest import Plan, Subject
+from analysis.table import Written, write_tables
 from analysis.tables import TABLES
+from pipeline.analysis_pass import (
+    KEPT_BYTES,
+    AnalysisPass,
+    check_workers,
+    estimated_pairs,
+    refuse_too_much,
+    scratch_folder,
+    with_density,
+)
 from pipeline.device import limited_threads, open_device
 from pipeline.recorded_model import open_recorded_model
-from pipeline.weight_tables import FromWeights, check_downstream, write_weight_tables
+from pipeline.weight_tables import CONNECTIONS, check_downstream, write_weight_tables
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import Draft, list_differences, read_manifest
 from storage.errors import ArtifactMismatch, SettingsError
 from storage.settings import Quantity, Settings
-from storage.tables import read_table, write_table
-from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from storage.tables import read_table
+from training.transcoder import load_transcoder, read_transcoder_manifest
 
 KIND = "tables"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +63,25 @@ class AnalyzeSettings(Settings):
     examples: int = Field(default=20, ge=1)
     """Strongest examples kept per feature, at most one from each context."""
 
+    bands: int = Field(default=5, ge=1)
+    """Equal parts of the range from zero to a feature's maximum that examples are taken from."""
+
+    band_examples: int = Field(default=5, ge=0)
+    """Examples per feature and band."""
+
+    random_examples: int = Field(default=10, ge=0)
+    """Examples per feature taken from all rows where it is active."""
+
+    seed: int = 0
+    """Decides which examples of bands and of active rows are taken."""
+
+    activations: Literal["all", "none"] | Annotated[Quantity, Field(gt=0)] = 2_000_000
+    """Rows, from the first, whose activations are kept one by one (activations/, rows and coactivation, and examples of
+    bands and of active rows): a number, all or none. About 6 bytes per active feature of a row, and 16 in scratch."""
+
+    coactivation_floor: float = Field(default=1e-4, ge=0, le=1)
+    """Share of rows on which a feature must be active to be counted together with others."""
+
     window_before: int = Field(default=24, ge=0)
     """Tokens shown before an example, within its context."""
 
@@ -64,8 +91,8 @@ class AnalyzeSettings(Settings):
     without_model: bool = False
     """Leave the language model's weights out: no promoted tokens, no connections.parquet."""
 
-    block_rows: int = Field(default=2048, ge=1)
-    """Rows encoded at once: memory is this times d_sae times 4 bytes, a few times over."""
+    block_rows: int = Field(default=8192, ge=1)
+    """Rows encoded at once. Activations are kept where they are above zero only, so this costs little memory."""
 
     def plan(self) -> Plan:
         """Return the same decisions as analysis takes them."""
@@ -73,9 +100,24 @@ class AnalyzeSettings(Settings):
             n_rows=self.rows,
             block_rows=self.block_rows,
             n_examples=self.examples,
+            n_bands=self.bands,
+            n_band_examples=self.band_examples,
+            n_random_examples=self.random_examples,
+            seed=self.seed,
+            activation_rows=self._rows_kept(),
+            coactivation_floor=self.coactivation_floor,
             window_before=self.window_before,
             window_after=self.window_after,
         )
+
+    def _rows_kept(self) -> int:
+        match self.activations:
+            case "all":
+                return LAST_ROW
+            case "none":
+                return 0
+            case n_rows:
+                return n_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,17 +155,22 @@ def run(
     quiet: bool = False,
     model: str | None = None,
     downstream: Sequence[Path] = (),
+    workers: int = 1,
+    announce: Callable[[str], object] = logger.info,
 ) -> AnalyzeResult:
     """Publish the tables of ``transcoder`` over ``cache`` at ``output``; return at once if they are there already.
 
     ``model`` says where the language model lies if it moved; ``downstream`` are transcoders of later layers, to whose
-    features connections are told. Raises ArtifactMismatch if the transcoder belongs to another model or site, or if
-    other tables lie at ``output``; ModelError if the model cannot be loaded.
+    features connections are told. With several ``workers``, processes share the units, each with ``threads``; tables
+    are the same to the bit for any number of them. ``announce`` is told how large the activations will be before they
+    are made. Raises ArtifactMismatch if the transcoder belongs to another model or site, or if other tables lie at
+    ``output``; ModelError if the model cannot be loaded; SettingsError if the disk has no room for the activations.
     """
     opened = open_cache(cache)
     made_of = read_transcoder_manifest(transcoder)
     site = check_same_site(opened, cache, made_of, transcoder)
     on = open_device(device)
+    check_workers(workers, on)
     _refuse_unused_model(settings, model, downstream)
     later = check_downstream(transcoder, made_of, downstream)
     inputs = {"cache": opened.reference, "transcoder": {"digest": made_of["digest"]}}
@@ -133,8 +180,11 @@ def run(
     with Draft(output, KIND, request) as draft:
         if not draft.published:
             _remove_leftovers(draft.path)
-            with limited_threads(threads):
+            whole = AnalysisPass(opened, settings.split, site, transcoder, settings.plan(), on)
+            with limited_threads(threads), scratch_folder(draft.path) as scratch:
                 coder = load_transcoder(transcoder).to(on)
+                subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
+                _announce_size(subject, whole, draft.path, announce)
                 from_weights = None
                 if not settings.without_model:
                     from_weights = write_weight_tables(
@@ -146,20 +196,21 @@ def run(
                         output=draft.path,
                         quiet=quiet,
                     )
-                subject = _open_subject(opened, site, settings, coder, on, from_weights)
-                n_table_rows = _write_tables(subject, settings.plan(), draft.path, quiet)
+                    subject = dataclasses.replace(subject, effects=from_weights.effects)
+                harvest = whole.run(subject, workers=workers, threads=threads, quiet=quiet)
+                written = write_tables(TABLES, harvest, subject, whole.plan, draft.path)
                 if from_weights is not None:
-                    n_table_rows["connections"] = from_weights.n_connections
+                    written = written.joined(Written({"connections": from_weights.n_connections}, [CONNECTIONS]))
             draft.publish(
                 {
                     "format": FORMAT_VERSION,
                     "inputs": inputs,
                     "model": opened.manifest["model"],
                     "site": made_of["site"],
-                    "tables": {name: {"n_rows": n_rows} for name, n_rows in n_table_rows.items()},
+                    "tables": {name: {"n_rows": n_rows} for name, n_rows in written.n_rows.items()},
                     "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
                 },
-                [f"{name}.parquet" for name in n_table_rows],
+                written.files,
             )
     return read_result(output)
 
@@ -195,55 +246,22 @@ def _refuse_unused_model(settings: AnalyzeSettings, model: str | None, downstrea
         raise SettingsError(f"--without-model leaves nothing for {given} to do; leave out one or the other")
 
 
-def _open_subject(
-    cache: ActivationCache,
-    site: str,
-    settings: AnalyzeSettings,
-    coder: Transcoder,
-    device: torch.device,
-    from_weights: FromWeights | None,
-) -> Subject:
-    split = cache.split(settings.split)
-    return Subject(
-        coder=coder,
-        split=split,
-        split_name=settings.split,
-        site=site,
-        output_mean=split.statistics(site, "out").mean,
-        vocabulary=cache.vocabulary(),
-        device=device,
-        effects=None if from_weights is None else from_weights.effects,
-    )
-
-
-def _write_tables(subject: Subject, plan: Plan, output: Path, quiet: bool) -> dict[str, int]:
-    """Make every table in ``output``; return the number of rows of each."""
-    n_rows = min(plan.n_rows or subject.split.n_rows, subject.split.n_rows)
-    logger.info("reading %d %s rows of %s", n_rows, subject.split_name, subject.site)
-    with tqdm(total=n_rows, desc="analyze", unit="row", unit_scale=True, disable=quiet or None) as bar:
-        harvest = gather(subject, plan, accumulators(TABLES), progress=bar.update)
-    counts = {}
-    for table in TABLES:
-        batches = table.compute(harvest, subject, plan)
-        counts[table.name] = write_table(
-            output / _file_name(table),
-            table.schema,
-            batches,
-            row_group_rows=table.row_group_rows,
-            metadata=table.metadata,
+def _announce_size(subject: Subject, whole: AnalysisPass, output: Path, announce: Callable[[str], object]) -> None:
+    """Say how much disk the activations will take; raise SettingsError if there is less."""
+    n_pairs = estimated_pairs(subject, whole.n_rows, whole.plan)
+    if n_pairs:
+        refuse_too_much(n_pairs, output)
+        n_kept = min(whole.plan.activation_rows, whole.n_rows)
+        announce(
+            f"keeping the activations of {n_kept:,} of {whole.n_rows:,} rows: about {n_pairs:,}, "
+            f"{n_pairs * KEPT_BYTES / 1e6:,.0f} MB, and {n_pairs * SPOOLED_BYTES / 1e6:,.0f} MB while they are sorted"
         )
-        logger.info("wrote %s, %d rows", _file_name(table), counts[table.name])
-    return counts
 
 
 def _remove_leftovers(draft: Path) -> None:
     """Delete what a killed run left half-written. Only for the holder of the draft's lock."""
-    for path in draft.glob(".*.tmp*"):
+    for path in draft.rglob(".*.tmp*"):
         path.unlink()
-
-
-def _file_name(table: Table) -> str:
-    return f"{table.name}.parquet"
 
 
 def read_result(tables: Path) -> AnalyzeResult:
@@ -262,7 +280,9 @@ def summary(result: AnalyzeResult, n_features: int = 8, n_tokens: int = 5) -> li
     columns = ["feature", "frequency", "max", "top_token", "top_token_id", "top_token_share"]
     features = read_table(result.path / "features.parquet", columns, pc.field("n_active") > 0).to_pylist()
     shown = ["feature", "token", "position", "window_start", "window_tokens"]
-    counted = read_table(result.path / "examples.parquet", ["feature"])["feature"].value_counts().to_pylist()
+    is_top = pc.field("kind") == "top"
+    strongest = read_table(result.path / "examples.parquet", ["feature"], is_top)
+    counted = strongest["feature"].value_counts().to_pylist()
     n_examples = {entry["values"]: entry["counts"] for entry in counted}
     enough = max(n_examples.values(), default=0) / 2
     readable = [row for row in features if n_examples[row["feature"]] > enough]
@@ -271,7 +291,7 @@ def summary(result: AnalyzeResult, n_features: int = 8, n_tokens: int = 5) -> li
         best.setdefault(row["top_token_id"], row)
     chosen = list(best.values())[:n_features]
     is_chosen = pc.field("feature").isin([row["feature"] for row in chosen])
-    examples = read_table(result.path / "examples.parquet", shown, is_chosen).to_pylist()
+    examples = read_table(result.path / "examples.parquet", shown, is_chosen & is_top).to_pylist()
     return [_line(row, [own for own in examples if own["feature"] == row["feature"]], n_tokens) for row in chosen]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from analysis.frequency import wilson_interval
 from analysis.harvest import Plan, gather
 from analysis.histogram import QUANTILE_RELATIVE_ERROR
 from analysis.table import accumulators
@@ -14,7 +15,7 @@ from analysis.tables import TABLES, examples, features, layers
 from analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
 from tests.analysis_subject import FakeCoder, FakeSplit, activations, split_of, subject
 
-PLAN = Plan(n_examples=4, block_rows=15)
+PLAN = Plan(n_examples=4, block_rows=15, activation_rows=420)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,46 @@ def test_counts_and_moments_equal_brute_force(analysed, rows):
             assert row["mean"] == pytest.approx(active.mean(), rel=1e-12)
             assert row["std"] == pytest.approx(active.std(), rel=1e-9, abs=1e-7)
             assert row["max"] == active.max()
+
+
+def test_the_interval_of_a_frequency_is_wilsons():
+    low, high = wilson_interval(np.array([0, 1, 5, 10]), 10)
+    # the textbook's values, to four digits
+    assert low == pytest.approx([0, 0.0179, 0.2366, 0.7225], abs=5e-5)
+    assert high == pytest.approx([0.2775, 0.4042, 0.7634, 1], abs=5e-5)
+
+
+def test_every_row_has_the_interval_of_its_own_frequency(rows):
+    for row in rows:
+        low, high = wilson_interval(np.array([row["n_active"]]), 420)
+        assert (row["frequency_low"], row["frequency_high"]) == (low[0], high[0])
+        assert row["frequency_low"] <= row["frequency"] <= row["frequency_high"]
+
+
+def test_the_profile_is_the_frequency_at_each_part_of_the_context(analysed, harvest, rows):
+    acts, split = activations(analysed), split_of(analysed)
+    edges = [float(edge) for edge in features.TABLE.facts(harvest, analysed, PLAN)["position_edges"].split()]
+    assert edges == [part / 2 for part in range(17)]  # 8 positions in 16 parts: every other part is empty
+    for row, column in zip(rows, acts.T, strict=True):
+        for share, (low, high) in zip(row["position_frequency"], pairwise(edges), strict=True):
+            inside = (split.position >= low) & (split.position < high)
+            assert share == (float((column[inside] > 0).mean()) if inside.any() else None)
+    assert all(row["position_frequency"][0] is None for row in rows)  # BOS, which the cache left out
+
+
+def test_token_ids_are_counted_once_each(analysed, rows):
+    split = split_of(analysed)
+    tokens = split.tokens[split.context, split.position]
+    for row, column in zip(rows, activations(analysed).T, strict=True):
+        assert row["n_token_ids"] == len(set(tokens[column > 0].tolist()))
+        assert row["token_id_share"] == row["n_token_ids"] / len(set(tokens.tolist()))
+
+
+def test_without_activations_nothing_is_said_of_token_ids(analysed):
+    plan = Plan(n_examples=1)
+    harvest = gather(analysed, plan, features.TABLE.needs)
+    table = pa.Table.from_batches(features.compute(harvest, analysed, plan))
+    assert table["n_token_ids"].null_count == table["token_id_share"].null_count == table.num_rows
 
 
 def test_percentiles_are_within_the_stated_error_of_the_nearest_rank(analysed, rows):
@@ -96,7 +137,8 @@ def test_norms_are_those_of_the_weights(analysed, rows):
 def test_the_top_token_is_the_most_frequent_among_the_examples(analysed, harvest, rows):
     table = pa.Table.from_batches(examples.compute(harvest, analysed, PLAN)).to_pylist()
     for row in rows[:-1]:
-        tokens = [example["token_id"] for example in table if example["feature"] == row["feature"]]
+        own = [example for example in table if example["feature"] == row["feature"] and example["kind"] == "top"]
+        tokens = [example["token_id"] for example in own]
         counts = Counter(tokens)  # keeps the order of first appearance, which is the order of strength
         expected = max(counts, key=lambda token: counts[token])
         assert row["top_token_id"] == expected

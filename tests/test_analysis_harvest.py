@@ -17,7 +17,7 @@ from storage.bfloat16 import float32_to_bits
 from storage.errors import ActionableError, NonFiniteActivation
 from tests.analysis_subject import FakeCoder, FakeSplit, subject
 
-PLAN = Plan(n_examples=3, block_rows=20, window_before=3, window_after=3)
+PLAN = Plan(n_examples=3, block_rows=20, window_before=3, window_after=3, activation_rows=200)
 KINDS = accumulators(TABLES)
 
 
@@ -33,7 +33,7 @@ def partitions(n_units, n_parts):
 @pytest.mark.parametrize("n_parts", [2, 3, 7])
 @pytest.mark.parametrize("n_rows", [None, 90])
 def test_any_number_of_partitions_gives_bit_identical_tables(n_parts, n_rows):
-    plan = Plan(n_rows=n_rows, n_examples=3, block_rows=20)
+    plan = Plan(n_rows=n_rows, n_examples=3, block_rows=20, activation_rows=150)
     analysed = subject(FakeSplit(30, unit_rows=23, exact=False), FakeCoder(exact=False))
     whole = gather(analysed, plan, KINDS)
     parts = [
@@ -45,6 +45,19 @@ def test_any_number_of_partitions_gives_bit_identical_tables(n_parts, n_rows):
         merged.merge(part)
     assert merged.units == whole.units == range(analysed.split.n_units)
     assert tables(merged, analysed, plan) == tables(whole, analysed, plan)
+
+
+def test_pairs_that_wait_on_disk_give_the_tables_of_pairs_in_memory(tmp_path):
+    analysed = subject(FakeSplit(30, unit_rows=23, exact=False), FakeCoder(exact=False))
+    on_disk = replace(analysed, scratch=tmp_path)
+    parts = [
+        pickle.loads(pickle.dumps(gather(on_disk, PLAN, KINDS, units=units)))
+        for units in partitions(analysed.split.n_units, 3)
+    ]
+    assert len(list(tmp_path.iterdir())) == 3  # a folder for each part
+    parts[0].merge(parts[1])
+    parts[0].merge(parts[2])
+    assert tables(parts[0], on_disk) == tables(gather(analysed, PLAN, KINDS), analysed)
 
 
 def test_partitions_can_be_merged_before_they_reach_the_first():

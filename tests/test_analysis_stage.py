@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from types import SimpleNamespace
 
 import duckdb
 import numpy as np
@@ -16,7 +18,7 @@ from pipeline import analyze, query, train
 from pipeline.analyze import AnalyzeSettings
 from storage.activation_cache import open_cache
 from storage.artifact import Draft, verify_artifact
-from storage.errors import ActionableError, ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
+from storage.errors import ActionableError, ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError
 from storage.tables import read_table
 from tests.synthetic_cache import write_synthetic_cache
 from training.architectures import TopK
@@ -24,6 +26,8 @@ from training.settings import TrainSettings
 from training.transcoder import load_transcoder
 
 SETTINGS = AnalyzeSettings(examples=5, window_before=4, window_after=2, block_rows=50, without_model=True)
+FILES = [f"{name}.parquet" for name in ("features", "examples", "rows", "coactivation", "layers")]
+FILES.append("activations/features-000000-000023.parquet")
 
 
 def train_on(cache, output):
@@ -93,13 +97,13 @@ def test_the_published_artifact_says_what_it_was_made_from_and_is_sound(made):
     manifest = json.loads((made / "tables" / "manifest.json").read_text())
     assert manifest["inputs"]["cache"] == open_cache(made / "cache").reference
     assert manifest["request"]["settings"]["examples"] == 5
-    assert set(manifest["files"]) == {"features.parquet", "examples.parquet", "layers.parquet"}
+    assert set(manifest["files"]) == set(FILES)
     assert str(made) not in (made / "tables" / "manifest.json").read_text()
 
 
 def test_running_again_elsewhere_gives_the_same_bytes(made, tmp_path):
     rerun(made, tmp_path / "again")
-    for name in ("manifest.json", "features.parquet", "examples.parquet", "layers.parquet"):
+    for name in ("manifest.json", *FILES):
         assert (tmp_path / "again" / name).read_bytes() == (made / "tables" / name).read_bytes()
 
 
@@ -122,6 +126,74 @@ def test_a_run_that_was_cut_short_is_finished_and_leaves_no_half_written_file(ma
     rerun(made, tmp_path / "t")
     assert (tmp_path / "t" / "manifest.json").read_bytes() == (made / "tables" / "manifest.json").read_bytes()
     assert not (tmp_path / "t" / ".features.parquet.tmp1").exists()
+
+
+def test_activations_are_every_pair_of_the_rows_kept(made, tmp_path):
+    rows = all_rows(made)
+    acts = load_transcoder(made / "transcoder").encode(torch.from_numpy(rows["layer0/in"])).numpy()
+    feature, row = np.nonzero(acts.T > 0)
+    table = pq.read_table(made / "tables" / "activations")
+    assert (table["feature"].to_pylist(), table["row"].to_pylist()) == (feature.tolist(), row.tolist())
+    assert table["activation"].to_pylist() == pytest.approx(acts[row, feature], rel=1e-5)
+    places = read_table(made / "tables" / "rows.parquet").to_pydict()
+    assert places["row"] == list(range(20 * 15))
+    for name in ("token_id", "context", "position", "document"):
+        assert places[name] == rows[name].tolist()
+    assert places["token"] == [f" token{token}" for token in rows["token_id"]]
+
+
+def test_fewer_activations_or_none_can_be_kept_and_their_size_is_told_first(made, tmp_path):
+    heard: list[str] = []
+    few = SETTINGS.model_copy(update={"activations": 40})
+    arguments = {"cache": made / "cache", "transcoder": made / "transcoder", "quiet": True}
+    analyze.run(few, output=tmp_path / "few", announce=heard.append, **arguments)
+    assert "activations of 40 of 300 rows: about 120," in heard[0]  # 3 of each row
+    kept = pq.read_table(tmp_path / "few" / "activations")
+    assert max(kept["row"].to_pylist()) == 29  # two whole contexts of 15 rows
+    assert kept.schema.metadata[b"activation_rows"] == b"30"
+    heard.clear()
+    none = SETTINGS.model_copy(update={"activations": "none"})
+    analyze.run(none, output=tmp_path / "none", announce=heard.append, **arguments)
+    assert heard == []
+    assert {path.name for path in (tmp_path / "none").glob("*.parquet")} == {
+        f"{t}.parquet" for t in ("features", "examples", "layers")
+    }
+    assert not (tmp_path / "none" / "activations").exists()
+    assert set(read_table(tmp_path / "none" / "examples.parquet")["kind"].to_pylist()) == {"top"}
+
+
+def test_activations_that_the_disk_cannot_hold_are_refused_before_the_pass(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(
+        SettingsError, match=r"keeping about 900 activations takes 0\.0 GB.*keep fewer with --activations N"
+    ):
+        rerun(made, tmp_path / "t")
+
+
+@pytest.mark.parametrize("value", ["some", "0", "-3"])
+def test_a_number_of_activations_that_is_none_is_refused(value):
+    with pytest.raises(SettingsError, match="activations"):
+        AnalyzeSettings.read({"activations": value})
+
+
+def test_quantities_and_words_are_read_as_rows_to_keep():
+    assert AnalyzeSettings.read({"activations": "2M"}).plan().activation_rows == 2_000_000
+    assert AnalyzeSettings.read({"activations": "all"}).plan().activation_rows == 2**32 - 1
+    assert AnalyzeSettings.read({"activations": "none"}).plan().activation_rows == 0
+
+
+def test_an_interrupted_pass_leaves_no_pairs_behind(made, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(analyze, "write_tables", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            rerun(made, tmp_path / "t")
+    left = {path.name for path in (tmp_path / "t").iterdir()}
+    assert left == {".lock", "request.json"}
+    (tmp_path / "t" / "spool").mkdir()  # as if it had been killed
+    (tmp_path / "t" / "spool" / "pairs-000000").write_bytes(b"half")
+    rerun(made, tmp_path / "t")
+    assert not (tmp_path / "t" / "spool").exists()
+    assert (tmp_path / "t" / "manifest.json").read_bytes() == (made / "tables" / "manifest.json").read_bytes()
 
 
 def test_training_rows_can_be_read_and_limited(made, tmp_path):
@@ -179,7 +251,7 @@ def test_sql_sees_one_view_per_table(made):
     answer = ask(made, "SELECT count(*) AS n FROM features JOIN layers ON true", format="parquet")
     assert answer.to_pylist() == [{"n": 24}]
     names = ask(made, "SHOW TABLES", format="parquet")["name"].to_pylist()
-    assert names == ["examples", "features", "layers"]
+    assert names == ["activations", "coactivation", "examples", "features", "layers", "rows"]
     assert "histogram_edges" in ask(made, "DESCRIBE features")
 
 
@@ -215,7 +287,8 @@ def test_line_breaks_in_tokens_keep_a_row_on_one_line(made):
 
 def test_duckdbs_own_message_is_shown_with_the_tables(made):
     with pytest.raises(
-        ActionableError, match=r"Table with name feature does not exist[\s\S]*Tables: examples, features"
+        ActionableError,
+        match=r"Table with name feature does not exist[\s\S]*Tables: activations, coactivation, examples, features",
     ):
         ask(made, "SELECT * FROM feature")
     with pytest.raises(ActionableError, match="syntax error"):

@@ -30,14 +30,14 @@ def test_every_column_says_what_it_means(table):
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 class TestEveryTable:
     def test_it_is_made_from_what_it_says_it_needs(self, table):
-        analysed, plan = subject(), Plan()
+        analysed, plan = subject(), Plan(activation_rows=1000)
         harvest = gather(analysed, plan, table.needs)
         batches = list(table.compute(harvest, analysed, plan))
         assert batches
         assert all(batch.schema.equals(table.schema, check_metadata=True) for batch in batches)
 
     def test_nothing_is_null_but_where_the_schema_allows_it(self, table):
-        analysed, plan = subject(), Plan()
+        analysed, plan = subject(), Plan(activation_rows=1000)
         for batch in table.compute(gather(analysed, plan, table.needs), analysed, plan):
             batch.validate(full=True)
             for field, array in zip(batch.schema, batch.columns, strict=True):

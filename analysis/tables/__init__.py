@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from analysis.table import Table, TableDescription
-from analysis.tables import connections, examples, features, layers
+from analysis.tables import activations, coactivation, connections, examples, features, layers, rows
 
-TABLES: tuple[Table, ...] = (features.TABLE, examples.TABLE, layers.TABLE)
+TABLES: tuple[Table, ...] = (
+    features.TABLE,
+    examples.TABLE,
+    activations.TABLE,
+    rows.TABLE,
+    coactivation.TABLE,
+    layers.TABLE,
+)
 
 EVERY_TABLE: tuple[TableDescription, ...] = (*TABLES, connections.DESCRIPTION)
 """Those that are made of weights alone, without the pass, too."""

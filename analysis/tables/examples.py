@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from analysis.activations import KeptPairs, RowPlaces
 from analysis.contexts import documents_at, tokens_of
 from analysis.examples import Examples, TopExamples, rank_in_group
+from analysis.features import FeatureTotals
 from analysis.harvest import Harvest, Plan, Subject
+from analysis.sampled_examples import sample_examples
 from analysis.table import Table, feature_ranges, list_array, record_batch
+from analysis.tables.activations import are_kept
 from storage.tables import column
+
+KINDS = ("top", "band", "random")
+"""In the order of a feature's rows."""
+TOP, BAND, RANDOM = range(3)
 
 SCHEMA = pa.schema(
     [
         column("feature", pa.int32(), "index of the feature"),
-        column("rank", pa.int32(), "place among the feature's examples, from 0, strongest first; ties by row"),
+        column("kind", pa.string(), "top (the strongest), band (of a band of activation) or random (of active rows)"),
+        column("band", pa.int32(), "band of its activation, from 0 for the weakest; null but for bands", nullable=True),
+        column("rank", pa.int32(), "place in its kind and band, from 0, strongest first; ties by row"),
         column("activation", pa.float32(), "the feature's activation on this row", unit="activation"),
         column("row", pa.int64(), "row of the split, in token order"),
         column("unit", pa.int32(), "storage unit that holds the row"),
@@ -42,18 +54,62 @@ SCHEMA = pa.schema(
 
 def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.RecordBatch]:
     """Make the rows, a run of features at a time."""
-    examples = harvest[TopExamples].kept
+    strongest = harvest[TopExamples].kept
     vocabulary = pa.array(subject.vocabulary, pa.string())
     unit_starts = np.array([subject.split.first_row(unit) for unit in range(subject.split.n_units)])
     for features in feature_ranges(subject.coder.d_sae):
-        start, stop = np.searchsorted(examples.feature, [features.start, features.stop])
-        if start < stop:
-            yield _rows(examples.take(np.arange(start, stop)), subject, plan, vocabulary, unit_starts)
+        start, stop = np.searchsorted(strongest.feature, [features.start, features.stop])
+        shown = _Shown.of_kind(strongest.take(np.arange(start, stop)), TOP)
+        if are_kept(plan):
+            for sampled in _sampled(harvest, plan, features):
+                shown = shown.joined(sampled)
+        if len(shown.kind):
+            yield _rows(shown.ordered(), subject, plan, vocabulary, unit_starts)
+
+
+class _Shown(NamedTuple):
+    """Examples with what they are examples of."""
+
+    examples: Examples
+    kind: NDArray[np.int64]
+    """(examples,) index into ``KINDS``."""
+    band: NDArray[np.int64]
+    """(examples,) -1 for no band."""
+
+    @classmethod
+    def of_kind(cls, examples: Examples, kind: int) -> Self:
+        n = len(examples.row)
+        return cls(examples, np.full(n, kind), np.full(n, -1))
+
+    def joined(self, others: Self) -> Self:
+        kinds, bands = np.concatenate([self.kind, others.kind]), np.concatenate([self.band, others.band])
+        return type(self)(self.examples.joined(others.examples), kinds, bands)
+
+    def ordered(self) -> Self:
+        """Return the examples by feature, kind and band, the strongest first."""
+        own = self.examples
+        order = np.lexsort((own.row, -own.activation, self.band, self.kind, own.feature))
+        return type(self)(own.take(order), self.kind[order], self.band[order])
+
+    def rank(self) -> NDArray[np.int64]:
+        """Return each one's place among those of its feature, kind and band."""
+        n_groups = int(self.band.max(initial=-1)) + 2
+        return rank_in_group((self.examples.feature * len(KINDS) + self.kind) * n_groups + self.band + 1)
+
+
+def _sampled(harvest: Harvest, plan: Plan, features: range) -> Iterator[_Shown]:
+    """Yield the examples of bands and of all active rows."""
+    maximum = harvest[FeatureTotals].maximum
+    for pairs in harvest[KeptPairs].sorted_pairs(features):
+        own = maximum[pairs.features.start : pairs.features.stop]
+        found = sample_examples(pairs, own, harvest[RowPlaces], plan)
+        yield _Shown(found.examples, np.where(found.band < 0, RANDOM, BAND), found.band)
 
 
 def _rows(
-    examples: Examples, subject: Subject, plan: Plan, vocabulary: pa.Array, unit_starts: np.ndarray
+    shown: _Shown, subject: Subject, plan: Plan, vocabulary: pa.Array, unit_starts: NDArray[np.int64]
 ) -> pa.RecordBatch:
+    examples = shown.examples
     tokens = tokens_of(subject.split, examples.context)
     token = tokens[np.arange(len(tokens)), examples.position]
     positions = examples.position[:, None] + np.arange(-plan.window_before, plan.window_after + 1)
@@ -63,7 +119,9 @@ def _rows(
     activations = pa.array(examples.window[is_inside], pa.float32(), from_pandas=True)
     columns = {
         "feature": examples.feature,
-        "rank": rank_in_group(examples.feature),
+        "kind": pa.array(KINDS).take(pa.array(shown.kind)),
+        "band": pa.array(shown.band, pa.int32(), mask=shown.band < 0),
+        "rank": shown.rank(),
         "activation": examples.activation,
         "row": examples.row,
         "unit": np.searchsorted(unit_starts, examples.row, side="right") - 1,
@@ -83,12 +141,16 @@ def _rows(
 TABLE = Table(
     name="examples",
     meaning=(
-        "The strongest examples of every feature, at most one from each context: neighbouring rows of one passage are "
-        "the same example again. The window is cut at the context's edges. Sorted by feature, then rank; a dead "
-        "feature has none."
+        "Examples of every feature, of three kinds. *top*: the strongest, at most one from each context, as "
+        "neighbouring rows of one passage are the same example again. *band*: from each of five (`--bands`) equal "
+        "parts of the range from zero to the feature's maximum, band b of n holding activations in (max·b/n, "
+        "max·(b+1)/n]. *random*: from all rows on which it is active. The latter two are uniform samples, those of "
+        "smallest hash of (`--seed`, feature, row), from the rows whose activations are kept; there are none with "
+        "`--activations none`. One row may be an example of several kinds. The window is cut at the context's edges. "
+        "Sorted by feature, kind (top, band, random), band and rank; a dead feature has none."
     ),
     schema=SCHEMA,
-    needs=(TopExamples,),
+    needs=(TopExamples, FeatureTotals, KeptPairs, RowPlaces),
     compute=compute,
     row_group_rows=16384,
 )

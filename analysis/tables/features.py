@@ -9,16 +9,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from analysis.activations import KeptPairs, RowPlaces
 from analysis.contexts import tokens_at
 from analysis.examples import Examples, TopExamples
-from analysis.features import FeatureTotals
+from analysis.features import N_POSITION_BINS, FeatureTotals
+from analysis.frequency import wilson_interval
 from analysis.harvest import Harvest, Plan, Subject
 from analysis.histogram import BINS_PER_OCTAVE, EDGES, QUANTILE_RELATIVE_ERROR, quantiles
 from analysis.reconstruction import RowTotals
 from analysis.table import Table, feature_ranges, list_array, record_batch
+from analysis.tables.activations import are_kept
 from analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
 from analysis.tables.weight_columns import NOTE as WEIGHT_NOTE
 from analysis.tables.weight_columns import WeightColumns
+from analysis.token_diversity import TokenDiversity
 from storage.tables import column
 
 DENSE_FREQUENCY = 0.1
@@ -31,6 +35,12 @@ SCHEMA = pa.schema(
     [
         column("feature", pa.int32(), "index of the feature, also the row number"),
         column("frequency", pa.float64(), "share of rows on which it is active"),
+        column(
+            "frequency_low",
+            pa.float64(),
+            "low end of the 95 % Wilson interval of frequency, as if rows were independent draws",
+        ),
+        column("frequency_high", pa.float64(), "high end of the same interval"),
         column("log10_frequency", pa.float64(), "log₁₀ of frequency; null if dead", nullable=True),
         column("n_active", pa.int64(), "rows on which it is active", unit="rows"),
         column("mean", pa.float64(), "mean over active rows", unit=_ACTIVATION, nullable=True),
@@ -71,16 +81,35 @@ SCHEMA = pa.schema(
         ),
         column("top_token", pa.string(), "text of that token", nullable=True),
         column("top_token_share", pa.float64(), "share of its examples at that token", nullable=True),
+        column(
+            "n_token_ids",
+            pa.int32(),
+            "distinct token ids it fires on, among the rows whose activations are kept; null if none are",
+            nullable=True,
+        ),
+        column(
+            "token_id_share", pa.float64(), "n_token_ids over the distinct token ids of all these rows", nullable=True
+        ),
+        column(
+            "position_frequency",
+            pa.list_(pa.float64()),
+            f"frequency in each of {N_POSITION_BINS} equal parts of a context (`position_edges` in the file's metadata)"
+            "; null for parts without rows",
+        ),
         *WEIGHT_COLUMNS,
     ]
 )
 
 
-def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.RecordBatch]:  # noqa: ARG001 - a table's signature
+def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.RecordBatch]:
     """Make the rows, a run of features at a time."""
     totals, n_rows = harvest[FeatureTotals], harvest[RowTotals].n_rows
     statistics = {"mean": totals.mean(), "std": totals.standard_deviation(), **_weights(subject)}
     examples = harvest[TopExamples].kept
+    low, high = wilson_interval(totals.n_active, n_rows)
+    statistics |= {"frequency_low": low, "frequency_high": high}
+    profile = totals.position_frequency()
+    diversity = TokenDiversity(harvest, subject) if are_kept(plan) else None
     from_weights = WeightColumns(subject.coder.W_dec, subject.effects, subject.vocabulary)
     for features in feature_ranges(subject.coder.d_sae):
         chosen = slice(features.start, features.stop)
@@ -101,6 +130,8 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
             "is_dead": is_dead,
             "is_dense": frequency > DENSE_FREQUENCY,
             **_top_tokens(examples, features, subject),
+            **(diversity.of(features) if diversity is not None else TokenDiversity.nulls(len(features))),
+            "position_frequency": _profiles(profile[chosen]),
             **from_weights.of(features),
         }
         yield record_batch(SCHEMA, columns)
@@ -161,6 +192,20 @@ def _top_tokens(examples: Examples, features: range, subject: Subject) -> dict[s
     }
 
 
+def _profiles(frequency: NDArray[np.float64]) -> pa.ListArray:
+    """Return the frequencies (features, parts) as lists, with null for parts that have no rows."""
+    values = pa.array(frequency.reshape(-1), from_pandas=True)
+    return list_array(values, np.full(len(frequency), frequency.shape[1]))
+
+
+def _position_edges(harvest: Harvest, subject: Subject, plan: Plan) -> dict[str, str]:  # noqa: ARG001 - as Table.facts
+    edges = harvest[FeatureTotals].position_edges()
+    return {
+        "position_edges": " ".join(f"{edge:g}" for edge in edges),
+        "activation_rows": str(harvest[KeptPairs].n_rows),
+    }
+
+
 TABLE = Table(
     name="features",
     meaning=(
@@ -173,8 +218,9 @@ TABLE = Table(
         f"transcoders, so histograms can be added.\n\n{WEIGHT_NOTE}"
     ),
     schema=SCHEMA,
-    needs=(FeatureTotals, RowTotals, TopExamples),
+    needs=(FeatureTotals, RowTotals, TopExamples, KeptPairs, RowPlaces),
     compute=compute,
+    facts=_position_edges,
     metadata={
         "quantile_relative_error": f"{QUANTILE_RELATIVE_ERROR:.6f}",
         "histogram_bins_per_octave": str(BINS_PER_OCTAVE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ from pipeline.options import read_settings, settings_options
     multiple=True,
     help="Transcoder of a later layer of the same model, to tell connections to its features; may be repeated.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that share the units; with equal --threads (those of each) tables are the same to the bit.",
+)
 @options.device
 @options.threads
 @options.quiet
@@ -35,6 +43,7 @@ def command(
     config: Path | None,
     model: str | None,
     downstream: tuple[Path, ...],
+    workers: int,
     device: str,
     threads: int | None,
     quiet: bool,
@@ -58,6 +67,8 @@ def command(
         quiet=quiet,
         model=model,
         downstream=downstream,
+        workers=workers,
+        announce=(lambda _: None) if quiet else partial(click.echo, err=True),
     )
     if not quiet:
         fvu = "" if result.fvu is None else f", FVU {result.fvu:.4f}"

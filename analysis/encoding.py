@@ -1,0 +1,182 @@
+"""From a block's inputs to its active pairs and predictions, by whichever way is the faster.
+
+*Sparse*: one matrix product that says which pairs may be active, in bfloat16 where the processor multiplies it; those
+few are computed exactly and the choice is made among them (``training.kernels.select``), so no rows × d_sae matrix of
+float32 exists. *Dense*: all activations of a few rows at a time; for devices other than the CPU, for coders without a
+selection known here, and where many features fire.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.architectures.base import Transcoder
+from training.architectures.batch_topk import BatchTopKTranscoder
+from training.architectures.gated import GatedTranscoder
+from training.architectures.jumprelu import JumpReLUTranscoder
+from training.architectures.relu import ReLUTranscoder
+from training.architectures.topk import TopKTranscoder
+from training.entries import Above, LargestPerRow, Selection
+from training.kernels.adaptive import resolve_precision
+from training.kernels.pairs import Pairs, SparseEntries
+from training.kernels.select import Selector
+
+DENSE_BYTES = 128 << 20
+"""Memory of one piece of dense activations."""
+SPARSE_BELOW = 0.08
+"""Share of active pairs below which the sparse way is taken (`benchmarks/analyze.py`)."""
+
+
+class Coder(Protocol):
+    """The part of a transcoder that analysis uses."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        ...
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output."""
+        ...
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        ...
+
+    @property
+    def W_enc(self) -> Tensor:
+        """(d_sae, d_in) encoder, one row per feature."""
+        ...
+
+    @property
+    def b_enc(self) -> Tensor:
+        """(d_sae,) encoder bias."""
+        ...
+
+    @property
+    def W_dec(self) -> Tensor:
+        """(d_sae, d_out) decoder, one row per feature."""
+        ...
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        """Return activations (rows, d_sae) of inputs (rows, d_in)."""
+        ...
+
+    def decode(self, acts: Tensor, inputs: Tensor, /) -> Tensor:
+        """Return predicted outputs (rows, d_out) of activations (rows, d_sae)."""
+        ...
+
+
+class Encoded(NamedTuple):
+    """What a coder makes of rows."""
+
+    pairs: Pairs
+    """Where activations are above zero."""
+    values: NDArray[np.float32]
+    """(pairs,) these activations."""
+    predicted: NDArray[np.float32]
+    """(rows, d_out)."""
+
+
+class Encoder(Protocol):
+    """Encodes and decodes rows."""
+
+    def __call__(self, inputs: Tensor, /) -> Encoded:
+        """Return active pairs and predictions of float32 inputs (rows, d_in)."""
+        ...
+
+
+class DenseEncoder:
+    """All activations, of as many rows at a time as ``DENSE_BYTES`` hold."""
+
+    def __init__(self, coder: Coder) -> None:
+        self._coder = coder
+        self._piece_rows = max(1, DENSE_BYTES // (4 * coder.d_sae))
+
+    def __call__(self, inputs: Tensor) -> Encoded:
+        """Return active pairs and predictions of inputs (rows, d_in)."""
+        starts = range(0, len(inputs), self._piece_rows)
+        pieces = [self._encode(inputs[start : start + self._piece_rows]) for start in starts]
+        columns, values, counts, predicted = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        rows = np.repeat(np.arange(len(inputs)), counts)
+        return Encoded(Pairs(rows, columns, offsets, self._coder.d_sae), values, predicted)
+
+    def _encode(
+        self, inputs: Tensor
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+        acts = self._coder.encode(inputs)
+        flat = np.flatnonzero((acts > 0).cpu().numpy())  # 2 to 3 times faster than torch.nonzero on a CPU
+        rows, columns = np.divmod(flat, acts.shape[1])
+        values = acts.flatten()[torch.from_numpy(flat).to(acts.device)].float().cpu().numpy()
+        predicted = self._coder.decode(acts, inputs).float().cpu().numpy()
+        return columns, values, np.bincount(rows, minlength=len(inputs)), predicted
+
+
+class SparseEncoder:
+    """Active pairs alone. Values agree with the dense ones to the order of float32 sums."""
+
+    def __init__(self, coder: Transcoder, selection: Selection) -> None:
+        device = torch.device("cpu")
+        self._coder, self._selection = coder, selection
+        is_rounded = resolve_precision("auto", device) == "bfloat16"
+        self._selector = Selector(torch.bfloat16 if is_rounded else torch.float32)
+        self._dense = DenseEncoder(coder)
+
+    def __call__(self, inputs: Tensor) -> Encoded:
+        """Return active pairs and predictions of inputs (rows, d_in)."""
+        if not torch.isfinite(inputs.sum()):  # nothing exceeds a margin that is not finite; the dense way yields NaN
+            return self._dense(inputs)
+        coder = self._coder
+        pairs, pre = self._selector.select(inputs.contiguous(), coder.W_enc, coder.encoder_bias(), self._selection)
+        entries = SparseEntries(pairs, pre, coder, inputs)
+        activations = coder.activation(entries)
+        predicted = entries.decode(activations, coder.W_dec) + coder.unexplained(inputs)
+        values = activations.numpy()
+        is_active = values > 0
+        if not is_active.all():
+            pairs, values = pairs.keep(is_active), values[is_active]
+        return Encoded(pairs, values, predicted.numpy())
+
+
+def open_encoder(coder: Coder, device: torch.device | str, density: float | None) -> Encoder:
+    """Return the faster encoder where this share of pairs is active; ``density`` None: not known."""
+    selection = selection_in_use(coder)
+    is_sparse = torch.device(device).type == "cpu" and selection is not None
+    if is_sparse and (density if density is not None else 1.0) < SPARSE_BELOW and _is_finite(coder):
+        assert isinstance(coder, Transcoder)
+        assert selection is not None
+        return SparseEncoder(coder, selection)
+    return DenseEncoder(coder)
+
+
+def selection_in_use(coder: Coder) -> Selection | None:
+    """Return which pairs a trained transcoder activates, which for some differs from training; None: not known here."""
+    match coder:
+        case BatchTopKTranscoder():
+            return Above(coder.threshold.expand(coder.d_sae))
+        case JumpReLUTranscoder():
+            return Above(coder.threshold)
+        case TopKTranscoder():
+            return LargestPerRow(coder.k)
+        case ReLUTranscoder() | GatedTranscoder():
+            return Above()
+        case _:
+            return None
+
+
+def expected_density(coder: Coder) -> float | None:
+    """Return the share of pairs that can be active at most, where the architecture fixes it."""
+    selection = selection_in_use(coder)
+    return selection.k / coder.d_sae if isinstance(selection, LargestPerRow) else None
+
+
+def _is_finite(coder: Coder) -> bool:
+    return bool(torch.isfinite(coder.W_enc.sum() + coder.b_enc.sum()))
