@@ -1,0 +1,222 @@
+"""The stage ``pipeline export``: transcoders, or tables of their features, in the format of another tool.
+
+An export is an artifact like any other, but whoever reads it knows no manifest. So the one file that a reader begins
+with is written last: what is half-written looks like nothing to it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.exports import circuit_tracer, delphi, saelens, sparsify, viewer_features
+from pipeline.exports.subjects import Converted, Subject, convert, open_subjects
+from storage.activation_cache import open_cache
+from storage.artifact import MANIFEST, REQUEST, Draft, read_manifest, read_sealed
+from storage.errors import ArtifactMissing, SettingsError
+from storage.settings import Quantity, Settings
+
+KIND = "export"
+FORMAT_VERSION = 1
+
+Format = Literal["saelens", "circuit-tracer", "sparsify", "circuit-tracer-features", "delphi"]
+FORMATS: dict[Format, str] = {
+    "saelens": "one transcoder or autoencoder: cfg.json, sae_weights.safetensors",
+    "circuit-tracer": "transcoders of every layer as a set: config.yaml, layer_N.safetensors",
+    "sparsify": "TopK transcoders by module: MODULE/cfg.json, MODULE/sae.safetensors",
+    "circuit-tracer-features": "tables of any layers for its viewer: features/index.json.gz, layer_N.bin",
+    "delphi": "tables with activations for automated interpretation: latents/MODULE/",
+}
+"""Every format with what is put into it and what comes out."""
+TABLE_FORMATS: tuple[Format, ...] = ("circuit-tracer-features", "delphi")
+"""Formats made of tables; the others are made of transcoders."""
+
+logger = logging.getLogger(__name__)
+
+
+class ExportSettings(Settings):
+    """What an export shall hold."""
+
+    model_name: str | None = None
+    """Name by which the other tool loads the language model; by default the recorded one."""
+
+    rows: Quantity = Field(default=65_536, ge=1)
+    """TopK to saelens, circuit-tracer: rows of --cache on which a threshold in place of k is chosen, and as many
+    held-out rows on which its cost is measured."""
+
+    fold_norm: bool = False
+    """saelens, circuit-tracer: fold the gain and bias of the norm before the MLP into the transcoder, which then reads
+    ln2.hook_normalized and writes hook_mlp_out, as in HookedTransformer. Loads the language model."""
+
+    module: str | None = None
+    """sparsify, delphi: module the transcoder belongs to, such as layers.3.mlp, where it is not known by itself."""
+
+    scan: str | None = None
+    """circuit-tracer: name under which the viewer finds the features of the set."""
+
+    def given_for_others(self, to: Format) -> list[str]:
+        """Return a sentence for each setting that another format than ``to`` has."""
+        of = {
+            "rows": ("saelens", "circuit-tracer"),
+            "fold_norm": ("saelens", "circuit-tracer"),
+            "module": ("sparsify", "delphi"),
+            "scan": ("circuit-tracer",),
+        }
+        return [
+            f"--{name.replace('_', '-')}: is a setting of {' and '.join(formats)}, not of {to}; leave it out"
+            for name, formats in of.items()
+            if name in self.model_fields_set and getattr(self, name) and to not in formats
+        ]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A published export."""
+
+    path: Path
+    to: str
+    files: list[str]
+    notes: list[str] = field(default_factory=list)
+    """Sentences a user should read: what the exchange of formats costs."""
+
+
+def run(
+    settings: ExportSettings,
+    *,
+    to: Format,
+    sources: Sequence[Path],
+    output: Path,
+    cache: Path | None = None,
+    model: str | None = None,
+    device: str = "cpu",
+) -> ExportResult:
+    """Publish ``sources`` in the format ``to`` at ``output``; return at once if that export is there already.
+
+    ``sources`` are transcoders, or artifacts of tables for ``TABLE_FORMATS``. ``cache`` gives the rows on which a
+    threshold is calibrated, or the contexts of tables. ``model`` says where the language model lies if it moved, for
+    ``fold_norm``. Raises SettingsError with every reason why the format cannot hold what was given, and the errors of
+    opening sources and of ``storage.artifact.Draft``.
+    """
+    if problems := settings.given_for_others(to):
+        raise SettingsError("\n".join(problems))
+    request = {
+        "format": FORMAT_VERSION,
+        "to": to,
+        "settings": settings.model_dump(mode="json"),
+        "inputs": [{"digest": _digest(path)} for path in sources],
+        "cache": None if cache is None else open_cache(cache).reference,
+    }
+    job = _Job(settings, to, sources, cache, model, device)
+    job.check()
+    begun = (output / REQUEST).exists()
+    with Draft(output, KIND, request) as draft:
+        if not draft.published:
+            try:
+                files, record = job.write(output)
+            except SettingsError:
+                if not begun:  # a draft for settings that turn out wrong would refuse the right ones
+                    (output / REQUEST).unlink()
+                raise
+            draft.publish(
+                {"format": FORMAT_VERSION, "to": to, **record, "versions": {"safetensors": version("safetensors")}},
+                files,
+            )
+    return read_result(output)
+
+
+def read_result(path: Path) -> ExportResult:
+    """Return what a published export says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+    manifest = read_manifest(path, KIND)
+    return ExportResult(path, manifest["to"], sorted(manifest["files"]), list(manifest["notes"]))
+
+
+def _digest(path: Path) -> str:
+    if not (path / MANIFEST).exists():
+        raise ArtifactMissing(f"{path}: no published transcoder or tables lie here; check the path")
+    return str(read_sealed(path / MANIFEST)["digest"])
+
+
+class _Job:
+    """One export, opened: what it is made of and how it is written."""
+
+    def __init__(
+        self,
+        settings: ExportSettings,
+        to: Format,
+        sources: Sequence[Path],
+        cache: Path | None,
+        model: str | None,
+        device: str,
+    ) -> None:
+        self._settings, self._to, self._cache = settings, to, cache
+        self._model, self._device = model, device
+        self._subjects: list[Subject] = []
+        self._layers: list[viewer_features.LayerTables] = []
+        self._latents: list[delphi.LatentTables] = []
+        if to == "circuit-tracer-features":
+            self._layers = viewer_features.open_tables(sources)
+        elif to == "delphi":
+            self._latents = delphi.open_tables(sources, cache, settings.module)
+        else:
+            self._subjects = open_subjects(sources)
+
+    def check(self) -> None:
+        """Raise SettingsError with every reason why the format cannot hold these transcoders."""
+        problems = {
+            "saelens": lambda: saelens.problems(self._subjects),
+            "circuit-tracer": lambda: circuit_tracer.problems(self._subjects),
+            "sparsify": lambda: sparsify.problems(self._subjects, self._settings.module),
+        }
+        found = problems[self._to]() if self._to in problems else []
+        if found:
+            raise SettingsError(f"cannot be exported to {self._to}:\n" + "\n".join(f"  {line}" for line in found))
+
+    def write(self, directory: Path) -> tuple[list[str], dict[str, Any]]:
+        """Write all files; return their names, and what the manifest says besides."""
+        match self._to:
+            case "circuit-tracer-features":
+                return viewer_features.write(directory, self._layers), {"notes": [], "calibration": []}
+            case "delphi":
+                written = [
+                    delphi.write(directory, one, self._settings.module, self._name(one.manifest))
+                    for one in self._latents
+                ]
+                notes = [note for _, some in written for note in some]
+                return [name for names, _ in written for name in names], {"notes": notes, "calibration": []}
+            case "sparsify":
+                files = [sparsify.write(directory, one, self._settings.module) for one in self._subjects]
+                return [name for names in files for name in names], {"notes": [], "calibration": []}
+            case "saelens" if saelens.is_topk_autoencoder(self._subjects[0]):
+                one = self._subjects[0]
+                names = saelens.write_topk_autoencoder(directory, one, self._name(one.manifest))
+                return names, {"notes": [], "calibration": []}
+        converted = self._convert()
+        name = self._name(self._subjects[0].manifest)
+        if self._to == "saelens":
+            files_written = saelens.write(directory, converted[0], name)
+        else:
+            files_written = circuit_tracer.write(directory, converted, name, self._settings.scan)
+        costs = [(one, one.cost) for one in converted if one.cost is not None]
+        return files_written, {
+            "notes": [f"{one.subject.site['name']}: {cost.sentence()}" for one, cost in costs],
+            "calibration": [{"site": one.subject.site["name"], **cost.record()} for one, cost in costs],
+        }
+
+    def _convert(self) -> list[Converted]:
+        weights = None
+        if self._settings.fold_norm:
+            from pipeline.model.weights import read_weights  # loads TransformerLens, which nothing else here needs
+            from pipeline.transcoder_model import open_transcoder_model
+
+            paths = [one.path for one in self._subjects]
+            weights = read_weights(open_transcoder_model(paths, model=self._model, device=self._device))
+        return convert(self._subjects, cache=self._cache, rows=self._settings.rows, weights=weights)
+
+    def _name(self, manifest: dict[str, Any]) -> str:
+        return self._settings.model_name or str((manifest.get("model") or {}).get("name", "unknown"))

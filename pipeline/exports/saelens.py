@@ -1,0 +1,104 @@
+"""SAELens' folders: ``cfg.json`` and ``sae_weights.safetensors``, encoder stored input-major.
+
+Three things its reader does that a writer must know: without ``metadata.sae_lens_version`` it takes the folder for one
+of an old release and drops the metadata; transcoders must say ``apply_b_dec_to_input: false``; and it has no TopK
+transcoder, so TopK is written as JumpReLU. A TopK autoencoder it has, with k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.exports.jump_form import JumpForm, jump_form, needs_calibration
+from pipeline.exports.subjects import Converted, Subject
+from pipeline.exports.tensor_files import present, write_json, write_tensors
+
+FORMAT_OF = "6.54.12"
+"""The release of SAELens whose reader this was written for and tested with."""
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+
+_COMPATIBILITY = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+"""What ``HookedTransformer`` did to a model's weights by default, and what our ``compatibility`` stands for."""
+
+
+def problems(subjects: Sequence[Subject]) -> list[str]:
+    """Return a sentence for everything that keeps these transcoders from being written."""
+    if len(subjects) > 1:
+        return [
+            f"a SAELens folder holds one transcoder, {len(subjects)} were given; export each to a folder of its own"
+        ]
+    return [
+        f"{one.path}: is an autoencoder with a path past its features, which SAELens has for transcoders only"
+        for one in subjects
+        if one.is_autoencoder and one.transcoder.W_skip is not None
+    ]
+
+
+def is_topk_autoencoder(subject: Subject) -> bool:
+    """Tell whether SAELens has this transcoder's own rule, so that no threshold must stand in for k."""
+    return subject.is_autoencoder and needs_calibration(subject.transcoder)
+
+
+def write_topk_autoencoder(directory: Path, subject: Subject, model_name: str) -> list[str]:
+    """Write a TopK autoencoder with its k; return the names of the files."""
+    form = jump_form(subject.transcoder, 0.0)
+    site = subject.site
+    config = {"architecture": "topk", "k": subject.manifest["architecture"]["k"], "rescale_acts_by_decoder_norm": False}
+    return _write(directory, form, config, _metadata(subject, site["hook_in"], site["hook_out"], model_name))
+
+
+def write(directory: Path, converted: Converted, model_name: str) -> list[str]:
+    """Write a transcoder or autoencoder; return the names of the files."""
+    form, subject = converted.form, converted.subject
+    if subject.is_autoencoder:
+        config: dict[str, Any] = {"architecture": "standard" if form.threshold is None else "jumprelu"}
+    else:
+        kind = ("jumprelu_" if form.threshold is not None else "") + ("skip_" if form.W_skip is not None else "")
+        config = {"architecture": f"{kind}transcoder", "d_out": form.d_out}
+    return _write(directory, form, config, _metadata(subject, converted.hook_in, converted.hook_out, model_name))
+
+
+def _write(directory: Path, form: JumpForm, config: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
+    tensors: dict[str, Tensor | None] = {
+        "W_enc": form.W_enc.T,
+        "b_enc": form.b_enc,
+        "W_dec": form.W_dec,
+        "b_dec": form.b_dec,
+        "threshold": form.threshold,
+        "W_skip": form.W_skip,
+    }
+    write_tensors(directory / WEIGHTS, present(tensors))
+    # Last: without it there is no folder of SAELens here.
+    write_json(
+        directory / CONFIG,
+        {
+            **config,
+            "d_in": form.d_in,
+            "d_sae": form.d_sae,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": False,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": metadata,
+        },
+    )
+    return [CONFIG, WEIGHTS]
+
+
+def _metadata(subject: Subject, hook_in: str, hook_out: str, model_name: str) -> dict[str, Any]:
+    return {
+        "sae_lens_version": FORMAT_OF,
+        "sae_lens_training_version": None,
+        "model_name": model_name,
+        "model_class_name": "HookedTransformer",
+        "model_from_pretrained_kwargs": {} if subject.is_raw else dict.fromkeys(_COMPATIBILITY, True),
+        "hook_name": hook_in,
+        "hook_name_out": hook_out,
+        "hook_head_index": None,
+        "prepend_bos": True,
+    }

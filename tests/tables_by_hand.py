@@ -1,0 +1,99 @@
+"""Tables artifacts with rows the test writes down, in the columns that exports and blind comparisons read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from storage.artifact import Draft
+from storage.tables import write_table
+
+FEATURES = pa.schema(
+    [
+        ("feature", pa.int32()),
+        ("frequency", pa.float64()),
+        ("log10_frequency", pa.float64()),
+        ("n_active", pa.int64()),
+        ("max", pa.float32()),
+        ("histogram", pa.list_(pa.int64())),
+        ("histogram_edges", pa.list_(pa.float32())),
+        ("promoted_tokens", pa.list_(pa.string())),
+        ("suppressed_tokens", pa.list_(pa.string())),
+    ]
+)
+EXAMPLES = pa.schema(
+    [
+        ("feature", pa.int32()),
+        ("kind", pa.string()),
+        ("band", pa.int32()),
+        ("rank", pa.int32()),
+        ("activation", pa.float32()),
+        ("position", pa.int32()),
+        ("window_start", pa.int32()),
+        ("window_tokens", pa.list_(pa.string())),
+        ("window_activations", pa.list_(pa.float32())),
+    ]
+)
+SETTINGS = {"split": "heldout", "rows": None, "examples": 20}
+
+
+def feature_row(feature: int, **changed: Any) -> dict[str, Any]:
+    """Return a live feature's row: 100 active rows of 10,000, in two bins between 1 and 4."""
+    row = {
+        "feature": feature,
+        "frequency": 0.01,
+        "log10_frequency": -2.0,
+        "n_active": 100,
+        "max": 4.0,
+        "histogram": [60, 40],
+        "histogram_edges": [1.0, 2.0, 4.0],
+        "promoted_tokens": [" up"],
+        "suppressed_tokens": [" down"],
+    }
+    return {**row, **changed}
+
+
+def dead_row(feature: int) -> dict[str, Any]:
+    nothing = {"frequency": 0.0, "log10_frequency": None, "n_active": 0, "max": None}
+    return feature_row(feature, **nothing, histogram=[], histogram_edges=[0.0])
+
+
+def example_row(feature: int, rank: int = 0, activation: float = 4.0, **changed: Any) -> dict[str, Any]:
+    """Return an example at the second of three tokens; the first is one the cache left out."""
+    row = {
+        "feature": feature,
+        "kind": "top",
+        "band": None,
+        "rank": rank,
+        "activation": activation,
+        "position": 11,
+        "window_start": 10,
+        "window_tokens": ["<bos>", " the", f" word{feature}"],
+        "window_activations": [None, activation, 0.0],
+    }
+    return {**row, **changed}
+
+
+def publish_tables(
+    path: Path,
+    features: Sequence[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
+    *,
+    layer: int | None = 0,
+    model: str = "tiny",
+    settings: dict[str, Any] = SETTINGS,
+    cache: dict[str, Any] | None = None,
+) -> Path:
+    block = "somewhere" if layer is None else f"blocks.{layer}.mlp"
+    site = {"name": f"layer{layer}", "hook_in": f"{block}.hook_in", "hook_out": f"{block}.hook_out"}
+    inputs = {"cache": cache or {"cache_id": "c", "generation": 0, "digest": "d"}, "transcoder": {"digest": str(path)}}
+    with Draft(path, "tables", {"settings": settings, "inputs": inputs}) as draft:
+        for name, schema, rows in (("features", FEATURES, features), ("examples", EXAMPLES, examples)):
+            batch = pa.RecordBatch.from_pylist(list(rows), schema)
+            write_table(path / f"{name}.parquet", schema, [batch], row_group_rows=3)
+        names = ["features.parquet", "examples.parquet"]
+        draft.publish({"format": 1, "inputs": inputs, "model": {"name": model}, "site": site}, names)
+    return path
