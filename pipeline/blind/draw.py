@@ -1,0 +1,196 @@
+"""The stage ``pipeline blind draw``: features of two dictionaries on pages that do not tell which is whose."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from pydantic import Field
+
+from analysis.blind.sampling import Drawn, LiveRule, draw
+from pipeline import analyze
+from pipeline.blind import ratings
+from pipeline.blind.sealed import seal
+from pipeline.dashboards.blind import write_blind_page
+from storage.artifact import Draft, list_differences, make_directory, read_manifest, write_atomically
+from storage.errors import SettingsError
+from storage.randomness import philox, random_permutation
+from storage.settings import Settings
+from storage.tables import read_table
+
+KIND = "blind-comparison"
+FORMAT_VERSION = 1
+KEY, FORM, ITEMS = "key.sealed", "rate.html", "items"
+SITE = Path(__file__).parent / "site"
+
+logger = logging.getLogger(__name__)
+
+
+class DrawSettings(Settings):
+    """Which features, and how many."""
+
+    n: int = Field(default=50, ge=1)
+    """Features of each dictionary."""
+
+    seed: int = Field(default=0, ge=0)
+    """Decides which are drawn and in what order they are shown."""
+
+    min_log10_frequency: float = -4.0
+    """A feature may be drawn if log10 of its frequency is above this."""
+
+    min_active: int = Field(default=4, ge=1)
+    """A feature that fires on fewer rows is replaced by a new random one, at its own place."""
+
+    window: int = Field(default=16, ge=0)
+    """Tokens shown on each side of an example, if the tables hold as many."""
+
+
+@dataclass(frozen=True)
+class DrawResult:
+    """A published draw."""
+
+    path: Path
+    n_items: int
+    commitment: str
+    """Digest of the sealed key: write it down, and the key cannot be changed unseen."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    number: int
+    dictionary: int
+    drawn: Drawn
+
+
+def run(settings: DrawSettings, *, tables: Sequence[Path], output: Path) -> DrawResult:
+    """Publish pages, an empty ratings file and a sealed key at ``output``; return at once if they are there already.
+
+    Raises SettingsError unless there are two artifacts of tables made with the same settings from the same cache (or
+    the pages would tell them apart), or if a dictionary has too few live features.
+    """
+    manifests = [read_manifest(path, analyze.KIND) for path in tables]
+    _check(tables, manifests)
+    items = _draw_items(settings, tables)
+    request = {
+        "format": FORMAT_VERSION,
+        "settings": settings.model_dump(mode="json"),
+        "inputs": [{"digest": manifest["digest"]} for manifest in manifests],
+    }
+    with Draft(output, KIND, request) as draft:
+        if not draft.published:
+            files = _write_pages(output, items, tables, settings.window)
+            key = {"tables": _names(tables, manifests), "items": [_record(item) for item in items]}
+            commitment = seal(output / KEY, key)
+            _write_form(output / FORM, len(items), commitment)
+            ratings.write_blank(output / ratings.FILE, len(items))
+            # The ratings are the rater's to change, so they are no file of the artifact.
+            draft.publish(
+                {"format": FORMAT_VERSION, "n_items": len(items), "commitment": commitment}, [*files, KEY, FORM]
+            )
+            logger.info("wrote %d items", len(items))
+    return read_result(output)
+
+
+def read_result(path: Path) -> DrawResult:
+    """Return what a published draw says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+    manifest = read_manifest(path, KIND)
+    return DrawResult(path, manifest["n_items"], manifest["commitment"])
+
+
+def item_page(number: int) -> str:
+    """Return the name of an item's page inside the artifact."""
+    return f"{ITEMS}/{number:04d}.html"
+
+
+def _check(tables: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
+    if len(tables) != 2:
+        raise SettingsError(f"{len(tables)} artifacts of tables were given; give two, each after --tables")
+    first, second = manifests
+    if first["digest"] == second["digest"]:
+        raise SettingsError(f"{tables[0]} and {tables[1]} are the same tables; give two different ones")
+    settings = [manifest["request"]["settings"] for manifest in manifests]
+    caches = [{"cache": manifest["inputs"]["cache"]["cache_id"]} for manifest in manifests]
+    if differences := [
+        *list_differences(settings[0], settings[1]),
+        *list_differences(caches[0], caches[1]),
+    ]:
+        raise SettingsError(
+            f"{tables[0]} and {tables[1]}: were not made in the same way, so that pages would tell which dictionary an "
+            "item is from; analyze both with the same settings over the same cache ('there' is the first):\n"
+            + "\n".join(f"  {line}" for line in differences)
+        )
+
+
+def _draw_items(settings: DrawSettings, tables: Sequence[Path]) -> list[_Item]:
+    rule = LiveRule(settings.min_log10_frequency, settings.min_active)
+    samples, problems = [], []
+    for place, path in enumerate(tables):
+        columns = read_table(path / "features.parquet", ["log10_frequency", "n_active"])
+        frequency = columns["log10_frequency"].to_numpy().astype(np.float64)
+        try:
+            sample = draw(frequency, columns["n_active"].to_numpy(), settings.n, rule, settings.seed, str(place))
+        except SettingsError as error:
+            problems.append(f"{path}: dictionary {error}")
+        else:
+            samples += [(place, drawn) for drawn in sample]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    order = random_permutation(philox(settings.seed, "blind/order"), len(samples))
+    return [_Item(number, *samples[place]) for number, place in enumerate(order.tolist(), start=1)]
+
+
+def _write_pages(output: Path, items: Sequence[_Item], tables: Sequence[Path], window: int) -> list[str]:
+    """Write the items' pages in the order of their numbers: not even the files' times are to tell anything."""
+    make_directory(output / ITEMS)
+    features = [_rows(path / "features.parquet", items, place) for place, path in enumerate(tables)]
+    examples = [_rows(path / "examples.parquet", items, place) for place, path in enumerate(tables)]
+    for item in items:
+        (row,) = features[item.dictionary][item.drawn.feature]
+        shown = examples[item.dictionary][item.drawn.feature]
+        write_blind_page(output / item_page(item.number), row, shown, item.number, window=window)
+    return [item_page(item.number) for item in items]
+
+
+def _rows(path: Path, items: Sequence[_Item], dictionary: int) -> dict[int, list[dict[str, Any]]]:
+    """Return a table's rows of the features drawn from one dictionary, by feature."""
+    wanted = [item.drawn.feature for item in items if item.dictionary == dictionary]
+    rows: dict[int, list[dict[str, Any]]] = {feature: [] for feature in wanted}
+    for row in read_table(path, where=pc.field("feature").isin(wanted)).to_pylist():
+        rows[row["feature"]].append(row)
+    return rows
+
+
+def _names(tables: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a tally calls the dictionaries: their folders' names, numbered where these are the same."""
+    names = [path.resolve().name for path in tables]
+    if names[0] == names[1]:
+        names = [f"{name} ({place})" for place, name in enumerate(names, start=1)]
+    return [{"name": name, "digest": manifest["digest"]} for name, manifest in zip(names, manifests, strict=True)]
+
+
+def _record(item: _Item) -> dict[str, Any]:
+    return {
+        "item": item.number,
+        "dictionary": item.dictionary,
+        "feature": item.drawn.feature,
+        "replaced": list(item.drawn.replaced),
+    }
+
+
+def _write_form(path: Path, n_items: int, commitment: str) -> None:
+    """Write the page that shows the items one after the other and saves what is said of them."""
+    facts = json.dumps({"n_items": n_items, "draw": commitment, "columns": list(ratings.COLUMNS), "file": ratings.FILE})
+    page = (SITE / "rate.html").read_text(encoding="utf-8")
+    for name, content in {
+        "style": (SITE / "rate.css").read_text(encoding="utf-8"),
+        "script": (SITE / "rate.js").read_text(encoding="utf-8"),
+        "facts": facts,
+    }.items():
+        page = page.replace(f"%{name}%", content)
+    write_atomically(path, page.encode())
