@@ -141,7 +141,7 @@ def _examples(
     for feature in range(activations.shape[1]):
         values = activations[:, feature]
         order = np.argsort(-values, kind="stable")[: (values > 0).sum()]
-        chosen = [("top", None, row) for row in order[:8]]
+        chosen: list[tuple[str, int | None, int]] = [("top", None, row) for row in order[:8]]
         if "kinds" in parts and len(order):
             edges = values.max().astype(float) * np.arange(N_BANDS + 1) / N_BANDS
             for band in range(N_BANDS):

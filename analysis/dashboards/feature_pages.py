@@ -80,7 +80,7 @@ class FeaturePages:
             "logits": _logits(row, vocabulary),
         }
 
-    def _positions(self, row: Row) -> dict[str, list[float | None]] | None:
+    def _positions(self, row: Row) -> dict[str, Sequence[float | None]] | None:
         """Return the frequency in equal parts of the context, with the positions between them."""
         if row.get("position_frequency") is None or not self._position_edges:
             return None

@@ -44,7 +44,8 @@ class Axis:
         """Return the (groups,) counts of a histogram whose first bin is ``start``."""
         joined = np.zeros(self.n_groups * self.group, np.int64)
         joined[start - self.first : start - self.first + len(counts)] = counts
-        return joined.reshape(self.n_groups, self.group).sum(axis=1)
+        sums: NDArray[np.int64] = joined.reshape(self.n_groups, self.group).sum(axis=1)
+        return sums
 
 
 def shared_axis(all_edges: Iterable[Sequence[float]], n_groups: int = SPARK_BINS) -> Axis | None:

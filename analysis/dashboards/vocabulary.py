@@ -31,4 +31,5 @@ class Vocabulary:
         if not pa.types.is_dictionary(tokens.type):
             tokens = tokens.dictionary_encode()
         known = np.array([self.place(text) for text in tokens.dictionary.to_pylist()], np.int64)
-        return known[np.asarray(tokens.indices)]
+        places: NDArray[np.int64] = known[np.asarray(tokens.indices)]
+        return places

@@ -42,7 +42,7 @@ const Examples = (() => {
         html("span", { class: "before" }, html("span", {}, spans.slice(0, example.here))), spans[example.here],
         html("span", { class: "after" }, spans.slice(example.here + 1))),
       html("span", { class: "origin", "data-tip": `document ${example.document}, context ${example.context}, position ${example.position}` },
-        `${example.document}`));
+        html("span", { class: "spoken" }, "document "), `${example.document}`));
     return item;
   }
 
@@ -71,7 +71,7 @@ const Examples = (() => {
     if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
     const at = spans.findIndex((span) => span.classList.contains("cursor"));
-    const place = Math.min(spans.length - 1, Math.max(0, at < 0 ? example.here : at + step));
+    const place = Math.min(spans.length - 1, Math.max(0, (at < 0 ? example.here : at) + step));
     spans.forEach((span, other) => span.classList.toggle("cursor", other === place));
     Tooltip.show(spans[place]);
     Tooltip.say(`${Text.spoken(example.tokens[place].text)} ${spans[place].dataset.tip}`);
@@ -95,7 +95,8 @@ const Examples = (() => {
   }
 
   function section(title, examples, largest) {
-    return html("section", {}, html("h2", {}, title), list(examples, largest));
+    const heading = html("div", { class: "headed" }, html("h2", {}, title), html("span", { class: "quiet", "aria-hidden": "true" }, "document"));
+    return html("section", {}, heading, list(examples, largest));
   }
 
   function bandSection(band, examples, largest, nRows) {

@@ -62,7 +62,7 @@ const Filters = (() => {
       return { max: value >= 0 ? null : Math.max(value, current.min ?? lowest) };
     };
     const [low, high] = [slider("lowest frequency", "min"), slider("highest frequency", "max")];
-    const text = html("output", { class: "range-text" });
+    const text = html("span", { class: "range-text", "aria-hidden": "true" });
     const [picture, colour] = frequencyHistogram(live, lowest);
 
     function update() {

@@ -85,9 +85,10 @@ const Weights = (() => {
     const through = connections.head_tokens.map(({ layer, head, top }) =>
       tokenTable(`through layer ${layer}, head ${head}`, top, texts, strongest(top)));
     return html("section", { class: "card wide" }, html("h2", {}, "Attention heads"),
+      html("p", { class: "quiet" }, "How strongly each head can carry what the encoder reads, ‖OV · encoder row‖, and the tokens it carries best."),
       html("div", { class: "heads" },
         html("div", { class: "scroll-x", tabindex: "0", role: "group", "aria-label": "norms by layer and head" },
-          Charts.heatTable(connections.heads, "How strongly each head can carry what the encoder reads: ‖OV · encoder row‖")),
+          Charts.heatTable(connections.heads, "norm, by layer and head")),
         html("div", { class: "ends" }, through)));
   }
 
