@@ -18,7 +18,7 @@ from training.entries import Above, LargestOfBatch, LargestPerRow, Selection, re
 from training.kernels.adaptive import AdaptiveStep
 from training.kernels.dense import DenseStep
 from training.kernels.kernel import Precision
-from training.kernels.select import Selector
+from training.kernels.select import Selector, round_rows
 from training.kernels.sparse import SparseStep
 from training.objectives import VarianceObjective
 from training.optim import BlockedAdam, Optimiser, TorchOptimiser, build_optimiser
@@ -265,3 +265,13 @@ def test_weight_average_is_the_plain_mean_at_first_and_then_forgets() -> None:
         seen.append(float(average.transcoder.b_enc))
     # 1, (1+3)/2, (1+3+5)/3, (1+3+5+7)/4, then a quarter of the newest
     assert seen == pytest.approx([1.0, 2.0, 3.0, 4.0, 0.75 * 4.0 + 0.25 * 9.0])
+
+
+def test_rounding_rows_is_torchs_and_measures_what_it_takes() -> None:
+    rows = torch.randn(40, 33, generator=torch.Generator().manual_seed(0))
+    rows[0, :4] = torch.tensor([1.00390625, 1.01171875, -1e-40, 0.0])  # two ties, a subnormal
+    out = torch.empty_like(rows, dtype=torch.bfloat16)
+    rounded = round_rows(rows, out)
+    assert torch.equal(rounded.values, rows.bfloat16())
+    torch.testing.assert_close(rounded.norms, rows.norm(dim=1))
+    torch.testing.assert_close(rounded.lost, (rows - rows.bfloat16().float()).norm(dim=1))

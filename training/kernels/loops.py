@@ -12,6 +12,29 @@ import numpy as np
 from storage.compiled import compiled_loop
 
 
+@compiled_loop("reassoc", "contract", "nsz")
+def round_rows(rows: Any, bits: Any, start: int, stop: int, rounded: Any, norms: Any) -> None:
+    """Write rows [start, stop) as bfloat16, to nearest, ties to even, with each row's norm and that of what was lost.
+
+    ``bits`` is ``rows`` (n, width) seen as int32, ``rounded`` bfloat16 seen as int16, ``norms`` (2, n).
+    """
+    width = rows.shape[1]
+    kept = np.empty(width, np.int32)
+    values = kept.view(np.float32)
+    for row in range(start, stop):
+        for column in range(width):
+            pattern = bits[row, column]
+            kept[column] = (pattern + np.int32(0x7FFF) + ((pattern >> np.int32(16)) & np.int32(1))) & np.int32(-65536)
+        total, lost = np.float32(0), np.float32(0)
+        for column in range(width):
+            value = rows[row, column]
+            off = value - values[column]
+            total += value * value
+            lost += off * off
+            rounded[row, column] = kept[column] >> np.int32(16)
+        norms[0, row], norms[1, row] = np.sqrt(total), np.sqrt(lost)
+
+
 @compiled_loop("nnan", "nsz")
 def collect_above(screened: Any, cuts: Any, start: int, stop: int, columns: Any, counts: Any) -> int:
     """List, row by row, the columns of ``screened`` (rows, n) above the row's cut; ascending in a row.

@@ -13,7 +13,8 @@ not zero. So nothing is missed, whatever the scale of the activations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import assert_never
+from functools import partial
+from typing import NamedTuple, assert_never
 
 import numpy as np
 import torch
@@ -39,6 +40,17 @@ _GROUPS = 6
 """This times k groups are formed to find a row's cut: fewer would put more of the largest into one group."""
 
 
+class Rounded(NamedTuple):
+    """Vectors in the type that screening computes in, and what rounding took from them."""
+
+    values: Tensor
+    """(n, width)."""
+    norms: Tensor
+    """(n,) of the vectors before rounding."""
+    lost: Tensor
+    """(n,) of the vectors less their rounded values."""
+
+
 class Selector:
     """Finds the pairs of a selection. Remembers nothing that changes a result."""
 
@@ -46,7 +58,7 @@ class Selector:
         self._dtype = dtype
         self._screened = torch.empty(0, dtype=dtype)
         self._columns = np.empty(1 << 16, np.int64)
-        self._weights: Tensor | None = None
+        self._weights = torch.empty(0, 0, dtype=dtype)
         self._guess = -1.0
 
     @torch.no_grad()
@@ -54,32 +66,36 @@ class Selector:
         self, inputs: Tensor, W_enc: Tensor, bias: Tensor, selection: Selection, whole: WholeBatch = ALONE
     ) -> tuple[Pairs, Tensor]:
         """Return the selected pairs of ``inputs`` (rows, d_in) and their exact pre-activations (n_pairs,)."""
-        margin = self._margin(inputs, self._take_weights(W_enc), W_enc)
+        if self._weights.shape != W_enc.shape:
+            self._weights = torch.empty_like(W_enc, dtype=self._dtype)
+        weights = round_rows(W_enc, self._weights)
+        rows = round_rows(inputs, torch.empty_like(inputs, dtype=self._dtype))
         match selection:
             case Above(floor):
                 raised = bias if floor is None else bias - floor
-                pairs = self._above(inputs, W_enc, raised + margin, 0.0)
+                pairs = self._above(rows, raised + self._margin(rows, weights), 0.0)
                 pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
                 edge = 0.0 if floor is None else floor[torch.from_numpy(pairs.features)]
                 return _kept(pairs, pre, (pre > edge).numpy())
             case LargestPerRow(k):
-                slack = 2 * float(margin.max())
-                pairs = self._candidates(inputs, W_enc, bias + margin, lambda chunk: self._row_cuts(chunk, k, slack))
+                of_row = self._row_margin(rows, weights)
+                pairs = self._candidates(rows, bias + of_row.max(), partial(self._row_cuts, k, of_row.numpy()))
                 pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
                 return _kept(pairs, pre, _largest(pre, pairs.offsets, k))
             case LargestOfBatch(k):
-                return self._largest_of_batch(inputs, W_enc, bias, margin, k, whole)
+                return self._largest_of_batch(inputs, W_enc, bias, (rows, weights), k, whole)
             case _:
                 assert_never(selection)
 
     def _largest_of_batch(
-        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, margin: Tensor, k: int, whole: WholeBatch
+        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, rounded: tuple[Rounded, Rounded], k: int, whole: WholeBatch
     ) -> tuple[Pairs, Tensor]:
         """Return the k · rows largest, chosen among candidates above a guess if that many lie above it for sure."""
         n_wanted = k * whole.n_rows(len(inputs))
-        guess = self._guess if self._guess >= 0 else self._first_guess(inputs, bias, margin, k)
+        rows, margin = rounded[0], self._margin(*rounded)
+        guess = self._guess if self._guess >= 0 else self._first_guess(rounded, bias, k)
         while True:
-            pairs = self._above(inputs, W_enc, bias + margin, guess)
+            pairs = self._above(rows, bias + margin, guess)
             pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
             cut = whole.cut(pre, guess * (1 + 2 * _ROUNDING[self._dtype]), n_wanted)
             if cut.is_complete:
@@ -88,16 +104,24 @@ class Selector:
         self._guess = _GUESS * cut.threshold
         return _kept(pairs, pre, _largest(pre, np.array([0, len(pre)], np.int64), cut.n_own))
 
-    def _first_guess(self, inputs: Tensor, bias: Tensor, margin: Tensor, k: int) -> float:
+    def _first_guess(self, rounded: tuple[Rounded, Rounded], bias: Tensor, k: int) -> float:
         """Return a value that most rows' k-th largest pre-activations exceed."""
-        chunk = self._screen(inputs[: self._chunk_rows(len(bias))], bias + margin)
-        return max(0.0, float(np.median(self._row_cuts(chunk, k, 2 * float(margin.max())))) / 2)
+        of_row = self._row_margin(*rounded)
+        chunk = self._screen(rounded[0].values[: self._chunk_rows(len(bias))], bias + of_row.max())
+        cuts = self._row_cuts(k, of_row.numpy(), chunk, 0) - float(of_row.max())
+        return max(0.0, float(np.median(cuts)) / 2)
 
-    def _row_cuts(self, chunk: Tensor, k: int, slack: float) -> np.ndarray:
-        """Return, for each screened row, a value that none of its k largest exact pre-activations lies below."""
+    def _row_cuts(self, k: int, margin: np.ndarray, chunk: Tensor, start: int) -> np.ndarray:
+        """Return, for each screened row from ``start`` on, what the screened numbers of its k largest cannot lie below.
+
+        Every number was raised by the largest row's margin, so that the cut of no row is negative.
+        """
         n_rows, n_columns = chunk.shape
+        own, raised = margin[start : start + n_rows].astype(np.float64), float(margin.max())
+        share = 1 - 2 * _ROUNDING[self._dtype]
+        positive = (raised - own) * share
         if k * _GROUPS > n_columns:
-            return np.zeros(n_rows)
+            return positive
         n_slabs = n_columns // (_GROUPS * k)
         ordered = _ordered(chunk)
         kth = np.empty(n_rows, ordered.dtype)
@@ -107,53 +131,48 @@ class Selector:
             if kth.dtype == np.int16
             else torch.from_numpy(kth)
         )
-        lowered: np.ndarray = values.double().numpy() * (1 - 2 * _ROUNDING[self._dtype]) - slack
-        return np.asarray(np.maximum(lowered, 0.0))
+        lowered: np.ndarray = values.double().numpy() * share - 2 * own
+        return np.asarray(np.maximum(lowered, positive))
 
-    def _above(self, inputs: Tensor, W_enc: Tensor, bias: Tensor, cut: float) -> Pairs:
-        return self._candidates(inputs, W_enc, bias, lambda chunk: np.full(len(chunk), cut))
+    def _above(self, rows: Rounded, bias: Tensor, cut: float) -> Pairs:
+        return self._candidates(rows, bias, lambda chunk, start: np.full(len(chunk), cut))  # noqa: ARG005
 
-    def _candidates(
-        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, cuts_of: Callable[[Tensor], np.ndarray]
-    ) -> Pairs:
-        """Return the pairs above their row's cut in screened numbers; ``cuts_of`` finds a chunk's cuts."""
-        d_sae = len(W_enc)
+    def _candidates(self, rows: Rounded, bias: Tensor, cuts_of: Callable[[Tensor, int], np.ndarray]) -> Pairs:
+        """Return the pairs above their row's cut in screened numbers; ``cuts_of`` finds those of a chunk of rows."""
         columns, counts = [], []
-        n_chunk = self._chunk_rows(d_sae)
-        for start in range(0, len(inputs), n_chunk):
-            chunk = self._screen(inputs[start : start + n_chunk], bias)
-            found, n_found = self._collect(chunk, cuts_of(chunk))
+        n_rows, n_chunk = len(rows.values), self._chunk_rows(len(bias))
+        for start in range(0, n_rows, n_chunk):
+            chunk = self._screen(rows.values[start : start + n_chunk], bias)
+            found, n_found = self._collect(chunk, cuts_of(chunk, start))
             columns.append(found)
             counts.append(n_found)
         per_row = np.concatenate(counts)
         offsets = np.concatenate([[0], np.cumsum(per_row)])
-        rows = np.repeat(np.arange(len(inputs)), per_row)
-        return Pairs(rows, np.concatenate(columns), offsets, d_sae)
+        return Pairs(np.repeat(np.arange(n_rows), per_row), np.concatenate(columns), offsets, len(bias))
 
     def _chunk_rows(self, d_sae: int) -> int:
         n_rows = CHUNK_BYTES // (d_sae * self._screened.element_size())
         return max(_ROW_STEP, n_rows // _ROW_STEP * _ROW_STEP)
 
-    def _take_weights(self, W_enc: Tensor) -> Tensor:
-        if self._weights is None or self._weights.shape != W_enc.shape:
-            self._weights = torch.empty_like(W_enc, dtype=self._dtype)
-        return self._weights.copy_(W_enc)
-
-    def _margin(self, inputs: Tensor, rounded: Tensor, W_enc: Tensor) -> Tensor:
+    def _margin(self, rows: Rounded, weights: Rounded) -> Tensor:
         """Return, for each feature, more than screening can be off for any of the rows; see the module docstring."""
-        norms, lost = _norms(W_enc, rounded)
-        of_inputs, lost_of_inputs = (found.max() for found in _norms(inputs, inputs.to(self._dtype)))
-        return (norms + lost) * (lost_of_inputs + of_inputs * _SUMMING[self._dtype]) + of_inputs * lost
+        return self._bound(rows.norms.max(), rows.lost.max(), weights.norms, weights.lost)
 
-    def _screen(self, inputs: Tensor, bias: Tensor) -> Tensor:
+    def _row_margin(self, rows: Rounded, weights: Rounded) -> Tensor:
+        """Return, for each row, more than screening can be off for any feature."""
+        return self._bound(rows.norms, rows.lost, weights.norms.max(), weights.lost.max())
+
+    def _bound(self, norm: Tensor, lost: Tensor, weight_norm: Tensor, weight_lost: Tensor) -> Tensor:
+        return (weight_norm + weight_lost) * (lost + norm * _SUMMING[self._dtype]) + norm * weight_lost
+
+    def _screen(self, rows: Tensor, bias: Tensor) -> Tensor:
         """Return screened pre-activations (rows, d_sae), in memory that the next call uses again."""
-        assert self._weights is not None
-        n_rows, d_sae = len(inputs), len(bias)
+        n_rows, d_sae = len(rows), len(bias)
         if self._screened.numel() < n_rows * d_sae:
             self._screened = torch.empty(max(n_rows, self._chunk_rows(d_sae)) * d_sae, dtype=self._dtype)
         out = self._screened[: n_rows * d_sae].view(n_rows, d_sae)
         raised = (bias + bias.abs() * _ROUNDING[self._dtype]).to(self._dtype)
-        return torch.addmm(raised, inputs.to(self._dtype), self._weights.T, out=out)
+        return torch.addmm(raised, rows, self._weights.T, out=out)
 
     def _collect(self, chunk: Tensor, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ordered, counts = _ordered(chunk), np.empty(len(chunk), np.int64)
@@ -165,12 +184,18 @@ class Selector:
             self._columns = np.empty(2 * len(self._columns), np.int64)
 
 
-def _norms(rows: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the norm of each row, and of what it lost by rounding."""
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    if rows.dtype == rounded.dtype:
-        return norms, torch.zeros_like(norms)
-    return norms, torch.linalg.vector_norm(rows - rounded, dim=1)
+def round_rows(rows: Tensor, out: Tensor) -> Rounded:
+    """Round ``rows`` into ``out``; float32 to bfloat16 in one pass: 6 ms for 24,576 of width 768, 45 as tensors."""
+    if rows.dtype == torch.float32 and out.dtype == torch.bfloat16:
+        numbers, norms = rows.detach().contiguous().numpy(), np.empty((2, len(rows)), np.float32)
+        bits, rounded = numbers.view(np.int32), out.view(torch.int16).numpy()
+        over_ranges(len(rows), lambda start, stop: loops.round_rows(numbers, bits, start, stop, rounded, norms))
+        return Rounded(out, *torch.from_numpy(norms))
+    norms_of_rows = torch.linalg.vector_norm(rows, dim=1)
+    out.copy_(rows)
+    if rows.dtype == out.dtype:
+        return Rounded(out, norms_of_rows, torch.zeros_like(norms_of_rows))
+    return Rounded(out, norms_of_rows, torch.linalg.vector_norm(rows - out, dim=1))
 
 
 def _ordered(values: Tensor) -> np.ndarray:
