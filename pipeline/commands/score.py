@@ -1,0 +1,85 @@
+"""``pipeline score``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline import score, score_pictures
+from pipeline.commands import options
+from pipeline.score_text import show
+
+
+@click.command("score")
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
+@click.option("--transcoder", required=True, type=options.ARTIFACT, help="Transcoder whose features are asked.")
+@click.option("--feature", "features", type=int, multiple=True, help="Index of a feature; may be repeated.")
+@click.option(
+    "--file",
+    "files",
+    type=click.Path(dir_okay=False, path_type=Path),
+    multiple=True,
+    help="File with a text, or .jsonl with one per line; may be repeated.",
+)
+@click.option("--raw", is_flag=True, help="Pre-activations instead of activations.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Features told where none is asked for."
+)
+@click.option("--context-length", type=int, help="Tokens per context, BOS included. [default: the model's longest]")
+@click.option("--tables", type=options.ARTIFACT, help="Its tables, to tell what is known of features.")
+@click.option(
+    "--out",
+    "--output",
+    "output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Picture or data to write: .html, .png or .json.",
+)
+@click.option("--model", help="Where the model lies, if not under the name the transcoder records.")
+@options.device
+@options.threads
+@options.quiet
+def command(
+    texts: tuple[str, ...],
+    transcoder: Path,
+    features: tuple[int, ...],
+    files: tuple[Path, ...],
+    raw: bool,
+    top: int,
+    context_length: int | None,
+    tables: Path | None,
+    output: Path | None,
+    model: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Show what features make of TEXT, token by token; '-' reads standard input.
+
+    \b
+    pipeline score "This was his first goal" --transcoder transcoders/gpt2-l8 --feature 89
+    pipeline score --file prompts.jsonl --transcoder transcoders/gpt2-l8 \\
+        --tables tables/gpt2-l8 --output scores.html
+
+    Without --feature, shows the strongest features of each token and of all. Every context begins with BOS, as in a
+    cache; BOS itself is not scored.
+    """
+    if output is not None:
+        score_pictures.check_output(output)
+    scores = score.run(
+        score.read_texts(texts, files),
+        transcoder=transcoder,
+        features=features,
+        raw=raw,
+        top=top,
+        context_length=context_length,
+        tables=tables,
+        model=model,
+        device=device,
+        threads=threads,
+    )
+    if not quiet:
+        click.echo(show(scores), nl=False)
+    if output is not None:
+        score_pictures.write_scores(output, scores)
+        click.echo(f"{output}: written")
