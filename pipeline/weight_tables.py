@@ -52,7 +52,7 @@ def check_downstream(transcoder: Path, made_of: Manifest, downstream: Sequence[P
     Raises ArtifactMismatch if some belong to another model than ``transcoder``, with every difference, and
     SettingsError if two replace one site; that they read later is checked when the model is known.
     """
-    found = {path: read_transcoder_manifest(path) for path in downstream}
+    found: dict[Path, Manifest] = {path: read_transcoder_manifest(path) for path in downstream}
     mismatches = [
         f"--downstream {path}: {line}"
         for path, other in found.items()

@@ -137,7 +137,7 @@ def test_rows_are_sorted_by_feature_then_kind_and_name_only_what_they_have(rows)
     places = [(row["feature"], connections.KINDS.index(row["kind"])) for row in rows]
     assert places == sorted(places)
     assert {row["feature"] for row in rows} == set(range(D_SAE))
-    named = {kind: set() for kind in connections.KINDS}
+    named: dict[str, set[str]] = {kind: set() for kind in connections.KINDS}
     for row in rows:
         named[row["kind"]] |= {name for name, value in row.items() if value is not None}
     always = {"feature", "kind", "rank", "weight"}

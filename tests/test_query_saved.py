@@ -13,6 +13,7 @@ from analysis.tables import EVERY_TABLE
 from analysis.token_deltas import SCHEMA as TOKENS
 from pipeline import cli, queries, query
 from pipeline.queries.page import queries_page
+from pipeline.query_views import find_views
 from storage.artifact import Draft
 from storage.errors import SettingsError
 from storage.tables import column, write_table
@@ -255,7 +256,7 @@ def test_a_wrong_name_value_or_table_is_told_with_the_right_ones(tables: Path) -
     assert "--set k=3: examples has feature, n" in str(caught.value)
     assert "--set n: " in str(caught.value)
     with pytest.raises(SettingsError, match="tokens is made by pipeline evaluate"):
-        queries.saved_query("break-ce").check_tables([view.name for view in query.find_views(tables)])
+        queries.saved_query("break-ce").check_tables([view.name for view in find_views(tables)])
 
 
 def test_a_parameter_is_a_value_and_never_sql(tables: Path) -> None:

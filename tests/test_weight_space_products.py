@@ -33,9 +33,9 @@ def test_ends_are_those_of_the_sorted_row_and_do_not_overlap() -> None:
     for n, n_bottom in ((3, 3), (8, 5), (20, 0)):
         ends = extremes.ends_of_products(rows, columns, n)
         order = products.argsort(dim=1, descending=True)
-        assert ends.top.index.tolist() == order[:, :n].tolist()
-        assert ends.bottom.index.tolist() == order.flip(1)[:, :n_bottom].tolist()
-        np.testing.assert_allclose(ends.top.value, products.sort(dim=1, descending=True).values[:, :n], rtol=1e-5)
+        assert ends.top.indices.tolist() == order[:, :n].tolist()
+        assert ends.bottom.indices.tolist() == order.flip(1)[:, :n_bottom].tolist()
+        np.testing.assert_allclose(ends.top.values, products.sort(dim=1, descending=True).values[:, :n], rtol=1e-5)
 
 
 def test_effects_on_tokens_are_decoder_rows_through_every_gain_on_the_way() -> None:
@@ -48,10 +48,10 @@ def test_effects_on_tokens_are_decoder_rows_through_every_gain_on_the_way() -> N
     stream = normalised(weights.layers[2].norm_mlp_out, decoder.double())
     expected = (normalised(weights.final_norm, stream) @ weights.W_U.double()).numpy()
     order = np.argsort(-expected, axis=1)
-    assert found.promoted.index.tolist() == order[:, :10].tolist()
-    assert found.suppressed.index.tolist() == order[:, ::-1][:, :10].tolist()
-    np.testing.assert_allclose(found.promoted.value, -np.sort(-expected, axis=1)[:, :10], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.suppressed.value, np.sort(expected, axis=1)[:, :10], rtol=1e-4, atol=1e-5)
+    assert found.promoted.indices.tolist() == order[:, :10].tolist()
+    assert found.suppressed.indices.tolist() == order[:, ::-1][:, :10].tolist()
+    np.testing.assert_allclose(found.promoted.values, -np.sort(-expected, axis=1)[:, :10], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.suppressed.values, np.sort(expected, axis=1)[:, :10], rtol=1e-4, atol=1e-5)
     assert seen == [3, 3, 2]
 
 
@@ -79,7 +79,7 @@ def test_a_decoder_row_of_zeros_touches_no_token() -> None:
     found = token_effects(torch.zeros(1, D_MODEL), writes, weights)
     assert found.histogram.sum() == D_VOCAB
     assert not found.histogram_edges.any()
-    assert not found.promoted.value.any()
+    assert not found.promoted.values.any()
 
 
 def test_weights_that_are_not_finite_are_refused_rather_than_counted() -> None:
@@ -106,11 +106,11 @@ def test_nearest_decoders_are_those_of_largest_cosine_without_the_feature_itself
     unit = decoder.double() / decoder.double().norm(dim=1, keepdim=True).clamp_min(1e-12)
     cosines = (unit @ unit.T).numpy()
     np.fill_diagonal(cosines, -np.inf)
-    np.testing.assert_allclose(found.value, -np.sort(-cosines, axis=1)[:, :4], atol=1e-6)
-    assert found.index[4, 0] == 9
-    assert found.value[4, 0] == pytest.approx(1)
-    assert all(feature not in row for feature, row in enumerate(found.index))
-    assert nearest_decoders(decoder[:3], 10).index.shape == (3, 2)
+    np.testing.assert_allclose(found.values, -np.sort(-cosines, axis=1)[:, :4], atol=1e-6)
+    assert found.indices[4, 0] == 9
+    assert found.values[4, 0] == pytest.approx(1)
+    assert all(feature not in row for feature, row in enumerate(found.indices))
+    assert nearest_decoders(decoder[:3], 10).indices.shape == (3, 2)
 
 
 def test_a_pullback_is_what_the_direction_reads_of_each_decoder_row() -> None:
@@ -161,4 +161,4 @@ def test_a_norm_without_a_gain_lets_directions_pass() -> None:
     writes = write_point("blocks.0.hook_mlp_out", bare)
     assert writes is not None
     found = token_effects(weights.W_U.T[:1].contiguous(), writes, bare)
-    assert found.promoted.value[0, 0] == pytest.approx(float((weights.W_U.T[0] @ weights.W_U).max()), rel=1e-5)
+    assert found.promoted.values[0, 0] == pytest.approx(float((weights.W_U.T[0] @ weights.W_U).max()), rel=1e-5)

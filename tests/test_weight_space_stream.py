@@ -121,7 +121,7 @@ def test_norms_of_heads_are_those_of_their_whole_matrices(kind) -> None:
     close(reader.norms(ROWS), expected.double())
     strongest = reader.strongest(ROWS, 5)
     order = expected.argsort(dim=1, descending=True)[:, :5]
-    assert strongest.index.tolist() == order.tolist()
+    assert strongest.indices.tolist() == order.tolist()
     for place in (0, 4):
-        sources = reader.sources(ROWS, strongest.index[:, place])
-        close(sources.norm(dim=1), torch.from_numpy(strongest.value[:, place]).double())
+        sources = reader.sources(ROWS, strongest.indices[:, place])
+        close(sources.norm(dim=1), torch.from_numpy(strongest.values[:, place]).double())

@@ -145,22 +145,17 @@ class _Rows:
         shape = weight.shape
         features = np.arange(self.features.start, self.features.stop)[:, None]
         site = others.pop("site", None)
-        columns = {
-            "feature": features,
-            "rank": rank,
-            "weight": weight,
-            "kind": KINDS.index(kind),
-            "site": len(self._sites),
-        }
-        columns |= {name: -1 for name in ("layer", "head", "other", "token_id")} | others
+        columns: dict[str, Any] = {"feature": features, "rank": rank, "weight": weight}
+        columns |= {"kind": KINDS.index(kind), "site": len(self._sites)}
+        columns |= dict.fromkeys(_MAY_BE_NULL, -1) | others
         self._parts.append({name: np.broadcast_to(values, shape).reshape(-1) for name, values in columns.items()})
         self._sites.append(site)
 
     def add_ends(self, kind: str, ends: BothEnds, name: str, **others: Any) -> None:
         """Add both ends, whose indices are column ``name``."""
-        n_bottom = ends.bottom.index.shape[1]
-        self.add(kind, ends.top.value, np.arange(ends.top.index.shape[1]), **{name: ends.top.index}, **others)
-        self.add(kind, ends.bottom.value, -1 - np.arange(n_bottom), **{name: ends.bottom.index}, **others)
+        n_bottom = ends.bottom.indices.shape[1]
+        self.add(kind, ends.top.values, np.arange(ends.top.indices.shape[1]), **{name: ends.top.indices}, **others)
+        self.add(kind, ends.bottom.values, -1 - np.arange(n_bottom), **{name: ends.bottom.indices}, **others)
 
     def batch(self, texts: pa.Array) -> pa.RecordBatch:
         """Return the rows sorted by feature, then kind, in the order they were added."""
@@ -203,13 +198,13 @@ class _FindEmbedded:
         if not self._heads.n_heads:
             return
         strongest = self._heads.strongest(directions, N_HEADS)
-        layer, head = (self._names[strongest.index, place] for place in (0, 1))
-        rows.add("head", strongest.value, np.arange(strongest.index.shape[1]), layer=layer, head=head)
-        for place in range(min(N_HEADS_WITH_TOKENS, strongest.index.shape[1])):
-            sources = self._heads.sources(directions, strongest.index[:, place])
+        layer, head = (self._names[strongest.indices, place] for place in (0, 1))
+        rows.add("head", strongest.values, np.arange(strongest.indices.shape[1]), layer=layer, head=head)
+        for place in range(min(N_HEADS_WITH_TOKENS, strongest.indices.shape[1])):
+            sources = self._heads.sources(directions, strongest.indices[:, place])
             tokens = self._largest_tokens(sources)
             own = {"layer": layer[:, place, None], "head": head[:, place, None]}
-            rows.add("head_token", tokens.value, np.arange(tokens.index.shape[1]), token_id=tokens.index, **own)
+            rows.add("head_token", tokens.values, np.arange(tokens.indices.shape[1]), token_id=tokens.indices, **own)
 
     def _largest_tokens(self, directions: Tensor) -> Ends:
         cut = blocks(len(directions), self._columns.shape[1])

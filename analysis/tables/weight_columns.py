@@ -75,17 +75,17 @@ class WeightColumns:
         """Return one Arrow array per column."""
         chosen = slice(features.start, features.stop)
         columns = {
-            "nearest_features": _lists(self._nearest.index[chosen]),
-            "nearest_cosines": _lists(self._nearest.value[chosen]),
+            "nearest_features": _lists(self._nearest.indices[chosen]),
+            "nearest_cosines": _lists(self._nearest.values[chosen]),
         }
         if self._effects is None:
             return columns | {field.name: pa.nulls(len(features), field.type) for field in COLUMNS if field.nullable}
         ends: dict[str, Ends] = {"promoted": self._effects.promoted, "suppressed": self._effects.suppressed}
         for name, end in ends.items():
-            ids = _lists(end.index[chosen])
+            ids = _lists(end.indices[chosen])
             columns[f"{name}_token_ids"] = ids
             columns[f"{name}_tokens"] = pa.ListArray.from_arrays(ids.offsets, self._vocabulary.take(ids.values))
-            columns[f"{name}_logits"] = _lists(end.value[chosen])
+            columns[f"{name}_logits"] = _lists(end.values[chosen])
         columns["logit_histogram"] = _lists(self._effects.histogram[chosen])
         columns["logit_histogram_edges"] = _lists(self._effects.histogram_edges[chosen])
         return columns

@@ -20,15 +20,15 @@ NUMBERS_AT_ONCE = 1 << 24
 class Ends(NamedTuple):
     """The largest, or the smallest, entries of each row, the most extreme first."""
 
-    index: NDArray[np.int32]
+    indices: NDArray[np.int32]
     """(rows, n) which column."""
-    value: NDArray[np.float32]
+    values: NDArray[np.float32]
     """(rows, n)."""
 
     @classmethod
     def joined(cls, parts: list[Self]) -> Self:
         """Return the rows of several parts, one after the other."""
-        return cls(np.concatenate([part.index for part in parts]), np.concatenate([part.value for part in parts]))
+        return cls(np.concatenate([part.indices for part in parts]), np.concatenate([part.values for part in parts]))
 
 
 def largest(scores: Tensor, n: int) -> Ends:
@@ -42,8 +42,8 @@ def smallest(scores: Tensor, n: int) -> Ends:
 
 
 def _ends(scores: Tensor, n: int, *, largest: bool) -> Ends:
-    value, index = scores.topk(min(n, scores.shape[-1]), dim=-1, largest=largest, sorted=True)
-    return Ends(index.to("cpu", torch.int32).numpy(), value.to("cpu", torch.float32).numpy())
+    values, indices = scores.topk(min(n, scores.shape[-1]), dim=-1, largest=largest, sorted=True)
+    return Ends(indices.to("cpu", torch.int32).numpy(), values.to("cpu", torch.float32).numpy())
 
 
 class BothEnds(NamedTuple):

@@ -78,19 +78,23 @@ class HeadReader:
 def through_head(layer: LayerWeights, head: int, vectors: Tensor) -> Tensor:
     """Return (n, d_model) OV[l, h] v for directions v (n, d_model): what the stream at the source must hold."""
     attention = layer.attention
-    mixed = carry_back(layer.norm_attention_out, vectors) @ attention.W_O[head].to(vectors.dtype).T
-    return carry_back(layer.norm_attention, mixed @ attention.W_V[attention.kv_head(head)].to(vectors.dtype).T)
+    W_O = attention.W_O[head].to(vectors.dtype)
+    W_V = attention.W_V[attention.kv_head(head)].to(vectors.dtype)
+    mixed = carry_back(layer.norm_attention_out, vectors) @ W_O.T
+    return carry_back(layer.norm_attention, mixed @ W_V.T)
 
 
 def _value_factors(layer: LayerWeights) -> Tensor:
     values = layer.attention.W_V.double()
     carried = carry_back(layer.norm_attention, values.transpose(1, 2)).transpose(1, 2)
-    return torch.linalg.qr(carried, mode="r").R.float()
+    factors: Tensor = torch.linalg.qr(carried, mode="r").R
+    return factors.float()
 
 
 def _norms(layer: LayerWeights, factors: Tensor, vectors: Tensor) -> Tensor:
     attention: AttentionWeights = layer.attention
     mixed = attention.pull_back_output(carry_back(layer.norm_attention_out, vectors))
-    per_value_head = mixed.unflatten(1, (attention.n_kv_heads, -1))
+    per_value_head = mixed.reshape(len(mixed), attention.n_kv_heads, -1, mixed.shape[-1])
     carried = torch.einsum("gre,ngqe->ngqr", factors.to(vectors.dtype), per_value_head)
-    return torch.linalg.vector_norm(carried, dim=-1).flatten(1)
+    norms: Tensor = torch.linalg.vector_norm(carried, dim=-1)
+    return norms.flatten(1)
