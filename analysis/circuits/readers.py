@@ -1,0 +1,97 @@
+"""What reads the stream: the probe of a feature, of a head at a source token, of a skip path, of a logit.
+
+A reader's probe is the direction it reads, pulled back through its norm to the stream, with everything constant on the
+way (the norm's bias, the reader's own) kept as the probe's constant. Applied here once and only here: a probe that
+came out of this module is never normalised again.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from analysis.circuits.operators import pull_norm, read_heads
+from analysis.circuits.run import ActiveFeatures, LinearisedRun, Part, Probe
+from analysis.model_weights import Norm
+
+
+def feature_probe(run: LinearisedRun, layer: int, token: int, feature: int, gain: float = 1.0) -> Probe:
+    """Return ``gain`` times a feature's activation where it fires, its pre-activation where it does not.
+
+    Of an active feature a = slope · (W_enc[i] · x + b_enc[i]) + offset with x the MLP's input: the slope is 1 and the
+    offset 0 for all architectures but gated ones, where they are exp(r) and b_mag (Rajamanoharan et al. 2024, eq. 7).
+    """
+    features = _features(run, layer)
+    place = features.place(token, feature)
+    slope = 1.0 if place is None else float(features.slope[place])
+    offset = 0.0 if place is None else float(features.offset[place])
+    coder = features.transcoder
+    direction = coder.W_enc[feature] * slope
+    bias = float(coder.encoder_bias()[feature]) * slope + offset
+    return _through_mlp_norm(run, layer, token, direction * gain, bias * gain)
+
+
+def skip_probe(run: LinearisedRun, layer: int, token: int, direction: Tensor) -> Probe:
+    """Return what a layer's skip path writes along ``direction`` (d_out,) of the MLP's output."""
+    W_skip = _features(run, layer).transcoder.W_skip
+    assert W_skip is not None, "only a skip transcoder has such a node"
+    return _through_mlp_norm(run, layer, token, direction @ W_skip, 0.0)
+
+
+def decoder_probe(run: LinearisedRun, layer: int, token: int, feature: int) -> Probe:
+    """Return what the MLP's own output has along a feature's decoder direction; no norm is involved."""
+    return Probe(layer, Part.OUT, token, _features(run, layer).transcoder.W_dec[feature])
+
+
+def head_probe(run: LinearisedRun, layer: int, head: int, target: int, source: int, direction: Tensor) -> Probe:
+    """Return what a head brings from ``source`` to ``target`` along ``direction`` (d_model,) of the stream there.
+
+    The vector is A · J^T W_V (W_O v), with J of the norm before attention, the constant what that norm's bias and b_V
+    give: together they are the head's contribution.
+    """
+    record = run.layers[layer]
+    attention = record.weights.attention
+    v = pull_norm(record.weights.norm_attention_out, direction, record.scale_attention_out[target])
+    kv = attention.kv_head(head)
+    z = read_heads(attention, v)[head] * record.pattern[head, target, source]
+    n = attention.W_V[kv] @ z
+    constant = 0.0 if attention.b_V is None else float(attention.b_V[kv] @ z)
+    norm = record.weights.norm_attention
+    return Probe(
+        layer,
+        Part.PRE,
+        source,
+        pull_norm(norm, n, record.scale_attention[source]),
+        constant + _of_bias(norm, n),
+    )
+
+
+def final_probe(run: LinearisedRun, token: int, direction: Tensor, constant: float = 0.0) -> Probe:
+    """Return ``direction`` (d_model,) of the final norm's output, read off the stream before it."""
+    norm = run.weights.final_norm
+    vector = pull_norm(norm, direction, run.scale_final[token])
+    return Probe(run.n_layers, Part.PRE, token, vector, constant + _of_bias(norm, direction))
+
+
+def written_direction(run: LinearisedRun, layer: int, token: int, probe: Probe) -> Tensor:
+    """Return the direction in the MLP's output of ``layer`` at ``token`` that ``probe`` reads there."""
+    if probe.part is Part.OUT:
+        return probe.vector
+    record = run.layers[layer]
+    return pull_norm(record.weights.norm_mlp_out, probe.vector, record.scale_mlp_out[token])
+
+
+def _through_mlp_norm(run: LinearisedRun, layer: int, token: int, direction: Tensor, constant: float) -> Probe:
+    record = run.layers[layer]
+    norm = record.weights.norm_mlp
+    vector = pull_norm(norm, direction, record.scale_mlp[token])
+    return Probe(layer, Part.MID, token, vector, constant + _of_bias(norm, direction))
+
+
+def _of_bias(norm: Norm, direction: Tensor) -> float:
+    return 0.0 if norm.bias is None else float(norm.bias @ direction)
+
+
+def _features(run: LinearisedRun, layer: int) -> ActiveFeatures:
+    features = run.layers[layer].features
+    assert features is not None, "roots and search check that the layer has a transcoder"
+    return features

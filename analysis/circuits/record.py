@@ -1,0 +1,259 @@
+"""Run a model on one prompt, once, and keep what makes the pass linear.
+
+Attention patterns, the outputs of MLPs and the stream are the model's own, as they passed its hooks; norm scales and
+values follow from them. Each part is then put together from its pieces and compared with what the model computed, so a
+family that does something else with them is refused here rather than explained wrongly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.circuits.operators import apply_norm, mix, norm_scale, write_heads
+from analysis.circuits.run import ActiveFeatures, LayerRecord, LinearisedRun
+from analysis.hook_points import name_problem, observed
+from analysis.model_weights import AttentionWeights, ModelWeights, Norm
+from storage.cache_format import Site
+from storage.errors import ModelError
+from storage.hook_names import HookName
+from training.transcoder import Transcoder
+
+_TOLERANCES = {torch.bfloat16: 1e-1, torch.float16: 3e-2}
+"""Of a token's norm, for a part put together from its pieces; room for the rounding of a whole sublayer."""
+_TOLERANCE = 1e-3
+"""For float32, and for float64, in which some families still compute their norms in float32."""
+
+
+def record_run(
+    bridge: Any,
+    weights: ModelWeights,
+    transcoders: Mapping[Site, Transcoder],
+    tokens: Tensor,
+    *,
+    transcoded: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> LinearisedRun:
+    """Run ``bridge`` on ``tokens`` (T,) and return the pass with every transcoder's active features.
+
+    ``transcoded`` (T,) bool says where transcoders stand in: everywhere but at position 0 by default, the BOS, which
+    they never saw. ``dtype`` is what is computed in, by default the model's, but float32 for narrower ones. Raises
+    ModelError, listing every problem, for transcoders that do not stand in for whole MLPs of this model and for models
+    whose parts do not add up as assumed.
+    """
+    tokens = tokens.reshape(-1)
+    parameter = next(bridge.original_model.parameters())
+    own, device = parameter.dtype, parameter.device
+    wanted = dtype or (own if own in (torch.float32, torch.float64) else torch.float32)
+    by_layer = {
+        layer: (site, _as_needed(transcoder, device, wanted))
+        for layer, (site, transcoder) in _by_layer(transcoders, bridge.hook_dict).items()
+    }
+    with torch.inference_mode():
+        seen = _observe(bridge, weights, tokens.to(device), [site for site, _ in by_layer.values()])
+        seen = {name: value.to(wanted) for name, value in seen.items()}
+        weights = replace(
+            weights, layers=tuple(_cast(layer, wanted) for layer in weights.layers),
+            final_norm=_cast(weights.final_norm, wanted),
+        )  # fmt: skip
+        if transcoded is None:
+            transcoded = torch.arange(tokens.numel()) > 0
+        problems: list[str] = []
+        layers = tuple(
+            _layer(number, weights, seen, by_layer.get(number), transcoded, problems, _TOLERANCES.get(own, _TOLERANCE))
+            for number in range(weights.n_layers)
+        )
+        if problems:
+            raise ModelError(
+                "this model's pass does not split into the parts that circuits are made of:\n"
+                + "\n".join(f"  {line}" for line in problems)
+            )
+        stream = seen[f"blocks.{weights.n_layers - 1}.hook_out"]
+        position = None if weights.W_pos is None else weights.W_pos[: tokens.numel()].to(wanted)
+        return LinearisedRun(
+            tokens=tokens.cpu(),
+            weights=weights,
+            layers=layers,
+            embedding=seen["blocks.0.hook_in"] if position is None else seen["blocks.0.hook_in"] - position,
+            position=position,
+            stream=stream,
+            scale_final=norm_scale(weights.final_norm, stream),
+            normalised=seen["ln_final.hook_out"],
+            transcoded=transcoded.cpu(),
+        )
+
+
+def _as_needed(transcoder: Transcoder, device: torch.device, dtype: torch.dtype) -> Transcoder:
+    """Return the transcoder there and in that dtype; a copy if it is not, and never made of inference tensors."""
+    weight = transcoder.W_enc
+    same = weight.device == device and weight.dtype == dtype
+    return transcoder if same else copy.deepcopy(transcoder).to(device, dtype)
+
+
+def mlp_layer(site: Site) -> int | None:
+    """Return the layer that both hooks of a site name; None if they name none or two."""
+    layers = {_layer_in(name) for name in (site.hook_in, site.hook_out)}
+    return layers.pop() if len(layers) == 1 else None
+
+
+def _layer_in(hook: str) -> int | None:
+    first, _, rest = HookName.parse(hook).point.partition(".")
+    number = rest.partition(".")[0]
+    return int(number) if first == "blocks" and number.isdigit() else None
+
+
+def _by_layer(transcoders: Mapping[Site, Transcoder], points: Mapping[str, Any]) -> dict[int, tuple[Site, Transcoder]]:
+    """Return transcoders by their layer; a transcoder of anything but an MLP's own input and output is refused."""
+    found: dict[int, tuple[Site, Transcoder]] = {}
+    problems = []
+    for site, transcoder in transcoders.items():
+        layer = mlp_layer(site)
+        unknown = [line for name in (site.hook_in, site.hook_out) if (line := name_problem(name, points)) is not None]
+        if unknown:
+            problems += [f"site {site.name}: {line}" for line in dict.fromkeys(unknown)]
+        elif layer is None or not _is_mlp(site, layer, points):
+            problems.append(
+                f"site {site.name}: {site.hook_in} to {site.hook_out} is not the input and output of one MLP; circuits "
+                "need transcoders of blocks.L.mlp.hook_in and blocks.L.mlp.hook_out"
+            )
+        elif layer in found:
+            problems.append(f"site {site.name}: layer {layer} has two transcoders; give one of them")
+        else:
+            found[layer] = (site, transcoder)
+    if problems:
+        raise ModelError("cannot trace circuits with these transcoders:\n" + "\n".join(f"  {one}" for one in problems))
+    return found
+
+
+def _is_mlp(site: Site, layer: int, points: Mapping[str, Any]) -> bool:
+    """Compare hook points as objects: several names may mean one point, and which ones depends on the family."""
+    wanted = (points.get(f"blocks.{layer}.mlp.hook_in"), points.get(f"blocks.{layer}.mlp.hook_out"))
+    given = (HookName.parse(site.hook_in), HookName.parse(site.hook_out))
+    return all(one.head is None and points[one.point] is other for one, other in zip(given, wanted, strict=True))
+
+
+def _observe(bridge: Any, weights: ModelWeights, tokens: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return the values of every hook needed, of the one context, in the model's dtype."""
+    points: Mapping[str, Any] = bridge.hook_dict
+    inner = ("hook_in", "hook_out", "attn.hook_out", "attn.hook_pattern", "mlp.hook_in", "mlp.hook_out")
+    names = [f"blocks.{layer}.{name}" for layer in range(weights.n_layers) for name in inner]
+    names += ["ln_final.hook_out", *(name for site in sites for name in (site.hook_in, site.hook_out))]
+    missing = [name for name in dict.fromkeys(names) if name not in points]
+    if not missing:
+        with observed(points, list(dict.fromkeys(names))) as observations:
+            bridge(tokens[None], return_type=None, use_cache=False)
+        seen: dict[str, Any] = dict(observations)  # some families hold a tuple that begins with the activation
+        missing = [name for name in names if name not in seen]
+    if missing:
+        raise ModelError(
+            f"this model shows nothing at {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; circuits need "
+            "its stream, attention patterns and MLPs"
+        )
+    return {name: (value[0] if isinstance(value, tuple) else value)[0] for name, value in seen.items()}
+
+
+def _layer(
+    number: int,
+    weights: ModelWeights,
+    seen: Mapping[str, Tensor],
+    coder: tuple[Site, Transcoder] | None,
+    transcoded: Tensor,
+    problems: list[str],
+    tolerance: float,
+) -> LayerRecord:
+    """Return one layer's record; add a sentence to ``problems`` for each part that its pieces do not give."""
+    here, layer = f"blocks.{number}.", weights.layers[number]
+    attention = layer.attention
+    stream, attended = seen[f"{here}hook_in"], seen[f"{here}attn.hook_out"]
+    mlp_in, mlp_out = seen[f"{here}mlp.hook_in"], seen[f"{here}mlp.hook_out"]
+    scale_attention = norm_scale(layer.norm_attention, stream)
+    values = torch.einsum("sd,gde->sge", apply_norm(layer.norm_attention, stream, scale_attention), attention.W_V)
+    values = values if attention.b_V is None else values + attention.b_V
+    scale_attention_out = norm_scale(layer.norm_attention_out, attended)
+    scale_mlp_out = norm_scale(layer.norm_mlp_out, mlp_out)
+    written = apply_norm(layer.norm_attention_out, attended, scale_attention_out)
+    stream_mid = stream if weights.is_parallel else stream + written
+    pattern = seen[f"{here}attn.hook_pattern"]
+    record = LayerRecord(
+        weights=layer,
+        stream=stream,
+        stream_mid=stream_mid,
+        pattern=pattern,
+        values=values,
+        scale_attention=scale_attention,
+        scale_mlp=norm_scale(layer.norm_mlp, stream_mid),
+        scale_attention_out=scale_attention_out,
+        scale_mlp_out=scale_mlp_out,
+        mlp_in=mlp_in,
+        mlp_out=mlp_out,
+        features=None if coder is None else _active(coder[1], mlp_in, mlp_out, transcoded),
+    )
+    mixed = write_heads(attention, mix(attention, pattern, values))
+    mixed = mixed if attention.b_O is None else mixed + attention.b_O
+    after = stream + written + apply_norm(layer.norm_mlp_out, mlp_out, scale_mlp_out)
+    checks = {
+        "attention's output is not its values mixed by its patterns": (mixed, attended),
+        "what the MLP reads is not its norm of the stream": (
+            apply_norm(layer.norm_mlp, stream_mid, record.scale_mlp), mlp_in),
+        "what leaves the block is not what entered plus attention's and the MLP's outputs": (
+            after, seen[f"{here}hook_out"]),
+    }  # fmt: skip
+    for sentence, (made, recorded) in checks.items():
+        if (difference := _difference(made, recorded)) > tolerance:
+            problems.append(f"block {number}: {sentence} (they differ by {difference:.2g} of its norm)")
+    return record
+
+
+def _difference(made: Tensor, recorded: Tensor) -> float:
+    """Return the largest norm of a token's difference relative to what was recorded there."""
+    norms = torch.linalg.vector_norm(recorded.double(), dim=-1).clamp_min(1e-30)
+    return float((torch.linalg.vector_norm((made - recorded).double(), dim=-1) / norms).max())
+
+
+def _active(transcoder: Transcoder, mlp_in: Tensor, mlp_out: Tensor, transcoded: Tensor) -> ActiveFeatures:
+    """Return the active features of every token where transcoders stand in."""
+    stands_in = transcoded.to(mlp_in.device)
+    pre = transcoder.pre_activations(mlp_in)
+    activations = transcoder.activate(pre) * stands_in[:, None]
+    token, feature = torch.nonzero(activations, as_tuple=True)
+    activation = activations[token, feature]
+    slope = _slopes(transcoder, pre)[token, feature]
+    skip = None if transcoder.W_skip is None else (mlp_in @ transcoder.W_skip.T) * stands_in[:, None]
+    error = (mlp_out - transcoder.decode(activations, mlp_in)) * stands_in[:, None]
+    counts = torch.bincount(token, minlength=len(mlp_in)).cpu()
+    return ActiveFeatures(
+        transcoder=transcoder,
+        token=token,
+        feature=feature,
+        activation=activation,
+        slope=slope,
+        offset=activation - slope * pre[token, feature],
+        starts=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+        error=error,
+        skip=skip,
+    )
+
+
+def _slopes(transcoder: Transcoder, pre: Tensor) -> Tensor:
+    """Return the derivative of each activation by its own pre-activation, of whichever architecture."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = pre.clone().requires_grad_()
+        (slopes,) = torch.autograd.grad(transcoder.activate(leaf).sum(), leaf)
+    return slopes
+
+
+def _cast(weights: Any, dtype: torch.dtype) -> Any:
+    """Return weights, a dataclass, with every tensor in ``dtype``; those that are already are shared."""
+    changed: dict[str, Any] = {}
+    for field in fields(weights):
+        value = getattr(weights, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = value.to(dtype)
+        elif isinstance(value, AttentionWeights | Norm):
+            changed[field.name] = _cast(value, dtype)
+    return replace(weights, **changed)

@@ -1,0 +1,178 @@
+"""One forward pass, frozen: everything that is linear about it, as plain tensors.
+
+A *probe* is a linear quantity of the pass: a direction at a place and token, and a constant. Whatever is explained is
+a probe, and explaining it gives further probes, one for each thing that reads the stream on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from analysis.circuits.operators import apply_norm
+from analysis.model_weights import LayerWeights, ModelWeights
+from training.transcoder import Transcoder
+
+
+class Part(StrEnum):
+    """Where in a layer a probe's direction lives."""
+
+    PRE = "resid_pre"
+    """The stream as it enters the layer; as it leaves the last one for layer = number of layers."""
+    MID = "resid_mid"
+    """The stream that the layer's MLP reads; the same as PRE where MLP and attention are parallel."""
+    OUT = "mlp_out"
+    """The MLP's own output, before any norm behind it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The quantity ``vector · activation + constant``, of the activation at a place and token of one pass."""
+
+    layer: int
+    part: Part
+    token: int
+    vector: Tensor
+    """(d_model,)."""
+    constant: float = 0.0
+
+    def plus(self, other: Probe) -> Probe:
+        """Return the sum of two quantities of the same activation."""
+        assert (self.layer, self.part, self.token) == (other.layer, other.part, other.token)
+        return Probe(self.layer, self.part, self.token, self.vector + other.vector, self.constant + other.constant)
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveFeatures:
+    """The features of one layer that fire on a pass, sorted by token, and what the transcoder misses."""
+
+    transcoder: Transcoder
+    token: Tensor
+    """(n_active,) int64, ascending."""
+    feature: Tensor
+    """(n_active,) int64, ascending within a token."""
+    activation: Tensor
+    """(n_active,)."""
+    slope: Tensor
+    """(n_active,) what the activation gains per unit of the pre-activation; 1 for all but gated features."""
+    offset: Tensor
+    """(n_active,) activation − slope · pre-activation."""
+    starts: Tensor
+    """(T + 1,) int64: token t's are those from ``starts[t]`` to ``starts[t + 1]``; on the CPU."""
+    error: Tensor
+    """(T, d_out) the MLP's recorded output less the transcoder's, zero where it does not stand in."""
+    skip: Tensor | None
+    """(T, d_out) what its skip path writes, zero where it does not stand in; None without one."""
+
+    @property
+    def n_active(self) -> int:
+        """Number of (token, feature) pairs that fire."""
+        return int(self.feature.numel())
+
+    def at(self, token: int) -> slice:
+        """Return which of them are a token's."""
+        return slice(int(self.starts[token]), int(self.starts[token + 1]))
+
+    def place(self, token: int, feature: int) -> int | None:
+        """Return where a feature is among them, None if it does not fire at ``token``."""
+        found = torch.nonzero(self.feature[self.at(token)] == feature)
+        return None if found.numel() == 0 else int(self.starts[token]) + int(found[0])
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRecord:
+    """One layer of the pass, T tokens long."""
+
+    weights: LayerWeights
+    stream: Tensor
+    """(T, d_model) as it enters."""
+    stream_mid: Tensor
+    """(T, d_model) as the MLP's norm reads it."""
+    pattern: Tensor
+    """(n_heads, T, T): target, source."""
+    values: Tensor
+    """(T, n_kv_heads, d_head), b_V included."""
+    scale_attention: Tensor
+    """(T, 1) what the norm before attention divides by, as are the three below."""
+    scale_mlp: Tensor
+    scale_attention_out: Tensor
+    scale_mlp_out: Tensor
+    mlp_in: Tensor
+    """(T, d_model) the MLP's recorded input."""
+    mlp_out: Tensor
+    """(T, d_model) and output."""
+    features: ActiveFeatures | None
+    """None where no transcoder stands in for the layer's MLP."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearisedRun:
+    """A prompt, the model's pass over it, and what the transcoders make of it. Positions count from 0."""
+
+    tokens: Tensor
+    """(T,) int64."""
+    weights: ModelWeights
+    layers: tuple[LayerRecord, ...]
+    embedding: Tensor
+    """(T, d_model) what enters layer 0, less learned positions."""
+    position: Tensor | None
+    """(T, d_model)."""
+    stream: Tensor
+    """(T, d_model) as it leaves the last layer."""
+    scale_final: Tensor
+    """(T, 1)."""
+    normalised: Tensor
+    """(T, d_model) the final norm's recorded output."""
+    transcoded: Tensor
+    """(T,) bool: where transcoders stand in; elsewhere an MLP's output is one node."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the prompt."""
+        return int(self.tokens.numel())
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What everything is computed in."""
+        return self.stream.dtype
+
+    @cached_property
+    def transcoders(self) -> Mapping[int, ActiveFeatures]:
+        """Active features by layer, for layers with a transcoder."""
+        return {number: layer.features for number, layer in enumerate(self.layers) if layer.features is not None}
+
+    def stands_in(self, layer: int, token: int) -> bool:
+        """Return whether a transcoder stands in for the MLP of a layer at a token."""
+        return self.layers[layer].features is not None and bool(self.transcoded[token])
+
+    def reads_own_attention(self, part: Part) -> bool:
+        """Return whether what lives at ``part`` of a layer sees what the layer's attention writes."""
+        return part is Part.MID and not self.weights.is_parallel
+
+    def activation(self, layer: int, part: Part, token: int) -> Tensor:
+        """Return (d_model,) what a probe there is dotted with, as recorded."""
+        if part is Part.OUT:
+            return self.layers[layer].mlp_out[token]
+        if layer == self.n_layers:
+            return self.stream[token]
+        return (self.layers[layer].stream_mid if part is Part.MID else self.layers[layer].stream)[token]
+
+    def value(self, probe: Probe) -> float:
+        """Return the quantity itself."""
+        activation = self.activation(probe.layer, probe.part, probe.token)
+        return float(activation.double() @ probe.vector.double()) + probe.constant
+
+    def mlp_write(self, layer: int) -> Tensor:
+        """Return (T, d_model) what a layer's MLP adds to the stream."""
+        record = self.layers[layer]
+        return apply_norm(record.weights.norm_mlp_out, record.mlp_out, record.scale_mlp_out)
