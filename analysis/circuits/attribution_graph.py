@@ -1,0 +1,224 @@
+"""Attribution graphs: every active feature, error and token of a prompt with the direct effects between them.
+
+A graph begins at its targets (logits, or one feature). Features are made targets themselves, in blocks, always those
+that matter most for what is there already, until there are as many as asked for; those that never are stay one number
+per row, so that rows still add up (Ameisen et al. 2025, "Circuit Tracing", sections "Constructing an attribution graph"
+and "Pruning").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.circuits.attribution import Sources, attribute, list_sources
+from analysis.circuits.influence import Pruned, influences, prune, shares
+from analysis.circuits.nodes import Kind, Node, NodeColumns, node_columns
+from analysis.circuits.readers import feature_probe
+from analysis.circuits.roots import Root
+from analysis.circuits.run import LinearisedRun, Probe
+
+
+@dataclass(frozen=True)
+class GraphSettings:
+    """How large a graph is, and how much of it is kept."""
+
+    max_features: int = 512
+    """Features whose own inputs are computed. Memory while building: one number per feature and active feature of the
+    prompt, error and token."""
+    block: int = 64
+    """Features pulled back through the model at once."""
+    node_threshold: float = 0.8
+    """Share of all influence that the nodes kept must have."""
+    edge_threshold: float = 0.98
+    """Share of what flows between them that the edges kept must carry."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttributionGraph:
+    """A graph of n nodes: targets first, then features, errors and MLPs, embeddings, positions."""
+
+    nodes: tuple[Node, ...]
+    adjacency: Tensor
+    """(n, n) [target, source] what the source contributes; a row and its constants sum to the target's value. On the
+    CPU, as the rest."""
+    values: Tensor
+    """(n,) a target's value, a feature's activation; zero for nodes without a row."""
+    constants: Tensor
+    """(n,) what biases contribute to a row."""
+    unexpanded: Tensor
+    """(n,) what features contribute that are no nodes."""
+    incoming: Tensor
+    """(n,) Σ|contributions| of a row, features that are no nodes included, constants not."""
+    weights: Tensor
+    """(n,) how much each target counts: a logit's probability; zero for all others."""
+    n_targets: int
+    n_active: int
+    """Active features of the prompt, nodes or not."""
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes."""
+        return len(self.nodes)
+
+    def are(self, *kinds: Kind) -> Tensor:
+        """Return (n,) bool which nodes are of some kinds, targets left out."""
+        found = torch.from_numpy(node_columns(self.nodes).are(*kinds))
+        found[: self.n_targets] = False
+        return found
+
+    def incompleteness(self) -> float:
+        """Return the largest |Σ row − value| / Σ|row| of rows that are there."""
+        rows = self.adjacency.double().sum(dim=1) + self.constants.double() + self.unexpanded.double()
+        sizes = self.incoming.double() + self.constants.double().abs()
+        has_row = sizes > 0
+        return float(((rows - self.values.double()).abs()[has_row] / sizes[has_row]).max())
+
+    def pruned(self, settings: GraphSettings) -> Pruned:
+        """Return which nodes and edges are kept; targets and tokens always are."""
+        return prune(
+            self.adjacency,
+            self.weights,
+            self.are(Kind.EMBEDDING, Kind.POSITION),
+            needs_incoming=self.are(Kind.FEATURE),
+            node_threshold=settings.node_threshold,
+            edge_threshold=settings.edge_threshold,
+            incoming=self.incoming,
+        )
+
+    def replacement_score(self) -> float:
+        """Return which share of what reaches the targets, along every route, comes from tokens and not from errors.
+
+        Routes through features that are no nodes are left out. 1 where transcoders miss nothing.
+        """
+        influence = influences(shares(self.adjacency, self.incoming), self.weights)
+        tokens = float(influence[self.are(Kind.EMBEDDING, Kind.POSITION)].sum())
+        errors = float(influence[self.are(Kind.ERROR, Kind.MLP)].sum())
+        return tokens / (tokens + errors) if tokens + errors > 0 else 1.0
+
+
+def build_graph(
+    run: LinearisedRun, roots: Sequence[Root], weights: Sequence[float], settings: GraphSettings
+) -> AttributionGraph:
+    """Return the graph of ``roots``, which count ``weights``: probabilities of logits, 1 of a feature."""
+    with torch.inference_mode():
+        return _Builder(run, roots, weights, settings).build()
+
+
+def top_logits(
+    run: LinearisedRun, token: int = -1, *, mass: float = 0.95, at_most: int = 10
+) -> list[tuple[int, float]]:
+    """Return the fewest token ids, with probabilities, that have ``mass`` of the prediction at a position."""
+    logits = (run.normalised[token] @ run.weights.W_U.to(run.dtype)).double()
+    logits = logits if run.weights.b_U is None else logits + run.weights.b_U.double()
+    if run.weights.logit_cap is not None:
+        logits = run.weights.logit_cap * torch.tanh(logits / run.weights.logit_cap)
+    probabilities, ids = logits.softmax(dim=0).topk(min(at_most, len(logits)))
+    n = int((probabilities.cumsum(0) < mass).sum()) + 1
+    return list(zip(ids[:n].tolist(), probabilities[:n].tolist(), strict=True))
+
+
+class _Builder:
+    """Rows computed so far. Columns are the sources that are nodes: constants come behind them."""
+
+    def __init__(
+        self, run: LinearisedRun, roots: Sequence[Root], weights: Sequence[float], settings: GraphSettings
+    ) -> None:
+        self._run, self._roots, self._settings = run, roots, settings
+        self._sources: Sources = list_sources(run)
+        self._n_columns = self._sources.attention_bias.start
+        self._columns: NodeColumns = self._sources.nodes.take(np.arange(self._n_columns))
+        self._are_features = torch.from_numpy(self._columns.are(Kind.FEATURE))
+        self._layers = torch.from_numpy(self._columns.layer.astype(np.int64))
+        n_rows = len(roots) + min(settings.max_features, int(self._are_features.sum()))
+        self._rows = torch.zeros(n_rows, self._n_columns, dtype=run.dtype)
+        self._constants = torch.zeros(n_rows, dtype=run.dtype)
+        self._n = 0
+        self._expanded: list[int] = []
+        self._weights = torch.tensor(weights, dtype=run.dtype)
+
+    def build(self) -> AttributionGraph:
+        targets = [root.probe for root in self._roots]
+        self._append(attribute(self._run, targets, self._sources))
+        while len(self._expanded) < len(self._rows) - len(self._roots):
+            chosen = self._most_influential(min(self._settings.block, len(self._rows) - self._n))
+            if not chosen:
+                break
+            probes = [self._probe(column) for column in chosen]
+            self._expanded += chosen
+            self._append(attribute(self._run, probes, self._sources))
+        return self._graph()
+
+    def _append(self, rows: Tensor) -> None:
+        rows, end = rows.cpu(), self._n + len(rows)
+        self._rows[self._n : end] = rows[:, : self._n_columns]
+        self._constants[self._n : end] = rows[:, self._n_columns :].sum(dim=1)
+        self._n = end
+
+    def _probe(self, column: int) -> Probe:
+        at = self._columns
+        return feature_probe(self._run, int(at.layer[column]), int(at.token[column]), int(at.index[column]))
+
+    def _most_influential(self, n: int) -> list[int]:
+        """Return the columns of the ``n`` features without a row that matter most; fewer where none matters."""
+        influence = self._column_influences()
+        candidates = influence * self._are_features
+        candidates[self._expanded] = 0
+        values, columns = candidates.topk(min(n, len(candidates)))
+        return [int(column) for column in columns[values > 0]]
+
+    def _column_influences(self) -> Tensor:
+        """Return (n_columns,) the share of the targets that reaches them through rows known so far.
+
+        A feature is only reached from later layers, so going through rows from the last layer to the first has every
+        row's own influence ready when its turn comes.
+        """
+        rows = self._rows[: self._n]
+        sizes = rows.abs().sum(dim=1)
+        n_roots = len(self._roots)
+        total = self._weights @ _divided(rows[:n_roots].abs(), sizes[:n_roots])
+        expanded = torch.tensor(self._expanded, dtype=torch.int64)
+        for layer in sorted({int(one) for one in self._layers[expanded]}, reverse=True):
+            here = torch.nonzero(self._layers[expanded] == layer).flatten()
+            at = n_roots + here
+            total = total + total[expanded[here]] @ _divided(rows[at].abs(), sizes[at])
+        return total
+
+    def _graph(self) -> AttributionGraph:
+        rows, n_roots = self._rows[: self._n], len(self._roots)
+        expanded = torch.tensor(self._expanded, dtype=torch.int64)
+        others = torch.nonzero(~self._are_features & (rows != 0).any(dim=0)).flatten()
+        shown = torch.cat([expanded, others])
+        n = n_roots + len(shown)
+        adjacency = rows.new_zeros(n, n)
+        adjacency[: self._n, n_roots:] = rows[:, shown]
+        values, constants, unexpanded, incoming, weights = (rows.new_zeros(n) for _ in range(5))
+        hidden = self._are_features.clone()
+        hidden[expanded] = False
+        unexpanded[: self._n] = rows @ hidden.to(rows.dtype)
+        incoming[: self._n] = rows.abs().sum(dim=1)
+        constants[: self._n] = self._constants[: self._n]
+        weights[:n_roots] = self._weights
+        values[:n_roots] = torch.tensor([root.value for root in self._roots], dtype=rows.dtype)
+        if self._run.transcoders:
+            activations = torch.cat([layer.activation for layer in self._run.transcoders.values()]).cpu()
+            values[n_roots : self._n] = activations[(self._are_features.cumsum(0) - 1)[expanded]]
+        return AttributionGraph(
+            nodes=(*(root.node for root in self._roots), *self._columns.nodes(shown.numpy())),
+            adjacency=adjacency,
+            values=values,
+            constants=constants,
+            unexpanded=unexpanded,
+            incoming=incoming,
+            weights=weights,
+            n_targets=n_roots,
+            n_active=int(self._are_features.sum()),
+        )
+
+
+def _divided(sizes: Tensor, by: Tensor) -> Tensor:
+    return sizes / torch.where(by > 0, by, torch.ones_like(by))[:, None]
