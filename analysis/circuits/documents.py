@@ -1,0 +1,115 @@
+"""Circuits as JSON: this project's own document, whose schema is in ``docs/circuits.md``.
+
+Nodes are objects with the fields of their keys; edges name nodes by their place in the list of nodes. Printed names are
+there for people and are used nowhere as keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis.circuits.attribution_graph import AttributionGraph
+from analysis.circuits.contributions import Terms
+from analysis.circuits.influence import Pruned
+from analysis.circuits.nodes import KINDS, Kind, Node
+from analysis.circuits.path_graph import PathGraph
+from analysis.circuits.path_text import show_path
+from analysis.circuits.paths import Path
+from analysis.circuits.roots import Root
+
+JSON = dict[str, Any]
+
+
+def describe_node(node: Node) -> JSON:
+    """Return a node's key, without fields that it does not have, and its name."""
+    fields = {"layer": node.layer, "token": node.token, "index": node.index, "other": node.other}
+    of = {} if node.of is None else {"of": describe_node(node.of)}
+    return {
+        "kind": node.kind.value, **{key: value for key, value in fields.items() if value is not None}, **of,
+        "name": str(node),
+    }  # fmt: skip
+
+
+def read_node(described: JSON) -> Node:
+    """Return the key that ``describe_node`` described."""
+    of = described.get("of")
+    layer, token, index, other = (described.get(name) for name in ("layer", "token", "index", "other"))
+    return Node(Kind(described["kind"]), layer, token, index, other, None if of is None else read_node(of))
+
+
+def describe_root(root: Root, terms: Terms) -> JSON:
+    """Return what is explained, by how much of what kind, and how exactly it adds up."""
+    by_kind = {kind.value: terms.sum_of(kind) for kind in KINDS if terms.nodes.are(kind).any()}
+    return {
+        "node": describe_node(root.node),
+        "value": root.value,
+        "is_active": root.is_active,
+        "n_terms": terms.nodes.n_nodes,
+        "sum_of_terms": terms.total,
+        "sum_of_magnitudes": terms.magnitude,
+        "incompleteness": terms.incompleteness(root.value),
+        "by_kind": by_kind,
+    }
+
+
+def describe_rounds(rounds: Sequence[Sequence[Path]]) -> list[list[JSON]]:
+    """Return the paths of every round of a search."""
+    return [[_describe_path(path) for path in paths] for paths in rounds]
+
+
+def _describe_path(path: Path) -> JSON:
+    steps = [
+        {"node": describe_node(step.node), "value": step.value, **({"is_capped": True} if step.is_capped else {})}
+        for step in path
+    ]
+    return {"text": show_path(path), "steps": steps}
+
+
+def describe_path_graph(graph: PathGraph) -> JSON:
+    """Return nodes and edges of a graph of paths."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    return {
+        "root": places[graph.root],
+        "nodes": [{**describe_node(node), "value": known.value} for node, known in graph.nodes.items()],
+        "edges": [
+            {"child": places[child], "parent": places[parent], "value": value}
+            for (child, parent), value in graph.edges.items()
+        ],
+    }
+
+
+def describe_attribution_graph(graph: AttributionGraph, pruned: Pruned) -> JSON:
+    """Return the nodes and edges that were kept, and what each row has besides them."""
+    kept = torch.nonzero(pruned.nodes).flatten().tolist()
+    places = {place: number for number, place in enumerate(kept)}
+    shown = graph.adjacency * pruned.edges
+    left_out = graph.adjacency.double().sum(1) - shown.double().sum(1) + graph.unexpanded.double()
+    nodes = [
+        {
+            **describe_node(graph.nodes[place]),
+            "value": float(graph.values[place]),
+            "influence": float(pruned.influence[place]),
+            "constants": float(graph.constants[place]),
+            "pruned": float(left_out[place]),
+        }
+        for place in kept
+    ]
+    targets, sources = np.nonzero(pruned.edges.numpy())
+    edges = [
+        {"child": places[int(source)], "parent": places[int(target)], "value": float(graph.adjacency[target, source])}
+        for target, source in zip(targets, sources, strict=True)
+    ]
+    return {
+        "n_targets": graph.n_targets,
+        "weights": [float(weight) for weight in graph.weights[: graph.n_targets]],
+        "n_active_features": graph.n_active,
+        "n_nodes_before_pruning": graph.n_nodes,
+        "replacement_score": graph.replacement_score(),
+        "incompleteness": graph.incompleteness(),
+        "nodes": nodes,
+        "edges": edges,
+    }

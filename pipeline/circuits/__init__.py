@@ -1,0 +1,1 @@
+"""What the stage ``pipeline circuit`` is made of."""

@@ -1,0 +1,92 @@
+"""What tables say of the features of a circuit, short enough to be shown beside a node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from storage.artifact import read_manifest
+from storage.errors import ArtifactMismatch
+
+KIND = "tables"
+N_EXAMPLES = 4
+_CONTEXT = 12
+"""Tokens of an example shown on either side."""
+
+Card = dict[str, Any]
+
+
+def open_tables(tables: Sequence[Path], transcoders: Mapping[int, str]) -> dict[int, Path]:
+    """Return the tables of each layer. ``transcoders`` has the digests of the transcoders that are traced, by layer.
+
+    Raises ArtifactMismatch, with every problem, for tables of another transcoder and two of one.
+    """
+    layers = {digest: layer for layer, digest in transcoders.items()}
+    found: dict[int, Path] = {}
+    problems = []
+    for path in tables:
+        made_of = read_manifest(path, KIND)["inputs"]["transcoder"]["digest"]
+        layer = layers.get(made_of)
+        if layer is None:
+            problems.append(
+                f"{path}: was made from a transcoder that was not given; give the tables of those that were"
+            )
+        elif layer in found:
+            problems.append(f"{path}: {found[layer]} is of the same transcoder; give one of them")
+        else:
+            found[layer] = path
+    if problems:
+        raise ArtifactMismatch("\n".join(problems))
+    return found
+
+
+def read_cards(tables: Mapping[int, Path], features: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Card]:
+    """Return the cards of features (layer, index) whose layer has tables; each file is read once."""
+    wanted: dict[int, list[int]] = {}
+    for layer, index in sorted(features):
+        if layer in tables:
+            wanted.setdefault(layer, []).append(index)
+    cards = {}
+    for layer, indices in wanted.items():
+        examples = _examples(tables[layer] / "examples.parquet", indices)
+        for row in _rows(tables[layer] / "features.parquet", indices):
+            index = int(row["feature"])
+            cards[layer, index] = {"facts": _facts(row), "examples": examples.get(index, [])}
+    return cards
+
+
+def _rows(path: Path, features: Sequence[int]) -> list[dict[str, Any]]:
+    return list(pq.read_table(path, filters=[("feature", "in", list(features))]).to_pylist())
+
+
+def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what is shown of a feature's row; columns that the tables do not have are left out."""
+    facts = [("fires on", f"{row['frequency']:.3%} of rows")]
+    if row.get("max") is not None:
+        facts.append(("strongest", f"{row['max']:.4g}"))
+    if row.get("top_token") is not None:
+        facts.append(("top token", f"{row['top_token']!r} in {row['top_token_share']:.0%} of examples"))
+    for name in ("promoted", "suppressed"):
+        tokens = row.get(f"{name}_tokens")
+        if tokens:
+            facts.append((name, " ".join(map(repr, tokens[:6]))))
+    return facts
+
+
+def _examples(path: Path, features: Sequence[int]) -> dict[int, list[Card]]:
+    """Return the strongest examples of each feature."""
+    found: dict[int, list[Card]] = {}
+    rows = [row for row in _rows(path, features) if row.get("kind", "top") == "top" and row["rank"] < N_EXAMPLES]
+    for row in sorted(rows, key=lambda one: (one["feature"], one["rank"])):
+        here = row["position"] - row["window_start"]
+        tokens = row["window_tokens"]
+        card = {
+            "before": "".join(tokens[max(0, here - _CONTEXT) : here]),
+            "token": tokens[here],
+            "after": "".join(tokens[here + 1 : here + 1 + _CONTEXT]),
+        }
+        found.setdefault(int(row["feature"]), []).append(card)
+    return found

@@ -1,0 +1,129 @@
+"""What a user asks of a circuit, in words: a prompt and a feature, a logit or a difference of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from analysis.circuits.record import mlp_layer
+from pipeline.model.language_model import LanguageModel
+from storage.cache_format import Site
+from storage.errors import SettingsError
+from training.transcoder import read_transcoder_manifest
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which quantity is explained on which prompt; exactly one of the three is set."""
+
+    prompt: str
+    token: int = -1
+    """Position at which it is explained, counted from the BOS as 0, or from the end as −1."""
+    feature: tuple[int, int] | None = None
+    """Layer and index."""
+    direction: Literal["encoder", "decoder"] = "encoder"
+    """encoder: the feature's activation; decoder: what the MLP's own output has along its decoder direction."""
+    logit: str | None = None
+    """Text of one token."""
+    logit_difference: tuple[str, str] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raise SettingsError unless exactly one quantity is asked for."""
+        given = [name for name in ("feature", "logit", "logit_difference") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
+            raise SettingsError(
+                f"a circuit explains one quantity, asked for: {found}; give one of --feature LAYER:INDEX, "
+                "--logit TEXT and --logit-difference TEXT TEXT"
+            )
+
+
+def parse_feature(text: str) -> tuple[int, int]:
+    """Read ``8:89``; raise SettingsError for anything else."""
+    layer, colon, index = text.partition(":")
+    if not (colon and layer.strip().isdigit() and index.strip().isdigit()):
+        raise SettingsError(f"feature {text!r}: write LAYER:INDEX, such as 8:89")
+    return int(layer), int(index)
+
+
+def prompt_tokens(model: LanguageModel, prompt: str) -> list[int]:
+    """Return the BOS and the prompt's tokens; a BOS that the text begins with is not doubled.
+
+    Contexts of caches begin the same way, whatever the tokenizer does by itself, so features are what they were when
+    trained. Raises SettingsError for a prompt without any token.
+    """
+    (ids,) = model.tokenize([prompt])
+    ids = ids if ids[:1] == [model.bos_token_id] else [model.bos_token_id, *ids]
+    if len(ids) == 1:
+        raise SettingsError(
+            f"prompt {prompt!r}: has no token but the BOS, at which no transcoder stands in; give some text"
+        )
+    if len(ids) > model.max_context_length:
+        raise SettingsError(
+            f"prompt: has {len(ids)} tokens with the BOS, the model's longest context is {model.max_context_length}; "
+            "shorten it"
+        )
+    return ids
+
+
+def token_ids(model: LanguageModel, texts: Sequence[str]) -> list[int]:
+    """Return the one token each text is; raise SettingsError, with the pieces, for every text that is none or more."""
+    found, problems = [], []
+    for text, ids in zip(texts, model.tokenize(texts), strict=True):
+        if len(ids) == 1:
+            found.append(ids[0])
+        else:
+            vocabulary = model.vocabulary()
+            pieces = " ".join(repr(vocabulary[one]) for one in ids) or "nothing"
+            problems.append(
+                f"logit {text!r}: is {len(ids)} tokens to this model ({pieces}), wanted one; words inside a sentence "
+                "usually begin with a space"
+            )
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return found
+
+
+def transcoder_sites(transcoders: Sequence[Path]) -> dict[int, tuple[Path, Site]]:
+    """Return path and site of each transcoder by layer. Raises SettingsError, with every problem, for sites that are
+    no MLP's and for two transcoders of one layer."""
+    found: dict[int, tuple[Path, Site]] = {}
+    problems = []
+    for path in transcoders:
+        manifest: Mapping[str, Any] = read_transcoder_manifest(path)
+        site = Site(**manifest["site"])
+        layer = mlp_layer(site)
+        if layer is None:
+            problems.append(
+                f"{path}: is of {site.hook_in} and {site.hook_out}; circuits need transcoders of one layer's MLP, "
+                "blocks.L.mlp.hook_in to blocks.L.mlp.hook_out"
+            )
+        elif layer in found:
+            problems.append(f"{path} and {found[layer][0]} are both of layer {layer}; give one of them")
+        else:
+            found[layer] = (path, site)
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return found
+
+
+def check_layers(question: Question, layers: Sequence[int], n_layers: int, missing: str) -> None:
+    """Raise SettingsError if a layer that the question needs has no transcoder, unless ``missing`` is opaque."""
+    last = n_layers if question.feature is None else question.feature[0]
+    if question.feature is not None and last not in layers:
+        have = ", ".join(map(str, sorted(layers))) or "none"
+        raise SettingsError(
+            f"--feature {last}:{question.feature[1]}: no transcoder of layer {last} was given; layers with one: {have}"
+        )
+    without = [layer for layer in range(min(last, n_layers)) if layer not in layers]
+    if without and missing == "refuse":
+        raise SettingsError(
+            f"layers {', '.join(map(str, without))}: no transcoder of them was given, so what their MLPs do cannot be "
+            "told by features; give them too, or --missing-layers opaque to have each such MLP as one node"
+        )

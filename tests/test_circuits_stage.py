@@ -1,0 +1,343 @@
+"""``pipeline circuit`` from question to files: what it writes, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from analysis.circuits.documents import describe_node, read_node
+from analysis.circuits.nodes import Kind, Node
+from pipeline import circuit, cli
+from pipeline.circuit import CircuitSettings
+from pipeline.circuits.cards import read_cards
+from pipeline.circuits.question import Question, parse_feature, prompt_tokens
+from pipeline.model.language_model import ModelSettings, load_language_model
+from storage.artifact import Draft, read_manifest
+from storage.errors import ArtifactMismatch, SettingsError
+from tests.circuit_runs import mlp_site, random_transcoder
+from tests.tiny_models import BOS, EOS, save_tiny_model
+from training.architectures import TopK
+from training.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
+
+PROMPT = "the man was with her and then they said what"
+SMALL = CircuitSettings(iterations=2, branches=4, max_features=40)
+
+
+class Place:
+    """A folder with a model and a transcoder of each of its three layers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model_path = save_tiny_model(folder / "tiny-model", "llama", n_layers=3, bos_token=BOS)
+        self.model = load_language_model(ModelSettings(model=str(self.model_path)))
+        self.transcoders = [self.publish(f"layer{layer}", layer) for layer in range(3)]
+
+    def publish(self, name: str, layer: int, changes: dict[str, Any] | None = None, **site: str) -> Path:
+        path = self.folder / name
+        transcoder = random_transcoder(layer, settings=TopK(k=4))
+        with Draft(path, KIND, {"name": name}) as draft:
+            save_weights(path / WEIGHTS, transcoder)
+            manifest = {
+                "format": FORMAT_VERSION,
+                "inputs": {},
+                "model": {**self.model.identity(), **(changes or {})},
+                "site": {**asdict(mlp_site(layer)), **site},
+                "d_sae": transcoder.d_sae,
+                "architecture": {"kind": "topk", "k": 4},
+                "metrics": {},
+            }
+            draft.publish(manifest, [WEIGHTS])
+        return path
+
+    def active_feature(self, layer: int = 2) -> str:
+        """A feature that fires on the last token of the prompt."""
+        asked = Question(PROMPT, logit="her")
+        result = circuit.run(
+            CircuitSettings(iterations=1, branches=500, filter=("kind=feature", f"layer={layer}"), max_features=0),
+            asked, transcoders=self.transcoders, output=self.folder / f"find{layer}", model=str(self.model_path),
+        )  # fmt: skip
+        node = result.document["rounds"][0][0]["steps"][-1]["node"]
+        return f"{layer}:{node['index']}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("circuits"))
+
+
+def run_command(place: Place, capsys: pytest.CaptureFixture[str], *arguments: object, fails: bool = False) -> str:
+    arguments = ("circuit", *arguments, "--model", place.model_path)
+    try:
+        cli.main([str(one) for one in arguments])
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr()
+    assert code == (1 if fails else 0), said.err
+    return said.err if fails else said.out
+
+
+def given(place: Place) -> list[object]:
+    return [part for path in place.transcoders for part in ("--transcoders", path)]
+
+
+def test_a_feature_is_explained_in_files_and_in_lines(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feature = place.active_feature()
+    out = tmp_path / "circuit"
+    asked = [PROMPT, "--feature", feature, *given(place), "--out", out, "--branches", 4, "--max-features", 40]
+    said = run_command(place, capsys, *asked)
+    document = json.loads((out / "circuit.json").read_text())
+    index = feature.partition(":")[2]
+    assert f"mlp2tc[{index}]@10 = " in said
+    assert re.search(rf"^mlp2tc\[{index}\]@10: \S+ <- \S+: \S+$", said, re.MULTILINE)
+    assert document["root"]["incompleteness"] < 1e-5
+    assert [token["text"] for token in document["tokens"]][:3] == [BOS, "the", "man"]
+    assert len(document["rounds"]) == 3
+    graph = document["path_graph"]
+    for place_of, node in enumerate(graph["nodes"]):
+        incoming = [edge["value"] for edge in graph["edges"] if edge["parent"] == place_of]
+        if incoming:
+            assert sum(incoming) == pytest.approx(node["value"], rel=1e-4, abs=1e-5)
+    attribution = document["attribution_graph"]
+    assert attribution["incompleteness"] < 1e-5
+    assert attribution["nodes"][0] == {**attribution["nodes"][0], **document["root"]["node"]}
+    assert read_manifest(out, "circuit")["root"]["value"] == document["root"]["value"]
+
+
+def test_what_is_published_is_returned_without_running_the_model_again(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Question(PROMPT, logit="her")
+    inputs = {"transcoders": place.transcoders, "output": tmp_path / "c", "model": str(place.model_path)}
+    first = circuit.run(SMALL, asked, **inputs)  # type: ignore[arg-type]
+    monkeypatch.setattr(circuit, "open_transcoder_model", lambda *_, **__: pytest.fail("the model was opened"))
+    assert circuit.run(SMALL, asked, **inputs).document == first.document  # type: ignore[arg-type]
+    with pytest.raises(ArtifactMismatch, match="branches: there it is 4, asked for 5"):
+        circuit.run(SMALL.model_copy(update={"branches": 5}), asked, **inputs)  # type: ignore[arg-type]
+
+
+def test_the_viewers_document_names_every_node_once_and_links_only_nodes(place: Place, tmp_path: Path) -> None:
+    circuit.run(
+        SMALL, Question(PROMPT, logit="her"), transcoders=place.transcoders, output=tmp_path / "c",
+        model=str(place.model_path),
+    )  # fmt: skip
+    viewer = json.loads((tmp_path / "c" / "viewer.json").read_text())
+    assert viewer["metadata"]["prompt_tokens"] == [BOS, *PROMPT.split()]
+    assert viewer["metadata"]["scan"] == "tiny-model"
+    ids = [node["node_id"] for node in viewer["nodes"]]
+    assert len(ids) == len(set(ids))
+    assert {end for link in viewer["links"] for end in (link["source"], link["target"])} <= set(ids)
+    kinds = {node["feature_type"] for node in viewer["nodes"]}
+    assert kinds == {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}
+    for node in viewer["nodes"]:
+        layer, number, token = node["node_id"].split("_")
+        assert (layer, int(token)) == (node["layer"], node["ctx_idx"])
+        if node["feature_type"] == "cross layer transcoder":
+            pair = int(layer) + int(number)
+            assert node["feature"] == pair * (pair + 1) // 2 + int(number)
+            assert node["activation"] > 0
+    first = next(node for node in viewer["nodes"] if node["is_target_logit"])
+    assert first["layer"] == "4"  # as the viewers have it: one above the number of layers
+    assert sum(node["token_prob"] for node in viewer["nodes"]) <= 1.0 + 1e-6
+
+
+def test_differences_of_logits_decoder_directions_and_inactive_features_are_explained(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--iterations", 1, "--branches", 3, "--max-features", 10]
+    said = run_command(
+        place, capsys, PROMPT, "--logit-difference", "her", "him", *given(place), "--out", tmp_path / "d", *few
+    )
+    assert "('her' − 'him') = " in said
+    layer, index = parse_feature(place.active_feature())
+    for number in range(24):
+        if number != index:
+            asked = [PROMPT, "--feature", f"{layer}:{number}", *given(place), "--out", tmp_path / f"f{number}", *few]
+            said = run_command(place, capsys, *asked)
+            if "the feature is not active here, so its pre-activation is explained" in said:
+                break
+    else:
+        pytest.fail("TopK with 4 of 24 leaves features that do not fire")
+    said = run_command(
+        place, capsys, PROMPT, "--feature", f"{layer}:{index}", "--direction", "decoder", *given(place),
+        "--out", tmp_path / "o", *few,
+    )  # fmt: skip
+    assert f"mlp2dec[{index}]@10 = " in said
+
+
+def test_a_filter_that_nothing_meets_says_so(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [PROMPT, "--logit", "her", *given(place), "--filter", "token=2", "--filter", "token=3", "--max-features", 0]
+    assert "no path: nothing that the filters allow" in run_command(place, capsys, *asked, "--out", tmp_path / "c")
+    assert (tmp_path / "c" / "index.html").exists()
+    assert not (tmp_path / "c" / "viewer.json").exists()
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--feature", "2:24"], "feature 2:24: this transcoder has features 0 to 23"),
+        (["--feature", "2-24"], "feature '2-24': write LAYER:INDEX, such as 8:89"),
+        (["--feature", "2:1", "--token", 11], "token 11: the prompt has 11 tokens, 0 to 10"),
+        (["--feature", "2:1", "--token", 0], "token 0: transcoders do not stand in there"),
+        (["--logit", "her him"], "logit 'her him': is 2 tokens to this model ('her' 'him'), wanted one"),
+        (["--feature", "2:1", "--logit", "her"], "asked for: --feature and --logit; give one of"),
+        ([], "asked for: none; give one of --feature LAYER:INDEX, --logit TEXT and --logit-difference"),
+        (["--logit", "her", "--filter", "token~2"], "filter 'token~2': write a field, a comparator and a value"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[object], complaint: str
+) -> None:
+    said = run_command(place, capsys, PROMPT, *arguments, *given(place), "--out", tmp_path / "c", fails=True)
+    assert complaint in said
+    assert "Traceback" not in said
+
+
+def test_a_prompt_of_the_bos_alone_is_refused(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for prompt in ("", BOS):
+        said = run_command(place, capsys, prompt, "--logit", "her", *given(place), "--out", tmp_path / "c", fails=True)
+        assert "has no token but the BOS" in said
+
+
+def test_missing_layers_are_refused_unless_they_may_be_opaque(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = ["--transcoders", place.transcoders[1], "--transcoders", place.transcoders[2]]
+    said = run_command(place, capsys, PROMPT, "--logit", "her", *two, "--out", tmp_path / "a", fails=True)
+    assert "layers 0: no transcoder of them was given" in said
+    assert "--missing-layers opaque" in said
+    said = run_command(place, capsys, PROMPT, "--feature", "0:3", *two, "--out", tmp_path / "b", fails=True)
+    assert "--feature 0:3: no transcoder of layer 0 was given; layers with one: 1, 2" in said
+    opaque = ["--missing-layers", "opaque", "--max-features", 10, "--order", "magnitude"]
+    run_command(place, capsys, PROMPT, "--logit", "her", *two, "--out", tmp_path / "c", *opaque)
+    root = json.loads((tmp_path / "c" / "circuit.json").read_text())["root"]
+    assert root["incompleteness"] < 1e-5
+    assert root["by_kind"]["mlp"] != 0
+
+
+def test_transcoders_of_other_models_processings_sites_and_twice_of_one_layer_are_refused(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processed = place.publish("processed", 1, {"processing": "compatibility"})
+    stream = place.publish("stream", 1, None, hook_in="blocks.1.hook_resid_mid")
+    across = place.publish("across", 1, None, hook_in="blocks.0.mlp.hook_in")
+    first, _, last = place.transcoders
+
+    def refused(*transcoders: Path) -> str:
+        options = [part for path in transcoders for part in ("--transcoders", path)]
+        return run_command(place, capsys, PROMPT, "--logit", "her", *options, "--out", tmp_path / "c", fails=True)
+
+    assert "processing: there it is 'raw', asked for 'compatibility'" in refused(first, processed, last)
+    assert "is not the input and output of one MLP" in refused(first, stream, last)
+    assert "circuits need transcoders of one layer's MLP" in refused(first, across, last)
+    assert "are both of layer 2; give one of them" in refused(*place.transcoders, place.publish("again", 2))
+
+
+# ---- prompts
+
+
+def test_a_prompt_begins_with_one_bos_whatever_the_text_or_the_tokenizer_adds(place: Place) -> None:
+    """D-44: the model put a BOS before prompts, the tokenizer did not, and results differed."""
+    ids = prompt_tokens(place.model, PROMPT)
+    assert ids == prompt_tokens(place.model, f"{BOS} {PROMPT}")
+    assert ids.count(place.model.bos_token_id) == 1
+    assert ids[0] == place.model.bos_token_id
+
+
+def test_a_bos_that_is_the_eos_is_put_before_prompts_too(tmp_path: Path) -> None:
+    model = load_language_model(ModelSettings(model=str(save_tiny_model(tmp_path / "gpt2", "gpt2"))))
+    assert prompt_tokens(model, "the man")[0] == model.bos_token_id
+    assert prompt_tokens(model, f"{EOS} the man") == prompt_tokens(model, "the man")
+
+
+def test_a_prompt_longer_than_the_models_context_is_refused(place: Place) -> None:
+    with pytest.raises(SettingsError, match="has 101 tokens with the BOS, the model's longest context is 64"):
+        prompt_tokens(place.model, "the man " * 50)
+
+
+def test_nodes_survive_being_written_down() -> None:
+    beside = Node(Kind.ERROR, token=5, of=Node(Kind.FEATURE, 2, 5, 7))
+    for node in (beside, Node(Kind.LOGIT_DIFFERENCE, 3, 5, 1, 2), Node(Kind.EMBEDDING, 0, 0)):
+        assert read_node(json.loads(json.dumps(describe_node(node)))) == node
+
+
+# ---- the page
+
+
+def page_data(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return dict(json.loads(found[1]))
+
+
+def test_the_page_holds_no_markup_of_prompts_and_needs_nothing_else(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = '</script><img src=x onerror="alert(1)"> the man'
+    circuit.run(
+        SMALL, Question(evil, logit="her"), transcoders=place.transcoders, output=tmp_path / "c",
+        model=str(place.model_path),
+    )  # fmt: skip
+    page = (tmp_path / "c" / "index.html").read_text()
+    assert "<img" not in page
+    assert page.count("</script>") == 2
+    assert page_data(page)["prompt"] == evil
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page)
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    data = page_data(page)
+    assert [graph["title"] for graph in data["graphs"]] == ["Paths", "Attribution graph"]
+    for graph in data["graphs"]:
+        assert all(-1 <= edge["strength"] <= 1 for edge in graph["edges"])
+        assert len({(node["x"], node["y"]) for node in graph["nodes"]}) == len(graph["nodes"])
+
+
+def write_tables(path: Path, transcoder: Path) -> Path:
+    with Draft(path, "tables", {"name": path.name}) as draft:
+        features = {
+            "feature": pa.array([0, 1], pa.int32()), "frequency": [0.5, 0.001], "max": [2.0, None],
+            "top_token": ["her", None], "top_token_share": [0.25, None], "promoted_tokens": [["a", "b"], None],
+        }  # fmt: skip
+        pq.write_table(pa.table(features), path / "features.parquet")
+        words = ["the", " man", " was"]
+        examples = {
+            "feature": pa.array([0, 0], pa.int32()), "kind": ["top", "random"], "rank": pa.array([0, 1], pa.int32()),
+            "position": pa.array([6, 6], pa.int32()), "window_start": pa.array([5, 5], pa.int32()),
+            "window_tokens": [words, words],
+        }  # fmt: skip
+        pq.write_table(pa.table(examples), path / "examples.parquet")
+        inputs = {"transcoder": {"digest": read_manifest(transcoder, KIND)["digest"]}}
+        draft.publish({"inputs": inputs}, ["features.parquet", "examples.parquet"])
+    return path
+
+
+def test_cards_tell_what_tables_know_of_the_features_shown(place: Place, tmp_path: Path) -> None:
+    tables = write_tables(tmp_path / "tables", place.transcoders[2])
+    cards = read_cards({2: tables}, [(2, 0), (2, 1), (1, 0)])
+    assert cards == {
+        (2, 0): {
+            "facts": [
+                ("fires on", "50.000% of rows"), ("strongest", "2"), ("top token", "'her' in 25% of examples"),
+                ("promoted", "'a' 'b'"),
+            ],
+            "examples": [{"before": "the", "token": " man", "after": " was"}],
+        },
+        (2, 1): {"facts": [("fires on", "0.100% of rows")], "examples": []},
+    }  # fmt: skip
+    stray = write_tables(tmp_path / "stray", place.publish("stray", 1))
+    with pytest.raises(ArtifactMismatch, match="was made from a transcoder that was not given"):
+        circuit.run(
+            SMALL, Question(PROMPT, logit="her"), transcoders=place.transcoders, output=tmp_path / "c",
+            tables=[tables, stray], model=str(place.model_path),
+        )  # fmt: skip
