@@ -24,7 +24,6 @@ const List = (() => {
   /** Draw the list for the first time. */
   function open(loaded, start) {
     index = loaded;
-    texts = Selection.searchTexts(index);
     chosen = start;
     filters = Filters.form(index, chosen, (values) => choose(values, true));
     const columns = COLUMNS.filter(([, title]) => title !== "promotes" || index.promoted);
@@ -69,6 +68,7 @@ const List = (() => {
   /** Show what is chosen; write it into the address if it was chosen here. */
   function choose(values, here) {
     chosen = { ...Selection.DEFAULTS, ...values };
+    if (chosen.q) texts ??= Selection.searchTexts(index);
     places = Selection.select(index, texts, chosen);
     for (const cell of parts.head.querySelectorAll("[data-sort]")) {
       const isSorted = chosen.sort.replace("-", "") === cell.dataset.sort;
@@ -126,7 +126,7 @@ const List = (() => {
     const feature = index.feature[at];
     const frequency = index.frequency[at];
     const isDead = frequency === 0;
-    const tokens = (own) => html("td", { class: "tokens" }, own.map((token) => Text.token(index.vocabulary[token])));
+    const tokens = (own) => html("td", {}, html("div", { class: "tokens" }, own.map((token) => Text.token(index.vocabulary[token]))));
     // a bar's length is log frequency, over the five decades up to always
     const length = isDead ? 0 : Math.max(0, 1 + Math.log10(frequency) / 5);
     return html("tr", { "data-place": place, "aria-rowindex": place + 2, onclick: (event) => openByClick(event, feature) },

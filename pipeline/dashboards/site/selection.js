@@ -54,7 +54,7 @@ const Selection = (() => {
     return (place) => texts[place].includes(needle) || (isNumber && String(index.feature[place]) === digits);
   }
 
-  /** Places in the index of the features to show, in order. */
+  /** Places in the index of the features to show, in order; `texts` may be null where nothing is searched for. */
   function select(index, texts, chosen) {
     const matches = matcher(index, texts, chosen.q);
     const low = chosen.min === null ? -Infinity : 10 ** chosen.min;

@@ -49,6 +49,7 @@ const Weights = (() => {
     if (!found) return null;
     const parts = [html("h2", {}, "Output tokens"), bothEnds(found, texts, "promotes", "suppresses")];
     if (found.histogram) {
+      parts.push(html("p", { class: "quiet below" }, "Effects on all tokens; counts on a log scale."));
       const { counts, edges } = found.histogram;
       const names = counts.map((_, bin) => (edges[bin] + edges[bin + 1] < 0 ? "bar negative" : "bar positive"));
       const tips = counts.map((count, bin) => `${Text.number(edges[bin])} to ${Text.number(edges[bin + 1])}: ${Text.count(count)} tokens`);
