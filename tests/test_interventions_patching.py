@@ -105,6 +105,18 @@ def test_patching_every_head_in_turn_covers_the_hook_and_each_head_counts(family
         assert (forward(bridge, TARGET, patches=[Patch(name, source)]).last_logits - plain).abs().max() > 1e-6, name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_queries_keys_and_values_patched_together_are_the_layers_attention(family: str) -> None:
+    # a head's keys and values are one place of the study of "caught"
+    together = PatchPlace(hook_of("q", 1), also=(hook_of("k", 1), hook_of("v", 1)))
+    places = [together, PatchPlace(hook_of("attn_out", 1)), PatchPlace(hook_of("v", 1))]
+    result = patching_effects(
+        tiny_model(family).bridge, source=SOURCE, target=TARGET, places=places, metric=METRIC, substitutes=REPLACEMENT
+    )
+    torch.testing.assert_close(result.patched[0], result.patched[1], rtol=1e-4, atol=1e-5)
+    assert (result.patched[0] - result.patched[2]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
 def test_what_a_layer_adds_to_the_stream_is_patched_after_any_norm_behind_it(kind: Any) -> None:
     bridge = tiny_model("gemma2").bridge

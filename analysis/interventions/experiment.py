@@ -31,6 +31,13 @@ class PatchPlace(NamedTuple):
     """``NAME`` or ``NAME[head]``; see ``analysis.interventions.patching.hook_of``."""
     position: int | None = None
     """Position in every prompt, negative ones from its end; None: all of them."""
+    also: tuple[str, ...] = ()
+    """Hooks patched together with it, at the same position: a head's values beside its keys, for instance."""
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """All hooks patched."""
+        return (self.hook, *self.also)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +78,7 @@ def patching_effects(
     """
     _check_pairs(source, target)
     points = bridge.hook_dict
-    hooks = {place.hook: HookName.parse(place.hook).point for place in places}
+    hooks = {hook: HookName.parse(hook).point for place in places for hook in place.hooks}
     if problems := [problem for name in hooks if (problem := name_problem(name, points)) is not None]:
         raise ModelError("cannot patch what was asked for:\n" + "\n".join(f"  {line}" for line in problems))
     before = forward(bridge, source, substitutes=substitutes, hooks=[*hooks.values(), *metric.hooks], where=where)
@@ -79,8 +86,8 @@ def patching_effects(
     patched = []
     for place in places:
         positions = target.is_token if place.position is None else target.at(place.position)
-        patch = Patch(place.hook, before.observed[hooks[place.hook]], positions)
-        run = forward(bridge, target, substitutes=substitutes, patches=[patch], hooks=metric.hooks, where=where)
+        patches = [Patch(hook, before.observed[hooks[hook]], positions) for hook in place.hooks]
+        run = forward(bridge, target, substitutes=substitutes, patches=patches, hooks=metric.hooks, where=where)
         patched.append(metric(run))
     n_prompts = len(target)
     return PatchingResult(
