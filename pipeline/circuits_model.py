@@ -71,7 +71,7 @@ class CircuitsModelSettings(Settings):
     """Features of each transcoder."""
     k: int = Field(default=32, gt=0)
     """Features active on a token."""
-    steps: Quantity = Field(default=400, gt=0)
+    steps: Quantity = Field(default=300, gt=0)
     """Optimiser steps of each transcoder."""
     batch_rows: Quantity = Field(default=2048, gt=0)
     """Rows per step."""
@@ -235,17 +235,23 @@ def _train(
 
 def _announced(budget: Budget, cost: TrainingCost) -> Iterator[str]:
     """Yield what is about to be spent."""
-    cache_bytes = budget.total_bytes(CACHE_DTYPE) or 0
-    minutes = 60 * (budget.hours or 0.0)
     yield (
-        f"cache: {cache_bytes / 1e9:.1f} GB for {budget.n_rows:,} rows of {len(budget.sites)} sites, about "
-        f"{minutes:.0f} minutes at the {budget.rows_per_second:,.0f} rows/s just measured"
+        f"cache: {_size(budget.total_bytes(CACHE_DTYPE) or 0)} for {budget.n_rows:,} rows of {len(budget.sites)} "
+        f"sites, about {_time(3600 * (budget.hours or 0.0))} at the {budget.rows_per_second:,.0f} rows/s just measured"
     )
     yield (
-        f"training: {cost.disk_bytes / 1e9:.1f} GB while it runs, {cost.kept_bytes / 1e9:.1f} GB afterwards, about "
-        f"{cost.seconds / 60:.0f} minutes judging by one matrix product"
+        f"training: {_size(cost.disk_bytes)} while it runs, {_size(cost.kept_bytes)} afterwards, about "
+        f"{_time(cost.seconds)} judging by one matrix product"
     )
-    yield f"{budget.free_bytes / 1e9:.1f} GB free"
+    yield f"{_size(budget.free_bytes)} free"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _groups(sites: Sequence[str], size: int) -> Iterator[Sequence[str]]:

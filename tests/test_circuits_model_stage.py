@@ -75,7 +75,7 @@ def test_time_and_disk_are_told_before_they_are_spent(made: circuits_model.Circu
     assert told[0].startswith("cache: ")
     assert "for 400 rows of 2 sites" in told[0]
     assert told[1].startswith("training: ")
-    assert told[2].endswith("GB free")
+    assert told[2].endswith("B free")
     assert not (tmp_path / "out" / "circuits").exists()
     again: list[str] = []
     run(made.path.parent.parent, say=again.append)
