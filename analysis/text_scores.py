@@ -40,7 +40,8 @@ def feature_scores(
             parts = [coder.pre_activations_of(chosen, rows) for rows in _pieces(coder, inputs)]
         else:
             parts = [coder.encode(rows).index_select(1, chosen) for rows in _pieces(coder, inputs)]
-    return torch.cat(parts).float().cpu().numpy()
+    # an encoder may leave zeros with a sign, which would be shown
+    return torch.cat(parts).float().cpu().numpy() + np.float32(0)
 
 
 def strongest_features(coder: Transcoder, inputs: Tensor, n: int) -> Strongest:

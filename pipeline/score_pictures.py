@@ -97,9 +97,14 @@ def _coloured(scores: Scores, text: ScoredText, column: int) -> str:
 
 def _table(scores: Scores, text: ScoredText) -> str:
     head = "".join(f'<th scope="col" class="n">feature {feature}</th>' for feature in scores.features)
+    if not scores.is_chosen:
+        head += '<th scope="col">strongest here</th>'
     rows = []
     for position, (token, values) in enumerate(zip(text.tokens, text.values.tolist(), strict=True)):
         cells = "".join(f'<td class="n">{"–" if math.isnan(value) else f"{value:.4g}"}</td>' for value in values)
+        if not scores.is_chosen:
+            told = ", ".join(f"{feature} ({value:.4g})" for feature, value in text.strongest[position])
+            cells += f"<td>{told or '–'}</td>"
         rows.append(
             f'<tr><td class="n">{position}</td><td class="token">{html.escape(visible(token))}</td>{cells}</tr>'
         )

@@ -90,6 +90,13 @@ def test_raw_scores_are_pre_activations_and_what_relu_keeps_of_them_the_activati
     assert (run(transcoder, features=[0, 1, 2], raw=True).texts[0].values[1:] < 0).any()
 
 
+def test_a_feature_that_is_silent_scores_zero_without_a_sign() -> None:
+    coder = ReLU(input_bias=False).build(2, 2, 2)
+    coder.activate = lambda pre: pre.relu() * -0.0  # type: ignore[method-assign]
+    found = text_scores.feature_scores(coder, torch.ones(3, 2), [0, 1])
+    assert not np.signbit(found).any()
+
+
 def test_without_a_feature_the_strongest_of_each_token_and_of_all_are_told(transcoder: Path) -> None:
     _, expected = by_hand(transcoder, text())
     scores = run(transcoder, top=3)
@@ -285,4 +292,7 @@ def test_the_command_prints_draws_and_says_so(transcoder: Path, tmp_path: Path, 
     assert out.startswith("strongest features\nfeature ")
     assert "text 2 of 2\nposition  token  strongest features\n       0  <eos>  –\n" in out
     assert out.endswith(f"{picture}: written\n")
-    assert "<h2>Text 2</h2>" in picture.read_text()
+    page = picture.read_text()
+    assert "<h2>Text 2</h2>" in page
+    assert page.count("<td>–</td>") == 2  # the BOS of each text has no strongest feature
+    assert len(re.findall(r"<td>\d+ \([\d.]+\)", page)) == 16

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.weight_space.stream import write_point
+from analysis.weight_space.unembedding import token_effects
 from pipeline import analyze, query
 from pipeline.analyze import AnalyzeSettings
+from pipeline.model.language_model import ModelSettings, load_language_model
+from pipeline.model.weights import read_weights
 from pipeline.recorded_model import open_recorded_model
 from pipeline.weight_tables import write_weight_tables
 from storage.activation_cache import open_cache
@@ -21,7 +25,7 @@ from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, ModelError, SettingsError
 from storage.tables import read_table
 from tests.cache_jobs import model_folder, run_cache
-from tests.spliced_models import D_HEAD, WIDTH, publish_transcoder, random_transcoder
+from tests.spliced_models import D_HEAD, WIDTH, publish_transcoder, random_transcoder, tiny_model
 from training.transcoder import load_transcoder, read_transcoder_manifest
 
 N_HEADS = 4
@@ -203,6 +207,23 @@ def test_downstream_transcoders_must_read_later_and_be_of_the_same_model(made: P
     without = AnalyzeSettings(without_model=True)
     with pytest.raises(SettingsError, match="leaves nothing for --model and --downstream to do"):
         run(made, "t0", tmp_path / "w", without, model="x", downstream=[made / "t1"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_with_its_norms_folded_in_promotes_the_same_tokens_as_the_raw_one(family: str) -> None:
+    raw = tiny_model(family)
+    settings = ModelSettings(model=raw.bridge.cfg.model_name, processing="compatibility")
+    decoder = random_transcoder(seed=5).W_dec
+    found = []
+    for weights in (read_weights(raw), read_weights(load_language_model(settings))):
+        writes = write_point("blocks.1.mlp.hook_out", weights)
+        assert writes is not None
+        found.append(token_effects(decoder, writes, weights))
+    assert found[0].promoted.indices.tolist() == found[1].promoted.indices.tolist()
+    assert found[0].suppressed.indices.tolist() == found[1].suppressed.indices.tolist()
+    # the folded unembedding has its mean over tokens taken off, which moves all of a feature's effects alike
+    shift = found[0].promoted.values - found[1].promoted.values
+    np.testing.assert_allclose(shift - shift[:, :1], 0, atol=1e-4)
 
 
 def test_the_model_is_gone_when_its_tables_are_written(made: Path, tmp_path: Path) -> None:
