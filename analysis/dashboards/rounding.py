@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def rounded_list(values: ArrayLike, digits: int = DIGITS) -> list[float | None]:
 def rounded(value: Any, digits: int = DIGITS) -> Any:
     """Return one value as a page keeps it: floats rounded, everything else as it is."""
     if isinstance(value, float):
-        return rounded_list([value], digits)[0]
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [rounded(item, digits) for item in value]
     return value

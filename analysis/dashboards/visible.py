@@ -6,12 +6,8 @@ nothing at all, and a direction mark turns its neighbours around.
 
 from __future__ import annotations
 
-import unicodedata
-
 SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 SPACE = "␣"
-_INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Cn", "Co", "Cs"}
-"""Unicode categories without a glyph of their own: controls, formats, separators, unassigned, private, surrogates."""
 
 
 def visible_token(text: str) -> str:
@@ -20,13 +16,11 @@ def visible_token(text: str) -> str:
         return "∅"
     if not text.strip(" "):
         return SPACE * len(text)
-    return "".join(_visible_character(character) for character in text)
+    return text if text.isprintable() else "".join(_visible_character(character) for character in text)
 
 
 def _visible_character(character: str) -> str:
-    if character in SIGNS:
-        return SIGNS[character]
-    is_odd_space = character != " " and unicodedata.category(character) == "Zs"
-    if is_odd_space or unicodedata.category(character) in _INVISIBLE:
-        return f"[U+{ord(character):04X}]"
-    return character
+    """Return a character, its sign, or its code if it has no glyph: controls, formats, separators, unassigned ones."""
+    if character.isprintable():
+        return character
+    return SIGNS.get(character, f"[U+{ord(character):04X}]")
