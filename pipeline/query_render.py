@@ -13,6 +13,8 @@ import pyarrow as pa
 
 MAX_SHOWN_ROWS = 40
 MAX_CELL_WIDTH = 48
+MAX_LINE_WIDTH = 150
+"""The last column may be wider than others, as long as lines are not longer than this."""
 
 
 def render(answer: pa.Table, form: str, max_rows: int | None = MAX_SHOWN_ROWS) -> str:
@@ -23,8 +25,13 @@ def render(answer: pa.Table, form: str, max_rows: int | None = MAX_SHOWN_ROWS) -
 def render_table(answer: pa.Table, max_rows: int | None = MAX_SHOWN_ROWS) -> str:
     """Return the answer as aligned text, numbers to the right, with a note of rows left out."""
     shown = answer if max_rows is None else answer.slice(0, max_rows)
-    columns = [[_cell(value) for value in column.to_pylist()] for column in shown.itercolumns()]
-    widths = [max([len(name), *map(len, cells)]) for name, cells in zip(answer.column_names, columns, strict=True)]
+    columns: list[list[str]] = []
+    widths: list[int] = []
+    for place, (name, column) in enumerate(zip(answer.column_names, shown.itercolumns(), strict=True), start=1):
+        rest = MAX_LINE_WIDTH - sum(widths) - 2 * len(widths)
+        limit = max(MAX_CELL_WIDTH, rest) if place == len(answer.column_names) else MAX_CELL_WIDTH
+        columns.append([_cell(value, limit) for value in column.to_pylist()])
+        widths.append(max([len(name), *map(len, columns[-1])]))
     is_number = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in answer.schema]
     lines = [_aligned(answer.column_names, widths, is_number), "  ".join("─" * width for width in widths)]
     lines += [_aligned(row, widths, is_number) for row in zip(*columns, strict=True)]
@@ -41,19 +48,19 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], is_number: Sequence[bo
     return "  ".join(padded).rstrip()
 
 
-def _cell(value: Any) -> str:
-    """Return a value on one line: numbers to six digits, text with its white space visible, long values cut."""
+def _cell(value: Any, limit: int = MAX_CELL_WIDTH) -> str:
+    """Return a value on one line: numbers to six digits, text with its white space visible, cut at ``limit``."""
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
-        text = "[" + ", ".join(_cell(item) for item in value[:MAX_CELL_WIDTH]) + "]"
+        text = "[" + ", ".join(_cell(item) for item in value[:limit]) + "]"
     else:
         text = str(value).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
         # Tokens of spaces alone are common in code and would look like nothing at all.
         text = f"'{text}'" if text and not text.strip(" ") else text
-    return text if len(text) <= MAX_CELL_WIDTH else text[: MAX_CELL_WIDTH - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _render_csv(answer: pa.Table) -> str:

@@ -142,6 +142,8 @@ def test_examples_mark_their_token_within_their_text_and_come_once(tables: Path)
     assert [row["text"] for row in found] == [" a b» a«", "<s>» a« b"]  # one of two kinds is told once
     assert [row["text"] for row in ask("examples", tables, feature=0, n=1)] == [" a b» a«"]
     assert [row["text"] for row in ask("examples", tables, feature=1)] == [" a» c«"]
+    assert [row["text"] for row in ask("examples", tables, feature=0, before=1, after=0)] == [" b» a«", "<s>» a«"]
+    assert [row["text"] for row in ask("examples", tables, feature=0, before=0, n=1)] == ["» a«"]
 
 
 def test_features_of_a_token_are_ranked_by_the_share_of_its_occurrences(tables: Path) -> None:
@@ -226,10 +228,12 @@ def test_every_query_says_what_it_is_for_and_what_it_needs() -> None:
 def test_a_wrong_name_value_or_table_is_told_with_the_right_ones(tables: Path) -> None:
     with pytest.raises(SettingsError, match=r"no such query; is densest meant\? There are break-ce, densest"):
         queries.saved_query("dense")
+    with pytest.raises(SettingsError, match=r"--saved zzz: no such query\. There are break-ce"):
+        queries.saved_query("zzz")
     with pytest.raises(SettingsError) as caught:
         queries.saved_query("examples").values(["feature=x", "k=3", "n"])
     assert "--set feature=x: wanted INTEGER, such as 0" in str(caught.value)
-    assert "--set k=3: examples has feature, n" in str(caught.value)
+    assert "--set k=3: examples has feature, n, before, after" in str(caught.value)
     assert "--set n: " in str(caught.value)
     with pytest.raises(SettingsError, match="tokens is made by pipeline evaluate"):
         queries.saved_query("break-ce").check_tables([view.name for view in find_views(tables)])

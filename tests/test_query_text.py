@@ -27,3 +27,9 @@ def test_a_token_of_spaces_alone_is_quoted_and_others_are_not(token: str, shown:
 
 def test_tokens_inside_a_list_are_shown_alike() -> None:
     assert "[ a, '  ', b]" in render_table(pa.table({"window": [[" a", "  ", "b"]]}))
+
+
+def test_the_last_column_takes_the_rest_of_the_line_and_others_are_cut() -> None:
+    line = render_table(pa.table({"first": ["x" * 60], "last": ["y" * 200]})).splitlines()[-1]
+    assert line == "x" * 47 + "…  " + "y" * 99 + "…"
+    assert len(line) == 150

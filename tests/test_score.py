@@ -90,9 +90,9 @@ def test_raw_scores_are_pre_activations_and_what_relu_keeps_of_them_the_activati
     assert (run(transcoder, features=[0, 1, 2], raw=True).texts[0].values[1:] < 0).any()
 
 
-def test_a_feature_that_is_silent_scores_zero_without_a_sign() -> None:
+def test_a_feature_that_is_silent_scores_zero_without_a_sign(monkeypatch) -> None:
     coder = ReLU(input_bias=False).build(2, 2, 2)
-    coder.activate = lambda pre: pre.relu() * -0.0  # type: ignore[method-assign]
+    monkeypatch.setattr(coder, "activate", lambda pre: pre.relu() * -0.0)
     found = text_scores.feature_scores(coder, torch.ones(3, 2), [0, 1])
     assert not np.signbit(found).any()
 

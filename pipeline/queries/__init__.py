@@ -102,7 +102,7 @@ def saved_query(name: str) -> SavedQuery:
     queries = saved_queries()
     if name not in queries:
         near = difflib.get_close_matches(name, queries, n=1)
-        meant = f"; is {near[0]} meant?" if near else ""
+        meant = f"; is {near[0]} meant?" if near else "."
         raise SettingsError(
             f"--saved {name}: no such query{meant} There are {', '.join(queries)}; --list tells of them"
         )
