@@ -47,8 +47,8 @@ class ExportSettings(Settings):
     """Name by which the other tool loads the language model; by default the recorded one."""
 
     rows: Quantity = Field(default=65_536, ge=1)
-    """TopK to saelens, circuit-tracer: rows of --cache on which a threshold in place of k is chosen, and as many
-    held-out rows on which its cost is measured."""
+    """TopK to saelens, circuit-tracer: rows of --cache on which thresholds in place of k are chosen, and as many
+    held-out rows on which their cost is measured."""
 
     fold_norm: bool = False
     """saelens, circuit-tracer: fold the gain and bias of the norm before the MLP into the transcoder, which then reads
@@ -98,8 +98,8 @@ def run(
 ) -> ExportResult:
     """Publish ``sources`` in the format ``to`` at ``output``; return at once if that export is there already.
 
-    ``sources`` are transcoders, or artifacts of tables for ``TABLE_FORMATS``. ``cache`` gives the rows on which a
-    threshold is calibrated, or the contexts of tables. ``model`` says where the language model lies if it moved, for
+    ``sources`` are transcoders, or artifacts of tables for ``TABLE_FORMATS``. ``cache`` gives the rows on which
+    thresholds are calibrated, or the contexts of tables. ``model`` says where the language model lies if it moved, for
     ``fold_norm``. Raises SettingsError with every reason why the format cannot hold what was given, and the errors of
     opening sources and of ``storage.artifact.Draft``.
     """

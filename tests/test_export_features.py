@@ -188,3 +188,22 @@ def test_delphi_needs_activations_and_the_cache_they_come_from(latents, tmp_path
     bare = publish_tables(tmp_path / "bare", [feature_row(0)], [])
     with pytest.raises(ArtifactMissing, match="hold no activations"):
         write("delphi", [bare], tmp_path / "out", cache=root / "cache")
+
+
+def test_the_context_in_which_kept_rows_end_is_left_out(latents, tmp_path):
+    root, split, context, position, _ = latents
+    n_kept = int(np.searchsorted(context, np.unique(context)[3])) + 5  # three contexts and a bit of the fourth
+    tables = publish_tables(tmp_path / "t", [feature_row(0)], [], cache=split.cache.reference)
+    write_parquet(tables / "rows.parquet", {"context": context[:n_kept], "position": position[:n_kept]})
+    (tables / "activations").mkdir()
+    columns = {
+        "feature": np.zeros(n_kept, np.int32),
+        "row": np.arange(n_kept),
+        "activation": np.ones(n_kept, np.float32),
+    }
+    write_parquet(tables / "activations/features-000000-000000.parquet", columns)
+    write("delphi", [tables], tmp_path / "out", cache=root / "cache")
+    saved = load_file(tmp_path / "out/latents/layer0/0_0.safetensors")
+    assert len(saved["tokens"]) == 3
+    assert len(saved["locations"]) == n_kept - 5
+    assert saved["locations"][:, 0].max() == 2

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Z_95 = 1.959963984540054
-"""The normal quantile of a two-sided 95 % interval."""
+import numpy as np
+
+from analysis.frequency import wilson_interval
 
 Verdict = Literal["yes", "maybe", "no"]
 VERDICTS: tuple[Verdict, ...] = ("yes", "maybe", "no")
@@ -105,12 +106,8 @@ def compare(name: str, first: Sequence[int], second: Sequence[int]) -> Compariso
 
 def share(count: int, of: int) -> Share:
     """Return ``count`` of ``of`` with the 95 % Wilson interval."""
-    z_squared = Z_95**2
-    value = count / of
-    centre = (value + z_squared / (2 * of)) / (1 + z_squared / of)
-    half = Z_95 * math.sqrt(value * (1 - value) / of + z_squared / (4 * of**2)) / (1 + z_squared / of)
-    # At the ends the limit is 0 or 1 exactly; rounding would put it beside.
-    return Share(count, of, 0.0 if count == 0 else centre - half, 1.0 if count == of else centre + half)
+    low, high = wilson_interval(np.array([count]), of)
+    return Share(count, of, float(low[0]), float(high[0]))
 
 
 def difference_interval(first: Share, second: Share) -> tuple[float, float]:

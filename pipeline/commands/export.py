@@ -28,7 +28,7 @@ class _ListsFormats(click.Command):
 @click.option("--to", required=True, type=click.Choice(list(FORMATS)), help="Format to write.")
 @options.out
 @click.option(
-    "--cache", type=options.ARTIFACT, help="Rows to calibrate TopK's threshold on; contexts of the tables (delphi)."
+    "--cache", type=options.ARTIFACT, help="Rows to calibrate TopK's thresholds on; contexts of the tables (delphi)."
 )
 @settings_options(ExportSettings)
 @options.model_moved

@@ -82,17 +82,20 @@ def open_tables(paths: Sequence[Path], cache: Path | None, module: str | None) -
 def write(directory: Path, tables: LatentTables, module: str | None, model_name: str) -> tuple[list[str], list[str]]:
     """Write the latents of one module; return the names of the files, and notes.
 
-    Contexts are numbered from 0 in the order of their ids, those alone that have rows in the tables.
+    Contexts are numbered from 0 in the order of their ids, those alone all of whose rows are in the tables.
     """
     named = tables.module(module)
     folder = directory / FOLDER / named
     make_directory(folder)
-    rows = read_table(tables.path / "rows.parquet", ["row", "context", "position"])
+    rows = read_table(tables.path / "rows.parquet", ["context", "position"])
     context, position = (rows[name].to_numpy().astype(np.int64) for name in ("context", "position"))
+    if len(context) < tables.split.n_rows:
+        # Activations were kept of the first rows alone: in the context they end in, later ones look as if none fired.
+        context = context[context < context[-1]]
     contexts, number = np.unique(context, return_inverse=True)
     tokens = torch.from_numpy(tables.split.context_tokens(contexts))
     files, wide = [], 0
-    for first, last, feature, row, activation in _partitions(tables):
+    for first, last, feature, row, activation in _partitions(tables, len(context)):
         locations = np.stack([number[row], position[row], feature - first], axis=1)
         values = torch.from_numpy(activation)
         if bool((values > _LARGEST_HALF).any()):
@@ -122,15 +125,18 @@ def write(directory: Path, tables: LatentTables, module: str | None, model_name:
 
 
 def _partitions(
-    tables: LatentTables,
+    tables: LatentTables, n_rows: int
 ) -> Iterator[tuple[int, int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-    """Yield (first feature, last feature, feature, row, activation) of every file of activations."""
+    """Yield (first feature, last feature, feature, row, activation) of every file, on the first ``n_rows`` rows."""
     for path in tables.partitions:
         match = _PARTITION.fullmatch(path.name)
         assert match is not None
         table = read_table(path, ["feature", "row", "activation"])
-        feature, row = (table[name].to_numpy().astype(np.int64) for name in ("feature", "row"))
-        yield int(match[1]), int(match[2]), feature, row, table["activation"].to_numpy().astype(np.float32)
+        row = table["row"].to_numpy().astype(np.int64)
+        is_kept = row < n_rows
+        feature = table["feature"].to_numpy().astype(np.int64)[is_kept]
+        activation = table["activation"].to_numpy().astype(np.float32)[is_kept]
+        yield int(match[1]), int(match[2]), feature, row[is_kept], activation
 
 
 def _narrow(locations: NDArray[np.int64]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Every architecture but TopK is of this form exactly. A gated feature's magnitude is m = exp(r) π + b_mag of its gate π,
 so the gate is open (π > 0) just where m > b_mag, and the feature is JumpReLU of m with the threshold max(b_mag, 0)
 (Rajamanoharan et al. 2024, "Jumping ahead", section 2). TopK compares features of a row with each other, which no
-threshold does: it needs one that stands in for k (``pipeline.exports.calibration``).
+threshold does: it needs some that stand in for k (``pipeline.exports.calibration``).
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ def needs_calibration(transcoder: Transcoder) -> bool:
 
 
 @torch.no_grad()
-def jump_form(transcoder: Transcoder, threshold: float | None = None) -> JumpForm:
-    """Return a folded transcoder in the common form; ``threshold`` is for those that need calibration, and only those.
+def jump_form(transcoder: Transcoder, threshold: Tensor | None = None) -> JumpForm:
+    """Return a folded transcoder in the common form; those that need calibration, only those, need a ``threshold``.
 
     BatchTopK and Matryoshka have the threshold that they use themselves. A threshold of 0 is ReLU.
     """
-    assert (threshold is not None) == needs_calibration(transcoder), "a threshold is given just where k must be one"
+    assert (threshold is not None) == needs_calibration(transcoder), "thresholds are given just where k needs them"
     common = JumpForm(
         W_enc=transcoder.W_enc.detach().clone(),
         b_enc=transcoder.encoder_bias().detach().clone(),
@@ -119,7 +119,7 @@ def jump_form(transcoder: Transcoder, threshold: float | None = None) -> JumpFor
             return _thresholded(common, transcoder.threshold.detach().expand(common.d_sae))
         case TopKTranscoder():
             assert threshold is not None
-            return _thresholded(common, torch.full((common.d_sae,), threshold))
+            return _thresholded(common, threshold)
     raise AssertionError(f"{type(transcoder).__name__} has no form with thresholds yet")
 
 

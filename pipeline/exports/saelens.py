@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.exports.jump_form import JumpForm, jump_form, needs_calibration
@@ -45,7 +46,7 @@ def is_topk_autoencoder(subject: Subject) -> bool:
 
 def write_topk_autoencoder(directory: Path, subject: Subject, model_name: str) -> list[str]:
     """Write a TopK autoencoder with its k; return the names of the files."""
-    form = jump_form(subject.transcoder, 0.0)
+    form = jump_form(subject.transcoder, torch.zeros(subject.transcoder.d_sae))
     site = subject.site
     config = {"architecture": "topk", "k": subject.manifest["architecture"]["k"], "rescale_acts_by_decoder_norm": False}
     return _write(directory, form, config, _metadata(subject, site["hook_in"], site["hook_out"], model_name))

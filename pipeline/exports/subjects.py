@@ -61,7 +61,7 @@ class Converted:
     hook_in: str
     hook_out: str
     cost: calibrations.Calibration | None
-    """Of the threshold that stands in for k; None where nothing had to."""
+    """Of thresholds that stand in for k; None where nothing had to."""
 
     @property
     def layer(self) -> int:
@@ -87,7 +87,7 @@ def convert(
 ) -> list[Converted]:
     """Bring transcoders into the common form.
 
-    ``cache`` is where TopK's threshold is calibrated and measured, on ``rows`` rows. With the language
+    ``cache`` is where TopK's thresholds are calibrated and measured, on ``rows`` rows. With the language
     model's ``weights``, the gain and bias of the norm before the MLP are folded in, so that the input is
     ``ln2.hook_normalized``. Raises SettingsError where
     a cache is needed and missing, ArtifactMismatch for one of another site or model and for what cannot be folded; all
@@ -97,8 +97,8 @@ def convert(
     wanting = [str(one.path) for one in subjects if needs_calibration(one.transcoder)]
     if wanting and cache is None:
         problems.append(
-            f"{', '.join(wanting)}: TopK has no threshold, and this format holds nothing else; give --cache, on whose "
-            "rows one is chosen and its cost measured"
+            f"{', '.join(wanting)}: TopK has no thresholds, and this format holds nothing else; give --cache, on whose "
+            "rows they are chosen and their cost measured"
         )
     if problems:
         raise SettingsError("\n".join(problems))
