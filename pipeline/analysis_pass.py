@@ -32,7 +32,7 @@ from training.transcoder import Transcoder, load_transcoder
 
 logger = logging.getLogger(__name__)
 
-KEPT_BYTES = 6
+KEPT_BYTES = 8
 """Of a pair in ``activations/``, about."""
 _SCRATCH = "spool"
 

@@ -77,7 +77,7 @@ class AnalyzeSettings(Settings):
 
     activations: Literal["all", "none"] | Annotated[Quantity, Field(gt=0)] = 2_000_000
     """Rows, from the first, whose activations are kept one by one (activations/, rows and coactivation, and examples of
-    bands and of active rows): a number, all or none. About 6 bytes per active feature of a row, and 16 in scratch."""
+    bands and of active rows): a number, all or none. About 8 bytes per active feature of a row, and 16 in scratch."""
 
     coactivation_floor: float = Field(default=1e-4, ge=0, le=1)
     """Share of rows on which a feature must be active to be counted together with others."""

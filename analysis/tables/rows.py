@@ -18,7 +18,7 @@ SCHEMA = pa.schema(
     [
         column("row", pa.int64(), "row of the split, in token order, from 0"),
         column("token_id", pa.int32(), "token at the row"),
-        column("token", pa.dictionary(pa.int32(), pa.string()), "text of that token"),
+        column("token", pa.string(), "text of that token"),
         column("context", pa.int64(), "context id"),
         column("position", pa.int32(), "position in the context, from 0", unit="tokens"),
         column(
@@ -40,7 +40,7 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Rows:  # noqa: AR
         columns = {
             "row": np.arange(start, start + len(tokens)),
             "token_id": tokens,
-            "token": pa.DictionaryArray.from_arrays(pa.array(tokens, pa.int32()), vocabulary),
+            "token": vocabulary.take(pa.array(tokens)),
             "context": contexts[chosen],
             "position": positions[chosen],
             "document": documents_at(*where).astype(np.int64),
