@@ -151,6 +151,7 @@ def blind_list(names: list[str]) -> str:
     links = "".join(f'<li><a href="{name}">Item {item}</a></li>\n' for item, name in enumerate(names, start=1))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Items</title>\n'
+        '<link rel="icon" href="data:,">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>\n{style}main {{ margin: 24px auto; max-width: 1000px; }}\na {{ color: var(--link); }}\n</style>\n"
         f"</head>\n<body>\n<main>\n<h1>{len(names):,} items</h1>\n<ul>\n{links}</ul>\n</main>\n</body>\n</html>\n"

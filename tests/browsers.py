@@ -51,15 +51,15 @@ class Watched:
 
 
 @contextmanager
-def watched_page(browser: Browser, scheme: Scheme = "light", width: int = 1280, height: int = 860) -> Iterator[Watched]:
-    """Open a page in a fresh profile; fail on leaving it if anything was complained of, or asked of a network."""
-    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height})
+def watched_page(browser: Browser, scheme: Scheme = "light", origin: str = "file:///") -> Iterator[Watched]:
+    """Open a page in a fresh profile; fail on leaving it if it complained, or asked for anything not of ``origin``."""
+    context = browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 860})
     context.set_default_timeout(30_000)
     try:
         watched = Watched(context.new_page())
         yield watched
         assert watched.complaints == []
-        assert [address for address in watched.requests if not address.startswith("file:///")] == []
+        assert [address for address in watched.requests if not address.startswith(origin)] == []
     finally:
         context.close()
 

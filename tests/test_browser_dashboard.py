@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from pipeline import dashboard
 from pipeline.dashboard import DashboardSettings
 from pipeline.dashboards.packing import pack, unpack
+from pipeline.serve import open_server
 from tests.browsers import Scheme, accessibility_problems, open_browser, watched_page
 from tests.dashboard_tables import DEAD, DENSE, MadeTables, make_tables
 
@@ -338,6 +340,22 @@ def test_tables_with_nothing_more_give_pages_with_less(browser: Browser, tmp_pat
         assert watched.page.locator("#feature h2").all_inner_texts() == ["Strongest examples", "Activations"]
         open_feature(watched.page, site, DEAD)
         expect(watched.page.locator("#feature")).to_contain_text("It fires on none of these tokens.")
+
+
+def test_a_site_made_from_tables_as_it_is_looked_at_is_the_same_over_http(browser: Browser, made: MadeTables) -> None:
+    with open_server(made.path, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        try:
+            with watched_page(browser, origin=address) as watched:
+                watched.page.goto(f"{address}#feature=40")
+                expect(watched.page.locator("#feature h1")).to_have_text("Feature 40")
+                watched.page.get_by_role("link", name="all features").click()
+                expect(watched.page.get_by_role("status")).to_have_text(f"{D_SAE - 1} of {D_SAE} features")
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -34,6 +34,7 @@ def example(
 
 
 TOP = example(["<s>", " the", " March", " wind"], [None, 0.0, 8.5, 2.125], 2)
+STRONG = example([" March", " May"], [8.5, 8.0], 1, kind="band", band=4)
 BAND = example([" a", " May", " be"], [0.0, 1.0625, 0.0], 1, kind="band", band=0)
 
 
@@ -69,10 +70,11 @@ class Elements(HTMLParser):
 
 
 def test_the_page_shows_the_item_and_its_sections(tmp_path: Path) -> None:
-    page = written(tmp_path, [TOP, BAND])
+    page = written(tmp_path, [TOP, STRONG, BAND])
     assert re.findall(r"<h1>(.*?)</h1>", page) == ["Item 12"]
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
         "Strongest examples",
+        "Examples from the strongest fifth of the range",
         "Examples from the weakest fifth of the range",
     ]
     assert Elements(page).tokens[:4] == [
@@ -83,10 +85,18 @@ def test_the_page_shows_the_item_and_its_sections(tmp_path: Path) -> None:
     ]
 
 
+def test_bands_other_than_fifths_are_counted(tmp_path: Path) -> None:
+    examples = [example([" a"], [1.0], 0, kind="band", band=band) for band in (0, 2)]
+    assert re.findall(r"<h2>(.*?)</h2>", written(tmp_path, examples))[1:] == [
+        "Examples from part 3 of 3 of the range, counted from the weakest",
+        "Examples from part 1 of 3 of the range, counted from the weakest",
+    ]
+
+
 def test_no_number_of_the_feature_is_in_the_source(tmp_path: Path) -> None:
-    body = written(tmp_path, [TOP, BAND]).partition("<body>")[2]
+    body = written(tmp_path, [TOP, STRONG, BAND]).partition("<body>")[2]
     without_shades = re.sub(r" s\d+", "", body)
-    assert re.findall(r"\d+", without_shades) == ["1", "12", "1", *"2222"]  # Item 12, and the tags h1 and h2
+    assert re.findall(r"\d+", without_shades) == ["1", "12", "1", *"222222"]  # Item 12, and the tags h1 and h2
     assert not re.search(r"7391|55123|8642|97531|8\.5|2\.125", body)
 
 

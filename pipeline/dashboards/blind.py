@@ -21,7 +21,7 @@ N_SHADES = 20
 HOT_SHADE = 13
 """From this shade on (0.65 of the maximum) text on a dark page turns black."""
 
-_BAND_NAMES = ("weakest", "second weakest", "middle", "second strongest", "strongest")
+_FIFTHS = ("weakest", "second weakest", "middle", "second strongest", "strongest")
 _STYLE = """
 main { max-width: 1000px; margin: 0 auto; padding: 24px 20px 60px; }
 h1 { font-size: 22px; margin: 0 0 4px; }
@@ -46,13 +46,13 @@ def write_blind_page(
     on each side. Raises StorageFull.
     """
     sections = "".join(_sections(examples, feature_rows.get("max") or 0.0, window))
-    shades = "".join(
-        f".s{shade} {{ --share: {shade / N_SHADES:.2f} }}\n" for shade in range(1, N_SHADES + 1)
-    )  # a class names a shade, so the source says no more than the eye sees
+    # a class names a shade, so the source says no more than the eye sees
+    shades = "".join(f".s{shade} {{ --share: {shade / N_SHADES:.2f} }}\n" for shade in range(1, N_SHADES + 1))
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Item {item}</title>\n<style>\n{(SITE / 'tokens.css').read_text()}{_STYLE}{shades}</style>\n</head>\n"
+        f'<title>Item {item}</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>\n{(SITE / 'tokens.css').read_text()}{_STYLE}{shades}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>Item {item}</h1>\n"
         '<p class="about">The stronger the colour, the stronger the feature. Each line is centred on its own token.</p>'
         f"\n{sections}</main>\n</body>\n</html>\n"
@@ -66,14 +66,17 @@ def _sections(examples: Sequence[Mapping[str, Any]], largest: float, window: int
     bands = sorted({example["band"] for example in examples if example.get("kind") == "band"}, reverse=True)
     for band in bands:
         inside = [example for example in examples if example.get("kind") == "band" and example["band"] == band]
-        yield _section(f"Examples from the {_band_name(band)} fifth of the range", inside, largest, window)
+        yield _section(_band_title(band, bands[0] + 1), inside, largest, window)
     drawn = [example for example in examples if example.get("kind") == "random"]
     if drawn:
         yield _section("Random examples", drawn, largest, window)
 
 
-def _band_name(band: int) -> str:
-    return _BAND_NAMES[min(band, len(_BAND_NAMES) - 1)]
+def _band_title(band: int, n_bands: int) -> str:
+    """Name a band in words; the strongest always has an example, the largest activation, so their number is known."""
+    if n_bands == len(_FIFTHS):
+        return f"Examples from the {_FIFTHS[band]} fifth of the range"
+    return f"Examples from part {band + 1} of {n_bands} of the range, counted from the weakest"
 
 
 def _section(title: str, examples: Sequence[Mapping[str, Any]], largest: float, window: int) -> str:
