@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.circuits.attribution import attribute, list_sources
+from analysis.circuits.attribution import FEW_ROOTS, attribute, list_sources
 from analysis.circuits.contributions import contributions
 from analysis.circuits.nodes import Kind, Node
 from analysis.circuits.operators import (
@@ -185,6 +185,14 @@ def test_direct_effects_equal_the_sum_over_all_chains_of_heads_and_skips(family:
     shown = {sources.nodes.node(int(place)): float(row[place]) for place in places if row[place] != 0}
     expected = {node: value for node, value in chains.items() if node.kind in kinds and value != 0}
     assert shown == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_many_roots_at_once_have_the_terms_of_few() -> None:
+    run = tiny_run("gpt2")
+    probes = [root.probe for root in some_roots(run)]
+    many = probes * (FEW_ROOTS // len(probes) + 1)
+    assert len(probes) <= FEW_ROOTS < len(many)
+    torch.testing.assert_close(attribute(run, many)[: len(probes)], attribute(run, probes), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox"])

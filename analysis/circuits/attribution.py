@@ -19,8 +19,13 @@ from torch import Tensor
 
 from analysis.circuits.nodes import Kind, NodeColumns, columns_of, joined_columns
 from analysis.circuits.operators import pull_norm, read_heads, unmix
-from analysis.circuits.run import LinearisedRun, Part, Probe
+from analysis.circuits.run import ActiveFeatures, LinearisedRun, Part, Probe
 from analysis.model_weights import Norm
+from training.kernels.pairs import Pairs
+
+FEW_ROOTS = 16
+"""Up to here a compiled loop over pairs is faster than gathering the decoder rows of each token for a product: 0.25 ms
+against 9 ms for one root, 128 tokens with 32 features of width 576 each, on one core."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,11 +166,9 @@ class _Pull:
         if features is not None:
             coder = features.transcoder
             rest = rest + features.error[seen]
+            written = _written(features, v)
             column = self._sources.features[layer].start
-            for token in range(self._n_tokens):
-                here = features.at(token)
-                written = v[:, token] @ coder.W_dec[features.feature[here]].T
-                out[:, column + here.start : column + here.stop] = written * features.activation[here]
+            out[:, column : column + written.shape[1]] = written
             bias = self._sources.decoder_bias.start + layer
             out[:, bias] += (v @ coder.b_dec_out) @ stands_in.to(v.dtype)
             if coder.W_skip is not None:
@@ -204,6 +207,20 @@ class _Pull:
         read = torch.einsum("rsge,gde->rsd", z, attention.W_V)
         self._out[: self._n_live, self._sources.attention_bias.start + layer] += constant + _constant(norm, read)
         direction += pull_norm(norm, read, record.scale_attention[:n])
+
+
+def _written(features: ActiveFeatures, v: Tensor) -> Tensor:
+    """Return (roots, n) what the features of the first T tokens write along ``v`` (roots, T, d_out)."""
+    n_tokens, W_dec = v.shape[1], features.transcoder.W_dec
+    end = int(features.starts[n_tokens])
+    if v.device.type == "cpu" and len(v) <= FEW_ROOTS:
+        offsets = features.starts[: n_tokens + 1].numpy()
+        pairs = Pairs(features.token[:end].numpy(), features.feature[:end].numpy(), offsets, len(W_dec))
+        dots = torch.stack([pairs.dots(one.contiguous(), W_dec) for one in v])
+    else:
+        per_token = [v[:, token] @ W_dec[features.feature[features.at(token)]].T for token in range(n_tokens)]
+        dots = torch.cat(per_token, dim=1)
+    return dots * features.activation[:end]
 
 
 def _dot_tokens(v: Tensor, activations: Tensor) -> Tensor:

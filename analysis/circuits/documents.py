@@ -92,7 +92,7 @@ def describe_attribution_graph(graph: AttributionGraph, pruned: Pruned) -> JSON:
         {
             **describe_node(graph.nodes[place]),
             "value": float(graph.values[place]),
-            "influence": float(pruned.influence[place]),
+            "influence": float(pruned.influence[place]) if place >= graph.n_targets else None,
             "constants": float(graph.constants[place]),
             "pruned": float(left_out[place]),
         }

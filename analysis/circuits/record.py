@@ -221,8 +221,10 @@ def _active(transcoder: Transcoder, mlp_in: Tensor, mlp_out: Tensor, transcoded:
     pre = transcoder.pre_activations(mlp_in)
     activations = transcoder.activate(pre) * stands_in[:, None]
     token, feature = torch.nonzero(activations, as_tuple=True)
-    activation = activations[token, feature]
-    slope = _slopes(transcoder, pre)[token, feature]
+    activation, own_pre = activations[token, feature], pre[token, feature]
+    # Of all architectures but gated ones, a feature that fires does so with its pre-activation.
+    is_itself = torch.equal(activation, own_pre)
+    slope = torch.ones_like(activation) if is_itself else _slopes(transcoder, pre)[token, feature]
     skip = None if transcoder.W_skip is None else (mlp_in @ transcoder.W_skip.T) * stands_in[:, None]
     error = (mlp_out - transcoder.decode(activations, mlp_in)) * stands_in[:, None]
     counts = torch.bincount(token, minlength=len(mlp_in)).cpu()
@@ -232,7 +234,7 @@ def _active(transcoder: Transcoder, mlp_in: Tensor, mlp_out: Tensor, transcoded:
         feature=feature,
         activation=activation,
         slope=slope,
-        offset=activation - slope * pre[token, feature],
+        offset=activation - slope * own_pre,
         starts=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
         error=error,
         skip=skip,

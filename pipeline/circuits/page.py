@@ -55,12 +55,18 @@ def _graphs(document: JSON) -> list[JSON]:
     return [_drawn(title, document[name]) for name, title in names.items() if document[name] is not None]
 
 
+def _size(described: JSON) -> float:
+    """Return how large a node is drawn; the targets of an attribution graph, which have no influence, as if all."""
+    influence = described.get("influence", described["value"])
+    return 1.0 if influence is None else float(influence)
+
+
 def _drawn(title: str, graph: JSON) -> JSON:
     nodes = [read_node(described) for described in graph["nodes"]]
     layout = place_nodes(nodes)
     largest_edge = max((abs(edge["value"]) for edge in graph["edges"]), default=0.0)
     # Of a graph of paths all values are contributions to the root; of an attribution graph, influence is what compares.
-    sizes = [described.get("influence", described["value"]) for described in graph["nodes"]]
+    sizes = [_size(described) for described in graph["nodes"]]
     largest = max((abs(size) for size in sizes), default=0.0)
     drawn = []
     for node, described, size in zip(nodes, graph["nodes"], sizes, strict=True):
@@ -76,6 +82,7 @@ def _drawn(title: str, graph: JSON) -> JSON:
                 "influence": described.get("influence"),
                 "strength": strength(size, largest),
                 "token": node.token,
+                "is_beside": node.of is not None,
                 "card": f"{node.layer}:{node.index}" if is_feature else None,
             }
         )

@@ -81,12 +81,12 @@ function drawEdges(graph) {
 }
 
 function shapeOf(node) {
-  const size = 5 + 5 * Math.sqrt(Math.abs(node.strength));
+  const size = (node.is_beside ? 3 : 5) + 5 * Math.sqrt(Math.abs(node.strength));
   switch (SHAPES[node.kind]) {
-    case "rect": return drawn("rect", { x: -size, y: -size * 0.7, width: 2 * size, height: 1.4 * size, rx: 3 });
-    case "square": return drawn("rect", { x: -size * 0.8, y: -size * 0.8, width: 1.6 * size, height: 1.6 * size });
-    case "diamond": return drawn("path", { d: `M0,${-size} L${size},0 L0,${size} L${-size},0 Z` });
-    default: return drawn("circle", { r: size });
+    case "rect": return drawn("rect", { class: "shape", x: -size, y: -size * 0.7, width: 2 * size, height: 1.4 * size, rx: 3 });
+    case "square": return drawn("rect", { class: "shape", x: -size * 0.8, y: -size * 0.8, width: 1.6 * size, height: 1.6 * size });
+    case "diamond": return drawn("path", { class: "shape", d: `M0,${-size} L${size},0 L0,${size} L${-size},0 Z` });
+    default: return drawn("circle", { class: "shape", r: size });
   }
 }
 
