@@ -83,7 +83,7 @@ class AttentionWeights:
 
     def pull_back_value(self, z: Tensor) -> Tensor:
         """Return (…, n_heads, d_model) W_V[h] z_h for ``z`` (…, n_heads, d_head): the direction at the source."""
-        grouped = z.unflatten(-2, (self.n_kv_heads, -1))
+        grouped = z.reshape(*z.shape[:-2], self.n_kv_heads, -1, z.shape[-1])
         return torch.einsum("gde,...gqe->...gqd", self.W_V.to(z.dtype), grouped).flatten(-3, -2)
 
     def pull_back(self, v: Tensor) -> Tensor:

@@ -199,7 +199,13 @@ class _Asked:
     def run_on(self, transcoders: dict[Any, Any]) -> None:
         """Run the model and find everything out."""
         with explained_passes(1):
-            run = record_run(self.model.bridge, read_weights(self.model), transcoders, torch.tensor(self.ids))
+            run = record_run(
+                self.model.bridge,
+                read_weights(self.model),
+                transcoders,
+                torch.tensor(self.ids),
+                allow_opaque=self.settings.missing_layers == "opaque",
+            )
         root = self._root(run)
         rounds = search_paths(run, root, self._search())
         self.graph, self.pruned, self.names = self._attribution_graph(run, root)

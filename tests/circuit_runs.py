@@ -90,7 +90,7 @@ def tiny_run(
     """Return the frozen pass of ``TOKENS``, exact in float64 or as the model computes it in float32."""
     model, weights = tiny_model(family, processing, double=double)
     with exact_norms(model.bridge, weights) if double else contextlib.nullcontext():
-        return record_run(model.bridge, weights, mixed_transcoders(layers), TOKENS)
+        return record_run(model.bridge, weights, mixed_transcoders(layers), TOKENS, allow_opaque=len(layers) < 3)
 
 
 def norms_of(weights: ModelWeights) -> dict[str, Norm]:

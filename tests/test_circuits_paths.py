@@ -45,6 +45,8 @@ from tests.circuit_runs import (
     tiny_run,
 )
 
+ONES = torch.ones(16)
+
 # ---- the search
 
 
@@ -269,6 +271,17 @@ def test_transcoders_of_anything_but_an_mlp_are_refused() -> None:
     assert "site layer1: blocks.0.mlp.hook_in to blocks.1.mlp.hook_out is not the input and output of one" in message
     assert "site again: layer 2 has two transcoders" in message
     assert "site far: this model has no hook 'blocks.7.mlp.hook_out'" in message
+
+
+def test_layers_without_a_transcoder_are_refused_by_what_depends_on_them_unless_allowed() -> None:
+    model, weights = tiny_model("gpt2")
+    run = record_run(model.bridge, weights, mixed_transcoders((0, 2)), TOKENS)
+    assert feature_root(run, 0, 3).value != 0  # nothing below is missing
+    for ask in (lambda: feature_root(run, 2, 3), lambda: logit_root(run, 5), lambda: direction_root(run, ONES, 2)):
+        with pytest.raises(SettingsError, match="layers 1: no transcoder of them was given"):
+            ask()
+    allowed = record_run(model.bridge, weights, mixed_transcoders((0, 2)), TOKENS, allow_opaque=True)
+    assert contributions(allowed, feature_root(allowed, 2, 3).probe).sum_of(Kind.MLP) != 0
 
 
 def test_a_transcoders_layer_is_its_hooks_and_not_its_place_in_a_list() -> None:

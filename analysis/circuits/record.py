@@ -38,11 +38,13 @@ def record_run(
     *,
     transcoded: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    allow_opaque: bool = False,
 ) -> LinearisedRun:
     """Run ``bridge`` on ``tokens`` (T,) and return the pass with every transcoder's active features.
 
     ``transcoded`` (T,) bool says where transcoders stand in: everywhere but at position 0 by default, the BOS, which
-    they never saw. ``dtype`` is what is computed in, by default the model's, but float32 for narrower ones. Raises
+    they never saw. ``dtype`` is what is computed in, by default the model's, but float32 for narrower ones. With
+    ``allow_opaque``, the MLP of a layer without a transcoder is one node; else what depends on it is no root. Raises
     ModelError, listing every problem, for transcoders that do not stand in for whole MLPs of this model and for models
     whose parts do not add up as assumed.
     """
@@ -85,6 +87,7 @@ def record_run(
             scale_final=norm_scale(weights.final_norm, stream),
             normalised=seen["ln_final.hook_out"],
             transcoded=transcoded.cpu(),
+            allow_opaque=allow_opaque,
         )
 
 

@@ -33,12 +33,13 @@ class Root:
 def feature_root(run: LinearisedRun, layer: int, feature: int, token: int = -1) -> Root:
     """Return a feature's activation, or where it does not fire its pre-activation.
 
-    Raises SettingsError for a layer without transcoder, a feature or token out of range, and a position at which no
-    transcoder stands in.
+    Raises SettingsError for a layer without transcoder, there or below (unless the run allows that), a feature or token
+    out of range, and a position at which no transcoder stands in.
     """
     position = checked_token(run, token)
     check_feature(run, layer, feature)
     _check_transcoded(run, position)
+    _check_below(run, layer)
     features = run.transcoders[layer]
     place = features.place(position, feature)
     if place is None:
@@ -63,9 +64,10 @@ def logit_root(run: LinearisedRun, token_id: int, token: int = -1, *, minus: int
     """Return the logit of ``token_id``, or its difference to that of ``minus``, predicted at a position.
 
     Through the final norm with its scale held fixed, before a cap on logits where the model has one. Raises
-    SettingsError for a token id or position out of range.
+    SettingsError for a token id or position out of range, and for layers without a transcoder unless the run allows it.
     """
     position = checked_token(run, token)
+    _check_below(run, run.n_layers)
     ids = [token_id] if minus is None else [token_id, minus]
     beyond = [one for one in ids if not 0 <= one < run.weights.d_vocab]
     if beyond:
@@ -84,6 +86,7 @@ def logit_root(run: LinearisedRun, token_id: int, token: int = -1, *, minus: int
 def centred_logit_roots(run: LinearisedRun, token_ids: Sequence[int], token: int = -1) -> list[Root]:
     """Return logits less the mean logit over the vocabulary, the roots of attribution graphs (Ameisen et al. 2025)."""
     position = checked_token(run, token)
+    _check_below(run, run.n_layers)
     mean = run.weights.W_U.to(run.dtype).mean(dim=1)
     b_U = run.weights.b_U
     roots = []
@@ -111,6 +114,7 @@ def direction_root(
             f"a direction of shape {tuple(vector.shape)} at {part.value} of layer {layer}: wanted "
             f"({run.stream.shape[1]},) and a layer from 0 to {last}"
         )
+    _check_below(run, layer + (part is Part.OUT))
     probe = Probe(layer, part, position, vector.to(run.stream.device, run.dtype))
     return Root(Node(Kind.DIRECTION, layer, position, number), probe, run.value(probe))
 
@@ -140,6 +144,15 @@ def _check_transcoded(run: LinearisedRun, position: int) -> None:
         raise SettingsError(
             f"token {position}: transcoders do not stand in there (it is the BOS, which they were never trained on); "
             "choose a later token"
+        )
+
+
+def _check_below(run: LinearisedRun, layer: int) -> None:
+    without = [below for below in range(layer) if below not in run.transcoders]
+    if without and not run.allow_opaque:
+        raise SettingsError(
+            f"layers {', '.join(map(str, without))}: no transcoder of them was given, so what their MLPs do cannot be "
+            "told by features; give them too, or allow whole MLPs as nodes (allow_opaque)"
         )
 
 

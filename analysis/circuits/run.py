@@ -130,6 +130,8 @@ class LinearisedRun:
     """(T, d_model) the final norm's recorded output."""
     transcoded: Tensor
     """(T,) bool: where transcoders stand in; elsewhere an MLP's output is one node."""
+    allow_opaque: bool = False
+    """Whether quantities may be explained that whole MLPs of layers without a transcoder contribute to."""
 
     @property
     def n_tokens(self) -> int:

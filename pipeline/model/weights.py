@@ -36,7 +36,7 @@ def read_weights(model: LanguageModel) -> ModelWeights:
             layers=tuple(reader.layer(block, number) for number, block in enumerate(bridge.blocks)),
             W_pos=_optional(bridge, "W_pos"),
             b_U=_unless(0, _optional(bridge, "b_U")),
-            is_parallel=bool(getattr(bridge.cfg, "parallel_attn_mlp", False)),
+            is_parallel=reader.is_parallel,
             logit_cap=_logit_cap(bridge.cfg),
         )
         return _with_embedding_scale(weights, model)
@@ -47,16 +47,19 @@ class _Reader:
 
     def __init__(self, bridge: Any) -> None:
         self._eps = float(getattr(bridge.cfg, "eps", 0.0))
+        self.is_parallel = bool(getattr(bridge.cfg, "parallel_attn_mlp", False))
 
     def layer(self, block: Any, number: int) -> LayerWeights:
         attention = getattr(block, "attn", None)
         if attention is None:
             raise ModelError(f"block {number} has no attention; circuits and OV norms need a transformer of one kind")
         here = f"block {number}: "
+        # GPT-J and Phi have one norm for both: without a name of its own, the MLP's is attention's.
+        shares_norm = self.is_parallel and getattr(block, "ln2", None) is None
         return LayerWeights(
             attention=self._attention(attention, here),
             norm_attention=self.norm(block, "ln1", here + "the norm before attention"),
-            norm_mlp=self.norm(block, "ln2", here + "the norm before the MLP"),
+            norm_mlp=self.norm(block, "ln1" if shares_norm else "ln2", here + "the norm before the MLP"),
             norm_attention_out=self.norm(block, "ln1_post", here + "the norm after attention"),
             norm_mlp_out=self.norm(block, "ln2_post", here + "the norm after the MLP"),
         )
