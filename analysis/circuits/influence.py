@@ -67,20 +67,32 @@ def prune(
     does not show all that comes in.
     """
     targets = weights > 0
-    whole = shares(adjacency, incoming)
-    influence = influences(whole, weights)
-    nodes = _fewest(influence, node_threshold) | always | targets
-    inside = adjacency * nodes[:, None] * nodes[None, :]
-    inner = shares(inside)
-    flow = inner * (influences(inner, weights) + weights)[:, None]
+    influence = influences(shares(adjacency, incoming), weights)
+    chosen = _fewest(influence, node_threshold) | always | targets
+    # From here on among these alone: of a few thousand nodes a few hundred are left, and edges are their square.
+    inner = shares(adjacency[chosen][:, chosen])
+    flow = inner * (influences(inner, weights[chosen]) + weights[chosen])[:, None]
     edges = _fewest(flow.flatten(), edge_threshold).view_as(flow) & (flow > 0)
+    may_end, may_start = (targets | always)[chosen], ~needs_incoming[chosen]
+    nodes = torch.ones_like(may_end)
     while True:
-        leads_on, is_fed = edges.any(dim=0), edges.any(dim=1)
-        kept = nodes & (leads_on | targets | always) & (is_fed | ~needs_incoming)
+        kept = nodes & (edges.any(dim=0) | may_end) & (edges.any(dim=1) | may_start)
         edges = edges & kept[:, None] & kept[None, :]
         if torch.equal(kept, nodes):
-            return Pruned(kept, edges, influence)
+            break
         nodes = kept
+    return Pruned(_spread(nodes, chosen), _spread(edges, chosen), influence)
+
+
+def _spread(among: Tensor, chosen: Tensor) -> Tensor:
+    """Return what is true of the chosen nodes, (m,) or (m, m), for all of them; false of the others."""
+    places = torch.nonzero(chosen).flatten()
+    whole = torch.zeros((len(chosen),) * among.ndim, dtype=torch.bool)
+    if among.ndim == 1:
+        whole[places] = among
+    else:
+        whole[places[:, None], places[None, :]] = among
+    return whole
 
 
 def _fewest(values: Tensor, threshold: float) -> Tensor:
