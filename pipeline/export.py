@@ -7,7 +7,7 @@ with is written last: what is half-written looks like nothing to it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline.exports import circuit_tracer, delphi, saelens, sparsify, viewer_features
-from pipeline.exports.subjects import Converted, Subject, convert, open_subjects
+from pipeline.exports.conversion import Converted, convert
+from pipeline.exports.subjects import Subject, open_subjects
 from storage.activation_cache import open_cache
 from storage.artifact import MANIFEST, REQUEST, Draft, read_manifest, read_sealed
 from storage.errors import ArtifactMissing, SettingsError
@@ -196,19 +197,18 @@ class _Job:
                 one = self._subjects[0]
                 names = saelens.write_topk_autoencoder(directory, one, self._name(one.manifest))
                 return names, {"notes": [], "calibration": []}
-        converted = self._convert()
         name = self._name(self._subjects[0].manifest)
         if self._to == "saelens":
-            files_written = saelens.write(directory, converted[0], name)
+            (converted,) = self._convert()
+            done = saelens.write(directory, converted, name)
         else:
-            files_written = circuit_tracer.write(directory, converted, name, self._settings.scan)
-        costs = [(one, one.cost) for one in converted if one.cost is not None]
-        return files_written, {
-            "notes": [f"{one.subject.site['name']}: {cost.sentence()}" for one, cost in costs],
-            "calibration": [{"site": one.subject.site["name"], **cost.record()} for one, cost in costs],
+            done = circuit_tracer.write(directory, self._convert(), name, self._settings.scan)
+        return done.files, {
+            "notes": [f"{site}: {cost.sentence()}" for site, cost in done.costs.items()],
+            "calibration": [{"site": site, **cost.record()} for site, cost in done.costs.items()],
         }
 
-    def _convert(self) -> list[Converted]:
+    def _convert(self) -> Iterator[Converted]:
         weights = None
         if self._settings.fold_norm:
             from pipeline.model.weights import read_weights  # loads TransformerLens, which nothing else here needs

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from pipeline import export
 from pipeline.export import ExportSettings
+from pipeline.exports.tensor_files import write_tensors
 from storage.artifact import verify_artifact
-from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull
 from tests.layered_transcoders import (
     MODEL,
     mlp_site,
@@ -206,3 +207,22 @@ def test_the_same_export_again_returns_what_is_there_and_another_is_refused(tmp_
 def test_nothing_to_export_is_said(tmp_path):
     with pytest.raises(ArtifactMissing, match="no published transcoder"):
         write("saelens", [tmp_path / "nowhere"], tmp_path / "out")
+
+
+def test_an_interrupted_export_is_nothing_to_its_reader_and_is_finished_by_the_next(tmp_path, monkeypatch):
+    paths = [published(tmp_path / f"t{layer}", ReLU(), mlp_site(layer))[0] for layer in (0, 1)]
+
+    def fail_at_the_second(path, tensors):
+        if path.name == "layer_1.safetensors":
+            raise StorageFull("full")
+        write_tensors(path, tensors)
+
+    monkeypatch.setattr("pipeline.exports.circuit_tracer.write_tensors", fail_at_the_second)
+    with pytest.raises(StorageFull):
+        write("circuit-tracer", paths, tmp_path / "out")
+    assert not (tmp_path / "out/config.yaml").exists()
+    with pytest.raises(ArtifactIncomplete):
+        export.read_result(tmp_path / "out")
+    monkeypatch.undo()
+    assert len(write("circuit-tracer", paths, tmp_path / "out").files) == 3
+    assert verify_artifact(tmp_path / "out", "export") == []

@@ -7,7 +7,7 @@ import torch
 
 from analysis.model_weights import Norm
 from pipeline.exports.calibration import calibrate, thresholds
-from pipeline.exports.jump_form import jump_form, needs_calibration
+from pipeline.exports.jump_form import jump_form
 from storage.activation_cache import open_cache
 from tests.layered_transcoders import mlp_site, publish_site_cache, random_transcoder
 from training.architectures import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
@@ -44,11 +44,6 @@ def test_a_threshold_of_zero_is_plain_relu():
     module = random_transcoder(BatchTopK(), SITE)
     dict(module.named_buffers())["threshold"].zero_()
     assert jump_form(module).threshold is None
-
-
-def test_topk_alone_needs_calibration():
-    kinds = [ReLU, JumpReLU, BatchTopK, Matryoshka, Gated, TopK]
-    assert [kind for kind in kinds if needs_calibration(random_transcoder(kind(), SITE, d_sae=64))] == [TopK]
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -7,13 +7,14 @@ release 0.4 and later; the first release (June 2025) stored both matrices the ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.exports.subjects import Converted, Subject
+from pipeline.exports.conversion import Converted, Written
+from pipeline.exports.subjects import Subject
 from pipeline.exports.tensor_files import present, write_tensors
 from storage.artifact import write_atomically
 
@@ -34,10 +35,10 @@ def problems(subjects: Sequence[Subject]) -> list[str]:
             f"from 0 to {n_layers - 1}"
         )
     kinds: dict[str, set[Any]] = {
-        "d_sae": {one.transcoder.d_sae for one in subjects},
+        "d_sae": {one.d_sae for one in subjects},
         "input hook": {hooks.input for _, hooks in hooked},
         "output hook": {hooks.output for _, hooks in hooked},
-        "a skip path": {one.transcoder.W_skip is not None for one in subjects},
+        "a skip path": {one.skips for one in subjects},
         "model": {str(one.model.get("name")) for one in subjects},
     }
     for name, values in kinds.items():
@@ -68,12 +69,14 @@ def _problems(subject: Subject) -> list[str]:
     return found
 
 
-def write(directory: Path, layers: Sequence[Converted], model_name: str, scan: str | None) -> list[str]:
-    """Write a set whose layers have been checked; return the names of the files."""
-    files = []
-    for one in sorted(layers, key=lambda one: one.layer):
+def write(directory: Path, layers: Iterable[Converted], model_name: str, scan: str | None) -> Written:
+    """Write a set whose layers have been checked, one at a time; return the files, and what the thresholds cost."""
+    files, costs, hooks = [], {}, ("", "")
+    for one in layers:
         name = f"layer_{one.layer}.safetensors"
-        form = one.form
+        form, hooks = one.form, (one.hook_in, one.hook_out)
+        if one.cost is not None:
+            costs[one.subject.site["name"]] = one.cost
         tensors = {
             "W_enc": form.W_enc,
             "b_enc": form.b_enc,
@@ -84,16 +87,15 @@ def write(directory: Path, layers: Sequence[Converted], model_name: str, scan: s
         }
         write_tensors(directory / name, present(tensors))
         files.append(name)
-    first = layers[0]
     config: dict[str, Any] = {
         "model_name": model_name,
         "model_kind": "transcoder_set",
-        "feature_input_hook": first.hook_in.split(".", 2)[2],
-        "feature_output_hook": first.hook_out.split(".", 2)[2],
+        "feature_input_hook": hooks[0].split(".", 2)[2],
+        "feature_output_hook": hooks[1].split(".", 2)[2],
         **({} if scan is None else {"scan": scan}),
     }
     write_atomically(directory / CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
-    return [CONFIG, *files]
+    return Written([CONFIG, *files], costs)
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -83,18 +83,13 @@ class JumpForm:
         return replace(self, **changed)
 
 
-def needs_calibration(transcoder: Transcoder) -> bool:
-    """Tell whether no threshold gives this transcoder's activations exactly."""
-    return isinstance(transcoder, TopKTranscoder)
-
-
 @torch.no_grad()
 def jump_form(transcoder: Transcoder, threshold: Tensor | None = None) -> JumpForm:
-    """Return a folded transcoder in the common form; those that need calibration, only those, need a ``threshold``.
+    """Return a folded transcoder in the common form; TopK, and nothing else, needs a ``threshold`` (d_sae,).
 
     BatchTopK and Matryoshka have the threshold that they use themselves. A threshold of 0 is ReLU.
     """
-    assert (threshold is not None) == needs_calibration(transcoder), "thresholds are given just where k needs them"
+    assert (threshold is not None) == isinstance(transcoder, TopKTranscoder), "thresholds are given just where k is"
     common = JumpForm(
         W_enc=transcoder.W_enc.detach().clone(),
         b_enc=transcoder.encoder_bias().detach().clone(),

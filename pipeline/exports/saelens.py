@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.exports.jump_form import JumpForm, jump_form, needs_calibration
-from pipeline.exports.subjects import Converted, Subject
+from pipeline.exports.conversion import Converted, Written
+from pipeline.exports.jump_form import JumpForm, jump_form
+from pipeline.exports.subjects import Subject
 from pipeline.exports.tensor_files import present, write_json, write_tensors
 
 FORMAT_OF = "6.54.12"
@@ -35,32 +36,33 @@ def problems(subjects: Sequence[Subject]) -> list[str]:
     return [
         f"{one.path}: is an autoencoder with a path past its features, which SAELens has for transcoders only"
         for one in subjects
-        if one.is_autoencoder and one.transcoder.W_skip is not None
+        if one.is_autoencoder and one.skips
     ]
 
 
 def is_topk_autoencoder(subject: Subject) -> bool:
     """Tell whether SAELens has this transcoder's own rule, so that no threshold must stand in for k."""
-    return subject.is_autoencoder and needs_calibration(subject.transcoder)
+    return subject.is_autoencoder and subject.needs_calibration
 
 
 def write_topk_autoencoder(directory: Path, subject: Subject, model_name: str) -> list[str]:
     """Write a TopK autoencoder with its k; return the names of the files."""
-    form = jump_form(subject.transcoder, torch.zeros(subject.transcoder.d_sae))
+    form = jump_form(subject.load(), torch.zeros(subject.d_sae))
     site = subject.site
     config = {"architecture": "topk", "k": subject.manifest["architecture"]["k"], "rescale_acts_by_decoder_norm": False}
     return _write(directory, form, config, _metadata(subject, site["hook_in"], site["hook_out"], model_name))
 
 
-def write(directory: Path, converted: Converted, model_name: str) -> list[str]:
-    """Write a transcoder or autoencoder; return the names of the files."""
+def write(directory: Path, converted: Converted, model_name: str) -> Written:
+    """Write a transcoder or autoencoder; return the files, and what the thresholds cost."""
     form, subject = converted.form, converted.subject
     if subject.is_autoencoder:
         config: dict[str, Any] = {"architecture": "standard" if form.threshold is None else "jumprelu"}
     else:
         kind = ("jumprelu_" if form.threshold is not None else "") + ("skip_" if form.W_skip is not None else "")
         config = {"architecture": f"{kind}transcoder", "d_out": form.d_out}
-    return _write(directory, form, config, _metadata(subject, converted.hook_in, converted.hook_out, model_name))
+    files = _write(directory, form, config, _metadata(subject, converted.hook_in, converted.hook_out, model_name))
+    return Written(files, {} if converted.cost is None else {subject.site["name"]: converted.cost})
 
 
 def _write(directory: Path, form: JumpForm, config: dict[str, Any], metadata: dict[str, Any]) -> list[str]:

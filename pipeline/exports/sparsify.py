@@ -32,7 +32,7 @@ def problems(subjects: Sequence[Subject], module: str | None) -> list[str]:
 
 
 def _problems(subject: Subject, module: str | None) -> list[str]:
-    kind, site = subject.manifest["architecture"]["kind"], subject.site
+    kind, site = subject.kind, subject.site
     found = []
     if kind != "topk":
         found.append(f"{subject.path}: is {kind}, and sparsify has TopK only; export to saelens or circuit-tracer")
@@ -56,7 +56,7 @@ def write(directory: Path, subject: Subject, module: str | None) -> list[str]:
     """Write one transcoder below ``directory``; return the names of its files."""
     folder = module or module_of(subject.site, subject.model)
     assert folder is not None
-    transcoder = subject.transcoder
+    transcoder = subject.load()
     b_enc, b_dec = transcoder.encoder_bias(), transcoder.b_dec_out
     if subject.is_autoencoder:
         b_enc = (b_enc.double() + transcoder.W_enc.double() @ b_dec.double()).float()
