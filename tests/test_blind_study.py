@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 
 from analysis.blind.withholding import WITHHELD, withhold
+from analysis.circuits.documents import describe_node
+from analysis.circuits.nodes import Kind, Node
 from pipeline import cli
 from pipeline.blind.ledger import Ledger
 from pipeline.blind.study import BlindStudy
@@ -70,8 +72,41 @@ def test_numbers_and_names_of_parts_are_shown():
     assert withhold(content, mode="blind", source="input") == content
 
 
-def test_a_text_under_a_name_s_key_is_withheld():
-    assert withhold({"kind": "the 'cat'"}, mode="blind", source="input") == {"kind": WITHHELD}
+@pytest.mark.parametrize("text", ["the 'cat'", "a cat", " cat"])
+def test_a_text_under_a_name_s_key_is_withheld(text):
+    assert withhold({"kind": text}, mode="blind", source="input") == {"kind": WITHHELD}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cat", " cat", "1976", "3.5", "cat: 5", "cat[", "@", "<-", "logit[262]", "embed['cat']@3", "mlp8tc[3]@1 cat"],
+)
+def test_words_and_numbers_alone_are_no_notation(text):
+    for key in ("notation", "name", "text"):
+        assert withhold({key: text}, mode="blind", source="input") == {key: WITHHELD}
+
+
+@pytest.mark.parametrize("mode", ["blind", "super-blind"])
+def test_a_circuit_is_shown_as_far_as_it_says_nothing_of_its_text(mode):
+    """Every kind of node that circuits name, in the form in which they are written to circuit.json."""
+    nodes = [
+        Node(Kind.FEATURE, 8, 4, 355),
+        Node(Kind.HEAD, 7, 2, 11),
+        Node(Kind.EMBEDDING, None, 3),
+        Node(Kind.POSITION, None, 3),
+        Node(Kind.ERROR, 2, 4),
+        Node(Kind.BIAS, of=Node(Kind.FEATURE, 8, 4, 355)),
+    ]
+    described = [describe_node(node) for node in nodes]
+    assert withhold(described, mode=mode, source="input") == described
+    path = {"text": "mlp8tc[355]@4: 21 <- attn7[11]@2: 3.6* <- embed0@2: -0.5", "steps": []}
+    assert withhold(path, mode=mode, source="input") == path
+    layer_0 = describe_node(Node(Kind.FEATURE, 0, 4, 9188))
+    assert withhold(layer_0, mode=mode, source="input") == (layer_0 if mode == "blind" else WITHHELD)
+    logit = withhold(describe_node(Node(Kind.LOGIT, None, 4, 262)), mode=mode, source="input")
+    assert (logit["index"], logit["name"]) == (WITHHELD, WITHHELD)
+    tokens = withhold({"tokens": [{"id": 262, "text": " the"}]}, mode=mode, source="input")
+    assert tokens == {"tokens": [{"id": WITHHELD, "text": WITHHELD}]}
 
 
 def test_lists_of_token_ids_are_withheld_one_by_one():

@@ -1,8 +1,9 @@
 """What of a piece of evidence may be seen before a hypothesis is on file: everything but what the text says.
 
 Evidence is any JSON. Which of its strings are words of the text no program can tell for sure, so it is the other way
-round: a string is shown only under a key that names a kind of thing (``site``, ``notation``, …) and only if it looks
-like a name. All others are withheld, and so are numbers under keys that end in ``token_id`` or ``token_ids``.
+round: a string is shown only under a key that names a part of the model (``kind``, ``site``, …) and only if it is one
+word, or if it is nothing but the notation of nodes (``mlp8tc[355]@-1 <- attn7[7]@35``). All others are withheld, and so
+are numbers that are token ids by their key.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ Source = Literal["input", "weights"]
 part of what is looked at; both modes show it."""
 
 WITHHELD = "<withheld>"
-SHOWN_KEYS = frozenset({"component", "hook", "kind", "notation", "role", "site", "unit"})
-"""Keys whose strings are names of parts of the model."""
+NAMES = frozenset({"component", "hook", "kind", "place", "role", "site", "unit"})
+"""Keys under which one word, a name of a part of the model, is shown."""
+LOGITS = frozenset({"logit", "logit_difference", "logit difference"})
+"""Each a ``kind`` of objects whose ``index`` and ``other`` are token ids."""
 
-_NAME = re.compile(r"[\w.\[\]@:<>←→+ -]*")
-_TOKEN_IDS = re.compile(r"(?:.*_)?token_ids?")
+_NAME = re.compile(r"[\w.\[\]:-]+")
+_BESIDE = r"(?:\.[a-z_]+\d*)?"  # of a node that lies beside another: mlp8tc[355].bias@4
+_NODE = rf"(?!logit)[a-z_]+\d*[a-z_]*(?:\[\d+\]{_BESIDE}(?:@-?\d+)?|{_BESIDE}@-?\d+)"
+_STEP = rf"{_NODE}(?:: ?[-+−]?\d+(?:\.\d+)?\*?)?"
+_NOTATION = re.compile(rf"{_STEP}(?: ?(?:<-|←|->|→) ?{_STEP})*")
+_TOKEN_IDS = re.compile(r"(?:.*_)?token_ids?|ids?")
 _LAYER_0 = re.compile(r"\bmlp0tc\b|\b(?:layer|blocks\.)0(?!\d)")
 _FEATURE_KINDS = frozenset({"feature", "transcoder", "transcoder feature"})
 
@@ -30,19 +37,18 @@ _FEATURE_KINDS = frozenset({"feature", "transcoder", "transcoder feature"})
 def withhold(content: Any, *, mode: Mode, source: Source) -> Any:
     """Return a copy of ``content``, JSON, in which what the mode withholds is replaced by ``WITHHELD``.
 
-    In super-blind mode an object is withheld whole if it is about a feature of layer 0: its ``site`` or ``notation``
-    says so, or it has a ``feature`` (or a ``kind`` that is one) and ``layer`` 0.
+    In super-blind mode an object is withheld whole if it is about a feature of layer 0: it has a ``feature`` or a
+    ``kind`` that is one, and ``layer`` 0, or a string under another of its keys that says so.
     """
-    if source == "weights":
-        return content
-    return _without(content, "", mode)
+    return content if source == "weights" else _without(content, "", mode)
 
 
 def _without(value: Any, key: str, mode: Mode) -> Any:
     if isinstance(value, dict):
         if mode == "super-blind" and _is_feature_of_layer_0(value):
             return WITHHELD
-        return {name: _without(inner, name, mode) for name, inner in value.items()}
+        token_ids = ("index", "other", "name") if value.get("kind") in LOGITS else ()
+        return {name: WITHHELD if name in token_ids else _without(inner, name, mode) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without(inner, key, mode) for inner in value]
     if isinstance(value, str):
@@ -52,14 +58,13 @@ def _without(value: Any, key: str, mode: Mode) -> Any:
 
 
 def _is_shown(text: str, key: str, mode: Mode) -> bool:
-    if key not in SHOWN_KEYS or _NAME.fullmatch(text) is None:
+    if mode == "super-blind" and _LAYER_0.search(text) is not None:
         return False
-    return mode == "blind" or _LAYER_0.search(text) is None
+    return _NOTATION.fullmatch(text) is not None or (key in NAMES and _NAME.fullmatch(text) is not None)
 
 
 def _is_feature_of_layer_0(value: dict[str, Any]) -> bool:
-    is_feature = "feature" in value or value.get("kind") in _FEATURE_KINDS
-    named = any(
-        isinstance(value.get(key), str) and _LAYER_0.search(value[key]) is not None for key in ("site", "notation")
-    )
-    return is_feature and (value.get("layer") == 0 or named)
+    if "feature" not in value and value.get("kind") not in _FEATURE_KINDS:
+        return False
+    named = any(isinstance(inner, str) and _LAYER_0.search(inner) is not None for inner in value.values())
+    return value.get("layer") in (0, "0") or named
