@@ -219,7 +219,7 @@ class _Asked:
             "attribution_graph": (
                 None
                 if self.graph is None or self.pruned is None
-                else documents.describe_attribution_graph(self.graph, self.pruned)
+                else documents.describe_attribution_graph(self.graph, self.pruned, self.names)
             ),
         }
 

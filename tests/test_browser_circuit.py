@@ -93,6 +93,14 @@ def test_the_view_moves_zooms_and_comes_back(page: Page) -> None:
     assert graph.get_attribute("viewBox") != whole
 
 
+def test_what_paths_leave_out_can_be_hidden(page: Page) -> None:
+    beside = page.locator(".node.beside")
+    expect(beside.first).to_be_visible()
+    page.get_by_role("button", name="Errors, biases and what was left out").click()
+    expect(beside.first).to_be_hidden()
+    expect(page.locator(".node").first).to_be_visible()
+
+
 def test_both_graphs_can_be_chosen(page: Page) -> None:
     button = page.get_by_role("button", name="Attribution graph")
     button.click()

@@ -82,8 +82,8 @@ def describe_path_graph(graph: PathGraph) -> JSON:
     }
 
 
-def describe_attribution_graph(graph: AttributionGraph, pruned: Pruned) -> JSON:
-    """Return the nodes and edges that were kept, and what each row has besides them."""
+def describe_attribution_graph(graph: AttributionGraph, pruned: Pruned, names: Sequence[str]) -> JSON:
+    """Return the nodes and edges that were kept, and what each row has besides them; ``names`` are the targets'."""
     kept = torch.nonzero(pruned.nodes).flatten().tolist()
     places = {place: number for number, place in enumerate(kept)}
     shown = graph.adjacency * pruned.edges
@@ -91,6 +91,7 @@ def describe_attribution_graph(graph: AttributionGraph, pruned: Pruned) -> JSON:
     nodes = [
         {
             **describe_node(graph.nodes[place]),
+            **({"text": names[place]} if place < graph.n_targets else {}),
             "value": float(graph.values[place]),
             "influence": float(pruned.influence[place]) if place >= graph.n_targets else None,
             "constants": float(graph.constants[place]),

@@ -74,7 +74,7 @@ def _drawn(title: str, graph: JSON) -> JSON:
         is_feature = node.kind in (Kind.FEATURE, Kind.DECODER)
         drawn.append(
             {
-                "name": described["name"],
+                "name": described.get("text", described["name"]),
                 "kind": node.kind.value,
                 "x": x,
                 "y": y,

@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const svg = document.getElementById("graph");
-const STEP = { x: 30, y: 64 };
+const STEP = { x: 30, y: 64 }; // y grows until a graph fills its frame
 const MARGIN = { left: 64, bottom: 48, top: 40, right: 24 };
 const SHAPES = { head: "rect", embedding: "square", position: "square", error: "diamond", mlp: "diamond" };
 let view = { x: 0, y: 0, width: 1, height: 1 };
@@ -70,7 +70,7 @@ function drawEdges(graph) {
     const [x1, y1, x2, y2] = [xOf(from.x - 0.5), yOf(graph, from.y), xOf(to.x - 0.5), yOf(graph, to.y)];
     const bend = (y1 + y2) / 2;
     const line = drawn("path", {
-      class: `edge${edge.value < 0 ? " less" : ""}`,
+      class: `edge${edge.value < 0 ? " less" : ""}${from.is_beside ? " beside" : ""}`,
       d: `M${x1},${y1} C${x1},${bend} ${x2},${bend} ${x2},${y2}`,
       "stroke-width": 0.5 + 5 * Math.abs(edge.strength),
     });
@@ -93,7 +93,7 @@ function shapeOf(node) {
 function drawNodes(graph, lines) {
   graph.nodes.forEach((node, place) => {
     const group = drawn("g", {
-      class: `node ${node.kind}${node.value < 0 ? " less" : ""}`, tabindex: 0, role: "button", "aria-pressed": "false",
+      class: `node ${node.kind}${node.value < 0 ? " less" : ""}${node.is_beside ? " beside" : ""}`, tabindex: 0, role: "button", "aria-pressed": "false",
       "aria-label": `${node.name}, ${short(node.value)}`, transform: `translate(${xOf(node.x - 0.5)},${yOf(graph, node.y)})`,
     });
     group.append(drawn("circle", { class: "halo", r: 14 }), shapeOf(node));
@@ -154,7 +154,10 @@ function showCard(details, card) {
   }
 }
 
-function applyView() { svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`); }
+function applyView() {
+  svg.style.setProperty("--scale", Math.min(Math.max(view.width / Math.max(svg.clientWidth, 1), 0.4), 2));
+  svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`);
+}
 function zoom(factor, x = view.x + view.width / 2, y = view.y + view.height / 2) {
   const width = Math.min(Math.max(view.width * factor, 60), whole.width * 4), ratio = width / view.width;
   view = { x: x - (x - view.x) * ratio, y: y - (y - view.y) * ratio, width, height: view.height * ratio };
@@ -192,9 +195,12 @@ function listenToView() {
 function drawGraph(number) {
   const graph = data.graphs[number];
   kept = null;
-  document.querySelectorAll("#choices button").forEach((button, place) => button.setAttribute("aria-pressed", String(place === number)));
+  document.querySelectorAll("#choices .graph").forEach((button, place) => button.setAttribute("aria-pressed", String(place === number)));
   const last = graph.columns[graph.columns.length - 1];
-  const width = xOf(last.start + last.width) + MARGIN.right, height = yOf(graph, -0.5) + MARGIN.bottom;
+  const width = xOf(last.start + last.width) + MARGIN.right;
+  const room = width * svg.clientHeight / Math.max(svg.clientWidth, 1) - MARGIN.top - MARGIN.bottom;
+  STEP.y = Math.min(Math.max(room / (graph.top + 1), 48), 160);
+  const height = yOf(graph, -0.5) + MARGIN.bottom;
   svg.replaceChildren();
   svg.classList.remove("faded");
   drawAxes(graph, width, height);
@@ -208,10 +214,16 @@ showHeader();
 showPaths();
 if (data.graphs.length) {
   data.graphs.forEach((graph, number) => {
-    const button = element("button", { type: "button", "aria-pressed": "false" }, graph.title);
+    const button = element("button", { type: "button", class: "graph", "aria-pressed": "false" }, graph.title);
     button.addEventListener("click", () => drawGraph(number));
     document.getElementById("choices").append(button);
   });
+  const beside = element("button", { type: "button", "aria-pressed": "true" }, "Errors, biases and what was left out");
+  beside.addEventListener("click", () => {
+    const hidden = svg.classList.toggle("without-beside");
+    beside.setAttribute("aria-pressed", String(!hidden));
+  });
+  if (data.graphs.some((graph) => graph.nodes.some((node) => node.is_beside))) document.getElementById("choices").append(beside);
   listenToView();
   drawGraph(0);
 } else {
