@@ -99,7 +99,7 @@ def test_a_circuit_is_shown_as_far_as_it_says_nothing_of_its_text(mode):
     ]
     described = [describe_node(node) for node in nodes]
     assert withhold(described, mode=mode, source="input") == described
-    path = {"text": "mlp8tc[355]@4: 21 <- attn7[11]@2: 3.6* <- embed0@2: -0.5", "steps": []}
+    path = {"text": "mlp8tc[355]@4: 21 <- attn7[11]@2: 3.6* <- embed0@2: -6e-07", "steps": []}
     assert withhold(path, mode=mode, source="input") == path
     layer_0 = describe_node(Node(Kind.FEATURE, 0, 4, 9188))
     assert withhold(layer_0, mode=mode, source="input") == (layer_0 if mode == "blind" else WITHHELD)
