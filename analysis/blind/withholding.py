@@ -27,7 +27,7 @@ LOGITS = frozenset({"logit", "logit_difference", "logit difference"})
 _NAME = re.compile(r"[\w.\[\]:-]+")
 _BESIDE = r"(?:\.[a-z_]+\d*)?"  # of a node that lies beside another: mlp8tc[355].bias@4
 _NODE = rf"(?!logit)[a-z_]+\d*[a-z_]*(?:\[\d+\]{_BESIDE}(?:@-?\d+)?|{_BESIDE}@-?\d+)"
-X
+_STEP = rf"{_NODE}(?:: ?[-+−]?\d+(?:\.\d+)?(?:e[-+]?\d+)?\*?)?"
 _NOTATION = re.compile(rf"{_STEP}(?: ?(?:<-|←|->|→) ?{_STEP})*")
 _TOKEN_IDS = re.compile(r"(?:.*_)?token_ids?|ids?")
 _LAYER_0 = re.compile(r"\bmlp0tc\b|\b(?:layer|blocks\.)0(?!\d)")
