@@ -30,6 +30,9 @@ from storage.tables import read_schema, read_table
 from training.architectures.base import Transcoder
 from training.transcoder import load_transcoder, read_transcoder_manifest
 
+CONTEXT_LENGTH = 1024
+"""Tokens of a context unless asked otherwise: attention patterns take memory by the square of it."""
+
 _NOTED = ("frequency", "max", "top_token", "promoted_tokens")
 """Columns of the table of features that are told with a feature, where the tables have them."""
 
@@ -87,8 +90,9 @@ def run(
     """Score ``texts`` with ``features`` of a published transcoder, or with the ``top`` strongest it finds in them.
 
     ``tables`` of the same transcoder add what is known of a feature; ``model`` says where the language model lies if it
-    is not under its recorded name; ``context_length`` (tokens, BOS included) is the model's longest unless given.
-    Activations are float32. Memory: a row of the transcoder's input per token, and the model.
+    is not under its recorded name; ``context_length`` counts tokens, the BOS included, and is ``CONTEXT_LENGTH`` unless
+    given, or the model's longest if that is less. Activations are float32. Memory: a row of the transcoder's input per
+    token, and the model.
 
     Raises SettingsError for features that are not there or settings that do not go together, TextError for an empty
     text, ArtifactMismatch if tables or model are not the transcoder's, ModelError if the model cannot be loaded.
@@ -136,7 +140,7 @@ def _context_length(wanted: int | None, model: LanguageModel) -> int:
     longest = model.max_context_length
     if wanted is not None and not 2 <= wanted <= longest:
         raise SettingsError(f"--context-length {wanted}: wanted 2 (BOS and a token) to {longest}, the model's longest")
-    return longest if wanted is None else wanted
+    return min(CONTEXT_LENGTH, longest) if wanted is None else wanted
 
 
 def _read(text: str, model: LanguageModel, hook: str, length: int) -> _ReadText:

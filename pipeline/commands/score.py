@@ -26,7 +26,7 @@ from pipeline.score_text import show
 @click.option(
     "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Features told where none is asked for."
 )
-@click.option("--context-length", type=int, help="Tokens per context, BOS included. [default: the model's longest]")
+@click.option("--context-length", type=int, help="Tokens per context, BOS included. [default: 1024 at most]")
 @click.option("--tables", type=options.ARTIFACT, help="Its tables, to tell what is known of features.")
 @click.option(
     "--out",
