@@ -157,14 +157,19 @@ class RowPlaces:
     @property
     def contexts(self) -> NDArray[np.int64]:
         """(rows,) context ids."""
-        self._contexts = [np.concatenate(self._contexts)]
-        return self._contexts[0]
+        return _joined(self._contexts)
 
     @property
     def positions(self) -> NDArray[np.int64]:
         """(rows,) positions in their contexts."""
-        self._positions = [np.concatenate(self._positions)]
-        return self._positions[0]
+        return _joined(self._positions)
+
+
+def _joined(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Join parts in place, so that the next call need not."""
+    if len(parts) > 1:
+        parts[:] = [np.concatenate(parts)]
+    return parts[0]
 
 
 def rows_within(rows: RowBlock, limit: int) -> int:

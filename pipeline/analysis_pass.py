@@ -25,8 +25,9 @@ from analysis.table import accumulators
 from analysis.tables import TABLES
 from analysis.weight_space.unembedding import TokenEffects
 from pipeline.dask_client import dask_client
-from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import make_directory
+from pipeline.shown_rows import ShownRows, cached_rows
+from storage.activation_cache import open_cache
+from storage.artifact import LOCK, REQUEST, make_directory
 from storage.errors import SettingsError
 from training.transcoder import Transcoder, load_transcoder
 
@@ -41,9 +42,7 @@ _SCRATCH = "spool"
 class AnalysisPass:
     """Which rows are shown to which transcoder, and what is counted."""
 
-    cache: ActivationCache
-    split_name: str
-    site: str
+    rows: ShownRows
     transcoder: Path
     plan: Plan
     device: torch.device
@@ -57,14 +56,14 @@ class AnalysisPass:
         density: float | None = None,
     ) -> Subject:
         """Return what is analysed. Raises ActionableError for a split without rows."""
-        split = self.cache.split(self.split_name)
+        rows = self.rows
         subject = Subject(
             coder=coder,
-            split=split,
-            split_name=self.split_name,
-            site=self.site,
-            output_mean=split.statistics(self.site, "out").mean,
-            vocabulary=self.cache.vocabulary(),
+            split=rows.split,
+            split_name=rows.split_name,
+            site=rows.site,
+            output_mean=rows.output_mean,
+            vocabulary=rows.vocabulary,
             device=self.device,
             effects=effects,
             density=density,
@@ -76,12 +75,12 @@ class AnalysisPass:
     @property
     def n_rows(self) -> int:
         """Rows that are read."""
-        n_rows = self.cache.split(self.split_name).n_rows
+        n_rows = self.rows.split.n_rows
         return min(self.plan.n_rows or n_rows, n_rows)
 
     def run(self, subject: Subject, *, workers: int = 1, threads: int | None = None, quiet: bool = False) -> Harvest:
         """Count over all units; ``threads`` are those of each worker, by default this process's divided."""
-        logger.info("reading %d %s rows of %s", self.n_rows, self.split_name, self.site)
+        logger.info("reading %d %s rows of %s", self.n_rows, self.rows.split_name, self.rows.site)
         with tqdm(total=self.n_rows, desc="analyze", unit="row", unit_scale=True, disable=quiet or None) as bar:
             if workers == 1:
                 return gather(subject, self.plan, accumulators(TABLES), progress=bar.update)
@@ -89,11 +88,13 @@ class AnalysisPass:
             return _gather_on_workers(workers, job, self._units(subject), bar.update)
 
     def _job(self, subject: Subject, threads: int) -> Job:
+        cache = self.rows.cache
+        assert cache is not None, "rows that only this process has are not shared"
         return Job(
-            cache=str(self.cache.path),
-            generation=self.cache.generation,
-            split_name=self.split_name,
-            site=self.site,
+            cache=str(cache.path),
+            generation=cache.generation,
+            split_name=self.rows.split_name,
+            site=self.rows.site,
             transcoder=str(self.transcoder),
             plan=self.plan,
             density=subject.density,
@@ -132,9 +133,7 @@ def count_unit(job: Job, unit: int) -> Harvest:
 @lru_cache(maxsize=1)
 def _open_job(job: Job) -> Subject:
     whole = AnalysisPass(
-        cache=open_cache(job.cache, job.generation),
-        split_name=job.split_name,
-        site=job.site,
+        rows=cached_rows(open_cache(job.cache, job.generation), job.split_name, job.site),
         transcoder=Path(job.transcoder),
         plan=job.plan,
         device=torch.device("cpu"),
@@ -168,10 +167,12 @@ def _merged(whole: Harvest | None, counted: tuple[Any, int], progress: Callable[
     return whole
 
 
-def check_workers(workers: int, device: torch.device) -> None:
+def check_workers(workers: int, device: torch.device, *, is_live: bool = False) -> None:
     """Raise SettingsError if the pass cannot be shared like this."""
     if workers < 1:
         raise SettingsError(f"--workers {workers}: at least one is needed")
+    if workers > 1 and is_live:
+        raise SettingsError(f"--workers {workers}: not with --live, whose rows only one process has; use --threads")
     if workers > 1 and device.type != "cpu":
         raise SettingsError(
             f"--workers {workers}: workers share the cores of a CPU; with --device {device} leave it out"
@@ -211,3 +212,14 @@ def scratch_folder(draft: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def nothing_left_behind(draft: Path) -> Iterator[None]:
+    """On an error before anything was written, take the request back: corrected settings may use the same path."""
+    try:
+        yield
+    except BaseException:
+        if {entry.name for entry in draft.iterdir()} <= {LOCK, REQUEST}:
+            (draft / REQUEST).unlink(missing_ok=True)
+        raise

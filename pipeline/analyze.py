@@ -26,12 +26,14 @@ from pipeline.analysis_pass import (
     AnalysisPass,
     check_workers,
     estimated_pairs,
+    nothing_left_behind,
     refuse_too_much,
     scratch_folder,
     with_density,
 )
+from pipeline.analysis_source import CacheSource, FreshSource, Source
 from pipeline.device import limited_threads, open_device
-from pipeline.recorded_model import open_recorded_model
+from pipeline.live.token_order import FreshText
 from pipeline.weight_tables import CONNECTIONS, check_downstream, write_weight_tables
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import Draft, list_differences, read_manifest
@@ -147,9 +149,10 @@ class FeatureLine(NamedTuple):
 def run(
     settings: AnalyzeSettings,
     *,
-    cache: Path,
     transcoder: Path,
     output: Path,
+    cache: Path | None = None,
+    live: FreshText | None = None,
     device: str = "cpu",
     threads: int | None = None,
     quiet: bool = False,
@@ -158,7 +161,9 @@ def run(
     workers: int = 1,
     announce: Callable[[str], object] = logger.info,
 ) -> AnalyzeResult:
-    """Publish the tables of ``transcoder`` over ``cache`` at ``output``; return at once if they are there already.
+    """Publish the tables of ``transcoder`` at ``output``; return at once if they are there already.
+
+    Rows come from ``cache`` or, with ``live``, from the language model that is run over fresh text for the purpose.
 
     ``model`` says where the language model lies if it moved; ``downstream`` are transcoders of later layers, to whose
     features connections are told. With several ``workers``, processes share the units, each with ``threads``; tables
@@ -166,22 +171,26 @@ def run(
     are made. Raises ArtifactMismatch if the transcoder belongs to another model or site, or if other tables lie at
     ``output``; ModelError if the model cannot be loaded; SettingsError if the disk has no room for the activations.
     """
-    opened = open_cache(cache)
     made_of = read_transcoder_manifest(transcoder)
-    site = check_same_site(opened, cache, made_of, transcoder)
+    source = _open_source(settings, cache, live, transcoder, made_of, model, device)
     on = open_device(device)
-    check_workers(workers, on)
-    _refuse_unused_model(settings, model, downstream)
+    check_workers(workers, on, is_live=live is not None)
+    if live is None:
+        _refuse_unused_model(settings, model, downstream)
     later = check_downstream(transcoder, made_of, downstream)
-    inputs = {"cache": opened.reference, "transcoder": {"digest": made_of["digest"]}}
+    inputs: dict[str, Any] = {**source.inputs, "transcoder": {"digest": made_of["digest"]}}
     if later:
         inputs["downstream"] = {other["site"]["name"]: {"digest": other["digest"]} for other in later.values()}
     request = {"format": FORMAT_VERSION, "settings": settings.model_dump(mode="json"), "inputs": inputs}
     with Draft(output, KIND, request) as draft:
         if not draft.published:
             _remove_leftovers(draft.path)
-            whole = AnalysisPass(opened, settings.split, site, transcoder, settings.plan(), on)
-            with limited_threads(threads), scratch_folder(draft.path) as scratch:
+            with (
+                limited_threads(threads),
+                nothing_left_behind(draft.path),
+                scratch_folder(draft.path) as scratch,
+            ):
+                whole = AnalysisPass(source.rows(), transcoder, settings.plan(), on)
                 coder = load_transcoder(transcoder).to(on)
                 subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
                 _announce_size(subject, whole, draft.path, announce)
@@ -191,8 +200,8 @@ def run(
                         coder,
                         made_of["site"],
                         downstream=later,
-                        open_model=lambda: open_recorded_model(opened, model=model, device=device).model,
-                        vocabulary=opened.vocabulary(),
+                        open_model=source.open_model,
+                        vocabulary=whole.rows.vocabulary,
                         output=draft.path,
                         quiet=quiet,
                     )
@@ -204,8 +213,8 @@ def run(
             draft.publish(
                 {
                     "format": FORMAT_VERSION,
-                    "inputs": inputs,
-                    "model": opened.manifest["model"],
+                    "inputs": {**inputs, **source.found},
+                    "model": source.model,
                     "site": made_of["site"],
                     "tables": {name: {"n_rows": n_rows} for name, n_rows in written.n_rows.items()},
                     "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
@@ -213,6 +222,26 @@ def run(
                 written.files,
             )
     return read_result(output)
+
+
+def _open_source(
+    settings: AnalyzeSettings,
+    cache: Path | None,
+    live: FreshText | None,
+    transcoder: Path,
+    made_of: dict[str, Any],
+    model: str | None,
+    device: str,
+) -> Source:
+    if cache is not None and live is None:
+        opened = open_cache(cache)
+        site = check_same_site(opened, cache, made_of, transcoder)
+        return CacheSource(opened, settings.split, site, model, device)
+    if live is None or cache is not None:
+        raise SettingsError("rows come from a cache or from fresh text: give --cache, or --live with --dataset")
+    if settings.rows is None:
+        raise SettingsError("rows: how much of the text to read is not known with --live; give --rows, such as 100k")
+    return FreshSource(live, transcoder, made_of, settings.rows, model, device)
 
 
 def check_same_site(cache: ActivationCache, cache_path: Path, transcoder: dict[str, Any], transcoder_path: Path) -> str:

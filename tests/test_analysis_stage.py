@@ -187,8 +187,12 @@ def test_an_interrupted_pass_leaves_no_pairs_behind(made, tmp_path, monkeypatch)
         patch.setattr(analyze, "write_tables", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rerun(made, tmp_path / "t")
-    left = {path.name for path in (tmp_path / "t").iterdir()}
-    assert left == {".lock", "request.json"}
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {".lock"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Draft, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            rerun(made, tmp_path / "t")
+    assert not (tmp_path / "t" / "spool").exists()
     (tmp_path / "t" / "spool").mkdir()  # as if it had been killed
     (tmp_path / "t" / "spool" / "pairs-000000").write_bytes(b"half")
     rerun(made, tmp_path / "t")

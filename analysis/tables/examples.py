@@ -152,5 +152,5 @@ TABLE = Table(
     schema=SCHEMA,
     needs=(TopExamples, FeatureTotals, KeptPairs, RowPlaces),
     compute=compute,
-    row_group_rows=8192,
+    row_group_rows=4096,
 )
