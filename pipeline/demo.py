@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline import analyze, cache, train, verify
+from pipeline import analyze, cache, dashboard, train, verify
 from pipeline.analyze import AnalyzeResult, AnalyzeSettings
 from pipeline.caching.settings import CacheSettings
+from pipeline.dashboard import DashboardSettings
 from pipeline.samples.bundled_models import bundled_model
 from pipeline.samples.smollm2 import fetch_smollm2
 from pipeline.samples.speeches import fetch_sotu
@@ -48,6 +49,7 @@ class DemoResult:
     cache: Path
     transcoder: Path
     tables: AnalyzeResult
+    dashboard: Path
 
 
 def run(
@@ -68,7 +70,7 @@ def run(
     recipe = RECIPES[model]
     layer = recipe.layer if layer is None else layer
     place = output / f"{model}-layer{layer}"
-    say(f"1/4 cache: layer {layer} of {model} ({recipe.about}) on presidents' speeches")
+    say(f"1/5 cache: layer {layer} of {model} ({recipe.about}) on presidents' speeches")
     settings = CacheSettings(
         model=str(_fetch_model(model, output)),
         # without instructions for bfloat16, a CPU is several times slower in it
@@ -79,9 +81,9 @@ def run(
         holdout="7::20",  # the speeches the tiny model never saw
     )
     cached = cache.run(settings, output=place / "cache", threads=threads, quiet=quiet)
-    say("2/4 verify: every byte, and pairs against the model run again")
+    say("2/5 verify: every byte, and pairs against the model run again")
     _verify(cached.path, threads)
-    say("3/4 train: a BatchTopK transcoder from the cache; the language model is not needed any more")
+    say("3/5 train: a BatchTopK transcoder from the cache; the language model is not needed any more")
     training = TrainSettings.model_validate(
         {
             "architecture": {"kind": "batch_topk", "k": recipe.k},
@@ -93,7 +95,7 @@ def run(
         }
     )
     trained = train.run(training, cache=cached.path, output=place / "transcoder", threads=threads, quiet=quiet)
-    say("4/4 analyze: features and examples over held-out speeches, as Parquet")
+    say("4/5 analyze: features and examples over held-out speeches, as Parquet")
     tables = analyze.run(
         AnalyzeSettings(),
         cache=cached.path,
@@ -102,7 +104,9 @@ def run(
         threads=threads,
         quiet=quiet,
     )
-    return DemoResult(cached.path, trained.path, tables)
+    say("5/5 dashboard: a page for every feature, which a browser opens from disk")
+    site = dashboard.run(DashboardSettings(), tables=tables.path, output=place / "dashboard", quiet=quiet)
+    return DemoResult(cached.path, trained.path, tables, site.page)
 
 
 def _fetch_model(model: DemoModel, output: Path) -> Path:

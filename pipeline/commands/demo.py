@@ -63,9 +63,15 @@ def show_result(result: demo.DemoResult) -> None:
     for line in summary(tables, n_features=8):
         click.echo(_feature_line(line))
     click.echo()
-    for name, path in (("cache", result.cache), ("transcoder", result.transcoder), ("tables", tables.path)):
+    made = (
+        ("cache", result.cache),
+        ("transcoder", result.transcoder),
+        ("tables", tables.path),
+        ("dashboard", result.dashboard),
+    )
+    for name, path in made:
         click.echo(f"{name:11} {path}")
-    click.echo("\nAsk the tables anything:")
+    click.echo("\nOpen the dashboard in a browser, or ask the tables anything:")
     click.echo(
         f'  {_command()} query "SELECT feature, frequency, top_token FROM features '
         f'ORDER BY frequency DESC LIMIT 5" --tables {tables.path}'
