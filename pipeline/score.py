@@ -200,22 +200,29 @@ class _Tables:
 def read_texts(arguments: Sequence[str], files: Sequence[Path]) -> list[str]:
     """Return the texts given as arguments (``-`` is standard input, as one text) and those of files.
 
-    A ``.jsonl`` file holds a text per line, as a JSON string or under the key ``text``; any other file is one text.
+    A ``.jsonl`` file holds a text per line, as a JSON string or under the key ``text``; any other file is one text. The
+    line break that ends a file or standard input is no part of a text.
     Raises TextError with everything that cannot be read.
     """
     problems: list[str] = []
-    texts = [sys.stdin.read() if argument == "-" else argument for argument in arguments]
+    texts = [_without_last_break(sys.stdin.read()) if argument == "-" else argument for argument in arguments]
     for file in files:
         try:
             content = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"--file {file}: cannot be read as UTF-8 text ({error})")
             continue
-        texts += list(_json_lines(file, content, problems)) if file.suffix == ".jsonl" else [content]
+        texts += (
+            list(_json_lines(file, content, problems)) if file.suffix == ".jsonl" else [_without_last_break(content)]
+        )
     problems += [f"text {number} of {len(texts)} is empty" for number, text in enumerate(texts, start=1) if not text]
     if problems:
         raise TextError("\n".join(problems))
     return texts
+
+
+def _without_last_break(text: str) -> str:
+    return text.removesuffix("\n")
 
 
 def _json_lines(file: Path, content: str, problems: list[str]) -> Iterator[str]:

@@ -184,9 +184,9 @@ def test_a_model_that_is_not_found_is_told_with_what_to_give(transcoder: Path) -
 
 
 def test_texts_come_from_arguments_standard_input_and_files(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "a.txt").write_text("two\nlines")
+    (tmp_path / "a.txt").write_text("two\nlines\n")
     (tmp_path / "b.jsonl").write_text('"one"\n\n{"text": "two", "id": 3}\n')
-    monkeypatch.setattr("sys.stdin", io.StringIO("typed in"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("typed in\n"))
     found = score.read_texts(["given", "-"], [tmp_path / "a.txt", tmp_path / "b.jsonl"])
     assert found == ["given", "typed in", "two\nlines", "one", "two"]
 
