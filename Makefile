@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo check test test-all bench clean
+.PHONY: help install install-dev demo circuits-model check test test-all bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -30,6 +30,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: install ## Run every stage on a small model and its text; MODEL=tiny (default) or smollm2
 	$(VENV)/bin/pipeline demo --model $(MODEL)
+
+circuits-model: install ## Train a transcoder for every layer of SmolLM2 from one cache, in demo/; see docs/circuits-model.md
+	$(VENV)/bin/pipeline circuits-model --out demo
 
 # One thread per test process: two processes on two cores beat one process that splits every small product.
 test test-all bench: export OMP_NUM_THREADS = 1

@@ -272,7 +272,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        (["e"], ["extend", "evaluate"]),
+        (["e"], ["extend", "evaluate", "export"]),
         (["cache", "--storage-dtype", "b"], ["bfloat16"]),
         (["cache", "--tok"], ["--tokens"]),
         (["query", "--form"], ["--format"]),
