@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pipeline.imports import circuit_tracer, reference, saelens, sparsify
+from pipeline.imports import circuit_tracer, dictionary_learning, reference, saelens, sparsify
 from pipeline.imports.foreign import Foreign
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from storage.artifact import Draft, checksum_file
@@ -35,11 +35,12 @@ from training.transcoder import (
     save_weights,
 )
 
-Origin = Literal["saelens", "circuit-tracer", "sparsify", "reference"]
+Origin = Literal["saelens", "circuit-tracer", "sparsify", "dictionary-learning", "reference"]
 ORIGINS: dict[Origin, str] = {
     "saelens": "folder with cfg.json and sae_weights.safetensors",
     "circuit-tracer": "one layer's file layer_N.safetensors, its set's config.yaml beside it",
     "sparsify": "one module's folder with cfg.json and sae.safetensors",
+    "dictionary-learning": "folder with config.json and ae.pt",
     "reference": "checkpoint (.pt) of the original transcoders code; nothing in it is run",
 }
 """Every format that can be read, with what to give."""
@@ -47,11 +48,13 @@ _READERS: dict[Origin, Callable[[Path], Foreign]] = {
     "saelens": saelens.read,
     "circuit-tracer": circuit_tracer.read,
     "sparsify": sparsify.read,
+    "dictionary-learning": dictionary_learning.read,
     "reference": reference.read,
 }
 _IN_FOLDERS: dict[Origin, tuple[str, ...]] = {
     "saelens": (saelens.CONFIG, saelens.WEIGHTS),
     "sparsify": (sparsify.CONFIG, sparsify.WEIGHTS),
+    "dictionary-learning": (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
 }
 """Files that are read, of formats that are folders."""
 _BATCH_ROWS = 1024

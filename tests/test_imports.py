@@ -251,6 +251,63 @@ def test_a_set_whose_configuration_says_topk_is_refused(tmp_path, cache):
         take("circuit-tracer", tmp_path / "circuit-tracer/layer_0.safetensors", cache, tmp_path / "back")
 
 
+# dictionary_learning
+
+
+def dictionary_folder(path, kind, **trainer):
+    """Write a folder of ``kind`` and return its tensors."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"encoder.weight": (24, 8), "encoder.bias": (24,), "decoder.weight": (8, 24), "b_dec": (8,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    if kind == "AutoEncoder":
+        tensors["bias"] = tensors.pop("b_dec")
+    elif kind == "JumpReluAutoEncoder":
+        names = {"W_enc": (8, 24), "b_enc": (24,), "W_dec": (24, 8), "b_dec": (8,), "threshold": (24,)}
+        tensors = {name: torch.rand(shape, generator=generator) - 0.3 for name, shape in names.items()}
+        tensors["threshold"] += 0.5
+    else:
+        tensors |= {"k": torch.tensor(3, dtype=torch.int), "threshold": torch.tensor(1.5)}
+    path.mkdir()
+    torch.save(tensors, path / "ae.pt")
+    (path / "config.json").write_text(json.dumps({"trainer": {"dict_class": kind, **trainer}}))
+    return tensors
+
+
+def their_activations(kind, tensors):
+    if kind == "JumpReluAutoEncoder":
+        pre = INPUTS @ tensors["W_enc"] + tensors["b_enc"]
+        return (pre * (pre > tensors["threshold"])).relu()
+    bias = tensors["bias" if kind == "AutoEncoder" else "b_dec"]
+    acts = ((INPUTS - bias) @ tensors["encoder.weight"].T + tensors["encoder.bias"]).relu()
+    if kind == "BatchTopKSAE":
+        return acts * (acts > tensors["threshold"])
+    if kind == "AutoEncoderTopK":
+        return torch.zeros_like(acts).scatter_(1, acts.topk(3).indices, acts.topk(3).values)
+    return acts
+
+
+@pytest.mark.parametrize("kind", ["AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder"])
+def test_a_dictionary_learning_folder_computes_its_own_formula(tmp_path, cache, kind):
+    tensors = dictionary_folder(tmp_path / "d", kind)
+    take("dictionary-learning", tmp_path / "d", cache, tmp_path / "back", site=sae_site(1).name)
+    acts = their_activations(kind, tensors)
+    assert 0 < int((acts > 0).sum()) < acts.numel()
+    again = load_transcoder(tmp_path / "back")
+    torch.testing.assert_close(again.encode(INPUTS), acts, **CLOSE)
+    decoder = tensors["W_dec"] if "W_dec" in tensors else tensors["decoder.weight"].T
+    outputs = acts @ decoder + tensors["bias" if kind == "AutoEncoder" else "b_dec"]
+    torch.testing.assert_close(again(INPUTS), outputs, **CLOSE)
+
+
+def test_a_residual_stream_s_dictionary_says_where_it_belongs_and_others_are_refused(tmp_path, cache):
+    dictionary_folder(tmp_path / "d", "AutoEncoder", submodule_name="resid_post_layer_1")
+    with pytest.raises(ArtifactMismatch, match=r"--hooks blocks\.1\.hook_resid_post:blocks\.1\.hook_resid_post"):
+        take("dictionary-learning", tmp_path / "d", cache, tmp_path / "back")
+    dictionary_folder(tmp_path / "e", "GatedAutoEncoder")
+    with pytest.raises(ArtifactMismatch, match="dict_class 'GatedAutoEncoder' cannot be imported"):
+        take("dictionary-learning", tmp_path / "e", cache, tmp_path / "back")
+
+
 # The original code's checkpoints
 
 

@@ -19,6 +19,7 @@ from benchmarks.peers import environment
 from pipeline import export, import_transcoder
 from pipeline.export import ExportSettings
 from pipeline.import_transcoder import ImportSettings
+from storage.cache_format import Site
 from tests.layered_transcoders import (
     MODEL,
     mlp_site,
@@ -34,6 +35,7 @@ from training.transcoder import load_transcoder
 pytestmark = pytest.mark.slow
 
 SAELENS, SPARSIFY, CIRCUIT_TRACER = "sae-lens==6.54.12", "eai-sparsify==1.3.3", "circuit-tracer==0.5.0"
+DICTIONARY_LEARNING = "dictionary-learning==0.1.0"
 INPUTS = torch.randn(200, 8, generator=torch.Generator().manual_seed(5))
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -100,11 +102,39 @@ for entry in json.loads(gzip.decompress((features / "index.json.gz").read_bytes(
         Model.model_validate_json(gzip.decompress(content[start + 4 : start + 4 + length]))
         assert start + 4 + length == end
 """
+MAKE_DICTIONARIES = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from dictionary_learning.dictionary import AutoEncoder, JumpReluAutoEncoder
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+from dictionary_learning.trainers.top_k import AutoEncoderTopK
+given = json.loads(sys.argv[1])
+inputs = load_file(given["inputs"])["inputs"]
+torch.manual_seed(0)
+made = [AutoEncoder(8, 24), JumpReluAutoEncoder(8, 24), AutoEncoderTopK(8, 24, 3), BatchTopKSAE(8, 24, 3)]
+for coder in made:
+    name = type(coder).__name__
+    for parameter in coder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    if name == "JumpReluAutoEncoder":
+        coder.threshold = torch.nn.Parameter(torch.rand(24))
+    elif name != "AutoEncoder":
+        coder.threshold.fill_(0.8)
+    folder = Path(given["root"]) / name
+    folder.mkdir()
+    trainer = {"dict_class": name, "k": 3, "submodule_name": "resid_post_layer_1"}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+    torch.save(coder.state_dict(), folder / "ae.pt")
+    saved = {"acts": coder.encode(inputs), "outputs": coder(inputs)}
+    save_file({k: v.detach().contiguous() for k, v in saved.items()}, folder / "theirs")
+"""
 
 
-def run_in(environment_name, requirements, script, arguments):
+def run_in(environment_name, requirements, script, arguments, *, without=()):
     """Run a script in a peer's environment with one JSON argument."""
-    python = environment(environment_name, requirements)
+    python = environment(environment_name, requirements, without=without)
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [str(python), "-c", script, json.dumps(arguments)], capture_output=True, text=True, env=variables, check=False
@@ -212,3 +242,20 @@ def test_circuit_tracer_loads_a_set_and_its_features_and_what_it_saves_comes_bac
         ImportSettings(), source=source, origin="circuit-tracer", cache=cache, output=tmp_path / "back"
     )
     torch.testing.assert_close(load_transcoder(tmp_path / "back")(INPUTS), modules[0](INPUTS), **CLOSE)
+
+
+def test_what_dictionary_learning_saves_computes_the_same_here(tmp_path, inputs):
+    arguments = {"inputs": inputs, "root": str(tmp_path)}
+    run_in("dictionary_learning", [DICTIONARY_LEARNING], MAKE_DICTIONARIES, arguments, without=["torchvision"])
+    hook = "blocks.1.hook_resid_post"
+    site = Site("residual", hook, hook, 8, 8, "float32")
+    cache = publish_site_cache(tmp_path / "cache", [site])
+    for name in ("AutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE"):
+        theirs = load_file(tmp_path / name / "theirs")
+        back = tmp_path / name / "back"
+        result = import_transcoder.run(
+            ImportSettings(), source=tmp_path / name, origin="dictionary-learning", cache=cache, output=back
+        )
+        assert result.site == "residual"
+        torch.testing.assert_close(load_transcoder(back).encode(INPUTS), theirs["acts"], **CLOSE)
+        torch.testing.assert_close(load_transcoder(back)(INPUTS), theirs["outputs"], **CLOSE)
