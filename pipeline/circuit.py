@@ -31,7 +31,14 @@ from analysis.circuits.viewer import viewer_document
 from pipeline.circuits.cards import KIND as TABLES_KIND
 from pipeline.circuits.cards import open_tables, read_cards
 from pipeline.circuits.page import features_shown, render_page
-from pipeline.circuits.question import Question, check_layers, prompt_tokens, token_ids, transcoder_sites
+from pipeline.circuits.question import (
+    Question,
+    check_layers,
+    each_transcoder,
+    prompt_tokens,
+    token_ids,
+    transcoder_sites,
+)
 from pipeline.device import limited_threads, open_device
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.weights import read_weights
@@ -113,14 +120,15 @@ def run(
 ) -> CircuitResult:
     """Publish the circuit that answers ``question``; return at once if it is there already.
 
-    ``tables`` of some of the transcoders give their features' cards on the page; ``model`` says where the language
-    model lies if it is not under its recorded name. Raises SettingsError for a
-    question that cannot be asked of these transcoders (a missing layer, a feature, token or logit that does not exist,
-    a prompt of the BOS alone), ArtifactMismatch if they belong to different models, ModelError for a model that cannot
-    be loaded or whose pass is not linear as assumed.
+    ``transcoders`` are transcoders, or folders that hold some; ``tables`` of some of them give their features' cards
+    on the page; ``model`` says where the language model lies if it is not under its recorded name. Raises
+    SettingsError for a question that cannot be asked of these transcoders (a missing layer, a feature, token or logit
+    that does not exist, a prompt of the BOS alone), ArtifactMismatch if they belong to different models, ModelError for
+    a model that cannot be loaded or whose pass is not linear as assumed.
     """
     question.check()
     keep = NodeFilter.parse(settings.filter)
+    transcoders = each_transcoder(transcoders)
     sites = transcoder_sites(transcoders)
     n_layers = int(read_transcoder_manifest(transcoders[0])["model"]["n_layers"]) if transcoders else 0
     check_layers(question, sorted(sites), n_layers, settings.missing_layers)

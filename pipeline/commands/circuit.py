@@ -19,7 +19,7 @@ from pipeline.options import read_settings, settings_options
 @click.argument("prompt")
 @click.option(
     "--transcoders", multiple=True, required=True, type=options.ARTIFACT,
-    help="Transcoder of one layer; give it again for each layer.",
+    help="Transcoder of one layer, to be given again for each, or a folder that holds the transcoders of layers.",
 )  # fmt: skip
 @click.option("--feature", metavar="LAYER:INDEX", help="Explain why this feature fires.")
 @click.option(
@@ -63,7 +63,7 @@ def command(
 
     \b
     pipeline circuit "Oh, that rifle model is a 6M" --feature 8:89 --out circuits/6m \\
-        --transcoders transcoders/gpt2-l0 --transcoders transcoders/gpt2-l1 …
+        --transcoders transcoders/gpt2
     pipeline circuit "The war lasted from 1735 to 17" --logit-difference 40 20 --out circuits/war \\
         --transcoders … --missing-layers opaque
 
