@@ -305,6 +305,15 @@ def test_a_model_whose_parts_do_not_add_up_is_refused() -> None:
         record_run(model.bridge, dataclasses.replace(weights, layers=layers), mixed_transcoders(), TOKENS)
 
 
+def test_a_transcoder_that_overflows_is_refused() -> None:
+    model, weights = tiny_model("gpt2")
+    coders = mixed_transcoders()
+    broken = coders[mlp_site(1)]
+    broken.b_dec_out[3] = float("inf")
+    with pytest.raises(ModelError, match="block 1: its transcoder writes NaN or infinity"):
+        record_run(model.bridge, weights, coders, TOKENS)
+
+
 # ---- filters and choosing paths
 
 NODES = [ROOT, A, B, H, Node(Kind.EMBEDDING, 0, 5), Node(Kind.LOGIT, 3, 5, 2)]

@@ -207,8 +207,10 @@ def _layer(
             after, seen[f"{here}hook_out"]),
     }  # fmt: skip
     for sentence, (made, recorded) in checks.items():
-        if (difference := _difference(made, recorded)) > tolerance:
+        if not (difference := _difference(made, recorded)) <= tolerance:  # NaN is no agreement
             problems.append(f"block {number}: {sentence} (they differ by {difference:.2g} of its norm)")
+    if record.features is not None and not bool(torch.isfinite(record.features.error).all()):
+        problems.append(f"block {number}: its transcoder writes NaN or infinity; run `pipeline verify` on it")
     return record
 
 
