@@ -11,8 +11,8 @@ from tests.training_caches import small_cache
 from training.settings import TrainSettings
 
 
-def sentences(n_steps: int = 100, **settings: object) -> str:
-    return "\n".join(TrainSettings.model_validate(settings).without_effect(n_steps))
+def sentences(**settings: object) -> str:
+    return "\n".join(TrainSettings.model_validate(settings).without_effect(n_steps=100))
 
 
 def test_the_defaults_and_fitting_settings_are_silent() -> None:
