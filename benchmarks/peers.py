@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -21,9 +22,18 @@ def environment(name: str, requirements: Sequence[str], *, without: Sequence[str
     is removed afterwards: what a peer requires, does not need here, and cannot be imported beside this torch.
     """
     folder = _HERE / ".envs" / name
-    python, done = folder / "bin/python", folder / "complete.json"
+    python = folder / "bin/python"
     wanted = [_pinned("torch"), *requirements]
     described = [*wanted, *(f"without {name}" for name in without)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests and benchmarks may want the same one at the same time
+        _make(folder, wanted, without, described)
+    return python
+
+
+def _make(folder: Path, wanted: Sequence[str], without: Sequence[str], described: list[str]) -> None:
+    python, done = folder / "bin/python", folder / "complete.json"
     if not done.exists() or json.loads(done.read_text()) != described:
         print(f"making the environment {folder} with {', '.join(described)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
@@ -34,7 +44,6 @@ def environment(name: str, requirements: Sequence[str], *, without: Sequence[str
         if without:
             subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *without], check=True)
         done.write_text(json.dumps(described))
-    return python
 
 
 def _pinned(name: str) -> str:

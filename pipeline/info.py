@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.glances import GLANCES, hooks_of
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import MANIFEST, REQUEST, read_json, read_sealed
-from storage.cache_format import KIND, PROVENANCE, SPLITS, Site
+from storage.cache_format import KIND, PROVENANCE, SPLITS
 from storage.errors import ArtifactMissing
 from training.checkpoint import Checkpoints
 from training.transcoder import CHECKPOINTS
@@ -22,7 +22,7 @@ def glance(path: Path) -> dict[str, Any]:
     Raises ArtifactMissing if nothing does.
     """
     described = describe(path)
-    shown = _GLANCES.get(described.get("kind", ""))
+    shown = GLANCES.get(described.get("kind", ""))
     return described if shown is None else dict(shown(described))
 
 
@@ -38,7 +38,7 @@ def describe(path: Path) -> dict[str, Any]:
                 **_progress(path),
                 "request": read_json(path / REQUEST),
             }
-        raise ArtifactMissing(f"{path}: no cache, transcoder, sweep, evaluation or tables lie here; check the path")
+        raise ArtifactMissing(f"{path}: no cache, transcoder, tables or other artifact lies here; check the path")
     manifest = read_sealed(path / MANIFEST)
     if manifest["kind"] == KIND:
         return dict(_describe_cache(open_cache(path)))
@@ -71,7 +71,7 @@ def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
         statistics = sums[site.name]
         yield (
             f"site {site.name}",
-            f"{_hooks(site)}, {site.dtype}; "
+            f"{hooks_of(site)}, {site.dtype}; "
             f"mean output norm {statistics.mean_norm:.4g}, "
             f"largest 1 % of rows hold {statistics.energy_share():.0%} of the output energy",
         )
@@ -80,80 +80,6 @@ def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
     epochs = sorted(epoch.name for epoch in (cache.path / "epochs").glob("*") if (epoch / MANIFEST).exists())
     if epochs:
         yield "materialised epochs", ", ".join(epochs)
-
-
-def _hooks(site: Site) -> str:
-    if len(site.sides) == 1:
-        return f"{site.hook_in} ({site.d_in})"
-    return f"{site.hook_in} ({site.d_in}) -> {site.hook_out} ({site.d_out})"
-
-
-def _origin(manifest: dict[str, Any], sites: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """What all artifacts made from rows have in common: where they come from."""
-    yield "kind", manifest["kind"]
-    yield "model", f"{manifest['model']['name']} ({manifest['model'].get('dtype', '?')})"
-    for site in (Site(**recorded) for recorded in sites):
-        yield f"site {site.name}", _hooks(site)
-    if cache := manifest["inputs"].get("cache"):
-        yield "cache id", f"{cache['cache_id']}, generation {cache['generation']}"
-    else:
-        yield "rows", "live, straight from the model"
-
-
-def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _origin(manifest, [manifest["site"]])
-    kind, choices = manifest["architecture"]["kind"], manifest["architecture"]
-    on = [name if value is True else f"{name} {value}" for name, value in choices.items() if value and name != "kind"]
-    yield "architecture", ", ".join([kind, *on])
-    yield "features", manifest["d_sae"]
-    metrics = manifest["metrics"]
-    yield "trained", f"{metrics['steps']:,} steps, {metrics['rows']:,} rows"
-    if heldout := metrics.get("heldout"):
-        score = f"FVU {heldout['fvu']:.4g}, L0 {heldout['l0']:.1f}, dead features {heldout['dead_fraction']:.1%}"
-        yield "held out", f"{score}, over {heldout['n_rows']:,} rows"
-    yield "everything else", "--json"
-
-
-def _glance_at_tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _origin(manifest, [manifest["site"]])
-    yield "transcoder", manifest["inputs"]["transcoder"]["digest"]
-    yield "rows read", f"{manifest['request']['settings']['split']} rows"
-    yield from _tables(manifest["tables"])
-    yield "everything else", "--json"
-
-
-def _tables(tables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, table in sorted(tables.items()):
-        yield f"table {name}", f"{table['n_rows']:,} rows"
-
-
-def _glance_at_sweep(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _origin(manifest, [])
-    statuses = Counter(one["status"] for one in manifest["runs"])
-    yield "runs", ", ".join(f"{n:,} {status}" for status, n in sorted(statuses.items(), reverse=True))
-    yield from _tables({"runs": {"n_rows": len(manifest["runs"])}})
-    yield "everything else", "--json"
-
-
-def _glance_at_evaluation(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _origin(manifest, manifest["sites"].values())
-    first, split = manifest["scores"][0], manifest["request"]["settings"]["split"]
-    yield "run on", f"{first['n_predictions']:,} tokens of {first['n_contexts']:,} {split} contexts"
-    yield "cross entropy", f"{first['ce_original']:.4f} nats per token"
-    for score in manifest["scores"]:
-        share = score["ce_recovered"]
-        recovered = "" if share is None else f", {share:.1%} recovered"
-        yield f"with {score['name']}", f"{score['spliced']['ce']:.4f}{recovered}, KL {score['spliced']['kl']:.4f}"
-    yield from _tables(manifest["tables"])
-    yield "everything else", "--json"
-
-
-_GLANCES = {
-    "transcoder": _glance_at_transcoder,
-    "tables": _glance_at_tables,
-    "sweep": _glance_at_sweep,
-    "evaluation": _glance_at_evaluation,
-}
 
 
 def _bytes_on_disk(path: Path) -> int:

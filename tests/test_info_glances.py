@@ -1,0 +1,50 @@
+"""``pipeline info`` of artifacts that are looked at rather than computed with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline import dashboard
+from pipeline.dashboard import DashboardSettings
+from pipeline.glances import GLANCES
+from pipeline.info import glance
+from tests.dashboard_tables import make_tables
+
+MODEL = {"name": "tiny-lm", "dtype": "float32"}
+
+
+def test_a_dashboard_says_what_to_open(tmp_path: Path) -> None:
+    make_tables(tmp_path / "tables")
+    site = dashboard.run(DashboardSettings(), tables=tmp_path / "tables", output=tmp_path / "site", quiet=True)
+    assert glance(site.path)["open"] == "index.html"
+    assert glance(site.path)["features"] == 70
+
+
+def test_a_circuit_says_its_root_and_how_well_terms_add_up() -> None:
+    root = {"text": "logit of ' War'", "value": 12.345, "n_terms": 335, "incompleteness": 2.3e-8}
+    shown = dict(GLANCES["circuit"]({"kind": "circuit", "model": MODEL, "root": root}))
+    assert shown["root"] == "logit of ' War', 12.35"
+    assert shown["terms"] == "335, which miss it by 2.3e-08 of their magnitudes"
+
+
+def test_an_export_says_for_whom_and_what_it_cost() -> None:
+    manifest = {"kind": "export", "to": "saelens", "files": {"cfg.json": {}}, "notes": ["FVU 0.1 became 0.2"]}
+    shown = dict(GLANCES["export"](manifest))
+    assert (shown["written for"], shown["files"], shown["note"]) == ("saelens", 1, "FVU 0.1 became 0.2")
+
+
+def test_an_imported_transcoder_is_not_called_trained() -> None:
+    site = {"name": "layer0", "hook_in": "in", "hook_out": "out", "d_in": 4, "d_out": 4, "dtype": "float32"}
+    manifest = {
+        "kind": "transcoder",
+        "model": MODEL,
+        "inputs": {},
+        "site": site,
+        "architecture": {"kind": "relu"},
+        "d_sae": 8,
+        "metrics": {"steps": 0, "rows": 0},
+        "origin": {"format": "saelens"},
+    }
+    shown = dict(GLANCES["transcoder"](manifest))
+    assert shown["imported from"] == "saelens"
+    assert "trained" not in shown
