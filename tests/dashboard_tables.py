@@ -7,7 +7,7 @@ page says can be compared with them.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from analysis.histogram import EDGES, find_bins
 from storage.artifact import Draft
+from storage.cache_format import Site
 
 WORDS = (
     *(" March", " April", " May", " the", " of", "ing", " King", "\n", " ", "  ", "\t"),
@@ -69,7 +70,7 @@ def make_tables(path: Path, d_sae: int = 70, parts: Collection[str] = PARTS, see
             {
                 "inputs": {"cache": {"cache_id": "c0", "generation": 0}, "transcoder": {"digest": "sha256:00"}},
                 "model": {"name": "tiny<b>lm"},
-                "site": {"name": "layer1", "hook_in": "blocks.1.mlp.hook_in", "hook_out": "blocks.1.mlp.hook_out"},
+                "site": asdict(Site("layer1", "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out", 16, 16, "float32")),
                 "tables": {name: {"n_rows": table.num_rows} for name, table in tables.items()},
             },
             [f"{name}.parquet" for name in tables],

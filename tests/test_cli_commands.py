@@ -142,7 +142,7 @@ def test_info_of_an_unfinished_cache_says_how_to_go_on(tmp_path: Path, capsys: p
     answer = command(capsys, "info", tmp_path)
     assert (answer.code, answer.err) == (
         1,
-        f"error: {tmp_path}: no cache, transcoder, sweep, evaluation or tables lie here; check the path\n",
+        f"error: {tmp_path}: no cache, transcoder, tables or other artifact lies here; check the path\n",
     )
 
 
