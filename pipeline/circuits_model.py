@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +43,9 @@ KIND = "transcoders"
 FORMAT_VERSION = 1
 PLACE = "circuits"
 """Folder of the stage, below the directory that model and text lie in."""
-TOGETHER_BYTES = 4 << 30
-"""What weights, gradients and moments of the transcoders trained side by side may take."""
+TOGETHER_BYTES = 1 << 30
+"""What weights, gradients and moments of the transcoders trained side by side may take. Not memory alone speaks for
+few: all of them write a checkpoint every minute, 12 bytes a parameter, which a busy disk takes long for."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +73,11 @@ class CircuitsModelSettings(Settings):
     """Features of each transcoder."""
     k: int = Field(default=32, gt=0)
     """Features active on a token."""
-    steps: Quantity = Field(default=300, gt=0)
+    steps: Quantity = Field(default=150, gt=0)
     """Optimiser steps of each transcoder."""
     batch_rows: Quantity = Field(default=2048, gt=0)
     """Rows per step."""
-    lr: PositiveFloat = 1e-3
+    lr: PositiveFloat = 4e-3
     """Learning rate."""
     seed: int = Field(default=0, ge=0)
     """Decides the order of text and rows, and initial weights."""
@@ -165,7 +167,7 @@ def run(
     cached = cache.run(caching, output=place / "cache", device=device, threads=threads, quiet=quiet)
     sites = list(cached.cache.sites)
     n_together = together or fitting_together(cached.cache, settings.d_sae)
-    say(f"2/3 train: {len(sites)} transcoders, {min(n_together, len(sites))} side by side")
+    say(f"2/3 train: {len(sites)} transcoders, at most {min(n_together, len(sites))} side by side")
     return _train(
         settings,
         cached.cache,
@@ -254,9 +256,12 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _groups(sites: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(sites), size):
-        yield sites[start : start + size]
+def _groups(sites: Sequence[str], at_most: int) -> Iterator[Sequence[str]]:
+    """Yield sites in as few groups as can be, of as equal sizes as can be."""
+    n_groups = -(-len(sites) // at_most)
+    ends = [len(sites) * group // n_groups for group in range(n_groups + 1)] if n_groups else []
+    for start, end in pairwise(ends):
+        yield sites[start:end]
 
 
 def _has_ended(draft: Draft) -> bool:
