@@ -159,6 +159,7 @@ def gather(
         with torch.inference_mode():
             harvest.add(_open_block(subject, rows, keys, encode))
         progress(rows.n_rows)
+        del rows  # a view of its unit, which the next one is read in place of
     while harvest.units.stop < units.stop:
         harvest.end_unit()
     return harvest

@@ -117,6 +117,7 @@ def iter_blocks(
             continue
         yield from _cut_blocks(unit, carry, rows.cut(0, kept), keys, block_rows)
         carry = None if is_last else _copied(rows.cut(kept, rows.n_rows))
+        del rows  # or it would lie beside the next unit while that is read
 
 
 def _load(split: TokenOrderSplit, unit: int, keys: Sequence[str], n_rows: int) -> _Rows | None:
