@@ -41,7 +41,8 @@ def neighbour_difference(probabilities: Tensor, start: Tensor) -> Tensor:
 def divergences(probabilities: Tensor, changed: Tensor) -> Tensor:
     """Return (prompts,) KL(probabilities ‖ changed) in nats, both (prompts, answers)."""
     own: Tensor = torch.special.xlogy(probabilities, probabilities)
-    return (own - torch.special.xlogy(probabilities, changed)).sum(1)
+    crossed: Tensor = torch.special.xlogy(probabilities, changed)
+    return (own - crossed).sum(1)
 
 
 class CorrectMinusIncorrect(Metric):
