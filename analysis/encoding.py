@@ -16,12 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.architectures.base import Transcoder
-from training.architectures.batch_topk import BatchTopKTranscoder
-from training.architectures.gated import GatedTranscoder
-from training.architectures.jumprelu import JumpReLUTranscoder
-from training.architectures.relu import ReLUTranscoder
-from training.architectures.topk import TopKTranscoder
-from training.entries import Above, LargestPerRow, Selection
+from training.entries import LargestPerRow, Selection
 from training.kernels.adaptive import resolve_precision
 from training.kernels.pairs import Pairs, SparseEntries
 from training.kernels.select import Selector
@@ -158,18 +153,8 @@ def open_encoder(coder: Coder, device: torch.device | str, density: float | None
 
 
 def selection_in_use(coder: Coder) -> Selection | None:
-    """Return which pairs a trained transcoder activates, which for some differs from training; None: not known here."""
-    match coder:
-        case BatchTopKTranscoder():
-            return Above(coder.threshold.expand(coder.d_sae))
-        case JumpReLUTranscoder():
-            return Above(coder.threshold)
-        case TopKTranscoder():
-            return LargestPerRow(coder.k)
-        case ReLUTranscoder() | GatedTranscoder():
-            return Above()
-        case _:
-            return None
+    """Return which pairs a transcoder activates; None for a coder of another make, which can only be asked."""
+    return coder.selection_in_use() if isinstance(coder, Transcoder) else None
 
 
 def expected_density(coder: Coder) -> float | None:

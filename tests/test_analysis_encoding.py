@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.encoding import DenseEncoder, SparseEncoder, expected_density, open_encoder, selection_in_use
+from analysis.encoding import DenseEncoder, SparseEncoder, expected_density, open_encoder
 from tests.analysis_subject import FakeCoder, random
 from training.architectures import ARCHITECTURES, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from training.kernels.pairs import Pairs
@@ -81,10 +81,6 @@ def test_the_dense_way_is_the_transcoder_a_piece_at_a_time(kind, monkeypatch):
     assert_in_order(found.pairs)
     np.testing.assert_allclose(dense_of(found), acts, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.predicted, made(inputs).numpy(), rtol=1e-4, atol=1e-5)
-
-
-def test_every_architecture_says_what_it_activates_in_use():
-    assert [kind for kind in KINDS if selection_in_use(transcoder_of(kind)) is None] == []
 
 
 def test_topk_fixes_how_many_pairs_are_active_at_most():

@@ -138,6 +138,10 @@ class Transcoder(nn.Module, ABC):
         """Return the predicted outputs (…, d_out) of inputs (…, d_in)."""
         return self.decode(self.encode(inputs), inputs)
 
+    def selection_in_use(self) -> Selection:
+        """Return which pairs a trained transcoder activates; ``activation`` of these entries is ``encode``, sparse."""
+        return Above()
+
     # As it is trained
 
     def initialise_own(self) -> None:

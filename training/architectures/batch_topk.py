@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training.architectures.base import Transcoder
 from training.architectures.topk import SelectsLargest
-from training.entries import Entries, LargestOfBatch
+from training.entries import Above, Entries, LargestOfBatch
 from training.whole_batch import ALONE, WholeBatch
 
 THRESHOLD_RATE = 0.1
@@ -42,6 +42,10 @@ class BatchTopKTranscoder(Transcoder):
     def activate(self, pre_activations: Tensor) -> Tensor:
         """Return the pre-activations above the threshold, zero elsewhere."""
         return pre_activations.relu() * (pre_activations > self.threshold)
+
+    def selection_in_use(self) -> Above:
+        """Return what exceeds the threshold."""
+        return Above(self.threshold.expand(self.d_sae))
 
     def selection(self) -> LargestOfBatch:
         """Return the k · rows largest of the batch."""

@@ -106,6 +106,10 @@ class JumpReLUTranscoder(Transcoder):
         """Return the pre-activations above their thresholds, zero elsewhere."""
         return pre_activations * (pre_activations > self.threshold)
 
+    def selection_in_use(self) -> Above:
+        """Return all pairs above their thresholds."""
+        return Above(self.threshold.detach())
+
     def selection(self) -> Above:
         """Return all pairs above the lower edge of the threshold's bandwidth: below, nothing is passed on."""
         return Above(self.threshold.detach() - self.bandwidth / 2)

@@ -32,6 +32,10 @@ class TopKTranscoder(Transcoder):
         rows = pre_activations.reshape(-1, pre_activations.shape[-1])
         return restrict(rows, LargestPerRow(self._settings.k)).relu().view_as(pre_activations)
 
+    def selection_in_use(self) -> LargestPerRow:
+        """Return the final k largest of each row."""
+        return LargestPerRow(self._settings.k)
+
     def selection(self) -> LargestPerRow:
         """Return the k largest of each row."""
         return LargestPerRow(self.k)
