@@ -36,8 +36,8 @@ class Plan:
     """Rows from the start of the split; None for all."""
     block_rows: int = 8192
     n_examples: int = 20
-    window_before: int = 24
-    window_after: int = 8
+    window_before: int = 16
+    window_after: int = 16
     activation_rows: int = 0
     """Rows from the start of the split whose activations are kept one by one; whole contexts only."""
     n_bands: int = 5
