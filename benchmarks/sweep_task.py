@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.made_up_rows import SITE
 from pipeline.cli import main
-from pipeline.training_rows import CacheSource
+from pipeline.runs.training_rows import CacheSource
 from storage import orders
 from training.build import build_run
 from training.kernels.adaptive import resolve_precision

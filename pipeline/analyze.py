@@ -21,7 +21,7 @@ from analysis.activations import LAST_ROW, SPOOLED_BYTES
 from analysis.harvest import Plan, Subject
 from analysis.table import Written, write_tables
 from analysis.tables import TABLES
-from pipeline.analysis_pass import (
+from pipeline.analyzing.analysis_pass import (
     KEPT_BYTES,
     AnalysisPass,
     check_workers,
@@ -31,10 +31,10 @@ from pipeline.analysis_pass import (
     scratch_folder,
     with_density,
 )
-from pipeline.analysis_source import CacheSource, FreshSource, Source
+from pipeline.analyzing.source import CacheSource, FreshSource, Source
+from pipeline.analyzing.weight_tables import CONNECTIONS, check_downstream, write_weight_tables
 from pipeline.device import limited_threads, open_device
 from pipeline.live.token_order import FreshText
-from pipeline.weight_tables import CONNECTIONS, check_downstream, write_weight_tables
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import Draft, list_differences, read_manifest
 from storage.errors import ArtifactMismatch, SettingsError

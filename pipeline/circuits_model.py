@@ -24,12 +24,12 @@ from pipeline.caching.settings import CacheSettings
 from pipeline.circuits_cost import CACHE_DTYPE, TrainingCost, disk_problem, training_cost
 from pipeline.circuits_layers import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
 from pipeline.device import limited_threads, open_device
-from pipeline.model_scores import ModelScores, ModelScoreSettings
+from pipeline.runs.model_scores import ModelScores, ModelScoreSettings
+from pipeline.runs.side_by_side import OpenRun, Origins, train_drafts
+from pipeline.runs.training_rows import CacheSource
 from pipeline.samples.smollm2 import fetch_smollm2
 from pipeline.samples.speeches import fetch_sotu
-from pipeline.side_by_side import OpenRun, Origins, train_drafts
 from pipeline.sweep import MARK
-from pipeline.training_rows import CacheSource
 from storage.activation_cache import ActivationCache
 from storage.artifact import MANIFEST, Draft, canonical_json, read_json, read_manifest, write_atomically
 from storage.errors import NonFiniteActivation, SettingsError, StorageFull

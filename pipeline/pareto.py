@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pipeline import sweep
 from pipeline.evaluate import KIND as EVALUATION
-from pipeline.sweep_table import FINISHED
+from pipeline.runs.sweep_table import FINISHED
 from storage.artifact import MANIFEST, read_manifest, read_sealed
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from training.transcoder import KIND as TRANSCODER

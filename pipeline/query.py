@@ -15,8 +15,8 @@ from typing import Any, Literal
 import duckdb
 import pyarrow as pa
 
-from pipeline.query_render import MAX_SHOWN_ROWS, render
-from pipeline.query_views import Tables, View, find_views, open_views
+from pipeline.querying.render import MAX_SHOWN_ROWS, render
+from pipeline.querying.views import Tables, View, find_views, open_views
 from storage.artifact import write_atomically
 from storage.errors import ActionableError
 from storage.tables import write_table

@@ -17,13 +17,13 @@ from typing import Any
 
 from pipeline.device import limited_threads, open_device
 from pipeline.live.settings import LiveSettings
-from pipeline.model_scores import ModelScores, ModelScoreSettings
-from pipeline.side_by_side import OpenRun, Origins, train_drafts
-from pipeline.sweep_grid import SHARED
-from pipeline.sweep_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
+from pipeline.runs.model_scores import ModelScores, ModelScoreSettings
+from pipeline.runs.side_by_side import OpenRun, Origins, train_drafts
+from pipeline.runs.sweep_grid import SHARED
+from pipeline.runs.sweep_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
+from pipeline.runs.training_rows import TrainingSource
+from pipeline.runs.warm_start import WarmStart
 from pipeline.train import discard_draft, nothing_left_if_refused, open_source
-from pipeline.training_rows import TrainingSource
-from pipeline.warm_start import WarmStart
 from storage.artifact import REQUEST, Draft, canonical_json, read_json, read_manifest, write_atomically
 from storage.cache_format import Site
 from storage.errors import NonFiniteActivation, SettingsError

@@ -29,8 +29,8 @@ from pipeline.device import limited_threads, open_device
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sites import SiteHooks
 from pipeline.model.weights import read_weights
-from pipeline.task_prompts import TaskPrompts, read_lines, tokenized
-from pipeline.task_tables import (
+from pipeline.tasks.prompts import TaskPrompts, read_lines, tokenized
+from pipeline.tasks.tables import (
     CURVES,
     FEATURES,
     MODEL,

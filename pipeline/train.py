@@ -17,10 +17,10 @@ import torch
 
 from pipeline.device import limited_threads, open_device
 from pipeline.live.settings import LiveSettings
-from pipeline.model_scores import ModelScores, ModelScoreSettings
-from pipeline.side_by_side import Origins, train_beside, train_drafts
-from pipeline.training_rows import CacheSource, TrainingSource
-from pipeline.warm_start import WarmStart
+from pipeline.runs.model_scores import ModelScores, ModelScoreSettings
+from pipeline.runs.side_by_side import Origins, train_beside, train_drafts
+from pipeline.runs.training_rows import CacheSource, TrainingSource
+from pipeline.runs.warm_start import WarmStart
 from storage.artifact import LOCK, MANIFEST, REQUEST, Draft, Lock
 from storage.errors import ArtifactMismatch, SettingsError
 from training.checkpoint import Checkpoints
@@ -117,7 +117,7 @@ def open_source(
     if cache is not None:
         yield CacheSource(cache, batch_rows=settings.batch_rows, order_seed=settings.order_seed, device=device)
         return
-    from pipeline.live_rows import LiveSource  # seconds, which training from a cache does not need
+    from pipeline.runs.live_rows import LiveSource  # seconds, which training from a cache does not need
 
     assert live is not None
     with closing(LiveSource(live, output, batch_rows=settings.batch_rows, device=device)) as source:

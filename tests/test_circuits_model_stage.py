@@ -13,7 +13,7 @@ from pipeline import circuits_cost, circuits_model
 from pipeline.circuits_layers import LAYERS
 from pipeline.circuits_model import CircuitsModelSettings, fitting_together
 from pipeline.commands.circuits_model import command
-from pipeline.side_by_side import train_drafts
+from pipeline.runs.side_by_side import train_drafts
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import NonFiniteActivation, SettingsError, StorageFull

@@ -15,7 +15,7 @@ from pipeline import evaluate, pareto, sweep, train
 from pipeline.evaluate import EvaluateSettings
 from pipeline.pareto import Point, as_json, collect, front, lines
 from pipeline.pareto_plot import COLOURS, style, table, write_plot
-from pipeline.sweep_grid import expand, read_grid
+from pipeline.runs.sweep_grid import expand, read_grid
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tests.cache_jobs import command, run_cache
 from training.settings import TrainSettings

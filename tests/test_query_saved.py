@@ -13,7 +13,7 @@ from analysis.tables import EVERY_TABLE
 from analysis.token_deltas import SCHEMA as TOKENS
 from pipeline import cli, queries, query
 from pipeline.queries.page import queries_page
-from pipeline.query_views import find_views
+from pipeline.querying.views import find_views
 from storage.artifact import Draft
 from storage.errors import SettingsError
 from storage.tables import column, write_table

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from analysis import text_scores
-from pipeline import cli, score, score_pictures
+from pipeline import cli, score
 from pipeline.score import ScoredText, Scores
-from pipeline.score_text import as_json, show
+from pipeline.scoring import pictures as score_pictures
+from pipeline.scoring.text import as_json, show
 from storage.activation_cache import open_cache
 from storage.artifact import Draft
 from storage.errors import ArtifactMismatch, ModelError, SettingsError, TextError

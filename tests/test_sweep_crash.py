@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline import sweep
-from pipeline.sweep_grid import expand
+from pipeline.runs.sweep_grid import expand
 from storage.errors import NonFiniteActivation
 from tests.cache_jobs import Kill, count_renames, die_at, differing
 from tests.test_training_resume import results

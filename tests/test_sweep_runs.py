@@ -13,8 +13,8 @@ import pytest
 from pipeline import query, sweep, train
 from pipeline.info import describe as describe_artifact
 from pipeline.info import glance
+from pipeline.runs.sweep_grid import expand, read_grid
 from pipeline.sweep import SweepResult
-from pipeline.sweep_grid import expand, read_grid
 from storage import orders
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact

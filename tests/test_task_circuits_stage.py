@@ -18,7 +18,7 @@ from analysis.task_circuits.curves import Task
 from pipeline import task
 from pipeline.commands.task import command
 from pipeline.task import TaskSettings
-from pipeline.task_tables import FEATURES, MODEL, NEURONS, TRANSCODER
+from pipeline.tasks.tables import FEATURES, MODEL, NEURONS, TRANSCODER
 from storage.artifact import verify_artifact
 from storage.errors import SettingsError, TextError
 from storage.tables import describe, read_schema, read_table

@@ -12,9 +12,9 @@ import torch
 
 from pipeline import sweep, train
 from pipeline.live.batches import LiveBatches
-from pipeline.loss_hooks import SplicedLoss
-from pipeline.model_scores import ModelScoreSettings
 from pipeline.recorded_model import open_recorded_model
+from pipeline.runs.loss_hooks import SplicedLoss
+from pipeline.runs.model_scores import ModelScoreSettings
 from pipeline.train import TrainResult
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact

@@ -16,10 +16,10 @@ from analysis.weight_space.stream import write_point
 from analysis.weight_space.unembedding import token_effects
 from pipeline import analyze, query
 from pipeline.analyze import AnalyzeSettings
+from pipeline.analyzing.weight_tables import write_weight_tables
 from pipeline.model.language_model import ModelSettings, load_language_model
 from pipeline.model.weights import read_weights
 from pipeline.recorded_model import open_recorded_model
-from pipeline.weight_tables import write_weight_tables
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, ModelError, SettingsError

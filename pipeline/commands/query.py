@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pipeline import queries, query
-from pipeline.query_views import Tables, find_views, parse_tables
+from pipeline.querying.views import Tables, find_views, parse_tables
 
 
 @click.command("query")

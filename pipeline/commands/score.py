@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from pipeline import score, score_pictures
+from pipeline import score
 from pipeline.commands import options
-from pipeline.score_text import show
+from pipeline.scoring import pictures as score_pictures
+from pipeline.scoring.text import show
 
 
 @click.command("score")

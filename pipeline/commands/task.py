@@ -12,7 +12,7 @@ from pipeline import task
 from pipeline.commands import options
 from pipeline.options import read_settings, settings_options
 from pipeline.task import TaskSettings
-from pipeline.task_tables import FEATURES, MODEL, NEURONS, TRANSCODER, Curve, Ranked
+from pipeline.tasks.tables import FEATURES, MODEL, NEURONS, TRANSCODER, Curve, Ranked
 
 
 @click.command("task")

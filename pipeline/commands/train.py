@@ -13,11 +13,11 @@ import click
 from pipeline import sweep, train
 from pipeline.commands import options
 from pipeline.live.settings import LiveSettings
-from pipeline.model_scores import ModelScoreSettings
 from pipeline.options import read_settings_together, setting_fields, settings_options
+from pipeline.runs.model_scores import ModelScoreSettings
+from pipeline.runs.sweep_grid import Point, expand, read_grid
+from pipeline.runs.sweep_table import FINISHED, RUNS_TABLE, RunOutcome
 from pipeline.sweep import SweepResult
-from pipeline.sweep_grid import Point, expand, read_grid
-from pipeline.sweep_table import FINISHED, RUNS_TABLE, RunOutcome
 from storage.errors import SettingsError
 from storage.settings import Settings
 from training.loggers import build_loggers

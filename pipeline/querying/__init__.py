@@ -1,0 +1,1 @@
+"""What ``pipeline query`` is made of."""

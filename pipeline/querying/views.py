@@ -1,0 +1,138 @@
+"""Which tables a query sees: every Parquet file of the artifacts given, each a view.
+
+A folder of Parquet files inside an artifact (``activations/``) is one table. Artifacts may be named, and their views
+then lie in a schema of that name; those without a name share one, so no two of them may hold the same table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import duckdb
+
+from storage.artifact import MANIFEST, read_manifest, read_sealed
+from storage.errors import ArtifactMismatch, SettingsError
+from storage.tables import Column, describe, read_schema
+
+KINDS = ("tables", "sweep", "evaluation")
+"""What has Parquet tables: those of ``pipeline analyze``, ``runs`` of a sweep and ``tokens`` of an evaluation. Spelled
+out, because the modules that make them load torch."""
+
+Tables = Path | Sequence[Path] | Mapping[str, Path]
+"""One artifact, several, or several by name."""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class View(NamedTuple):
+    """A table as a query names it."""
+
+    schema: str | None
+    name: str
+    files: tuple[Path, ...]
+
+    @property
+    def sql_name(self) -> str:
+        """As it is written in SQL."""
+        return self.name if self.schema is None else f"{self.schema}.{self.name}"
+
+    def columns(self) -> list[Column]:
+        """Return what every column holds, as the file itself says."""
+        return describe(read_schema(self.files[0]))
+
+
+def find_views(tables: Tables) -> list[View]:
+    """Return the views of all artifacts. Raises ArtifactMissing and its like, and SettingsError where names clash."""
+    if isinstance(tables, Path):
+        tables = [tables]
+    if isinstance(tables, Mapping):
+        _check_names(tables)
+        named: list[tuple[str | None, Path]] = list(tables.items())
+    else:
+        named = [(None, path) for path in tables]
+    views = [View(name, table, files) for name, path in named for table, files in _table_files(path).items()]
+    _refuse_clashes(views, [path for name, path in named if name is None])
+    return views
+
+
+def parse_tables(given: Sequence[str]) -> Tables:
+    """Read ``PATH`` or ``NAME=PATH`` of every artifact; raise SettingsError if only some have a name."""
+    pairs = [_parse(text) for text in given]
+    unnamed = [path for name, path in pairs if name is None]
+    if not unnamed:
+        names = [str(name) for name, _ in pairs]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise SettingsError(f"--tables: {', '.join(repeated)} names several artifacts; give each its own name")
+        return {str(name): path for name, path in pairs}
+    if len(unnamed) < len(pairs):
+        raise SettingsError(
+            f"--tables: {', '.join(map(str, unnamed))} has no name while others do; write NAME={unnamed[0]} too"
+        )
+    return unnamed
+
+
+def _parse(text: str) -> tuple[str | None, Path]:
+    name, equals, path = text.partition("=")
+    is_named = equals and _NAME.fullmatch(name) and not Path(text).exists()
+    return (name, Path(path)) if is_named else (None, Path(text))
+
+
+def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> None:
+    """Make every view, after shutting everything but their files out for good."""
+    files = [path for view in views for path in view.files]
+    connection.execute("SET autoinstall_known_extensions = false")
+    connection.execute("SET autoload_known_extensions = false")
+    connection.execute("SET python_enable_replacements = false")
+    connection.execute(f"SET allowed_paths = {_path_list(files)}")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+    for schema in dict.fromkeys(view.schema for view in views if view.schema is not None):
+        connection.execute(f'CREATE SCHEMA "{schema}"')
+    for view in views:
+        name = f'"{view.name}"' if view.schema is None else f'"{view.schema}"."{view.name}"'
+        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet({_path_list(view.files)})")
+
+
+def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
+    """Return the Parquet files of each table of an artifact."""
+    # where nothing is published, read_manifest says whether nothing lies there or something unfinished does
+    kind = str(read_sealed(artifact / MANIFEST).get("kind")) if (artifact / MANIFEST).exists() else KINDS[0]
+    if kind not in KINDS:
+        raise ArtifactMismatch(
+            f"{artifact}: is of kind {kind}, which has no tables; give the path of tables, a sweep or an evaluation"
+        )
+    found: dict[str, list[Path]] = {}
+    for name in sorted(read_manifest(artifact, kind)["files"]):
+        place = PurePosixPath(name)
+        if place.suffix == ".parquet":
+            found.setdefault(place.stem if len(place.parts) == 1 else place.parts[0], []).append(artifact / name)
+    return {table: tuple(files) for table, files in found.items()}
+
+
+def _check_names(names: Mapping[str, Path]) -> None:
+    reserved = {"main", "temp", "information_schema", "pg_catalog"}
+    wrong = [name for name in names if not _NAME.fullmatch(name) or name.lower() in reserved]
+    if wrong:
+        raise SettingsError(
+            f"--tables: {', '.join(map(repr, wrong))} cannot name tables; use letters, digits and _, such as layer3"
+        )
+
+
+def _refuse_clashes(views: Sequence[View], unnamed: Sequence[Path]) -> None:
+    problems = []
+    for name in dict.fromkeys(view.name for view in views if view.schema is None):
+        holders = [path for path in unnamed for view in views if view.name == name and path in view.files[0].parents]
+        if len(holders) > 1:
+            problems.append(f"{name} is in {' and '.join(map(str, holders))}")
+    if problems:
+        raise SettingsError(
+            f"--tables: {'; '.join(problems)}. Name them all, --tables a={unnamed[0]} --tables b=…, and ask a.features"
+        )
+
+
+def _path_list(paths: Sequence[Path]) -> str:
+    quoted = ("'" + str(path).replace("'", "''") + "'" for path in paths)
+    return f"[{', '.join(quoted)}]"

@@ -1,0 +1,127 @@
+"""Live rows as a source of training rows.
+
+The opening of a live run (storage dtypes and first statistics) is kept beside the checkpoints of an unfinished run, so
+that continuing it does not compute the first block of rows for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.live.batches import LiveBatches
+from pipeline.live.opening import Opening
+from pipeline.live.settings import LiveSettings
+from storage.artifact import canonical_json, make_directory, read_json, write_atomically
+from storage.cache_format import Site
+from storage.encodings import Side
+from storage.errors import ArtifactCorrupt
+from storage.statistics import SiteStatistics
+from training.session import HeldoutBatches
+from training.settings import TrainSettings
+from training.transcoder import CHECKPOINTS
+
+OPENING = "opening.json"
+
+
+class LiveSource:
+    """The rows of a language model that runs beside training. Close it: it may have started a thread."""
+
+    def __init__(self, settings: LiveSettings, draft: Path, *, batch_rows: int, device: torch.device) -> None:
+        self.settings = settings
+        self._opening_path = draft / CHECKPOINTS / OPENING
+        self._batch_rows, self._device = batch_rows, device
+        self._live: LiveBatches | None = None
+
+    @property
+    def where(self) -> str:
+        """The model and the text."""
+        return f"live rows of {self.settings.model} on {self.settings.dataset}"
+
+    @property
+    def live(self) -> LiveBatches:
+        """The batches; the first look loads the language model, computes held-out rows and the first block."""
+        if self._live is None:
+            opening = Opening.from_json(_read(self._opening_path)) if self._opening_path.exists() else None
+            self._live = LiveBatches(self.settings, batch_rows=self._batch_rows, device=self._device, opening=opening)
+        return self._live
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """The sites asked for, by name."""
+        return self.live.sites
+
+    def decided(self, settings: TrainSettings) -> TrainSettings:
+        """Return settings as they are: what a site is called is known when the model is loaded."""
+        return settings
+
+    def problems(self, settings: TrainSettings) -> list[str]:
+        """Return a sentence if the length of training is given in passes over a text that nobody has counted."""
+        if settings.steps is None and settings.rows is None:
+            return ["epochs: how many rows the text gives is not known in live mode; give rows or steps"]
+        return []
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """The settings of the live rows."""
+        return {"live": self.settings.model_dump(mode="json")}
+
+    def description(self) -> dict[str, Any]:
+        """Return model, text, packing and mixing."""
+        facts = self.live.facts
+        mixing = {"seed": self.settings.seed, "block_rows": self.live.block_rows, "batch_rows": self._batch_rows}
+        return {
+            "inputs": {"live": {"text": facts["text"], "packing": facts["packing"], "mixing": mixing}},
+            "model": facts["model"],
+        }
+
+    @contextmanager
+    def open(self, sites: Sequence[Site], draft: Path) -> Iterator[LiveRows]:  # noqa: ARG002 - all sites are computed
+        """Keep the opening, then serve."""
+        if not self._opening_path.exists():
+            make_directory(self._opening_path.parent)
+            write_atomically(self._opening_path, canonical_json(self.live.opening.as_json()))
+        yield LiveRows(self.live)
+
+    def close(self) -> None:
+        """Stop the thread that runs the model."""
+        if self._live is not None:
+            self._live.close()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(path)
+    except ArtifactCorrupt as error:
+        raise ArtifactCorrupt(f"{error}, or delete it: it is computed anew") from error
+    return found
+
+
+class LiveRows:
+    """Live rows that are being served."""
+
+    def __init__(self, live: LiveBatches) -> None:
+        self.stream = live
+        self._live = live
+
+    def statistics(self, site: Site) -> Mapping[Side, SiteStatistics]:
+        """Return those of the first block of training rows."""
+        return self._live.statistics[site.name]
+
+    def heldout(self, site: Site) -> HeldoutBatches | None:
+        """Return the held-out rows in memory."""
+        if not self._live.n_heldout_rows:
+            return None
+        return lambda max_rows: (batches[site.name] for batches in self._live.heldout(max_rows))
+
+    def n_steps(self, settings: TrainSettings) -> int:
+        """Return the number of steps; ``rows`` or ``steps`` is given."""
+        return settings.n_steps(settings.batch_rows, 1)
+
+    def fresh_rows(self, site: Site, seed: int) -> None:  # noqa: ARG002
+        """Return nothing: the text is read once, in its order."""
+        return

@@ -1,0 +1,209 @@
+"""Where training rows come from, seen alike by every run: the batches of a cache, or of a language model as it runs.
+
+A source is cheap to make, opened once for all runs that share it, and says what an artifact must record of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from storage.cache_format import Site
+from storage.encodings import Side
+from storage.errors import SettingsError
+from storage.statistics import SiteStatistics
+from training.batches import BatchStream, CacheBatches, iter_once
+from training.row_source import CacheRows, RowSource
+from training.session import HeldoutBatches
+from training.settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingRows(Protocol):
+    """Rows that are being read. Everything a run needs besides its settings."""
+
+    @property
+    def stream(self) -> BatchStream:
+        """Batches of every site opened."""
+        ...
+
+    def statistics(self, site: Site) -> Mapping[Side, SiteStatistics]:
+        """Return what normalisation and initial weights are made from."""
+        ...
+
+    def heldout(self, site: Site) -> HeldoutBatches | None:
+        """Return a source of held-out batches, or None without held-out rows."""
+        ...
+
+    def n_steps(self, settings: TrainSettings) -> int:
+        """Return the number of optimiser steps that the settings ask for."""
+        ...
+
+    def fresh_rows(self, site: Site, seed: int) -> RowSource | None:
+        """Return what gives further training rows on demand, or None where rows come in one order only."""
+        ...
+
+
+class TrainingSource(Protocol):
+    """Training rows that can be opened."""
+
+    @property
+    def where(self) -> str:
+        """How messages call it."""
+        ...
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """The sites there are, by name; of live rows, loads the language model."""
+        ...
+
+    def decided(self, settings: TrainSettings) -> TrainSettings:
+        """Return settings with the choices made that depend on the source and can be known before it is opened."""
+        ...
+
+    def problems(self, settings: TrainSettings) -> list[str]:
+        """Return a sentence for each setting that this kind of source cannot honour."""
+        ...
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What decides the rows, for a request."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """Return what a manifest says of the rows; it has the keys ``inputs`` and ``model``."""
+        ...
+
+    def open(self, sites: Sequence[Site], draft: Path) -> Any:
+        """Return a context manager of ``TrainingRows``; ``draft`` is where the source may keep what a rerun can use."""
+        ...
+
+
+class CacheSource:
+    """The rows of a published cache."""
+
+    def __init__(self, cache: Path, *, batch_rows: int, order_seed: int, device: torch.device) -> None:
+        self.cache = open_cache(cache)
+        self._batch_rows, self._order_seed, self._device = batch_rows, order_seed, device
+
+    @property
+    def where(self) -> str:
+        """The cache's path."""
+        return str(self.cache.path)
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """The cached sites by name."""
+        return self.cache.sites
+
+    def decided(self, settings: TrainSettings) -> TrainSettings:
+        """Return settings that name their site; they are those of ``choose_site``."""
+        return settings.model_copy(update={"site": choose_site(settings, self).name})
+
+    def problems(self, settings: TrainSettings) -> list[str]:  # noqa: ARG002
+        """Return no problem: a cache honours every setting."""
+        return []
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """The cache's identity."""
+        return {"cache": self.cache.reference}
+
+    def description(self) -> dict[str, Any]:
+        """Return the cache's identity and its model's."""
+        return {"inputs": {"cache": self.cache.reference}, "model": self.cache.manifest.get("model")}
+
+    @contextmanager
+    def open(self, sites: Sequence[Site], draft: Path) -> Iterator[CachedRows]:  # noqa: ARG002
+        """Read ahead inside."""
+        split = self.cache.split("train")
+        with CacheBatches(
+            split, sites, batch_rows=self._batch_rows, seed=self._order_seed, device=self._device
+        ) as stream:
+            yield CachedRows(self.cache, split, stream, self._batch_rows, self._device)
+
+
+class CachedRows:
+    """Rows of a cache that are being read."""
+
+    def __init__(
+        self,
+        cache: ActivationCache,
+        split: CacheSplit,
+        stream: CacheBatches,
+        batch_rows: int,
+        device: torch.device,
+    ) -> None:
+        self.stream = stream
+        self._cache, self._split, self._batch_rows, self._device = cache, split, batch_rows, device
+        self._statistics: dict[str, dict[Side, SiteStatistics]] = {}
+        self._has_warned = False
+
+    def statistics(self, site: Site) -> Mapping[Side, SiteStatistics]:
+        """Return those of the cache's training rows; read once, however many runs ask."""
+        if site.name not in self._statistics:
+            self._statistics[site.name] = {side: self._split.statistics(site.name, side) for side in site.sides}
+        return self._statistics[site.name]
+
+    def heldout(self, site: Site) -> HeldoutBatches | None:
+        """Return the held-out rows, the same for every run."""
+        if "heldout" not in self._cache.manifest["splits"]:
+            if not self._has_warned:  # once, however many runs ask
+                logger.warning(
+                    "%s has no held-out rows: nothing will say how well the transcoder generalises", self._cache.path
+                )
+            self._has_warned = True
+            return None
+        split = self._cache.split("heldout")
+        return lambda max_rows: iter_once(
+            split, site, batch_rows=self._batch_rows, device=self._device, max_rows=max_rows
+        )
+
+    def n_steps(self, settings: TrainSettings) -> int:
+        """Return the number of steps; epochs are passes over the cache."""
+        return settings.n_steps(self._split.n_rows, self.stream.n_steps_per_epoch)
+
+    def fresh_rows(self, site: Site, seed: int) -> RowSource:
+        """Return samples of the cache's training rows."""
+        return CacheRows(self._split, site, seed=seed, device=self._device)
+
+
+def choose_site(settings: TrainSettings, source: TrainingSource) -> Site:
+    """Return the site to train on; raise SettingsError listing every setting that does not fit the source."""
+    problems = source.problems(settings)
+    site = None
+    names = list(source.sites)
+    if settings.site is None:
+        if len(names) > 1:
+            problems.append(f"site: there are {len(names)}; choose one of {', '.join(names)}")
+        else:
+            site = source.sites[names[0]]
+    elif settings.site in source.sites:
+        site = source.sites[settings.site]
+    else:
+        near = difflib.get_close_matches(settings.site, names)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        problems.append(f"site: there is no {settings.site!r}; {meant}there {_are(names)}")
+    if site is not None:
+        problems += settings.architecture.problems(settings.n_features(site.d_in))
+        if settings.architecture.skip and site.hook_in == site.hook_out:
+            problems.append(
+                "architecture.skip: an autoencoder's outputs are its inputs, which a linear path would copy"
+            )
+    elif settings.d_sae is not None:
+        problems += settings.architecture.problems(settings.d_sae)
+    if problems or site is None:
+        raise SettingsError(f"{source.where}: cannot train on this:\n" + "\n".join(f"  {line}" for line in problems))
+    return site
+
+
+def _are(names: Sequence[str]) -> str:
+    return f"{'is' if len(names) == 1 else 'are'} {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""What ``pipeline score`` prints and draws."""

@@ -1,0 +1,1 @@
+"""What ``pipeline task`` reads and writes."""
