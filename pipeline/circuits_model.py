@@ -21,9 +21,9 @@ from pydantic import Field, PositiveFloat
 from pipeline import cache
 from pipeline.budget import Budget, plan_budget
 from pipeline.caching.settings import CacheSettings
-from pipeline.circuits_cost import CACHE_DTYPE, TrainingCost, disk_problem, training_cost
-from pipeline.circuits_layers import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
 from pipeline.device import limited_threads, open_device
+from pipeline.layers.cost import CACHE_DTYPE, TrainingCost, disk_problem, training_cost
+from pipeline.layers.scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
 from pipeline.runs.model_scores import ModelScores, ModelScoreSettings
 from pipeline.runs.side_by_side import OpenRun, Origins, train_drafts
 from pipeline.runs.training_rows import CacheSource

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.circuits_layers import (
+from pipeline.layers.scores import (
     MASSIVE_SHARE,
     LayerOutcome,
     massive_note,

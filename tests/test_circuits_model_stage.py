@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline import circuits_cost, circuits_model
-from pipeline.circuits_layers import LAYERS
+from pipeline import circuits_model
 from pipeline.circuits_model import CircuitsModelSettings, fitting_together
 from pipeline.commands.circuits_model import command
+from pipeline.layers import cost as circuits_cost
+from pipeline.layers.scores import LAYERS
 from pipeline.runs.side_by_side import train_drafts
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact

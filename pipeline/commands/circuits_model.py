@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from pipeline import circuits_model
-from pipeline.circuits_layers import LAYERS, LayerOutcome
 from pipeline.circuits_model import CircuitsModelSettings
 from pipeline.commands import options
+from pipeline.layers.scores import LAYERS, LayerOutcome
 from pipeline.options import read_settings, settings_options
 
 

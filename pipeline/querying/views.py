@@ -17,9 +17,9 @@ from storage.artifact import MANIFEST, read_manifest, read_sealed
 from storage.errors import ArtifactMismatch, SettingsError
 from storage.tables import Column, describe, read_schema
 
-KINDS = ("tables", "sweep", "evaluation")
-"""What has Parquet tables: those of ``pipeline analyze``, ``runs`` of a sweep and ``tokens`` of an evaluation. Spelled
-out, because the modules that make them load torch."""
+KINDS = ("tables", "sweep", "evaluation", "task", "transcoders")
+"""What has Parquet tables: those of ``pipeline analyze``, ``runs`` of a sweep, ``tokens`` of an evaluation, ``curves``
+and ``ranking`` of a task, ``layers`` of transcoders of all layers. Spelled out: what makes them loads torch."""
 
 Tables = Path | Sequence[Path] | Mapping[str, Path]
 """One artifact, several, or several by name."""
