@@ -52,7 +52,9 @@ def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
 def _glance_at_tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [manifest["site"]])
     yield "transcoder", manifest["inputs"]["transcoder"]["digest"]
-    yield "rows read", f"{manifest['request']['settings']['split']} rows"
+    settings = manifest["request"]["settings"]
+    split = "" if manifest["inputs"].get("cache") is None else f" {settings['split']}"
+    yield "rows read", f"all{split} rows" if settings["rows"] is None else f"the first {settings['rows']:,}{split} rows"
     yield from _tables(manifest["tables"])
     yield "everything else", "--json"
 

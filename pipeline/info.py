@@ -23,7 +23,7 @@ def glance(path: Path) -> dict[str, Any]:
     """
     described = describe(path)
     shown = GLANCES.get(described.get("kind", ""))
-    return described if shown is None else dict(shown(described))
+    return described if shown is None else dict(shown(read_sealed(path / MANIFEST)))
 
 
 def describe(path: Path) -> dict[str, Any]:

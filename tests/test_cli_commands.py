@@ -119,7 +119,7 @@ def test_info_of_a_transcoder_and_of_tables_fits_a_glance(
         "everything else": "--json",
     }
     assert lines["tables"]["table features"] == "32 rows"
-    assert lines["tables"]["rows read"] == "heldout rows"
+    assert lines["tables"]["rows read"] == "all heldout rows"
     assert lines["tables"]["transcoder"] == json.loads((place / "transcoder/manifest.json").read_text())["digest"]
 
 

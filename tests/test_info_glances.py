@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pipeline import dashboard
 from pipeline.dashboard import DashboardSettings
 from pipeline.glances import GLANCES
 from pipeline.info import glance
+from storage.artifact import Draft
 from tests.dashboard_tables import make_tables
 
 MODEL = {"name": "tiny-lm", "dtype": "float32"}
+CACHE = {"cache": {"cache_id": "0", "generation": 0}}
 
 
 def test_a_dashboard_says_what_to_open(tmp_path: Path) -> None:
@@ -31,6 +36,34 @@ def test_an_export_says_for_whom_and_what_it_cost() -> None:
     manifest = {"kind": "export", "to": "saelens", "files": {"cfg.json": {}}, "notes": ["FVU 0.1 became 0.2"]}
     shown = dict(GLANCES["export"](manifest))
     assert (shown["written for"], shown["files"], shown["note"]) == ("saelens", 1, "FVU 0.1 became 0.2")
+
+
+def test_an_export_that_was_published_is_shown(tmp_path: Path) -> None:
+    with Draft(tmp_path, "export", {}) as draft:
+        (tmp_path / "cfg.json").write_text("{}")
+        draft.publish({"to": "sparsify", "notes": []}, ["cfg.json"])
+    assert glance(tmp_path) == {"kind": "export", "written for": "sparsify", "files": 1, "everything else": "--json"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rows", "said"),
+    [
+        (CACHE, None, "all heldout rows"),
+        (CACHE, 5000, "the first 5,000 heldout rows"),
+        ({"live": {}}, 5000, "the first 5,000 rows"),
+    ],
+)
+def test_tables_say_which_rows_they_are_about(inputs: dict[str, Any], rows: int | None, said: str) -> None:
+    site = {"name": "layer0", "hook_in": "in", "hook_out": "out", "d_in": 4, "d_out": 4, "dtype": "float32"}
+    manifest = {
+        "kind": "tables",
+        "model": MODEL,
+        "inputs": {**inputs, "transcoder": {"digest": "sha256:0"}},
+        "site": site,
+        "request": {"settings": {"split": "heldout", "rows": rows}},
+        "tables": {},
+    }
+    assert dict(GLANCES["tables"](manifest))["rows read"] == said
 
 
 def test_an_imported_transcoder_is_not_called_trained() -> None:
