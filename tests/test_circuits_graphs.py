@@ -11,7 +11,7 @@ from analysis.circuits.attribution import attribute, list_sources
 from analysis.circuits.attribution_graph import AttributionGraph, GraphSettings, build_graph, top_logits
 from analysis.circuits.contributions import contributions
 from analysis.circuits.influence import influences, prune, shares
-from analysis.circuits.layout import height_of, place_nodes, strength
+from analysis.circuits.layout import height_of, place_nodes, squeezed, strength
 from analysis.circuits.nodes import Kind, Node
 from analysis.circuits.path_graph import (
     GraphNode,
@@ -318,3 +318,14 @@ def test_top_logits_have_the_mass_asked_for() -> None:
     n = int((expected.cumsum(0) < 0.5).sum()) + 1
     assert [one for one, _ in found] == ids[:n].tolist()
     assert [p for _, p in found] == pytest.approx(expected[:n].tolist(), rel=1e-5)
+
+
+def test_layers_without_nodes_are_drawn_short_and_in_order() -> None:
+    assert squeezed([0.0, 0.5, 1.5, 11.5, 11.25]) == {
+        0.0: 0.0,
+        0.5: 0.5,
+        1.5: 1.5,
+        11.25: 1.5 + 1 + 0.15 * 8.75,
+        11.5: 4.0625,
+    }
+    assert squeezed([]) == {}

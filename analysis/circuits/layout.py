@@ -6,6 +6,7 @@ stand side by side in it, in the order given.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -36,6 +37,23 @@ def height_of(node: Node) -> float:
         return height_of(node.of) - 0.25
     layer = float(node.layer or 0)
     return layer + 0.5 if node.reads_at != "resid_pre" else layer
+
+
+EMPTY_LAYER = 0.15
+"""Height of a layer in which nothing lies, of that of any other."""
+
+
+def squeezed(heights: Iterable[float]) -> dict[float, float]:
+    """Return where each height is drawn, from 0: what spans empty layers is short, so that what matters is large.
+
+    Order is kept, and heights at most one layer apart keep their distance.
+    """
+    levels = sorted(set(heights))
+    drawn = dict.fromkeys(levels[:1], 0.0)
+    for below, here in itertools.pairwise(levels):
+        gap = here - below
+        drawn[here] = drawn[below] + min(gap, 1 + EMPTY_LAYER * (gap - 1))
+    return drawn
 
 
 def place_nodes(nodes: Iterable[Node]) -> Layout:

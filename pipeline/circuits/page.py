@@ -7,12 +7,13 @@ nothing of a prompt or a token can become markup or code.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 from analysis.circuits.documents import read_node
-from analysis.circuits.layout import height_of, place_nodes, strength
+from analysis.circuits.layout import height_of, place_nodes, squeezed, strength
 from analysis.circuits.nodes import Kind
 
 JSON = dict[str, Any]
@@ -64,6 +65,8 @@ def _size(described: JSON) -> float:
 def _drawn(title: str, graph: JSON) -> JSON:
     nodes = [read_node(described) for described in graph["nodes"]]
     layout = place_nodes(nodes)
+    layers = sorted({math.floor(height_of(node)) for node in nodes})
+    levels = squeezed([*(y for _, y in layout.places.values()), *layers])
     largest_edge = max((abs(edge["value"]) for edge in graph["edges"]), default=0.0)
     # Of a graph of paths all values are contributions to the root; of an attribution graph, influence is what compares.
     sizes = [_size(described) for described in graph["nodes"]]
@@ -77,7 +80,7 @@ def _drawn(title: str, graph: JSON) -> JSON:
                 "name": described.get("text", described["name"]),
                 "kind": node.kind.value,
                 "x": x,
-                "y": y,
+                "y": levels[y],
                 "value": described["value"],
                 "influence": described.get("influence"),
                 "strength": strength(size, largest),
@@ -94,5 +97,6 @@ def _drawn(title: str, graph: JSON) -> JSON:
             for edge in sorted(graph["edges"], key=lambda edge: abs(edge["value"]))
         ],
         "columns": [column._asdict() for column in layout.columns],
-        "top": max((height_of(node) for node in nodes), default=0.0),
+        "layers": [{"layer": layer, "y": levels[layer]} for layer in layers],
+        "top": max(levels.values(), default=0.0),
     }

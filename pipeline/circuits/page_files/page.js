@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const svg = document.getElementById("graph");
-const STEP = { x: 30, y: 64 }; // y grows until a graph fills its frame
+const STEP = { x: 30, y: 64 }; // both grow until a graph fills its frame
 const MARGIN = { left: 64, bottom: 48, top: 40, right: 24 };
 const SHAPES = { head: "rect", embedding: "square", position: "square", error: "diamond", mlp: "diamond" };
 let view = { x: 0, y: 0, width: 1, height: 1 };
@@ -48,8 +48,8 @@ function xOf(value) { return MARGIN.left + (value + 0.5) * STEP.x; }
 function yOf(graph, value) { return MARGIN.top + (graph.top - value + 0.5) * STEP.y; }
 
 function drawAxes(graph, width, height) {
-  for (let layer = 0; layer <= graph.top; layer++) {
-    const y = yOf(graph, layer);
+  for (const { layer, y: level } of graph.layers) { // layers in which nothing lies are left out
+    const y = yOf(graph, level);
     svg.append(drawn("line", { class: "grid", x1: MARGIN.left, x2: width, y1: y, y2: y }));
     svg.append(drawn("text", { class: "axis", x: 8, y: y + 4 }, `layer ${layer}`));
   }
@@ -197,6 +197,10 @@ function drawGraph(number) {
   kept = null;
   document.querySelectorAll("#choices .graph").forEach((button, place) => button.setAttribute("aria-pressed", String(place === number)));
   const last = graph.columns[graph.columns.length - 1];
+  const columns = last.start + last.width + 0.5;
+  const shape = Math.max(svg.clientWidth, 1) / Math.max(svg.clientHeight, 1);
+  const tall = MARGIN.top + MARGIN.bottom + (graph.top + 1) * 64;
+  STEP.x = Math.min(Math.max((tall * shape - MARGIN.left - MARGIN.right) / columns, 30), 72);
   const width = xOf(last.start + last.width) + MARGIN.right;
   const room = width * svg.clientHeight / Math.max(svg.clientWidth, 1) - MARGIN.top - MARGIN.bottom;
   STEP.y = Math.min(Math.max(room / (graph.top + 1), 48), 160);
