@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 
 from analysis.evaluate import ContextBatch
 from pipeline.cache import row_mask_of
-from pipeline.caching.plan import refuse_other_inputs
 from pipeline.caching.settings import CacheSettings
 from pipeline.model.capture import explained_failures, without_padding_advice
 from pipeline.model.language_model import LanguageModel, load_language_model
+from pipeline.model.recorded_place import recorded_place
 from storage.activation_cache import ActivationCache, CacheSplit
-from storage.errors import OutOfMemoryError
+from storage.artifact import list_differences
+from storage.errors import ArtifactMismatch, OutOfMemoryError
 from storage.randomness import philox
 
 
@@ -57,11 +58,24 @@ def open_recorded_model(cache: ActivationCache, *, model: str | None = None, dev
 
     Raises ModelError if it cannot be loaded, ArtifactMismatch, with every difference, if it is another one.
     """
-    moved = {} if model is None else {"model": model}
-    settings = CacheSettings.read({**cache.manifest["request"], "tokens": "all"}, moved, where=str(cache.path))
+    recorded = cache.manifest["model"]
+    request = {**cache.manifest["request"], "tokens": "all"}
+    moved = {"model": model or recorded_place(recorded, str(request["model"]), cache.path)}
+    settings = CacheSettings.read(request, moved, where=str(cache.path))
     loaded = load_language_model(settings, device=device)
-    refuse_other_inputs(str(cache.path), {"model": cache.manifest["model"]}, {"model": loaded.identity()})
+    left_out = {"versions", "name"} if recorded.get("files_digest") else {"versions"}
+    if differences := list_differences(_without(left_out, recorded), _without(left_out, loaded.identity())):
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise ArtifactMismatch(
+            f"{settings.model}: is not the model that {cache.path} was made with; give that one with --model "
+            f"('there' is the cache's, 'asked for' the model opened):\n{lines}"
+        )
     return RecordedModel(cache, loaded, row_mask_of(settings, loaded), settings.contexts_per_batch)
+
+
+def _without(names: set[str], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out ``names``: versions of libraries change the last bits at most, the name of a folder nothing."""
+    return {key: value for key, value in identity.items() if key not in names}
 
 
 def sample_contexts(split: CacheSplit, n_contexts: int, seed: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The language model that transcoders were trained on, opened again from what the transcoders themselves record.
 
 No cache is needed, so a transcoder can be tried on any text. A model from a folder is recorded by the folder's name and
-a digest of its files, never by a path: where it lies has to be said.
+a digest of its files, never by a path: where it lies has to be said, unless it is in the current directory or comes
+with this package.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from pipeline.model.recorded_place import recorded_place
 from storage.artifact import list_differences
 from storage.errors import ArtifactMismatch, ModelError, SettingsError
 from training.transcoder import read_transcoder_manifest
@@ -30,7 +32,7 @@ def open_transcoder_model(
         raise SettingsError("no transcoder given, and so no language model; give the path of at least one")
     recorded = _common_model(transcoders)
     settings = {
-        "model": model if model is not None else recorded["name"],
+        "model": model if model is not None else recorded_place(recorded, str(recorded["name"]), transcoders[0]),
         "revision": None if model is not None and Path(model).expanduser().is_dir() else recorded.get("revision"),
         "model_dtype": dtype if dtype is not None else recorded.get("dtype", "auto"),
         "processing": recorded.get("processing", "raw"),
@@ -42,8 +44,7 @@ def open_transcoder_model(
         if model is not None:
             raise
         raise ModelError(
-            f"{transcoders[0]}: its language model is recorded as {recorded['name']!r}"
-            f"{' (a folder of that name)' if recorded.get('files_digest') else ''} and cannot be opened under that "
+            f"{transcoders[0]}: its language model is recorded as {recorded['name']!r} and cannot be opened under that "
             f"name; say where it lies with --model. {error}"
         ) from error
     differences = list_differences(_compared(recorded, recorded, dtype), _compared(loaded.identity(), recorded, dtype))

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pipeline.model.language_model import ModelSettings, load_language_model
+from pipeline.model.recorded_place import recorded_place
+from pipeline.samples.bundled_models import bundled_model
 from pipeline.transcoder_model import open_transcoder_model
 from storage.errors import ArtifactMismatch, ModelError, SettingsError
 from tests.spliced_models import WIDTH, mlp_site, publish_transcoder_of, random_transcoder
@@ -38,8 +40,20 @@ def test_a_recorded_folder_name_is_tried_and_its_absence_names_the_option(
     assert open_transcoder_model([transcoder]).d_model == WIDTH
     (tmp_path / "away").mkdir()
     monkeypatch.chdir(tmp_path / "away")
-    with pytest.raises(ModelError, match=r"'there' \(a folder of that name\).*--model"):
+    with pytest.raises(ModelError, match=r"from a folder, there, which is not in the current directory; .*--model"):
         open_transcoder_model([transcoder])
+
+
+def test_a_model_that_comes_with_the_package_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcoder = published(tmp_path / "transcoder", bundled_model("tiny-lm"))
+    monkeypatch.chdir(tmp_path)
+    assert open_transcoder_model([transcoder]).n_layers == 4
+
+
+def test_a_model_from_the_hub_is_asked_for_by_its_name() -> None:
+    assert recorded_place({"name": "gpt2", "files_digest": None}, "gpt2", Path("transcoder")) == "gpt2"
 
 
 def test_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 Manifest = Mapping[str, Any]
 
 _ADVICE = (
-    "The tables need the model for what features do to tokens and for connections.parquet. Say with --model where it "
-    "lies, or leave these out with --without-model"
+    "The tables need the model for what features do to tokens and for connections.parquet; --without-model leaves these out"
 )
 
 
