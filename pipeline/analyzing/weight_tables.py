@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 Manifest = Mapping[str, Any]
 
 _ADVICE = (
-    "The tables need the model for what features do to tokens and for connections.parquet; --without-model leaves these out"
+    "The tables need the model for what features do to tokens and for connections.parquet; "
+    "--without-model leaves these out"
 )
 
 
