@@ -26,7 +26,6 @@ from pipeline.analyzing.analysis_pass import (
     AnalysisPass,
     check_workers,
     estimated_pairs,
-    nothing_left_behind,
     refuse_too_much,
     scratch_folder,
     with_density,
@@ -185,11 +184,7 @@ def run(
     with Draft(output, KIND, request) as draft:
         if not draft.published:
             _remove_leftovers(draft.path)
-            with (
-                limited_threads(threads),
-                nothing_left_behind(draft.path),
-                scratch_folder(draft.path) as scratch,
-            ):
+            with limited_threads(threads), scratch_folder(draft.path) as scratch:
                 whole = AnalysisPass(source.rows(), transcoder, settings.plan(), on)
                 coder = load_transcoder(transcoder).to(on)
                 subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)

@@ -19,7 +19,7 @@ from pipeline.exports import circuit_tracer, delphi, saelens, sparsify, viewer_f
 from pipeline.exports.conversion import Converted, convert
 from pipeline.exports.subjects import Subject, open_subjects
 from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, REQUEST, Draft, read_manifest, read_sealed
+from storage.artifact import MANIFEST, Draft, read_manifest, read_sealed
 from storage.errors import ArtifactMissing, SettingsError
 from storage.settings import Quantity, Settings
 
@@ -115,15 +115,9 @@ def run(
     }
     job = _Job(settings, to, sources, cache, model, device)
     job.check()
-    begun = (output / REQUEST).exists()
     with Draft(output, KIND, request) as draft:
         if not draft.published:
-            try:
-                files, record = job.write(output)
-            except SettingsError:
-                if not begun:  # a draft for settings that turn out wrong would refuse the right ones
-                    (output / REQUEST).unlink()
-                raise
+            files, record = job.write(output)
             draft.publish(
                 {"format": FORMAT_VERSION, "to": to, **record, "versions": {"safetensors": version("safetensors")}},
                 files,

@@ -184,8 +184,10 @@ def read_manifest(path: Path, kind: str) -> dict[str, JSON]:
     """
     if not (path / MANIFEST).exists():
         if (path / REQUEST).exists():
+            this, was, it, they = ("these", "were", "them", "they") if _is_plural(kind) else ("this", "was", "it", "it")
             raise ArtifactIncomplete(
-                f"{path}: this {kind} was never finished; run the command that makes it again and it will continue"
+                f"{path}: {this} {kind} {was} never finished; run the command that makes {it} again and {they} will "
+                "continue"
             )
         verb, it = ("are", "them") if _is_plural(kind) else ("is", "it")
         raise ArtifactMissing(f"{path}: there {verb} no {kind} here; check the path, or make {it} first")
@@ -272,7 +274,8 @@ class Draft:
     """A directory being made. Use as a context manager: the lock is held inside, nothing is published on leaving.
 
     Opening the same request again resumes it; another request on the same path is refused with every
-    difference shown, and ``discard_with``, the option that throws an unfinished one away.
+    difference shown, and ``discard_with``, the option that throws an unfinished one away. An error before anything was
+    written takes the request back, so that corrected settings may use the same path.
     """
 
     def __init__(self, path: Path, kind: str, request: Mapping[str, JSON], *, discard_with: str | None = None) -> None:
@@ -338,6 +341,10 @@ class Draft:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            with suppress(OSError):  # the error that ended the block is the one to report
+                if {entry.name for entry in self.path.iterdir()} <= {LOCK, REQUEST}:
+                    (self.path / REQUEST).unlink(missing_ok=True)
         self._lock.release()
 
 

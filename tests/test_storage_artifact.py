@@ -49,6 +49,11 @@ def publish(path: Path) -> dict[str, Any]:
         return draft.publish({"n_rows": 10}, ["rows.bin", "log/lines.txt"])
 
 
+def fail_after_writing(path: Path) -> None:
+    path.write_bytes(b"kept")
+    raise ZeroDivisionError
+
+
 def test_a_published_artifact_records_its_request_and_every_file(tmp_path: Path) -> None:
     manifest = publish(tmp_path / "a")
     assert manifest == read_manifest(tmp_path / "a", "table")
@@ -81,11 +86,20 @@ def test_a_draft_is_resumed_until_it_is_published(tmp_path: Path) -> None:
 
 def test_an_error_inside_a_draft_publishes_nothing_and_gives_the_lock_up(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Draft(tmp_path / "a", "table", REQUESTED):
-        raise ZeroDivisionError
+        fail_after_writing(tmp_path / "a" / "half")
     with pytest.raises(ArtifactIncomplete, match="never finished; run the command that makes it again"):
         read_manifest(tmp_path / "a", "table")
     with Draft(tmp_path / "a", "table", REQUESTED) as draft:
         assert draft.resumed
+
+
+def test_an_error_before_anything_was_written_leaves_the_place_to_other_settings(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Draft(tmp_path, "thing", {"k": 1}):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), Draft(tmp_path, "thing", {"k": 2}):
+        fail_after_writing(tmp_path / "part")
+    with pytest.raises(ArtifactMismatch, match="k: there it is 2, asked for 1"):
+        Draft(tmp_path, "thing", {"k": 1})
 
 
 @pytest.mark.parametrize("published", [True, False])

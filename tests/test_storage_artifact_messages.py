@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from storage.artifact import Draft, read_manifest
-from storage.errors import ArtifactMismatch, ArtifactMissing
+from storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
 
 
 def publish(path: Path) -> None:
@@ -29,6 +29,8 @@ def test_kinds_of_artifacts_are_named_in_whole_sentences(tmp_path: Path) -> None
         read_manifest(tmp_path / "nowhere", "tables")
     with Draft(tmp_path / "b", "tables", {"x": 1}):
         pass
+    with pytest.raises(ArtifactIncomplete, match="these tables were never finished; run the command that makes them"):
+        read_manifest(tmp_path / "b", "tables")
     with pytest.raises(
         ArtifactMismatch, match="b: unfinished tables with other settings lie here; use the same settings"
     ):

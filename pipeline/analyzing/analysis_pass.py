@@ -27,7 +27,7 @@ from analysis.weight_space.unembedding import TokenEffects
 from pipeline.dask_client import dask_client
 from pipeline.shown_rows import ShownRows, cached_rows
 from storage.activation_cache import open_cache
-from storage.artifact import LOCK, REQUEST, make_directory
+from storage.artifact import make_directory
 from storage.errors import SettingsError
 from training.transcoder import Transcoder, load_transcoder
 
@@ -212,14 +212,3 @@ def scratch_folder(draft: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def nothing_left_behind(draft: Path) -> Iterator[None]:
-    """On an error before anything was written, take the request back: corrected settings may use the same path."""
-    try:
-        yield
-    except BaseException:
-        if {entry.name for entry in draft.iterdir()} <= {LOCK, REQUEST}:
-            (draft / REQUEST).unlink(missing_ok=True)
-        raise
