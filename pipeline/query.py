@@ -5,6 +5,7 @@ A query can read the tables and nothing else: no other file, no network, no exte
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import duckdb
 import pyarrow as pa
 
+from pipeline.queries import MADE_BY
 from pipeline.querying.render import MAX_SHOWN_ROWS, render
 from pipeline.querying.views import Tables, View, find_views, open_views
 from storage.artifact import write_atomically
@@ -113,7 +115,20 @@ def _select(sql: str, views: Sequence[View], parameters: Parameters | None) -> p
             _refuse_other_statements(connection, sql)
             return connection.sql(sql, params=dict(parameters) if parameters else None).to_arrow_table()
         except duckdb.Error as error:
-            raise ActionableError(f"{str(error).strip()}\n{_name_tables(views)}") from error
+            raise ActionableError(f"{_explained(error, views)}\n{_name_tables(views)}") from error
+
+
+def _explained(error: duckdb.Error, views: Sequence[View]) -> str:
+    """Return DuckDB's message; where it misses a table that these artifacts lack, which command makes it."""
+    message = str(error).strip()
+    missed = re.match(r"Catalog Error: Table with name (\w+) does not exist", message)
+    if missed and missed[1] in MADE_BY:
+        holders = [view.sql_name for view in views if view.name == missed[1]]
+        asked = f"write {' or '.join(holders)}" if holders else f"it is made by {MADE_BY[missed[1]]}"
+        return f"there is no table {missed[1]} here; {asked}"
+    if "Values were not provided" in message:
+        return f"{message}; give each with --set NAME=VALUE"
+    return message
 
 
 def _refuse_other_statements(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
@@ -128,4 +143,4 @@ def _refuse_other_statements(connection: duckdb.DuckDBPyConnection, sql: str) ->
 
 def _name_tables(views: Sequence[View]) -> str:
     names = sorted(view.sql_name for view in views)
-    return f"Tables: {', '.join(names)}. Their columns: DESCRIBE {min(names, default='features')}"
+    return f"Tables: {', '.join(names)}. Their columns: --list, or DESCRIBE {min(names, default='features')}"

@@ -15,7 +15,7 @@ from pipeline import cli, queries, query
 from pipeline.queries.page import queries_page
 from pipeline.querying.views import find_views
 from storage.artifact import Draft
-from storage.errors import SettingsError
+from storage.errors import ActionableError, SettingsError
 from storage.tables import column, write_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "queries.md"
@@ -233,10 +233,21 @@ def test_a_wrong_name_value_or_table_is_told_with_the_right_ones(tables: Path) -
     with pytest.raises(SettingsError) as caught:
         queries.saved_query("examples").values(["feature=x", "k=3", "n"])
     assert "--set feature=x: wanted INTEGER, such as 0" in str(caught.value)
-    assert "--set k=3: examples has feature, n, before, after" in str(caught.value)
+    assert "--set k=3: the query examples has the parameters feature, n, before, after; write" in str(caught.value)
     assert "--set n: " in str(caught.value)
     with pytest.raises(SettingsError, match="tokens is made by pipeline evaluate"):
         queries.saved_query("break-ce").check_tables([view.name for view in find_views(tables)])
+    with pytest.raises(SettingsError, match="Ready queries read tables of artifacts without a name"):
+        queries.saved_query("densest").check_tables([view.sql_name for view in find_views({"a": tables})])
+
+
+def test_a_table_that_is_not_there_is_told_with_what_makes_it(tables: Path) -> None:
+    with pytest.raises(ActionableError, match=r"no table tokens here; it is made by pipeline evaluate\nTables: "):
+        query.select("SELECT * FROM tokens", tables)
+    with pytest.raises(ActionableError, match=r"there is no table features here; write a\.features or b\.features"):
+        query.select("SELECT * FROM features", {"a": tables, "b": tables})
+    with pytest.raises(ActionableError, match="Table with name feat does not exist"):
+        query.select("SELECT * FROM feat", tables)
 
 
 def test_a_parameter_is_a_value_and_never_sql(tables: Path) -> None:
@@ -270,6 +281,7 @@ def test_own_sql_takes_values_too(capsys, tables: Path) -> None:
     code, _, error = run(capsys, "query", sql, "--tables", tables)
     assert code == 1
     assert "Values were not provided for the following parameters: token, least" in error or "least, token" in error
+    assert "give each with --set NAME=VALUE" in error
     assert "Traceback" not in error
 
 
@@ -322,7 +334,7 @@ def test_artifacts_with_different_tables_are_seen_side_by_side(tables: Path, eva
 def test_artifacts_with_the_same_tables_need_names_and_are_joined_by_them(capsys, tables: Path) -> None:
     code, _, error = run(capsys, "query", "SELECT 1", "--tables", tables, "--tables", tables / ".." / "tables")
     assert code == 1
-    assert "features is in" in error
+    assert "rows in " in error
     assert f"--tables a={tables}" in error
     sql = "SELECT x.feature FROM a.features x JOIN b.features y USING (feature) WHERE x.max > 5"
     answer = run(capsys, "query", sql, "--tables", f"a={tables}", "--tables", f"b={tables}", "--format", "csv")

@@ -25,6 +25,10 @@ def test_a_token_of_spaces_alone_is_quoted_and_others_are_not(token: str, shown:
     assert lines[-1].endswith("  1")
 
 
+def test_an_answer_without_rows_says_so() -> None:
+    assert render_table(pa.table({"feature": pa.array([], pa.int32())})).splitlines()[-1] == "(no rows)"
+
+
 def test_tokens_inside_a_list_are_shown_alike() -> None:
     assert "[ a, '  ', b]" in render_table(pa.table({"window": [[" a", "  ", "b"]]}))
 

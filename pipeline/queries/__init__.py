@@ -68,9 +68,8 @@ class SavedQuery:
         for text in given:
             name, equals, value = text.partition("=")
             if name not in known or not equals:
-                problems.append(
-                    f"--set {text}: {self.name} has {', '.join(known) or 'no parameters'}; write NAME=VALUE"
-                )
+                parameters = f"the parameters {', '.join(known)}; write NAME=VALUE" if known else "no parameters"
+                problems.append(f"--set {text}: the query {self.name} has {parameters}")
                 continue
             try:
                 found[name] = _TYPES[known[name].kind](value)
@@ -85,9 +84,12 @@ class SavedQuery:
         missing = [name for name in self.needs if name not in tables]
         if missing:
             makers = "; ".join(f"{name} is made by {MADE_BY[name]}" for name in missing)
+            advice = f"{makers}; --tables may be given several times"
+            if any(table.endswith(f".{name}") for name in missing for table in tables):
+                advice = "Ready queries read tables of artifacts without a name, --tables PATH"
             raise SettingsError(
                 f"the query {self.name} needs {', '.join(self.needs)}; --tables has {', '.join(sorted(tables))}. "
-                f"{makers}; --tables may be given several times"
+                f"{advice}"
             )
 
 

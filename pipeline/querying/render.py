@@ -35,6 +35,8 @@ def render_table(answer: pa.Table, max_rows: int | None = MAX_SHOWN_ROWS) -> str
     is_number = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in answer.schema]
     lines = [_aligned(answer.column_names, widths, is_number), "  ".join("─" * width for width in widths)]
     lines += [_aligned(row, widths, is_number) for row in zip(*columns, strict=True)]
+    if not answer.num_rows:
+        lines.append("(no rows)")
     if shown.num_rows < answer.num_rows:
         lines.append(f"… {answer.num_rows - shown.num_rows} more rows; add a LIMIT, or choose csv, json or parquet")
     return "\n".join(lines) + "\n"

@@ -122,14 +122,16 @@ def _check_names(names: Mapping[str, Path]) -> None:
 
 
 def _refuse_clashes(views: Sequence[View], unnamed: Sequence[Path]) -> None:
-    problems = []
+    shared: dict[str, list[str]] = {}
     for name in dict.fromkeys(view.name for view in views if view.schema is None):
         holders = [path for path in unnamed for view in views if view.name == name and path in view.files[0].parents]
         if len(holders) > 1:
-            problems.append(f"{name} is in {' and '.join(map(str, holders))}")
-    if problems:
+            shared.setdefault(" and ".join(map(str, holders)), []).append(name)
+    if shared:
+        problems = [f"{', '.join(names)} in {holders}" for holders, names in shared.items()]
         raise SettingsError(
-            f"--tables: {'; '.join(problems)}. Name them all, --tables a={unnamed[0]} --tables b=…, and ask a.features"
+            f"--tables: the same tables lie in several places, {'; '.join(problems)}. "
+            f"Name them all, --tables a={unnamed[0]} --tables b=…, and ask a.features"
         )
 
 
