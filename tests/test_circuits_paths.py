@@ -225,6 +225,7 @@ def test_an_inactive_root_is_explained_and_says_that_it_is_inactive() -> None:
         (lambda run: feature_root(run, 1, 0, 0), "token 0: transcoders do not stand in there"),
         (lambda run: feature_root(run, 2, 0), "layer 2: no transcoder of it was given; layers with one: 0, 1"),
         (lambda run: logit_root(run, 5, minus=10_000), r"token ids \[10000\]: this model has 0 to"),
+        (lambda run: logit_root(run, 5, minus=5), "logit difference: both are token 5"),
         (lambda run: direction_root(run, torch.ones(3), 9), r"wanted \(16,\) and a layer from 0 to 3"),
     ],
 )

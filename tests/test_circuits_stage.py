@@ -204,6 +204,8 @@ def test_a_filter_that_nothing_meets_says_so(place: Place, tmp_path: Path, capsy
         (["--logit", "her him"], "logit 'her him': is 2 tokens to this model ('her' 'him'), wanted one"),
         (["--feature", "2:1", "--logit", "her"], "asked for: --feature and --logit; give one of"),
         ([], "asked for: none; give one of --feature LAYER:INDEX, --logit TEXT and --logit-difference"),
+        (["--logit-difference", "her", "her"], "--logit-difference: both are 'her', so there is nothing to explain"),
+        (["--logit", "her", "--direction", "decoder"], "--direction decoder: is of a feature, and none is asked for"),
         (["--logit", "her", "--filter", "token~2"], "filter 'token~2': write a field, a comparator and a value"),
     ],
 )

@@ -64,7 +64,8 @@ def logit_root(run: LinearisedRun, token_id: int, token: int = -1, *, minus: int
     """Return the logit of ``token_id``, or its difference to that of ``minus``, predicted at a position.
 
     Through the final norm with its scale held fixed, before a cap on logits where the model has one. Raises
-    SettingsError for a token id or position out of range, and for layers without a transcoder unless the run allows it.
+    SettingsError for a token id or position out of range, the difference of a logit to itself, and layers without a
+    transcoder unless the run allows them.
     """
     position = checked_token(run, token)
     _check_below(run, run.n_layers)
@@ -72,6 +73,10 @@ def logit_root(run: LinearisedRun, token_id: int, token: int = -1, *, minus: int
     beyond = [one for one in ids if not 0 <= one < run.weights.d_vocab]
     if beyond:
         raise SettingsError(f"token ids {beyond}: this model has 0 to {run.weights.d_vocab - 1}")
+    if token_id == minus:
+        raise SettingsError(
+            f"logit difference: both are token {token_id}, so there is nothing to explain; give two tokens"
+        )
     direction = _unembedding(run, token_id)
     constant = 0.0 if run.weights.b_U is None else float(run.weights.b_U[token_id])
     node = Node(Kind.LOGIT, run.n_layers, position, token_id)

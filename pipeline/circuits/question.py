@@ -35,13 +35,20 @@ class Question:
         return asdict(self)
 
     def check(self) -> None:
-        """Raise SettingsError unless exactly one quantity is asked for."""
+        """Raise SettingsError unless exactly one quantity is asked for, with what belongs to it."""
         given = [name for name in ("feature", "logit", "logit_difference") if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
             raise SettingsError(
                 f"a circuit explains one quantity, asked for: {found}; give one of --feature LAYER:INDEX, "
                 "--logit TEXT and --logit-difference TEXT TEXT"
+            )
+        if self.feature is None and self.direction != "encoder":
+            raise SettingsError(f"--direction {self.direction}: is of a feature, and none is asked for; leave it out")
+        if self.logit_difference is not None and len(set(self.logit_difference)) == 1:
+            raise SettingsError(
+                f"--logit-difference: both are {self.logit_difference[0]!r}, so there is nothing to explain; "
+                "give two tokens"
             )
 
 
