@@ -150,7 +150,7 @@ def _checksums(source: Path, origin: Origin) -> dict[str, str]:
     names = _IN_FOLDERS.get(origin)
     files = [source] if names is None else [source / name for name in names]
     if missing := [str(path) for path in files if not path.is_file()]:
-        raise ArtifactMissing(f"{', '.join(missing)}: not there; --from {origin} wants a {ORIGINS[origin]}")
+        raise ArtifactMissing(f"{', '.join(missing)}: not there; --from {origin} wants: {ORIGINS[origin]}")
     return {path.name: checksum_file(path) for path in files}
 
 

@@ -86,10 +86,12 @@ def publish_tables(
     model: str = "tiny",
     settings: dict[str, Any] = SETTINGS,
     cache: dict[str, Any] | None = None,
+    fresh: dict[str, Any] | None = None,
 ) -> Path:
     block = "somewhere" if layer is None else f"blocks.{layer}.mlp"
     site = {"name": f"layer{layer}", "hook_in": f"{block}.hook_in", "hook_out": f"{block}.hook_out"}
-    inputs = {"cache": cache or {"cache_id": "c", "generation": 0, "digest": "d"}, "transcoder": {"digest": str(path)}}
+    source = fresh or {"cache": cache or {"cache_id": "c", "generation": 0, "digest": "d"}}
+    inputs = {**source, "transcoder": {"digest": str(path)}}
     with Draft(path, "tables", {"settings": settings, "inputs": inputs}) as draft:
         for name, schema, rows in (("features", FEATURES, features), ("examples", EXAMPLES, examples)):
             batch = pa.RecordBatch.from_pylist(list(rows), schema)

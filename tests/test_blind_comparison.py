@@ -178,9 +178,29 @@ def test_tables_that_were_made_differently_are_refused(pair, tmp_path):
         draw.run(DrawSettings(n=1), tables=[pair[0], elsewhere], output=tmp_path / "out")
     with pytest.raises(SettingsError, match="are the same tables"):
         draw.run(DrawSettings(n=1), tables=[pair[0], pair[0]], output=tmp_path / "out")
-    with pytest.raises(SettingsError, match="1 artifacts of tables were given"):
+    with pytest.raises(SettingsError, match="give two artifacts of tables, each after --tables; there is 1"):
         draw.run(DrawSettings(n=1), tables=[pair[0]], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_no_page_shows_may_differ(tmp_path):
+    rows = [feature_row(0), feature_row(1)]
+    made = [
+        publish_tables(tmp_path / name, rows, [], settings={**SETTINGS, "without_model": bare})
+        for name, bare in (("a", False), ("b", True))
+    ]
+    assert draw.run(DrawSettings(n=1), tables=made, output=tmp_path / "out").n_items == 2
+
+
+def test_tables_of_fresh_text_are_compared_by_text_and_model(tmp_path):
+    fresh = {"live": {"dataset": "speeches"}, "text": {"files": ["x"]}}
+    made = [publish_tables(tmp_path / name, [feature_row(0)], [], fresh=fresh) for name in "ab"]
+    assert draw.run(DrawSettings(n=1), tables=made, output=tmp_path / "out").n_items == 2
+    other = publish_tables(tmp_path / "c", [feature_row(0)], [], fresh={**fresh, "text": {"files": ["y"]}})
+    cached = publish_tables(tmp_path / "d", [feature_row(0)], [])
+    for tables, said in ((other, r"text.files: there it is \['x'\]"), (cached, "live: is there, not asked for")):
+        with pytest.raises(SettingsError, match=said):
+            draw.run(DrawSettings(n=1), tables=[made[0], tables], output=tmp_path / "none")
 
 
 def test_the_commands_draw_and_tally(pair, tmp_path, capsys):

@@ -188,6 +188,10 @@ def test_delphi_needs_activations_and_the_cache_they_come_from(latents, tmp_path
     bare = publish_tables(tmp_path / "bare", [feature_row(0)], [])
     with pytest.raises(ArtifactMissing, match="hold no activations"):
         write("delphi", [bare], tmp_path / "out", cache=root / "cache")
+    live = publish_tables(tmp_path / "live", [feature_row(0)], [], fresh={"live": {"dataset": "speeches"}})
+    (live / "activations").mkdir()
+    with pytest.raises(ArtifactMismatch, match=r"live: was made from fresh text .* analyze a cache"):
+        write("delphi", [live], tmp_path / "out", cache=root / "cache")
 
 
 def test_the_context_in_which_kept_rows_end_is_left_out(latents, tmp_path):

@@ -28,6 +28,8 @@ KIND = "blind-comparison"
 FORMAT_VERSION = 1
 KEY, FORM, ITEMS = "key.sealed", "rate.html", "items"
 SITE = Path(__file__).parent / "site"
+_UNSEEN = ("coactivation_floor", "without_model")
+"""Settings of tables that change nothing a page shows."""
 
 logger = logging.getLogger(__name__)
 
@@ -110,21 +112,26 @@ def item_page(number: int) -> str:
 
 def _check(tables: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
     if len(tables) != 2:
-        raise SettingsError(f"{len(tables)} artifacts of tables were given; give two, each after --tables")
+        raise SettingsError(f"give two artifacts of tables, each after --tables; there is {len(tables)}")
     first, second = manifests
     if first["digest"] == second["digest"]:
         raise SettingsError(f"{tables[0]} and {tables[1]} are the same tables; give two different ones")
-    settings = [manifest["request"]["settings"] for manifest in manifests]
-    caches = [{"cache": manifest["inputs"]["cache"]["cache_id"]} for manifest in manifests]
-    if differences := [
-        *list_differences(settings[0], settings[1]),
-        *list_differences(caches[0], caches[1]),
-    ]:
+    if differences := list_differences(_seen(first), _seen(second)):
         raise SettingsError(
             f"{tables[0]} and {tables[1]}: were not made in the same way, so that pages would tell which dictionary an "
-            "item is from; analyze both with the same settings over the same cache ('there' is the first):\n"
+            "item is from; analyze both with the same settings over the same cache or text ('there' is the first):\n"
             + "\n".join(f"  {line}" for line in differences)
         )
+
+
+def _seen(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides how examples look: settings, but for those of other tables and columns, and the rows."""
+    settings = {key: value for key, value in manifest["request"]["settings"].items() if key not in _UNSEEN}
+    inputs = manifest["inputs"]
+    if "cache" in inputs:
+        return {**settings, "cache": inputs["cache"]["cache_id"]}
+    model = {key: value for key, value in manifest["model"].items() if key != "versions"}
+    return {**settings, "live": inputs["live"], "text": inputs.get("text"), "model": model}
 
 
 def _draw_items(settings: DrawSettings, tables: Sequence[Path]) -> list[_Item]:

@@ -64,7 +64,10 @@ def open_tables(paths: Sequence[Path], cache: Path | None, module: str | None) -
         )
     problems, found = [], []
     for path, manifest in manifests.items():
-        recorded = manifest["inputs"]["cache"]
+        recorded = manifest["inputs"].get("cache")
+        if recorded is None:
+            problems.append(f"{path}: was made from fresh text (--live), and delphi reads a cache; analyze a cache")
+            continue
         opened = open_cache(cache, recorded["generation"])
         if differences := list_differences(opened.reference, recorded):
             problems.append(f"{cache}: is not the cache that {path} was made from: {'; '.join(differences)}")
