@@ -205,27 +205,35 @@ def read_texts(arguments: Sequence[str], files: Sequence[Path]) -> list[str]:
     Raises TextError with everything that cannot be read.
     """
     problems: list[str] = []
-    texts = [_without_last_break(sys.stdin.read()) if argument == "-" else argument for argument in arguments]
+    texts = [
+        ("standard input", _without_last_break(sys.stdin.read())) if argument == "-" else (f"text {number}", argument)
+        for number, argument in enumerate(arguments, start=1)
+    ]
     for file in files:
         try:
             content = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             problems.append(f"--file {file}: cannot be read as UTF-8 text ({error})")
             continue
-        texts += (
-            list(_json_lines(file, content, problems)) if file.suffix == ".jsonl" else [_without_last_break(content)]
-        )
-    problems += [f"text {number} of {len(texts)} is empty" for number, text in enumerate(texts, start=1) if not text]
+        except OSError as error:
+            problems.append(f"--file {file}: cannot be read ({error.strerror})")
+            continue
+        if file.suffix == ".jsonl":
+            texts += _json_lines(file, content, problems)
+        else:
+            texts.append((f"--file {file}", _without_last_break(content)))
+    problems += [f"{place}: is empty; give a text" for place, text in texts if not text]
     if problems:
         raise TextError("\n".join(problems))
-    return texts
+    return [text for _, text in texts]
 
 
 def _without_last_break(text: str) -> str:
     return text.removesuffix("\n")
 
 
-def _json_lines(file: Path, content: str, problems: list[str]) -> Iterator[str]:
+def _json_lines(file: Path, content: str, problems: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield every text with where it stands; add to ``problems`` what is none."""
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
@@ -236,6 +244,6 @@ def _json_lines(file: Path, content: str, problems: list[str]) -> Iterator[str]:
             continue
         text = value.get("text") if isinstance(value, dict) else value
         if isinstance(text, str):
-            yield text
+            yield f"--file {file}, line {number}", text
         else:
             problems.append(f"--file {file}, line {number}: wanted a string, or an object with a string under 'text'")

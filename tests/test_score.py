@@ -201,7 +201,20 @@ def test_every_text_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     assert len(message.splitlines()) == 5
     for said in ("line 1: wanted a string", "line 2: is not JSON", "bytes.txt: cannot be read", "none.txt: cannot be"):
         assert said in message
-    assert "text 1 of 2 is empty" in message
+    assert "text 1: is empty; give a text" in message
+    assert "none.txt: cannot be read (No such file or directory)" in message
+
+
+def test_an_empty_text_is_told_by_where_it_stands(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("\n")
+    (tmp_path / "b.jsonl").write_text('"one"\n""\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(TextError) as caught:
+        score.read_texts(["-"], [tmp_path / "a.txt", tmp_path / "b.jsonl"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "standard input: is empty; give a text"
+    assert lines[1].endswith("a.txt: is empty; give a text")
+    assert lines[2].endswith("b.jsonl, line 2: is empty; give a text")
 
 
 # ---- how scores are shown
@@ -257,6 +270,7 @@ def test_a_page_shows_every_token_escaped_with_its_value() -> None:
     assert '<span style="background:#ff8c00" title="2">' in page
     assert '<span class="bos" title="BOS, not scored">' in page
     assert '<td class="n">–</td>' in page
+    assert "<h2>" not in page  # a number says nothing of the only text
 
 
 def test_files_are_written_as_their_names_say(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def page(scores: Scores) -> str:
         f"{scores.largest():.4g}.</p>"
     ]
     for number, text in enumerate(scores.texts, start=1):
-        parts.append(f"<section><h2>Text {number}</h2>")
+        parts.append(f"<section><h2>Text {number}</h2>" if len(scores.texts) > 1 else "<section>")
         parts += [_coloured(scores, text, column) for column in range(len(scores.features))]
         parts.append(_table(scores, text) if scores.features else "<p>No feature is active.</p>")
         parts.append("</section>")
@@ -119,8 +119,8 @@ def _draw(scores: Scores) -> bytes:
     from matplotlib.figure import Figure
 
     rows = [
-        (text, column, start)
-        for text in scores.texts
+        (number, text, column, start)
+        for number, text in enumerate(scores.texts, start=1)
         for column in range(len(scores.features))
         for start in range(0, len(text.tokens), TOKENS_PER_ROW)
     ]
@@ -133,10 +133,12 @@ def _draw(scores: Scores) -> bytes:
     figure = Figure(figsize=(2 + 0.3 * width, 2.2 * len(rows)), layout="constrained")
     lowest = min(0.0, *(float(np.nanmin(text.values, initial=0)) for text in scores.texts))
     limits = (1.05 * lowest, 1.05 * (scores.largest() or 1))
-    for axes, (text, column, start) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+    for axes, (number, text, column, start) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         _draw_row(axes, scores, text, column, range(start, min(start + TOKENS_PER_ROW, len(text.tokens))))
         axes.set_xlim(-0.6, width - 0.4)
         axes.set_ylim(*limits)
+        if len(scores.texts) > 1 and column == 0 and start == 0:
+            axes.set_title(f"text {number}", fontsize=8, loc="left")
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # a script that matplotlib's font lacks is drawn as boxes; the page has it
