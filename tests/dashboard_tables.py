@@ -89,8 +89,8 @@ def _features(activations: NDArray[np.float32], parts: Collection[str], rng: np.
         columns |= {
             "frequency_low": [0.9 * frequency for frequency in columns["frequency"]],
             "frequency_high": [1.1 * frequency for frequency in columns["frequency"]],
-            "n_token_ids": [7] * d_sae,
-            "token_id_share": [7 / len(WORDS)] * d_sae,
+            "n_token_ids": [7 if "activations" in parts else None] * d_sae,
+            "token_id_share": [7 / len(WORDS) if "activations" in parts else None] * d_sae,
             "position_frequency": rng.random((d_sae, 16)).tolist(),
             "nearest_features": [[(feature + step) % d_sae for step in range(1, 11)] for feature in range(d_sae)],
             "nearest_cosines": [[1 - 0.05 * step for step in range(1, 11)]] * d_sae,

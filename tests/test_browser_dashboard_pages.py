@@ -192,6 +192,18 @@ def test_tables_with_nothing_more_give_pages_with_less(browser: Browser, tmp_pat
         expect(watched.page.locator("#feature")).to_contain_text("It fires on none of these tokens.")
 
 
+def test_numbers_that_are_not_known_are_not_told(browser: Browser, tmp_path: Path) -> None:
+    made = make_tables(tmp_path / "tables", parts={"extras"})
+    site = dashboard.run(DashboardSettings(), tables=made.path, output=tmp_path / "site", quiet=True).path
+    with watched_page(browser) as watched:
+        open_feature(watched.page, site, DEAD)
+        numbers = watched.page.locator("#feature .statistics")
+        expect(numbers).to_contain_text("median–")
+        expect(numbers).not_to_contain_text("p90")
+        expect(numbers).not_to_contain_text("distinct tokens")
+        expect(numbers).to_contain_text("decoder norm")
+
+
 def test_a_site_made_from_tables_as_it_is_looked_at_is_the_same_over_http(browser: Browser, made: MadeTables) -> None:
     with open_server(made.path, port=0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

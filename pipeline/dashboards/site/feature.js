@@ -45,8 +45,9 @@ const Feature = (() => {
       ["fires on", `${Text.count(found.n_active)}`, "tokens"],
       ["max", Text.number(found.max), null],
       ["mean", Text.number(found.mean), found.std === null ? null : `± ${Text.number(found.std, 2)}`],
-      ["median", Text.number(found.p50), `p90 ${Text.number(found.p90)}`],
-      ["distinct tokens", found.n_token_ids === undefined ? undefined : Text.count(found.n_token_ids), Text.percent(found.token_id_share, 2)],
+      ["median", Text.number(found.p50), (found.p90 ?? null) === null ? null : `p90 ${Text.number(found.p90)}`],
+      // none are known where no activations were kept
+      ["distinct tokens", (found.n_token_ids ?? null) === null ? undefined : Text.count(found.n_token_ids), Text.percent(found.token_id_share, 2)],
       ["decoder norm", Text.number(found.decoder_norm), null],
       ["encoder norm", Text.number(found.encoder_norm), null],
       ["bias", Text.number(found.encoder_bias), null],
