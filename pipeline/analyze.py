@@ -233,7 +233,10 @@ def _open_source(
         site = check_same_site(opened, cache, made_of, transcoder)
         return CacheSource(opened, settings.split, site, model, device)
     if live is None or cache is not None:
-        raise SettingsError("rows come from a cache or from fresh text: give --cache, or --live with --dataset")
+        given = "neither" if cache is None else "not both"
+        raise SettingsError(
+            f"rows come from a cache or from fresh text, {given}: give --cache, or --live with --dataset and --rows"
+        )
     if settings.rows is None:
         raise SettingsError("rows: how much of the text to read is not known with --live; give --rows, such as 100k")
     return FreshSource(live, transcoder, made_of, settings.rows, model, device)

@@ -14,10 +14,13 @@ def open_device(name: str) -> torch.device:
     """Return the device called ``name``; raise SettingsError if it does not exist here."""
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError(f"--device {name}: is no device; use cpu, cuda, cuda:1 or mps") from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise SettingsError(f"--device {name}: cannot be used here ({reason}); use cpu, cuda or cuda:N") from error
+        raise SettingsError(f"--device {name}: cannot be used here ({reason}); use --device cpu") from error
     return device
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.analyze import AnalyzeSettings
 from pipeline.caching.settings import CacheSettings
+from pipeline.device import open_device
 from pipeline.options import read_settings, settings_options
 from storage.errors import SettingsError
 from storage.settings import Settings
@@ -168,3 +169,13 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: s
     with pytest.raises(SettingsError, match=message) as refused:
         read(CacheSettings, "--config", str(config))
     assert str(config) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"), [("gpu", "is no device; use cpu, cuda"), ("cpu:x", "is no device"), ("cuda:99", "--device cpu")]
+)
+def test_a_device_that_is_not_there_is_told_in_a_line(device: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said) as caught:
+        open_device(device)
+    assert str(caught.value).startswith(f"--device {device}: ")
+    assert len(str(caught.value)) < 200

@@ -25,7 +25,7 @@ def command() -> None:
 command.add_command(study)
 
 
-@command.command("draw")
+@command.command("draw", short_help="Put features of two dictionaries on pages to be rated.")
 @click.option("--tables", "tables", type=options.ARTIFACT, multiple=True, required=True, help="Tables; give it twice.")
 @options.out
 @settings_options(DrawSettings)
@@ -42,7 +42,7 @@ def draw(tables: tuple[Path, ...], output: Path, config: Path | None, quiet: boo
         click.echo(f"key sealed, {result.commitment}")
 
 
-@command.command("tally")
+@command.command("tally", short_help="Open the key and count the ratings.")
 @click.argument("drawn", metavar="DIR", type=options.ARTIFACT)
 @click.option("--ratings", type=click.Path(dir_okay=False, path_type=Path), help="[default: ratings.csv in DIR]")
 def tally(drawn: Path, ratings: Path | None) -> None:

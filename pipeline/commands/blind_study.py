@@ -16,7 +16,7 @@ from storage.errors import SettingsError
 DIRECTORY = click.argument("directory", metavar="DIR", type=options.ARTIFACT)
 
 
-@click.group("study")
+@click.group("study", short_help="Say what a feature is about before seeing its texts.")
 def study() -> None:
     """Say what a feature is about before seeing what it fires on; everything seen is on file.
 
