@@ -12,8 +12,6 @@ from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import MANIFEST, REQUEST, read_json, read_sealed
 from storage.cache_format import KIND, PROVENANCE, SPLITS
 from storage.errors import ArtifactMissing
-from training.checkpoint import Checkpoints
-from training.transcoder import CHECKPOINTS
 
 
 def glance(path: Path) -> dict[str, Any]:
@@ -47,6 +45,9 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _progress(draft: Path) -> dict[str, int]:
     """Return how far an unfinished cache or training run has come; nothing for what is made in one go."""
+    from training.checkpoint import Checkpoints  # loads torch, which no finished artifact needs to be shown
+    from training.transcoder import CHECKPOINTS
+
     if (draft / CHECKPOINTS).is_dir():
         return {"steps kept": max(Checkpoints(draft / CHECKPOINTS).steps(), default=0)}
     if (draft / "commits").is_dir():
