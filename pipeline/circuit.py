@@ -28,13 +28,13 @@ from analysis.circuits.record import record_run
 from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
 from analysis.circuits.run import LinearisedRun
 from analysis.circuits.viewer import viewer_document
+from pipeline.artifact_folders import each_artifact
 from pipeline.circuits.cards import KIND as TABLES_KIND
 from pipeline.circuits.cards import open_tables, read_cards
 from pipeline.circuits.page import features_shown, render_page
 from pipeline.circuits.question import (
     Question,
     check_layers,
-    each_transcoder,
     prompt_tokens,
     token_ids,
     transcoder_sites,
@@ -47,6 +47,7 @@ from pipeline.transcoder_model import open_transcoder_model
 from storage.artifact import MANIFEST, Draft, read_manifest, write_atomically
 from storage.cache_format import Site
 from storage.settings import Settings
+from training.transcoder import KIND as TRANSCODER_KIND
 from training.transcoder import load_transcoder, read_transcoder_manifest
 
 KIND = "circuit"
@@ -120,21 +121,21 @@ def run(
 ) -> CircuitResult:
     """Publish the circuit that answers ``question``; return at once if it is there already.
 
-    ``transcoders`` are transcoders, or folders that hold some; ``tables`` of some of them give their features' cards
-    on the page; ``model`` says where the language model lies if it is not under its recorded name. Raises
-    SettingsError for a question that cannot be asked of these transcoders (a missing layer, a feature, token or logit
-    that does not exist, a prompt of the BOS alone), ArtifactMismatch if they belong to different models, ModelError for
-    a model that cannot be loaded or whose pass is not linear as assumed.
+    ``transcoders`` are transcoders, or folders that hold some; ``tables`` of some of them, given likewise, give their
+    features' cards on the page; ``model`` says where the language model lies if it is not under its recorded name.
+    Raises SettingsError for a question that cannot be asked of these transcoders (a missing layer, a feature, token or
+    logit that does not exist, a prompt of the BOS alone), ArtifactMismatch if they belong to different models,
+    ModelError for a model that cannot be loaded or whose pass is not linear as assumed.
     """
     question.check()
     keep = NodeFilter.parse(settings.filter)
-    transcoders = each_transcoder(transcoders)
+    transcoders = each_artifact(transcoders, TRANSCODER_KIND)
     sites = transcoder_sites(transcoders)
     n_layers = int(read_transcoder_manifest(transcoders[0])["model"]["n_layers"]) if transcoders else 0
     check_layers(question, sorted(sites), n_layers, settings.missing_layers)
     open_device(device)
     digests = {layer: str(read_transcoder_manifest(path)["digest"]) for layer, (path, _) in sites.items()}
-    known = open_tables(tables, digests)
+    known = open_tables(each_artifact(tables, TABLES_KIND), digests)
     inputs = {
         "transcoders": {site.name: {"digest": digests[layer]} for layer, (_, site) in sites.items()},
         "tables": {

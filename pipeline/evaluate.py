@@ -21,6 +21,7 @@ from analysis.evaluate import ContextBatch, Evaluation, SplicedSite
 from analysis.splice_scores import SpliceScore
 from analysis.token_deltas import SCHEMA, token_rows
 from pipeline.analyze import check_same_site
+from pipeline.artifact_folders import each_artifact
 from pipeline.device import limited_threads, open_device
 from pipeline.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
@@ -28,6 +29,7 @@ from storage.artifact import Draft, read_manifest
 from storage.errors import ArtifactMismatch, SettingsError
 from storage.settings import Quantity, Settings
 from storage.tables import write_table
+from training.transcoder import KIND as TRANSCODER_KIND
 from training.transcoder import load_transcoder, read_transcoder_manifest
 
 KIND = "evaluation"
@@ -78,13 +80,13 @@ def run(
 ) -> EvaluateResult:
     """Publish the evaluation of ``transcoders``, each alone and all at once; return at once if it is there already.
 
-    ``model`` says where the language model lies if it moved. Raises ArtifactMismatch if a transcoder belongs to
-    another model or site, if the model is not the cache's, or if another evaluation lies at ``output``; SettingsError
-    if two transcoders replace the same site.
+    A folder that holds transcoders stands for all of them; ``model`` says where the language model lies if it moved.
+    Raises ArtifactMismatch if a transcoder belongs to another model or site, if the model is not the cache's, or if
+    another evaluation lies at ``output``; SettingsError if two transcoders replace the same site.
     """
     opened = open_cache(cache)
     split = opened.split(settings.split)
-    by_site = check_transcoders(opened, transcoders)
+    by_site = check_transcoders(opened, each_artifact(transcoders, TRANSCODER_KIND))
     open_device(device)
     inputs = {
         "cache": opened.reference,

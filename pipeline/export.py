@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from pipeline.analyze import KIND as TABLES_KIND
+from pipeline.artifact_folders import each_artifact
 from pipeline.exports import circuit_tracer, delphi, saelens, sparsify, viewer_features
 from pipeline.exports.conversion import Converted, convert
 from pipeline.exports.subjects import Subject, open_subjects
@@ -22,6 +24,7 @@ from storage.activation_cache import open_cache
 from storage.artifact import MANIFEST, Draft, read_manifest, read_sealed
 from storage.errors import ArtifactMissing, SettingsError
 from storage.settings import Quantity, Settings
+from training.transcoder import KIND as TRANSCODER_KIND
 
 KIND = "export"
 FORMAT_VERSION = 1
@@ -99,13 +102,14 @@ def run(
 ) -> ExportResult:
     """Publish ``sources`` in the format ``to`` at ``output``; return at once if that export is there already.
 
-    ``sources`` are transcoders, or artifacts of tables for ``TABLE_FORMATS``. ``cache`` gives the rows on which
-    thresholds are calibrated, or the contexts of tables. ``model`` says where the language model lies if it moved, for
-    ``fold_norm``. Raises SettingsError with every reason why the format cannot hold what was given, and the errors of
-    opening sources and of ``storage.artifact.Draft``.
+    ``sources`` are transcoders, or artifacts of tables for ``TABLE_FORMATS``, or folders that hold some. ``cache``
+    gives the rows on which thresholds are calibrated, or the contexts of tables. ``model`` says where the language
+    model lies if it moved, for ``fold_norm``. Raises SettingsError with every reason why the format cannot hold what
+    was given, and the errors of opening sources and of ``storage.artifact.Draft``.
     """
     if problems := settings.given_for_others(to):
         raise SettingsError("\n".join(problems))
+    sources = each_artifact(sources, TABLES_KIND if to in TABLE_FORMATS else TRANSCODER_KIND)
     request = {
         "format": FORMAT_VERSION,
         "to": to,

@@ -25,6 +25,7 @@ from analysis.task_circuits.answers import CorrectMinusIncorrect
 from analysis.task_circuits.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
 from analysis.task_circuits.logit_lens import logit_effects
 from analysis.task_circuits.ranking import last_activations, last_neurons, rank_by_variance
+from pipeline.artifact_folders import each_artifact
 from pipeline.device import limited_threads, open_device
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sites import SiteHooks
@@ -51,6 +52,7 @@ from storage.cache_format import Site
 from storage.errors import SettingsError
 from storage.settings import Settings
 from storage.tables import read_table, write_table
+from training.transcoder import KIND as TRANSCODER_KIND
 from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 KIND = "task"
@@ -97,9 +99,11 @@ def run(
 ) -> TaskResult:
     """Publish what ``transcoders``, each alone, do for the task in ``prompts``; return at once if it is there already.
 
-    ``model`` says where the language model lies if it moved. Raises TextError with every problem of the prompts,
-    SettingsError if two transcoders replace one site, and the errors of opening transcoders and model.
+    A folder that holds transcoders stands for all of them. ``model`` says where the language model lies if it moved.
+    Raises TextError with every problem of the prompts, SettingsError if two transcoders replace one site, and the
+    errors of opening transcoders and model.
     """
+    transcoders = each_artifact(transcoders, TRANSCODER_KIND)
     sites = _sites(transcoders)
     lines = read_lines(prompts)
     open_device(device)

@@ -17,7 +17,7 @@ from analysis.circuits.nodes import Kind, Node
 from pipeline import circuit, cli
 from pipeline.circuit import CircuitSettings
 from pipeline.circuits.cards import read_cards
-from pipeline.circuits.question import Question, each_transcoder, parse_feature, prompt_tokens
+from pipeline.circuits.question import Question, parse_feature, prompt_tokens
 from pipeline.model.language_model import ModelSettings, load_language_model
 from storage.artifact import Draft, read_manifest
 from storage.errors import ArtifactMismatch, SettingsError
@@ -111,16 +111,6 @@ def test_a_feature_is_explained_in_files_and_in_lines(
     assert attribution["incompleteness"] < 1e-5
     assert attribution["nodes"][0] == {**attribution["nodes"][0], **document["root"]["node"]}
     assert read_manifest(out, "circuit")["root"]["value"] == document["root"]["value"]
-
-
-def test_a_folder_stands_for_the_transcoders_in_it(place: Place, tmp_path: Path) -> None:
-    layers = tmp_path / "layers"
-    layers.mkdir()
-    for path in place.transcoders:
-        (layers / path.name).symlink_to(path)
-    (layers / "notes").mkdir()
-    assert each_transcoder([layers]) == [layers / path.name for path in place.transcoders]
-    assert each_transcoder([place.transcoders[0], layers / "notes"]) == [place.transcoders[0], layers / "notes"]
 
 
 def test_what_is_published_is_returned_without_running_the_model_again(

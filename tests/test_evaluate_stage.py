@@ -42,6 +42,10 @@ def run(made: Path, output: Path, settings: EvaluateSettings = SETTINGS, **chang
     return evaluate.run(settings, output=output, **{**arguments, **changes})
 
 
+def test_a_folder_stands_for_the_transcoders_in_it(made: Path) -> None:
+    assert run(made, made / "evaluation", transcoders=[made]).scores.keys() >= {"layer0", "layer1"}
+
+
 def test_the_numbers_are_those_of_the_model_run_by_hand_on_the_stored_contexts(made: Path) -> None:
     split = open_cache(made / "cache").split("heldout")
     contexts = sample_contexts(split, 3, 0)

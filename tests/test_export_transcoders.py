@@ -132,6 +132,7 @@ def test_a_circuit_tracer_set_computes_the_same_in_every_layer_whatever_their_or
         acts = pre.relu() if threshold is None else pre * (pre > threshold)
         torch.testing.assert_close(acts @ tensors["W_dec"] + tensors["b_dec"], module(INPUTS), **CLOSE)
     assert tensors.keys() == {"W_enc", "b_enc", "W_dec", "b_dec"}  # of the last layer, which has ReLU
+    assert write("circuit-tracer", [tmp_path], tmp_path / "by-folder").files == result.files
 
 
 def test_a_set_with_missing_and_unfit_layers_is_refused_with_every_reason(tmp_path):

@@ -104,13 +104,10 @@ def test_tables_explain_themselves_and_verify(made: task.TaskResult) -> None:
 
 def test_a_finished_task_is_returned_without_the_model(made: task.TaskResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task, "open_transcoder_model", None)
-    again = task.run(
-        SETTINGS,
-        prompts=made.path.parent / "prompts.jsonl",
-        transcoders=[made.path.parent / "transcoder"],
-        output=made.path,
-    )
-    assert again == made
+    place = made.path.parent
+    for transcoder in (place / "transcoder", place):  # itself, and the folder that holds it
+        again = task.run(SETTINGS, prompts=place / "prompts.jsonl", transcoders=[transcoder], output=made.path)
+        assert again == made
 
 
 def test_the_command_prints_curves_and_features(made: task.TaskResult) -> None:

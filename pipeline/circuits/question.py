@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 from analysis.circuits.record import mlp_layer
 from pipeline.model.language_model import LanguageModel
-from storage.artifact import MANIFEST, read_json
 from storage.cache_format import Site
 from storage.errors import SettingsError
-from training.transcoder import KIND, read_transcoder_manifest
+from training.transcoder import read_transcoder_manifest
 
 
 @dataclass(frozen=True)
@@ -96,22 +95,6 @@ def token_ids(model: LanguageModel, texts: Sequence[str]) -> list[int]:
     if problems:
         raise SettingsError("\n".join(problems))
     return found
-
-
-def each_transcoder(paths: Sequence[Path]) -> list[Path]:
-    """Return the transcoders at ``paths``; a folder that holds some, one per layer, stands for all of them."""
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(one.parent for one in path.glob(f"*/{MANIFEST}") if _is_transcoder(one))
-        found += inside if inside and not _is_transcoder(path / MANIFEST) else [path]
-    return found
-
-
-def _is_transcoder(manifest: Path) -> bool:
-    if not manifest.is_file():
-        return False
-    content = read_json(manifest)
-    return isinstance(content, dict) and content.get("kind") == KIND
 
 
 def transcoder_sites(transcoders: Sequence[Path]) -> dict[int, tuple[Path, Site]]:

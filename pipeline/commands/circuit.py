@@ -34,7 +34,8 @@ from pipeline.options import read_settings, settings_options
 )  # fmt: skip
 @click.option(
     "--tables", multiple=True, type=options.ARTIFACT,
-    help="Tables of one of the transcoders, for what the page says of its features; may be given again.",
+    help="Tables of one of the transcoders, for what the page says of its features; may be given again, or a folder "
+    "that holds tables.",
 )  # fmt: skip
 @options.out
 @settings_options(CircuitSettings)

@@ -40,8 +40,9 @@ def command(
     pipeline evaluate transcoders/gpt2-l7 transcoders/gpt2-l8 --cache caches/gpt2 \\
         --out evaluations/gpt2
 
-    Shows the cross entropy of the model as it is, with transcoders, and with the same sites ablated, and the share of
-    the ablation's loss that the transcoders recover. tokens.parquet in --out says what happened at every token.
+    A folder that holds transcoders, such as circuits-model makes, stands for all of them. Shows the cross entropy
+    of the model as it is, with transcoders, and with the same sites ablated, and the share of the ablation's loss
+    that the transcoders recover. tokens.parquet in --out says what happened at every token.
     """
     settings = read_settings(EvaluateSettings, config, given)
     result = evaluate.run(

@@ -49,8 +49,10 @@ def command(
 
     \b
     pipeline export transcoders/gpt2-l8 --to saelens --cache caches/gpt2-l8 --out exports/gpt2-l8
-    pipeline export transcoders/gpt2-l* --to circuit-tracer --cache caches/gpt2 --out exports/gpt2
+    pipeline export demo/circuits/transcoders --to circuit-tracer --cache demo/circuits/cache --out exports/smollm2
     pipeline export tables/gpt2-l* --to circuit-tracer-features --out exports/gpt2-features
+
+    A folder that holds transcoders, or tables, stands for all of them.
     """
     settings = read_settings(ExportSettings, config, given)
     result = export.run(settings, to=to, sources=sources, output=output, cache=cache, model=model, device=device)

@@ -23,7 +23,7 @@ from pipeline.tasks.tables import FEATURES, MODEL, NEURONS, TRANSCODER, Curve, R
     required=True,
     multiple=True,
     type=options.ARTIFACT,
-    help="Transcoder to look into. May be repeated; each is put in place alone.",
+    help="Transcoder to look into, or a folder that holds some. May be repeated; each is put in place alone.",
 )
 @options.out
 @settings_options(TaskSettings)
