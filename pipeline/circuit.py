@@ -58,6 +58,8 @@ VIEWER = "viewer.json"
 """The attribution graph for circuit-tracer's and Neuronpedia's viewers."""
 PAGE = "index.html"
 """To look at in a browser."""
+N_LIKELY = 5
+"""Tokens of which it is said how likely they are to come next."""
 
 
 class CircuitSettings(Settings):
@@ -216,12 +218,14 @@ class _Asked:
                 allow_opaque=self.settings.missing_layers == "opaque",
             )
         root = self._root(run)
+        likely = top_logits(run, self.question.token, mass=1.0, at_most=N_LIKELY)
         rounds = search_paths(run, root, self._search())
         self.graph, self.pruned, self.names = self._attribution_graph(run, root)
         self.document = {
             "format": FORMAT_VERSION,
             "prompt": self.question.prompt,
             "tokens": [{"id": one, "text": text} for one, text in self.tokens],
+            "likely": [{"id": one, "text": self._vocabulary[one], "probability": p} for one, p in likely],
             "root": {**documents.describe_root(root, contributions(run, root.probe)), "text": self._name(root)},
             "rounds": documents.describe_rounds(rounds),
             "path_graph": self._path_graph(run, rounds),

@@ -14,6 +14,7 @@ import pytest
 
 from analysis.circuits.documents import describe_node, read_node
 from analysis.circuits.nodes import Kind, Node
+from analysis.circuits.path_text import show_value
 from pipeline import circuit, cli
 from pipeline.circuit import CircuitSettings
 from pipeline.circuits.cards import read_cards
@@ -101,6 +102,11 @@ def test_a_feature_is_explained_in_files_and_in_lines(
     assert re.search(rf"^mlp2tc\[{index}\]@10: \S+ <- \S+: \S+$", said, re.MULTILINE)
     assert document["root"]["incompleteness"] < 1e-5
     assert [token["text"] for token in document["tokens"]][:3] == [BOS, "the", "man"]
+    likely = [one["probability"] for one in document["likely"]]
+    assert likely == sorted(likely, reverse=True)
+    assert f"likely after token 10: {document['likely'][0]['text']!r} {likely[0]:.0%}, " in said
+    assert f" ({show_value(document['root']['from_bos'])} from the BOS)" in said
+    assert f"{out / 'index.html'} opens in a browser" in said
     assert len(document["rounds"]) == 3
     graph = document["path_graph"]
     for place_of, node in enumerate(graph["nodes"]):

@@ -53,6 +53,7 @@ def describe_root(root: Root, terms: Terms) -> JSON:
         "sum_of_magnitudes": terms.magnitude,
         "incompleteness": terms.incompleteness(root.value),
         "by_kind": by_kind,
+        "from_bos": float(terms.values[terms.nodes.are(Kind.HEAD) & (terms.nodes.token == 0)].sum()),
     }
 
 

@@ -9,7 +9,7 @@ import click
 
 from analysis.circuits.path_text import show_value
 from pipeline import circuit
-from pipeline.circuit import CircuitResult, CircuitSettings
+from pipeline.circuit import PAGE, CircuitResult, CircuitSettings
 from pipeline.circuits.question import Question, parse_feature
 from pipeline.commands import options
 from pipeline.options import read_settings, settings_options
@@ -95,18 +95,32 @@ def command(
             click.echo(line)
 
 
+_INACTIVE = (
+    "the feature is not active here, so its pre-activation is explained "
+    "(--order magnitude also shows what holds it down)"
+)
+_NOTATION = (
+    "mlp3tc[268]@6 is feature 268 of layer 3 at token 6, attn2[0]@1 head 0 of layer 2 reading token 1; "
+    "a number is what reaches the root along the path"
+)
+
+
 def show_circuit(result: CircuitResult) -> list[str]:
     """Return what was found, in lines: the tokens, what the root is made of, the paths, the graph."""
     document = result.document
     root = document["root"]
     lines = [" ".join(f"{place}:{token['text']!r}" for place, token in enumerate(document["tokens"])), ""]
-    what = "" if root["is_active"] else "; the feature is not active here, so its pre-activation is explained"
+    if likely := document.get("likely"):
+        said = ", ".join(f"{one['text']!r} {one['probability']:.0%}" for one in likely)
+        lines[:1] = [lines[0], f"likely after token {root['node']['token']}: {said}"]
+    what = "" if root["is_active"] else f"; {_INACTIVE}"
     lines += [
         f"{root['text']} = {root['value']:.6g}{what}",
         f"  {root['n_terms']:,} terms sum to it within {root['incompleteness']:.1e} of the sum of their sizes",
-        "  of it " + ", ".join(f"{kind} {show_value(value)}" for kind, value in root["by_kind"].items()),
+        "  of it " + ", ".join(_kind(kind, value, root.get("from_bos")) for kind, value in root["by_kind"].items()),
         "",
     ]
+    lines += [_NOTATION, ""] if document["rounds"] else []
     for paths in document["rounds"]:
         lines.append(f"--- Paths of size {len(paths[0]['steps'])} ---")
         lines += [path["text"] for path in paths]
@@ -118,6 +132,12 @@ def show_circuit(result: CircuitResult) -> list[str]:
             "",
             f"attribution graph: {len(graph['nodes']):,} of {graph['n_nodes_before_pruning']:,} nodes and "
             f"{len(graph['edges']):,} edges kept; {graph['replacement_score']:.0%} of what reaches the target through "
-            "them comes from tokens, the rest from transcoder errors",
+            "them comes from tokens, the rest from what no transcoder explains",
         ]
-    return [*lines, f"{result.path}: written"]
+    return [*lines, f"{result.path}: written; {result.path / PAGE} opens in a browser"]
+
+
+def _kind(kind: str, value: float, from_bos: float | None) -> str:
+    """Return what a kind of nodes adds. Paths leave out what heads bring from the BOS, so its share is told."""
+    share = f" ({show_value(from_bos)} from the BOS)" if kind == "head" and from_bos else ""
+    return f"{kind} {show_value(value)}{share}"
