@@ -103,6 +103,28 @@ def test_what_paths_leave_out_can_be_hidden(page: Page) -> None:
 
 def test_both_graphs_can_be_chosen(page: Page) -> None:
     button = page.get_by_role("button", name="Attribution graph")
+    beside = page.get_by_role("button", name="Errors, biases and what was left out")
+    expect(beside).to_be_visible()
     button.click()
     expect(button).to_have_attribute("aria-pressed", "true")
     expect(page.locator(".node.embedding").first).to_be_visible()
+    expect(beside).to_be_hidden()  # nothing lies beside the nodes of an attribution graph
+
+
+def test_labels_are_longer_nearer_and_numbers_are_whole_or_left_out(page: Page) -> None:
+    graph, labels = page.locator("#graph"), page.locator(".label")
+
+    def shown() -> list[str]:
+        return [text for text in labels.all_text_contents() if text]
+
+    whole = shown()
+    assert whole
+    graph.focus()
+    for _ in range(12):
+        page.keyboard.press("+")
+    near = shown()
+    assert len(near) >= len(whole)
+    assert not any("…" in text for text in near)
+    for _ in range(24):
+        page.keyboard.press("-")
+    assert not any(text.startswith("#") and "…" in text for text in shown())

@@ -309,6 +309,13 @@ def test_the_page_holds_no_markup_of_prompts_and_needs_nothing_else(
     for graph in data["graphs"]:
         assert all(-1 <= edge["strength"] <= 1 for edge in graph["edges"])
         assert len({(node["x"], node["y"]) for node in graph["nodes"]}) == len(graph["nodes"])
+        names = [layer["name"] for layer in graph["layers"]]
+        assert names[0] == "layer 0"  # what lies beside a token is lower, and in no layer
+        assert names[-1] == "output"
+    outputs = [node["label"] for node in data["graphs"][1]["nodes"] if node["kind"] == "logit"]
+    assert all(re.fullmatch(r"\S+", label) for label in outputs)
+    for node in (node for graph in data["graphs"] for node in graph["nodes"] if node["kind"] == "feature"):
+        assert node["label"] == f"#{node['card'].partition(':')[2]}"
 
 
 def write_tables(path: Path, transcoder: Path) -> Path:
@@ -335,13 +342,14 @@ def test_cards_tell_what_tables_know_of_the_features_shown(place: Place, tmp_pat
     cards = read_cards({2: tables}, [(2, 0), (2, 1), (1, 0)])
     assert cards == {
         (2, 0): {
+            "top_token": "her",
             "facts": [
                 ("fires on", "50.000% of rows"), ("strongest", "2"), ("top token", "'her' in 25% of examples"),
                 ("promoted", "'a' 'b'"),
             ],
             "examples": [{"before": "the", "token": " man", "after": " was"}],
         },
-        (2, 1): {"facts": [("fires on", "0.100% of rows")], "examples": []},
+        (2, 1): {"top_token": None, "facts": [("fires on", "0.100% of rows")], "examples": []},
     }  # fmt: skip
     stray = write_tables(tmp_path / "stray", place.publish("stray", 1))
     with pytest.raises(ArtifactMismatch, match="was made from a transcoder that was not given"):

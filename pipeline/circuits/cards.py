@@ -54,7 +54,11 @@ def read_cards(tables: Mapping[int, Path], features: Iterable[tuple[int, int]]) 
         examples = _examples(tables[layer] / "examples.parquet", indices)
         for row in _rows(tables[layer] / "features.parquet", indices):
             index = int(row["feature"])
-            cards[layer, index] = {"facts": _facts(row), "examples": examples.get(index, [])}
+            cards[layer, index] = {
+                "top_token": row.get("top_token"),
+                "facts": _facts(row),
+                "examples": examples.get(index, []),
+            }
     return cards
 
 

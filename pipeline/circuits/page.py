@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 from analysis.circuits.documents import read_node
 from analysis.circuits.layout import height_of, place_nodes, squeezed, strength
-from analysis.circuits.nodes import Kind
+from analysis.circuits.nodes import Kind, Node
 
 JSON = dict[str, Any]
 _TEMPLATE = files("pipeline.circuits") / "page_files"
+_OUTPUT = re.compile(r'Output "(.*)" \(p=.*\)', re.DOTALL)
+"""What the viewers call a token that may come next; at a node there is room for the token alone."""
 
 
 def render_page(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
@@ -27,7 +30,8 @@ def render_page(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
         "tokens": [token["text"] for token in document["tokens"]],
         "root": document["root"],
         "rounds": [[path["text"] for path in paths] for paths in document["rounds"]],
-        "graphs": [graph for graph in _graphs(document) if graph["nodes"]],
+        "likely": document.get("likely", []),
+        "graphs": [graph for graph in _graphs(document, cards) if graph["nodes"]],
         "cards": {f"{layer}:{index}": card for (layer, index), card in cards.items()},
     }
     parts = {name: (_TEMPLATE / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
@@ -51,9 +55,22 @@ def _escaped(data: JSON) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _graphs(document: JSON) -> list[JSON]:
+def _graphs(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> list[JSON]:
     names = {"path_graph": "Paths", "attribution_graph": "Attribution graph"}
-    return [_drawn(title, document[name]) for name, title in names.items() if document[name] is not None]
+    return [_drawn(title, document[name], cards) for name, title in names.items() if document[name] is not None]
+
+
+def _label(node: Node, described: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
+    """Return what is written at a node: row and column say its layer and token, so neither is repeated."""
+    match node.kind:
+        case Kind.FEATURE | Kind.DECODER:
+            token = cards.get((node.layer or 0, node.index or 0), {}).get("top_token")
+            return f"#{node.index}" if token is None else str(token)
+        case Kind.HEAD:
+            return f"h{node.index}"
+        case Kind.LOGIT:
+            return _OUTPUT.sub(r"\1", str(described.get("text", "")))
+    return ""
 
 
 def _size(described: JSON) -> float:
@@ -62,10 +79,12 @@ def _size(described: JSON) -> float:
     return 1.0 if influence is None else float(influence)
 
 
-def _drawn(title: str, graph: JSON) -> JSON:
+def _drawn(title: str, graph: JSON, cards: Mapping[tuple[int, int], JSON]) -> JSON:
     nodes = [read_node(described) for described in graph["nodes"]]
     layout = place_nodes(nodes)
-    layers = sorted({math.floor(height_of(node)) for node in nodes})
+    heights = {math.floor(height_of(node)) for node in nodes}
+    layers = sorted(height for height in heights if height >= 0)  # what lies beside a token lies below the first
+    outputs = {node.layer for node in nodes if node.kind in (Kind.LOGIT, Kind.LOGIT_DIFFERENCE)}
     levels = squeezed([*(y for _, y in layout.places.values()), *layers])
     largest_edge = max((abs(edge["value"]) for edge in graph["edges"]), default=0.0)
     # Of a graph of paths all values are contributions to the root; of an attribution graph, influence is what compares.
@@ -78,6 +97,7 @@ def _drawn(title: str, graph: JSON) -> JSON:
         drawn.append(
             {
                 "name": described.get("text", described["name"]),
+                "label": "" if node.of is not None else _label(node, described, cards),
                 "kind": node.kind.value,
                 "x": x,
                 "y": levels[y],
@@ -97,6 +117,8 @@ def _drawn(title: str, graph: JSON) -> JSON:
             for edge in sorted(graph["edges"], key=lambda edge: abs(edge["value"]))
         ],
         "columns": [column._asdict() for column in layout.columns],
-        "layers": [{"layer": layer, "y": levels[layer]} for layer in layers],
+        "layers": [
+            {"name": "output" if layer in outputs else f"layer {layer}", "y": levels[layer]} for layer in layers
+        ],
         "top": max(levels.values(), default=0.0),
     }

@@ -7,6 +7,7 @@ const SHAPES = { head: "rect", embedding: "square", position: "square", error: "
 let view = { x: 0, y: 0, width: 1, height: 1 };
 let whole = view;
 let kept = null;
+let labels = [];
 
 function element(name, attributes = {}, text = null, space = null) {
   const made = space ? document.createElementNS(space, name) : document.createElement(name);
@@ -28,9 +29,12 @@ function showHeader() {
     prompt.append(element("span", { class: `token${here}`, title: `token ${place}` }, visible(text)));
   });
   const inactive = root.is_active ? "" : "The feature is not active here: its pre-activation is explained. ";
+  const likely = data.likely.map(({ text, probability }) => `“${visible(text)}” ${(100 * probability).toFixed(0)} %`).join(", ");
+  document.getElementById("likely").textContent = likely && `Likely to come next: ${likely}.`;
+  const ofBos = root.from_bos ? ` (${short(root.from_bos)} from the BOS)` : "";
   document.getElementById("figures").textContent =
     `${inactive}${root.n_terms.toLocaleString("en")} terms sum to it within ${root.incompleteness.toExponential(1)} of the sum of ` +
-    "their sizes. " + Object.entries(root.by_kind).map(([kind, value]) => `${kind.replace("_", " ")} ${short(value)}`).join(", ") + ".";
+    "their sizes. " + Object.entries(root.by_kind).map(([kind, value]) => `${kind.replace("_", " ")} ${short(value)}${kind === "head" ? ofBos : ""}`).join(", ") + ".";
 }
 
 function showPaths() {
@@ -48,10 +52,10 @@ function xOf(value) { return MARGIN.left + (value + 0.5) * STEP.x; }
 function yOf(graph, value) { return MARGIN.top + (graph.top - value + 0.5) * STEP.y; }
 
 function drawAxes(graph, width, height) {
-  for (const { layer, y: level } of graph.layers) { // layers in which nothing lies are left out
+  for (const { name, y: level } of graph.layers) { // layers in which nothing lies are left out
     const y = yOf(graph, level);
     svg.append(drawn("line", { class: "grid", x1: MARGIN.left, x2: width, y1: y, y2: y }));
-    svg.append(drawn("text", { class: "axis", x: 8, y: y + 4 }, `layer ${layer}`));
+    svg.append(drawn("text", { class: "axis", x: 8, y: y + 4 }, name));
   }
   for (const column of graph.columns) {
     const middle = xOf(column.start + column.width / 2 - 0.5);
@@ -117,6 +121,15 @@ function drawNodes(graph, lines) {
   });
 }
 
+function drawLabels(graph) { // outside of the nodes, whose middle is then where they are pointed at
+  labels = graph.nodes.filter((node) => node.label).map((node) => {
+    const place = { x: xOf(node.x - 0.5), y: yOf(graph, node.y) - 12 };
+    const label = drawn("text", { class: "label", ...place, "text-anchor": "middle", "aria-hidden": "true" });
+    svg.append(label);
+    return { label, text: visible(node.label).trim() };
+  });
+}
+
 function highlight(graph, lines, place) {
   svg.classList.toggle("faded", place !== null);
   graph.edges.forEach((edge, number) => {
@@ -155,7 +168,14 @@ function showCard(details, card) {
 }
 
 function applyView() {
-  svg.style.setProperty("--scale", Math.min(Math.max(view.width / Math.max(svg.clientWidth, 1), 0.4), 2));
+  const scale = Math.min(Math.max(view.width / Math.max(svg.clientWidth, 1), 0.4), 2);
+  svg.style.setProperty("--scale", scale);
+  const room = Math.floor(STEP.x / scale / 7); // letters between one node and the next: more as the view comes nearer
+  for (const { label, text } of labels) {
+    const letters = [...text]; // a code point each, so that none is cut in two
+    const isNumber = /^#\d+$/.test(text); // half a number would be another feature's
+    label.textContent = letters.length <= room ? text : isNumber || room < 3 ? "" : `${letters.slice(0, room - 1).join("")}…`;
+  }
   svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.width} ${view.height}`);
 }
 function zoom(factor, x = view.x + view.width / 2, y = view.y + view.height / 2) {
@@ -195,6 +215,7 @@ function listenToView() {
 function drawGraph(number) {
   const graph = data.graphs[number];
   kept = null;
+  document.getElementById("beside").hidden = !graph.nodes.some((node) => node.is_beside);
   document.querySelectorAll("#choices .graph").forEach((button, place) => button.setAttribute("aria-pressed", String(place === number)));
   const last = graph.columns[graph.columns.length - 1];
   const columns = last.start + last.width + 0.5;
@@ -209,6 +230,7 @@ function drawGraph(number) {
   svg.classList.remove("faded");
   drawAxes(graph, width, height);
   drawNodes(graph, drawEdges(graph));
+  drawLabels(graph);
   whole = view = { x: 0, y: 0, width, height };
   applyView();
   document.getElementById("details").replaceChildren(element("p", {}, "Point at a node, or walk to it with Tab, to see what it is made of."));
@@ -222,12 +244,12 @@ if (data.graphs.length) {
     button.addEventListener("click", () => drawGraph(number));
     document.getElementById("choices").append(button);
   });
-  const beside = element("button", { type: "button", "aria-pressed": "true" }, "Errors, biases and what was left out");
+  const beside = element("button", { type: "button", id: "beside", "aria-pressed": "true" }, "Errors, biases and what was left out");
   beside.addEventListener("click", () => {
     const hidden = svg.classList.toggle("without-beside");
     beside.setAttribute("aria-pressed", String(!hidden));
   });
-  if (data.graphs.some((graph) => graph.nodes.some((node) => node.is_beside))) document.getElementById("choices").append(beside);
+  document.getElementById("choices").append(beside);
   listenToView();
   drawGraph(0);
 } else {
