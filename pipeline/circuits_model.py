@@ -150,7 +150,7 @@ def run(
     result. ``say`` is told time and disk before they are spent. Raises StorageFull before anything is written if the
     disk is too small, and what the stages of caching and training raise.
     """
-    model = settings.model or fetch_smollm2(output / "smollm2-135m")
+    model = settings.model or fetch_smollm2(Path(model_place(settings, output)))
     dataset = settings.dataset or fetch_sotu(output / "speeches.jsonl")
     place = output / PLACE
     caching = settings.caching(model, dataset)
@@ -179,6 +179,11 @@ def run(
         checkpoint_steps=checkpoint_steps,
         say=say,
     )
+
+
+def model_place(settings: CircuitsModelSettings, output: Path) -> str:
+    """Return the language model's folder, or its name on the hub."""
+    return settings.model or str(output / "smollm2-135m")
 
 
 def fitting_together(cached: ActivationCache, d_sae: int, n_bytes: int = TOGETHER_BYTES) -> int:
@@ -253,7 +258,7 @@ def _size(n_bytes: int) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
 
 
 def _groups(sites: Sequence[str], at_most: int) -> Iterator[Sequence[str]]:

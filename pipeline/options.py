@@ -224,4 +224,5 @@ def _help(field: FieldInfo, required: bool) -> str:
         if isinstance(default, Settings):
             return f"{text} [default: {getattr(default, _TAG)}]"
         return text
-    return f"{text} [default: {default}]"
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{text} [default: {shown}]"

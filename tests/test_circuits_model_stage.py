@@ -175,3 +175,4 @@ def test_the_command_shows_a_line_for_every_layer(made: circuits_model.CircuitsM
     assert result.exit_code == 0, result.output
     assert "FVU of ordinary rows" in result.output
     assert "layers.parquet: written, beside 2 transcoders" in result.output
+    assert "to trace a circuit: pipeline circuit 'PROMPT' --logit ' TOKEN' --transcoders " in result.output

@@ -57,6 +57,13 @@ def test_help_lists_every_setting_with_its_description_and_default(
             assert f"[default: {about.default}]" in text
 
 
+def test_several_default_values_are_shown_as_they_are_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "[default: 0 1 2 4 8 16 32 64]" in " ".join(command(capsys, "task", "--help").out.split())
+
+
 def test_settings_of_every_architecture_are_flags_that_say_whose_they_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,7 +213,7 @@ def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_hub_name_without_network_is_answered_with_a_local_folder() -> None:
     message = refusal("acme/unheard-of")
     assert "pass --model FOLDER" in message
-    assert "huggingface-cli download acme/unheard-of" in message
+    assert "(hf download acme/unheard-of" in message
 
 
 def test_an_old_name_is_answered_with_the_name_on_the_hub() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 
 from pipeline import circuits_model
-from pipeline.circuits_model import CircuitsModelSettings
+from pipeline.circuits_model import TOGETHER_BYTES, CircuitsModelSettings, model_place
 from pipeline.commands import options
 from pipeline.layers.scores import LAYERS, LayerOutcome
 from pipeline.options import read_settings, settings_options
@@ -19,7 +20,9 @@ from pipeline.options import read_settings, settings_options
 @click.option("--out", "output", type=options.ARTIFACT, default="demo", show_default=True, help="Directory to write.")
 @settings_options(CircuitsModelSettings)
 @click.option(
-    "--together", type=click.IntRange(min=1), help="Transcoders trained side by side; by default as many as 4 GB hold."
+    "--together",
+    type=click.IntRange(min=1),
+    help=f"Transcoders trained side by side; by default as many as {TOGETHER_BYTES >> 30} GiB holds.",
 )
 @options.device
 @options.threads
@@ -52,6 +55,12 @@ def command(
         for line in show_layers(result.layers):
             click.echo(line)
         click.echo(f"\n{result.path / LAYERS}: written, beside {len(result.transcoders)} transcoders")
+        model = model_place(settings, output)
+        lies = f" --model {shlex.quote(model)}" if Path(model).is_dir() else ""
+        click.echo(
+            "to trace a circuit: pipeline circuit 'PROMPT' --logit ' TOKEN' "
+            f"--transcoders {shlex.quote(str(result.path))}{lies} --out circuits/first"
+        )
 
 
 def show_layers(layers: Sequence[LayerOutcome]) -> Iterator[str]:

@@ -201,7 +201,7 @@ def _hub_advice(name: str) -> str:
     folders = f"\n  Folders here with a similar name: {', '.join(beside)}." if beside else ""
     return (
         f"{meant}{folders}\n  Check the name. On a machine without network, download the model elsewhere "
-        f"(huggingface-cli download {name} --local-dir FOLDER), copy the folder here and pass --model FOLDER."
+        f"(hf download {name} --local-dir FOLDER), copy the folder here and pass --model FOLDER."
     )
 
 
