@@ -60,14 +60,15 @@ def open_transcoder_model(
 def _common_model(transcoders: Sequence[Path]) -> Mapping[str, Any]:
     """Return the model all transcoders record; library versions may differ."""
     recorded = [read_transcoder_manifest(path)["model"] for path in transcoders]
-    problems = [
-        f"{path} and {transcoders[0]}: {line}"
-        for path, other in zip(transcoders[1:], recorded[1:], strict=True)
-        for line in list_differences(_without_versions(recorded[0]), _without_versions(other))
-    ]
+    problems = []
+    for path, other in zip(transcoders[1:], recorded[1:], strict=True):
+        if differences := list_differences(_without_versions(recorded[0]), _without_versions(other)):
+            problems += [f"  {path}:", *(f"    {line}" for line in differences)]
     if problems:
-        lines = "\n".join(f"  {line}" for line in problems)
-        raise ArtifactMismatch(f"these transcoders were trained on different language models; choose one's:\n{lines}")
+        raise ArtifactMismatch(
+            f"these transcoders were trained on other language models than {transcoders[0]} ('there'); choose one "
+            "model's:\n" + "\n".join(problems)
+        )
     return dict(recorded[0])
 
 

@@ -66,10 +66,11 @@ def test_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:
 def test_transcoders_of_two_models_are_refused_together(tmp_path: Path) -> None:
     one = published(tmp_path / "a", save_tiny_model(tmp_path / "one", "llama"))
     two = published(tmp_path / "b", save_tiny_model(tmp_path / "two", "gpt2"), layer=1)
-    with pytest.raises(ArtifactMismatch, match="different language models") as caught:
+    with pytest.raises(ArtifactMismatch, match="trained on other language models than") as caught:
         open_transcoder_model([one, two])
     assert "architecture" in str(caught.value)
     assert "name" in str(caught.value)
+    assert str(caught.value).count(str(two)) == 1  # above its differences, not before each of them
 
 
 def test_no_transcoder_is_refused() -> None:
