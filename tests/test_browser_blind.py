@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pytest
+from playwright.sync_api import expect
 
 from pipeline.blind import draw, tally
 from pipeline.blind.draw import DrawSettings
@@ -37,7 +38,7 @@ def test_ratings_made_in_the_browser_are_those_the_tally_counts(browser, drawn, 
         page.goto(f"file://{drawn}/rate.html")
         frame = page.frame_locator("#page")
         for item, verdict in enumerate("ymny", start=1):
-            assert frame.locator("h1").inner_text() == f"Item {item}"
+            expect(frame.locator("h1")).to_have_text(f"Item {item}")  # once the frame has loaded it
             page.keyboard.press(verdict)
             if item == 2:
                 page.get_by_label("Context-free").check()
