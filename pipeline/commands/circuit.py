@@ -39,7 +39,7 @@ from pipeline.options import read_settings, settings_options
 )  # fmt: skip
 @options.out
 @settings_options(CircuitSettings)
-@click.option("--model", help="Where the language model lies, if not under its recorded name.")
+@options.model_elsewhere
 @options.device
 @options.threads
 @options.quiet

@@ -14,3 +14,6 @@ device = click.option("--device", default="cpu", show_default=True, help="cpu, c
 threads = click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch; by default its own choice.")
 quiet = click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 model_moved = click.option("--model", help="Where the model lies now, if it moved since the cache was made.")
+model_elsewhere = click.option(
+    "--model", help="Where the language model lies, if not under the name that the transcoders record."
+)

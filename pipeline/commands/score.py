@@ -36,7 +36,7 @@ from pipeline.scoring.text import show
     type=click.Path(dir_okay=False, path_type=Path),
     help="Picture or data to write: .html, .png or .json.",
 )
-@click.option("--model", help="Where the model lies, if not under the name the transcoder records.")
+@options.model_elsewhere
 @options.device
 @options.threads
 @options.quiet

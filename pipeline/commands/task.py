@@ -27,7 +27,7 @@ from pipeline.tasks.tables import FEATURES, MODEL, NEURONS, TRANSCODER, Curve, R
 )
 @options.out
 @settings_options(TaskSettings)
-@click.option("--model", help="Where the language model lies now, if it moved since the transcoders were made.")
+@options.model_elsewhere
 @options.device
 @options.threads
 @options.quiet
