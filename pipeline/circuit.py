@@ -28,6 +28,7 @@ from analysis.circuits.record import record_run
 from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
 from analysis.circuits.run import LinearisedRun
 from analysis.circuits.viewer import viewer_document
+from analysis.dashboards.visible import PART
 from pipeline.artifact_folders import each_artifact
 from pipeline.circuits.cards import KIND as TABLES_KIND
 from pipeline.circuits.cards import open_tables, read_cards
@@ -47,6 +48,7 @@ from pipeline.transcoder_model import open_transcoder_model
 from storage.artifact import MANIFEST, Draft, read_manifest, write_atomically
 from storage.cache_format import Site
 from storage.settings import Settings
+from storage.token_text import join_characters
 from training.transcoder import KIND as TRANSCODER_KIND
 from training.transcoder import load_transcoder, read_transcoder_manifest
 
@@ -202,10 +204,11 @@ class _Asked:
         self.model, self.question, self.settings, self.keep = model, question, settings, keep
         self.ids = prompt_tokens(model, question.prompt)
         vocabulary = model.vocabulary()
-        self.tokens = [(one, vocabulary[one]) for one in self.ids]
+        texts = join_characters([vocabulary[one] for one in self.ids])
+        self.tokens = list(zip(self.ids, texts, strict=True))
         self._vocabulary = vocabulary
-        texts = question.logit_difference or ((question.logit,) if question.logit is not None else ())
-        self._logits = token_ids(model, texts)
+        asked = question.logit_difference or ((question.logit,) if question.logit is not None else ())
+        self._logits = token_ids(model, asked)
 
     def run_on(self, transcoders: dict[Any, Any]) -> None:
         """Run the model and find everything out."""
@@ -297,7 +300,7 @@ def _write(asked: _Asked, tables: Mapping[int, Path], output: Path) -> list[str]
             slug=output.name,
             scan=str(identity["name"]),
             prompt=asked.question.prompt,
-            tokens=asked.tokens,
+            tokens=[(one, text or PART) for one, text in asked.tokens],
             names=asked.names,
             n_layers=asked.model.n_layers,
             node_threshold=asked.settings.node_threshold,

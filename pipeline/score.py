@@ -27,6 +27,7 @@ from pipeline.transcoder_model import open_transcoder_model
 from storage.artifact import read_manifest
 from storage.errors import ArtifactMismatch, SettingsError, TextError
 from storage.tables import read_schema, read_table
+from storage.token_text import join_characters
 from training.architectures.base import Transcoder
 from training.transcoder import load_transcoder, read_transcoder_manifest
 
@@ -157,7 +158,7 @@ def _read(text: str, model: LanguageModel, hook: str, length: int) -> _ReadText:
         inputs.append(captured[hook][0, 1:].float().clone())  # the next capture may use the same memory
         all_ids += context
     is_scored = np.arange(len(all_ids)) % length != 0
-    return _ReadText([vocabulary[token] for token in all_ids], all_ids, is_scored, torch.cat(inputs))
+    return _ReadText(join_characters([vocabulary[token] for token in all_ids]), all_ids, is_scored, torch.cat(inputs))
 
 
 def _score(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,22 @@ def test_a_window_shows_each_token_with_its_activation_and_null_where_no_row_was
     assert row["window_token_ids"] == tokens[0:6].tolist()
     assert row["window_tokens"] == [f"t{token}" for token in tokens[0:6]]
     assert row["window_activations"] == [None, 1.0, 0.0, 5.0, 2.0, 0.0]  # position 0 is BOS, which the cache left out
+
+
+@pytest.mark.parametrize(
+    ("place", "token"),
+    [(3, "<0xE6><0x97>"), (4, "日"), (5, "t9")],  # 日 is E6 97 A5: its first two bytes, then the last
+)
+def test_a_character_split_over_tokens_stands_at_the_token_that_completes_it(place, token):
+    values = [0] * 7
+    values[place - 1] = 5  # the cache left position 0 out
+    analysed = subject(split_with(values), OneHot())
+    analysed = dataclasses.replace(analysed, vocabulary=[*analysed.vocabulary[:17], "<0xE6><0x97>", "<0xA5>"])
+    split_of(analysed).tokens[0, 3:6] = [17, 18, 9]
+    split_of(analysed).tokens[0, :3] = 0
+    (row,) = rows_of_table(analysed, Plan(window_before=place - 1, window_after=5 - place))
+    assert row["window_tokens"] == ["t0", "t0", "", "日", "t9"]
+    assert row["token"] == token
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_the_hot_shade_is_where_the_site_turns_text_black() -> None:
     [
         (" word", " word"),
         ("  ", "␣␣"),
-        ("", "∅"),
+        ("", "◌"),
         ("\n\n", "⏎⏎"),
         ("\ta", "⇥a"),
         ("\u200b", "[U+200B]"),

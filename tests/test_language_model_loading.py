@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from pipeline.model.tokenizer import ModelTokenizer
 from storage.errors import ModelError
+from storage.token_text import has_bytes, join_characters
 from tests.tiny_models import save_tiny_model, save_tiny_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -184,6 +186,31 @@ def test_vocabulary_names_every_id_the_model_has(tmp_path: Path) -> None:
     assert len(vocabulary) == 80
     assert vocabulary[:5] == ["<unk>", "<eos>", "the", "of", "<unused 4>"]
     assert vocabulary[79] == "<unused 79>"
+
+
+def byte_level_tokenizer() -> ModelTokenizer:
+    """Return a tokenizer whose vocabulary is the 256 bytes, two of them joined, and the replacement character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: token_id for token_id, letter in enumerate([*letters, "æĹ", "ï¿½"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("æ", "Ĺ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    return ModelTokenizer(made, name="bytes", d_vocab=len(made))
+
+
+def test_parts_of_characters_are_shown_as_bytes_and_join_to_their_text() -> None:
+    tokenizer = byte_level_tokenizer()
+    vocabulary = tokenizer.vocabulary()
+    assert sum(map(has_bytes, vocabulary)) == 129  # bytes 0x80 to 0xFF, and the two joined
+    assert "\N{REPLACEMENT CHARACTER}" in vocabulary  # a character of its own, not two broken ones
+    text = "日 café\n"
+    texts = [vocabulary[token_id] for token_id in tokenizer.tokenize([text])[0]]
+    assert texts[:3] == ["<0xE6><0x97>", "<0xA5>", " "]
+    assert "".join(join_characters(texts)) == text
 
 
 # What goes wrong

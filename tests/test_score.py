@@ -15,6 +15,7 @@ import torch
 
 from analysis import text_scores
 from pipeline import cli, score
+from pipeline.model.language_model import LanguageModel
 from pipeline.score import ScoredText, Scores
 from pipeline.scoring import pictures as score_pictures
 from pipeline.scoring.text import as_json, show
@@ -77,6 +78,18 @@ def test_activations_are_those_of_the_model_run_with_one_bos_in_front(transcoder
     assert found.values.dtype == np.float32
     np.testing.assert_allclose(found.values[1:], expected[1:, features], rtol=1e-4, atol=1e-5)
     assert (found.values[1:] > 0).any()
+
+
+def test_a_character_split_over_tokens_is_shown_at_the_one_that_completes_it(
+    transcoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {words(2)[0]: "<0xE6><0x97>", words(2)[1]: "<0xA5>"}  # 日 is E6 97 A5
+    own = LanguageModel.vocabulary
+    monkeypatch.setattr(LanguageModel, "vocabulary", lambda self: [named.get(token, token) for token in own(self)])
+    scores = run(transcoder, " ".join(words(3)), features=[0])
+    assert scores.texts[0].tokens == ["<eos>", "", "日", words(3)[2]]
+    shown = [line.split()[1] for line in show(scores).splitlines() if re.match(r" *\d+ ", line)]
+    assert shown == ["<eos>", "◌", "日", words(3)[2]]
 
 
 def test_raw_scores_are_pre_activations_and_what_relu_keeps_of_them_the_activations(transcoder: Path) -> None:

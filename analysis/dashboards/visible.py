@@ -8,12 +8,14 @@ from __future__ import annotations
 
 SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 SPACE = "␣"
+PART = "◌"
+"""A token that only begins a character, which stands at a later token."""
 
 
 def visible_token(text: str) -> str:
     """Return ``text`` with something to see for every character; spaces stay unless the token is nothing else."""
     if not text:
-        return "∅"
+        return PART
     if not text.strip(" "):
         return SPACE * len(text)
     return text if text.isprintable() else "".join(_visible_character(character) for character in text)

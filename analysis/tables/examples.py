@@ -17,6 +17,7 @@ from analysis.harvest import Harvest, Plan, Subject
 from analysis.sampled_examples import sample_examples
 from analysis.table import Table, feature_ranges, list_array, record_batch
 from analysis.tables.activations import are_kept
+from analysis.window_texts import WindowTexts
 from storage.tables import column
 
 KINDS = ("top", "band", "random")
@@ -38,10 +39,17 @@ SCHEMA = pa.schema(
             "document", pa.int64(), "document that the token comes from: its place in the dataset's own order, from 0"
         ),
         column("token_id", pa.int32(), "token at the row"),
-        column("token", pa.string(), "text of that token"),
+        column(
+            "token", pa.string(), "its text as in the window; of a token that only begins a character, bytes as <0xE6>"
+        ),
         column("window_start", pa.int32(), "position in the context of the window's first token", unit="tokens"),
         column("window_token_ids", pa.list_(pa.int32()), "tokens around the row, within the context"),
-        column("window_tokens", pa.list_(pa.string()), "texts of these tokens"),
+        column(
+            "window_tokens",
+            pa.list_(pa.string()),
+            "texts of these tokens, which join to the text that was read: a character split over tokens is at the "
+            "token that completes it, and those before it are empty",
+        ),
         column(
             "window_activations",
             pa.list_(pa.float32()),
@@ -55,7 +63,7 @@ SCHEMA = pa.schema(
 def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.RecordBatch]:
     """Make the rows, a run of features at a time."""
     strongest = harvest[TopExamples].kept
-    vocabulary = pa.array(subject.vocabulary, pa.string())
+    texts = WindowTexts(subject.vocabulary)
     unit_starts = np.array([subject.split.first_row(unit) for unit in range(subject.split.n_units)])
     for features in feature_ranges(subject.coder.d_sae):
         start, stop = np.searchsorted(strongest.feature, [features.start, features.stop])
@@ -64,7 +72,7 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
             for sampled in _sampled(harvest, plan, features):
                 shown = shown.joined(sampled)
         if len(shown.kind):
-            yield _rows(shown.ordered(), subject, plan, vocabulary, unit_starts)
+            yield _rows(shown.ordered(), subject, plan, texts, unit_starts)
 
 
 class _Shown(NamedTuple):
@@ -107,7 +115,7 @@ def _sampled(harvest: Harvest, plan: Plan, features: range) -> Iterator[_Shown]:
 
 
 def _rows(
-    shown: _Shown, subject: Subject, plan: Plan, vocabulary: pa.Array, unit_starts: NDArray[np.int64]
+    shown: _Shown, subject: Subject, plan: Plan, texts: WindowTexts, unit_starts: NDArray[np.int64]
 ) -> pa.RecordBatch:
     examples = shown.examples
     tokens = tokens_of(subject.split, examples.context)
@@ -117,6 +125,9 @@ def _rows(
     lengths = is_inside.sum(axis=1)
     window = np.take_along_axis(tokens, np.clip(positions, 0, tokens.shape[1] - 1), axis=1)[is_inside]
     activations = pa.array(examples.window[is_inside], pa.float32(), from_pandas=True)
+    window_start = np.maximum(examples.position - plan.window_before, 0)
+    window_texts = texts.of(window, lengths)
+    here = window_texts.take(pa.array(np.cumsum(lengths) - lengths + examples.position - window_start))
     columns = {
         "feature": examples.feature,
         "kind": pa.array(KINDS).take(pa.array(shown.kind)),
@@ -129,10 +140,10 @@ def _rows(
         "position": examples.position,
         "document": documents_at(subject.split, examples.context, examples.position).astype(np.int64),
         "token_id": token,
-        "token": vocabulary.take(pa.array(token)),
-        "window_start": np.maximum(examples.position - plan.window_before, 0),
+        "token": pa.compute.if_else(pa.compute.equal(here, ""), texts.vocabulary.take(pa.array(token)), here),
+        "window_start": window_start,
         "window_token_ids": list_array(pa.array(window), lengths),
-        "window_tokens": list_array(vocabulary.take(pa.array(window)), lengths),
+        "window_tokens": list_array(window_texts, lengths),
         "window_activations": list_array(activations, lengths),
     }
     return record_batch(SCHEMA, columns)

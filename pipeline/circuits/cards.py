@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from analysis.dashboards.visible import visible_token
 from storage.artifact import read_manifest
 from storage.errors import ArtifactMismatch
 
@@ -89,7 +90,7 @@ def _examples(path: Path, features: Sequence[int]) -> dict[int, list[Card]]:
         tokens = row["window_tokens"]
         card = {
             "before": "".join(tokens[max(0, here - _CONTEXT) : here]),
-            "token": tokens[here],
+            "token": visible_token(tokens[here]),
             "after": "".join(tokens[here + 1 : here + 1 + _CONTEXT]),
         }
         found.setdefault(int(row["feature"]), []).append(card)

@@ -16,6 +16,7 @@ from typing import Any
 from analysis.circuits.documents import read_node
 from analysis.circuits.layout import height_of, place_nodes, squeezed, strength
 from analysis.circuits.nodes import Kind, Node
+from analysis.dashboards.visible import visible_token
 
 JSON = dict[str, Any]
 _TEMPLATE = files("pipeline.circuits") / "page_files"
@@ -27,10 +28,10 @@ def render_page(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
     """Return the page of a ``circuit.json``; ``cards`` say what is known of features, by layer and index."""
     data = {
         "prompt": document["prompt"],
-        "tokens": [token["text"] for token in document["tokens"]],
+        "tokens": [visible_token(token["text"]) for token in document["tokens"]],
         "root": document["root"],
         "rounds": [[path["text"] for path in paths] for paths in document["rounds"]],
-        "likely": document.get("likely", []),
+        "likely": [{**one, "text": visible_token(one["text"])} for one in document.get("likely", [])],
         "graphs": [graph for graph in _graphs(document, cards) if graph["nodes"]],
         "cards": {f"{layer}:{index}": card for (layer, index), card in cards.items()},
     }
@@ -65,11 +66,11 @@ def _label(node: Node, described: JSON, cards: Mapping[tuple[int, int], JSON]) -
     match node.kind:
         case Kind.FEATURE | Kind.DECODER:
             token = cards.get((node.layer or 0, node.index or 0), {}).get("top_token")
-            return f"#{node.index}" if token is None else str(token)
+            return f"#{node.index}" if token is None else visible_token(token)
         case Kind.HEAD:
             return f"h{node.index}"
         case Kind.LOGIT:
-            return _OUTPUT.sub(r"\1", str(described.get("text", "")))
+            return visible_token(_OUTPUT.sub(r"\1", str(described.get("text", ""))))
     return ""
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from pipeline.model.loading import Checkpoint, quiet
 from storage.artifact import JSON, digest
 from storage.errors import ModelError
+from storage.token_text import text_of_bytes
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space at the start of a token
@@ -61,8 +63,8 @@ class ModelTokenizer:
     def vocabulary(self) -> list[str]:
         """Return each token id's text, for every id the model has.
 
-        A token that is no whole UTF-8 text is shown in the tokenizer's own notation; an id without a token, as some
-        models have to round their embedding up, as ``<unused 50300>``.
+        Bytes that are no whole UTF-8 character are shown as ``<0xE6>`` (see storage.token_text); an id without a
+        token, as some models have to round their embedding up, as ``<unused 50300>``.
         """
         n_tokens = min(len(self._tokenizer), self._d_vocab)
         raw: list[str | None] = self._tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
@@ -127,7 +129,26 @@ def _choose_separator(tokenizer: Any, bos: SpecialToken) -> SpecialToken:
 def _show(token_id: int, raw: str | None, text: str) -> str:
     if raw is None:
         return f"<unused {token_id}>"
-    if _REPLACEMENT in text or not text:
+    if _REPLACEMENT in text:
+        return _partial(raw, text)
+    if not text:
         return raw
     # SentencePiece drops the space of a text's first token when decoding, but here every token is a first one.
     return f" {text}" if raw.startswith(_WORD_START) and not text.startswith(" ") else text
+
+
+def _partial(raw: str, text: str) -> str:
+    """Return a token that is no whole text with its bytes named, if they can be told from its own letters."""
+    codes = [_byte_letters().get(letter) for letter in raw]
+    data = bytes(code for code in codes if code is not None)
+    # SentencePiece's byte tokens have their names already; a token may also be the replacement character itself.
+    is_known = len(data) == len(raw) and data.decode("utf-8", "replace") == text
+    return text_of_bytes(data) if is_known else raw
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """Return the byte that each letter stands for in the alphabet of byte-level tokenizers (GPT-2's)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from analysis.dashboards.visible import PART, visible_token
 from pipeline.score import ScoredText, Scores
-from pipeline.scoring.text import as_json, feature_note, visible
+from pipeline.scoring.text import as_json, feature_note
 from storage.artifact import make_directory, write_atomically
 from storage.errors import SettingsError
 
@@ -85,7 +86,7 @@ def _coloured(scores: Scores, text: ScoredText, column: int) -> str:
     feature, largest = scores.features[column], scores.largest()
     spans = []
     for token, value in zip(text.tokens, text.values[:, column].tolist(), strict=True):
-        shown = html.escape(token).replace("\n", "⏎\n")
+        shown = html.escape(token or PART).replace("\n", "⏎\n")
         if math.isnan(value):
             spans.append(f'<span class="bos" title="BOS, not scored">{shown}</span>')
         else:
@@ -106,7 +107,7 @@ def _table(scores: Scores, text: ScoredText) -> str:
             told = ", ".join(f"{feature} ({value:.4g})" for feature, value in text.strongest[position])
             cells += f"<td>{told or '–'}</td>"
         rows.append(
-            f'<tr><td class="n">{position}</td><td class="token">{html.escape(visible(token))}</td>{cells}</tr>'
+            f'<tr><td class="n">{position}</td><td class="token">{html.escape(visible_token(token))}</td>{cells}</tr>'
         )
     return (
         '<details><summary>Values</summary><table><thead><tr><th scope="col" class="n">position</th>'
@@ -151,7 +152,7 @@ def _draw_row(axes: Any, scores: Scores, text: ScoredText, column: int, tokens: 
     values = np.nan_to_num(text.values[tokens.start : tokens.stop, column])
     colours = ["#ff8c00" if value > 0 else "#56a0e9" for value in values]
     axes.bar(range(len(tokens)), values, color=colours)
-    labels = [visible(text.tokens[place]) for place in tokens]
+    labels = [visible_token(text.tokens[place]) for place in tokens]
     axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8, parse_math=False)
     axes.set_ylabel(f"feature {scores.features[column]}", fontsize=8)
     for side in ("top", "right"):

@@ -6,15 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from analysis.dashboards.visible import visible_token
 from pipeline.score import ScoredText, Scores
 
 _BAR = 24
-_MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
-
-
-def visible(token: str) -> str:
-    """Return a token on one line, with white space that would break it shown as a mark."""
-    return "".join(_MARKS.get(character, character) for character in token)
 
 
 def show(scores: Scores) -> str:
@@ -76,7 +71,7 @@ def _overall(scores: Scores) -> Iterator[str]:
         ]
         value, token = max(places, key=lambda place: place[0])
         n_active = sum(bool(one > 0) for one, _ in places)
-        rows.append((str(feature), f"{value:.3f}", visible(token), str(n_active), feature_note(scores, feature)))
+        rows.append((str(feature), f"{value:.3f}", visible_token(token), str(n_active), feature_note(scores, feature)))
     yield from _aligned(rows, left=(2, 4))
 
 
@@ -84,7 +79,7 @@ def _strongest(text: ScoredText) -> list[str]:
     rows = [("position", "token", "strongest features")]
     for position, (token, found) in enumerate(zip(text.tokens, text.strongest, strict=True)):
         told = "  ".join(f"{feature} ({value:.3f})" for feature, value in found)
-        rows.append((str(position), visible(token), told if text.is_scored[position] else "–"))
+        rows.append((str(position), visible_token(token), told if text.is_scored[position] else "–"))
     return _aligned(rows, left=(1, 2))
 
 
@@ -97,7 +92,7 @@ def _columns(scores: Scores, text: ScoredText) -> list[str]:
         values = text.values[position].tolist()
         shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
         bar = [_bar(values[0], largest)] if has_bar else []
-        rows.append((str(position), visible(token), *shown, *bar))
+        rows.append((str(position), visible_token(token), *shown, *bar))
     return [*notes, *_aligned(rows, left=(1, *([len(rows[0]) - 1] * has_bar)))]
 
 

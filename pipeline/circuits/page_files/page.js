@@ -17,7 +17,7 @@ function element(name, attributes = {}, text = null, space = null) {
 }
 const drawn = (name, attributes, text = null) => element(name, attributes, text, "http://www.w3.org/2000/svg");
 const short = (value) => value === null ? "–" : Number(value).toPrecision(3);
-const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
+const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥"); // in running text; tokens come visible
 
 function showHeader() {
   const root = data.root;
@@ -26,10 +26,10 @@ function showHeader() {
   const prompt = document.getElementById("prompt");
   data.tokens.forEach((text, place) => {
     const here = place === root.node.token ? " here" : "";
-    prompt.append(element("span", { class: `token${here}`, title: `token ${place}` }, visible(text)));
+    prompt.append(element("span", { class: `token${here}`, title: `token ${place}` }, text));
   });
   const inactive = root.is_active ? "" : "The feature is not active here: its pre-activation is explained. ";
-  const likely = data.likely.map(({ text, probability }) => `“${visible(text)}” ${(100 * probability).toFixed(0)} %`).join(", ");
+  const likely = data.likely.map(({ text, probability }) => `“${text}” ${(100 * probability).toFixed(0)} %`).join(", ");
   document.getElementById("likely").textContent = likely && `Likely to come next: ${likely}.`;
   const ofBos = root.from_bos ? ` (${short(root.from_bos)} from the BOS)` : "";
   document.getElementById("figures").textContent =
@@ -59,7 +59,7 @@ function drawAxes(graph, width, height) {
   }
   for (const column of graph.columns) {
     const middle = xOf(column.start + column.width / 2 - 0.5);
-    const text = column.token === null ? "all tokens" : visible(data.tokens[column.token]);
+    const text = column.token === null ? "all tokens" : data.tokens[column.token];
     const here = column.token === data.root.node.token ? " here" : "";
     const cut = text.length > 4 * column.width + 3 ? `${text.slice(0, 4 * column.width + 2)}…` : text;
     svg.append(drawn("text", { class: `axis${here}`, x: middle, y: height - 14, "text-anchor": "middle" }, cut));
@@ -126,7 +126,7 @@ function drawLabels(graph) { // outside of the nodes, whose middle is then where
     const place = { x: xOf(node.x - 0.5), y: yOf(graph, node.y) - 12 };
     const label = drawn("text", { class: "label", ...place, "text-anchor": "middle", "aria-hidden": "true" });
     svg.append(label);
-    return { label, text: visible(node.label).trim() };
+    return { label, text: node.label.trim() };
   });
 }
 
@@ -143,7 +143,7 @@ function showNode(graph, place) {
   const say = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
   say("value", short(node.value));
   if (node.influence !== null) say("influence", short(node.influence));
-  if (node.token !== null && node.token < data.tokens.length) say("token", `${node.token}: ${visible(data.tokens[node.token])}`);
+  if (node.token !== null && node.token < data.tokens.length) say("token", `${node.token}: ${data.tokens[node.token]}`);
   details.replaceChildren(element("h2", {}, node.name), facts);
   if (node.card && data.cards[node.card]) showCard(details, data.cards[node.card]);
   for (const [title, own, other] of [["What it is made of", "parent", "child"], ["What it contributes to", "child", "parent"]]) {
@@ -162,7 +162,7 @@ function showCard(details, card) {
   details.append(facts);
   for (const example of card.examples) {
     const line = element("p", { class: "example" });
-    line.append(document.createTextNode(visible(example.before)), element("mark", {}, visible(example.token)), document.createTextNode(visible(example.after)));
+    line.append(document.createTextNode(visible(example.before)), element("mark", {}, example.token), document.createTextNode(visible(example.after)));
     details.append(line);
   }
 }
