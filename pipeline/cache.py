@@ -40,7 +40,6 @@ from pipeline.caching.stage import (
     forget_finished_draft,
     keep_plan,
     log_event,
-    massive_sites,
     nothing_left_behind,
     recall_plan,
     write_units,
@@ -354,6 +353,11 @@ def check_pairing(model: LanguageModel, hooks: Sequence[SiteHooks], tokens: np.n
 
 
 def massive_warnings(cache: ActivationCache) -> tuple[str, ...]:
-    """Return a warning for every site of which a small share of rows holds most of the output energy."""
+    """Return a warning for every site of which a small share of rows holds much of the output energy."""
     statistics = cache.split("train").output_statistics()
-    return tuple(massive_sites([(site, sums.energy_share()) for site, sums in statistics.items()]))
+    return tuple(
+        f"{site}: massive activations: {note}; squared error is about those few tokens and little else. Train there "
+        "with --max-norm-multiple 10, which leaves them out, or at another layer"
+        for site, sums in statistics.items()
+        if (note := sums.massive_note())
+    )

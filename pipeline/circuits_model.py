@@ -79,6 +79,8 @@ class CircuitsModelSettings(Settings):
     """Rows per step."""
     lr: PositiveFloat = 4e-3
     """Learning rate."""
+    max_norm_multiple: float = Field(default=10.0, gt=1)
+    """Rows longer than this many times the median, of input or output, are not learnt from."""
     seed: int = Field(default=0, ge=0)
     """Decides the order of text and rows, and initial weights."""
 
@@ -108,6 +110,7 @@ class CircuitsModelSettings(Settings):
                 "steps": self.steps,
                 "batch_rows": self.batch_rows,
                 "lr": self.lr,
+                "max_norm_multiple": self.max_norm_multiple,
                 "seed": self.seed,
                 "order_seed": self.seed,
                 "evaluate_every": self.steps,  # held-out rows are read once, at the end

@@ -16,6 +16,8 @@ import numpy as np
 from storage.bfloat16 import bits_to_float32
 from storage.row_sums import RowSums, sum_rows
 
+MASSIVE_SHARE = 0.25
+"""Activations are called massive if the longest 1 % of rows hold more than this share of the squared norms."""
 _LARGEST_SUMMED = {"float32": 2.0**50, "uint16": 2.0**50, "float16": 65504.0}
 """Beyond these magnitudes sums of squares of wide rows could leave float32, or the number was no finite float16."""
 _ENERGY_BINS_PER_OCTAVE = 4
@@ -77,6 +79,31 @@ class SiteStatistics:
     def mean_square_norm(self) -> float:
         """Mean squared Euclidean norm of a row."""
         return float(self.total_squares.sum()) / self.n_rows
+
+    @property
+    def median_norm(self) -> float:
+        """Median Euclidean norm of a row, to the width of a histogram's bin: within 9 %."""
+        used = np.flatnonzero(self.energy_counts)
+        middle = int(np.searchsorted(np.cumsum(self.energy_counts[used]), self.n_rows / 2))
+        return self._norm_in(int(used[middle]))
+
+    @property
+    def largest_norm(self) -> float:
+        """Largest Euclidean norm of a row, within 9 %."""
+        return self._norm_in(int(np.flatnonzero(self.energy_counts)[-1]))
+
+    def massive_note(self) -> str | None:
+        """Return in words how a few rows dwarf all others; None if they do not."""
+        share = self.energy_share()
+        if share <= MASSIVE_SHARE:
+            return None
+        return (
+            f"the longest 1 % of rows hold {share:.0%} of the energy, up to a norm of {self.largest_norm:,.0f} where "
+            f"the median is {self.median_norm:,.1f}"
+        )
+
+    def _norm_in(self, energy_bin: int) -> float:
+        return float(np.sqrt(self.energy_sums[energy_bin] / self.energy_counts[energy_bin]))
 
     def add(self, rows: np.ndarray) -> int | None:
         """Add rows (n, d): float32, float16 or uint16 bfloat16 bits.

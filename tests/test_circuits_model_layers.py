@@ -9,16 +9,14 @@ import pytest
 import torch
 
 from pipeline.layers.scores import (
-    MASSIVE_SHARE,
     LayerOutcome,
     massive_note,
-    norms_of,
     read_layers,
     score_layer,
     write_layers,
 )
 from storage.activation_cache import open_cache
-from storage.statistics import SiteStatistics
+from storage.statistics import MASSIVE_SHARE, SiteStatistics
 from tests.spliced_models import random_transcoder
 from tests.training_caches import publish_cache, random_rows
 
@@ -54,11 +52,11 @@ def test_norms_are_read_off_the_statistics_to_a_bins_width() -> None:
     statistics = SiteStatistics(2)
     lengths = np.array([1.0, 2.0, 3.0, 4.0, 500.0], np.float32)
     statistics.add(np.stack([lengths, np.zeros(5, np.float32)], axis=1))
-    norms = norms_of(statistics)
-    assert norms.median == pytest.approx(3.0, rel=0.09)
-    assert norms.largest == pytest.approx(500.0, rel=0.09)
+    assert statistics.median_norm == pytest.approx(3.0, rel=0.09)
+    assert statistics.largest_norm == pytest.approx(500.0, rel=0.09)
     # the longest 1 % of five rows is a twentieth of the longest one: .05 · 250000 of 250030
-    assert norms.energy_share == pytest.approx(0.05, rel=1e-2)
+    assert statistics.energy_share() == pytest.approx(0.05, rel=1e-2)
+    assert statistics.massive_note() is None
 
 
 def test_a_layer_with_massive_activations_is_marked_with_what_was_found(cache: Path) -> None:

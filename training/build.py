@@ -21,6 +21,7 @@ from training.kernels.kernel import Precision
 from training.normalisation import Normalisation, build_normalisation, check_statistics
 from training.objectives import build_objective
 from training.optim import build_optimiser
+from training.ordinary_rows import OrdinaryRows
 from training.resampling.settings import Surroundings
 from training.row_source import RowScorer, RowSource
 from training.run import TrainingRun
@@ -47,6 +48,11 @@ def build_run(
     slices of those of all its processes. Raises NonFiniteActivation or
     SettingsError for activations that cannot be learnt from, SettingsError for a setting that cannot be honoured.
     """
+    ordinary = None
+    if settings.max_norm_multiple is not None:
+        ordinary = OrdinaryRows.within(settings.max_norm_multiple, statistics)
+        row_source = ordinary.draw(_needed(row_source, f"max_norm_multiple: {settings.max_norm_multiple:g}"))
+        statistics = ordinary.statistics(site.name, site.sides, row_source)
     check_statistics(site.name, statistics)
     side_in, side_out = statistics["in"], statistics[site.sides[-1]]
     normalisation = build_normalisation(settings.normalisation, side_in, side_out)
@@ -78,6 +84,7 @@ def build_run(
         extra=[term for term in (auxiliary, connection) if term is not None],
         resampler=resampler,
         average=None if settings.ema is None else WeightAverage(transcoder, settings.ema),
+        ordinary=ordinary,
         name=name,
     )
 
@@ -116,16 +123,20 @@ def _initial_rows(
     n_rows = settings.initial_rows(transcoder.d_in)
     if n_rows == 0:
         return None
-    if row_source is None:
-        wanting = [
-            f"{setting}: {value}"
-            for setting, value in (("bias_init", settings.bias_init), ("decoder_init", settings.decoder_init))
-            if value in ("geometric_median", "data")
-        ]
-        need = "needs" if len(wanting) == 1 else "need"
-        raise SettingsError(
-            f"{' and '.join(wanting)} {need} training rows to begin with, and this run has no source of rows; train "
-            "from a cache, or use mean and random"
-        )
-    raw = row_source(n_rows, 0).batch
+    wanting = [
+        f"{setting}: {value}"
+        for setting, value in (("bias_init", settings.bias_init), ("decoder_init", settings.decoder_init))
+        if value in ("geometric_median", "data")
+    ]
+    raw = _needed(row_source, *wanting)(n_rows, 0).batch
     return normalisation.to(raw.inputs.device, raw.inputs.dtype).apply(raw)
+
+
+def _needed(row_source: RowSource | None, *settings: str) -> RowSource:
+    if row_source is None:
+        need = "needs" if len(settings) == 1 else "need"
+        raise SettingsError(
+            f"{' and '.join(settings)} {need} training rows to begin with, and this run has no source of rows; train "
+            "from a cache, or leave it out"
+        )
+    return row_source

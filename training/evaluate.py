@@ -17,6 +17,7 @@ from training.architectures.base import Transcoder
 from training.batches import Batch
 from training.firing_frequency import histogram, log10_frequency
 from training.l0_distribution import l0_quantiles
+from training.ordinary_rows import OrdinaryRows
 
 FREQUENT = {"1_percent": 0.01, "10_percent": 0.1}
 """Frequencies above which a feature counts as frequent, by the ending of the metric's name."""
@@ -50,6 +51,8 @@ class HeldoutScore:
     the share of all firings that are theirs. The names are those of SAEBench."""
     log10_frequency: dict[str, Any]
     """Histogram over features of log10(frequency + 1e-10), in fixed bins (``training.firing_frequency``)."""
+    ordinary: OrdinaryScore | None = None
+    """That of the ordinary rows alone, if they were told apart and there are any."""
 
     def record(self) -> dict[str, Any]:
         """Return the numbers, without the histogram, as flat JSON."""
@@ -61,7 +64,21 @@ class HeldoutScore:
             "dead_fraction": self.dead_fraction,
             "mean_log10_frequency": self.mean_log10_frequency,
             **self.frequent,
+            **({} if self.ordinary is None else self.ordinary.record()),
         }
+
+
+@dataclass(frozen=True)
+class OrdinaryScore:
+    """Quality on the rows whose vectors are not many times longer than most."""
+
+    n_rows: int
+    fvu: float | None
+    """As for all rows, about these rows' own mean."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers as flat JSON."""
+        return {"n_ordinary": self.n_rows, "fvu_ordinary": self.fvu}
 
 
 class _Sums:
@@ -89,31 +106,40 @@ class _Sums:
         self.n_active += active.sum(0).cpu()
         self.l0.append(active.sum(1).cpu())
 
+    @property
+    def fvu(self) -> float | None:
+        if self.offsets is None:
+            return None
+        spread = self.squares - float(self.offsets.pow(2).sum()) / self.n_rows
+        return self.error / spread if spread > 0 else None
+
 
 def _sum_of_squares(rows: Tensor) -> float:
     return float(rows.pow(2).sum(1).cpu().double().sum())
 
 
 @torch.no_grad()
-def evaluate(predict: Predictor, batches: Iterable[Batch]) -> HeldoutScore:
-    """Score ``predict`` on raw ``batches``; there must be at least one row."""
-    sums = _Sums()
+def evaluate(predict: Predictor, batches: Iterable[Batch], ordinary: OrdinaryRows | None = None) -> HeldoutScore:
+    """Score ``predict`` on raw ``batches``, on ``ordinary`` rows also apart; there must be at least one row."""
+    sums, ordinary_sums = _Sums(), _Sums()
     for batch in batches:
         outputs, active = predict(batch.inputs)
         sums.add(batch.outputs, outputs, active)
+        if ordinary is not None and bool((mask := ordinary.mask(batch)).any()):
+            ordinary_sums.add(batch.outputs[mask], outputs[mask], active[mask])
     if sums.offsets is None or sums.n_active is None:
         raise ValueError("no rows to evaluate on")
     log10 = log10_frequency(sums.n_active, sums.n_rows)
-    spread = sums.squares - float(sums.offsets.pow(2).sum()) / sums.n_rows
     return HeldoutScore(
         n_rows=sums.n_rows,
-        fvu=sums.error / spread if spread > 0 else None,
+        fvu=sums.fvu,
         l0=int(sums.n_active.sum()) / sums.n_rows,
         l0_quantiles=l0_quantiles(torch.cat(sums.l0)),
         dead_fraction=int((sums.n_active == 0).sum()) / len(sums.n_active),
         mean_log10_frequency=float(log10.mean()),
         frequent=_frequent(sums.n_active, sums.n_rows),
         log10_frequency=histogram(log10),
+        ordinary=OrdinaryScore(ordinary_sums.n_rows, ordinary_sums.fvu) if ordinary_sums.n_rows else None,
     )
 
 

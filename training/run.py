@@ -8,15 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from storage.errors import NonFiniteActivation
+from storage.errors import NonFiniteActivation, SettingsError
 from training.architectures.base import Transcoder
-from training.batches import SiteBatches
+from training.batches import Batch, SiteBatches
 from training.dead_features import FiringRecord
 from training.ema import WeightAverage
 from training.kernels.kernel import ExtraLoss, StatefulKernel, StepKernel, StepResult
 from training.normalisation import Normalisation
 from training.objectives import Objective
 from training.optim import Optimiser
+from training.ordinary_rows import OrdinaryRows
 from training.schedule import Schedule
 
 CHECK_EVERY = 50
@@ -64,6 +65,7 @@ class TrainingRun:
         extra: Sequence[ExtraLoss] = (),
         resampler: Resampler | None = None,
         average: WeightAverage | None = None,
+        ordinary: OrdinaryRows | None = None,
         name: str = "transcoder",
     ) -> None:
         self.transcoder = transcoder
@@ -73,6 +75,8 @@ class TrainingRun:
         self.schedule = schedule
         self.site = site
         self.lr = lr
+        self.ordinary = ordinary
+        """The rows that are learnt from; None: all."""
         self.name = name
         self.n_steps_done = 0
         self.n_rows_done = 0
@@ -94,8 +98,7 @@ class TrainingRun:
 
     def step(self, batches: SiteBatches) -> None:
         """Take one optimiser step on raw rows. Raises NonFiniteActivation before a bad loss reaches the weights."""
-        raw = batches[self.site]
-        batch = self.on_device.apply(raw)
+        batch = self.on_device.apply(self._learnt_from(batches[self.site]))
         self.transcoder.begin_step(self.n_steps_done)
         per_row = self.wants_rows(self.n_steps_done + 1)
         result = self._kernel(self.transcoder, batch, self.objective, self._extra, per_row=per_row)
@@ -111,6 +114,17 @@ class TrainingRun:
         self.n_rows_done += result.n_rows
         if self._resampler is not None:
             self.latest_extras = self._resampler.after_step(self)
+
+    def _learnt_from(self, raw: Batch) -> Batch:
+        if self.ordinary is None:
+            return raw
+        batch = self.ordinary.of(raw)
+        if not len(batch.inputs):
+            raise SettingsError(
+                f"{self.name}: max_norm_multiple leaves none of the {len(raw.inputs)} rows of step "
+                f"{self.n_steps_done + 1} to learn from; raise it, or batch_rows"
+            )
+        return batch
 
     @property
     def current_lr(self) -> float:

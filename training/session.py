@@ -200,13 +200,14 @@ class Session:
 
     def _score(self, max_rows: int | None) -> HeldoutScore:
         assert self._heldout is not None
-        return evaluate(self.run.predict, self._heldout(max_rows))
+        return evaluate(self.run.predict, self._heldout(max_rows), self.run.ordinary)
 
     def _keep_if_best(self, step: int, score: HeldoutScore) -> None:
         best = self.scores.get("best")
-        if score.fvu is not None and (best is None or score.fvu < best["fvu"]):
+        learnt = score if score.ordinary is None else score.ordinary
+        if learnt.fvu is not None and (best is None or learnt.fvu < best["fvu"]):
             self._save(BEST)
-            self.scores["best"] = {"step": step, "fvu": score.fvu, "l0": score.l0, "n_rows": score.n_rows}
+            self.scores["best"] = {"step": step, "fvu": learnt.fvu, "l0": score.l0, "n_rows": learnt.n_rows}
 
     def _call(self, hook: PeriodicHook) -> Callable[[int], None]:
         def call(step: int) -> None:

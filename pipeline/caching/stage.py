@@ -230,13 +230,3 @@ def log_event(root: Path, event: str, **numbers: Any) -> None:
             file.write(json.dumps(line) + "\n")
     except OSError as error:  # no reason to fail: the log is no part of the result
         logger.warning("%s: cannot be written (%s)", root / LOG, error)
-
-
-def massive_sites(shares: Sequence[tuple[str, float]], threshold: float = 0.25) -> list[str]:
-    """Return a sentence for each site a few rows of which hold much of the output energy."""
-    return [
-        f"{key}: the largest 1 % of rows hold {share:.0%} of the energy; a transcoder trained on squared error will "
-        "fit those few tokens and little else. Consider another layer"
-        for key, share in shares
-        if share > threshold
-    ]

@@ -138,8 +138,11 @@ def show_metrics(metrics: dict[str, Any]) -> str:
     score = metrics.get("heldout")
     if not score:
         return f"{metrics['steps']:,} steps; no held-out rows to score on"
+    fvu = f"{score['fvu']:.4f}"
+    if score.get("fvu_ordinary") is not None:
+        fvu = f"{score['fvu_ordinary']:.4f} on the {score['n_ordinary']:,} rows it may learn from ({fvu} on all)"
     return (
-        f"{metrics['steps']:,} steps, held-out FVU {score['fvu']:.4f}, L0 {score['l0']:.1f}, "
+        f"{metrics['steps']:,} steps, held-out FVU {fvu}, L0 {score['l0']:.1f}, "
         f"dead features {score['dead_fraction']:.1%}"
     )
 

@@ -7,25 +7,24 @@ therefore also taken over the ordinary rows, and such layers are marked with wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from storage.activation_cache import ActivationCache
-from storage.statistics import SiteStatistics
+from storage.encodings import Side
+from storage.statistics import MASSIVE_SHARE, SiteStatistics
 from storage.tables import column, read_table, write_table
-from training.batches import Batch, iter_once
+from training.batches import iter_once
 from training.evaluate import evaluate, predictor
+from training.ordinary_rows import OrdinaryRows
 from training.transcoder import Transcoder
 
 LAYERS = "layers.parquet"
-MASSIVE_SHARE = 0.25
-"""A layer is marked if its largest 1 % of rows hold more than this share of the squared norms."""
 ORDINARY_NORMS = 10.0
 """A row is ordinary if neither its input nor its output is longer than this many times the median."""
 
@@ -87,33 +86,9 @@ class LayerOutcome:
         return self.status == "finished"
 
 
-@dataclass(frozen=True)
-class Norms:
-    """How long the rows of one side are, from a cache's statistics."""
-
-    median: float
-    largest: float
-    energy_share: float
-    """Of Σ‖row‖², held by the longest 1 % of rows."""
-
-
-def norms_of(statistics: SiteStatistics) -> Norms:
-    """Return norms to the width of the histogram's bins, a quarter octave of ‖row‖²: within 9 %."""
-    used = np.flatnonzero(statistics.energy_counts)
-    counts = statistics.energy_counts[used]
-    lengths = np.sqrt(statistics.energy_sums[used] / counts)
-    middle = int(np.searchsorted(np.cumsum(counts), statistics.n_rows / 2))
-    return Norms(float(lengths[middle]), float(lengths[-1]), statistics.energy_share())
-
-
-def massive_note(norms: Mapping[str, Norms]) -> str | None:
+def massive_note(sides: Mapping[str, SiteStatistics]) -> str | None:
     """Return what is wrong with a layer a few rows of which dwarf all others, by side; None for other layers."""
-    found = [
-        f"{side}s: the longest 1 % of rows hold {one.energy_share:.0%} of the energy, up to a norm of "
-        f"{one.largest:,.0f} where the median is {one.median:,.1f}"
-        for side, one in norms.items()
-        if one.energy_share > MASSIVE_SHARE
-    ]
+    found = [f"{side}s: {note}" for side, one in sides.items() if (note := one.massive_note())]
     return "massive activations; " + "; ".join(found) if found else None
 
 
@@ -129,20 +104,15 @@ def score_layer(
 ) -> LayerOutcome:
     """Score one layer's transcoder, None if it ``diverged``, on all held-out rows of ``cached``."""
     train = cached.split("train")
-    norms = {"input": norms_of(train.statistics(site, "in")), "output": norms_of(train.statistics(site, "out"))}
-    massive = massive_note(norms)
+    sides: dict[Side, SiteStatistics] = {"in": train.statistics(site, "in"), "out": train.statistics(site, "out")}
+    massive = massive_note({"input": sides["in"], "output": sides["out"]})
     notes = [note for note in (massive, None if diverged is None else f"diverged: {diverged['reason']}") if note]
-    score = ordinary = None
+    score = None
     if coder is not None and "heldout" in cached.manifest["splits"]:
         split = cached.split("heldout")
 
-        def batches() -> Iterator[Batch]:
-            return iter(iter_once(split, cached.sites[site], batch_rows=batch_rows, device=device, max_rows=None))
-
-        score = evaluate(predictor(coder), batches())
-        limits = (ORDINARY_NORMS * norms["input"].median, ORDINARY_NORMS * norms["output"].median)
-        kept = list(ordinary_rows(batches(), *limits))
-        ordinary = evaluate(predictor(coder), kept) if kept else None
+        batches = iter_once(split, cached.sites[site], batch_rows=batch_rows, device=device)
+        score = evaluate(predictor(coder), batches, OrdinaryRows.within(ORDINARY_NORMS, sides))
     return LayerOutcome(
         layer=layer,
         site=site,
@@ -152,27 +122,17 @@ def score_layer(
         fvu=None if score is None else score.fvu,
         l0=None if score is None else score.l0,
         dead_fraction=None if score is None else score.dead_fraction,
-        fvu_ordinary=None if ordinary is None else ordinary.fvu,
-        n_ordinary=0 if ordinary is None else ordinary.n_rows,
-        energy_share_in=norms["input"].energy_share,
-        energy_share_out=norms["output"].energy_share,
-        median_norm_in=norms["input"].median,
-        median_norm_out=norms["output"].median,
-        largest_norm_in=norms["input"].largest,
-        largest_norm_out=norms["output"].largest,
+        fvu_ordinary=None if score is None or score.ordinary is None else score.ordinary.fvu,
+        n_ordinary=0 if score is None or score.ordinary is None else score.ordinary.n_rows,
+        energy_share_in=sides["in"].energy_share(),
+        energy_share_out=sides["out"].energy_share(),
+        median_norm_in=sides["in"].median_norm,
+        median_norm_out=sides["out"].median_norm,
+        largest_norm_in=sides["in"].largest_norm,
+        largest_norm_out=sides["out"].largest_norm,
         is_massive=massive is not None,
         note="; ".join(notes) or None,
     )
-
-
-def ordinary_rows(batches: Iterable[Batch], longest_in: float, longest_out: float) -> Iterator[Batch]:
-    """Yield the rows whose input and output norms are at most these; copies, so that they may be kept."""
-    for inputs, outputs in batches:
-        kept = (torch.linalg.vector_norm(inputs, dim=1) <= longest_in) & (
-            torch.linalg.vector_norm(outputs, dim=1) <= longest_out
-        )
-        if kept.any():
-            yield Batch(inputs[kept], outputs[kept])
 
 
 def write_layers(path: Path, outcomes: Sequence[LayerOutcome]) -> None:

@@ -160,7 +160,7 @@ def _open_run(
     quiet: bool,
 ) -> OpenRun:
     n_steps = rows.n_steps(settings)
-    for sentence in settings.without_effect(n_steps):
+    for sentence in [*settings.without_effect(n_steps), *_massive(settings, site, rows)]:
         logger.warning("%s: %s", draft.path, sentence)
     run = _build(name, settings, site, rows, origins)
     session = Session(
@@ -175,6 +175,14 @@ def _open_run(
         quiet=quiet,
     )
     return OpenRun(name, settings, site, draft, run, session)
+
+
+def _massive(settings: TrainSettings, site: Site, rows: TrainingRows) -> list[str]:
+    """Return a sentence if a few rows would decide everything."""
+    note = rows.statistics(site)[site.sides[-1]].massive_note()
+    if settings.max_norm_multiple is not None or note is None:
+        return []
+    return [f"{site.name} has massive activations: {note}; max_norm_multiple 10 would leave such rows out"]
 
 
 def _build(name: str, settings: TrainSettings, site: Site, rows: TrainingRows, origins: Origins) -> TrainingRun:
@@ -243,6 +251,7 @@ def _describe(one: OpenRun, source: TrainingSource, origins: Origins) -> dict[st
             "scale_in": one.run.normalisation.scale_in,
             "scale_out": one.run.normalisation.scale_out,
         },
+        "learnt_from": None if one.run.ordinary is None else asdict(one.run.ordinary),
         "precision": origins.precision(one.settings),
         "metrics": one.session.summary(),
         "versions": describe_versions(),
