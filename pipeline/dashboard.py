@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from analysis.dashboards.feature_tables import FeatureTables
 from pipeline.dashboards.blind import write_blind_page
-from pipeline.dashboards.selection import parse_features
 from pipeline.dashboards.site_data import INDEX, SiteData
+from pipeline.feature_selection import FeatureSelection, parse_features
 from storage.artifact import Draft, canonical_json, make_directory, read_manifest, write_atomically
 from storage.settings import Settings
 
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 class DashboardSettings(Settings):
     """Which features to show, and how."""
 
-    features: str | None = None
-    """Show only these features, e.g. 89,100-200 (both ends belong to a range); all of them if not given."""
+    feature: FeatureSelection = ()
+    """Show only these features, e.g. 89,100-200 (both ends belong to a range); may be repeated. All if not given."""
 
     window: int = Field(default=24, ge=0)
     """Tokens shown on each side of an example, as far as the tables have them."""
@@ -70,7 +70,7 @@ def run(settings: DashboardSettings, *, tables: Path, output: Path, quiet: bool 
     not exist, StorageFull.
     """
     opened = FeatureTables(tables)
-    features = parse_features(settings.features, opened.n_features)
+    features = sorted(parse_features(settings.feature, opened.n_features)) or list(range(opened.n_features))
     inputs = {"tables": {"digest": opened.manifest["digest"]}}
     request = {"format": FORMAT_VERSION, "settings": settings.model_dump(mode="json"), "inputs": inputs}
     with Draft(output, KIND, request) as draft:

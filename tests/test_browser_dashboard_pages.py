@@ -235,7 +235,7 @@ def test_axe_finds_nothing(browser: Browser, site: Path, scheme: Scheme) -> None
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_on_blind_pages(browser: Browser, made: MadeTables, tmp_path: Path, scheme: Scheme) -> None:
-    settings = DashboardSettings(blind=True, features="0-5")
+    settings = DashboardSettings(blind=True, feature=("0-5",))
     site = dashboard.run(settings, tables=made.path, output=tmp_path / "site", quiet=True).path
     with watched_page(browser, scheme) as watched:
         for name in ("index.html", "item-0001.html", "item-0002.html"):

@@ -13,10 +13,9 @@ from pipeline import cli, dashboard
 from pipeline.dashboard import SITE, DashboardSettings
 from pipeline.dashboards import site_data
 from pipeline.dashboards.packing import pack, unpack
-from pipeline.dashboards.selection import parse_features
 from pipeline.dashboards.site_data import FEATURES_PER_FILE
 from storage.artifact import verify_artifact
-from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from storage.errors import ArtifactMismatch, ArtifactMissing
 from tests.dashboard_tables import WORDS, MadeTables, make_tables
 
 SCRIPTS = sorted(SITE.glob("*.js"))
@@ -45,7 +44,7 @@ def test_a_site_holds_its_own_files_and_all_features(made: MadeTables, tmp_path:
 
 
 def test_the_page_names_files_that_are_there_and_nothing_else(made: MadeTables, tmp_path: Path) -> None:
-    result = dashboard.run(DashboardSettings(features="0"), tables=made.path, output=tmp_path / "site", quiet=True)
+    result = dashboard.run(DashboardSettings(feature=("0",)), tables=made.path, output=tmp_path / "site", quiet=True)
     page = result.page.read_text()
     named = [name for name in re.findall(r'(?:src|href)="([^"]*)"', page) if name != "data:,"]
     assert named
@@ -57,7 +56,7 @@ def test_the_page_names_files_that_are_there_and_nothing_else(made: MadeTables, 
 
 
 def test_only_chosen_features_are_written(made: MadeTables, tmp_path: Path) -> None:
-    settings = DashboardSettings(features="3, 66-69,66")
+    settings = DashboardSettings(feature=("3, 66-69", "66"))
     result = dashboard.run(settings, tables=made.path, output=tmp_path / "site", quiet=True)
     assert result.n_features == 5
     names = [path.stem for path in sorted((result.path / "data").glob("features-*"))]
@@ -91,9 +90,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(
 
 
 def test_another_site_is_not_written_over(made: MadeTables, tmp_path: Path) -> None:
-    dashboard.run(DashboardSettings(features="1"), tables=made.path, output=tmp_path / "site", quiet=True)
-    with pytest.raises(ArtifactMismatch, match=r"features: there it is '1', asked for '2'"):
-        dashboard.run(DashboardSettings(features="2"), tables=made.path, output=tmp_path / "site", quiet=True)
+    dashboard.run(DashboardSettings(feature=("1",)), tables=made.path, output=tmp_path / "site", quiet=True)
+    with pytest.raises(ArtifactMismatch, match=r"feature: there it is \['1'\], asked for \['2'\]"):
+        dashboard.run(DashboardSettings(feature=("2",)), tables=made.path, output=tmp_path / "site", quiet=True)
 
 
 def test_no_token_is_readable_as_markup_in_any_file(made: MadeTables, tmp_path: Path) -> None:
@@ -123,25 +122,6 @@ def test_packing_gives_back_what_was_packed_in_the_same_bytes() -> None:
         pack("index", [float("nan")])
 
 
-@pytest.mark.parametrize(
-    ("text", "features"), [(None, [0, 1, 2, 3]), ("2", [2]), (" 1-3 , 0 ", [0, 1, 2, 3]), ("2,2,1-2", [1, 2])]
-)
-def test_features_are_chosen_by_index_and_range(text: str | None, features: list[int]) -> None:
-    assert parse_features(text, 4) == features
-
-
-def test_everything_wrong_with_chosen_features_is_told_at_once() -> None:
-    with pytest.raises(SettingsError) as error:
-        parse_features("1,x,3-1,9,", 4)
-    assert str(error.value).splitlines() == [
-        "--features: write indices and ranges such as 89,100-200:",
-        "  'x' is no feature and no range of features",
-        "  '3-1' ends before it begins; write 1-3",
-        "  '9' is beyond the last feature, 3",
-        "  '' is no feature and no range of features",
-    ]
-
-
 def test_a_path_without_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMissing, match="there are no tables here"):
         dashboard.run(DashboardSettings(), tables=tmp_path / "none", output=tmp_path / "site", quiet=True)
@@ -158,7 +138,7 @@ class Links(HTMLParser):
 
 
 def test_a_blind_site_lists_items_and_keeps_their_features_in_a_key(made: MadeTables, tmp_path: Path) -> None:
-    settings = DashboardSettings(blind=True, features="10-29", seed=3)
+    settings = DashboardSettings(blind=True, feature=("10-29",), seed=3)
     result = dashboard.run(settings, tables=made.path, output=tmp_path / "site", quiet=True)
     key = json.loads((result.path / "key.json").read_text())
     assert sorted(key.values()) == list(range(10, 30))
@@ -174,11 +154,11 @@ def test_the_command_says_what_to_open_and_refuses_without_a_traceback(
     made: MadeTables, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "site"
-    cli.main(["dashboard", str(made.path), "--out", str(out), "--features", "5"])
+    cli.main(["dashboard", str(made.path), "--out", str(out), "--feature", "5"])
     said = capsys.readouterr().out
     assert re.fullmatch(r".*index\.html: 1 features, 0\.\d MB in \d+ files; open it in a browser\n", said)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["dashboard", str(made.path), "--out", str(tmp_path / "other"), "--features", "500"])
+        cli.main(["dashboard", str(made.path), "--out", str(tmp_path / "other"), "--feature", "500"])
     told = capsys.readouterr().err
     assert (stop.value.code, "Traceback" in told) == (1, False)
     assert "'500' is beyond the last feature, 69" in told

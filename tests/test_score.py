@@ -324,3 +324,17 @@ def test_the_command_prints_draws_and_says_so(transcoder: Path, tmp_path: Path, 
     assert "<h2>Text 2</h2>" in page
     assert page.count("<td>–</td>") == 2  # the BOS of each text has no strongest feature
     assert len(re.findall(r"<td>\d+ \([\d.]+\)", page)) == 16
+
+
+def test_features_are_named_by_number_list_and_range_and_shown_in_that_order(
+    transcoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["score", text(), "--transcoder", str(transcoder), "--model", str(model_folder())]
+    cli.main([*asked, "--feature", "7,2-4", "--feature", "3,0"])
+    columns = re.findall(r"feature (\d+)", capsys.readouterr().out.splitlines()[0])
+    assert columns == ["7", "2", "3", "4", "0"]
+    with pytest.raises(SystemExit):
+        cli.main([*asked, "--feature", "7,24", "--feature", "two"])
+    told = capsys.readouterr().err
+    assert "'24' is beyond the last feature, 23" in told
+    assert "'two' is no feature" in told

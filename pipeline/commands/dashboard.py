@@ -23,7 +23,7 @@ def command(tables: Path, output: Path, config: Path | None, quiet: bool, **give
 
     \b
     pipeline dashboard tables/gpt2-l8 --out dashboards/gpt2-l8
-    pipeline dashboard tables/gpt2-l8 --features 89,100-200 --out dashboards/some
+    pipeline dashboard tables/gpt2-l8 --feature 89,100-200 --out dashboards/some
 
     It opens from disk: no server, no network. Copy the folder to share it. A link to one feature ends in
     index.html#feature=89.

@@ -8,14 +8,21 @@ import click
 
 from pipeline import score
 from pipeline.commands import options
+from pipeline.feature_selection import parse_features
 from pipeline.scoring import pictures as score_pictures
 from pipeline.scoring.text import show
+from training.transcoder import read_transcoder_manifest
 
 
 @click.command("score")
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @click.option("--transcoder", required=True, type=options.ARTIFACT, help="Transcoder whose features are asked.")
-@click.option("--feature", "features", type=int, multiple=True, help="Index of a feature; may be repeated.")
+@click.option(
+    "--feature",
+    "features",
+    multiple=True,
+    help="Features to show, e.g. 89,100-120 (both ends belong to a range); may be repeated.",
+)
 @click.option(
     "--file",
     "files",
@@ -43,7 +50,7 @@ from pipeline.scoring.text import show
 def command(
     texts: tuple[str, ...],
     transcoder: Path,
-    features: tuple[int, ...],
+    features: tuple[str, ...],
     files: tuple[Path, ...],
     raw: bool,
     top: int,
@@ -58,7 +65,7 @@ def command(
     """Show what features make of TEXT, token by token; '-' reads standard input.
 
     \b
-    pipeline score "This was his first goal" --transcoder transcoders/gpt2-l8 --feature 89
+    pipeline score "This was his first goal" --transcoder transcoders/gpt2-l8 --feature 89,235
     pipeline score --file prompts.jsonl --transcoder transcoders/gpt2-l8 \\
         --tables tables/gpt2-l8 --output scores.html
 
@@ -70,7 +77,7 @@ def command(
     scores = score.run(
         score.read_texts(texts, files),
         transcoder=transcoder,
-        features=features,
+        features=parse_features(features, read_transcoder_manifest(transcoder)["d_sae"]),
         raw=raw,
         top=top,
         context_length=context_length,

@@ -1,0 +1,55 @@
+"""Which features of one transcoder are meant, as typed: ``--feature 89,100-200 --feature 7``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from storage.errors import SettingsError
+
+_PART = re.compile(r"(\d+)\s*(?:-\s*(\d+))?")
+_SHOWN = 5
+
+
+def split_features(value: Any) -> Any:
+    """Return numbers and texts such as ``1,5-9``, alone or in a list as YAML has them, as one part per number or range.
+
+    Several ways to type the same parts are one setting so. Anything else is returned for pydantic to refuse.
+    """
+    items = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(item, str | int) and not isinstance(item, bool) for item in items):
+        return value
+    return tuple(part.strip() for item in items for part in str(item).split(","))
+
+
+FeatureSelection = Annotated[tuple[str, ...], BeforeValidator(split_features)]
+"""A setting that chooses features; empty if none is chosen. ``parse_features`` reads it."""
+
+
+def parse_features(texts: Sequence[str], n_features: int) -> list[int]:
+    """Return the chosen features, in the order they are named, each once.
+
+    Both ends of a range belong to it. Raises SettingsError with everything that cannot be read or does not exist.
+    """
+    chosen: dict[int, None] = {}
+    problems = []
+    for part in split_features(texts):
+        match = _PART.fullmatch(part)
+        if match is None:
+            problems.append(f"{part!r} is no feature and no range of features")
+            continue
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            problems.append(f"{part!r} ends before it begins; write {last}-{first}")
+        elif last >= n_features:
+            problems.append(f"{part!r} is beyond the last feature, {n_features - 1}")
+        else:
+            chosen.update(dict.fromkeys(range(first, last + 1)))
+    if problems:
+        rest = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        lines = "".join(f"\n  {line}" for line in [*problems[:_SHOWN], *rest])
+        raise SettingsError(f"--feature: write numbers and ranges such as 89,100-200:{lines}")
+    return list(chosen)
