@@ -35,7 +35,7 @@ from pipeline.circuits.cards import open_tables, read_cards
 from pipeline.circuits.page import features_shown, render_page
 from pipeline.circuits.question import (
     Question,
-    check_layers,
+    check_askable,
     prompt_tokens,
     token_ids,
     transcoder_sites,
@@ -135,10 +135,13 @@ def run(
     keep = NodeFilter.parse(settings.filter)
     transcoders = each_artifact(transcoders, TRANSCODER_KIND)
     sites = transcoder_sites(transcoders)
-    n_layers = int(read_transcoder_manifest(transcoders[0])["model"]["n_layers"]) if transcoders else 0
-    check_layers(question, sorted(sites), n_layers, settings.missing_layers)
+    manifests = {layer: read_transcoder_manifest(path) for layer, (path, _) in sites.items()}
+    n_layers = max((int(one["model"]["n_layers"]) for one in manifests.values()), default=0)
+    check_askable(
+        question, {layer: one["d_sae"] for layer, one in manifests.items()}, n_layers, settings.missing_layers
+    )
     open_device(device)
-    digests = {layer: str(read_transcoder_manifest(path)["digest"]) for layer, (path, _) in sites.items()}
+    digests = {layer: str(one["digest"]) for layer, one in manifests.items()}
     known = open_tables(each_artifact(tables, TABLES_KIND), digests)
     inputs = {
         "transcoders": {site.name: {"digest": digests[layer]} for layer, (_, site) in sites.items()},

@@ -228,11 +228,35 @@ def test_missing_layers_are_refused_unless_they_may_be_opaque(
     assert "--missing-layers opaque" in said
     said = run_command(place, capsys, PROMPT, "--feature", "0:3", *two, "--out", tmp_path / "b", fails=True)
     assert "--feature 0:3: no transcoder of layer 0 was given; layers with one: 1, 2" in said
+    assert "layers " not in said.replace("layers with one", "")  # none is below layer 0
     opaque = ["--missing-layers", "opaque", "--max-features", 10, "--order", "magnitude"]
     run_command(place, capsys, PROMPT, "--logit", "her", *two, "--out", tmp_path / "c", *opaque)
     root = json.loads((tmp_path / "c" / "circuit.json").read_text())["root"]
     assert root["incompleteness"] < 1e-5
     assert root["by_kind"]["mlp"] != 0
+
+
+@pytest.mark.parametrize(
+    ("feature", "told"),
+    [
+        ("2:24", ["--feature 2:24: this transcoder has features 0 to 23", "layers 0, 1: no transcoder of them"]),
+        ("1:3", ["--feature 1:3: no transcoder of layer 1 was given; layers with one: 2", "layers 0: no transcoder"]),
+        ("9:3", ["--feature 9:3: no transcoder of layer 9 was given", "layers 0, 1: no transcoder of them"]),
+    ],
+)
+def test_a_feature_that_is_not_there_is_told_with_all_else_before_a_model_is_loaded(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, feature: str, told: list[str]
+) -> None:
+    monkeypatch.setattr(circuit, "open_transcoder_model", lambda *_, **__: pytest.fail("the model was opened"))
+    with pytest.raises(SettingsError) as error:
+        circuit.run(
+            SMALL, Question(PROMPT, feature=parse_feature(feature)), transcoders=place.transcoders[2:],
+            output=tmp_path / "c", model=str(place.model_path),
+        )  # fmt: skip
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(told)
+    assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
+    assert not (tmp_path / "c").exists()
 
 
 def test_transcoders_of_other_models_processings_sites_and_twice_of_one_layer_are_refused(

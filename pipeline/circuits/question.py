@@ -120,17 +120,28 @@ def transcoder_sites(transcoders: Sequence[Path]) -> dict[int, tuple[Path, Site]
     return found
 
 
-def check_layers(question: Question, layers: Sequence[int], n_layers: int, missing: str) -> None:
-    """Raise SettingsError if a layer that the question needs has no transcoder, unless ``missing`` is opaque."""
-    last = n_layers if question.feature is None else question.feature[0]
-    if question.feature is not None and last not in layers:
-        have = ", ".join(map(str, sorted(layers))) or "none"
-        raise SettingsError(
-            f"--feature {last}:{question.feature[1]}: no transcoder of layer {last} was given; layers with one: {have}"
-        )
-    without = [layer for layer in range(min(last, n_layers)) if layer not in layers]
+def check_askable(question: Question, d_sae: Mapping[int, int], n_layers: int, missing: str) -> None:
+    """Raise SettingsError, with every problem, if these transcoders cannot answer, before a language model is loaded.
+
+    ``d_sae`` has the number of features by layer. The feature must be there, and every layer below it, or below a
+    logit, must have a transcoder unless ``missing`` is opaque.
+    """
+    problems = []
+    last = n_layers
+    if question.feature is not None:
+        last, index = question.feature
+        if last not in d_sae:
+            have = ", ".join(map(str, sorted(d_sae))) or "none"
+            problems.append(
+                f"--feature {last}:{index}: no transcoder of layer {last} was given; layers with one: {have}"
+            )
+        elif index >= d_sae[last]:
+            problems.append(f"--feature {last}:{index}: this transcoder has features 0 to {d_sae[last] - 1}")
+    without = [layer for layer in range(min(last, n_layers)) if layer not in d_sae]
     if without and missing == "refuse":
-        raise SettingsError(
+        problems.append(
             f"layers {', '.join(map(str, without))}: no transcoder of them was given, so what their MLPs do cannot be "
             "told by features; give them too, or --missing-layers opaque to have each such MLP as one node"
         )
+    if problems:
+        raise SettingsError("\n".join(problems))
