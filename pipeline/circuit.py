@@ -33,6 +33,7 @@ from pipeline.artifact_folders import each_artifact
 from pipeline.circuits.cards import KIND as TABLES_KIND
 from pipeline.circuits.cards import open_tables, read_cards
 from pipeline.circuits.page import features_shown, render_page
+from pipeline.circuits.poor_layers import warn_of_poor_layers
 from pipeline.circuits.question import (
     Question,
     check_askable,
@@ -127,6 +128,7 @@ def run(
 
     ``transcoders`` are transcoders, or folders that hold some; ``tables`` of some of them, given likewise, give their
     features' cards on the page; ``model`` says where the language model lies if it is not under its recorded name.
+    Warns of layers whose transcoder explains next to nothing, where that is known.
     Raises SettingsError for a question that cannot be asked of these transcoders (a missing layer, a feature, token or
     logit that does not exist, a prompt of the BOS alone), ArtifactMismatch if they belong to different models,
     ModelError for a model that cannot be loaded or whose pass is not linear as assumed.
@@ -140,6 +142,7 @@ def run(
     check_askable(
         question, {layer: one["d_sae"] for layer, one in manifests.items()}, n_layers, settings.missing_layers
     )
+    warn_of_poor_layers(question, {layer: path for layer, (path, _) in sites.items()})
     open_device(device)
     digests = {layer: str(one["digest"]) for layer, one in manifests.items()}
     known = open_tables(each_artifact(tables, TABLES_KIND), digests)

@@ -19,10 +19,12 @@ from pipeline import circuit, cli
 from pipeline.circuit import CircuitSettings
 from pipeline.circuits.cards import read_cards
 from pipeline.circuits.question import Question, parse_feature, prompt_tokens
+from pipeline.layers.scores import LAYERS, write_layers
 from pipeline.model.language_model import ModelSettings, load_language_model
 from storage.artifact import Draft, read_manifest
 from storage.errors import ArtifactMismatch, SettingsError
 from tests.circuit_runs import mlp_site, random_transcoder
+from tests.layer_outcomes import layer_outcome
 from tests.tiny_models import BOS, EOS, save_tiny_model
 from training.architectures import TopK
 from training.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
@@ -185,6 +187,21 @@ def test_a_filter_that_nothing_meets_says_so(place: Place, tmp_path: Path, capsy
     assert "no path: nothing that the filters allow" in run_command(place, capsys, *asked, "--out", tmp_path / "c")
     assert (tmp_path / "c" / "index.html").exists()
     assert not (tmp_path / "c" / "viewer.json").exists()
+
+
+def test_a_layer_that_explains_next_to_nothing_is_told_by_the_stage(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_layers(place.folder / LAYERS, [layer_outcome(layer, 0.2, 1.5) for layer in range(3)])
+    try:
+        circuit.run(
+            SMALL, Question(PROMPT, feature=(2, 3)), transcoders=place.transcoders, output=tmp_path / "c",
+            model=str(place.model_path),
+        )  # fmt: skip
+    finally:
+        (place.folder / LAYERS).unlink()
+    (told,) = [record.getMessage() for record in caplog.records if "FVU above" in record.getMessage()]
+    assert "layer 0 (1.5 on ordinary rows), layer 1 (1.5 on ordinary rows); what" in told
 
 
 # ---- what is refused
