@@ -44,8 +44,8 @@ FORMAT_VERSION = 1
 PLACE = "circuits"
 """Folder of the stage, below the directory that model and text lie in."""
 TOGETHER_BYTES = 1 << 30
-"""What weights, gradients and moments of the transcoders trained side by side may take. Not memory alone speaks for
-few: all of them write a checkpoint every minute, 12 bytes a parameter, which a busy disk takes long for."""
+"""What weights, gradients and moments of the transcoders trained side by side may take. More at once would gain
+nothing, since each reads a site of its own, and would need more memory and more disk for checkpoints."""
 
 logger = logging.getLogger(__name__)
 

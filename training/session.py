@@ -8,7 +8,6 @@ them gives the same bytes.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from storage.errors import SettingsError
 from training.batches import Batch, BatchStream
 from training.checkpoint import Checkpoint, Checkpoints, write_tensors
+from training.checkpoint_clock import CheckpointClock
 from training.evaluate import HeldoutScore, evaluate
 from training.firing_frequency import LOG_SPARSITY, FiringWindow
 from training.loggers import Logger
@@ -32,8 +32,6 @@ from training.transcoder import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS, save_w
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_SECONDS = 60.0
-"""A checkpoint is also written when the last one is this old, for runs whose steps take long."""
 BEST = "best.safetensors"
 """The weights with the lowest held-out FVU, where they are kept."""
 SHOW_EVERY = 10
@@ -120,12 +118,15 @@ class Session:
             desc=self.run.name,
             disable=hidden,
         )
-        self._last_checkpoint = time.monotonic()
         return stream_state
 
-    def duties(self, stream: BatchStream) -> list[Duty]:
-        """Return what is due between steps. The checkpoint comes last, so that it holds all that was logged before."""
+    def duties(self, stream: BatchStream, clock: CheckpointClock | None = None) -> list[Duty]:
+        """Return what is due between steps. The checkpoint comes last, so that it holds all that was logged before.
+
+        ``clock`` is that of all runs on the stream; by default of this one alone.
+        """
         settings = self._settings
+        clock = CheckpointClock(self._checkpoint_steps) if clock is None else clock
         duties = [
             Duty(every(1), self._count_firings),
             Duty(every(settings.log_every, self.n_steps), self._log_training),
@@ -137,7 +138,11 @@ class Session:
         duties += [
             Duty(snapshots.__contains__, self._save_snapshot),
             Duty(lambda step: step % SHOW_EVERY == 0 or step == self.n_steps, self._show),
-            Duty(self._checkpoint_due, lambda step: self._save_checkpoint(step, stream)),
+            # None after the last step: the results themselves follow at once.
+            Duty(
+                lambda step: step != self.n_steps and clock.is_due(step),
+                lambda step: self._save_checkpoint(step, stream, clock),
+            ),
         ]
         return duties
 
@@ -244,25 +249,19 @@ class Session:
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def _checkpoint_due(self, step: int) -> bool:
-        # None after the last step: the results themselves follow at once.
-        if step == self.n_steps:
-            return False
-        return step % self._checkpoint_steps == 0 or time.monotonic() - self._last_checkpoint > CHECKPOINT_SECONDS
-
-    def _save_checkpoint(self, step: int, stream: BatchStream) -> None:
+    def _save_checkpoint(self, step: int, stream: BatchStream, clock: CheckpointClock) -> None:
         assert self._log is not None
-        state = {
-            "rows": self.run.n_rows_done,
-            "run": self.run.state(),
-            "stream": stream.state_dict(),
-            "metrics_bytes": self._log.commit(),
-            "n_resampled_logged": self._n_resampled_logged,
-            "scores": self.scores,
-        }
-        tensors = {**self.run.state_tensors(), **self._window.state_tensors()}
-        self._checkpoints.save(Checkpoint(step, tensors, state))
-        self._last_checkpoint = time.monotonic()
+        with clock.writing():
+            state = {
+                "rows": self.run.n_rows_done,
+                "run": self.run.state(),
+                "stream": stream.state_dict(),
+                "metrics_bytes": self._log.commit(),
+                "n_resampled_logged": self._n_resampled_logged,
+                "scores": self.scores,
+            }
+            tensors = {**self.run.state_tensors(), **self._window.state_tensors()}
+            self._checkpoints.save(Checkpoint(step, tensors, state))
 
     def __enter__(self) -> Self:
         return self

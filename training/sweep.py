@@ -7,40 +7,17 @@ of another by one at most, so a common one survives any interruption.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from storage.errors import NonFiniteActivation
 from training.batches import BatchStream
 from training.checkpoint import Checkpoints
+from training.checkpoint_clock import CheckpointClock
 from training.run import TrainingRun
-from training.session import CHECKPOINT_SECONDS, Session
+from training.session import Session
 from training.trainer import Duty, Lane, train
-
-
-class CheckpointClock:
-    """Decides after which steps checkpoints are written: every so many, or when the last ones have become old.
-
-    It looks at the time once per step, so that all runs get the same answer.
-    """
-
-    def __init__(self, every_steps: int, every_seconds: float = CHECKPOINT_SECONDS) -> None:
-        self._every_steps, self._every_seconds = every_steps, every_seconds
-        self._last = time.monotonic()
-        self._step = -1
-        self._is_due = False
-
-    def __call__(self, step: int) -> bool:
-        """Tell whether checkpoints are due after ``step``."""
-        if step != self._step:
-            now = time.monotonic()
-            self._step = step
-            self._is_due = step % self._every_steps == 0 or now - self._last > self._every_seconds
-            if self._is_due:
-                self._last = now
-        return self._is_due
 
 
 def newest_common_step(steps: Iterable[Iterable[int]]) -> int | None:
@@ -71,12 +48,10 @@ class Member:
 
     def lane(self, stream: BatchStream, clock: CheckpointClock) -> Lane:
         """Return the run's place beside the others."""
-        n_steps = self.session.n_steps
-        *duties, checkpoint = self.session.duties(stream)
-        checkpoint = replace(checkpoint, due=lambda step: step != n_steps and clock(step))
         # Looking comes first: a weight that is not finite would be scored and, after the last step, published.
         look = Duty(self._is_scored, lambda _: self._refuse_non_finite_weights())
-        return Lane(self.run, n_steps, [look, *duties, checkpoint], self.finish, self.give_up)
+        duties = [look, *self.session.duties(stream, clock)]
+        return Lane(self.run, self.session.n_steps, duties, self.finish, self.give_up)
 
     def _is_scored(self, step: int) -> bool:
         return step == self.session.n_steps or any(step % n == 0 for n in self.scored_every)
