@@ -62,7 +62,7 @@ def _read(settings: type[Read], loaded: dict[str, Any], given: Mapping[str, Any]
     for name, field in settings.model_fields.items():
         variants = _variants(field)
         if variants:
-            _merge_variant(loaded, flags, name, variants)
+            _merge_variant(loaded, flags, name, field, variants)
     return settings.read(loaded, flags, where=where)
 
 
@@ -171,9 +171,12 @@ def _other_defaults(name: str, holders: Mapping[str, type[Settings]]) -> str:
 
 
 def _merge_variant(
-    loaded: dict[str, Any], flags: dict[str, Any], name: str, variants: dict[str, type[Settings]]
+    loaded: dict[str, Any], flags: dict[str, Any], name: str, field: FieldInfo, variants: dict[str, type[Settings]]
 ) -> None:
-    """Gather the flags of one kind into the nested settings, on top of what the file says of the same kind."""
+    """Gather the flags of one kind into the nested settings, on top of what the file says of the same kind.
+
+    Flags without a kind mean the default kind if it has them all, or the only one that has.
+    """
     inner_names = {inner for kind in variants.values() for inner in kind.model_fields if inner != _TAG}
     inner = {key: flags.pop(key) for key in inner_names & flags.keys()}
     kind = flags.pop(name, None)
@@ -185,7 +188,8 @@ def _merge_variant(
         before = {}
     if kind is None and _TAG not in before:
         holders = [tag for tag, variant in variants.items() if inner.keys() <= variant.model_fields.keys()]
-        kind = holders[0] if len(holders) == 1 else next(iter(variants))
+        default = getattr(field.default, _TAG, next(iter(variants)))
+        kind = holders[0] if len(holders) == 1 else default
     flags[name] = {**before, **({_TAG: kind} if kind else {}), **inner}
 
 

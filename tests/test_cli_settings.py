@@ -78,6 +78,17 @@ def test_settings_of_every_architecture_are_flags_that_say_whose_they_are(
     assert read(TrainSettings, "--k", "7").architecture.k == 7
 
 
+def test_flags_of_several_kinds_mean_the_default_kind_and_those_of_one_mean_it() -> None:
+    default = TrainSettings().architecture.kind
+    assert default == "batch_topk"
+    assert read(TrainSettings, "--k", "7").architecture.kind == default
+    assert read(TrainSettings, "--skip").architecture.kind == default
+    assert read(TrainSettings, "--target-l0", "30").architecture.kind == "jumprelu"
+    assert read(TrainSettings, "--aux-k", "64").auxiliary.kind == "auxk"
+    with pytest.raises(SettingsError, match="l1: is no setting of batch_topk, but of relu or gated"):  # the default kind has none
+        read(TrainSettings, "--l1", "0.1")
+
+
 def test_help_of_train_says_what_a_model_is_beside_a_cache(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
