@@ -8,13 +8,14 @@ site of the same model: what matters is what the numbers are, not which rows wer
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import pyarrow.compute as pc
+import torch
 from pydantic import Field
 
 from analysis.activations import LAST_ROW, SPOOLED_BYTES
@@ -31,25 +32,27 @@ from pipeline.analyzing.analysis_pass import (
     with_density,
 )
 from pipeline.analyzing.source import CacheSource, FreshSource, Source
-from pipeline.analyzing.weight_tables import CONNECTIONS, check_downstream, write_weight_tables
+from pipeline.analyzing.weight_tables import (
+    CONNECTIONS,
+    FromWeights,
+    SharedWeights,
+    check_downstream,
+    write_weight_tables,
+)
 from pipeline.device import limited_threads, open_device
 from pipeline.live.token_order import FreshText
+from pipeline.transcoder_model import open_transcoder_model
 from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import Draft, list_differences, read_manifest
+from storage.artifact import MANIFEST, Draft, list_differences, read_manifest
 from storage.errors import ArtifactMismatch, SettingsError
 from storage.settings import Quantity, Settings
 from storage.tables import read_table
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 KIND = "tables"
 FORMAT_VERSION = 2
 
 logger = logging.getLogger(__name__)
-
-_SHORTEST_WORD = 4
-_FAMILY_SHARE = (0.2, 0.8)
-"""Share of a feature's examples on its top token that tells a family of tokens from a single one."""
-_READABLE_FREQUENCY = 0.02
 
 
 class AnalyzeSettings(Settings):
@@ -133,18 +136,6 @@ class AnalyzeResult:
     fvu: float | None
 
 
-class FeatureLine(NamedTuple):
-    """A feature at a glance."""
-
-    feature: int
-    frequency: float
-    max: float
-    top_tokens: list[str]
-    """Distinct tokens of its examples, strongest first."""
-    example: str
-    """The text around its strongest example, whose token stands between » and «."""
-
-
 def run(
     settings: AnalyzeSettings,
     *,
@@ -170,68 +161,38 @@ def run(
     are made. Raises ArtifactMismatch if the transcoder belongs to another model or site, or if other tables lie at
     ``output``; ModelError if the model cannot be loaded; SettingsError if the disk has no room for the activations.
     """
-    made_of = read_transcoder_manifest(transcoder)
-    source = _open_source(settings, cache, live, transcoder, made_of, model, device)
     on = open_device(device)
     check_workers(workers, on, is_live=live is not None)
+    open_source = open_sources(settings, [transcoder], cache=cache, live=live, model=model, device=device)
     if live is None:
-        _refuse_unused_model(settings, model, downstream)
-    later = check_downstream(transcoder, made_of, downstream)
-    inputs: dict[str, Any] = {**source.inputs, "transcoder": {"digest": made_of["digest"]}}
-    if later:
-        inputs["downstream"] = {other["site"]["name"]: {"digest": other["digest"]} for other in later.values()}
-    request = {"format": FORMAT_VERSION, "settings": settings.model_dump(mode="json"), "inputs": inputs}
-    with Draft(output, KIND, request) as draft:
-        if not draft.published:
-            _remove_leftovers(draft.path)
-            with limited_threads(threads), scratch_folder(draft.path) as scratch:
-                whole = AnalysisPass(source.rows(), transcoder, settings.plan(), on)
-                coder = load_transcoder(transcoder).to(on)
-                subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
-                _announce_size(subject, whole, draft.path, announce)
-                from_weights = None
-                if not settings.without_model:
-                    from_weights = write_weight_tables(
-                        coder,
-                        made_of["site"],
-                        downstream=later,
-                        open_model=source.open_model,
-                        vocabulary=whole.rows.vocabulary,
-                        output=draft.path,
-                        quiet=quiet,
-                    )
-                    subject = dataclasses.replace(subject, effects=from_weights.effects)
-                harvest = whole.run(subject, workers=workers, threads=threads, quiet=quiet)
-                written = write_tables(TABLES, harvest, subject, whole.plan, draft.path)
-                if from_weights is not None:
-                    written = written.joined(Written({"connections": from_weights.n_connections}, [CONNECTIONS]))
-            draft.publish(
-                {
-                    "format": FORMAT_VERSION,
-                    "inputs": {**inputs, **source.found},
-                    "model": source.model,
-                    "site": made_of["site"],
-                    "tables": {name: {"n_rows": n_rows} for name, n_rows in written.n_rows.items()},
-                    "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
-                },
-                written.files,
-            )
-    return read_result(output)
+        refuse_unused_model(settings, model, downstream)
+    planned = plan(settings, transcoder, output, open_source, downstream)
+    weights = SharedWeights(planned.source.open_model)
+    return planned.make(weights, on, workers=workers, threads=threads, quiet=quiet, announce=announce)
 
 
-def _open_source(
+SourceOf = Callable[[Path, Mapping[str, Any]], Source]
+"""Where a transcoder, with its manifest, has its rows from. Raises ArtifactMismatch if they are not there."""
+
+
+def open_sources(
     settings: AnalyzeSettings,
+    transcoders: Sequence[Path],
+    *,
     cache: Path | None,
     live: FreshText | None,
-    transcoder: Path,
-    made_of: dict[str, Any],
     model: str | None,
     device: str,
-) -> Source:
+) -> SourceOf:
+    """Open what all of ``transcoders`` have their rows from: one of cache and text, or SettingsError is raised."""
     if cache is not None and live is None:
         opened = open_cache(cache)
-        site = check_same_site(opened, cache, made_of, transcoder)
-        return CacheSource(opened, settings.split, site, model, device)
+
+        def of_cache(transcoder: Path, made_of: Mapping[str, Any]) -> Source:
+            site = check_same_site(opened, cache, made_of, transcoder)
+            return CacheSource(opened, settings.split, site, model, device)
+
+        return of_cache
     if live is None or cache is not None:
         given = "neither" if cache is None else "not both"
         raise SettingsError(
@@ -239,10 +200,113 @@ def _open_source(
         )
     if settings.rows is None:
         raise SettingsError("rows: how much of the text to read is not known with --live; give --rows, such as 100k")
-    return FreshSource(live, transcoder, made_of, settings.rows, model, device)
+    n_rows = settings.rows
+    open_model = functools.cache(lambda: open_transcoder_model(transcoders, model=model, device=device))
+    return lambda _, made_of: FreshSource(live, made_of, n_rows, open_model)
 
 
-def check_same_site(cache: ActivationCache, cache_path: Path, transcoder: dict[str, Any], transcoder_path: Path) -> str:
+def plan(
+    settings: AnalyzeSettings, transcoder: Path, output: Path, open_source: SourceOf, downstream: Sequence[Path]
+) -> PlannedTables:
+    """Return what is to be made of ``transcoder``; raise ArtifactMismatch or SettingsError if it cannot be."""
+    made_of = read_transcoder_manifest(transcoder)
+    source = open_source(transcoder, made_of)
+    later = check_downstream(transcoder, made_of, downstream)
+    return PlannedTables(settings, transcoder, made_of, later, source, output)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedTables:
+    """Tables that are to be made of one transcoder. Neither rows nor model are opened yet."""
+
+    settings: AnalyzeSettings
+    transcoder: Path
+    made_of: Mapping[str, Any]
+    """The transcoder's manifest."""
+    downstream: Mapping[Path, Mapping[str, Any]]
+    """Manifests of later transcoders by their paths."""
+    source: Source
+    output: Path
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the tables are made from, by digests."""
+        inputs: dict[str, Any] = {**self.source.inputs, "transcoder": {"digest": self.made_of["digest"]}}
+        if self.downstream:
+            later = self.downstream.values()
+            inputs["downstream"] = {other["site"]["name"]: {"digest": other["digest"]} for other in later}
+        return inputs
+
+    @property
+    def is_made(self) -> bool:
+        """Whether tables are published at the output; ``draft`` tells if they are these."""
+        return (self.output / MANIFEST).exists()
+
+    def draft(self) -> Draft:
+        """Open the output. Raises ArtifactMismatch if other tables lie there, ArtifactBusy."""
+        settings = self.settings.model_dump(mode="json")
+        return Draft(self.output, KIND, {"format": FORMAT_VERSION, "settings": settings, "inputs": self.inputs})
+
+    def make(
+        self,
+        weights: SharedWeights,
+        device: torch.device,
+        *,
+        workers: int = 1,
+        threads: int | None = None,
+        quiet: bool = False,
+        announce: Callable[[str], object] = logger.info,
+    ) -> AnalyzeResult:
+        """Publish the tables unless they are there already. The other arguments are those of ``run``."""
+        with self.draft() as draft:
+            if not draft.published:
+                _remove_leftovers(draft.path)
+                with limited_threads(threads), scratch_folder(draft.path) as scratch:
+                    whole = AnalysisPass(self.source.rows(), self.transcoder, self.settings.plan(), device)
+                    coder = load_transcoder(self.transcoder).to(device)
+                    subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
+                    _announce_size(subject, whole, draft.path, announce)
+                    from_weights = self._write_weight_tables(weights, coder, whole.rows.vocabulary, draft.path, quiet)
+                    if from_weights is not None:
+                        subject = dataclasses.replace(subject, effects=from_weights.effects)
+                    harvest = whole.run(subject, workers=workers, threads=threads, quiet=quiet)
+                    written = write_tables(TABLES, harvest, subject, whole.plan, draft.path)
+                    if from_weights is not None:
+                        written = written.joined(Written({"connections": from_weights.n_connections}, [CONNECTIONS]))
+                draft.publish(
+                    {
+                        "format": FORMAT_VERSION,
+                        "inputs": {**self.inputs, **self.source.found},
+                        "model": self.source.model,
+                        "site": self.made_of["site"],
+                        "tables": {name: {"n_rows": n_rows} for name, n_rows in written.n_rows.items()},
+                        "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
+                    },
+                    written.files,
+                )
+        return read_result(self.output)
+
+    def _write_weight_tables(
+        self, weights: SharedWeights, coder: Transcoder, vocabulary: Sequence[str], output: Path, quiet: bool
+    ) -> FromWeights | None:
+        """Write what weights alone tell; None if the model is left out."""
+        if self.settings.without_model:
+            return None
+        with weights.used() as found:
+            return write_weight_tables(
+                coder,
+                self.made_of["site"],
+                downstream=self.downstream,
+                weights=found,
+                vocabulary=vocabulary,
+                output=output,
+                quiet=quiet,
+            )
+
+
+def check_same_site(
+    cache: ActivationCache, cache_path: Path, transcoder: Mapping[str, Any], transcoder_path: Path
+) -> str:
     """Return the name of the transcoder's site; raise ArtifactMismatch unless the cache holds the same site and model.
 
     The storage dtype may differ: it changes how exactly activations are kept, not what they are.
@@ -267,7 +331,8 @@ def check_same_site(cache: ActivationCache, cache_path: Path, transcoder: dict[s
     return str(wanted["name"])
 
 
-def _refuse_unused_model(settings: AnalyzeSettings, model: str | None, downstream: Sequence[Path]) -> None:
+def refuse_unused_model(settings: AnalyzeSettings, model: str | None, downstream: Sequence[Path]) -> None:
+    """Raise SettingsError if something is given for a model that is left out."""
     if settings.without_model and (model is not None or downstream):
         given = " and ".join(["--model"] * (model is not None) + ["--downstream"] * bool(downstream))
         raise SettingsError(f"--without-model leaves nothing for {given} to do; leave out one or the other")
@@ -296,42 +361,3 @@ def read_result(tables: Path) -> AnalyzeResult:
     read_manifest(tables, KIND)
     (layer,) = read_table(tables / "layers.parquet").to_pylist()
     return AnalyzeResult(tables, layer["n_rows"], layer["d_sae"], layer["n_dead"], layer["l0_mean"], layer["fvu"])
-
-
-def summary(result: AnalyzeResult, n_features: int = 8, n_tokens: int = 5) -> list[FeatureLine]:
-    """Return a few features that are easy to read, no two with the same top token.
-
-    Sparse features on a family of words come first, then those on a single token, dense ones last; features with half
-    or fewer of the examples that others have are left out.
-    """
-    columns = ["feature", "frequency", "max", "top_token", "top_token_id", "top_token_share"]
-    features = read_table(result.path / "features.parquet", columns, pc.field("n_active") > 0).to_pylist()
-    shown = ["feature", "token", "position", "window_start", "window_tokens"]
-    is_top = pc.field("kind") == "top"
-    strongest = read_table(result.path / "examples.parquet", ["feature"], is_top)
-    counted = strongest["feature"].value_counts().to_pylist()
-    n_examples = {entry["values"]: entry["counts"] for entry in counted}
-    enough = max(n_examples.values(), default=0) / 2
-    readable = [row for row in features if n_examples[row["feature"]] > enough]
-    best: dict[int, dict[str, Any]] = {}
-    for row in sorted(readable, key=_readability):
-        best.setdefault(row["top_token_id"], row)
-    chosen = list(best.values())[:n_features]
-    is_chosen = pc.field("feature").isin([row["feature"] for row in chosen])
-    examples = read_table(result.path / "examples.parquet", shown, is_chosen & is_top).to_pylist()
-    return [_line(row, [own for own in examples if own["feature"] == row["feature"]], n_tokens) for row in chosen]
-
-
-def _readability(feature: dict[str, Any]) -> tuple[bool, bool, bool, float, int]:
-    """Order features by how well a few examples show what they are about."""
-    is_word = feature["top_token"].strip().isalpha() and len(feature["top_token"].strip()) >= _SHORTEST_WORD
-    is_family = _FAMILY_SHARE[0] <= feature["top_token_share"] <= _FAMILY_SHARE[1]
-    is_frequent = feature["frequency"] > _READABLE_FREQUENCY
-    return is_frequent, not is_word, not is_family, -feature["max"], feature["feature"]
-
-
-def _line(feature: dict[str, Any], examples: list[dict[str, Any]], n_tokens: int) -> FeatureLine:
-    tokens = list(dict.fromkeys(example["token"] for example in examples))[:n_tokens]
-    window, place = examples[0]["window_tokens"], examples[0]["position"] - examples[0]["window_start"]
-    text = "".join(window[:place]) + "»" + window[place] + "«" + "".join(window[place + 1 :])
-    return FeatureLine(feature["feature"], feature["frequency"], feature["max"], tokens, text)

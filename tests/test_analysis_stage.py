@@ -16,6 +16,7 @@ import torch
 
 from pipeline import analyze, query, train
 from pipeline.analyze import AnalyzeSettings
+from pipeline.analyzing.summary import summary
 from storage.activation_cache import open_cache
 from storage.artifact import Draft, verify_artifact
 from storage.errors import ActionableError, ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError
@@ -232,7 +233,7 @@ def test_another_model_or_width_is_refused_with_both_values(made):
 
 
 def test_the_summary_shows_features_with_the_token_marked_in_its_text(made):
-    lines = analyze.summary(analyze.read_result(made / "tables"), n_features=3, n_tokens=2)
+    lines = summary(made / "tables", n_features=3, n_tokens=2)
     examples = read_table(made / "tables" / "examples.parquet").to_pylist()
     assert lines
     for line in lines:

@@ -16,7 +16,7 @@ from analysis.weight_space.stream import write_point
 from analysis.weight_space.unembedding import token_effects
 from pipeline import analyze, query
 from pipeline.analyze import AnalyzeSettings
-from pipeline.analyzing.weight_tables import write_weight_tables
+from pipeline.analyzing.weight_tables import SharedWeights, write_weight_tables
 from pipeline.model.language_model import ModelSettings, load_language_model
 from pipeline.model.weights import read_weights
 from pipeline.recorded_model import open_recorded_model
@@ -226,7 +226,7 @@ def test_a_model_with_its_norms_folded_in_promotes_the_same_tokens_as_the_raw_on
     np.testing.assert_allclose(shift - shift[:, :1], 0, atol=1e-4)
 
 
-def test_the_model_is_gone_when_its_tables_are_written(made: Path, tmp_path: Path) -> None:
+def test_the_model_is_gone_when_its_weights_are_read_and_they_after_their_last_use(made: Path, tmp_path: Path) -> None:
     cache = open_cache(made / "cache")
     seen: list[weakref.ref[Any]] = []
 
@@ -237,8 +237,15 @@ def test_the_model_is_gone_when_its_tables_are_written(made: Path, tmp_path: Pat
 
     coder = load_transcoder(made / "t0")
     site = read_transcoder_manifest(made / "t0")["site"]
-    write_weight_tables(
-        coder, site, downstream={}, open_model=open_model, vocabulary=cache.vocabulary(), output=tmp_path, quiet=True
-    )
-    assert len(seen) == 3
-    assert [ref() for ref in seen] == [None, None, None]
+    shared = SharedWeights(open_model, n_uses=2)
+    given: dict[str, Any] = {"downstream": {}, "vocabulary": cache.vocabulary(), "output": tmp_path, "quiet": True}
+    with shared.used() as weights:
+        assert len(seen) == 3
+        assert [ref() for ref in seen] == [None, None, None]
+        write_weight_tables(coder, site, weights=weights, **given)
+    unembedding = weakref.ref(weights.W_U)
+    with shared.used() as again:
+        assert again is weights
+    assert len(seen) == 3, "opened once"
+    del weights, again
+    assert unembedding() is None, "after the last use weights are gone too"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.live.token_order import FreshText, fresh_rows
 from pipeline.model.language_model import LanguageModel
 from pipeline.recorded_model import open_recorded_model
 from pipeline.shown_rows import ShownRows, cached_rows
-from pipeline.transcoder_model import open_transcoder_model
 from storage.activation_cache import ActivationCache
 from storage.cache_format import Site
 
@@ -66,18 +64,17 @@ class FreshSource:
     """Rows of fresh text, computed by the model that the transcoder was trained on."""
 
     def __init__(
-        self, text: FreshText, transcoder: Path, made_of: Mapping[str, Any], n_rows: int, model: str | None, device: str
+        self, text: FreshText, made_of: Mapping[str, Any], n_rows: int, open_model: Callable[[], LanguageModel]
     ) -> None:
-        self._text, self._transcoder, self._n_rows = text, transcoder, n_rows
+        self._text, self._n_rows, self._open = text, n_rows, open_model
         self._site = Site(**{**made_of["site"], "dtype": "float32"})
-        self._place, self._device = model, device
         self.inputs: dict[str, Any] = {"live": text.model_dump(mode="json")}
         self.found: dict[str, Any] = {}
         self.model: Mapping[str, Any] = made_of["model"]
 
     @cached_property
     def _opened(self) -> LanguageModel:
-        return open_transcoder_model([self._transcoder], model=self._place, device=self._device)
+        return self._open()
 
     def rows(self) -> ShownRows:
         """Return the rows; runs the model over the first of them."""

@@ -11,7 +11,7 @@ from typing import get_args
 import click
 
 from pipeline import demo
-from pipeline.analyze import FeatureLine, summary
+from pipeline.analyzing.summary import FeatureLine, summary
 from pipeline.commands import options
 
 
@@ -60,7 +60,7 @@ def show_result(result: demo.DemoResult) -> None:
     click.echo(f"dead features  {tables.n_dead / tables.n_features:>10.1%}   never active on these rows")
     click.echo()
     click.echo(f"{'feature':>8} {'fires on':>9}   top tokens, and the strongest example")
-    for line in summary(tables, n_features=8):
+    for line in summary(tables.path, n_features=8):
         click.echo(_feature_line(line))
     click.echo()
     made = (
