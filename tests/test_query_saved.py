@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +182,52 @@ def test_maxima_of_documents_name_the_token_and_the_row(tables: Path) -> None:
 def test_what_breaks_the_model_is_told_by_the_excess_over_all_replaced_tokens(tables: Path, evaluation: Path) -> None:
     # evaluated rows: 0 (delta 1), 1 (2), 3 (4), 4 (1), mean 2; feature 0 is on 0 and 4, feature 2 on 1 and 3
     found = ask("break-ce", tables, evaluation, min_tokens=2)
-    assert [(row["feature"], row["mean_delta"], row["excess"], row["n_tokens"]) for row in found] == [
-        (2, 3, 1, 2),
-        (0, 1, -1, 2),
-    ]
+    assert {row["feature"]: (row["mean_delta"], row["excess"], row["n_tokens"]) for row in found} == {
+        2: (3, 1, 2),
+        0: (1, -1, 2),
+    }
     assert ask("break-ce", tables, evaluation, min_tokens=3) == []
+
+
+def test_a_large_mean_over_few_tokens_breaks_the_model_less_surely_than_one_over_many(tmp_path: Path) -> None:
+    # Mean of all 32 tokens: (8·2 + 8·4 + 16)/32 = 2. Feature 0: 16 tokens, mean 3, s² = 16/15, ν = 15. Feature 1: four
+    # tokens 0 0 0 16, mean 4, s² = (3·16 + 144)/3 = 64, ν = 3. Feature 2: one token, which has no spread.
+    deltas = [2.0] * 8 + [4.0] * 8 + [0.0, 0.0, 0.0, 16.0] + [0.0] * 12
+    firing = [*((0, row) for row in range(16)), *((1, row) for row in range(16, 20)), (2, 19)]
+    place = [divmod(row, 8) for row in range(32)]
+    tables = publish(
+        tmp_path / "tables",
+        {
+            "features": rows(feature=[0, 1, 2], frequency=[0.5, 0.125, 0.03], top_token=["a", "b", "c"]),
+            "layers": rows(site=["layer0"]),
+            "rows": rows(row=list(range(32)), context=[one for one, _ in place], position=[one for _, one in place]),
+            "activations/features-000000-000003": rows(
+                feature=[feature for feature, _ in firing], row=[row for _, row in firing], activation=[1.0] * 21
+            ),
+        },
+    )
+    tokens = rows(
+        sites=["layer0"] * 32,
+        context=[one for one, _ in place],
+        position=[one for _, one in place],
+        replaced=[True] * 32,
+        delta=deltas,
+    )
+    evaluation = publish(tmp_path / "evaluation", {"tokens": tokens}, kind="evaluation")
+    found = ask("break-ce", tables, evaluation, min_tokens=1)
+    assert [(row["feature"], row["excess"], row["n_tokens"]) for row in found] == [(0, 1, 16), (1, 2, 4), (2, 14, 1)]
+    many, few, single = (row["excess_low"] for row in found)
+    assert many == pytest.approx(1 - (1.96 + 2.37 / 15 + 2.82 / 225) * (16 / 15) ** 0.5 / 4)  # 0.450
+    assert few == pytest.approx(2 - (1.96 + 2.37 / 3 + 2.82 / 9) * 8 / 2)  # −10.25
+    assert single is None
+
+
+@pytest.mark.parametrize(("n_tokens", "student"), [(10, 2.262157), (20, 2.093024), (100, 1.984217), (1000, 1.962341)])
+def test_the_quantile_of_the_interval_is_student_s_within_the_share_it_says(n_tokens: int, student: float) -> None:
+    # quantiles from a printed table of Student's t at 97.5 %, for ν = 9, 19, 99 and 999
+    (formula,) = re.findall(r"\((1\.96 \+ .*?\*\* 2)\) \* error", queries.saved_query("break-ce").sql)
+    found = eval(formula, {"n_tokens": n_tokens})
+    assert found == pytest.approx(student, rel=2e-3)
 
 
 def test_the_most_connected_are_told_by_their_strongest_connection_of_either_sign(tables: Path) -> None:
