@@ -50,7 +50,7 @@ def cache_command(output: Path, *more: object) -> list[object]:
 def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A folder with a cache, a transcoder and tables, and what each of the three commands said."""
     place = tmp_path_factory.mktemp("place")
-    train = ["--steps", 8, "--batch-rows", 50, "--d-sae", 32, "--k", 4, "--threads", 1]
+    train = ["--steps", 8, "--batch-rows", 50, "--d-sae", 32, "--architecture", "topk", "--k", 4, "--threads", 1]
     commands = {
         "cache": cache_command(place / "cache"),
         "train": ["train", place / "cache", "--out", place / "transcoder", *train],
