@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,18 +171,28 @@ def test_tensorboard_hides_what_was_logged_after_the_checkpoint(
 class Wandb(types.ModuleType):
     """Stands in for the wandb package: remembers what each run was sent, and answers or does not."""
 
-    def __init__(self, *, key: str | None, answers: bool) -> None:
+    def __init__(self) -> None:
         super().__init__("wandb")
-        self.api = types.SimpleNamespace(api_key=key)
-        self.errors = types.SimpleNamespace(Error=ConnectionError)
+        self.errors = types.SimpleNamespace(Error=ConnectionError, AuthenticationError=ConnectionAbortedError)
         self.Settings = dict
+        self.run: types.SimpleNamespace | None = None
         self.inits: list[dict[str, Any]] = []
         self.sent: list[tuple[str, int, list[str]]] = []
-        self._answers = answers
+        self.has_key, self.knows_key, self.takes_runs = False, True, True
+
+    def setup(self, settings: dict[str, Any]) -> None:
+        assert settings == {"silent": True}
+
+    def login(self, *, prompt: bool, verify: bool) -> bool:
+        assert not prompt, "a question would stop the run"
+        assert self.run is None, "it would say no"
+        if verify and self.has_key and not self.knows_key:
+            raise ConnectionAbortedError("no such key")
+        return self.has_key
 
     def init(self, **arguments: Any) -> types.SimpleNamespace:
         self.inits.append(arguments)
-        if arguments["mode"] == "online" and not self._answers:
+        if arguments["mode"] == "online" and not self.takes_runs:
             raise ConnectionError("no answer")
         run_id = arguments["id"]
         return types.SimpleNamespace(
@@ -194,30 +205,53 @@ class Wandb(types.ModuleType):
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    module = Wandb(key=None, answers=True)
+    module = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
 
 def test_wandb_is_offline_without_a_key_and_online_with_one(tmp_path: Path, wandb: Wandb) -> None:
-    for key in (None, "secret"):
-        wandb.api.api_key = key
+    for has_key in (False, True):
+        wandb.has_key = has_key
         WandbLogger().start(tmp_path, "run", {}, 0)
     assert [init["mode"] for init in wandb.inits] == ["offline", "online"]
 
 
-def test_wandb_goes_offline_where_the_server_does_not_answer(
+def test_wandb_goes_offline_where_the_server_does_not_know_the_key(
     tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wandb.api.api_key, wandb._answers = "secret", False
+    wandb.has_key, wandb.knows_key = True, False
     with caplog.at_level(logging.WARNING):
         WandbLogger().start(tmp_path, "run", {}, 0)
-    assert [init["mode"] for init in wandb.inits] == ["online", "offline"]
+    assert [init["mode"] for init in wandb.inits] == ["offline"]
+    assert "no such key" in caplog.text
     assert "wandb sync" in caplog.text
 
 
+def test_wandb_goes_offline_under_another_id_where_the_server_does_not_answer(
+    tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb.has_key, wandb.takes_runs = True, False
+    with caplog.at_level(logging.WARNING):
+        WandbLogger().start(tmp_path, "run", {}, 0)
+    failed, taken = wandb.inits
+    assert (failed["mode"], taken["mode"]) == ("online", "offline")
+    assert failed["id"] != taken["id"]
+    assert json.loads((tmp_path / "wandb" / "run.json").read_text())["id"] == taken["id"]
+    assert "wandb sync" in caplog.text
+
+
+@pytest.mark.parametrize(("is_offline", "mode"), [(True, "offline"), (False, "online")])
+def test_wandb_does_as_the_run_that_the_caller_has_open(
+    tmp_path: Path, wandb: Wandb, is_offline: bool, mode: str
+) -> None:
+    wandb.run = types.SimpleNamespace(offline=is_offline)
+    WandbLogger().start(tmp_path, "run", {}, 0)
+    assert [init["mode"] for init in wandb.inits] == [mode]
+
+
 def test_wandb_online_by_choice_is_an_error_where_the_server_does_not_answer(tmp_path: Path, wandb: Wandb) -> None:
-    wandb._answers = False
+    wandb.takes_runs = False
     with pytest.raises(SettingsError, match=r"no answer.*offline"):
         WandbLogger(mode="online").start(tmp_path, "run", {}, 0)
 
@@ -245,16 +279,54 @@ def test_wandb_begins_a_new_run_where_training_begins_anew(tmp_path: Path, wandb
     assert len({run for run, _, _ in wandb.sent}) == 2
 
 
-def test_the_real_wandb_writes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+@pytest.fixture
+def real_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package itself, as it starts in a new process, with its files and its netrc below ``tmp_path``."""
+    package = pytest.importorskip("wandb")
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    package.teardown()
+    yield
+    package.teardown()
+
+
+def write_and_close(loggers: Sequence[WandbLogger]) -> None:
+    for one in loggers:
+        one.log_scalars(1, {"train/loss": 1.0})
+        one.log_histogram(1, "h", [1, 2], [0.0, 1.0, 2.0])
+    for one in loggers:
+        one.close()
+
+
+@pytest.mark.usefixtures("real_wandb")
+def test_the_real_wandb_writes_an_offline_run_for_each_of_several_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loggers = [WandbLogger() for _ in range(2)]
+    for name, one in zip("ab", loggers, strict=True):
+        (tmp_path / name).mkdir()
+        one.start(tmp_path / name, name, {"lr": 0.1}, 0)  # there is no key to be found
+    write_and_close(loggers)
+    for name in "ab":
+        (written,) = tmp_path.glob(f"{name}/wandb/offline-run-*/*.wandb")
+        assert json.loads((tmp_path / name / "wandb" / "run.json").read_text())["id"] in written.name
+    assert "deprecated" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.usefixtures("real_wandb")
+def test_the_real_wandb_writes_an_offline_run_where_nothing_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
     one = WandbLogger()
-    one.start(tmp_path, "run", {"lr": 0.1}, 0)
-    one.log_scalars(1, {"train/loss": 1.0})
-    one.log_histogram(1, "h", [1, 2], [0.0, 1.0, 2.0])
-    one.close()
+    with caplog.at_level(logging.WARNING):
+        one.start(tmp_path, "run", {}, 0)
+    write_and_close([one])
+    assert "W&B did not start online" in caplog.text
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 

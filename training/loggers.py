@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 _WANDB_STATE = "run.json"
+_NOT_ONLINE = "W&B did not start online (%s): logging offline, 'wandb sync' sends it later"
 
 WandbMode = Literal["auto", "online", "offline"]
 
@@ -133,16 +134,17 @@ class WandbLogger:
         folder.mkdir(exist_ok=True)
         self._state = folder / _WANDB_STATE
         run_id, self._last_step = self._earlier(first_step)
-        mode = self._choose_mode(wandb)
         arguments: dict[str, Any] = {
             "project": self._project,
             "name": run_name,
             "id": run_id,
             "resume": "allow",
+            "reinit": "create_new",  # runs side by side have one each; otherwise all would get the first one's
             "dir": str(directory),
             "config": dict(config),
         }
         quiet = {"init_timeout": self._timeout, "silent": True, "console": "off"}
+        mode = self._choose_mode(wandb)
         try:
             self._run = wandb.init(mode=mode, settings=wandb.Settings(**quiet), **arguments)
         except (wandb.errors.Error, OSError, TimeoutError) as error:
@@ -151,8 +153,10 @@ class WandbLogger:
                     f"W&B did not start ({error}): check the key (wandb login) and the network, "
                     "or choose the mode offline"
                 ) from error
-            logger.warning("W&B did not start online (%s): logging offline, 'wandb sync' sends it later", error)
-            self._run = wandb.init(mode="offline", settings=wandb.Settings(**quiet), **arguments)
+            logger.warning(_NOT_ONLINE, error)
+            run_id = _new_run_id()  # W&B's service still holds the one that failed
+            arguments |= {"mode": "offline", "id": run_id}
+            self._run = wandb.init(settings=wandb.Settings(**quiet), **arguments)
         self._remember(run_id)
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -181,7 +185,7 @@ class WandbLogger:
         if first_step > 0 and self._state.exists():
             state = json.loads(self._state.read_text())
             return state["id"], state["last_step"]
-        return uuid.uuid4().hex[:8], 0
+        return _new_run_id(), 0
 
     def _remember(self, run_id: str, last_step: int | None = None) -> None:
         # the latest step may get more values, so it only counts as sent once a later one is
@@ -195,10 +199,22 @@ class WandbLogger:
             return asked
         if self._mode != "auto":
             return self._mode
-        if wandb.api.api_key:
-            return "online"
+        if wandb.run is not None:  # the caller's own, beside which login answers no, whatever there is
+            return "offline" if wandb.run.offline else "online"
+        wandb.setup(wandb.Settings(silent=True))
+        try:
+            # asks the server too: a run that fails to start there would leave its id in use
+            if wandb.login(prompt=False, verify=True):
+                return "online"
+        except wandb.errors.AuthenticationError as error:
+            logger.warning(_NOT_ONLINE, error)
+            return "offline"
         logger.info("no W&B key found: logging offline, 'wandb sync' sends it later")
         return "offline"
+
+
+def _new_run_id() -> str:
+    return uuid.uuid4().hex[:8]
 
 
 class Loggers:
