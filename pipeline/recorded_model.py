@@ -14,10 +14,10 @@ from analysis.evaluate import ContextBatch
 from pipeline.cache import row_mask_of
 from pipeline.caching.settings import CacheSettings
 from pipeline.model.capture import explained_failures, without_padding_advice
+from pipeline.model.identity_differences import list_model_differences
 from pipeline.model.language_model import LanguageModel, load_language_model
 from pipeline.model.recorded_place import recorded_place
 from storage.activation_cache import ActivationCache, CacheSplit
-from storage.artifact import list_differences
 from storage.errors import ArtifactMismatch, OutOfMemoryError
 from storage.randomness import philox
 
@@ -64,7 +64,7 @@ def open_recorded_model(cache: ActivationCache, *, model: str | None = None, dev
     settings = CacheSettings.read(request, moved, where=str(cache.path))
     loaded = load_language_model(settings, device=device)
     left_out = {"versions", "name"} if recorded.get("files_digest") else {"versions"}
-    if differences := list_differences(_without(left_out, recorded), _without(left_out, loaded.identity())):
+    if differences := list_model_differences(_without(left_out, recorded), _without(left_out, loaded.identity())):
         lines = "\n".join(f"  {line}" for line in differences)
         raise ArtifactMismatch(
             f"{settings.model}: is not the model that {cache.path} was made with; give that one with --model "

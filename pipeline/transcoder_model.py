@@ -7,15 +7,18 @@ with this package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.model.identity_differences import list_model_differences
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from pipeline.model.recorded_place import recorded_place
-from storage.artifact import list_differences
 from storage.errors import ArtifactMismatch, ModelError, SettingsError
 from training.transcoder import read_transcoder_manifest
+
+_NAMED = 3
+"""Transcoders whose paths a message names where many have the same fault."""
 
 
 def open_transcoder_model(
@@ -47,8 +50,8 @@ def open_transcoder_model(
             f"{transcoders[0]}: its language model is recorded as {recorded['name']!r} and cannot be opened under that "
             f"name; say where it lies with --model. {error}"
         ) from error
-    differences = list_differences(_compared(recorded, recorded, dtype), _compared(loaded.identity(), recorded, dtype))
-    if differences:
+    compared = (_compared(identity, recorded, dtype) for identity in (recorded, loaded.identity()))
+    if differences := list_model_differences(*compared):
         lines = "\n".join(f"  {line}" for line in differences)
         raise ArtifactMismatch(
             f"{settings['model']}: is not the model that {transcoders[0]} was trained on; give that one with --model "
@@ -60,16 +63,24 @@ def open_transcoder_model(
 def _common_model(transcoders: Sequence[Path]) -> Mapping[str, Any]:
     """Return the model all transcoders record; library versions may differ."""
     recorded = [read_transcoder_manifest(path)["model"] for path in transcoders]
-    problems = []
+    others: dict[tuple[str, ...], list[Path]] = {}
     for path, other in zip(transcoders[1:], recorded[1:], strict=True):
-        if differences := list_differences(_without_versions(recorded[0]), _without_versions(other)):
-            problems += [f"  {path}:", *(f"    {line}" for line in differences)]
-    if problems:
+        if differences := list_model_differences(_without_versions(recorded[0]), _without_versions(other)):
+            others.setdefault(tuple(differences), []).append(path)
+    if others:
+        lines = [line for differences, paths in others.items() for line in _of_another_model(paths, differences)]
         raise ArtifactMismatch(
             f"these transcoders were trained on other language models than {transcoders[0]} ('there'); choose one "
-            "model's:\n" + "\n".join(problems)
+            "model's:\n" + "\n".join(lines)
         )
     return dict(recorded[0])
+
+
+def _of_another_model(paths: Sequence[Path], differences: Sequence[str]) -> Iterator[str]:
+    """Yield lines about transcoders of one other model; some of a set for each layer are named."""
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    yield f"  {', '.join(map(str, paths[:_NAMED]))}{more}:"
+    yield from (f"    {line}" for line in differences)
 
 
 def _given_bos(recorded: Mapping[str, Any]) -> int | None:

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import xxhash
 
+from storage.differences import list_differences as list_differences  # for those who compare manifests
 from storage.errors import (
     ArtifactBusy,
     ArtifactCorrupt,
@@ -351,20 +352,3 @@ class Draft:
 def _is_own(name: str) -> bool:
     """Tell whether a file is one that a draft killed at its very beginning leaves behind."""
     return name == LOCK or name.startswith(f".{REQUEST}.tmp")
-
-
-def list_differences(found: JSON, wanted: JSON, name: str = "") -> list[str]:
-    """Return a line for every leaf in which two JSON values differ, naming it with both values.
-
-    Of an object with nothing on the other side only the name is told: its leaves are no one's mistake.
-    """
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        lines = []
-        for key in sorted(found.keys() | wanted.keys()):
-            lines += list_differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-        return lines
-    if isinstance(found, dict) and wanted is None:
-        return [f"{name}: is there, not asked for"]
-    if isinstance(wanted, dict) and found is None:
-        return [f"{name}: is not there, asked for"]
-    return [] if found == wanted else [f"{name}: there it is {found!r}, asked for {wanted!r}"]

@@ -11,6 +11,7 @@ from pipeline.model.language_model import ModelSettings, load_language_model
 from pipeline.model.recorded_place import recorded_place
 from pipeline.samples.bundled_models import bundled_model
 from pipeline.transcoder_model import open_transcoder_model
+from storage.artifact import digest
 from storage.errors import ArtifactMismatch, ModelError, SettingsError
 from tests.spliced_models import WIDTH, mlp_site, publish_transcoder_of, random_transcoder
 from tests.tiny_models import save_tiny_model
@@ -71,6 +72,22 @@ def test_transcoders_of_two_models_are_refused_together(tmp_path: Path) -> None:
     assert "architecture" in str(caught.value)
     assert "name" in str(caught.value)
     assert str(caught.value).count(str(two)) == 1  # above its differences, not before each of them
+
+
+def test_many_transcoders_of_one_other_model_are_told_once_by_short_digests(tmp_path: Path) -> None:
+    first, other = ({"name": "m", "files_digest": digest(seed), "tokenizer": {"bos_token_id": seed}} for seed in (1, 2))
+    paths = [
+        publish_transcoder_of(tmp_path / f"t{place}", first if place == 0 else other, mlp_site(0), random_transcoder())
+        for place in range(6)
+    ]
+    with pytest.raises(ArtifactMismatch) as caught:
+        open_transcoder_model(paths)
+    assert str(caught.value).splitlines()[1:] == [
+        f"  {tmp_path / 't1'}, {tmp_path / 't2'}, {tmp_path / 't3'} and 2 more:",
+        f"    files_digest (content of the model's folder, such as other weights): there it is '{digest(1)[:19]}…', "
+        f"asked for '{digest(2)[:19]}…'",
+        "    tokenizer.bos_token_id (BOS): there it is 1, asked for 2",
+    ]
 
 
 def test_no_transcoder_is_refused() -> None:
