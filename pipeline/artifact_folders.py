@@ -1,4 +1,4 @@
-"""Folders that hold an artifact for each layer, such as those ``pipeline circuits-model`` makes, given as one path."""
+"""Folders that hold many artifacts of one kind, such as a transcoder for each layer or a sweep's runs, as one path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from storage.artifact import MANIFEST, read_json
+from storage.artifact import MANIFEST, REQUEST, read_json
+from storage.errors import ArtifactMismatch
+
+RUNS = "runs"
+"""Folder in which a sweep keeps its transcoders; spelled out, because the module that makes it loads torch."""
+_NAMED = 40
+"""Artifacts whose names a message lists."""
 
 
 def each_artifact(paths: Sequence[Path], kind: str) -> list[Path]:
@@ -17,10 +23,43 @@ def each_artifact(paths: Sequence[Path], kind: str) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        inside = [one.parent for one in path.glob(f"*/{MANIFEST}") if _is_of_kind(one, kind)]
-        is_folder = bool(inside) and not _is_of_kind(path / MANIFEST, kind)
-        found += sorted(inside, key=_by_number) if is_folder else [path]
+        found += artifacts_inside(path, kind) or [path]
     return found
+
+
+def artifacts_inside(path: Path, kind: str) -> list[Path]:
+    """Return the artifacts of ``kind`` in a folder, or in a sweep's folder of runs; none for one that is such itself.
+
+    Those that were never finished are not among them.
+    """
+    if _is_of_kind(path / MANIFEST, kind):
+        return []
+    inside = [one.parent for one in _entries(path, MANIFEST) if _is_of_kind(one, kind)]
+    return sorted(inside, key=_by_number)
+
+
+def unfinished_inside(path: Path) -> list[Path]:
+    """Return the artifacts in a folder, or in a sweep's folder of runs, that were begun and never finished."""
+    begun = [one.parent for one in _entries(path, REQUEST) if not (one.parent / MANIFEST).exists()]
+    return sorted(begun, key=_by_number)
+
+
+def refuse_folder(path: Path, kind: str) -> None:
+    """Raise ArtifactMismatch, with those to choose from, if ``path`` is a folder that holds artifacts of ``kind``.
+
+    For what needs a single one.
+    """
+    if inside := artifacts_inside(path, kind):
+        names = ", ".join(str(one.relative_to(path)) for one in inside[:_NAMED])
+        more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
+        raise ArtifactMismatch(
+            f"{path}: holds {kind.removesuffix('s')}s in {len(inside)} folder{'s' if len(inside) > 1 else ''}, wanted "
+            f"those of one; give one of {names}{more}, as {inside[0]}"
+        )
+
+
+def _entries(path: Path, name: str) -> list[Path]:
+    return [*path.glob(f"*/{name}"), *path.glob(f"{RUNS}/*/{name}")]
 
 
 def _is_of_kind(manifest: Path, kind: str) -> bool:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.artifact_folders import each_artifact
+import pytest
+from click.testing import CliRunner
+
+from pipeline.artifact_folders import each_artifact, refuse_folder, unfinished_inside
+from pipeline.commands import dashboard, serve
 from storage.artifact import Draft
+from storage.errors import ArtifactMismatch
 
 
 def publish(path: Path, kind: str) -> Path:
@@ -29,3 +34,38 @@ def test_an_artifact_stands_for_itself_whatever_lies_inside_it(tmp_path: Path) -
     outer = publish(tmp_path / "outer", "transcoder")
     publish(outer / "inner", "transcoder")
     assert each_artifact([outer, tmp_path / "gone"], "transcoder") == [outer, tmp_path / "gone"]
+
+
+def test_a_sweep_stands_for_its_finished_runs(tmp_path: Path) -> None:
+    sweep = publish(tmp_path / "sweep", "sweep")
+    runs = [publish(sweep / "runs" / f"k={k}", "transcoder") for k in (8, 16)]
+    with Draft(sweep / "runs" / "k=32", "transcoder", {"name": "diverged"}) as draft:
+        (draft.path / "checkpoints").mkdir()
+    assert each_artifact([sweep], "transcoder") == runs
+    assert unfinished_inside(sweep) == [sweep / "runs" / "k=32"]
+
+
+def test_where_one_is_wanted_a_folder_is_refused_with_what_is_in_it(tmp_path: Path) -> None:
+    layers = [publish(tmp_path / "t" / f"layer{layer}", "tables") for layer in range(43)]
+    named = ", ".join(f"layer{layer}" for layer in range(40))
+    with pytest.raises(ArtifactMismatch) as caught:
+        refuse_folder(tmp_path / "t", "tables")
+    assert str(caught.value) == (
+        f"{tmp_path / 't'}: holds tables in 43 folders, wanted those of one; give one of {named} and 3 more, as "
+        f"{layers[0]}"
+    )
+    for kind, path in (("tables", layers[0]), ("dashboard", tmp_path / "t"), ("tables", tmp_path / "gone")):
+        refuse_folder(path, kind)
+
+
+@pytest.mark.parametrize("kind", ["tables", "dashboard"])
+def test_dashboards_and_the_server_name_what_to_choose_from(tmp_path: Path, kind: str) -> None:
+    publish(tmp_path / "t" / "layer3", kind)
+    wanted = rf"holds {kind.removesuffix('s')}s in 1 folder, wanted those of one; give one of layer3, as"
+    with pytest.raises(ArtifactMismatch, match=wanted):
+        CliRunner().invoke(serve.command, [str(tmp_path / "t")], catch_exceptions=False)
+    if kind == "tables":
+        with pytest.raises(ArtifactMismatch, match=wanted):
+            CliRunner().invoke(
+                dashboard.command, [str(tmp_path / "t"), "--out", str(tmp_path / "d")], catch_exceptions=False
+            )

@@ -8,19 +8,27 @@ from typing import Any
 
 import click
 
-from pipeline import analyze
-from pipeline.analyze import AnalyzeSettings
+from pipeline import analyze, analyze_each
+from pipeline.analyze import AnalyzeResult, AnalyzeSettings
+from pipeline.artifact_folders import artifacts_inside, each_artifact, unfinished_inside
 from pipeline.commands import options
 from pipeline.live.token_order import FreshText
 from pipeline.options import read_settings, read_settings_together, settings_options
 from storage.errors import SettingsError
+from training.transcoder import KIND
 
 
 @click.command("analyze")
-@click.argument("transcoder", type=options.ARTIFACT)
+@click.argument("transcoders", metavar="TRANSCODER...", nargs=-1, required=True, type=options.ARTIFACT)
 @click.option("--cache", type=options.ARTIFACT, help="Cache to read.")
 @click.option("--live", is_flag=True, help="Read no cache: run the language model over --dataset for --rows rows.")
-@options.out
+@click.option(
+    "--out",
+    "output",
+    required=True,
+    type=options.ARTIFACT,
+    help="Tables to write; of a folder of transcoders, or of several: folder in which each gets tables under its name.",
+)
 @settings_options(
     AnalyzeSettings,
     also={"with --live: ": FreshText},
@@ -47,7 +55,7 @@ from storage.errors import SettingsError
 @options.threads
 @options.quiet
 def command(
-    transcoder: Path,
+    transcoders: tuple[Path, ...],
     cache: Path | None,
     live: bool,
     output: Path,
@@ -67,28 +75,51 @@ def command(
     pipeline query "SELECT feature, frequency, top_token FROM features LIMIT 10" \\
         --tables tables/gpt2-l8
     pipeline analyze transcoders/gpt2-l8 --live --dataset my-texts/ --rows 200k --out tables/mine
+
+    Of a folder that holds transcoders, such as a sweep or one with a transcoder for every layer, or of several
+    transcoders, each gets tables in a folder of its own name below --out. The language model is opened once, and those
+    that are finished are not made again:
+
+    \b
+    pipeline analyze demo/circuits/transcoders --cache demo/circuits/cache --out tables/smollm2
+    pipeline dashboard tables/smollm2/layer3 --out dashboards/layer3
     """
     settings, text = _read(config, given, is_live=live)
-    result = analyze.run(
-        settings,
-        cache=cache,
-        live=text,
-        transcoder=transcoder,
-        output=output,
-        device=device,
-        threads=threads,
-        quiet=quiet,
-        model=model,
-        downstream=downstream,
-        workers=workers,
-        announce=(lambda _: None) if quiet else partial(click.echo, err=True),
+    arguments: dict[str, Any] = {
+        "cache": cache,
+        "live": text,
+        "output": output,
+        "device": device,
+        "threads": threads,
+        "quiet": quiet,
+        "model": model,
+        "downstream": downstream,
+        "workers": workers,
+        "announce": _say_nothing if quiet else partial(click.echo, err=True),
+    }
+    say = _say_nothing if quiet else click.echo
+    inside = [one for path in transcoders for one in artifacts_inside(path, KIND)]
+    if len(transcoders) == 1 and not inside:
+        say(_line(analyze.run(settings, transcoder=transcoders[0], **arguments)))
+        return
+    for path in transcoders:
+        if unfinished := unfinished_inside(path) if inside else []:
+            click.echo(f"{path}: left out, as never finished: {', '.join(one.name for one in unfinished)}", err=True)
+    analyze_each.run(
+        settings, transcoders=each_artifact(transcoders, KIND), finished=lambda one: say(_line(one)), **arguments
     )
-    if not quiet:
-        fvu = "" if result.fvu is None else f", FVU {result.fvu:.4f}"
-        click.echo(
-            f"{result.path}: {result.n_features:,} features over {result.n_rows:,} rows, L0 {result.l0:.1f}{fvu}, "
-            f"{result.n_dead:,} dead"
-        )
+
+
+def _line(result: AnalyzeResult) -> str:
+    fvu = "" if result.fvu is None else f", FVU {result.fvu:.4f}"
+    return (
+        f"{result.path}: {result.n_features:,} features over {result.n_rows:,} rows, L0 {result.l0:.1f}{fvu}, "
+        f"{result.n_dead:,} dead"
+    )
+
+
+def _say_nothing(_: str) -> None:
+    """Leave out what --quiet leaves out."""
 
 
 def _read(config: Path | None, given: dict[str, Any], *, is_live: bool) -> tuple[AnalyzeSettings, FreshText | None]:
