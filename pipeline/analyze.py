@@ -22,6 +22,7 @@ from analysis.activations import LAST_ROW, SPOOLED_BYTES
 from analysis.harvest import Plan, Subject
 from analysis.table import Written, write_tables
 from analysis.tables import TABLES
+from analysis.tables_artifact import TABLES_KIND
 from pipeline.analyzing.analysis_pass import (
     KEPT_BYTES,
     AnalysisPass,
@@ -49,7 +50,7 @@ from storage.settings import Quantity, Settings
 from storage.tables import read_table
 from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
-KIND = "tables"
+KIND = TABLES_KIND
 FORMAT_VERSION = 2
 
 logger = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, fea
 from analysis.circuits.run import LinearisedRun
 from analysis.circuits.viewer import viewer_document
 from analysis.dashboards.visible import PART
+from analysis.tables_artifact import TABLES_KIND
 from pipeline.artifact_folders import each_artifact
-from pipeline.circuits.cards import KIND as TABLES_KIND
 from pipeline.circuits.cards import open_tables, read_cards
 from pipeline.circuits.page import features_shown, render_page
 from pipeline.circuits.poor_layers import warn_of_poor_layers

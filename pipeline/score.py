@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analysis.tables_artifact import TABLES_KIND
 from analysis.text_scores import feature_scores, strongest_features
 from pipeline.device import limited_threads, open_device
 from pipeline.model.language_model import LanguageModel, SiteHooks
@@ -183,7 +184,7 @@ class _Tables:
     """The table of features of the same transcoder."""
 
     def __init__(self, tables: Path, transcoder: Path, made_of: dict[str, Any]) -> None:
-        recorded = read_manifest(tables, "tables")["inputs"]["transcoder"]["digest"]
+        recorded = read_manifest(tables, TABLES_KIND)["inputs"]["transcoder"]["digest"]
         if recorded != made_of["digest"]:
             raise ArtifactMismatch(
                 f"--tables {tables}: were made from another transcoder ({recorded}) than {transcoder} "

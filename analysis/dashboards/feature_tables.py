@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from analysis.tables_artifact import TABLES_KIND
 from storage.artifact import read_manifest
 from storage.tables import read_schema, read_table
 
-KIND = "tables"
-"""The kind of artifact read; spelled out, because the module that makes it loads torch."""
+KIND = TABLES_KIND
+"""The kind of artifact read."""
 
 _ACTIVATIONS = re.compile(r"activations/features-(\d+)-(\d+)\.parquet")
 

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from analysis.dashboards.visible import visible_token
+from analysis.tables_artifact import TABLES_KIND
 from storage.artifact import read_manifest
 from storage.errors import ArtifactMismatch
 
-KIND = "tables"
 N_EXAMPLES = 4
 _CONTEXT = 12
 """Tokens of an example shown on either side."""
@@ -29,7 +29,7 @@ def open_tables(tables: Sequence[Path], transcoders: Mapping[int, str]) -> dict[
     found: dict[int, Path] = {}
     problems = []
     for path in tables:
-        made_of = read_manifest(path, KIND)["inputs"]["transcoder"]["digest"]
+        made_of = read_manifest(path, TABLES_KIND)["inputs"]["transcoder"]["digest"]
         layer = layers.get(made_of)
         if layer is None:
             problems.append(
