@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from pipeline import dashboard
-from pipeline.dashboard import DashboardSettings
 from pipeline.dashboards.packing import pack
-from tests.browsers import open_browser, watched_page
-from tests.dashboard_tables import DEAD, DENSE, MadeTables, make_tables
+from tests import dashboard_fixtures
+from tests.browsers import watched_page
+from tests.dashboard_fixtures import D_SAE
+from tests.dashboard_tables import DEAD, DENSE
 from tests.dashboard_visits import focused, index_of, listed, open_list
 
 pytestmark = pytest.mark.slow
 
-D_SAE = 70
 MANY = 24_576
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> MadeTables:
-    return make_tables(tmp_path_factory.mktemp("made") / "tables", d_sae=D_SAE)
-
-
-@pytest.fixture(scope="module")
-def site(made: MadeTables, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("site") / "a site"
-    return dashboard.run(DashboardSettings(), tables=made.path, output=out, quiet=True).path
-
-
-@pytest.fixture
-def page(browser: Browser, site: Path) -> Iterator[Page]:
-    """The list of features."""
-    with watched_page(browser) as watched:
-        open_list(watched.page, site)
-        yield watched.page
+browser, made = dashboard_fixtures.browser, dashboard_fixtures.made
+site, page = dashboard_fixtures.site, dashboard_fixtures.page
 
 
 def test_the_list_shows_live_features_in_order(page: Page) -> None:

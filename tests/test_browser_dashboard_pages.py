@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,38 +14,17 @@ from pipeline import dashboard
 from pipeline.dashboard import DashboardSettings
 from pipeline.dashboards.packing import unpack
 from pipeline.serve import open_server
-from tests.browsers import Scheme, accessibility_problems, open_browser, watched_page
+from tests import dashboard_fixtures
+from tests.browsers import Scheme, accessibility_problems, watched_page
+from tests.dashboard_fixtures import D_SAE
 from tests.dashboard_tables import DEAD, MadeTables, make_tables
 from tests.dashboard_visits import index_of, open_feature, open_list
 
 pytestmark = pytest.mark.slow
 
-D_SAE = 70
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> MadeTables:
-    return make_tables(tmp_path_factory.mktemp("made") / "tables", d_sae=D_SAE)
-
-
-@pytest.fixture(scope="module")
-def site(made: MadeTables, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("site") / "a site"
-    return dashboard.run(DashboardSettings(), tables=made.path, output=out, quiet=True).path
-
-
-@pytest.fixture
-def page(browser: Browser, site: Path) -> Iterator[Page]:
-    """The list of features."""
-    with watched_page(browser) as watched:
-        open_list(watched.page, site)
-        yield watched.page
+browser, made = dashboard_fixtures.browser, dashboard_fixtures.made
+site, page = dashboard_fixtures.site, dashboard_fixtures.page
 
 
 def test_a_link_opens_a_feature_and_a_wrong_one_is_told(page: Page, site: Path) -> None:
