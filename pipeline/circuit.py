@@ -145,7 +145,7 @@ def run(
     warn_of_poor_layers(question, {layer: path for layer, (path, _) in sites.items()})
     open_device(device)
     digests = {layer: str(one["digest"]) for layer, one in manifests.items()}
-    known = open_tables(each_artifact(tables, TABLES_KIND), digests)
+    known = open_tables(tables, digests)
     inputs = {
         "transcoders": {site.name: {"digest": digests[layer]} for layer, (_, site) in sites.items()},
         "tables": {

@@ -17,7 +17,7 @@ from analysis.circuits.nodes import Kind, Node
 from analysis.circuits.path_text import show_value
 from pipeline import circuit, cli
 from pipeline.circuit import CircuitSettings
-from pipeline.circuits.cards import read_cards
+from pipeline.circuits.cards import open_tables, read_cards
 from pipeline.circuits.question import Question, parse_feature, prompt_tokens
 from pipeline.layers.scores import LAYERS, write_layers
 from pipeline.model.language_model import ModelSettings, load_language_model
@@ -398,3 +398,28 @@ def test_cards_tell_what_tables_know_of_the_features_shown(place: Place, tmp_pat
             SMALL, Question(PROMPT, logit="her"), transcoders=place.transcoders, output=tmp_path / "c",
             tables=[tables, stray], model=str(place.model_path),
         )  # fmt: skip
+
+
+def test_of_a_folder_of_tables_those_of_the_transcoders_given_are_taken_by_their_digest(
+    place: Place, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tables"
+    misnamed = write_tables(folder / "layer0", place.transcoders[2])
+    write_tables(folder / "other", place.publish("other-layer1", 1, {"name": "elsewhere"}))
+    digests = {layer: str(read_manifest(path, KIND)["digest"]) for layer, path in enumerate(place.transcoders)}
+    assert open_tables([folder], digests) == {2: misnamed}
+    with pytest.raises(ArtifactMismatch) as caught:
+        open_tables([folder, misnamed], {0: digests[0], 1: digests[1]})
+    assert str(caught.value).splitlines() == [
+        f"{folder}: the tables in its 2 folders were made from a transcoder that was not given; give the tables of "
+        "those that were",
+        f"{misnamed}: was made from a transcoder that was not given; give the tables of those that were",
+    ]
+    result = circuit.run(
+        SMALL, Question(PROMPT, logit="her"), transcoders=place.transcoders, output=tmp_path / "c",
+        tables=[folder], model=str(place.model_path),
+    )  # fmt: skip
+    assert read_manifest(result.path, "circuit")["inputs"]["tables"].keys() == {"layer2"}
+    again = write_tables(folder / "again", place.transcoders[2])
+    with pytest.raises(ArtifactMismatch, match=f"{misnamed}: {again} is of the same transcoder; give one of them"):
+        open_tables([folder], digests)

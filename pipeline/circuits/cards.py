@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from analysis.dashboards.visible import visible_token
 from analysis.tables_artifact import TABLES_KIND
+from pipeline.artifact_folders import artifacts_inside
 from storage.artifact import read_manifest
 from storage.errors import ArtifactMismatch
 
@@ -23,22 +24,29 @@ Card = dict[str, Any]
 def open_tables(tables: Sequence[Path], transcoders: Mapping[int, str]) -> dict[int, Path]:
     """Return the tables of each layer. ``transcoders`` has the digests of the transcoders that are traced, by layer.
 
-    Raises ArtifactMismatch, with every problem, for tables of another transcoder and two of one.
+    ``tables`` are tables or folders that hold some; of a folder, those of other transcoders are left out. Raises
+    ArtifactMismatch, with every problem, for tables of another transcoder, a folder without any that fit, and two of
+    one transcoder.
     """
     layers = {digest: layer for layer, digest in transcoders.items()}
     found: dict[int, Path] = {}
     problems = []
-    for path in tables:
-        made_of = read_manifest(path, TABLES_KIND)["inputs"]["transcoder"]["digest"]
-        layer = layers.get(made_of)
-        if layer is None:
+    for given in tables:
+        inside = artifacts_inside(given, TABLES_KIND)
+        fitting = {}
+        for path in inside or [given]:
+            layer = layers.get(read_manifest(path, TABLES_KIND)["inputs"]["transcoder"]["digest"])
+            if layer is not None:
+                fitting[path] = layer
+        if not fitting:
+            which = f"the tables in its {len(inside)} folders were" if inside else "was"
             problems.append(
-                f"{path}: was made from a transcoder that was not given; give the tables of those that were"
+                f"{given}: {which} made from a transcoder that was not given; give the tables of those that were"
             )
-        elif layer in found:
-            problems.append(f"{path}: {found[layer]} is of the same transcoder; give one of them")
-        else:
-            found[layer] = path
+        for path, layer in fitting.items():
+            if layer in found:
+                problems.append(f"{path}: {found[layer]} is of the same transcoder; give one of them")
+            found.setdefault(layer, path)
     if problems:
         raise ArtifactMismatch("\n".join(problems))
     return found

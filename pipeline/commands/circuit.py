@@ -35,7 +35,7 @@ from pipeline.options import read_settings, settings_options
 @click.option(
     "--tables", multiple=True, type=options.ARTIFACT,
     help="Tables of one of the transcoders, for what the page says of its features; may be given again, or a folder "
-    "that holds tables.",
+    "that holds tables of many, as pipeline analyze makes it.",
 )  # fmt: skip
 @options.out
 @settings_options(CircuitSettings)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from analysis.dashboards.feature_tables import KIND
+from analysis.tables_artifact import TABLES_KIND
 from pipeline import dashboard
 from pipeline.artifact_folders import refuse_folder
 from pipeline.commands import options
@@ -30,7 +30,7 @@ def command(tables: Path, output: Path, config: Path | None, quiet: bool, **give
     It opens from disk: no server, no network. Copy the folder to share it. A link to one feature ends in
     index.html#feature=89.
     """
-    refuse_folder(tables, KIND)
+    refuse_folder(tables, TABLES_KIND)
     settings = read_settings(DashboardSettings, config, given)
     result = dashboard.run(settings, tables=tables, output=output, quiet=quiet)
     if not quiet:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from analysis.dashboards.feature_tables import KIND as TABLES
+from analysis.tables_artifact import TABLES_KIND
 from pipeline import serve
 from pipeline.artifact_folders import refuse_folder
 from pipeline.commands import options
@@ -27,7 +27,7 @@ def command(artifact: Path, port: int, host: str) -> None:
 
     A published dashboard opens from disk as well. There is no password: whoever reaches the address can read.
     """
-    for kind in (TABLES, DASHBOARD):
+    for kind in (TABLES_KIND, DASHBOARD):
         refuse_folder(artifact, kind)
     with serve.open_server(artifact, host=host, port=port) as server:
         click.echo(f"http://{host}:{server.server_address[1]}/  (stop with Ctrl-C)")
