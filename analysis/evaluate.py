@@ -67,14 +67,17 @@ class TokenDeltas(NamedTuple):
 
 
 class Evaluation:
-    """Scores a set of sites on a model, batch by batch. Memory: two batches of logits, (n, positions, vocab) each."""
+    """Scores a set of sites on a model, batch by batch. Memory: two batches of logits, (n, positions, vocab) each.
 
-    def __init__(self, bridge: Any, spliced: Sequence[SplicedSite]) -> None:
+    ``only_together`` leaves out each site by itself, for transcoders that are right only together.
+    """
+
+    def __init__(self, bridge: Any, spliced: Sequence[SplicedSite], *, only_together: bool = False) -> None:
         self._bridge = bridge
         self._patterns: dict[str, SitePattern] = {
             one.site.name: pattern for one in spliced if (pattern := pattern_of(one.site, bridge.hook_dict)) is not None
         }
-        self._sets = [_SetSums(one.site.name, [one]) for one in spliced]
+        self._sets = [] if only_together else [_SetSums(one.site.name, [one]) for one in spliced]
         if len(spliced) > 1:
             self._sets.append(_SetSums(ALL_SITES, spliced))
 

@@ -7,7 +7,7 @@ the cache was made with, so that outputs are replaced exactly where a transcoder
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from analysis.splice_scores import SpliceScore
 from analysis.token_deltas import SCHEMA, token_rows
 from pipeline.analyze import check_same_site
 from pipeline.artifact_folders import each_artifact
+from pipeline.cross_layer_sites import check_cross_layer, is_cross_layer, open_spliced_layers
 from pipeline.device import limited_threads, open_device
 from pipeline.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
@@ -86,18 +87,14 @@ def run(
     """
     opened = open_cache(cache)
     split = opened.split(settings.split)
-    by_site = check_transcoders(opened, each_artifact(transcoders, TRANSCODER_KIND))
+    given = _check_given(opened, each_artifact(transcoders, TRANSCODER_KIND))
     open_device(device)
-    inputs = {
-        "cache": opened.reference,
-        "transcoders": {site: {"digest": made_of["digest"]} for site, (_, made_of) in by_site.items()},
-    }
+    inputs = {"cache": opened.reference, "transcoders": given.inputs}
     request = {"format": FORMAT_VERSION, "settings": settings.model_dump(mode="json"), "inputs": inputs}
     with limited_threads(threads), Draft(output, KIND, request) as draft:
         if not draft.published:
             recorded = open_recorded_model(opened, model=model, device=device)
-            spliced = [open_spliced_site(recorded, path, site) for site, (path, _) in by_site.items()]
-            evaluation = Evaluation(recorded.bridge, spliced)
+            evaluation = Evaluation(recorded.bridge, given.open(recorded), only_together=given.only_together)
             rows = _evaluate(evaluation, recorded, split, settings, quiet)
             n_rows = write_table(output / TOKENS, SCHEMA, rows)
             draft.publish(
@@ -105,7 +102,7 @@ def run(
                     "format": FORMAT_VERSION,
                     "inputs": inputs,
                     "model": opened.manifest["model"],
-                    "sites": {site: made_of["site"] for site, (_, made_of) in by_site.items()},
+                    "sites": given.sites,
                     "scores": [{"name": name, **score.record()} for name, score in evaluation.scores().items()],
                     "tables": {"tokens": {"n_rows": n_rows}},
                     "versions": {name: version(name) for name in ("torch", "transformer_lens", "transformers")},
@@ -119,6 +116,40 @@ def read_result(path: Path) -> EvaluateResult:
     """Return what a published evaluation says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
     records = read_manifest(path, KIND)["scores"]
     return EvaluateResult(path, {record["name"]: SpliceScore.from_record(record) for record in records})
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The transcoders that were asked for: one a site, or one over several."""
+
+    inputs: dict[str, Any]
+    sites: dict[str, Any]
+    """By name, as manifests record them."""
+    open: Callable[[RecordedModel], list[SplicedSite]]
+    only_together: bool = False
+
+
+def _check_given(cache: ActivationCache, paths: Sequence[Path]) -> _Given:
+    """Return what fits the cache; the errors are those of ``check_transcoders``."""
+    across = [path for path in paths if is_cross_layer(path)]
+    if not across:
+        by_site = check_transcoders(cache, paths)
+        return _Given(
+            {site: {"digest": made_of["digest"]} for site, (_, made_of) in by_site.items()},
+            {site: made_of["site"] for site, (_, made_of) in by_site.items()},
+            lambda recorded: [open_spliced_site(recorded, path, site) for site, (path, _) in by_site.items()],
+        )
+    if len(paths) > 1:
+        raise SettingsError(
+            f"{across[0]}: is a cross-layer transcoder, which stands in for several MLPs together; evaluate it alone"
+        )
+    made_of = check_cross_layer(cache, across[0])
+    return _Given(
+        {"cross-layer": {"digest": made_of["digest"]}},
+        {site["name"]: site for site in made_of["sites"]},
+        lambda recorded: open_spliced_layers(recorded, across[0]),
+        only_together=True,
+    )
 
 
 def check_transcoders(cache: ActivationCache, transcoders: Sequence[Path]) -> dict[str, tuple[Path, dict[str, Any]]]:

@@ -34,9 +34,7 @@ def _model(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [manifest["site"]])
-    kind, choices = manifest["architecture"]["kind"], manifest["architecture"]
-    on = [name if value is True else f"{name} {value}" for name, value in choices.items() if value and name != "kind"]
-    yield "architecture", ", ".join([kind, *on])
+    yield "architecture", _architecture(manifest)
     yield "features", manifest["d_sae"]
     metrics = manifest["metrics"]
     if origin := manifest.get("origin"):
@@ -44,9 +42,32 @@ def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
     else:
         yield "trained", f"{metrics['steps']:,} steps, {metrics['rows']:,} rows"
     if heldout := metrics.get("heldout"):
-        score = f"FVU {heldout['fvu']:.4g}, L0 {heldout['l0']:.1f}, dead features {heldout['dead_fraction']:.1%}"
-        yield "held out", f"{score}, over {heldout['n_rows']:,} rows"
+        yield "held out", f"{_score(heldout)}, over {heldout['n_rows']:,} rows"
     yield "everything else", "--json"
+
+
+def _glance_at_cross_layer(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from _origin(manifest, [])
+    sites, metrics = manifest["sites"], manifest["metrics"]
+    yield "layers", f"{len(sites)}, from {sites[0]['name']} to {sites[-1]['name']}"
+    yield "architecture", _architecture(manifest)
+    yield "features", f"{manifest['d_sae']:,} a layer, each writing to its own layer and all later ones"
+    yield "trained", f"{metrics['steps']:,} steps, {metrics['rows']:,} rows"
+    for layer in manifest["layers"]:
+        yield f"held out {layer['site']}", _score(layer)
+    yield "everything else", "--json"
+
+
+def _architecture(manifest: dict[str, Any]) -> str:
+    kind, choices = manifest["architecture"]["kind"], manifest["architecture"]
+    on = [name if value is True else f"{name} {value}" for name, value in choices.items() if value and name != "kind"]
+    return ", ".join([kind, *on])
+
+
+def _score(heldout: dict[str, Any]) -> str:
+    ordinary = heldout.get("fvu_ordinary")
+    also = "" if ordinary is None else f" ({ordinary:.4g} on rows it may learn from)"
+    return f"FVU {heldout['fvu']:.4g}{also}, L0 {heldout['l0']:.1f}, dead features {heldout['dead_fraction']:.1%}"
 
 
 def _glance_at_tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -127,6 +148,7 @@ def _glance_at_comparison(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
 
 GLANCES = {
     "transcoder": _glance_at_transcoder,
+    "cross_layer_transcoder": _glance_at_cross_layer,
     "transcoders": _glance_at_layers,
     "dashboard": _glance_at_dashboard,
     "circuit": _glance_at_circuit,

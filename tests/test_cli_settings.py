@@ -85,7 +85,8 @@ def test_flags_of_several_kinds_mean_the_default_kind_and_those_of_one_mean_it()
     assert read(TrainSettings, "--skip").architecture.kind == default
     assert read(TrainSettings, "--target-l0", "30").architecture.kind == "jumprelu"
     assert read(TrainSettings, "--aux-k", "64").auxiliary.kind == "auxk"
-    with pytest.raises(SettingsError, match="l1: is no setting of batch_topk, but of relu or gated"):  # the default kind has none
+    # The default kind has none.
+    with pytest.raises(SettingsError, match="l1: is no setting of batch_topk, but of relu or gated"):
         read(TrainSettings, "--l1", "0.1")
 
 

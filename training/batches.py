@@ -168,8 +168,23 @@ def iter_once(
     max_rows: int | None = None,
 ) -> Iterator[Batch]:
     """Yield every row of ``split`` once, or ``max_rows`` of them: always the same uniform sample."""
-    to_batches = _RowsToBatches(split, [site], torch.device(device))
+    for batches in iter_sites_once(split, [site], batch_rows=batch_rows, device=device, max_rows=max_rows):
+        yield batches[site.name]
+
+
+def iter_sites_once(
+    split: CacheSplit,
+    sites: Sequence[Site],
+    *,
+    batch_rows: int,
+    device: torch.device | str = "cpu",
+    max_rows: int | None = None,
+) -> Iterator[SiteBatches]:
+    """Yield the same rows as ``iter_once``, at several sites."""
+    to_batches = _RowsToBatches(split, sites, torch.device(device))
     n_rows = None if max_rows is None or max_rows >= split.n_rows else max_rows
-    with split.stream(keys_of(site), batch_rows=batch_rows, seed=EVALUATION_SEED, n_epochs=1, n_rows=n_rows) as stream:
+    with split.stream(
+        to_batches.keys, batch_rows=batch_rows, seed=EVALUATION_SEED, n_epochs=1, n_rows=n_rows
+    ) as stream:
         for rows in stream:
-            yield to_batches(rows.arrays)[site.name]
+            yield to_batches(rows.arrays)

@@ -6,6 +6,7 @@ not an average of per-batch or per-row ratios, which would weigh rows with small
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -81,8 +82,9 @@ class OrdinaryScore:
         return {"n_ordinary": self.n_rows, "fvu_ordinary": self.fvu}
 
 
-class _Sums:
-    """Float64 sums on the host, taken about the first row's target so that a large mean cancels nothing."""
+class FitSums:
+    """What a score is made of: float64 sums on the host, about the first row's target so that a large mean cancels
+    nothing."""
 
     def __init__(self) -> None:
         self.n_rows = 0
@@ -94,6 +96,7 @@ class _Sums:
         self.l0: list[Tensor] = []
 
     def add(self, targets: Tensor, predicted: Tensor, active: Tensor) -> None:
+        """Count rows: targets and predictions (rows, d_out), and which features fired, bool (rows, d_sae)."""
         if self.origin is None or self.offsets is None or self.n_active is None:
             self.origin = targets[0].clone()
             self.offsets = torch.zeros(targets.shape[1], dtype=torch.float64)
@@ -108,10 +111,27 @@ class _Sums:
 
     @property
     def fvu(self) -> float | None:
+        """FVU of the rows so far; None if their targets do not vary."""
         if self.offsets is None:
             return None
         spread = self.squares - float(self.offsets.pow(2).sum()) / self.n_rows
         return self.error / spread if spread > 0 else None
+
+    def score(self) -> HeldoutScore:
+        """Return the score of the rows so far; raises ValueError if there were none."""
+        if self.n_active is None:
+            raise ValueError("no rows to evaluate on")
+        log10 = log10_frequency(self.n_active, self.n_rows)
+        return HeldoutScore(
+            n_rows=self.n_rows,
+            fvu=self.fvu,
+            l0=int(self.n_active.sum()) / self.n_rows,
+            l0_quantiles=l0_quantiles(torch.cat(self.l0)),
+            dead_fraction=int((self.n_active == 0).sum()) / len(self.n_active),
+            mean_log10_frequency=float(log10.mean()),
+            frequent=_frequent(self.n_active, self.n_rows),
+            log10_frequency=histogram(log10),
+        )
 
 
 def _sum_of_squares(rows: Tensor) -> float:
@@ -121,26 +141,15 @@ def _sum_of_squares(rows: Tensor) -> float:
 @torch.no_grad()
 def evaluate(predict: Predictor, batches: Iterable[Batch], ordinary: OrdinaryRows | None = None) -> HeldoutScore:
     """Score ``predict`` on raw ``batches``, on ``ordinary`` rows also apart; there must be at least one row."""
-    sums, ordinary_sums = _Sums(), _Sums()
+    sums, ordinary_sums = FitSums(), FitSums()
     for batch in batches:
         outputs, active = predict(batch.inputs)
         sums.add(batch.outputs, outputs, active)
         if ordinary is not None and bool((mask := ordinary.mask(batch)).any()):
             ordinary_sums.add(batch.outputs[mask], outputs[mask], active[mask])
-    if sums.offsets is None or sums.n_active is None:
-        raise ValueError("no rows to evaluate on")
-    log10 = log10_frequency(sums.n_active, sums.n_rows)
-    return HeldoutScore(
-        n_rows=sums.n_rows,
-        fvu=sums.fvu,
-        l0=int(sums.n_active.sum()) / sums.n_rows,
-        l0_quantiles=l0_quantiles(torch.cat(sums.l0)),
-        dead_fraction=int((sums.n_active == 0).sum()) / len(sums.n_active),
-        mean_log10_frequency=float(log10.mean()),
-        frequent=_frequent(sums.n_active, sums.n_rows),
-        log10_frequency=histogram(log10),
-        ordinary=OrdinaryScore(ordinary_sums.n_rows, ordinary_sums.fvu) if ordinary_sums.n_rows else None,
-    )
+    score = sums.score()
+    ordinary_score = OrdinaryScore(ordinary_sums.n_rows, ordinary_sums.fvu) if ordinary_sums.n_rows else None
+    return dataclasses.replace(score, ordinary=ordinary_score)
 
 
 def _frequent(n_active: Tensor, n_rows: int) -> dict[str, float]:

@@ -24,7 +24,6 @@ OptimiserKind = Literal["adam", "adamw", "muon"]
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-_MATRICES = ("W_enc", "W_dec")
 
 
 class Optimiser(Protocol):
@@ -111,6 +110,7 @@ class BlockedAdam:
         self._parameters = dict(transcoder.named_parameters())
         self._means = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
         self._squares = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
+        self._unit_rows = transcoder.unit_rows()
         self._n_steps = 0
 
     def step(self, lr: float) -> None:
@@ -123,7 +123,7 @@ class BlockedAdam:
             if parameter.grad is None:
                 continue
             rows = [_rows(value) for value in (parameter, parameter.grad, self._means[name], self._squares[name])]
-            numbers = (*BETAS, rate, root, EPSILON, scale, name == "W_dec")
+            numbers = (*BETAS, rate, root, EPSILON, scale, name in self._unit_rows)
             over_ranges(len(rows[0]), partial(loops.adam_rows, *rows, *numbers))
 
     def _clipping_scale(self) -> float:
@@ -174,8 +174,9 @@ def build_optimiser(kind: OptimiserKind, transcoder: Transcoder, *, lr: float, c
         muon = getattr(torch.optim, "Muon", None)
         if muon is None:
             raise SettingsError(f"optimiser: torch {torch.__version__} has no Muon, 2.9 and later have; use adam")
-        matrices = [value for name, value in transcoder.named_parameters() if name in _MATRICES]
-        others = [value for name, value in transcoder.named_parameters() if name not in _MATRICES]
+        weights = {"W_enc", *transcoder.unit_rows()}
+        matrices = [value for name, value in transcoder.named_parameters() if name in weights]
+        others = [value for name, value in transcoder.named_parameters() if name not in weights]
         torch_optimisers = [
             muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.Adam(others, lr=lr, **fused),

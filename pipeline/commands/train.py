@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline import sweep, train
+from pipeline import cross_layer, sweep, train
 from pipeline.commands import options
 from pipeline.live.settings import LiveSettings
 from pipeline.options import read_settings_together, setting_fields, settings_options
@@ -110,12 +110,14 @@ def command(
         "model": model,
         "loggers": partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb_project),
     }
+    if own.cross_layer and not is_sweep:
+        place = for_cross_layer(place)
     if is_sweep:
         swept = sweep.run(runs, **place)
         if not quiet:
             show_sweep(swept)
         return
-    result = train.run(own, **place)
+    result = cross_layer.run(own, **place) if own.cross_layer else train.run(own, **place)
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         click.echo(f"{result.path}: {show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and score["fvu"] > 1:
@@ -123,6 +125,23 @@ def command(
                 "warning: FVU above 1 is worse than always predicting the mean; train for longer, or with a lower --lr",
                 err=True,
             )
+
+
+def for_cross_layer(place: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that training over several layers takes; raise SettingsError for what it cannot do."""
+    problems = []
+    if place["live"] is not None:
+        problems.append("--live: a cross-layer transcoder is trained from a cache")
+    if place["start_from"] is not None:
+        problems.append("--from: a cross-layer transcoder begins with weights of its own")
+    if place["model_scores"] != ModelScoreSettings():
+        problems.append("--evaluate-model-every: score it afterwards, with pipeline evaluate")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("torchrun: one process trains a cross-layer transcoder")
+    if problems:
+        raise SettingsError("--cross-layer does not go together with\n" + "\n".join(f"  {one}" for one in problems))
+    left_out = ("live", "start_from", "model_scores", "model")
+    return {name: value for name, value in place.items() if name not in left_out}
 
 
 def refuse_live_settings(given: Collection[str]) -> None:

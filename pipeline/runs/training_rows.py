@@ -179,6 +179,8 @@ class CachedRows:
 def choose_site(settings: TrainSettings, source: TrainingSource) -> Site:
     """Return the site to train on; raise SettingsError listing every setting that does not fit the source."""
     problems = source.problems(settings)
+    if settings.cross_layer:
+        problems.append("cross_layer: is trained alone, from a cache: not in a sweep, nor live")
     site = None
     names = list(source.sites)
     if settings.site is None:

@@ -154,6 +154,10 @@ class Transcoder(nn.Module, ABC):
         """Return by name the parameters with a row, or a number, per feature."""
         return {name: value for name, value in self.named_parameters() if name not in _NOT_PER_FEATURE}
 
+    def unit_rows(self) -> frozenset[str]:
+        """Return the names of the parameters whose rows have unit norm: what each feature writes."""
+        return frozenset({"W_dec"})
+
     def begin_step(self, step: int) -> None:
         """Take the settings that change while training to their values in ``step``, counted from 0."""
 

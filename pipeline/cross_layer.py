@@ -1,0 +1,261 @@
+"""The stage ``pipeline train --cross-layer``: one transcoder over several layers of a published cache.
+
+The loop, its checkpoints and logs are those of every transcoder (``training.session``); only the rows are joined.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.device import limited_threads, open_device
+from pipeline.train import TrainResult, discard_draft, nothing_left_if_refused
+from storage.activation_cache import ActivationCache, open_cache
+from storage.artifact import Draft
+from storage.cache_format import Site
+from storage.encodings import Side
+from storage.errors import SettingsError
+from storage.statistics import SiteStatistics
+from training.batches import Batch, CacheBatches, iter_sites_once
+from training.checkpoint import Checkpoints
+from training.cross_layer.artifact import (
+    FORMAT_VERSION,
+    KIND,
+    read_cross_layer_manifest,
+    score_layers,
+)
+from training.cross_layer.run import CrossLayerBuild, build_cross_layer, cross_layer_problems
+from training.cross_layer.units import JoinedBatches, JoinedRows
+from training.kernels.adaptive import resolve_precision
+from training.loggers import Logger
+from training.row_source import CacheRows
+from training.session import HeldoutBatches, Session
+from training.settings import TrainSettings
+from training.sweep import Member, train_together
+from training.transcoder import CHECKPOINTS, describe_versions
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    settings: TrainSettings,
+    *,
+    output: Path,
+    cache: Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = False,
+    fresh: bool = False,
+    checkpoint_steps: int = 1000,
+    loggers: Callable[[], list[Logger]] = list,
+) -> TrainResult:
+    """Train on the cache at ``cache`` and publish the cross-layer transcoder at ``output``.
+
+    An unfinished run there with the same settings is continued, a finished one returned as it is; ``fresh`` throws an
+    unfinished one away first. Raises SettingsError with every problem of settings and cache, and the errors of
+    ``storage.artifact.Draft`` and of opening the cache.
+    """
+    on = open_device(device)
+    if fresh:
+        discard_draft(output)
+    opened = open_cache(cache)
+    sites = choose_sites(settings, opened)
+    precision = resolve_precision(settings.precision, on)
+    decided = settings.model_copy(update={"precision": precision, "site": ",".join(site.name for site in sites)})
+    request = {"settings": decided.model_dump(mode="json"), "cache": opened.reference}
+    with ExitStack() as stack:
+        stack.enter_context(limited_threads(threads))
+        stack.enter_context(nothing_left_if_refused(output))
+        draft = stack.enter_context(Draft(output, KIND, request, discard_with="--fresh"))
+        if not draft.published:
+            training = _Training(decided, opened, sites, draft, on)
+            training.run(stack, checkpoint_steps, quiet=quiet, loggers=loggers())
+        Checkpoints(output / CHECKPOINTS).clear()
+    return TrainResult(output, read_cross_layer_manifest(output)["metrics"])
+
+
+def choose_sites(settings: TrainSettings, cache: ActivationCache) -> list[Site]:
+    """Return the sites to train on, lowest layer first.
+
+    Raises SettingsError listing every setting and site of which no cross-layer transcoder can be made.
+    """
+    names = list(cache.sites) if settings.site is None else [one.strip() for one in settings.site.split(",")]
+    problems = []
+    for name in names:
+        if name not in cache.sites:
+            near = difflib.get_close_matches(name, list(cache.sites))
+            meant = f"did you mean {' or '.join(near)}? " if near else ""
+            problems.append(f"site: there is no {name!r}; {meant}there are {', '.join(cache.sites)}")
+    sites = [cache.sites[name] for name in dict.fromkeys(names) if name in cache.sites]
+    layers = {site.name: layer_of(site) for site in sites}
+    problems += [
+        f"site {name}: its hooks name no layer ({cache.sites[name].hook_out})"
+        for name, layer in layers.items()
+        if layer is None
+    ]
+    by_layer: dict[int, list[str]] = {}
+    for name, number in layers.items():
+        if number is not None:
+            by_layer.setdefault(number, []).append(name)
+    problems += [
+        f"site: {' and '.join(own)} are of one layer; name one of them with --site"
+        for own in by_layer.values()
+        if len(own) > 1
+    ]
+    problems += cross_layer_problems(settings, sites)
+    if problems:
+        raise SettingsError(
+            f"{cache.path}: no cross-layer transcoder can be made of this:\n" + "\n".join(f"  {p}" for p in problems)
+        )
+    return sorted(sites, key=lambda site: layers[site.name] or 0)
+
+
+def layer_of(site: Site) -> int | None:
+    """Return the layer whose output a site's is; None if its hook names none."""
+    found = re.search(r"blocks\.(\d+)\.", site.hook_out)
+    return None if found is None else int(found[1])
+
+
+class _Training:
+    """One run from its draft to its manifest."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        cache: ActivationCache,
+        sites: Sequence[Site],
+        draft: Draft,
+        device: torch.device,
+    ) -> None:
+        self._settings, self._cache, self._sites, self._draft, self._device = settings, cache, sites, draft, device
+        self._split = cache.split("train")
+
+    def run(self, stack: ExitStack, checkpoint_steps: int, *, quiet: bool, loggers: list[Logger]) -> None:
+        """Train from where it was left, and publish."""
+        settings, split = self._settings, self._split
+        rows = stack.enter_context(
+            CacheBatches(
+                split,
+                self._sites,
+                batch_rows=settings.batch_rows,
+                seed=settings.order_seed,
+                device=self._device,
+            )
+        )
+        n_steps = settings.n_steps(split.n_rows, rows.n_steps_per_epoch)
+        for sentence in [*settings.without_effect(n_steps), *self._massive()]:
+            logger.warning("%s: %s", self._draft.path, sentence)
+        built = self._build(n_steps)
+        session = Session(
+            self._draft.path,
+            built.run,
+            settings,
+            n_steps=n_steps,
+            heldout=self._heldout(built.rows),
+            checkpoint_steps=checkpoint_steps,
+            loggers=loggers,
+            quiet=quiet,
+        )
+        member = Member(
+            built.run,
+            stack.enter_context(session),
+            Checkpoints(self._draft.path / CHECKPOINTS),
+            [settings.evaluate_every],
+            finish=lambda: self._publish(built, session),
+        )
+        train_together(JoinedBatches(rows, built.rows), [member], checkpoint_steps=checkpoint_steps)
+
+    def _statistics(self) -> dict[str, dict[Side, SiteStatistics]]:
+        return {
+            site.name: {side: self._split.statistics(site.name, side) for side in site.sides} for site in self._sites
+        }
+
+    def _massive(self) -> Iterator[str]:
+        if self._settings.max_norm_multiple is not None:
+            return
+        for name, sides in self._statistics().items():
+            if (note := sides["out"].massive_note()) is not None:
+                yield f"{name} has massive activations: {note}; max_norm_multiple 10 would leave such rows out"
+
+    def _build(self, n_steps: int) -> CrossLayerBuild:
+        settings = self._settings
+        sources = {
+            site.name: CacheRows(self._split, site, seed=settings.seed, device=self._device) for site in self._sites
+        }
+        assert settings.precision != "auto", "it was decided for the request"
+        return build_cross_layer(
+            settings,
+            self._sites,
+            self._statistics(),
+            sources,
+            n_steps=n_steps,
+            device=self._device,
+            precision=settings.precision,
+            name=self._draft.path.name,
+        )
+
+    def _heldout(self, joined: JoinedRows) -> HeldoutBatches | None:
+        """Return joined held-out rows in the units they are learnt in, so that every layer counts alike."""
+        if "heldout" not in self._cache.manifest["splits"]:
+            logger.warning(
+                "%s has no held-out rows: nothing will say how well the transcoder generalises", self._cache.path
+            )
+            return None
+        split = self._cache.split("heldout")
+
+        def batches(max_rows: int | None) -> Iterator[Batch]:
+            rows = self._settings.batch_rows
+            for one in iter_sites_once(split, self._sites, batch_rows=rows, device=self._device, max_rows=max_rows):
+                batch = joined(one)
+                if len(batch.inputs):
+                    yield batch
+
+        return batches
+
+    def _publish(self, built: CrossLayerBuild, session: Session) -> None:
+        files = session.export()
+        settings, units = self._settings, built.units
+        self._draft.publish(
+            {
+                "format": FORMAT_VERSION,
+                "inputs": {"cache": self._cache.reference},
+                "model": self._cache.manifest.get("model"),
+                "sites": [asdict(site) for site in self._sites],
+                "d_sae": settings.n_features(self._sites[0].d_in),
+                "architecture": settings.architecture.model_dump(mode="json"),
+                "normalisation": {
+                    "kind": settings.normalisation,
+                    "scale_in": units.scales_in,
+                    "scale_out": units.scales_out,
+                },
+                "learnt_from": {name: asdict(limits) for name, limits in built.ordinary.items()} or None,
+                "precision": settings.precision,
+                "metrics": session.summary(),
+                "layers": self._layers(built),
+                "versions": describe_versions(),
+            },
+            files,
+        )
+        logger.info("%s: published after %d steps", self._draft.path, built.run.n_steps_done)
+
+    def _layers(self, built: CrossLayerBuild) -> list[Mapping[str, Any]]:
+        """Return the score of each layer's output over all held-out rows."""
+        if "heldout" not in self._cache.manifest["splits"]:
+            return []
+        transcoder = built.run.folded().to(self._device)
+        batches = iter_sites_once(
+            self._cache.split("heldout"),
+            self._sites,
+            batch_rows=self._settings.batch_rows,
+            device=self._device,
+        )
+        scores = score_layers(transcoder, self._sites, batches, built.rows)
+        return [{"site": site.name, **score.record()} for site, score in zip(self._sites, scores, strict=True)]

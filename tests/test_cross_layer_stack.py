@@ -1,0 +1,168 @@
+"""The blocks of a cross-layer transcoder, against the plain matrices that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.architectures.batch_topk import BatchTopK
+from training.architectures.jumprelu import JumpReLU
+from training.architectures.relu import ReLU
+from training.batches import Batch
+from training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
+from training.cross_layer.units import LayerUnits
+from training.kernels.dense import DenseStep
+from training.normalisation import Normalisation
+from training.objectives import VarianceObjective
+from training.optim import BlockedAdam, TorchOptimiser
+
+N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES, N_ROWS = 3, 4, 5, 6, 40
+SIZES = (N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES)
+
+
+def fill(stack: Stack, seed: int = 0) -> Stack:
+    """Give a stack random weights, with decoder rows of unit norm."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+        stack.constrain_parameters()
+    return stack
+
+
+def every_stack() -> list[Stack]:
+    batch_topk = BatchTopKStack(*SIZES, settings=BatchTopK(k=2))
+    batch_topk.threshold.fill_(0.4)
+    jump = CrossLayerTranscoder(*SIZES, settings=JumpReLU(bandwidth=0.5))
+    return [fill(one) for one in (batch_topk, jump, ReLUStack(*SIZES, settings=ReLU()))]
+
+
+STACKS = [pytest.param(place, id=name) for place, name in enumerate(("batch_topk", "jumprelu", "relu"))]
+
+
+def rows(seed: int, width: int, n_rows: int = N_ROWS) -> Tensor:
+    return torch.randn(n_rows, N_LAYERS * width, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_encoder(stack: Stack) -> Tensor:
+    """(d_sae, n_layers · width_in): block-diagonal."""
+    whole = torch.zeros(stack.d_sae, stack.d_in, dtype=stack.W_enc.dtype)
+    for layer in range(N_LAYERS):
+        whole[stack.of_layer(layer), layer * WIDTH_IN : (layer + 1) * WIDTH_IN] = stack.W_enc[stack.of_layer(layer)]
+    return whole
+
+
+def plain_decoder(stack: Stack) -> Tensor:
+    """(d_sae, n_layers · width_out): zero before the layer that a feature reads."""
+    whole = torch.zeros(stack.d_sae, stack.d_out, dtype=stack.W_enc.dtype)
+    for layer in range(N_LAYERS):
+        whole[stack.of_layer(layer), layer * WIDTH_OUT :] = stack.decoder(layer)
+    return whole
+
+
+@pytest.mark.parametrize("place", STACKS)
+def test_encode_and_decode_are_products_with_block_matrices(place: int) -> None:
+    stack = every_stack()[place]
+    inputs = rows(1, WIDTH_IN)
+    assert (stack.d_in, stack.d_out, stack.d_sae) == (12, 15, 18)
+    pre = inputs @ plain_encoder(stack).T + stack.b_enc
+    torch.testing.assert_close(stack.pre_activations(inputs), pre)
+    activations = pre * (pre > stack.thresholds()).float()
+    torch.testing.assert_close(stack.encode(inputs), activations)
+    assert 0 < float((activations > 0).float().mean()) < 1
+    torch.testing.assert_close(stack.decode(activations), activations @ plain_decoder(stack) + stack.b_dec_out)
+    # any leading dimensions
+    torch.testing.assert_close(stack(inputs.view(5, 8, -1)), stack(inputs).view(5, 8, -1))
+
+
+@pytest.mark.parametrize("place", STACKS)
+def test_a_steps_gradients_are_those_of_the_plain_matrices(place: int) -> None:
+    stack = every_stack()[place].double()
+    inputs, outputs = rows(1, WIDTH_IN).double(), rows(2, WIDTH_OUT).double()
+    objective = VarianceObjective(7.0)
+    result = DenseStep()(stack, Batch(inputs, outputs), objective)
+    encoder, decoder = plain_encoder(stack).detach().requires_grad_(), plain_decoder(stack).detach().requires_grad_()
+    pre = inputs @ encoder.T + stack.b_enc.detach()
+    floor = stack.thresholds()
+    if isinstance(stack, BatchTopKStack):
+        floor = pre.detach().relu().flatten().topk(2 * N_LAYERS * N_ROWS + 1).values[-1]
+    activations = pre.relu() * (pre > floor)
+    loss = (activations @ decoder + stack.b_dec_out.detach() - outputs).square().sum(1).mean() / 7.0
+    penalty: Tensor | float = 0.05 * activations.sum() / N_ROWS if isinstance(stack, ReLUStack) else 0.0
+    (loss + penalty).backward()  # type: ignore[no-untyped-call]
+    assert encoder.grad is not None
+    assert decoder.grad is not None
+    torch.testing.assert_close(result.losses["reconstruction"], loss.detach())
+    assert stack.W_enc.grad is not None
+    for layer in range(N_LAYERS):
+        own = stack.of_layer(layer)
+        of_encoder = encoder.grad[own, layer * WIDTH_IN : (layer + 1) * WIDTH_IN]
+        torch.testing.assert_close(stack.W_enc.grad[own], of_encoder)
+        torch.testing.assert_close(stack.decoder(layer).grad, decoder.grad[own, layer * WIDTH_OUT :])
+    torch.testing.assert_close(result.n_active, (activations > 0).sum(0))
+
+
+def test_batch_topk_takes_k_a_layer_on_average_wherever_they_are() -> None:
+    stack = every_stack()[0]
+    with torch.no_grad():
+        stack.b_enc[stack.of_layer(1)] += 3
+    result = DenseStep()(stack, Batch(rows(1, WIDTH_IN), rows(2, WIDTH_OUT)), VarianceObjective(1.0))
+    assert int(result.n_active.sum()) == 2 * N_LAYERS * N_ROWS
+    assert int(result.n_active[stack.of_layer(1)].sum()) > 2 * N_ROWS
+
+
+@pytest.mark.parametrize("place", STACKS)
+def test_a_folded_stack_gives_on_raw_rows_what_it_gave_on_normalised_ones(place: int) -> None:
+    stack = every_stack()[place]
+    generator = torch.Generator().manual_seed(5)
+
+    def vector(width: int) -> Tensor:
+        return torch.randn(width, generator=generator, dtype=torch.float64)
+
+    scales = ((2.0, 30.0), (0.5, 0.1), (7.0, 400.0))
+    units = LayerUnits([Normalisation(vector(WIDTH_IN), one, vector(WIDTH_OUT) * 10, other) for one, other in scales])
+    raw = fold(stack, units)
+    batches = [Batch(rows(7 + layer, WIDTH_IN)[:, :WIDTH_IN] * 3, torch.zeros(N_ROWS, WIDTH_OUT)) for layer in range(3)]
+    joined = units.to(torch.device("cpu"), torch.float32).joined(batches)
+    wanted = units.restore(stack(joined.inputs).double())
+    inputs = torch.cat([batch.inputs for batch in batches], 1)
+    # Layers differ in scale by 4000, so each is compared with its own.
+    for layer, (_, scale) in enumerate(scales):
+        part = slice(layer * WIDTH_OUT, (layer + 1) * WIDTH_OUT)
+        torch.testing.assert_close(raw(inputs).double()[:, part], wanted[:, part], atol=1e-5 * scale, rtol=1e-5)
+    for layer in range(N_LAYERS):
+        torch.testing.assert_close(raw.decoder(layer).norm(dim=1), torch.ones(N_FEATURES))
+    assert torch.equal(raw.encode(inputs) > 0, stack.encode(joined.inputs) > 0)
+
+
+def test_a_layers_own_part_is_that_of_the_whole() -> None:
+    stack = every_stack()[1]
+    assert isinstance(stack, CrossLayerTranscoder)
+    inputs = rows(1, WIDTH_IN)
+    whole = stack.encode(inputs)
+    for layer in range(N_LAYERS):
+        own = inputs[:, layer * WIDTH_IN : (layer + 1) * WIDTH_IN]
+        torch.testing.assert_close(stack.encode_layer(layer, own), whole[:, stack.of_layer(layer)])
+        for target in range(layer, N_LAYERS):
+            written = plain_decoder(stack)[stack.of_layer(layer), target * WIDTH_OUT : (target + 1) * WIDTH_OUT]
+            assert torch.equal(stack.writes(layer, target), written)
+    with pytest.raises(ValueError, match="features of layer 2 write to it and later layers, not to layer 1"):
+        stack.writes(2, 1)
+
+
+def test_both_optimisers_keep_every_decoder_row_at_unit_norm_and_agree() -> None:
+    blocked, plain = every_stack()[2], every_stack()[2]
+    optimisers = (
+        BlockedAdam(blocked, clip=0.5),
+        TorchOptimiser(plain, [torch.optim.Adam(plain.parameters(), lr=0.01)], clip=0.5),
+    )
+    batch = Batch(rows(1, WIDTH_IN), rows(2, WIDTH_OUT))
+    for _ in range(5):
+        for stack, optimiser in zip((blocked, plain), optimisers, strict=True):
+            DenseStep()(stack, batch, VarianceObjective(1.0))
+            optimiser.step(0.01)
+    for layer in range(N_LAYERS):
+        torch.testing.assert_close(blocked.decoder(layer).norm(dim=1), torch.ones(N_FEATURES))
+    for name, value in blocked.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], msg=name)

@@ -1,0 +1,90 @@
+"""A published cross-layer transcoder: how it lies on disk, and how to have it back without the cache.
+
+Weights on disk are folded: they take the language model's own activations and give its own outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from storage.artifact import read_manifest
+from storage.cache_format import Site
+from storage.errors import ArtifactCorrupt, ArtifactMismatch
+from training.batches import SiteBatches
+from training.cross_layer.stack import CrossLayerTranscoder
+from training.cross_layer.units import JoinedRows
+from training.evaluate import FitSums, HeldoutScore, OrdinaryScore
+from training.transcoder import WEIGHTS
+
+KIND = "cross_layer_transcoder"
+"""The artifact's kind."""
+FORMAT_VERSION = 1
+
+
+def read_cross_layer_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest; the errors are those of ``storage.artifact.read_manifest``."""
+    manifest = read_manifest(path, KIND)
+    if manifest["format"] != FORMAT_VERSION:
+        raise ArtifactMismatch(
+            f"{path}: has format {manifest['format']}, this version reads {FORMAT_VERSION}; "
+            "use the version that made it"
+        )
+    return manifest
+
+
+def sites_of(manifest: Mapping[str, Any]) -> list[Site]:
+    """Return the sites of a manifest, lowest layer first."""
+    return [Site(**site) for site in manifest["sites"]]
+
+
+def load_cross_layer(path: Path | str, weights: str = WEIGHTS) -> CrossLayerTranscoder:
+    """Load a published cross-layer transcoder on the CPU, in evaluation mode; ``weights`` may name a snapshot.
+
+    Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
+    """
+    path = Path(path)
+    manifest = read_cross_layer_manifest(path)
+    sites = sites_of(manifest)
+    transcoder = CrossLayerTranscoder(len(sites), sites[0].d_in, sites[0].d_out, manifest["d_sae"])
+    try:
+        transcoder.load_state_dict(load_file(path / weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ArtifactCorrupt(
+            f"{path / weights}: does not hold the weights its manifest describes ({error}); "
+            "restore the file or train again"
+        ) from error
+    return transcoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def score_layers(
+    transcoder: CrossLayerTranscoder, sites: Sequence[Site], batches: Iterable[SiteBatches], rows: JoinedRows
+) -> list[HeldoutScore]:
+    """Return a score for each layer's output: its FVU, and L0 of the features that read that layer.
+
+    ``batches`` are raw; those of their rows that ``rows`` calls ordinary are also scored apart, if not all are.
+    """
+    sums, ordinary = [FitSums() for _ in sites], [FitSums() for _ in sites]
+    for batch in batches:
+        inputs = torch.cat([batch[site.name].inputs for site in sites], 1)
+        activations = transcoder.encode(inputs)
+        outputs = transcoder.decode(activations)
+        mask = rows.mask(batch)
+        for layer, site in enumerate(sites):
+            own = slice(layer * transcoder.width_out, (layer + 1) * transcoder.width_out)
+            active = activations[:, transcoder.of_layer(layer)] > 0
+            targets = batch[site.name].outputs
+            sums[layer].add(targets, outputs[:, own], active)
+            if bool(mask.any()):
+                ordinary[layer].add(targets[mask], outputs[mask, own], active[mask])
+    return [
+        replace(one.score(), ordinary=OrdinaryScore(part.n_rows, part.fvu) if 0 < part.n_rows < one.n_rows else None)
+        for one, part in zip(sums, ordinary, strict=True)
+    ]

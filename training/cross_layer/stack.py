@@ -1,0 +1,228 @@
+"""A stack of layers as one transcoder: a feature reads one layer's MLP and writes to its output and all later ones.
+
+(Ameisen et al. 2025, "Circuit tracing", section 2; Lindsey et al. 2024, "Sparse crosscoders".) A row is a token at all
+layers at once: inputs lie side by side, (rows, n_layers · width_in), and so do outputs. To training it is a transcoder
+with a block-diagonal encoder and a block-triangular decoder; only the products know of the blocks. Which features fire
+is the affair of the architecture that a stack is combined with.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from training.architectures.base import SMALLEST_NORM, Trace, Transcoder, exact
+from training.architectures.batch_topk import BatchTopK, BatchTopKTranscoder
+from training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
+from training.architectures.relu import ReLU, ReLUTranscoder
+from training.batches import Batch
+from training.cross_layer.units import LayerUnits
+from training.entries import Entries, LargestOfBatch
+from training.normalisation import Normalisation
+from training.objectives import Objective
+
+DECODER = "W_dec_"
+"""Decoders are called this and the number of the layer they read."""
+
+
+class Stack(Transcoder):
+    """The blocks. ``d_sae`` counts the features of all layers: feature f reads layer f // features_per_layer."""
+
+    def _become_stack(self, n_layers: int, width_in: int, width_out: int) -> None:
+        """Replace the decoder of a plain transcoder, built with ``d_out`` 1, by one for every layer."""
+        self.n_layers, self.width_in, self.width_out = n_layers, width_in, width_out
+        del self.W_dec
+        for layer in range(n_layers):
+            n_written = (n_layers - layer) * width_out
+            self.register_parameter(f"{DECODER}{layer}", nn.Parameter(torch.zeros(self.features_per_layer, n_written)))
+        self.b_dec_out = nn.Parameter(torch.zeros(n_layers * width_out))
+
+    @property
+    def features_per_layer(self) -> int:
+        """Number of features that read one layer."""
+        return self.W_enc.shape[0] // self.n_layers
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row of inputs: of all layers."""
+        return self.n_layers * self.width_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of a row of outputs: of all layers."""
+        return self.n_layers * self.width_out
+
+    def of_layer(self, layer: int) -> slice:
+        """Return the features that read a layer."""
+        return slice(layer * self.features_per_layer, (layer + 1) * self.features_per_layer)
+
+    def decoder(self, layer: int) -> nn.Parameter:
+        """Return what a layer's features write, (features_per_layer, (n_layers − layer) · width_out), unit rows.
+
+        The outputs of layers ``layer``, ``layer`` + 1, … lie side by side.
+        """
+        return self.get_parameter(f"{DECODER}{layer}")
+
+    def writes(self, source: int, target: int) -> Tensor:
+        """Return (features_per_layer, width_out): what features that read ``source`` write to layer ``target``.
+
+        Raises ValueError for a target before the source.
+        """
+        if target < source:
+            raise ValueError(f"features of layer {source} write to it and later layers, not to layer {target}")
+        start = (target - source) * self.width_out
+        return self.decoder(source)[:, start : start + self.width_out]
+
+    # As it is used
+
+    def pre_activations(self, inputs: Tensor) -> Tensor:
+        """Return (…, d_sae) of inputs (…, d_in): each layer's encoder on its own part."""
+        rows = inputs.reshape(-1, self.n_layers, self.width_in)
+        encoders = self.W_enc.view(self.n_layers, self.features_per_layer, self.width_in)
+        biases = self.b_enc.view(self.n_layers, 1, self.features_per_layer)
+        pre = torch.baddbmm(biases, rows.transpose(0, 1), encoders.transpose(1, 2))
+        return pre.transpose(0, 1).reshape(*inputs.shape[:-1], self.d_sae)
+
+    def layer_pre_activations(self, layer: int, inputs: Tensor) -> Tensor:
+        """Return (…, features_per_layer) of one layer's inputs (…, width_in)."""
+        own = self.of_layer(layer)
+        return nn.functional.linear(inputs, self.W_enc[own], self.b_enc[own])
+
+    def decode(self, activations: Tensor, inputs: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """Return outputs (…, d_out) of activations (…, d_sae)."""
+        rows = activations.reshape(-1, self.d_sae)
+        outputs = self.b_dec_out.expand(len(rows), -1).clone()
+        for layer in range(self.n_layers):
+            outputs.narrow(1, layer * self.width_out, self.decoder(layer).shape[1]).add_(
+                rows[:, self.of_layer(layer)] @ self.decoder(layer)
+            )
+        return outputs.view(*activations.shape[:-1], self.d_out)
+
+    # As it is trained
+
+    def unit_rows(self) -> frozenset[str]:
+        """Return the names of the decoders."""
+        return frozenset(f"{DECODER}{layer}" for layer in range(self.n_layers))
+
+    def feature_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what has a row or a number for each feature of all layers; decoders have rows for one layer's."""
+        return {name: value for name, value in super().feature_parameters().items() if name not in self.unit_rows()}
+
+    def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:
+        """Return outputs and loss terms of a batch of normalised rows, from dense entries."""
+        activations = self.activation(entries)
+        outputs = self.decode(activations)
+        terms = {"reconstruction": objective.reconstruction(exact(outputs, batch.outputs), batch.outputs)}
+        return Trace(outputs, activations, {**terms, **self.penalties(entries, activations)})
+
+    @torch.no_grad()
+    def constrain_gradients(self, features: slice = slice(None)) -> None:
+        """Remove the part of each decoder row's gradient along the row."""
+        assert features == slice(None), "a stack is constrained as a whole"
+        for layer in range(self.n_layers):
+            rows = self.decoder(layer)
+            if rows.grad is not None:
+                rows.grad.addcmul_((rows.grad * rows).sum(1, keepdim=True), rows, value=-1)
+
+    @torch.no_grad()
+    def constrain_parameters(self, features: slice = slice(None)) -> None:
+        """Bring decoder rows back to unit norm over all layers they write to."""
+        assert features == slice(None), "a stack is constrained as a whole"
+        for layer in range(self.n_layers):
+            rows = self.decoder(layer)
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            rows.div_(torch.where(norms > SMALLEST_NORM, norms, torch.ones_like(norms)))
+
+    def thresholds(self) -> Tensor:
+        """Return (d_sae,): above which pre-activation a feature fires in use."""
+        raise NotImplementedError
+
+    def folded(self, normalisation: Normalisation) -> Self:  # noqa: ARG002 - rows came normalised
+        """Raise AssertionError: what is published is another class (``training.cross_layer.run``)."""
+        raise AssertionError("a stack is folded by fold()")
+
+
+class CrossLayerTranscoder(Stack, JumpReLUTranscoder):
+    """``p · 1[p > θ]`` with a threshold per feature: what every stack becomes when it is published.
+
+    On raw activations, decoder rows of unit norm over all layers they write to; an activation is the length of all
+    that its feature writes.
+    """
+
+    def __init__(
+        self, n_layers: int, width_in: int, width_out: int, features_per_layer: int, *, settings: JumpReLU | None = None
+    ) -> None:
+        JumpReLUTranscoder.__init__(self, width_in, 1, n_layers * features_per_layer, settings=settings or JumpReLU())
+        self._become_stack(n_layers, width_in, width_out)
+
+    def thresholds(self) -> Tensor:
+        """Return θ."""
+        return self.threshold.detach()
+
+    def encode_layer(self, layer: int, inputs: Tensor) -> Tensor:
+        """Return the activations (…, features_per_layer) of one layer's inputs (…, width_in)."""
+        pre = self.layer_pre_activations(layer, inputs)
+        return pre * (pre > self.threshold[self.of_layer(layer)])
+
+
+class BatchTopKStack(Stack, BatchTopKTranscoder):
+    """The k · n_layers · rows largest pre-activations of a batch, of all layers together."""
+
+    def __init__(
+        self, n_layers: int, width_in: int, width_out: int, features_per_layer: int, *, settings: BatchTopK
+    ) -> None:
+        BatchTopKTranscoder.__init__(self, width_in, 1, n_layers * features_per_layer, settings=settings)
+        self._become_stack(n_layers, width_in, width_out)
+
+    def selection(self) -> LargestOfBatch:
+        """Return the largest of all layers together: k a layer on average, more where more is needed."""
+        return LargestOfBatch(self.k * self.n_layers)
+
+    def thresholds(self) -> Tensor:
+        """Return the one learnt along."""
+        return self.threshold.expand(self.d_sae)
+
+
+class ReLUStack(Stack, ReLUTranscoder):
+    """Positive pre-activations, held sparse by a penalty."""
+
+    def __init__(
+        self, n_layers: int, width_in: int, width_out: int, features_per_layer: int, *, settings: ReLU
+    ) -> None:
+        ReLUTranscoder.__init__(
+            self, width_in, 1, n_layers * features_per_layer, settings=settings.model_copy(update={"input_bias": False})
+        )
+        self._become_stack(n_layers, width_in, width_out)
+
+    def thresholds(self) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(self.b_enc)
+
+
+@torch.no_grad()
+def fold(stack: Stack, units: LayerUnits) -> CrossLayerTranscoder:
+    """Return a copy on the CPU that takes and gives raw activations; computed in float64.
+
+    What a feature writes to layer m is multiplied by that layer's output scale; its length over all layers then goes
+    from the decoder into the encoder, so that decoder rows have unit norm again.
+    """
+    source = copy.deepcopy(stack).cpu()
+    n_layers, width_out = source.n_layers, source.width_out
+    raw = CrossLayerTranscoder(n_layers, source.width_in, width_out, source.features_per_layer)
+    scales = torch.tensor(units.scales_out, dtype=torch.float64).repeat_interleave(width_out)
+    thresholds = source.thresholds().double()
+    for layer in range(n_layers):
+        own = source.of_layer(layer)
+        written = source.decoder(layer).double() * scales[layer * width_out :]
+        lengths = torch.linalg.vector_norm(written, dim=1)
+        lengths = torch.where(lengths > SMALLEST_NORM, lengths, torch.ones_like(lengths))
+        raw.decoder(layer).copy_(written / lengths[:, None])
+        W_enc = source.W_enc[own].double() * (lengths[:, None] / units.scales_in[layer])
+        raw.W_enc[own] = W_enc.float()
+        raw.b_enc[own] = (source.b_enc[own].double() * lengths - W_enc @ units.means_in[layer]).float()
+        raw.log_threshold[own] = (thresholds[own] * lengths).log().float()  # -inf for a threshold of zero
+    raw.b_dec_out.copy_(units.restore(source.b_dec_out.double()))
+    return raw.eval()
