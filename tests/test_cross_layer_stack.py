@@ -15,7 +15,7 @@ from training.cross_layer.units import LayerUnits
 from training.kernels.dense import DenseStep
 from training.normalisation import Normalisation
 from training.objectives import VarianceObjective
-from training.optim import BlockedAdam, TorchOptimiser
+from training.optim import BlockedAdam, Optimiser, TorchOptimiser
 
 N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES, N_ROWS = 3, 4, 5, 6, 40
 SIZES = (N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES)
@@ -90,7 +90,7 @@ def test_a_steps_gradients_are_those_of_the_plain_matrices(place: int) -> None:
     activations = pre.relu() * (pre > floor)
     loss = (activations @ decoder + stack.b_dec_out.detach() - outputs).square().sum(1).mean() / 7.0
     penalty: Tensor | float = 0.05 * activations.sum() / N_ROWS if isinstance(stack, ReLUStack) else 0.0
-    (loss + penalty).backward()  # type: ignore[no-untyped-call]
+    (loss + penalty).backward()
     assert encoder.grad is not None
     assert decoder.grad is not None
     torch.testing.assert_close(result.losses["reconstruction"], loss.detach())
@@ -153,7 +153,7 @@ def test_a_layers_own_part_is_that_of_the_whole() -> None:
 
 def test_both_optimisers_keep_every_decoder_row_at_unit_norm_and_agree() -> None:
     blocked, plain = every_stack()[2], every_stack()[2]
-    optimisers = (
+    optimisers: tuple[Optimiser, ...] = (
         BlockedAdam(blocked, clip=0.5),
         TorchOptimiser(plain, [torch.optim.Adam(plain.parameters(), lr=0.01)], clip=0.5),
     )
