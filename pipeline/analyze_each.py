@@ -143,7 +143,8 @@ def _share_weights(
 
 
 def _say_of_first(announce: Callable[[str], object], n_missing: int, line: str) -> None:
-    announce(line if n_missing == 1 else f"{line}; and about as much for each of {n_missing - 1} others")
+    others = {1: "", 2: "; and about as much for the other"}
+    announce(line + others.get(n_missing, f"; and about as much for each of the {n_missing - 1} others"))
 
 
 def _say_nothing(_: str) -> None:

@@ -77,7 +77,7 @@ def test_each_gets_the_tables_it_would_get_alone_from_a_model_that_is_opened_onc
     assert [one.path for one in results] == told == [tmp_path / "t" / "layer0", tmp_path / "t" / "layer1"]
     assert len(opened) == 1
     assert len(heard) == 1
-    assert heard[0].endswith("and about as much for each of 1 others")
+    assert heard[0].endswith("sorted; and about as much for the other")
 
 
 def test_finished_ones_are_not_made_again_and_need_no_model(made: Path, tmp_path: Path) -> None:
