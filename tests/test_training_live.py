@@ -222,11 +222,3 @@ def test_dead_features_are_resampled_by_what_rows_cost_the_model(cache: Path, tm
     )  # fmt: skip
     plain = train.run(settings(), cache=cache, output=tmp_path / "plain", threads=1, quiet=True)
     assert result.metrics["heldout"] != plain.metrics["heldout"]
-
-
-def test_settings_that_need_rows_on_demand_are_refused_live_and_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="geometric_median need"):
-        run_live(tmp_path / "t", settings=settings(bias_init="geometric_median"))
-    with pytest.raises(SettingsError, match="max_norm_multiple: 10 needs training rows"):
-        run_live(tmp_path / "t", settings=settings(max_norm_multiple=10))
-    run_live(tmp_path / "t", settings=settings(steps=1))

@@ -71,10 +71,10 @@ class LiveBatches:
             raise SettingsError(f"batch_rows is {batch_rows}, wanted at least 1")
         self.batch_rows = batch_rows
         self._settings, self._device = settings, torch.device(device)
+        self._documents = open_documents(settings, settings.seed)  # first: a wrong path is told before a long wait
         self._model = load_language_model(settings, device=str(device), compile_model=compile_model)
         check_context_length(settings.context_length, self._model)
         hooks = self._model.resolve_sites(settings.layers, settings.hooks)
-        self._documents = open_documents(settings, settings.seed)
         self._row_mask = row_mask_of(settings, self._model)
         self._rule = HoldoutRule.parse(settings.holdout, settings.seed)
         dtypes = opening.dtypes if opening else None

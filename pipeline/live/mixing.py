@@ -66,6 +66,13 @@ class Mixing:
         return random_permutation(philox(self.seed, "live/stage", stage), self.stage_rows(stage))
 
 
+def buffer_rows_problem(buffer_rows: int, batch_rows: int) -> str | None:
+    """Return what is wrong with a buffer that is too small however narrow its rows are; None if nothing is."""
+    if buffer_rows >= 4 * batch_rows:
+        return None
+    return f"buffer_rows is {buffer_rows:,}, wanted at least {4 * batch_rows:,}: four batches"
+
+
 def choose_block_rows(buffer_rows: int, buffer_bytes: int, row_bytes: int, batch_rows: int) -> int:
     """Return the rows of a block: at most half the buffer, as memory allows, in whole batches of both halves.
 
@@ -75,9 +82,8 @@ def choose_block_rows(buffer_rows: int, buffer_bytes: int, row_bytes: int, batch
     block_rows = fitting // (2 * batch_rows) * (2 * batch_rows)
     if block_rows:
         return block_rows
-    problems = []
-    if buffer_rows < 4 * batch_rows:
-        problems.append(f"buffer_rows is {buffer_rows:,}, wanted at least {4 * batch_rows:,}: four batches")
+    problem = buffer_rows_problem(buffer_rows, batch_rows)
+    problems = [] if problem is None else [problem]
     needed = STAGES_IN_MEMORY * 2 * batch_rows * row_bytes
     if buffer_bytes < needed:
         problems.append(f"buffer_bytes is {buffer_bytes:,}, wanted at least {needed:,} for rows of {row_bytes:,} bytes")

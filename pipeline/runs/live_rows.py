@@ -13,14 +13,18 @@ from typing import Any
 
 import torch
 
+from pipeline.live.asked_sites import names_asked_for
 from pipeline.live.batches import LiveBatches
+from pipeline.live.mixing import buffer_rows_problem
 from pipeline.live.opening import Opening
 from pipeline.live.settings import LiveSettings
+from pipeline.text.holdout import HoldoutRule
 from storage.artifact import canonical_json, make_directory, read_json, write_atomically
 from storage.cache_format import Site
 from storage.encodings import Side
 from storage.errors import ArtifactCorrupt
 from storage.statistics import SiteStatistics
+from training.resampling import NoResampling
 from training.session import HeldoutBatches
 from training.settings import TrainSettings
 from training.transcoder import CHECKPOINTS
@@ -55,15 +59,37 @@ class LiveSource:
         """The sites asked for, by name."""
         return self.live.sites
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the language model is loaded."""
+        return self._live is not None
+
+    @property
+    def site_names(self) -> Sequence[str] | None:
+        """The names of the sites asked for; None while only the model can say, such as of all its layers."""
+        return names_asked_for(self.settings) if self._live is None else list(self._live.sites)
+
     def decided(self, settings: TrainSettings) -> TrainSettings:
         """Return settings as they are: what a site is called is known when the model is loaded."""
         return settings
 
     def problems(self, settings: TrainSettings) -> list[str]:
-        """Return a sentence if the length of training is given in passes over a text that nobody has counted."""
+        """Return a sentence for each setting that needs a length of the text, rows on demand, held-out rows or a larger
+        buffer; the language model is not needed to tell.
+        """
+        problems = []
         if settings.steps is None and settings.rows is None:
-            return ["epochs: how many rows the text gives is not known in live mode; give rows or steps"]
-        return []
+            problems.append("epochs: how many rows the text gives is not known in live mode; give rows or steps")
+        problems += [
+            f"{setting} needs training rows drawn at random, and live rows come in one order; train from a cache, or "
+            "leave it out"
+            for setting in _needing_rows(settings)
+        ]
+        if settings.keep_best and not HoldoutRule.parse(self.settings.holdout).holds_out:
+            problems.append("keep_best needs held-out rows, and holdout is 0; leave it out, or hold out documents")
+        if problem := buffer_rows_problem(self.settings.buffer_rows, self._batch_rows):
+            problems.append(f"{problem}; raise it, or lower batch_rows")
+        return problems
 
     @property
     def request(self) -> dict[str, Any]:
@@ -91,6 +117,20 @@ class LiveSource:
         """Stop the thread that runs the model."""
         if self._live is not None:
             self._live.close()
+
+
+def _needing_rows(settings: TrainSettings) -> list[str]:
+    """Return the settings that draw training rows, each with its value."""
+    needing = []
+    if settings.bias_init == "geometric_median":
+        needing.append(f"bias_init: {settings.bias_init}")
+    if settings.decoder_init == "data":
+        needing.append(f"decoder_init: {settings.decoder_init}")
+    if settings.max_norm_multiple is not None:
+        needing.append(f"max_norm_multiple: {settings.max_norm_multiple:g}")
+    if not isinstance(settings.resampling, NoResampling):
+        needing.append(f"resampling: {settings.resampling.kind}")
+    return needing
 
 
 def _read(path: Path) -> dict[str, Any]:

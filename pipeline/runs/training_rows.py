@@ -65,12 +65,22 @@ class TrainingSource(Protocol):
         """The sites there are, by name; of live rows, loads the language model."""
         ...
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a look at ``sites`` costs nothing."""
+        ...
+
+    @property
+    def site_names(self) -> Sequence[str] | None:
+        """The names of ``sites`` at no cost, or None where only the language model can tell."""
+        ...
+
     def decided(self, settings: TrainSettings) -> TrainSettings:
         """Return settings with the choices made that depend on the source and can be known before it is opened."""
         ...
 
     def problems(self, settings: TrainSettings) -> list[str]:
-        """Return a sentence for each setting that this kind of source cannot honour."""
+        """Return a sentence for each setting that this source cannot honour, as far as that is known at no cost."""
         ...
 
     @property
@@ -103,6 +113,16 @@ class CacheSource:
     def sites(self) -> Mapping[str, Site]:
         """The cached sites by name."""
         return self.cache.sites
+
+    @property
+    def is_loaded(self) -> bool:
+        """True: the manifest says what the sites are."""
+        return True
+
+    @property
+    def site_names(self) -> Sequence[str]:
+        """The names of the cached sites."""
+        return list(self.cache.sites)
 
     def decided(self, settings: TrainSettings) -> TrainSettings:
         """Return settings that name their site; they are those of ``choose_site``."""
@@ -177,34 +197,49 @@ class CachedRows:
 
 
 def choose_site(settings: TrainSettings, source: TrainingSource) -> Site:
-    """Return the site to train on; raise SettingsError listing every setting that does not fit the source."""
-    problems = source.problems(settings)
-    if settings.cross_layer:
-        problems.append("cross_layer: is trained alone, from a cache: not in a sweep, nor live")
+    """Return the site to train on; raise SettingsError listing every setting that does not fit the source.
+
+    Where there are problems already, no language model is loaded to look for more.
+    """
+    problems = known_problems(settings, source)
     site = None
-    names = list(source.sites)
-    if settings.site is None:
-        if len(names) > 1:
-            problems.append(f"site: there are {len(names)}; choose one of {', '.join(names)}")
-        else:
-            site = source.sites[names[0]]
-    elif settings.site in source.sites:
-        site = source.sites[settings.site]
-    else:
-        near = difflib.get_close_matches(settings.site, names)
-        meant = f"did you mean {' or '.join(near)}? " if near else ""
-        problems.append(f"site: there is no {settings.site!r}; {meant}there {_are(names)}")
+    if source.is_loaded or not problems:
+        if source.site_names is None:
+            problems += _site_problems(settings.site, list(source.sites))
+        name = settings.site or (next(iter(source.sites)) if len(source.sites) == 1 else "")
+        site = source.sites.get(name)
     if site is not None:
-        problems += settings.architecture.problems(settings.n_features(site.d_in))
+        if settings.d_sae is None:
+            problems += settings.architecture.problems(settings.n_features(site.d_in))
         if settings.architecture.skip and site.hook_in == site.hook_out:
             problems.append(
                 "architecture.skip: an autoencoder's outputs are its inputs, which a linear path would copy"
             )
-    elif settings.d_sae is not None:
-        problems += settings.architecture.problems(settings.d_sae)
     if problems or site is None:
         raise SettingsError(f"{source.where}: cannot train on this:\n" + "\n".join(f"  {line}" for line in problems))
     return site
+
+
+def known_problems(settings: TrainSettings, source: TrainingSource) -> list[str]:
+    """Return a sentence for each setting that does not fit the source, as far as that is known at no cost."""
+    problems = source.problems(settings)
+    if settings.cross_layer:
+        problems.append("cross_layer: is trained alone, from a cache: not in a sweep, nor live")
+    if source.site_names is not None:
+        problems += _site_problems(settings.site, source.site_names)
+    if settings.d_sae is not None:
+        problems += settings.architecture.problems(settings.d_sae)
+    return problems
+
+
+def _site_problems(chosen: str | None, names: Sequence[str]) -> list[str]:
+    if chosen is None:
+        return [f"site: there are {len(names)}; choose one of {', '.join(names)}"] if len(names) > 1 else []
+    if chosen in names:
+        return []
+    near = difflib.get_close_matches(chosen, names)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return [f"site: there is no {chosen!r}; {meant}there {_are(names)}"]
 
 
 def _are(names: Sequence[str]) -> str:
