@@ -166,9 +166,10 @@ class _Pull:
         if features is not None:
             coder = features.transcoder
             rest = rest + features.error[seen]
-            written = _written(features, v)
-            column = self._sources.features[layer].start
-            out[:, column : column + written.shape[1]] = written
+            for source, active, decoder in self._run.writers(layer):
+                written = _written(active, decoder, v)
+                column = self._sources.features[source].start
+                out[:, column : column + written.shape[1]] += written
             bias = self._sources.decoder_bias.start + layer
             out[:, bias] += (v @ coder.b_dec_out) @ stands_in.to(v.dtype)
             if coder.W_skip is not None:
@@ -209,9 +210,9 @@ class _Pull:
         direction += pull_norm(norm, read, record.scale_attention[:n])
 
 
-def _written(features: ActiveFeatures, v: Tensor) -> Tensor:
-    """Return (roots, n) what the features of the first T tokens write along ``v`` (roots, T, d_out)."""
-    n_tokens, W_dec = v.shape[1], features.transcoder.W_dec
+def _written(features: ActiveFeatures, W_dec: Tensor, v: Tensor) -> Tensor:
+    """Return (roots, n) what the features of the first T tokens write by ``W_dec`` along ``v`` (roots, T, d_out)."""
+    n_tokens = v.shape[1]
     end = int(features.starts[n_tokens])
     if v.device.type == "cpu" and len(v) <= FEW_ROOTS:
         offsets = features.starts[: n_tokens + 1].numpy()

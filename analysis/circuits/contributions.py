@@ -6,7 +6,7 @@ through attention instead, to features of all tokens at once. Both are exact: th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,11 +63,14 @@ def contributions(run: LinearisedRun, probe: Probe) -> Terms:
 def _parts(run: LinearisedRun, probe: Probe) -> Iterator[tuple[NodeColumns, Tensor]]:
     v, token = probe.vector, probe.token
     yield columns_of(Kind.BIAS, probe.layer, token), torch.tensor([probe.constant], dtype=torch.float64)
+    outputs = [probe.layer] if probe.part is Part.OUT else list(range(probe.layer))
+    read = {layer: written_direction(run, layer, token, probe) for layer in outputs}
+    for layer in range(max(outputs, default=-1) + 1):
+        yield from _of_features(run, read, token, layer)
+        if layer in read:
+            yield from _of_mlp(run, probe, layer, read[layer])
     if probe.part is Part.OUT:
-        yield from _of_mlp(run, probe, probe.layer)
         return
-    for layer in range(probe.layer):
-        yield from _of_mlp(run, probe, layer)
     for layer in range(probe.layer + run.reads_own_attention(probe.part)):
         yield from _of_attention(run, probe, layer)
     yield columns_of(Kind.EMBEDDING, 0, token), run.embedding[token] @ v
@@ -75,19 +78,31 @@ def _parts(run: LinearisedRun, probe: Probe) -> Iterator[tuple[NodeColumns, Tens
         yield columns_of(Kind.POSITION, 0, token), run.position[token] @ v
 
 
-def _of_mlp(run: LinearisedRun, probe: Probe, layer: int) -> Iterator[tuple[NodeColumns, Tensor]]:
+def _of_features(
+    run: LinearisedRun, read: Mapping[int, Tensor], token: int, layer: int
+) -> Iterator[tuple[NodeColumns, Tensor]]:
+    """Yield what a layer's features at ``token`` write along the directions read of MLP outputs, by layer."""
+    if not run.stands_in(layer, token):
+        return
+    features = run.transcoders[layer]
+    here = features.at(token)
+    chosen = features.feature[here]
+    decoders = [(features.writes(layer, target), v) for target, v in read.items()]
+    along = [decoder[chosen] @ v for decoder, v in decoders if decoder is not None]
+    if along:
+        written = features.activation[here] * sum(along[1:], along[0])
+        yield columns_of(Kind.FEATURE, layer, token, chosen.cpu().numpy()), written
+
+
+def _of_mlp(run: LinearisedRun, probe: Probe, layer: int, v: Tensor) -> Iterator[tuple[NodeColumns, Tensor]]:
+    """Yield the rest of an MLP's output along ``v`` (d_out,): biases, error, skip path, or all of it as one node."""
     token, record = probe.token, run.layers[layer]
-    v = written_direction(run, layer, token, probe)
     bias = None if probe.part is Part.OUT else record.weights.norm_mlp_out.bias
     constant = torch.zeros_like(v[0]) if bias is None else bias @ probe.vector
     if not run.stands_in(layer, token):
         yield columns_of(Kind.MLP, layer, token), record.mlp_out[token] @ v + constant
         return
     features = run.transcoders[layer]
-    here = features.at(token)
-    chosen = features.feature[here]
-    written = features.activation[here] * (features.transcoder.W_dec[chosen] @ v)
-    yield columns_of(Kind.FEATURE, layer, token, chosen.cpu().numpy()), written
     yield columns_of(Kind.DECODER_BIAS, layer, token), features.transcoder.b_dec_out @ v + constant
     yield columns_of(Kind.ERROR, layer, token), features.error[token] @ v
     if features.skip is not None:

@@ -20,7 +20,7 @@ from analysis.circuits.filters import NodeFilter, has_infix, has_suffix
 from analysis.circuits.nodes import EXTENDABLE, Kind, Node
 from analysis.circuits.readers import feature_probe, head_probe, skip_probe, written_direction
 from analysis.circuits.roots import Root
-from analysis.circuits.run import LinearisedRun, Probe
+from analysis.circuits.run import LinearisedRun, Part, Probe
 
 SEARCHED = (Kind.FEATURE, Kind.HEAD, Kind.SKIP, Kind.EMBEDDING, Kind.POSITION, Kind.MLP)
 """Kinds a path may go through or end in; errors and biases are added to graphs of paths, not searched."""
@@ -189,9 +189,12 @@ def _next_probe(run: LinearisedRun, node: Node, probe: Probe) -> Probe:
     if node.kind is Kind.HEAD:
         assert node.index is not None
         return head_probe(run, node.layer, node.index, probe.token, node.token, probe.vector)
-    direction = written_direction(run, node.layer, node.token, probe)
     if node.kind is Kind.SKIP:
-        return skip_probe(run, node.layer, node.token, direction)
+        return skip_probe(run, node.layer, node.token, written_direction(run, node.layer, node.token, probe))
     assert node.index is not None
-    decoder = run.transcoders[node.layer].transcoder.W_dec[node.index]
-    return feature_probe(run, node.layer, node.token, node.index, gain=float(decoder @ direction))
+    features = run.transcoders[node.layer]
+    gain = 0.0
+    for target in [probe.layer] if probe.part is Part.OUT else range(node.layer, probe.layer):
+        if (decoder := features.writes(node.layer, target)) is not None:
+            gain += float(decoder[node.index] @ written_direction(run, target, node.token, probe))
+    return feature_probe(run, node.layer, node.token, node.index, gain=gain)

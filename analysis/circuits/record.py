@@ -66,10 +66,11 @@ def record_run(
         if transcoded is None:
             transcoded = torch.arange(tokens.numel()) > 0
         problems: list[str] = []
-        layers = tuple(
-            _layer(number, weights, seen, by_layer.get(number), transcoded, problems, _TOLERANCES.get(own, _TOLERANCE))
-            for number in range(weights.n_layers)
-        )
+        layers: list[LayerRecord] = []
+        for number in range(weights.n_layers):
+            tolerance = _TOLERANCES.get(own, _TOLERANCE)
+            record = _layer(number, weights, seen, by_layer.get(number), transcoded, problems, tolerance)
+            layers.append(_less_what_earlier_layers_write(record, number, layers))
         if problems:
             raise ModelError(
                 "this model's pass does not split into the parts that circuits are made of:\n"
@@ -80,7 +81,7 @@ def record_run(
         return LinearisedRun(
             tokens=tokens.cpu(),
             weights=weights,
-            layers=layers,
+            layers=tuple(layers),
             embedding=seen["blocks.0.hook_in"] if position is None else seen["blocks.0.hook_in"] - position,
             position=position,
             stream=stream,
@@ -244,6 +245,20 @@ def _active(transcoder: Transcoder, mlp_in: Tensor, mlp_out: Tensor, transcoded:
         error=error,
         skip=skip,
     )
+
+
+def _less_what_earlier_layers_write(record: LayerRecord, number: int, earlier: Sequence[LayerRecord]) -> LayerRecord:
+    """Return the record with what features of earlier layers write to its MLP's output taken out of its error."""
+    features = record.features
+    if features is None:
+        return record
+    error = features.error
+    for source, one in enumerate(earlier):
+        decoder = None if one.features is None else one.features.writes(source, number)
+        if one.features is not None and decoder is not None:
+            written = one.features.activation[:, None] * decoder[one.features.feature]
+            error = error.index_add(0, one.features.token, -written)
+    return replace(record, features=replace(features, error=error))
 
 
 def _slopes(transcoder: Transcoder, pre: Tensor) -> Tensor:

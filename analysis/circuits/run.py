@@ -16,6 +16,7 @@ from torch import Tensor
 
 from analysis.circuits.operators import apply_norm
 from analysis.model_weights import LayerWeights, ModelWeights
+from training.cross_layer.layers import StackedLayer
 from training.transcoder import Transcoder
 
 
@@ -65,7 +66,7 @@ class ActiveFeatures:
     starts: Tensor
     """(T + 1,) int64: token t's are those from ``starts[t]`` to ``starts[t + 1]``; on the CPU."""
     error: Tensor
-    """(T, d_out) the MLP's recorded output less the transcoder's, zero where it does not stand in."""
+    """(T, d_out) the MLP's recorded output less all that features write to it, zero where none stands in."""
     skip: Tensor | None
     """(T, d_out) what its skip path writes, zero where it does not stand in; None without one."""
 
@@ -73,6 +74,13 @@ class ActiveFeatures:
     def n_active(self) -> int:
         """Number of (token, feature) pairs that fire."""
         return int(self.feature.numel())
+
+    def writes(self, source: int, target: int) -> Tensor | None:
+        """Return (d_sae, d_out): what the features of layer ``source``, whose these are, write to the MLP output of
+        layer ``target``; None if nothing."""
+        if isinstance(self.transcoder, StackedLayer):
+            return self.transcoder.writes(target)
+        return self.transcoder.W_dec if source == target else None
 
     def at(self, token: int) -> slice:
         """Return which of them are a token's."""
@@ -152,6 +160,15 @@ class LinearisedRun:
     def transcoders(self) -> Mapping[int, ActiveFeatures]:
         """Active features by layer, for layers with a transcoder."""
         return {number: layer.features for number, layer in enumerate(self.layers) if layer.features is not None}
+
+    def writers(self, layer: int) -> list[tuple[int, ActiveFeatures, Tensor]]:
+        """Return what writes to a layer's MLP output: number, active features and decoder of the layers they read."""
+        found = []
+        for source, features in self.transcoders.items():
+            decoder = features.writes(source, layer) if source <= layer else None
+            if decoder is not None:
+                found.append((source, features, decoder))
+        return found
 
     def stands_in(self, layer: int, token: int) -> bool:
         """Return whether a transcoder stands in for the MLP of a layer at a token."""

@@ -1,0 +1,188 @@
+"""Circuits through a cross-layer transcoder: features that write to several MLP outputs, and sums that stay exact."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.circuits.attribution import attribute, list_sources
+from analysis.circuits.contributions import contributions
+from analysis.circuits.nodes import Kind, Node
+from analysis.circuits.paths import SearchSettings, extensions, root_step
+from analysis.circuits.record import record_run
+from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
+from analysis.circuits.run import LinearisedRun
+from analysis.cross_layer import layers_in_place
+from analysis.hook_points import observed
+from storage.errors import ModelError
+from tests.circuit_runs import D_SAE, TOKENS, WIDTH, exact_norms, frozen_pass, mlp_site, tiny_model
+from training.cross_layer.layers import split_layers
+from training.cross_layer.stack import CrossLayerTranscoder
+
+EXACT = 1e-9
+"""Of Σ|terms|, in float64."""
+FAMILIES = ["gpt2", "neox", "llama", "gemma2"]
+
+
+@functools.cache
+def transcoder(n_layers: int = 3) -> CrossLayerTranscoder:
+    made = CrossLayerTranscoder(n_layers, WIDTH, WIDTH, D_SAE)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            if name == "log_threshold":
+                parameter.sub_(1.5)
+        made.constrain_parameters()
+    return made.double().eval().requires_grad_(False)
+
+
+@functools.cache
+def run_of(family: str, n_layers: int = 3) -> LinearisedRun:
+    model, weights = tiny_model(family, double=True)
+    layers = {mlp_site(one.layer): one for one in split_layers(transcoder(n_layers), range(n_layers))}
+    with exact_norms(model.bridge, weights):
+        return record_run(model.bridge, weights, layers, TOKENS, allow_opaque=n_layers < 3)
+
+
+def some_roots(run: LinearisedRun) -> list[Root]:
+    roots = [logit_root(run, 5), logit_root(run, 7, -2, minus=9), *centred_logit_roots(run, [3, 4])]
+    for layer, active in run.transcoders.items():
+        last = int(active.feature[active.at(5)][0])
+        roots += [feature_root(run, layer, last), decoder_root(run, layer, last)]
+    return roots
+
+
+def test_what_is_split_by_layers_is_the_transcoder() -> None:
+    whole = transcoder()
+    parts = split_layers(whole, [4, 5, 9])
+    inputs = torch.randn(7, 3 * WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    activations = [part.encode(inputs[:, place * WIDTH : (place + 1) * WIDTH]) for place, part in enumerate(parts)]
+    assert torch.equal(torch.cat(activations, 1), whole.encode(inputs))
+    outputs = whole(inputs)
+    for place, target in enumerate((4, 5, 9)):
+        written = sum(acts @ part.writes(target) for acts, part in zip(activations, parts[: place + 1], strict=False))
+        made = written + parts[place].b_dec_out
+        torch.testing.assert_close(made, outputs[:, place * WIDTH : (place + 1) * WIDTH])
+    assert parts[1].writes(4) is None  # nothing is written to layers before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_is_what_all_layers_up_to_it_leave_of_an_output(family: str) -> None:
+    run, whole = run_of(family), transcoder()
+    inputs = torch.cat([layer.mlp_in for layer in run.layers], 1)
+    made = whole(inputs)
+    for number, layer in enumerate(run.layers):
+        assert layer.features is not None
+        missed = layer.mlp_out - made[:, number * WIDTH : (number + 1) * WIDTH]
+        torch.testing.assert_close(layer.features.error[1:], missed[1:])
+        assert float(layer.features.error[0].abs().max()) == 0.0  # the BOS is the model's own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_terms_of_every_root_sum_to_its_recorded_value(family: str) -> None:
+    run = run_of(family)
+    roots = some_roots(run)
+    rows = attribute(run, [root.probe for root in roots])
+    for row, root in zip(rows, roots, strict=True):
+        terms = contributions(run, root.probe)
+        assert terms.incompleteness(root.value) < EXACT, str(root.node)
+        assert max(Counter(terms.nodes.nodes(range(terms.nodes.n_nodes))).values()) == 1, "a node is one term"
+        assert abs(float(row.sum()) - root.value) < EXACT * float(row.abs().sum()), str(root.node)
+
+
+def test_a_step_further_back_every_node_is_explained_by_terms_that_sum_to_its_own_contribution() -> None:
+    run = run_of("gpt2")
+    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False)
+    n_explained = 0
+    for root in (logit_root(run, 5), decoder_root(run, 2, int(run.transcoders[2].feature[-1]))):
+        for path in extensions(run, (root_step(root),), everything):
+            step = path[-1]
+            if step.probe is not None:
+                n_explained += step.node.kind is Kind.FEATURE
+                terms = contributions(run, step.probe)
+                assert abs(terms.total - step.value) < EXACT * terms.magnitude, str(step.node)
+    assert n_explained > 10
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox"])
+def test_direct_effects_equal_the_sum_over_all_chains_of_heads(family: str) -> None:
+    run = run_of(family)
+    root = logit_root(run, 5, 2)
+    chains: dict[Node, float] = defaultdict(float)
+    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False)
+    pending = [(root_step(root),)]
+    while pending:
+        for path in extensions(run, pending.pop(), everything):
+            if path[-1].node.kind is Kind.HEAD:
+                pending.append(path)  # type: ignore[arg-type]
+            else:
+                chains[path[-1].node] += path[-1].value
+    sources = list_sources(run)
+    row = attribute(run, [root.probe], sources)[0]
+    places = np.flatnonzero(sources.nodes.are(Kind.FEATURE, Kind.EMBEDDING))
+    shown = {sources.nodes.node(int(place)): float(row[place]) for place in places if row[place] != 0}
+    expected = {
+        node: value for node, value in chains.items() if node.kind in (Kind.FEATURE, Kind.EMBEDDING) and value != 0
+    }
+    assert shown == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_edge_times_delta_is_what_changing_a_feature_at_all_its_outputs_does(family: str) -> None:
+    run = run_of(family)
+    model, weights = tiny_model(family, double=True)
+    bridge, delta = model.bridge, 0.37
+    names = [name for name in bridge.hook_dict if name.endswith(("hook_in", "hook_pattern", "hook_out"))]
+    with torch.inference_mode(), exact_norms(bridge, weights), observed(bridge.hook_dict, names) as recorded:
+        bridge(TOKENS[None], return_type=None, use_cache=False)
+    sources = list_sources(run)
+    rows = attribute(run, [logit_root(run, 11, 5).probe], sources)
+    for layer, token in ((0, 2), (0, 5), (1, 2), (2, 5)):
+        active = run.transcoders[layer]
+        place = active.at(token).start
+        changed = dict(recorded)
+        for target in range(layer, 3):
+            decoder = active.writes(layer, target)
+            assert decoder is not None
+            written = recorded[f"blocks.{target}.mlp.hook_out"].clone()
+            written[0, token] += delta * decoder[active.feature[place]]
+            changed[f"blocks.{target}.mlp.hook_out"] = written
+        with (
+            torch.inference_mode(),
+            frozen_pass(bridge, weights, changed),
+            observed(bridge.hook_dict, ["ln_final.hook_out"]) as seen,
+        ):
+            bridge(TOKENS[None], return_type=None, use_cache=False)
+        moved = float((seen["ln_final.hook_out"] - recorded["ln_final.hook_out"])[0, 5] @ weights.W_U[:, 11].double())
+        edge = float(rows[0, sources.features[layer].start + place] / active.activation[place])
+        assert moved == pytest.approx(edge * delta, rel=1e-8, abs=1e-14), (layer, token)
+        assert abs(edge) > 1e-6
+
+
+def test_layers_above_without_a_transcoder_are_nodes_of_their_own() -> None:
+    run = run_of("gpt2", 2)
+    root = logit_root(run, 5)
+    terms = contributions(run, root.probe)
+    assert terms.incompleteness(root.value) < EXACT
+    opaque = {node.layer for node in terms.nodes.nodes(np.flatnonzero(terms.nodes.are(Kind.MLP)))}
+    assert opaque == {2}
+
+
+def test_parts_in_place_add_up_layer_by_layer_and_refuse_to_be_out_of_order() -> None:
+    whole = transcoder()
+    inputs = torch.randn(7, 3 * WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    parts = layers_in_place(whole)
+    made = []
+    for place, part in enumerate(parts):
+        own = inputs[:, place * WIDTH : (place + 1) * WIDTH]
+        made.append(part.decode(part.encode(own), own))
+    torch.testing.assert_close(torch.cat(made, 1), whole(inputs))
+    own = inputs[:, :WIDTH]
+    parts[0].encode(own)  # a new pass
+    with pytest.raises(ModelError, match="layer 2 of a cross-layer transcoder was asked for before layers 1 were read"):
+        parts[2].decode(parts[2].encode(own), own)
