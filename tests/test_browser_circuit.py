@@ -12,7 +12,8 @@ from pipeline import circuit
 from pipeline.circuit import CircuitSettings
 from pipeline.circuits.question import Question, parse_feature
 from tests.browsers import accessibility_problems, open_browser, watched_page
-from tests.test_circuits_stage import PROMPT, Place, write_tables
+from tests.circuit_places import PROMPT, Place
+from tests.test_circuits_stage import write_tables
 
 pytestmark = pytest.mark.slow
 

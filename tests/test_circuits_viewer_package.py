@@ -12,7 +12,7 @@ import pytest
 from benchmarks.peers import environment
 from pipeline import circuit
 from pipeline.circuits.question import Question
-from tests.test_circuits_stage import PROMPT, SMALL, Place
+from tests.circuit_places import PROMPT, SMALL, Place
 from tests.test_interop_packages import CIRCUIT_TRACER
 
 pytestmark = pytest.mark.slow
