@@ -39,19 +39,17 @@ from pipeline.circuits.question import (
     check_askable,
     prompt_tokens,
     token_ids,
-    transcoder_sites,
 )
+from pipeline.circuits.traced import TracedLayers, traced_layers
 from pipeline.device import limited_threads, open_device
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.weights import read_weights
 from pipeline.recorded_model import explained_passes
 from pipeline.transcoder_model import open_transcoder_model
 from storage.artifact import MANIFEST, Draft, read_manifest, write_atomically
-from storage.cache_format import Site
 from storage.settings import Settings
 from storage.token_text import join_characters
 from training.transcoder import KIND as TRANSCODER_KIND
-from training.transcoder import load_transcoder, read_transcoder_manifest
 
 KIND = "circuit"
 FORMAT_VERSION = 1
@@ -126,9 +124,9 @@ def run(
 ) -> CircuitResult:
     """Publish the circuit that answers ``question``; return at once if it is there already.
 
-    ``transcoders`` are transcoders, or folders that hold some; ``tables`` of some of them, given likewise, give their
-    features' cards on the page; ``model`` says where the language model lies if it is not under its recorded name.
-    Warns of layers whose transcoder explains next to nothing, where that is known.
+    ``transcoders`` are transcoders, or folders that hold some, or one cross-layer transcoder; ``tables`` of some of
+    them, given likewise, give their features' cards on the page; ``model`` says where the language model lies if it is
+    not under its recorded name. Warns of layers whose transcoder explains next to nothing, where that is known.
     Raises SettingsError for a question that cannot be asked of these transcoders (a missing layer, a feature, token or
     logit that does not exist, a prompt of the BOS alone), ArtifactMismatch if they belong to different models,
     ModelError for a model that cannot be loaded or whose pass is not linear as assumed.
@@ -136,21 +134,16 @@ def run(
     question.check()
     keep = NodeFilter.parse(settings.filter)
     transcoders = each_artifact(transcoders, TRANSCODER_KIND)
-    sites = transcoder_sites(transcoders)
-    manifests = {layer: read_transcoder_manifest(path) for layer, (path, _) in sites.items()}
-    n_layers = max((int(one["model"]["n_layers"]) for one in manifests.values()), default=0)
-    check_askable(
-        question, {layer: one["d_sae"] for layer, one in manifests.items()}, n_layers, settings.missing_layers
-    )
-    warn_of_poor_layers(question, {layer: path for layer, (path, _) in sites.items()})
+    traced = traced_layers(transcoders)
+    check_askable(question, traced.d_sae, traced.n_layers, settings.missing_layers)
+    warn_of_poor_layers(question, traced.paths)
     open_device(device)
-    digests = {layer: str(one["digest"]) for layer, one in manifests.items()}
-    known = open_tables(tables, digests)
+    known = open_tables(tables, traced.digests)
     inputs = {
-        "transcoders": {site.name: {"digest": digests[layer]} for layer, (_, site) in sites.items()},
+        "transcoders": {site.name: {"digest": traced.digests[layer]} for layer, site in traced.sites.items()},
         "tables": {
             site.name: {"digest": read_manifest(known[layer], TABLES_KIND)["digest"]}
-            for layer, (_, site) in sites.items()
+            for layer, site in traced.sites.items()
             if layer in known
         },
     }
@@ -163,7 +156,7 @@ def run(
     with limited_threads(threads):
         # Answered before anything is written: a question that turns out to be none leaves no draft in the way of the
         # next one.
-        asked = None if (output / MANIFEST).exists() else _answer(settings, question, keep, sites, model, device)
+        asked = None if (output / MANIFEST).exists() else _answer(settings, question, keep, traced, model, device)
         with Draft(output, KIND, request) as draft:
             if not draft.published:
                 assert asked is not None, "what was published before is published"
@@ -191,15 +184,15 @@ def _answer(
     settings: CircuitSettings,
     question: Question,
     keep: NodeFilter,
-    sites: Mapping[int, tuple[Path, Site]],
+    traced: TracedLayers,
     model: str | None,
     device: str,
 ) -> _Asked:
     dtype = None if settings.dtype == "recorded" else settings.dtype
-    paths = [path for path, _ in sites.values()]
+    paths = list(dict.fromkeys(traced.paths.values()))
     opened = open_transcoder_model(paths, model=model, device=device, dtype=dtype)
     asked = _Asked(opened, question, settings, keep)
-    asked.run_on({site: load_transcoder(path) for path, site in sites.values()})
+    asked.run_on(traced.load())
     return asked
 
 

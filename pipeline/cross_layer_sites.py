@@ -10,16 +10,8 @@ from analysis.evaluate import SplicedSite
 from pipeline.analyze import check_same_site
 from pipeline.recorded_model import RecordedModel
 from storage.activation_cache import ActivationCache
-from storage.artifact import MANIFEST, read_json
 from storage.errors import ArtifactMismatch
-from training.cross_layer.artifact import KIND, load_cross_layer, read_cross_layer_manifest, sites_of
-
-
-def is_cross_layer(path: Path) -> bool:
-    """Return whether a published cross-layer transcoder lies at ``path``."""
-    manifest = path / MANIFEST
-    content = read_json(manifest) if manifest.is_file() else None
-    return isinstance(content, dict) and content.get("kind") == KIND
+from training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest, sites_of
 
 
 def check_cross_layer(cache: ActivationCache, path: Path) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from analysis.splice_scores import SpliceScore
 from analysis.token_deltas import SCHEMA, token_rows
 from pipeline.analyze import check_same_site
 from pipeline.artifact_folders import each_artifact
-from pipeline.cross_layer_sites import check_cross_layer, is_cross_layer, open_spliced_layers
+from pipeline.cross_layer_sites import check_cross_layer, open_spliced_layers
 from pipeline.device import limited_threads, open_device
 from pipeline.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
+from pipeline.transcoder_kinds import is_cross_layer
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from storage.artifact import Draft, read_manifest
 from storage.errors import ArtifactMismatch, SettingsError

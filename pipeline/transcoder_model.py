@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.model.identity_differences import list_model_differences
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from pipeline.model.recorded_place import recorded_place
+from pipeline.transcoder_kinds import read_either_manifest
 from storage.errors import ArtifactMismatch, ModelError, SettingsError
-from training.transcoder import read_transcoder_manifest
 
 _NAMED = 3
 """Transcoders whose paths a message names where many have the same fault."""
@@ -62,7 +62,7 @@ def open_transcoder_model(
 
 def _common_model(transcoders: Sequence[Path]) -> Mapping[str, Any]:
     """Return the model all transcoders record; library versions may differ."""
-    recorded = [read_transcoder_manifest(path)["model"] for path in transcoders]
+    recorded = [read_either_manifest(path)["model"] for path in transcoders]
     others: dict[tuple[str, ...], list[Path]] = {}
     for path, other in zip(transcoders[1:], recorded[1:], strict=True):
         if differences := list_model_differences(_without_versions(recorded[0]), _without_versions(other)):

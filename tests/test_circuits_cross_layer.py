@@ -65,7 +65,11 @@ def test_what_is_split_by_layers_is_the_transcoder() -> None:
     assert torch.equal(torch.cat(activations, 1), whole.encode(inputs))
     outputs = whole(inputs)
     for place, target in enumerate((4, 5, 9)):
-        written = sum(acts @ part.writes(target) for acts, part in zip(activations, parts[: place + 1], strict=False))
+        decoders = [part.writes(target) for part in parts[: place + 1]]
+        written = torch.zeros(7, WIDTH, dtype=torch.float64)
+        for acts, decoder in zip(activations, decoders, strict=False):
+            assert decoder is not None
+            written += acts @ decoder
         made = written + parts[place].b_dec_out
         torch.testing.assert_close(made, outputs[:, place * WIDTH : (place + 1) * WIDTH])
     assert parts[1].writes(4) is None  # nothing is written to layers before
