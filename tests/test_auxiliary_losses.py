@@ -70,8 +70,7 @@ def test_ghost_loss_and_gradients_are_the_original_codes_when_given_its_residual
     loss = GhostLoss(record(3, [2]), 5, ReferenceObjective(), "elementwise")
     dead = torch.tensor([2])
     residual = (GOLDEN.inputs - trace.outputs).detach()
-    pre = transcoder.pre_activations_of(dead, GOLDEN.inputs)
-    ghost = loss.term(pre, transcoder.W_dec[dead], residual, GOLDEN, trace)
+    ghost = loss.term(loss.write(transcoder, dead, GOLDEN.inputs), residual, GOLDEN, trace)
     assert float(ghost.detach()) == pytest.approx(2.2349591, abs=1e-6)
     (ghost + trace.terms["reconstruction"] + trace.terms["sparsity"]).backward()
     assert transcoder.W_dec.grad is not None

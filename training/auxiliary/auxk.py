@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from training.architectures.base import Trace
-from training.auxiliary.term import Auxiliary, DeadFeatureTerm
+from training.architectures.base import Trace, Transcoder
+from training.auxiliary.term import Auxiliary, DeadFeatureTerm, DeadWeights, write_in_blocks
 from training.batches import Batch
 from training.dead_features import FiringRecord
 from training.kernels.kernel import ExtraLoss
+from training.kernels.pairs import Pairs, SparseEntries
 from training.objectives import Objective
+
+PAIRS_ABOVE = 3
+"""On a CPU, with more than so many times k dead features, products at the chosen pairs alone beat matrix products over
+all: at 4096 rows, width 768 and k = 384 by 1.1 with 3 times, 1.7 with 8 times, 2.9 with 51 times."""
 
 
 class AuxKLoss(DeadFeatureTerm):
@@ -29,17 +38,47 @@ class AuxKLoss(DeadFeatureTerm):
         super().__init__(firing, dead_after_steps)
         self._k, self._coefficient = k, coefficient
 
-    def term(self, pre: Tensor, decoder: Tensor, residual: Tensor, batch: Batch, trace: Trace) -> Tensor:
+    def write(self, transcoder: Transcoder, dead: Tensor, inputs: Tensor) -> Tensor:
+        """Return ê."""
+        k = min(max(1, transcoder.d_out // 2) if self._k is None else self._k, len(dead))
+        if inputs.device.type == "cpu" and len(dead) > PAIRS_ABOVE * k:
+            return _write_at_pairs(transcoder, dead, inputs.contiguous(), k)
+        return write_in_blocks(partial(_write_largest, k=k), transcoder, dead, inputs)
+
+    def term(self, written: Tensor, residual: Tensor, batch: Batch, trace: Trace) -> Tensor:
         """Return the weighted, normalised squared error."""
-        k = min(max(1, decoder.shape[1] // 2) if self._k is None else self._k, pre.shape[1])
-        if k < pre.shape[1]:
-            largest = pre.topk(k, dim=1, sorted=False)
-            pre = pre.new_zeros(pre.shape).scatter(1, largest.indices, largest.values)
         # means over rows, so that slices of a batch that processes share add up to it
-        error = (residual - pre @ decoder).square().sum() / len(batch.inputs)
+        error = (residual - written).square().sum() / len(batch.inputs)
         centre = trace.whole.mean(residual.mean(0))
         scale = trace.whole.mean((residual - centre).square().sum() / len(batch.inputs))
         return error * (self._coefficient / scale).nan_to_num(0, 0, 0)
+
+
+def _write_largest(pre: Tensor, decoder: Tensor, *, k: int) -> Tensor:
+    """Return what the k largest pre-activations of each row write."""
+    if k < pre.shape[1]:
+        largest = pre.topk(k, dim=1, sorted=False)
+        pre = pre.new_zeros(pre.shape).scatter(1, largest.indices, largest.values)
+    return pre @ decoder
+
+
+def _write_at_pairs(transcoder: Transcoder, dead: Tensor, inputs: Tensor, k: int) -> Tensor:
+    """Return the same on a CPU, where only the choice takes a matrix product over all dead features, block by block."""
+    features, values = [], []
+    with torch.no_grad():
+        read = DeadWeights.of(transcoder, dead)
+        for block in read.blocks(inputs):
+            largest = F.linear(block, *read).topk(k, dim=1, sorted=False)
+            ascending, order = largest.indices.sort(dim=1)
+            features.append(dead[ascending].flatten())
+            values.append(largest.values.gather(1, order).flatten())
+    offsets = np.arange(len(inputs) + 1) * k
+    pairs = Pairs(np.arange(len(inputs)).repeat(k), torch.cat(features).numpy(), offsets, transcoder.d_sae)
+    for weights in (transcoder.W_enc, transcoder.W_dec):
+        if weights.grad is None:  # pairs add to gradients, which the dense step leaves to autograd
+            weights.grad = torch.zeros_like(weights)
+    entries = SparseEntries(pairs, torch.cat(values), transcoder, inputs)
+    return entries.decode(entries.pre, transcoder.W_dec)
 
 
 class AuxK(Auxiliary):

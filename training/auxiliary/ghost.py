@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from training.architectures.base import Trace, exact
-from training.auxiliary.term import Auxiliary, DeadFeatureTerm, row_norms
+from training.architectures.base import Trace, Transcoder, exact
+from training.auxiliary.term import Auxiliary, DeadFeatureTerm, row_norms, write_in_blocks
 from training.batches import Batch
 from training.dead_features import FiringRecord
 from training.kernels.kernel import ExtraLoss
@@ -37,12 +37,14 @@ class GhostLoss(DeadFeatureTerm):
         super().__init__(firing, dead_after_steps)
         self._objective, self._rescale = objective, rescale
 
-    def term(self, pre: Tensor, decoder: Tensor, residual: Tensor, batch: Batch, trace: Trace) -> Tensor:
+    def write(self, transcoder: Transcoder, dead: Tensor, inputs: Tensor) -> Tensor:
+        """Return g before it is scaled."""
+        return write_in_blocks(_write_exponentials, transcoder, dead, inputs)
+
+    def term(self, written: Tensor, residual: Tensor, batch: Batch, trace: Trace) -> Tensor:
         """Return the rescaled term."""
-        excess = pre.detach().amax(1, keepdim=True).sub(_LARGEST_EXPONENT).clamp_min(0)
-        ghosts = (pre - excess).exp() @ decoder
         norms = row_norms(residual)
-        ghosts = ghosts * (norms / (EPSILON + 2 * row_norms(ghosts.detach())))
+        ghosts = written * (norms / (EPSILON + 2 * row_norms(written.detach())))
         errors = (ghosts - residual).square() / norms.clamp_min(EPSILON)
         if self._rescale == "scalar":
             ghost = errors.mean()
@@ -50,6 +52,12 @@ class GhostLoss(DeadFeatureTerm):
             return ghost * (reconstruction / (ghost + EPSILON)).detach()
         elements = self._objective.elements(exact(trace.outputs, batch.outputs), batch.outputs)
         return (errors * (elements / (errors + EPSILON)).detach()).mean()
+
+
+def _write_exponentials(pre: Tensor, decoder: Tensor) -> Tensor:
+    """Return exp(pre) @ decoder, a row of which is divided by a number of its own where it could overflow."""
+    excess = pre.detach().amax(1, keepdim=True).sub(_LARGEST_EXPONENT).clamp_min(0)
+    return (pre - excess).exp() @ decoder
 
 
 class Ghost(Auxiliary):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from storage.settings import Settings
 from training.architectures.base import Trace, Transcoder, exact
@@ -14,12 +18,13 @@ from training.dead_features import FiringRecord
 from training.kernels.kernel import ExtraLoss
 from training.objectives import Objective
 
+BLOCK_BYTES = 1 << 27
+"""What the pre-activations of dead features, (rows, n_dead), may take at a time: 128 MB. Up to three such tensors exist
+at once."""
+
 
 class DeadFeatureTerm(ABC):
-    """A term computed from the dead features alone; there is none in a step in which no feature is dead.
-
-    Pre-activations are (rows, n_dead) here, whatever the kernel: dead features are the ones it does not look at.
-    """
+    """A term computed from the dead features alone; there is none in a step in which no feature is dead."""
 
     name: str
     """Under which the term is logged."""
@@ -34,16 +39,60 @@ class DeadFeatureTerm(ABC):
             return {}
         # target − output: what dead features could add. (The original code took the *input* less the output.)
         residual = (batch.outputs - exact(trace.outputs, batch.outputs)).detach()
-        pre = transcoder.pre_activations_of(dead, batch.inputs)
-        return {self.name: self.term(pre, transcoder.W_dec.index_select(0, dead), residual, batch, trace)}
+        return {self.name: self.term(self.write(transcoder, dead, batch.inputs), residual, batch, trace)}
 
     @abstractmethod
-    def term(self, pre: Tensor, decoder: Tensor, residual: Tensor, batch: Batch, trace: Trace) -> Tensor:
-        """Return the weighted scalar.
+    def write(self, transcoder: Transcoder, dead: Tensor, inputs: Tensor) -> Tensor:
+        """Return what the dead features (n_dead,), by index, write for ``inputs``: (rows, d_out)."""
 
-        ``pre`` (rows, n_dead) and ``decoder`` (n_dead, d_out) are those of dead features; ``residual`` (rows, d_out)
-        carries no gradient.
-        """
+    @abstractmethod
+    def term(self, written: Tensor, residual: Tensor, batch: Batch, trace: Trace) -> Tensor:
+        """Return the weighted scalar; ``written`` and ``residual`` are (rows, d_out), the latter without gradient."""
+
+
+class DeadWeights(NamedTuple):
+    """What dead features read, selected once for all rows: the gradient of a selection is as large as the whole."""
+
+    encoder: Tensor
+    """(n_dead, d_in)."""
+    bias: Tensor
+    """(n_dead,)."""
+
+    @classmethod
+    def of(cls, transcoder: Transcoder, dead: Tensor) -> DeadWeights:
+        """Return those of features (n_dead,), by index; their pre-activations are encoder x + bias."""
+        encoder, bias = transcoder.W_enc.index_select(0, dead), transcoder.b_enc.index_select(0, dead)
+        return cls(encoder, bias if transcoder.b_dec is None else bias - encoder @ transcoder.b_dec)
+
+    def blocks(self, inputs: Tensor) -> Iterator[Tensor]:
+        """Yield ``inputs`` (rows, d_in) in blocks, at least one, whose pre-activations take ``BLOCK_BYTES`` at most."""
+        n_rows = max(1, BLOCK_BYTES // (len(self.bias) * inputs.element_size()))
+        for start in range(0, max(1, len(inputs)), n_rows):
+            yield inputs[start : start + n_rows]
+
+
+def write_in_blocks(
+    write: Callable[[Tensor, Tensor], Tensor], transcoder: Transcoder, dead: Tensor, inputs: Tensor
+) -> Tensor:
+    """Return ``write(pre, decoder)``, (rows, d_out), of dead features' pre-activations (rows, n_dead) and decoder rows.
+
+    ``write`` treats each row by itself. Where pre-activations take more than a block, those of one block exist at a
+    time, and are computed once more for its gradient: a sixth matrix product beside five.
+    """
+    read, decoder = DeadWeights.of(transcoder, dead), transcoder.W_dec.index_select(0, dead)
+
+    def write_block(block: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor) -> Tensor:
+        return write(F.linear(block, encoder, bias), decoder)
+
+    blocks = list(read.blocks(inputs))
+    if len(blocks) == 1:
+        return write_block(inputs, *read, decoder)
+    # nothing is drawn at random, so there is no state of a generator to bring back
+    parts: list[Tensor] = [
+        checkpoint(write_block, block, *read, decoder, use_reentrant=False, preserve_rng_state=False)
+        for block in blocks
+    ]
+    return torch.cat(parts)
 
 
 class Auxiliary(Settings, ABC):
