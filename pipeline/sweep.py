@@ -21,7 +21,7 @@ from pipeline.runs.model_scores import ModelScores, ModelScoreSettings
 from pipeline.runs.side_by_side import OpenRun, Origins, train_drafts
 from pipeline.runs.sweep_grid import SHARED
 from pipeline.runs.sweep_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
-from pipeline.runs.training_rows import TrainingSource
+from pipeline.runs.training_rows import TrainingSource, known_problems
 from pipeline.runs.warm_start import WarmStart
 from pipeline.train import discard_draft, nothing_left_if_refused, open_source
 from storage.artifact import REQUEST, Draft, canonical_json, read_json, read_manifest, write_atomically
@@ -131,6 +131,10 @@ def check_shared(runs: Mapping[str, TrainSettings]) -> None:
 
 def choose_sites(runs: Mapping[str, TrainSettings], origins: Origins, source: TrainingSource) -> dict[str, Site]:
     """Return every run's site; raise SettingsError with every problem of every run."""
+    if not source.is_loaded:
+        early = [f"{name}: {line}" for name, settings in runs.items() for line in known_problems(settings, source)]
+        if early:  # told before a language model is loaded for a run that is right
+            raise SettingsError("\n".join(early))
     sites, problems = {}, []
     for name, settings in runs.items():
         try:

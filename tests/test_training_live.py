@@ -142,6 +142,18 @@ def test_a_live_sweep_runs_the_model_once_and_equals_runs_alone(trained: TrainRe
     assert not (swept.path / "checkpoints").exists()
 
 
+def test_a_wrong_run_of_a_live_sweep_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LiveBatches, "__init__", lambda *_, **__: pytest.fail("the model was loaded"))
+    runs = {"right": settings(), "wrong": settings(steps=None), "also": settings(bias_init="geometric_median")}
+    with pytest.raises(SettingsError) as refused:
+        sweep.run(runs, live=live_settings(), output=tmp_path / "s", threads=1, quiet=True)
+    assert "wrong: epochs: how many rows the text gives" in str(refused.value)
+    assert "also: bias_init: geometric_median" in str(refused.value)
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_command_trains_live_and_one_seed_feeds_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shared = ["--steps", 4, "--batch-rows", 32, "--d-sae", 32, "--k", 4, "--threads", 1, "--out", tmp_path / "t"]
     live = [

@@ -46,7 +46,7 @@ YAML_FILE = click.Path(dir_okay=False, path_type=Path)
     type=click.IntRange(min=1),
     default=1000,
     show_default=True,
-    help="Steps between checkpoints; a minute, if that is sooner.",
+    help="Steps between checkpoints; sooner when a minute, and 20 times what the last ones took, have passed.",
 )
 @options.device
 @options.threads
