@@ -7,7 +7,7 @@ with is written last: what is half-written looks like nothing to it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from analysis.model_weights import ModelWeights
 from pipeline.analyze import KIND as TABLES_KIND
 from pipeline.artifact_folders import each_artifact
-from pipeline.exports import circuit_tracer, delphi, saelens, sparsify, viewer_features
+from pipeline.exports import circuit_tracer, cross_layer, delphi, saelens, sparsify, viewer_features
 from pipeline.exports.conversion import Converted, convert
 from pipeline.exports.subjects import Subject, open_subjects
 from storage.activation_cache import open_cache
@@ -32,7 +33,8 @@ FORMAT_VERSION = 1
 Format = Literal["saelens", "circuit-tracer", "sparsify", "circuit-tracer-features", "delphi"]
 FORMATS: dict[Format, str] = {
     "saelens": "one transcoder or autoencoder: cfg.json, sae_weights.safetensors",
-    "circuit-tracer": "transcoders of every layer as a set: config.yaml, layer_N.safetensors",
+    "circuit-tracer": "transcoders of every layer as a set: config.yaml, layer_N.safetensors; or one cross-layer "
+    "transcoder: config.yaml, W_enc_N.safetensors, W_dec_N.safetensors",
     "sparsify": "TopK transcoders by module: MODULE/cfg.json, MODULE/sae.safetensors",
     "circuit-tracer-features": "tables of any layers for its viewer: features/index.json.gz, layer_N.bin",
     "delphi": "tables with activations for automated interpretation: latents/MODULE/",
@@ -158,23 +160,29 @@ class _Job:
         self._subjects: list[Subject] = []
         self._layers: list[viewer_features.LayerTables] = []
         self._latents: list[delphi.LatentTables] = []
+        self._cross_layer = cross_layer.open_cross_layer(sources, to)
         if to == "circuit-tracer-features":
             self._layers = viewer_features.open_tables(sources)
         elif to == "delphi":
             self._latents = delphi.open_tables(sources, cache, settings.module)
-        else:
+        elif self._cross_layer is None:
             self._subjects = open_subjects(sources)
 
     def check(self) -> None:
         """Raise SettingsError with every reason why the format cannot hold these transcoders."""
-        problems = {
+        problems: dict[Format, Callable[[], list[str]]] = {
             "saelens": lambda: saelens.problems(self._subjects),
-            "circuit-tracer": lambda: circuit_tracer.problems(self._subjects),
+            "circuit-tracer": self._problems_of_layers,
             "sparsify": lambda: sparsify.problems(self._subjects, self._settings.module),
         }
         found = problems[self._to]() if self._to in problems else []
         if found:
             raise SettingsError(f"cannot be exported to {self._to}:\n" + "\n".join(f"  {line}" for line in found))
+
+    def _problems_of_layers(self) -> list[str]:
+        if self._cross_layer is None:
+            return circuit_tracer.problems(self._subjects)
+        return cross_layer.problems(self._cross_layer)
 
     def write(self, directory: Path) -> tuple[list[str], dict[str, Any]]:
         """Write all files; return their names, and what the manifest says besides."""
@@ -195,6 +203,10 @@ class _Job:
                 one = self._subjects[0]
                 names = saelens.write_topk_autoencoder(directory, one, self._name(one.manifest))
                 return names, {"notes": [], "calibration": []}
+            case "circuit-tracer" if (across := self._cross_layer) is not None:
+                weights, name = self._weights([across.path]), self._name(across.manifest)
+                names = cross_layer.write(directory, across, name, self._settings.scan, weights)
+                return names, {"notes": [], "calibration": []}
         name = self._name(self._subjects[0].manifest)
         if self._to == "saelens":
             (converted,) = self._convert()
@@ -207,14 +219,17 @@ class _Job:
         }
 
     def _convert(self) -> Iterator[Converted]:
-        weights = None
-        if self._settings.fold_norm:
-            from pipeline.model.weights import read_weights  # loads TransformerLens, which nothing else here needs
-            from pipeline.transcoder_model import open_transcoder_model
-
-            paths = [one.path for one in self._subjects]
-            weights = read_weights(open_transcoder_model(paths, model=self._model, device=self._device))
+        weights = self._weights([one.path for one in self._subjects])
         return convert(self._subjects, cache=self._cache, rows=self._settings.rows, weights=weights)
+
+    def _weights(self, transcoders: Sequence[Path]) -> ModelWeights | None:
+        """Return the language model's weights where a norm has to be folded in."""
+        if not self._settings.fold_norm:
+            return None
+        from pipeline.model.weights import read_weights  # loads TransformerLens, which nothing else here needs
+        from pipeline.transcoder_model import open_transcoder_model
+
+        return read_weights(open_transcoder_model(transcoders, model=self._model, device=self._device))
 
     def _name(self, manifest: dict[str, Any]) -> str:
         return self._settings.model_name or str((manifest.get("model") or {}).get("name", "unknown"))

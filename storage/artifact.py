@@ -178,10 +178,11 @@ def read_sealed(path: Path) -> dict[str, JSON]:
     return manifest
 
 
-def read_manifest(path: Path, kind: str) -> dict[str, JSON]:
+def read_manifest(path: Path, kind: str, instead: Mapping[str, str] | None = None) -> dict[str, JSON]:
     """Return the manifest of a published artifact of ``kind``.
 
-    Raises ArtifactMissing, ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch for another kind.
+    ``instead`` says, by the kind found, what to do with one that was given for it. Raises ArtifactMissing,
+    ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch for another kind.
     """
     if not (path / MANIFEST).exists():
         if (path / REQUEST).exists():
@@ -195,7 +196,8 @@ def read_manifest(path: Path, kind: str) -> dict[str, JSON]:
     manifest = read_sealed(path / MANIFEST)
     if manifest.get("kind") != kind:
         found = _one(str(manifest.get("kind")))
-        raise ArtifactMismatch(f"{path}: holds {found}, wanted {_one(kind)}; give the path of {_one(kind)}")
+        way_on = (instead or {}).get(str(manifest.get("kind")), f"give the path of {_one(kind)}")
+        raise ArtifactMismatch(f"{path}: holds {found}, wanted {_one(kind)}; {way_on}")
     return manifest
 
 

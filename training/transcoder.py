@@ -17,6 +17,7 @@ from storage.artifact import read_manifest
 from storage.errors import ArtifactCorrupt, ArtifactMismatch
 from training.architectures import AnyArchitecture
 from training.architectures.base import Architecture, Transcoder
+from training.artifact_kinds import FOR_ONE_LAYER_ONLY
 from training.checkpoint import write_tensors
 
 __all__ = ["KIND", "WEIGHTS", "Transcoder", "load_transcoder", "read_transcoder_manifest", "save_weights"]
@@ -42,7 +43,7 @@ def save_weights(path: Path, transcoder: Transcoder) -> None:
 
 def read_transcoder_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of a transcoder; the errors are those of ``storage.artifact.read_manifest``."""
-    manifest = read_manifest(path, KIND)
+    manifest = read_manifest(path, KIND, FOR_ONE_LAYER_ONLY)
     if manifest["format"] != FORMAT_VERSION:
         raise ArtifactMismatch(
             f"{path}: has format {manifest['format']}, this version reads {FORMAT_VERSION}; "

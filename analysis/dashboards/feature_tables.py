@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from analysis.tables_artifact import TABLES_KIND
 from storage.artifact import read_manifest
 from storage.tables import read_schema, read_table
+from training.artifact_kinds import FOR_ONE_LAYER_ONLY
 
 KIND = TABLES_KIND
 """The kind of artifact read."""
@@ -32,7 +33,7 @@ class FeatureTables:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = read_manifest(path, KIND)
+        self.manifest = read_manifest(path, KIND, FOR_ONE_LAYER_ONLY)
         self._files = set(self.manifest["files"])
 
     @property

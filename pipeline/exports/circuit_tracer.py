@@ -23,7 +23,7 @@ CONFIG = "config.yaml"
 
 def problems(subjects: Sequence[Subject]) -> list[str]:
     """Return a sentence for everything that keeps these transcoders from making up a set."""
-    found = [line for one in subjects for line in _problems(one)]
+    found = [line for one in subjects for line in layer_problems(one)]
     hooked = [(one, hooks) for one in subjects if (hooks := one.hooks) is not None]
     layers = sorted(hooks.layer for _, hooks in hooked)
     if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
@@ -34,20 +34,28 @@ def problems(subjects: Sequence[Subject]) -> list[str]:
             f"layer {_listed(missing)}: no transcoder was given; circuit-tracer replaces the MLP of every layer, "
             f"from 0 to {n_layers - 1}"
         )
+    return found + unlike_layers(subjects)
+
+
+def unlike_layers(subjects: Sequence[Subject]) -> list[str]:
+    """Return a sentence for everything that a set has once but these layers have in more than one way."""
+    hooks = [one.hooks for one in subjects if one.hooks is not None]
     kinds: dict[str, set[Any]] = {
         "d_sae": {one.d_sae for one in subjects},
-        "input hook": {hooks.input for _, hooks in hooked},
-        "output hook": {hooks.output for _, hooks in hooked},
+        "input hook": {one.input for one in hooks},
+        "output hook": {one.output for one in hooks},
         "a skip path": {one.skips for one in subjects},
         "model": {str(one.model.get("name")) for one in subjects},
     }
-    for name, values in kinds.items():
-        if len(values) > 1:
-            found.append(f"{name}: is {_listed(sorted(values, key=str))} in one set; it must be the same in all layers")
-    return found
+    return [
+        f"{name}: is {_listed(sorted(values, key=str))} in one set; it must be the same in all layers"
+        for name, values in kinds.items()
+        if len(values) > 1
+    ]
 
 
-def _problems(subject: Subject) -> list[str]:
+def layer_problems(subject: Subject) -> list[str]:
+    """Return a sentence for everything that keeps one layer from standing in for an MLP there."""
     site, found = subject.site, []
     if subject.hooks is None:
         found.append(
@@ -87,15 +95,20 @@ def write(directory: Path, layers: Iterable[Converted], model_name: str, scan: s
         }
         write_tensors(directory / name, present(tensors))
         files.append(name)
+    write_config(directory, "transcoder_set", model_name, hooks, scan)
+    return Written([CONFIG, *files], costs)
+
+
+def write_config(directory: Path, kind: str, model_name: str, hooks: tuple[str, str], scan: str | None) -> None:
+    """Write what the package reads first, so it comes last; ``hooks`` are those of any layer, with its block."""
     config: dict[str, Any] = {
         "model_name": model_name,
-        "model_kind": "transcoder_set",
+        "model_kind": kind,
         "feature_input_hook": hooks[0].split(".", 2)[2],
         "feature_output_hook": hooks[1].split(".", 2)[2],
         **({} if scan is None else {"scan": scan}),
     }
     write_atomically(directory / CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
-    return Written([CONFIG, *files], costs)
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -55,7 +55,7 @@ def convert(
     ``ln2.hook_normalized``. Before the first one, raises SettingsError where a cache is needed and missing and for what
     cannot be folded, ArtifactMismatch for a cache of another site or model; all problems at once.
     """
-    problems = [] if weights is None else [line for one in subjects for line in _folding_problems(one, weights)]
+    problems = [] if weights is None else [line for one in subjects for line in folding_problems(one, weights)]
     wanting = [str(one.path) for one in subjects if one.needs_calibration]
     if wanting and cache is None:
         problems.append(
@@ -103,7 +103,8 @@ def _convert(
     return Converted(subject, form, hook_in, hook_out, cost)
 
 
-def _folding_problems(subject: Subject, weights: ModelWeights) -> list[str]:
+def folding_problems(subject: Subject, weights: ModelWeights) -> list[str]:
+    """Return a sentence for each reason why the norm before the MLP cannot be folded into this transcoder."""
     hooks = subject.hooks
     if hooks is None or (hooks.input, hooks.output) != (MLP_IN, MLP_OUT):
         return [

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from storage.artifact import read_manifest
 from storage.cache_format import Site
 from storage.errors import ArtifactCorrupt, ArtifactMismatch
+from training.artifact_kinds import CROSS_LAYER_KIND
 from training.batches import SiteBatches
 from training.cross_layer.stack import CrossLayerTranscoder
 from training.cross_layer.units import JoinedRows
 from training.evaluate import FitSums, HeldoutScore, OrdinaryScore
 from training.transcoder import WEIGHTS
 
-KIND = "cross_layer_transcoder"
+KIND = CROSS_LAYER_KIND
 """The artifact's kind."""
 FORMAT_VERSION = 1
 
