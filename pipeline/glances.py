@@ -36,26 +36,29 @@ def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
     yield from _origin(manifest, [manifest["site"]])
     yield "architecture", _architecture(manifest)
     yield "features", manifest["d_sae"]
-    metrics = manifest["metrics"]
-    if origin := manifest.get("origin"):
-        yield "imported from", origin["format"]
-    else:
-        yield "trained", f"{metrics['steps']:,} steps, {metrics['rows']:,} rows"
-    if heldout := metrics.get("heldout"):
+    yield _made(manifest)
+    if heldout := manifest["metrics"].get("heldout"):
         yield "held out", f"{_score(heldout)}, over {heldout['n_rows']:,} rows"
     yield "everything else", "--json"
 
 
 def _glance_at_cross_layer(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [])
-    sites, metrics = manifest["sites"], manifest["metrics"]
+    sites = manifest["sites"]
     yield "layers", f"{len(sites)}, from {sites[0]['name']} to {sites[-1]['name']}"
     yield "architecture", _architecture(manifest)
     yield "features", f"{manifest['d_sae']:,} a layer, each writing to its own layer and all later ones"
-    yield "trained", f"{metrics['steps']:,} steps, {metrics['rows']:,} rows"
+    yield _made(manifest)
     for layer in manifest["layers"]:
         yield f"held out {layer['site']}", _score(layer)
     yield "everything else", "--json"
+
+
+def _made(manifest: dict[str, Any]) -> tuple[str, Any]:
+    if origin := manifest.get("origin"):
+        return "imported from", origin["format"]
+    metrics = manifest["metrics"]
+    return "trained", f"{metrics['steps']:,} steps, {metrics['rows']:,} rows"
 
 
 def _architecture(manifest: dict[str, Any]) -> str:

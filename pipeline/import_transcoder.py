@@ -38,7 +38,8 @@ from training.transcoder import (
 Origin = Literal["saelens", "circuit-tracer", "sparsify", "dictionary-learning", "reference"]
 ORIGINS: dict[Origin, str] = {
     "saelens": "folder with cfg.json and sae_weights.safetensors",
-    "circuit-tracer": "one layer's file layer_N.safetensors, its set's config.yaml beside it",
+    "circuit-tracer": "one layer's file layer_N.safetensors, its set's config.yaml beside it; or the folder of a "
+    "cross-layer transcoder",
     "sparsify": "one module's folder with cfg.json and sae.safetensors",
     "dictionary-learning": "folder with config.json and ae.pt",
     "reference": "checkpoint (.pt) of the original transcoders code; nothing in it is run",
@@ -58,7 +59,8 @@ _IN_FOLDERS: dict[Origin, tuple[str, ...]] = {
 }
 """Files that are read, of formats that are folders."""
 _BATCH_ROWS = 1024
-_POOR_FVU = 0.9
+POOR_FVU = 0.9
+"""Above this, a transcoder is taken not to belong to the rows it was measured on."""
 
 
 class ImportSettings(Settings):
@@ -191,18 +193,24 @@ def _measure(transcoder: Transcoder, split: CacheSplit, site: Site, n_rows: int)
 
 def _notes(foreign: Foreign, score: HeldoutScore, cache: ActivationCache) -> list[str]:
     notes = []
-    model = cache.manifest.get("model") or {}
-    processing = model.get("processing", "raw")
+    processing = (cache.manifest.get("model") or {}).get("processing", "raw")
     if foreign.processing not in (None, processing):
         notes.append(
             f"it was trained on a model of processing {foreign.processing}, the cache holds {processing}: its outputs "
             "are then off by what centring takes away"
         )
-    if foreign.model_name is not None and foreign.model_name.split("/")[-1] != str(model.get("name")).split("/")[-1]:
-        notes.append(f"its files name the model {foreign.model_name}, the cache {model.get('name')}")
-    if score.fvu is not None and score.fvu > _POOR_FVU:
+    notes += note_other_name(foreign.model_name, cache)
+    if score.fvu is not None and score.fvu > POOR_FVU:
         notes.append(
             f"FVU is {score.fvu:.3f} on the cache's rows, no better than a constant: this is not the model, site or "
             "processing it was trained on"
         )
     return notes
+
+
+def note_other_name(model_name: str | None, cache: ActivationCache) -> list[str]:
+    """Return a sentence if the files name another language model than the cache, whoever published it."""
+    name = str((cache.manifest.get("model") or {}).get("name"))
+    if model_name is None or model_name.split("/")[-1] == name.split("/")[-1]:
+        return []
+    return [f"its files name the model {model_name}, the cache {name}"]

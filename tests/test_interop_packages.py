@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import environment
-from pipeline import export, import_transcoder
+from pipeline import export, import_cross_layer, import_transcoder
 from pipeline.export import ExportSettings
 from pipeline.import_transcoder import ImportSettings
 from storage.cache_format import Site
+from tests.cross_layer_transcoders import INPUTS as LAYERED_INPUTS
+from tests.cross_layer_transcoders import N_LAYERS, publish_cross_layer, random_cross_layer
 from tests.layered_transcoders import (
     MODEL,
     mlp_site,
@@ -30,6 +32,7 @@ from tests.layered_transcoders import (
 )
 from tests.tables_by_hand import dead_row, example_row, feature_row, publish_tables
 from training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from training.cross_layer.artifact import load_cross_layer
 from training.transcoder import load_transcoder
 
 pytestmark = pytest.mark.slow
@@ -101,6 +104,27 @@ for entry in json.loads(gzip.decompress((features / "index.json.gz").read_bytes(
         length = int.from_bytes(content[start : start + 4], "little")
         Model.model_validate_json(gzip.decompress(content[start + 4 : start + 4 + length]))
         assert start + 4 + length == end
+"""
+LOAD_CROSS_LAYER = """
+import json, sys
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from circuit_tracer.utils.caching import load_transcoders_from_cache
+given = json.loads(sys.argv[1])
+inputs = load_file(given["inputs"])["inputs"]
+for folder in map(Path, given["folders"]):
+    for lazy in (True, False):
+        found, config = load_transcoders_from_cache(
+            folder.name, cache_dir=folder.parent, lazy_encoder=lazy, lazy_decoder=lazy, device=torch.device("cpu")
+        )
+        assert config["model_name"] == "tiny-gpt2", config
+        assert found.feature_input_hook == "mlp.hook_in", found.feature_input_hook
+        stacked = inputs.unflatten(1, (found.n_layers, -1)).transpose(0, 1)
+        acts = found.encode(stacked)
+        flat = lambda values: values.detach().transpose(0, 1).flatten(1).contiguous()
+        save_file({"acts": flat(acts), "outputs": flat(found(stacked))}, folder / f"theirs{int(lazy)}")
+    found.to_safetensors(str(folder) + "-again")
 """
 MAKE_DICTIONARIES = """
 import json, sys
@@ -242,6 +266,28 @@ def test_circuit_tracer_loads_a_set_and_its_features_and_what_it_saves_comes_bac
         ImportSettings(), source=source, origin="circuit-tracer", cache=cache, output=tmp_path / "back"
     )
     torch.testing.assert_close(load_transcoder(tmp_path / "back")(INPUTS), modules[0](INPUTS), **CLOSE)
+
+
+def test_circuit_tracer_loads_a_cross_layer_transcoder_and_what_it_saves_comes_back(tmp_path):
+    save_file({"inputs": LAYERED_INPUTS}, tmp_path / "inputs.safetensors")
+    modules = {"jump": random_cross_layer(), "relu": random_cross_layer(relu=True, seed=1)}
+    for name, module in modules.items():
+        publish_cross_layer(tmp_path / f"{name}-ours", module)
+        export.run(ExportSettings(), to="circuit-tracer", sources=[tmp_path / f"{name}-ours"], output=tmp_path / name)
+    arguments = {"inputs": str(tmp_path / "inputs.safetensors"), "folders": [str(tmp_path / name) for name in modules]}
+    run_in("circuit_tracer", [CIRCUIT_TRACER, "psutil"], LOAD_CROSS_LAYER, arguments)
+    sites = [mlp_site(layer) for layer in range(N_LAYERS)]
+    cache = publish_site_cache(tmp_path / "cache", sites, model={**MODEL, "n_layers": N_LAYERS})
+    for name, module in modules.items():
+        for lazy in (0, 1):
+            theirs = load_file(tmp_path / name / f"theirs{lazy}")
+            torch.testing.assert_close(theirs["acts"], module.encode(LAYERED_INPUTS), **CLOSE)
+            torch.testing.assert_close(theirs["outputs"], module(LAYERED_INPUTS), **CLOSE)
+        back = tmp_path / f"{name}-back"
+        import_cross_layer.run(
+            ImportSettings(site="layer0,layer1,layer2"), source=tmp_path / f"{name}-again", cache=cache, output=back
+        )
+        torch.testing.assert_close(load_cross_layer(back)(LAYERED_INPUTS), module(LAYERED_INPUTS), **CLOSE)
 
 
 def test_what_dictionary_learning_saves_computes_the_same_here(tmp_path, inputs):

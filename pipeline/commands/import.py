@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipeline import import_transcoder
+from pipeline import import_cross_layer, import_transcoder
 from pipeline.commands import options
 from pipeline.import_transcoder import ORIGINS, ImportSettings
 from pipeline.options import read_settings, settings_options
@@ -46,11 +46,24 @@ def command(
     \b
     pipeline import layer_8.safetensors --from circuit-tracer --cache caches/gpt2-l8 \\
         --out transcoders/imported-l8
+    pipeline import clt-folder --from circuit-tracer --cache caches/gpt2 --out transcoders/imported-clt
     """
     settings = read_settings(ImportSettings, config, given)
-    result = import_transcoder.run(settings, source=source, origin=origin, cache=cache, output=output, device=device)
+    if origin == import_cross_layer.ORIGIN and source.is_dir():
+        across = import_cross_layer.run(settings, source=source, cache=cache, output=output, device=device)
+        notes, summary = across.notes, _summary_of_layers(across)
+    else:
+        one = import_transcoder.run(settings, source=source, origin=origin, cache=cache, output=output, device=device)
+        fvu = "" if one.fvu is None else f", FVU {one.fvu:.4f}"
+        notes, summary = one.notes, f"{one.d_sae:,} features of {one.site}, L0 {one.l0:.1f}{fvu}"
     if not quiet:
-        for note in result.notes:
+        for note in notes:
             click.echo(f"note: {note}")
-        fvu = "" if result.fvu is None else f", FVU {result.fvu:.4f}"
-        click.echo(f"{result.path}: {result.d_sae:,} features of {result.site}, L0 {result.l0:.1f}{fvu}")
+        click.echo(f"{output}: {summary}")
+
+
+def _summary_of_layers(result: import_cross_layer.CrossLayerImport) -> str:
+    n_layers = len(result.sites)
+    measured = [fvu for fvu in result.fvu if fvu is not None]
+    fvu = "" if not measured else f", FVU {min(measured):.4f} to {max(measured):.4f}"
+    return f"{result.d_sae:,} features in each of {n_layers} layers, L0 {sum(result.l0) / n_layers:.1f} a layer{fvu}"

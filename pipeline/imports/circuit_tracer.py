@@ -64,7 +64,10 @@ def _config(path: Path) -> dict[str, Any]:
     beside = path.parent / "config.yaml"
     config = load_yaml(beside) if beside.is_file() else {}
     if (kind := config.get("model_kind", "transcoder_set")) != "transcoder_set":
-        raise ArtifactMismatch(f"{beside}: is a {kind}, wanted a transcoder_set; cross-layer sets cannot be imported")
+        raise ArtifactMismatch(
+            f"{beside}: is a {kind}, wanted a transcoder_set; of a cross_layer_transcoder, give the whole folder: "
+            f"{path.parent}"
+        )
     if config.get("activation") == "topk":
         raise ArtifactMismatch(
             f"{beside}: says activation: topk, which circuit-tracer ignores for such files and which they do not hold "
