@@ -67,7 +67,8 @@ class ImportSettings(Settings):
     """What an imported transcoder is taken for."""
 
     site: str | None = None
-    """Site of the cache that it belongs to; by default the one whose hooks the files name."""
+    """Site of the cache that it belongs to; by default the one whose hooks the files name. Of a cross-layer transcoder,
+    all of them, lowest layer first: A,B,C."""
 
     rows: Quantity = Field(default=65_536, ge=1)
     """Rows of the cache on which FVU and L0 are measured, held-out ones if there are any."""
