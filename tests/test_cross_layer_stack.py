@@ -10,9 +10,11 @@ from training.architectures.batch_topk import BatchTopK
 from training.architectures.jumprelu import JumpReLU
 from training.architectures.relu import ReLU
 from training.batches import Batch
+from training.cross_layer.sparse import SparseStackStep
 from training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
 from training.cross_layer.units import LayerUnits
 from training.kernels.dense import DenseStep
+from training.kernels.kernel import Precision
 from training.normalisation import Normalisation
 from training.objectives import VarianceObjective
 from training.optim import BlockedAdam, Optimiser, TorchOptimiser
@@ -76,12 +78,15 @@ def test_encode_and_decode_are_products_with_block_matrices(place: int) -> None:
     torch.testing.assert_close(stack(inputs.view(5, 8, -1)), stack(inputs).view(5, 8, -1))
 
 
+@pytest.mark.parametrize("kernel", [DenseStep, SparseStackStep])
 @pytest.mark.parametrize("place", STACKS)
-def test_a_steps_gradients_are_those_of_the_plain_matrices(place: int) -> None:
+def test_a_steps_gradients_are_those_of_the_plain_matrices(
+    place: int, kernel: type[DenseStep] | type[SparseStackStep]
+) -> None:
     stack = every_stack()[place].double()
     inputs, outputs = rows(1, WIDTH_IN).double(), rows(2, WIDTH_OUT).double()
     objective = VarianceObjective(7.0)
-    result = DenseStep()(stack, Batch(inputs, outputs), objective)
+    result = kernel()(stack, Batch(inputs, outputs), objective)
     encoder, decoder = plain_encoder(stack).detach().requires_grad_(), plain_decoder(stack).detach().requires_grad_()
     pre = inputs @ encoder.T + stack.b_enc.detach()
     floor = stack.thresholds()
@@ -101,6 +106,27 @@ def test_a_steps_gradients_are_those_of_the_plain_matrices(place: int) -> None:
         torch.testing.assert_close(stack.W_enc.grad[own], of_encoder)
         torch.testing.assert_close(stack.decoder(layer).grad, decoder.grad[own, layer * WIDTH_OUT :])
     torch.testing.assert_close(result.n_active, (activations > 0).sum(0))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("place", STACKS)
+def test_sparse_steps_are_dense_ones_whatever_they_screen_in(place: int, precision: Precision) -> None:
+    dense, sparse = every_stack()[place], every_stack()[place]
+    dense_step, sparse_step = DenseStep(), SparseStackStep(precision)
+    for seed in range(4):  # from the second on, what is looked for begins at the last batch's threshold
+        batch = Batch(rows(seed, WIDTH_IN) * (1 + seed), rows(seed + 9, WIDTH_OUT))
+        one = dense_step(dense, batch, VarianceObjective(3.0), per_row=True)
+        other = sparse_step(sparse, batch, VarianceObjective(3.0), per_row=True)
+        for name, value in one.losses.items():
+            torch.testing.assert_close(other.losses[name], value, msg=name)
+        assert torch.equal(one.n_active, other.n_active)
+        torch.testing.assert_close(other.outputs, one.outputs)
+        assert one.per_row is not None
+        assert other.per_row is not None
+        assert torch.equal(one.per_row.l0, other.per_row.l0)
+        gradients = {name: parameter.grad for name, parameter in sparse.named_parameters()}
+        for name, parameter in dense.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, msg=f"{name}, batch {seed}")
 
 
 def test_batch_topk_takes_k_a_layer_on_average_wherever_they_are() -> None:

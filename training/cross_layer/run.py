@@ -15,12 +15,14 @@ from storage.statistics import SiteStatistics
 from training.architectures.batch_topk import BatchTopK
 from training.architectures.jumprelu import JumpReLU
 from training.architectures.relu import ReLU
+from training.cross_layer.sparse import SparseStackStep
 from training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
 from training.cross_layer.units import JOINED, JoinedRows, LayerUnits
 from training.ema import WeightAverage
 from training.initialise import random_directions
+from training.kernels.adaptive import AdaptiveStep, KernelKind
 from training.kernels.dense import DenseStep
-from training.kernels.kernel import Precision
+from training.kernels.kernel import Precision, StepKernel
 from training.normalisation import Normalisation, build_normalisation, check_statistics
 from training.objectives import build_objective
 from training.optim import build_optimiser
@@ -75,8 +77,8 @@ def cross_layer_problems(settings: TrainSettings, sites: Sequence[Site]) -> list
         )
     if architecture.skip:
         problems.append("architecture.skip: a cross-layer transcoder has no skip path; leave it out")
-    if settings.kernel in ("sparse", "compiled"):
-        problems.append(f"kernel: {settings.kernel} is for transcoders of one layer; use auto or dense")
+    if settings.kernel == "compiled":
+        problems.append("kernel: compiled is for transcoders of one layer; use auto, dense or sparse")
     plain = TrainSettings()
     problems += [
         f"{name}: a cross-layer transcoder is trained with {getattr(plain, name)!r} only; leave it out"
@@ -139,7 +141,7 @@ def build_cross_layer(
         stack,
         objective,
         _as_they_are(stack),
-        DenseStep(precision),
+        build_stack_kernel(settings.kernel, precision, device, name=name),
         build_optimiser(settings.optimiser, stack, lr=settings.lr, clip=settings.gradient_clip),
         settings.build_schedule(n_steps),
         site=JOINED,
@@ -149,6 +151,14 @@ def build_cross_layer(
     )
     run.units = units
     return CrossLayerBuild(run, JoinedRows(sites, units.to(device, torch.float32), ordinary), units, ordinary)
+
+
+def build_stack_kernel(kind: KernelKind, precision: Precision, device: torch.device, *, name: str) -> StepKernel:
+    """Return the kernel of a run; auto is dense, and sparse not offered, on devices other than the CPU."""
+    if kind == "dense" or device.type != "cpu":
+        return DenseStep(precision)
+    sparse = SparseStackStep(precision)
+    return sparse if kind == "sparse" else AdaptiveStep(precision, name=name, sparse=sparse)
 
 
 def build_stack(settings: TrainSettings, n_layers: int, width_in: int, width_out: int) -> Stack:

@@ -9,6 +9,9 @@ is the affair of the architecture that a stack is combined with.
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
 import torch
@@ -94,12 +97,15 @@ class Stack(Transcoder):
     def decode(self, activations: Tensor, inputs: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """Return outputs (…, d_out) of activations (…, d_sae)."""
         rows = activations.reshape(-1, self.d_sae)
-        outputs = self.b_dec_out.expand(len(rows), -1).clone()
-        for layer in range(self.n_layers):
-            outputs.narrow(1, layer * self.width_out, self.decoder(layer).shape[1]).add_(
-                rows[:, self.of_layer(layer)] @ self.decoder(layer)
-            )
+        outputs = self._written(len(rows), lambda layer: rows[:, self.of_layer(layer)] @ self.decoder(layer))
         return outputs.view(*activations.shape[:-1], self.d_out)
+
+    def _written(self, n_rows: int, by_layer: Callable[[int], Tensor]) -> Tensor:
+        """Return outputs (rows, d_out); ``by_layer`` gives what one layer's features write, as wide as its decoder."""
+        outputs = self.b_dec_out.expand(n_rows, -1).clone()
+        for layer in range(self.n_layers):
+            outputs.narrow(1, layer * self.width_out, self.decoder(layer).shape[1]).add_(by_layer(layer))
+        return outputs
 
     # As it is trained
 
@@ -114,7 +120,7 @@ class Stack(Transcoder):
     def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:
         """Return outputs and loss terms of a batch of normalised rows, from dense entries."""
         activations = self.activation(entries)
-        outputs = self.decode(activations)
+        outputs = self._written(len(batch.inputs), partial(_decode_part, self, entries, activations))
         terms = {"reconstruction": objective.reconstruction(exact(outputs, batch.outputs), batch.outputs)}
         return Trace(outputs, activations, {**terms, **self.penalties(entries, activations)})
 
@@ -143,6 +149,28 @@ class Stack(Transcoder):
     def folded(self, normalisation: Normalisation) -> Self:  # noqa: ARG002 - rows came normalised
         """Raise AssertionError: what is published is another class (``training.cross_layer.run``)."""
         raise AssertionError("a stack is folded by fold()")
+
+
+class StackedEntries(Entries):
+    """Entries that know which layer each belongs to."""
+
+    @abstractmethod
+    def decode_layer(self, values: Tensor, layer: int, decoder: Tensor) -> Tensor:
+        """Return what one layer's ``values`` (as ``pre``, of all layers) write by its decoder, (rows, its width)."""
+
+    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:  # noqa: ARG002
+        """Raise AssertionError: there is no one decoder."""
+        raise AssertionError("a stack is decoded layer by layer")
+
+    def decode_groups(self, values: Tensor, W_dec: Tensor, ends: Sequence[int]) -> Tensor:  # noqa: ARG002
+        """Raise AssertionError, likewise."""
+        raise AssertionError("a stack is decoded layer by layer")
+
+
+def _decode_part(stack: Stack, entries: Entries, values: Tensor, layer: int) -> Tensor:
+    if isinstance(entries, StackedEntries):
+        return entries.decode_layer(values, layer, stack.decoder(layer))
+    return values[:, stack.of_layer(layer)] @ stack.decoder(layer)
 
 
 class CrossLayerTranscoder(Stack, JumpReLUTranscoder):

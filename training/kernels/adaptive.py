@@ -33,9 +33,10 @@ DENSE_ABOVE = 0.05
 class AdaptiveStep:
     """The sparse step where few features fire, the dense one where many do."""
 
-    def __init__(self, precision: Precision, *, name: str = "transcoder") -> None:
+    def __init__(self, precision: Precision, *, name: str = "transcoder", sparse: StepKernel | None = None) -> None:
         self._name = name
-        self._dense, self._sparse = DenseStep(precision), SparseStep(precision)
+        self._dense: StepKernel = DenseStep(precision)
+        self._sparse: StepKernel = sparse or SparseStep(precision)
         self.is_sparse: bool | None = None
         """Which one computes the next step; None before the first."""
 

@@ -126,13 +126,11 @@ class SparseEntries(Entries):
 
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
         """Return the sum of decoder rows of each row's pairs."""
-        decoded: Tensor = _Decode.apply(values, W_dec, self.pairs)  # type: ignore[no-untyped-call]
-        return decoded
+        return decode_pairs(values, W_dec, self.pairs)
 
     def decode_groups(self, values: Tensor, W_dec: Tensor, ends: Sequence[int]) -> Tensor:
         """Return one sum per group of features."""
-        decoded: Tensor = _Decode.apply(values, W_dec, self.pairs.split(ends))  # type: ignore[no-untyped-call]
-        return decoded.view(self.n_rows, len(ends), -1).transpose(0, 1)
+        return decode_pairs(values, W_dec, self.pairs.split(ends)).view(self.n_rows, len(ends), -1).transpose(0, 1)
 
     def count(self, active: Tensor) -> Tensor:
         """Return how many active pairs each feature has."""
@@ -198,6 +196,12 @@ class _Decode(torch.autograd.Function):
         if W_dec.requires_grad:
             return pairs.dots_and_outer(values, gradient, W_dec, W_dec.grad), None, None
         return pairs.dots(gradient, W_dec), None, None
+
+
+def decode_pairs(values: Tensor, W_dec: Tensor, pairs: Pairs) -> Tensor:
+    """Return values @ W_dec (rows, d_out) for values at pairs; the gradient of ``W_dec`` is added to its ``.grad``."""
+    decoded: Tensor = _Decode.apply(values, W_dec, pairs)  # type: ignore[no-untyped-call]
+    return decoded
 
 
 class _Gather(torch.autograd.Function):

@@ -51,6 +51,18 @@ class Rounded(NamedTuple):
     """(n,) of the vectors less their rounded values."""
 
 
+class Candidates(NamedTuple):
+    """Pairs among which the largest of a batch are looked for."""
+
+    pairs: Pairs
+    pre: Tensor
+    """(n_pairs,) their exact pre-activations."""
+    certain: float
+    """Every pair whose pre-activation is at least this is among them."""
+    smallest_guess: float
+    """Below this a guess might as well be zero."""
+
+
 class Selector:
     """Finds the pairs of a selection. Remembers nothing that changes a result."""
 
@@ -66,10 +78,7 @@ class Selector:
         self, inputs: Tensor, W_enc: Tensor, bias: Tensor, selection: Selection, whole: WholeBatch = ALONE
     ) -> tuple[Pairs, Tensor]:
         """Return the selected pairs of ``inputs`` (rows, d_in) and their exact pre-activations (n_pairs,)."""
-        if self._weights.shape != W_enc.shape:
-            self._weights = torch.empty_like(W_enc, dtype=self._dtype)
-        weights = round_rows(W_enc, self._weights)
-        rows = round_rows(inputs, torch.empty_like(inputs, dtype=self._dtype))
+        rows, weights = self._rounded(inputs, W_enc)
         match selection:
             case Above(floor):
                 raised = bias if floor is None else bias - floor
@@ -81,28 +90,57 @@ class Selector:
                 of_row = self._row_margin(rows, weights)
                 pairs = self._candidates(rows, bias + of_row.max(), partial(self._row_cuts, k, of_row.numpy()))
                 pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
-                return _kept(pairs, pre, _largest(pre, pairs.offsets, k))
+                return _kept(pairs, pre, keep_largest(pre, pairs.offsets, k))
             case LargestOfBatch(k):
                 return self._largest_of_batch(inputs, W_enc, bias, (rows, weights), k, whole)
             case _:
                 assert_never(selection)
+
+    @torch.no_grad()
+    def candidates(self, inputs: Tensor, W_enc: Tensor, bias: Tensor, guess: float) -> Candidates:
+        """Return the pairs of ``inputs`` (rows, d_in) whose pre-activation may exceed ``guess``."""
+        return self._candidates_above(inputs, W_enc, bias, self._rounded(inputs, W_enc), guess)
+
+    @torch.no_grad()
+    def first_guess(self, inputs: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> float:
+        """Return a value that most rows' k-th largest pre-activations exceed."""
+        return self._first_guess(self._rounded(inputs, W_enc), bias, k)
+
+    @staticmethod
+    def guess_after(threshold: float) -> float:
+        """Return what to try for the batch after one whose smallest selected pre-activation was ``threshold``."""
+        return _GUESS * threshold
+
+    def _rounded(self, inputs: Tensor, W_enc: Tensor) -> tuple[Rounded, Rounded]:
+        """Return rows and weights as they are screened; the weights in memory that the next call uses again."""
+        if self._weights.shape != W_enc.shape:
+            self._weights = torch.empty_like(W_enc, dtype=self._dtype)
+        weights = round_rows(W_enc, self._weights)
+        return round_rows(inputs, torch.empty_like(inputs, dtype=self._dtype)), weights
+
+    def _candidates_above(
+        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, rounded: tuple[Rounded, Rounded], guess: float
+    ) -> Candidates:
+        margin = self._margin(*rounded)
+        pairs = self._above(rounded[0], bias + margin, guess)
+        pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
+        return Candidates(pairs, pre, guess * (1 + 2 * _ROUNDING[self._dtype]), 1e-3 * float(margin.max()))
 
     def _largest_of_batch(
         self, inputs: Tensor, W_enc: Tensor, bias: Tensor, rounded: tuple[Rounded, Rounded], k: int, whole: WholeBatch
     ) -> tuple[Pairs, Tensor]:
         """Return the k · rows largest, chosen among candidates above a guess if that many lie above it for sure."""
         n_wanted = k * whole.n_rows(len(inputs))
-        rows, margin = rounded[0], self._margin(*rounded)
         guess = self._guess if self._guess >= 0 else self._first_guess(rounded, bias, k)
         while True:
-            pairs = self._above(rows, bias + margin, guess)
-            pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
-            cut = whole.cut(pre, guess * (1 + 2 * _ROUNDING[self._dtype]), n_wanted)
+            found = self._candidates_above(inputs, W_enc, bias, rounded, guess)
+            cut = whole.cut(found.pre, found.certain, n_wanted)
             if cut.is_complete:
                 break
-            guess = guess / 2 if guess > 1e-3 * float(margin.max()) else 0.0
-        self._guess = _GUESS * cut.threshold
-        return _kept(pairs, pre, _largest(pre, np.array([0, len(pre)], np.int64), cut.n_own))
+            guess = guess / 2 if guess > found.smallest_guess else 0.0
+        self._guess = self.guess_after(cut.threshold)
+        kept = keep_largest(found.pre, np.array([0, len(found.pre)], np.int64), cut.n_own)
+        return _kept(found.pairs, found.pre, kept)
 
     def _first_guess(self, rounded: tuple[Rounded, Rounded], bias: Tensor, k: int) -> float:
         """Return a value that most rows' k-th largest pre-activations exceed."""
@@ -210,7 +248,7 @@ def _rounded_down(cuts: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.where(rounded.double() > exact, rounded * (1 - 2 * _ROUNDING[dtype]), rounded)
 
 
-def _largest(pre: Tensor, offsets: np.ndarray, k: int) -> np.ndarray:
+def keep_largest(pre: Tensor, offsets: np.ndarray, k: int) -> np.ndarray:
     """Return which of the values are among the k largest positive ones of their stretch."""
     kept, values = np.zeros(len(pre), np.bool_), pre.numpy()
     if k == 0:  # other processes hold the whole batch's largest

@@ -1,0 +1,171 @@
+"""The step of a stack at active pairs only: one screening product a layer, everything else over the few that fire.
+
+As for one layer (``training.kernels.sparse``), and as exact. Pairs lie layer after layer, sorted by row in each, so
+that what belongs to a layer is a slice. A feature's decoder row is wide, one width for each layer it writes to, and is
+read only where the feature fires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.architectures.base import Transcoder
+from training.batches import Batch
+from training.cross_layer.stack import Stack, StackedEntries
+from training.entries import Above, LargestOfBatch
+from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
+from training.kernels.pairs import Pairs, decode_pairs
+from training.kernels.select import Selector, keep_largest
+from training.objectives import Objective
+from training.whole_batch import ALONE, WholeBatch
+
+
+class SparseStackStep:
+    """For stacks on the CPU. ``precision`` is that of the products which screen, and of nothing else."""
+
+    def __init__(self, precision: Precision = "float32") -> None:
+        self._precision = precision
+        self._selectors: list[Selector] = []
+        self._guess: float | None = None
+        """A value that all activations of the next batch are likely to exceed; changes no result."""
+
+    def __call__(
+        self,
+        transcoder: Transcoder,
+        batch: Batch,
+        objective: Objective,
+        extra: Sequence[ExtraLoss] = (),
+        *,
+        per_row: bool = False,
+        whole: WholeBatch = ALONE,
+    ) -> StepResult:
+        """Set ``.grad`` of every parameter and return the loss terms."""
+        assert whole is ALONE, "one process trains a stack"
+        stack = cast("Stack", transcoder)
+        inputs = batch.inputs.view(len(batch.inputs), stack.n_layers, stack.width_in).transpose(0, 1).contiguous()
+        layers, pre = self._select(stack, inputs)
+        _clear_gradients(stack)
+        entries = SparseStackEntries(layers, pre, stack, inputs)
+        trace = stack.trace(entries, batch, objective)
+        return finish(stack, entries, trace, batch, extra, per_row=per_row)
+
+    @torch.no_grad()
+    def _select(self, stack: Stack, inputs: Tensor) -> tuple[list[Pairs], Tensor]:
+        """Return the selected pairs of each layer of ``inputs`` (layers, rows, width_in), and their pre-activations."""
+        if not self._selectors:
+            own = torch.bfloat16 if self._precision == "bfloat16" else stack.W_enc.dtype
+            self._selectors = [Selector(own) for _ in range(stack.n_layers)]
+        selection, bias = stack.selection(), stack.encoder_bias()
+        parts = [stack.of_layer(layer) for layer in range(stack.n_layers)]
+        match selection:
+            case Above(floor):
+                found = [
+                    selector.select(x, stack.W_enc[own], bias[own], Above(None if floor is None else floor[own]))
+                    for selector, x, own in zip(self._selectors, inputs, parts, strict=True)
+                ]
+                return [pairs for pairs, _ in found], torch.cat([pre for _, pre in found])
+            case LargestOfBatch(k):
+                return self._largest(stack, inputs, bias, k * inputs.shape[1])
+            case _:
+                raise AssertionError(f"no stack selects like {selection}")
+
+    def _largest(self, stack: Stack, inputs: Tensor, bias: Tensor, n_wanted: int) -> tuple[list[Pairs], Tensor]:
+        """Return the ``n_wanted`` largest of all layers together, chosen among candidates above a guess."""
+        parts = [stack.of_layer(layer) for layer in range(stack.n_layers)]
+        weights = [(x, stack.W_enc[own], bias[own]) for x, own in zip(inputs, parts, strict=True)]
+        if self._guess is None:
+            k = max(1, n_wanted // (inputs.shape[0] * inputs.shape[1]))
+            self._guess = min(one.first_guess(*own, k) for one, own in zip(self._selectors, weights, strict=True))
+        guess = self._guess
+        while True:
+            found = [one.candidates(*own, guess) for one, own in zip(self._selectors, weights, strict=True)]
+            pre = torch.cat([one.pre for one in found])
+            cut = ALONE.cut(pre, max(one.certain for one in found), n_wanted)
+            if cut.is_complete:
+                break
+            guess = guess / 2 if guess > max(one.smallest_guess for one in found) else 0.0
+        self._guess = Selector.guess_after(cut.threshold)
+        kept = keep_largest(pre, np.array([0, len(pre)], np.int64), cut.n_own)
+        ends = np.cumsum([len(one.pairs) for one in found])
+        layers = [one.pairs.keep(own) for one, own in zip(found, np.split(kept, ends[:-1]), strict=True)]
+        return layers, pre[torch.from_numpy(kept)]
+
+
+class SparseStackEntries(StackedEntries):
+    """Pre-activations at each layer's pairs; ``pre`` is their value, already computed, layer after layer."""
+
+    def __init__(self, layers: Sequence[Pairs], pre: Tensor, stack: Stack, inputs: Tensor) -> None:
+        self.n_rows = inputs.shape[1]
+        self._layers = layers
+        ends = np.cumsum([len(pairs) for pairs in layers]).tolist()
+        self._parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        self._d_sae = stack.d_sae
+        starts = range(0, stack.d_sae, stack.features_per_layer)
+        self._features = torch.cat(
+            [torch.from_numpy(pairs.features) + start for start, pairs in zip(starts, layers, strict=True)]
+        )
+        self._rows = torch.cat([torch.from_numpy(pairs.rows) for pairs in layers])
+        self.pre = _EncodeStack.apply(pre, stack.W_enc, stack.b_enc, inputs, layers, self._parts)  # type: ignore[no-untyped-call]
+
+    def at(self, per_feature: Tensor) -> Tensor:
+        """Return each pair's feature's parameter."""
+        return per_feature[self._features]
+
+    def decode_layer(self, values: Tensor, layer: int, decoder: Tensor) -> Tensor:
+        """Return the sum of one layer's decoder rows at each row's pairs."""
+        return decode_pairs(values[self._parts[layer]], decoder, self._layers[layer])
+
+    def count(self, active: Tensor) -> Tensor:
+        """Return how many active pairs each feature has."""
+        return torch.bincount(self._features[active], minlength=self._d_sae)
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Return the sum over each row's pairs of all layers."""
+        sums = torch.zeros(self.n_rows, dtype=torch.int64 if values.dtype == torch.bool else values.dtype)
+        return sums.index_add_(0, self._rows, values.to(sums.dtype))
+
+
+class _EncodeStack(torch.autograd.Function):
+    """Pre-activations of every layer at its pairs, whose values are given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pre: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,  # noqa: ARG004 - so that autograd passes its gradient on
+        inputs: Tensor,
+        layers: Sequence[Pairs],
+        parts: Sequence[slice],
+    ) -> Tensor:
+        ctx.save_for_backward(W_enc, inputs)
+        ctx.layers, ctx.parts = layers, parts
+        return pre.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor, None, None, None]:
+        W_enc, inputs = ctx.saved_tensors
+        per_layer = W_enc.grad.view(len(inputs), -1, W_enc.shape[1])
+        of_bias = []
+        for layer, (pairs, part) in enumerate(zip(ctx.layers, ctx.parts, strict=True)):
+            own = gradients[0][part].contiguous()
+            pairs.add_outer(own, inputs[layer], per_layer[layer])
+            of_bias.append(pairs.sums(own))
+        return None, None, torch.cat(of_bias), None, None, None
+
+
+def _clear_gradients(stack: Stack) -> None:
+    """Zero the large gradients, whose memory is used again, and drop the others."""
+    large = {"W_enc", *stack.unit_rows()}
+    for name, parameter in stack.named_parameters():
+        if name not in large:
+            parameter.grad = None
+        elif parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        else:
+            parameter.grad.zero_()
