@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, fea
 from analysis.circuits.run import LinearisedRun
 from analysis.cross_layer import layers_in_place
 from analysis.hook_points import observed
+from storage.cache_format import Site
 from storage.errors import ModelError
-from tests.circuit_runs import D_SAE, TOKENS, WIDTH, exact_norms, frozen_pass, mlp_site, tiny_model
+from tests.circuit_runs import D_SAE, TOKENS, WIDTH, exact_norms, frozen_pass, mixed_transcoders, mlp_site, tiny_model
 from training.cross_layer.layers import split_layers
 from training.cross_layer.stack import CrossLayerTranscoder
 
@@ -41,10 +43,16 @@ def transcoder(n_layers: int = 3) -> CrossLayerTranscoder:
     return made.double().eval().requires_grad_(False)
 
 
+def stream_site(layer: int) -> Site:
+    """The MLP of a layer, read before its norm, as the cross-layer transcoders of some others do."""
+    return replace(mlp_site(layer), hook_in=f"blocks.{layer}.hook_resid_mid")
+
+
 @functools.cache
-def run_of(family: str, n_layers: int = 3) -> LinearisedRun:
+def run_of(family: str, n_layers: int = 3, *, reads_stream: bool = False) -> LinearisedRun:
     model, weights = tiny_model(family, double=True)
-    layers = {mlp_site(one.layer): one for one in split_layers(transcoder(n_layers), range(n_layers))}
+    site = stream_site if reads_stream else mlp_site
+    layers = {site(one.layer): one for one in split_layers(transcoder(n_layers), range(n_layers))}
     with exact_norms(model.bridge, weights):
         return record_run(model.bridge, weights, layers, TOKENS, allow_opaque=n_layers < 3)
 
@@ -87,9 +95,12 @@ def test_an_error_is_what_all_layers_up_to_it_leave_of_an_output(family: str) ->
         assert float(layer.features.error[0].abs().max()) == 0.0  # the BOS is the model's own
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_terms_of_every_root_sum_to_its_recorded_value(family: str) -> None:
-    run = run_of(family)
+READERS = [*((family, False) for family in FAMILIES), ("gpt2", True), ("llama", True), ("gemma2", True)]
+
+
+@pytest.mark.parametrize(("family", "reads_stream"), READERS)
+def test_terms_of_every_root_sum_to_its_recorded_value(family: str, reads_stream: bool) -> None:
+    run = run_of(family, reads_stream=reads_stream)
     roots = some_roots(run)
     rows = attribute(run, [root.probe for root in roots])
     for row, root in zip(rows, roots, strict=True):
@@ -166,6 +177,37 @@ def test_an_edge_times_delta_is_what_changing_a_feature_at_all_its_outputs_does(
         edge = float(rows[0, sources.features[layer].start + place] / active.activation[place])
         assert moved == pytest.approx(edge * delta, rel=1e-8, abs=1e-14), (layer, token)
         assert abs(edge) > 1e-6
+
+
+def test_what_reads_the_stream_itself_passes_no_norm() -> None:
+    model, weights = tiny_model("llama", double=True)
+    names = [f"blocks.{layer}.hook_resid_mid" for layer in range(3)]
+    run = run_of("llama", reads_stream=True)
+    with torch.inference_mode(), exact_norms(model.bridge, weights), observed(model.bridge.hook_dict, names) as seen:
+        model.bridge(TOKENS[None], return_type=None, use_cache=False)
+    whole = transcoder()
+    activations = whole.encode(torch.cat([seen[name][0] for name in names], 1))
+    for layer, active in run.transcoders.items():
+        own = activations[:, whole.of_layer(layer)]
+        token, feature = torch.nonzero(own[1:], as_tuple=True)
+        assert torch.equal(active.token, token + 1)
+        assert torch.equal(active.feature, feature)
+        torch.testing.assert_close(active.activation, own[token + 1, feature])
+    root = feature_root(run, 2, int(run.transcoders[2].feature[run.transcoders[2].at(5)][0]), 5)
+    encoder = run.transcoders[2].transcoder.W_enc[root.node.index or 0]
+    torch.testing.assert_close(root.probe.vector, encoder)
+
+
+def test_skip_transcoders_may_read_the_stream_too() -> None:
+    model, weights = tiny_model("llama", double=True)
+    layers = {stream_site(layer): one for layer, one in enumerate(mixed_transcoders().values())}
+    with exact_norms(model.bridge, weights):
+        run = record_run(model.bridge, weights, layers, TOKENS)
+    roots = some_roots(run)
+    rows = attribute(run, [root.probe for root in roots])
+    for row, root in zip(rows, roots, strict=True):
+        assert contributions(run, root.probe).incompleteness(root.value) < EXACT, str(root.node)
+        assert abs(float(row.sum()) - root.value) < EXACT * float(row.abs().sum()), str(root.node)
 
 
 def test_layers_above_without_a_transcoder_are_nodes_of_their_own() -> None:

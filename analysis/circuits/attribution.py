@@ -174,8 +174,10 @@ class _Pull:
             out[:, bias] += (v @ coder.b_dec_out) @ stands_in.to(v.dtype)
             if coder.W_skip is not None:
                 n = (v * stands_in[:, None]) @ coder.W_skip
-                out[:, bias] += _constant(record.weights.norm_mlp, n)
-                skipped = pull_norm(record.weights.norm_mlp, n, record.scale_mlp[seen])
+                skipped = n
+                if not features.reads_stream:
+                    out[:, bias] += _constant(record.weights.norm_mlp, n)
+                    skipped = pull_norm(record.weights.norm_mlp, n, record.scale_mlp[seen])
         out[:, _narrow(self._sources.errors[layer], self._n_tokens)] = _dot_tokens(v, rest)
         bias_of_norm = _constant(record.weights.norm_mlp_out, direction)
         self._out[: len(direction), self._sources.decoder_bias.start + layer] += bias_of_norm

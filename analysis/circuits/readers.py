@@ -27,14 +27,14 @@ def feature_probe(run: LinearisedRun, layer: int, token: int, feature: int, gain
     coder = features.transcoder
     direction = coder.W_enc[feature] * slope
     bias = float(coder.encoder_bias()[feature]) * slope + offset
-    return _through_mlp_norm(run, layer, token, direction * gain, bias * gain)
+    return _of_inputs(run, layer, token, direction * gain, bias * gain)
 
 
 def skip_probe(run: LinearisedRun, layer: int, token: int, direction: Tensor) -> Probe:
     """Return what a layer's skip path writes along ``direction`` (d_out,) of the MLP's output."""
     W_skip = _features(run, layer).transcoder.W_skip
     assert W_skip is not None, "only a skip transcoder has such a node"
-    return _through_mlp_norm(run, layer, token, direction @ W_skip, 0.0)
+    return _of_inputs(run, layer, token, direction @ W_skip, 0.0)
 
 
 def decoder_probe(run: LinearisedRun, layer: int, token: int, feature: int) -> Probe:
@@ -80,7 +80,10 @@ def written_direction(run: LinearisedRun, layer: int, token: int, probe: Probe) 
     return pull_norm(record.weights.norm_mlp_out, probe.vector, record.scale_mlp_out[token])
 
 
-def _through_mlp_norm(run: LinearisedRun, layer: int, token: int, direction: Tensor, constant: float) -> Probe:
+def _of_inputs(run: LinearisedRun, layer: int, token: int, direction: Tensor, constant: float) -> Probe:
+    """Return ``direction`` (d_in,) of what the layer's transcoder reads, as read off the stream."""
+    if _features(run, layer).reads_stream:
+        return Probe(layer, Part.MID, token, direction, constant)
     record = run.layers[layer]
     norm = record.weights.norm_mlp
     vector = pull_norm(norm, direction, record.scale_mlp[token])

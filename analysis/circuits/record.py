@@ -26,6 +26,7 @@ from training.transcoder import Transcoder
 
 _TOLERANCES = {torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """Of a token's norm, for a part put together from its pieces; room for the rounding of a whole sublayer."""
+_NOTHING = object()
 _TOLERANCE = 1e-3
 """For float32, and for float64, in which some families still compute their norms in float32."""
 
@@ -69,7 +70,9 @@ def record_run(
         layers: list[LayerRecord] = []
         for number in range(weights.n_layers):
             tolerance = _TOLERANCES.get(own, _TOLERANCE)
-            record = _layer(number, weights, seen, by_layer.get(number), transcoded, problems, tolerance)
+            record = _layer(
+                number, weights, seen, by_layer.get(number), bridge.hook_dict, transcoded, problems, tolerance
+            )
             layers.append(_less_what_earlier_layers_write(record, number, layers))
         if problems:
             raise ModelError(
@@ -123,7 +126,7 @@ def _by_layer(transcoders: Mapping[Site, Transcoder], points: Mapping[str, Any])
         elif layer is None or not _is_mlp(site, layer, points):
             problems.append(
                 f"site {site.name}: {site.hook_in} to {site.hook_out} is not the input and output of one MLP; circuits "
-                "need transcoders of blocks.L.mlp.hook_in and blocks.L.mlp.hook_out"
+                "need transcoders of blocks.L.mlp.hook_in (or blocks.L.hook_resid_mid) and blocks.L.mlp.hook_out"
             )
         elif layer in found:
             problems.append(f"site {site.name}: layer {layer} has two transcoders; give one of them")
@@ -136,9 +139,17 @@ def _by_layer(transcoders: Mapping[Site, Transcoder], points: Mapping[str, Any])
 
 def _is_mlp(site: Site, layer: int, points: Mapping[str, Any]) -> bool:
     """Compare hook points as objects: several names may mean one point, and which ones depends on the family."""
-    wanted = (points.get(f"blocks.{layer}.mlp.hook_in"), points.get(f"blocks.{layer}.mlp.hook_out"))
     given = (HookName.parse(site.hook_in), HookName.parse(site.hook_out))
-    return all(one.head is None and points[one.point] is other for one, other in zip(given, wanted, strict=True))
+    if any(one.head is not None for one in given):
+        return False
+    reads_mlp = points[given[0].point] is points.get(f"blocks.{layer}.mlp.hook_in")
+    writes_mlp = points[given[1].point] is points.get(f"blocks.{layer}.mlp.hook_out")
+    return writes_mlp and (reads_mlp or _reads_stream(site, layer, points))
+
+
+def _reads_stream(site: Site, layer: int, points: Mapping[str, Any]) -> bool:
+    """Return whether a site's input is the stream before the MLP's norm."""
+    return points[HookName.parse(site.hook_in).point] is points.get(f"blocks.{layer}.hook_resid_mid", _NOTHING)
 
 
 def _observe(bridge: Any, weights: ModelWeights, tokens: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -166,6 +177,7 @@ def _layer(
     weights: ModelWeights,
     seen: Mapping[str, Tensor],
     coder: tuple[Site, Transcoder] | None,
+    points: Mapping[str, Any],
     transcoded: Tensor,
     problems: list[str],
     tolerance: float,
@@ -195,8 +207,13 @@ def _layer(
         scale_mlp_out=scale_mlp_out,
         mlp_in=mlp_in,
         mlp_out=mlp_out,
-        features=None if coder is None else _active(coder[1], mlp_in, mlp_out, transcoded),
+        features=None,
     )
+    if coder is not None:
+        reads_stream = _reads_stream(coder[0], number, points)
+        inputs = stream_mid if reads_stream else mlp_in
+        features = _active(coder[1], inputs, mlp_out, transcoded, reads_stream=reads_stream)
+        record = replace(record, features=features)
     mixed = write_heads(attention, mix(attention, pattern, values))
     mixed = mixed if attention.b_O is None else mixed + attention.b_O
     after = stream + written + apply_norm(layer.norm_mlp_out, mlp_out, scale_mlp_out)
@@ -221,21 +238,25 @@ def _difference(made: Tensor, recorded: Tensor) -> float:
     return float((torch.linalg.vector_norm((made - recorded).double(), dim=-1) / norms).max())
 
 
-def _active(transcoder: Transcoder, mlp_in: Tensor, mlp_out: Tensor, transcoded: Tensor) -> ActiveFeatures:
+def _active(
+    transcoder: Transcoder, inputs: Tensor, mlp_out: Tensor, transcoded: Tensor, *, reads_stream: bool
+) -> ActiveFeatures:
     """Return the active features of every token where transcoders stand in."""
-    stands_in = transcoded.to(mlp_in.device)
-    pre = transcoder.pre_activations(mlp_in)
+    stands_in = transcoded.to(inputs.device)
+    pre = transcoder.pre_activations(inputs)
     activations = transcoder.activate(pre) * stands_in[:, None]
     token, feature = torch.nonzero(activations, as_tuple=True)
     activation, own_pre = activations[token, feature], pre[token, feature]
     # Of all architectures but gated ones, a feature that fires does so with its pre-activation.
     is_itself = torch.equal(activation, own_pre)
     slope = torch.ones_like(activation) if is_itself else _slopes(transcoder, pre)[token, feature]
-    skip = None if transcoder.W_skip is None else (mlp_in @ transcoder.W_skip.T) * stands_in[:, None]
-    error = (mlp_out - transcoder.decode(activations, mlp_in)) * stands_in[:, None]
-    counts = torch.bincount(token, minlength=len(mlp_in)).cpu()
+    skip = None if transcoder.W_skip is None else (inputs @ transcoder.W_skip.T) * stands_in[:, None]
+    error = (mlp_out - transcoder.decode(activations, inputs)) * stands_in[:, None]
+    counts = torch.bincount(token, minlength=len(inputs)).cpu()
     return ActiveFeatures(
         transcoder=transcoder,
+        inputs=inputs,
+        reads_stream=reads_stream,
         token=token,
         feature=feature,
         activation=activation,

@@ -43,7 +43,7 @@ def feature_root(run: LinearisedRun, layer: int, feature: int, token: int = -1) 
     features = run.transcoders[layer]
     place = features.place(position, feature)
     if place is None:
-        pre = features.transcoder.pre_activations_of(torch.tensor([feature]), run.layers[layer].mlp_in[position])
+        pre = features.transcoder.pre_activations_of(torch.tensor([feature]), features.inputs[position])
         value = float(pre)
     else:
         value = float(features.activation[place])

@@ -53,6 +53,10 @@ class ActiveFeatures:
     """The features of one layer that fire on a pass, sorted by token, and what the transcoder misses."""
 
     transcoder: Transcoder
+    inputs: Tensor
+    """(T, d_in) what it reads."""
+    reads_stream: bool
+    """Whether that is the stream itself, as some cross-layer transcoders do, and not the MLP's norm of it."""
     token: Tensor
     """(n_active,) int64, ascending."""
     feature: Tensor
