@@ -70,7 +70,8 @@ def _architecture(manifest: dict[str, Any]) -> str:
 def _score(heldout: dict[str, Any]) -> str:
     ordinary = heldout.get("fvu_ordinary")
     also = "" if ordinary is None else f" ({ordinary:.4g} on rows it may learn from)"
-    return f"FVU {heldout['fvu']:.4g}{also}, L0 {heldout['l0']:.1f}, dead features {heldout['dead_fraction']:.1%}"
+    fvu = "undefined" if heldout["fvu"] is None else f"{heldout['fvu']:.4g}"  # of outputs that do not vary
+    return f"FVU {fvu}{also}, L0 {heldout['l0']:.1f}, dead features {heldout['dead_fraction']:.1%}"
 
 
 def _glance_at_tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:

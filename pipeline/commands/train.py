@@ -120,7 +120,7 @@ def command(
     result = cross_layer.run(own, **place) if own.cross_layer else train.run(own, **place)
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         click.echo(f"{result.path}: {show_metrics(result.metrics)}")
-        if (score := result.metrics.get("heldout")) and score["fvu"] > 1:
+        if (score := result.metrics.get("heldout")) and (score.get("fvu_ordinary", score["fvu"]) or 0) > 1:
             click.echo(
                 "warning: FVU above 1 is worse than always predicting the mean; train for longer, or with a lower --lr",
                 err=True,
@@ -157,7 +157,7 @@ def show_metrics(metrics: dict[str, Any]) -> str:
     score = metrics.get("heldout")
     if not score:
         return f"{metrics['steps']:,} steps; no held-out rows to score on"
-    fvu = f"{score['fvu']:.4f}"
+    fvu = "undefined" if score["fvu"] is None else f"{score['fvu']:.4f}"  # of outputs that do not vary
     if score.get("fvu_ordinary") is not None:
         fvu = f"{score['fvu_ordinary']:.4f} on the {score['n_ordinary']:,} rows it may learn from ({fvu} on all)"
     return (
