@@ -9,6 +9,7 @@ import click
 
 from pipeline import queries, query
 from pipeline.querying.views import Tables, find_views, parse_tables
+from storage.errors import SettingsError
 
 
 @click.command("query")
@@ -17,7 +18,7 @@ from pipeline.querying.views import Tables, find_views, parse_tables
     "--tables",
     metavar="[NAME=]PATH",
     multiple=True,
-    help="Tables, a sweep or an evaluation; may be repeated. With a NAME, its tables are NAME.features and so on.",
+    help="Tables, a folder of them, a sweep or an evaluation; may be repeated. With a NAME, its tables are NAME.features.",
 )
 @click.option("--saved", metavar="NAME", help="Run a ready query instead of SQL; --list tells of them.")
 @click.option("--set", "values", metavar="NAME=VALUE", multiple=True, help="Value of $NAME; may be repeated.")
@@ -64,7 +65,13 @@ def command(
     if saved is not None:
         ready = queries.saved_query(saved)
         parameters = ready.values(values)
-        ready.check_tables([view.sql_name for view in find_views(opened)])
+        views = find_views(opened)
+        if folders := list(dict.fromkeys(folder for view in views for folder in view.folders)):
+            raise SettingsError(
+                f"--saved: ready queries are about one transcoder's features; give --tables one of the folders inside: "
+                f"{', '.join(folders)}"
+            )
+        ready.check_tables([view.sql_name for view in views])
         sql = ready.sql
     else:
         parameters = queries.parse_values(values)

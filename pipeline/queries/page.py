@@ -29,6 +29,14 @@ pipeline query "SELECT a.feature, a.top_token, b.top_token FROM l3.features a JO
     --tables l3=tables/gpt2-l3 --tables l8=tables/gpt2-l8
 ```
 
+A folder of tables, such as `pipeline analyze` makes of a folder of transcoders, is one set of views with the rows of
+all; the column `folder` says whose a row is:
+
+```bash
+pipeline query "SELECT folder, feature, max FROM features WHERE top_token = ' France' ORDER BY max DESC" \\
+    --tables demo/circuits/tables
+```
+
 A query can read the tables and nothing else; what DuckDB has to say about SQL it cannot run is shown as it says it.
 Activations are sorted by feature in small pieces, so a query of one feature reads only its own: say
 `WHERE feature = 89` rather than computing with the column.

@@ -1,7 +1,8 @@
 """Which tables a query sees: every Parquet file of the artifacts given, each a view.
 
 A folder of Parquet files inside an artifact (``activations/``) is one table. Artifacts may be named, and their views
-then lie in a schema of that name; those without a name share one, so no two of them may hold the same table.
+then lie in a schema of that name; those without a name share one, so no two of them may hold the same table. A folder
+of tables, such as those of every layer, is one set of views with the rows of all, and a column that says whose.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import duckdb
 
+from pipeline.artifact_folders import artifacts_inside
 from storage.artifact import MANIFEST, read_manifest, read_sealed
 from storage.errors import ArtifactMismatch, SettingsError
 from storage.tables import Column, describe, read_schema
@@ -27,12 +29,23 @@ Tables = Path | Sequence[Path] | Mapping[str, Path]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+FOLDER = Column(
+    "folder",
+    "string",
+    "",
+    is_nullable=False,
+    meaning="name of the folder inside, whose tables the row is of",
+)
+
+
 class View(NamedTuple):
     """A table as a query names it."""
 
     schema: str | None
     name: str
     files: tuple[Path, ...]
+    folders: tuple[str, ...] = ()
+    """Of a folder of tables, the folder that each file lies in."""
 
     @property
     def sql_name(self) -> str:
@@ -41,7 +54,21 @@ class View(NamedTuple):
 
     def columns(self) -> list[Column]:
         """Return what every column holds, as the file itself says."""
-        return describe(read_schema(self.files[0]))
+        own = describe(read_schema(self.files[0]))
+        return [FOLDER, *own] if self.folders else own
+
+    @property
+    def select(self) -> str:
+        """The SQL that reads it."""
+        if not self.folders:
+            return f"SELECT * FROM read_parquet({_path_list(self.files)})"
+        by_folder: dict[str, list[Path]] = {}
+        for folder, path in zip(self.folders, self.files, strict=True):
+            by_folder.setdefault(folder, []).append(path)
+        return " UNION ALL BY NAME ".join(
+            f"SELECT {_quoted(folder)} AS {FOLDER.name}, * FROM read_parquet({_path_list(paths)})"
+            for folder, paths in by_folder.items()
+        )
 
 
 def find_views(tables: Tables) -> list[View]:
@@ -53,7 +80,7 @@ def find_views(tables: Tables) -> list[View]:
         named: list[tuple[str | None, Path]] = list(tables.items())
     else:
         named = [(None, path) for path in tables]
-    views = [View(name, table, files) for name, path in named for table, files in _table_files(path).items()]
+    views = [view for name, path in named for view in _views(name, path)]
     _refuse_clashes(views, [path for name, path in named if name is None])
     return views
 
@@ -93,7 +120,21 @@ def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> 
         connection.execute(f'CREATE SCHEMA "{schema}"')
     for view in views:
         name = f'"{view.name}"' if view.schema is None else f'"{view.schema}"."{view.name}"'
-        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet({_path_list(view.files)})")
+        connection.execute(f"CREATE VIEW {name} AS {view.select}")
+
+
+def _views(schema: str | None, path: Path) -> list[View]:
+    """Return the views of an artifact, or of all tables in a folder together."""
+    inside = artifacts_inside(path, KINDS[0]) if not (path / MANIFEST).exists() else []
+    if not inside:
+        return [View(schema, table, files) for table, files in _table_files(path).items()]
+    files: dict[str, list[Path]] = {}
+    folders: dict[str, list[str]] = {}
+    for artifact in inside:
+        for table, own in _table_files(artifact).items():
+            files.setdefault(table, []).extend(own)
+            folders.setdefault(table, []).extend([artifact.name] * len(own))
+    return [View(schema, table, tuple(files[table]), tuple(folders[table])) for table in files]
 
 
 def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
@@ -136,5 +177,8 @@ def _refuse_clashes(views: Sequence[View], unnamed: Sequence[Path]) -> None:
 
 
 def _path_list(paths: Sequence[Path]) -> str:
-    quoted = ("'" + str(path).replace("'", "''") + "'" for path in paths)
-    return f"[{', '.join(quoted)}]"
+    return f"[{', '.join(_quoted(str(path)) for path in paths)}]"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
