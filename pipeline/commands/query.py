@@ -18,7 +18,7 @@ from storage.errors import SettingsError
     "--tables",
     metavar="[NAME=]PATH",
     multiple=True,
-    help="Tables, a folder of them, a sweep or an evaluation; may be repeated. With a NAME, its tables are NAME.features.",
+    help="Tables, a folder of them, a sweep or an evaluation; may be repeated. With a NAME, they are NAME.features.",
 )
 @click.option("--saved", metavar="NAME", help="Run a ready query instead of SQL; --list tells of them.")
 @click.option("--set", "values", metavar="NAME=VALUE", multiple=True, help="Value of $NAME; may be repeated.")
