@@ -138,7 +138,7 @@ def run(
     check_askable(question, traced.d_sae, traced.n_layers, settings.missing_layers)
     warn_of_poor_layers(question, traced.paths)
     open_device(device)
-    known = open_tables(tables, traced.digests)
+    known = open_tables(tables, traced.identities)
     inputs = {
         "transcoders": {site.name: {"digest": traced.digests[layer]} for layer, site in traced.sites.items()},
         "tables": {

@@ -17,6 +17,7 @@ from analysis.circuits.path_text import show_value
 from pipeline import circuit
 from pipeline.circuits.cards import open_tables, read_cards
 from pipeline.circuits.question import Question, parse_feature, prompt_tokens
+from pipeline.circuits.traced import traced_layers
 from pipeline.model.language_model import ModelSettings, load_language_model
 from storage.artifact import Draft, read_manifest
 from storage.errors import ArtifactMismatch
@@ -202,8 +203,9 @@ def write_tables(path: Path, transcoder: Path) -> Path:
             "window_tokens": [words, words],
         }  # fmt: skip
         pq.write_table(pa.table(examples), path / "examples.parquet")
-        inputs = {"transcoder": {"digest": read_manifest(transcoder, KIND)["digest"]}}
-        draft.publish({"inputs": inputs}, ["features.parquet", "examples.parquet"])
+        manifest = read_manifest(transcoder, KIND)
+        inputs = {"transcoder": {"digest": manifest["digest"]}}
+        draft.publish({"inputs": inputs, "site": manifest["site"]}, ["features.parquet", "examples.parquet"])
     return path
 
 
@@ -235,10 +237,10 @@ def test_of_a_folder_of_tables_those_of_the_transcoders_given_are_taken_by_their
     folder = tmp_path / "tables"
     misnamed = write_tables(folder / "layer0", place.transcoders[2])
     write_tables(folder / "other", place.publish("other-layer1", 1, {"name": "elsewhere"}))
-    digests = {layer: str(read_manifest(path, KIND)["digest"]) for layer, path in enumerate(place.transcoders)}
-    assert open_tables([folder], digests) == {2: misnamed}
+    traced = traced_layers(place.transcoders).identities
+    assert open_tables([folder], traced) == {2: misnamed}
     with pytest.raises(ArtifactMismatch) as caught:
-        open_tables([folder, misnamed], {0: digests[0], 1: digests[1]})
+        open_tables([folder, misnamed], {0: traced[0], 1: traced[1]})
     assert str(caught.value).splitlines() == [
         f"{folder}: the tables in its 2 folders were made from a transcoder that was not given; give the tables of "
         "those that were",
@@ -251,4 +253,4 @@ def test_of_a_folder_of_tables_those_of_the_transcoders_given_are_taken_by_their
     assert read_manifest(result.path, "circuit")["inputs"]["tables"].keys() == {"layer2"}
     again = write_tables(folder / "again", place.transcoders[2])
     with pytest.raises(ArtifactMismatch, match=f"{misnamed}: {again} is of the same transcoder; give one of them"):
-        open_tables([folder], digests)
+        open_tables([folder], traced)

@@ -21,21 +21,22 @@ _CONTEXT = 12
 Card = dict[str, Any]
 
 
-def open_tables(tables: Sequence[Path], transcoders: Mapping[int, str]) -> dict[int, Path]:
-    """Return the tables of each layer. ``transcoders`` has the digests of the transcoders that are traced, by layer.
+def open_tables(tables: Sequence[Path], transcoders: Mapping[int, tuple[str, str]]) -> dict[int, Path]:
+    """Return the tables of each layer. ``transcoders`` has digest and site of what is traced, by layer.
 
-    ``tables`` are tables or folders that hold some; of a folder, those of other transcoders are left out. Raises
-    ArtifactMismatch, with every problem, for tables of another transcoder, a folder without any that fit, and two of
-    one transcoder.
+    The digest alone does not tell the layers of a cross-layer transcoder apart. ``tables`` are tables or folders that
+    hold some; of a folder, those of other transcoders are left out. Raises ArtifactMismatch, with every problem, for
+    tables of another transcoder, a folder without any that fit, and two of one transcoder or layer.
     """
-    layers = {digest: layer for layer, digest in transcoders.items()}
+    layers = {traced: layer for layer, traced in transcoders.items()}
     found: dict[int, Path] = {}
     problems = []
     for given in tables:
         inside = artifacts_inside(given, TABLES_KIND)
         fitting = {}
         for path in inside or [given]:
-            layer = layers.get(read_manifest(path, TABLES_KIND)["inputs"]["transcoder"]["digest"])
+            manifest = read_manifest(path, TABLES_KIND)
+            layer = layers.get((manifest["inputs"]["transcoder"]["digest"], manifest["site"]["name"]))
             if layer is not None:
                 fitting[path] = layer
         if not fitting:

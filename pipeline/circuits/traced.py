@@ -31,6 +31,11 @@ class TracedLayers:
     """Of the language model."""
     is_cross_layer: bool = False
 
+    @property
+    def identities(self) -> dict[int, tuple[str, str]]:
+        """Digest and site's name by layer, which tell the tables of each from all others."""
+        return {layer: (self.digests[layer], site.name) for layer, site in self.sites.items()}
+
     def load(self) -> dict[Site, Transcoder]:
         """Return a transcoder for each site; of a cross-layer one, its layers."""
         if not self.is_cross_layer:
