@@ -71,6 +71,9 @@ class Subject:
     """Share of pairs that are active, which decides how rows are encoded; measured on the first rows if None."""
     scratch: Path | None = None
     """Folder for pairs that wait to be sorted; they wait in memory if None."""
+    is_whole: bool = True
+    """Whether the coder's features alone are to give the outputs. Those of one layer of a cross-layer transcoder are
+    not: earlier layers' features write to the same outputs."""
 
     @cached_property
     def context_length(self) -> int:

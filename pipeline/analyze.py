@@ -32,6 +32,7 @@ from pipeline.analyzing.analysis_pass import (
     scratch_folder,
     with_density,
 )
+from pipeline.analyzing.coders import AnalysedCoder
 from pipeline.analyzing.source import CacheSource, FreshSource, Source
 from pipeline.analyzing.weight_tables import (
     CONNECTIONS,
@@ -42,13 +43,14 @@ from pipeline.analyzing.weight_tables import (
 )
 from pipeline.device import limited_threads, open_device
 from pipeline.live.token_order import FreshText
+from pipeline.transcoder_kinds import is_cross_layer
 from pipeline.transcoder_model import open_transcoder_model
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import MANIFEST, Draft, list_differences, read_manifest
 from storage.errors import ArtifactMismatch, SettingsError
 from storage.settings import Quantity, Settings
 from storage.tables import read_table
-from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from training.transcoder import Transcoder
 
 KIND = TABLES_KIND
 FORMAT_VERSION = 2
@@ -159,15 +161,21 @@ def run(
     ``model`` says where the language model lies if it moved; ``downstream`` are transcoders of later layers, to whose
     features connections are told. With several ``workers``, processes share the units, each with ``threads``; tables
     are the same to the bit for any number of them. ``announce`` is told how large the activations will be before they
-    are made. Raises ArtifactMismatch if the transcoder belongs to another model or site, or if other tables lie at
-    ``output``; ModelError if the model cannot be loaded; SettingsError if the disk has no room for the activations.
+    are made. Raises ArtifactMismatch if the transcoder is a cross-layer one or belongs to another model or site, or if
+    other tables lie at ``output``; ModelError if the model cannot be loaded; SettingsError if the disk has no room for
+    the activations.
     """
+    if is_cross_layer(transcoder):
+        raise ArtifactMismatch(
+            f"{transcoder}: is a cross-layer transcoder, which gets tables of each of its layers; use "
+            "pipeline.analyze_each.run, as the command does"
+        )
     on = open_device(device)
     check_workers(workers, on, is_live=live is not None)
     open_source = open_sources(settings, [transcoder], cache=cache, live=live, model=model, device=device)
     if live is None:
         refuse_unused_model(settings, model, downstream)
-    planned = plan(settings, transcoder, output, open_source, downstream)
+    planned = plan(settings, AnalysedCoder.of_one_layer(transcoder), output, open_source, downstream)
     weights = SharedWeights(planned.source.open_model)
     return planned.make(weights, on, workers=workers, threads=threads, quiet=quiet, announce=announce)
 
@@ -207,13 +215,13 @@ def open_sources(
 
 
 def plan(
-    settings: AnalyzeSettings, transcoder: Path, output: Path, open_source: SourceOf, downstream: Sequence[Path]
+    settings: AnalyzeSettings, analysed: AnalysedCoder, output: Path, open_source: SourceOf, downstream: Sequence[Path]
 ) -> PlannedTables:
-    """Return what is to be made of ``transcoder``; raise ArtifactMismatch or SettingsError if it cannot be."""
-    made_of = read_transcoder_manifest(transcoder)
-    source = open_source(transcoder, made_of)
-    later = check_downstream(transcoder, made_of, downstream)
-    return PlannedTables(settings, transcoder, made_of, later, source, output)
+    """Return what is to be made of a transcoder; raise ArtifactMismatch or SettingsError if it cannot be."""
+    made_of = analysed.read_manifest()
+    source = open_source(analysed.path, made_of)
+    later = check_downstream(analysed.path, made_of, downstream)
+    return PlannedTables(settings, analysed, made_of, later, source, output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +229,9 @@ class PlannedTables:
     """Tables that are to be made of one transcoder. Neither rows nor model are opened yet."""
 
     settings: AnalyzeSettings
-    transcoder: Path
+    analysed: AnalysedCoder
     made_of: Mapping[str, Any]
-    """The transcoder's manifest."""
+    """The transcoder's manifest; of a layer of a cross-layer one, with that layer's site."""
     downstream: Mapping[Path, Mapping[str, Any]]
     """Manifests of later transcoders by their paths."""
     source: Source
@@ -232,7 +240,7 @@ class PlannedTables:
     @property
     def inputs(self) -> dict[str, Any]:
         """What the tables are made from, by digests."""
-        inputs: dict[str, Any] = {**self.source.inputs, "transcoder": {"digest": self.made_of["digest"]}}
+        inputs: dict[str, Any] = {**self.source.inputs, "transcoder": self.analysed.reference(self.made_of)}
         if self.downstream:
             later = self.downstream.values()
             inputs["downstream"] = {other["site"]["name"]: {"digest": other["digest"]} for other in later}
@@ -263,8 +271,8 @@ class PlannedTables:
             if not draft.published:
                 _remove_leftovers(draft.path)
                 with limited_threads(threads), scratch_folder(draft.path) as scratch:
-                    whole = AnalysisPass(self.source.rows(), self.transcoder, self.settings.plan(), device)
-                    coder = load_transcoder(self.transcoder).to(device)
+                    whole = AnalysisPass(self.source.rows(), self.analysed, self.settings.plan(), device)
+                    coder = self.analysed.load().to(device)
                     subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
                     _announce_size(subject, whole, draft.path, announce)
                     from_weights = self._write_weight_tables(weights, coder, whole.rows.vocabulary, draft.path, quiet)

@@ -1,5 +1,7 @@
 """``pipeline analyze`` for many transcoders: a folder that gets ordinary tables of each, under its name.
 
+A cross-layer transcoder stands for its layers, whose tables are named after their sites.
+
 Tables have the bytes that analysing their transcoder alone gives. Everything is checked before anything is computed,
 and the language model is opened once. Transcoders follow one another, each with a pass of its own: of a pass over
 100,000 rows of 576 numbers with 4,096 features, reading the rows is 0.3 s of 6, so to read them once for all would save
@@ -9,7 +11,6 @@ little and need the memory of all.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipeline.analyze import (
     refuse_unused_model,
 )
 from pipeline.analyzing.analysis_pass import check_workers
+from pipeline.analyzing.coders import AnalysedCoder, analysed_coders
 from pipeline.analyzing.weight_tables import SharedWeights, later_problems
 from pipeline.device import open_device
 from pipeline.live.token_order import FreshText
@@ -52,12 +54,14 @@ def run(
 ) -> list[AnalyzeResult]:
     """Publish tables of every one of ``transcoders`` at ``output/<its folder's name>``; those that are there stay.
 
-    The other arguments are those of ``pipeline.analyze.run``; ``announce`` hears the size of the first only, and
-    ``finished`` is told each result when it is there. A transcoder that gives a number that is not finite is told at
-    the end, after the others. Raises SettingsError, ArtifactMismatch or another ArtifactError, with every problem of
+    A cross-layer transcoder is given alone; each of its layers gets tables at ``output/<its site's name>``. The other
+    arguments are those of ``pipeline.analyze.run``; ``announce`` hears the size of the first only, and ``finished`` is
+    told each result when it is there. A transcoder that gives a number that is not finite is told at the end, after the
+    others. Raises SettingsError, ArtifactMismatch or another ArtifactError, with every problem of
     every transcoder and before anything is computed, and what ``pipeline.analyze.run`` raises.
     """
-    outputs = _outputs(transcoders, output)
+    coders = analysed_coders(transcoders)
+    outputs = _outputs(coders, output)
     on = open_device(device)
     check_workers(workers, on, is_live=live is not None)
     open_source = open_sources(settings, transcoders, cache=cache, live=live, model=model, device=device)
@@ -65,9 +69,9 @@ def run(
         refuse_unused_model(settings, model, downstream)
     planned: list[PlannedTables] = []
     problems: list[ActionableError] = []
-    for transcoder, own in zip(transcoders, outputs, strict=True):
+    for analysed, own in zip(coders, outputs, strict=True):
         try:
-            planned.append(plan(settings, transcoder, own, open_source, downstream))
+            planned.append(plan(settings, analysed, own, open_source, downstream))
             _refuse_other_tables(planned[-1])
         except ActionableError as error:
             problems.append(error)
@@ -81,7 +85,7 @@ def run(
             try:
                 one.make(weights, on, workers=workers, threads=threads, quiet=quiet, announce=say)
             except NonFiniteActivation as error:
-                problems.append(NonFiniteActivation(f"{one.transcoder}: {error}"))
+                problems.append(NonFiniteActivation(f"{one.analysed}: {error}"))
                 continue
         results.append(read_result(one.output))
         finished(results[-1])
@@ -89,19 +93,19 @@ def run(
     return results
 
 
-def _outputs(transcoders: Sequence[Path], output: Path) -> list[Path]:
+def _outputs(coders: Sequence[AnalysedCoder], output: Path) -> list[Path]:
     """Return where the tables of each go; raise ArtifactMismatch or SettingsError if two cannot be told apart."""
     for name in (MANIFEST, REQUEST):
         if (output / name).exists():
             raise ArtifactMismatch(
                 f"{output}: holds an artifact already; with several transcoders, --out is a folder that gets tables of "
-                "each in a folder of its own. Choose another"
+                "each in a folder of its own, and so of each layer with a cross-layer transcoder. Choose another"
             )
-    if not transcoders:
+    if not coders:
         raise SettingsError("no transcoder given; give the path of at least one, or of a folder that holds some")
     by_name: dict[str, list[Path]] = {}
-    for path in transcoders:
-        by_name.setdefault(Path(os.path.abspath(path)).name, []).append(path)
+    for one in coders:
+        by_name.setdefault(one.name, []).append(one.path)
     if repeated := {name: paths for name, paths in by_name.items() if len(paths) > 1}:
         lines = "\n".join(f"  {output / name}: {', '.join(map(str, paths))}" for name, paths in repeated.items())
         raise SettingsError(
@@ -133,7 +137,7 @@ def _share_weights(
     weights = SharedWeights(open_model, len(missing) + 1)
     with weights.used() as found:
         problems = [
-            f"{one.transcoder}: {line}"
+            f"{one.analysed}: {line}"
             for one in missing
             for line in later_problems(one.downstream, found, one.made_of["site"])
         ]
@@ -156,4 +160,5 @@ def _raise_together(problems: Sequence[ActionableError]) -> None:
     if problems:
         kinds = {type(problem) for problem in problems}
         kind = kinds.pop() if len(kinds) == 1 else ActionableError
-        raise kind("\n".join(map(str, problems))) from problems[0]
+        lines = dict.fromkeys(map(str, problems))  # layers of one transcoder have the same model
+        raise kind("\n".join(lines)) from problems[0]

@@ -76,7 +76,8 @@ DESCRIPTION = TableDescription(
         f"write before the feature reads, and through the first {N_HEADS_WITH_TOKENS} of them the {N_TOKENS} largest "
         f"tokens; and for each later transcoder given, the {N_FEATURES} features at either end. A transcoder that does "
         "not read the residual stream has no rows of the first three kinds, one that does not write to it none of the "
-        "last."
+        "last. Of a feature of a cross-layer transcoder, the decoder row is the sum of what it writes to its own and "
+        "all later layers; transcoders given as later ones read after all of these."
     ),
     schema=SCHEMA,
 )

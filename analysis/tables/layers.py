@@ -57,8 +57,8 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
         "l0_mean": rows.l0_mean(),
         **{f"l0_p{percent}": rows.l0_quantile(percent / 100) for percent in (10, 50, 90, 99)},
         "l0_max": rows.l0_quantile(1.0),
-        "fvu": rows.fraction_of_variance_unexplained(),
-        "mean_squared_error": rows.squared_error() / rows.n_rows,
+        "fvu": rows.fraction_of_variance_unexplained() if subject.is_whole else np.nan,
+        "mean_squared_error": rows.squared_error() / rows.n_rows if subject.is_whole else np.nan,
         "n_dead": n_dead,
         "dead_fraction": n_dead / coder.d_sae,
         "n_dense": int((features.n_active / rows.n_rows > DENSE_FREQUENCY).sum()),
@@ -68,7 +68,11 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
 
 TABLE = Table(
     name="layers",
-    meaning="One row per transcoder: sparsity and faithfulness on the rows analysed.",
+    meaning=(
+        "One row per transcoder: sparsity and faithfulness on the rows analysed. A layer of a cross-layer transcoder "
+        "has no faithfulness of its own, since earlier layers' features write to the same output: its `fvu` is null "
+        "and its `mean_squared_error` NaN. The transcoder's manifest has the held-out FVU of each layer's output."
+    ),
     schema=SCHEMA,
     needs=(RowTotals, FeatureTotals),
     compute=compute,

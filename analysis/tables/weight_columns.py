@@ -22,7 +22,11 @@ NOTE = (
     "Effects on the logits are those of the decoder row alone, on its direct path to the unembedding: through the gain "
     "of the final norm but not through what the norm divides by, which depends on the text. So they compare within a "
     "feature, and up to a positive factor with what the model's logits move by. They are null where the tables were "
-    "made without the model, and for transcoders whose output is not added to the residual stream."
+    "made without the model, and for transcoders whose output is not added to the residual stream.\n\n"
+    "Of a feature of a cross-layer transcoder, the decoder row is the sum of what it writes to its own and all later "
+    "layers, which is what it adds to the residual stream in the end; where a family has a norm behind the MLP, that "
+    "of the feature's own layer is taken for all. So `decoder_norm` is not one: it is small where a feature takes back "
+    "later what it wrote."
 )
 """For the table's page."""
 

@@ -24,12 +24,13 @@ from analysis.harvest import Harvest, Plan, Subject, find_density, gather, measu
 from analysis.table import accumulators
 from analysis.tables import TABLES
 from analysis.weight_space.unembedding import TokenEffects
+from pipeline.analyzing.coders import AnalysedCoder
 from pipeline.dask_client import dask_client
 from pipeline.shown_rows import ShownRows, cached_rows
 from storage.activation_cache import open_cache
 from storage.artifact import make_directory
 from storage.errors import SettingsError
-from training.transcoder import Transcoder, load_transcoder
+from training.transcoder import Transcoder
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class AnalysisPass:
     """Which rows are shown to which transcoder, and what is counted."""
 
     rows: ShownRows
-    transcoder: Path
+    analysed: AnalysedCoder
     plan: Plan
     device: torch.device
 
@@ -68,6 +69,7 @@ class AnalysisPass:
             effects=effects,
             density=density,
             scratch=scratch,
+            is_whole=self.analysed.is_whole,
         )
         refuse_empty(subject)
         return subject
@@ -95,7 +97,7 @@ class AnalysisPass:
             generation=cache.generation,
             split_name=self.rows.split_name,
             site=self.rows.site,
-            transcoder=str(self.transcoder),
+            analysed=self.analysed,
             plan=self.plan,
             density=subject.density,
             scratch=None if subject.scratch is None else str(subject.scratch),
@@ -117,7 +119,7 @@ class Job:
     generation: int
     split_name: str
     site: str
-    transcoder: str
+    analysed: AnalysedCoder
     plan: Plan
     density: float | None
     scratch: str | None
@@ -134,12 +136,12 @@ def count_unit(job: Job, unit: int) -> Harvest:
 def _open_job(job: Job) -> Subject:
     whole = AnalysisPass(
         rows=cached_rows(open_cache(job.cache, job.generation), job.split_name, job.site),
-        transcoder=Path(job.transcoder),
+        analysed=job.analysed,
         plan=job.plan,
         device=torch.device("cpu"),
     )
     scratch = None if job.scratch is None else Path(job.scratch)
-    return whole.open_subject(load_transcoder(job.transcoder), density=job.density, scratch=scratch)
+    return whole.open_subject(job.analysed.load(), density=job.density, scratch=scratch)
 
 
 def _gather_on_workers(n_workers: int, job: Job, units: list[int], progress: Callable[[int], object]) -> Harvest:

@@ -23,6 +23,7 @@ from analysis.weight_space.stream import read_point, write_point
 from analysis.weight_space.unembedding import TokenEffects, token_effects
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.weights import read_weights
+from pipeline.transcoder_kinds import is_cross_layer
 from storage.artifact import list_differences
 from storage.errors import ActionableError, ArtifactMismatch, SettingsError
 from storage.tables import write_table
@@ -76,9 +77,15 @@ class SharedWeights:
 def check_downstream(transcoder: Path, made_of: Manifest, downstream: Sequence[Path]) -> dict[Path, Manifest]:
     """Return the manifests of transcoders to look for connections to.
 
-    Raises ArtifactMismatch if some belong to another model than ``transcoder``, with every difference, and
-    SettingsError if two replace one site; that they read later is checked when the model is known.
+    Raises ArtifactMismatch if some are cross-layer transcoders, or belong to another model than ``transcoder``, with
+    every difference, and SettingsError if two replace one site; that they read later is checked when the model is
+    known.
     """
+    if across := [path for path in downstream if is_cross_layer(path)]:
+        raise ArtifactMismatch(
+            f"--downstream {', '.join(map(str, across))}: a cross-layer transcoder; connections are told to features "
+            "of transcoders of one layer, give those"
+        )
     found: dict[Path, Manifest] = {path: read_transcoder_manifest(path) for path in downstream}
     mismatches = [
         f"--downstream {path}: {line}"

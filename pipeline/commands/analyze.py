@@ -14,6 +14,7 @@ from pipeline.artifact_folders import artifacts_inside, each_artifact, unfinishe
 from pipeline.commands import options
 from pipeline.live.token_order import FreshText
 from pipeline.options import read_settings, read_settings_together, settings_options
+from pipeline.transcoder_kinds import is_cross_layer
 from storage.errors import SettingsError
 from training.transcoder import KIND
 
@@ -27,7 +28,8 @@ from training.transcoder import KIND
     "output",
     required=True,
     type=options.ARTIFACT,
-    help="Tables to write; of a folder of transcoders, or of several: folder in which each gets tables under its name.",
+    help="Tables to write; of a folder of transcoders, or of several: folder in which each gets tables under its name, "
+    "and of a cross-layer transcoder each layer.",
 )
 @settings_options(
     AnalyzeSettings,
@@ -83,6 +85,8 @@ def command(
     \b
     pipeline analyze demo/circuits/transcoders --cache demo/circuits/cache --out tables/smollm2
     pipeline dashboard tables/smollm2/layer3 --out dashboards/layer3
+
+    So does each layer of a cross-layer transcoder, which is given alone.
     """
     settings, text = _read(config, given, is_live=live)
     arguments: dict[str, Any] = {
@@ -99,7 +103,7 @@ def command(
     }
     say = _say_nothing if quiet else click.echo
     inside = [one for path in transcoders for one in artifacts_inside(path, KIND)]
-    if len(transcoders) == 1 and not inside:
+    if len(transcoders) == 1 and not inside and not is_cross_layer(transcoders[0]):
         say(_line(analyze.run(settings, transcoder=transcoders[0], **arguments)))
         return
     for path in transcoders:
