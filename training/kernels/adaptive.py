@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 KernelKind = Literal["auto", "dense", "sparse", "compiled"]
 
-SPARSE_BELOW = 0.03
+SPARSE_BELOW = 0.05
 """Share of active pairs below which the sparse step takes over."""
-DENSE_ABOVE = 0.05
-"""Share above which the dense step does; they cross at about 0.04 (`benchmarks/train_step.py`)."""
+DENSE_ABOVE = 0.08
+"""Share above which the dense step does; they cross at about 0.07 (`benchmarks/step_density.py`)."""
 
 
 class AdaptiveStep:
