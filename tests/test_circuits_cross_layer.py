@@ -180,6 +180,7 @@ def test_an_edge_times_delta_is_what_changing_a_feature_at_all_its_outputs_does(
 
 
 def test_what_reads_the_stream_itself_passes_no_norm() -> None:
+    """D-42: a transcoder of the stream was given normalised inputs."""
     model, weights = tiny_model("llama", double=True)
     names = [f"blocks.{layer}.hook_resid_mid" for layer in range(3)]
     run = run_of("llama", reads_stream=True)

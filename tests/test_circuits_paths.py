@@ -255,11 +255,11 @@ def test_errors_come_from_the_recorded_pass_even_where_the_mlp_is_replaced() -> 
 
 
 def test_transcoders_of_anything_but_an_mlp_are_refused() -> None:
-    """D-42: a transcoder of the stream was accepted and given normalised inputs."""
+    """D-42: any transcoder was accepted and given normalised inputs; see also ``test_what_reads_the_stream_itself``."""
     model, weights = tiny_model("gpt2")
     coder = random_transcoder()
     wrong = {
-        dataclasses.replace(mlp_site(0), hook_in="blocks.0.hook_resid_mid"): coder,
+        dataclasses.replace(mlp_site(0), hook_in="blocks.0.hook_resid_pre"): coder,
         dataclasses.replace(mlp_site(1), hook_in="blocks.0.mlp.hook_in"): coder,
         mlp_site(2): coder,
         dataclasses.replace(mlp_site(2), name="again"): coder,
@@ -268,7 +268,7 @@ def test_transcoders_of_anything_but_an_mlp_are_refused() -> None:
     with pytest.raises(ModelError) as caught:
         record_run(model.bridge, weights, wrong, TOKENS)
     message = str(caught.value)
-    assert "site layer0: blocks.0.hook_resid_mid to blocks.0.mlp.hook_out is not the input and output of one" in message
+    assert "site layer0: blocks.0.hook_resid_pre to blocks.0.mlp.hook_out is not the input and output of one" in message
     assert "site layer1: blocks.0.mlp.hook_in to blocks.1.mlp.hook_out is not the input and output of one" in message
     assert "site again: layer 2 has two transcoders" in message
     assert "site far: this model has no hook 'blocks.7.mlp.hook_out'" in message

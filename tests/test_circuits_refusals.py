@@ -94,7 +94,7 @@ def test_transcoders_of_other_models_processings_sites_and_twice_of_one_layer_ar
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     processed = place.publish("processed", 1, {"processing": "compatibility"})
-    stream = place.publish("stream", 1, None, hook_in="blocks.1.hook_resid_mid")
+    stream = place.publish("stream", 1, None, hook_in="blocks.1.hook_resid_pre")
     across = place.publish("across", 1, None, hook_in="blocks.0.mlp.hook_in")
     first, _, last = place.transcoders
 

@@ -22,7 +22,7 @@ from pipeline.info import glance
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.cache_format import Site
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, ModelError, SettingsError
+from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tests.cache_jobs import command, model_folder, run_cache
 from tests.cross_layer_transcoders import (
     D_SAE,
@@ -203,7 +203,7 @@ def test_sites_of_another_width_are_refused(tmp_path: Path, folder: Path) -> Non
 # In use
 
 
-def test_one_that_reads_the_stream_is_evaluated_on_its_model(
+def test_one_that_reads_the_stream_is_evaluated_on_its_model_and_traced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As circuit-tracer's own usually do: from hook_resid_mid to hook_mlp_out."""
@@ -231,8 +231,9 @@ def test_one_that_reads_the_stream_is_evaluated_on_its_model(
     ]
     assert scores[1].spliced.ce == pytest.approx(scores[0].spliced.ce, rel=1e-5)
     assert scores[0].spliced.kl > 1e-3  # it does something there
-    with pytest.raises(ModelError, match="is not the input and output of one MLP"):
-        traced(tmp_path / "back", tmp_path / "circuit")
+    circuit = traced(tmp_path / "back", tmp_path / "circuit")
+    assert circuit["root"]["incompleteness"] < 1e-5
+    assert features_of(circuit)
 
 
 def test_one_of_whole_mlps_is_traced_like_the_one_it_was_exported_from(tmp_path: Path) -> None:
