@@ -110,6 +110,15 @@ def test_terms_of_every_root_sum_to_its_recorded_value(family: str, reads_stream
         assert abs(float(row.sum()) - root.value) < EXACT * float(row.abs().sum()), str(root.node)
 
 
+def test_a_feature_that_does_not_fire_is_looked_up_where_the_transcoder_lies() -> None:
+    run = run_of("gpt2")
+    silent = min(set(range(D_SAE)) - set(run.transcoders[2].feature[run.transcoders[2].at(4)].tolist()))
+    root = feature_root(run, 2, silent, 4)
+    assert not root.is_active
+    with torch.device("meta"):  # where a tensor goes of which nothing else is said
+        assert feature_root(run, 2, silent, 4).value == root.value
+
+
 def test_a_step_further_back_every_node_is_explained_by_terms_that_sum_to_its_own_contribution() -> None:
     run = run_of("gpt2")
     everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False)

@@ -43,8 +43,8 @@ def feature_root(run: LinearisedRun, layer: int, feature: int, token: int = -1) 
     features = run.transcoders[layer]
     place = features.place(position, feature)
     if place is None:
-        pre = features.transcoder.pre_activations_of(torch.tensor([feature]), features.inputs[position])
-        value = float(pre)
+        inputs = features.inputs[position]
+        value = float(features.transcoder.pre_activations_of(torch.tensor([feature], device=inputs.device), inputs))
     else:
         value = float(features.activation[place])
     probe = feature_probe(run, layer, position, feature)
