@@ -1,7 +1,7 @@
 """Texts of windows of tokens, in which a character that was split over tokens stands whole.
 
 Tokens that are parts of characters are rare in most text and most of it in some (Chinese under GPT-2's tokenizer), so
-what is put together is each run of such tokens, and equal runs once.
+what is put together is each run of such tokens, and of equal runs that come soon again one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from storage.token_text import has_bytes, join_characters
 
+MOST_KEPT = 1 << 14
+"""Runs that are kept before all are forgotten: 50 MB if each fills a window. Some texts have no end of them."""
+
 
 class WindowTexts:
-    """A vocabulary, and the runs of tokens it has put together so far."""
+    """A vocabulary, and the latest runs of tokens that were put together."""
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self.vocabulary = pa.array(vocabulary, pa.string())
@@ -45,6 +48,8 @@ class WindowTexts:
     def _run(self, tokens: NDArray[np.integer]) -> list[str]:
         key = tuple(tokens.tolist())
         if key not in self._joined:
+            if len(self._joined) >= MOST_KEPT:
+                self._joined.clear()
             self._joined[key] = join_characters([self.vocabulary[token].as_py() for token in key])
         return self._joined[key]
 

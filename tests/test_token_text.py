@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from analysis import window_texts
 from analysis.window_texts import WindowTexts
 from storage.token_text import has_bytes, join_characters, text_of_bytes
 
@@ -66,6 +67,15 @@ def test_windows_are_joined_each_by_itself() -> None:
     assert texts.of(tokens, lengths) == pa.array(
         ["the", "", "日", " x", "<0xE6><0x97>", "<0xA5>", "<0xA5>", "the", "", "日"]
     )
+
+
+def test_runs_that_were_put_together_are_forgotten_before_they_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_texts, "MOST_KEPT", 2)
+    texts = WindowTexts(["the", "<0xE6><0x97>", "<0xA5>"])
+    for tokens in ([1, 2], [1], [2], [1, 2], [2, 2], [1, 2]):
+        made = texts.of(np.array(tokens), np.array([len(tokens)]))
+        assert made == pa.array(join_characters([texts.vocabulary[one].as_py() for one in tokens]))
+        assert len(texts._joined) <= 2
 
 
 def test_windows_without_such_tokens_are_left_alone() -> None:

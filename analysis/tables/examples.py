@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analysis.activations import KeptPairs, RowPlaces
@@ -140,7 +141,7 @@ def _rows(
         "position": examples.position,
         "document": documents_at(subject.split, examples.context, examples.position).astype(np.int64),
         "token_id": token,
-        "token": pa.compute.if_else(pa.compute.equal(here, ""), texts.vocabulary.take(pa.array(token)), here),
+        "token": pc.if_else(pc.equal(here, ""), texts.vocabulary.take(pa.array(token)), here),
         "window_start": window_start,
         "window_token_ids": list_array(pa.array(window), lengths),
         "window_tokens": list_array(window_texts, lengths),
