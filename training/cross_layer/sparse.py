@@ -21,6 +21,7 @@ from training.entries import Above, LargestOfBatch
 from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
 from training.kernels.pairs import Pairs, decode_pairs
 from training.kernels.select import Selector, keep_largest
+from training.kernels.sparse import clear_gradients
 from training.objectives import Objective
 from training.whole_batch import ALONE, WholeBatch
 
@@ -49,7 +50,7 @@ class SparseStackStep:
         stack = cast("Stack", transcoder)
         inputs = batch.inputs.view(len(batch.inputs), stack.n_layers, stack.width_in).transpose(0, 1).contiguous()
         layers, pre = self._select(stack, inputs)
-        _clear_gradients(stack)
+        clear_gradients(stack)
         entries = SparseStackEntries(layers, pre, stack, inputs)
         trace = stack.trace(entries, batch, objective)
         return finish(stack, entries, trace, batch, extra, per_row=per_row)
@@ -157,15 +158,3 @@ class _EncodeStack(torch.autograd.Function):
             pairs.add_outer(own, inputs[layer], per_layer[layer])
             of_bias.append(pairs.sums(own))
         return None, None, torch.cat(of_bias), None, None, None
-
-
-def _clear_gradients(stack: Stack) -> None:
-    """Zero the large gradients, whose memory is used again, and drop the others."""
-    large = {"W_enc", *stack.unit_rows()}
-    for name, parameter in stack.named_parameters():
-        if name not in large:
-            parameter.grad = None
-        elif parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        else:
-            parameter.grad.zero_()

@@ -41,7 +41,7 @@ class SparseStep:
         selector = self._open(transcoder)
         bias, selection = transcoder.encoder_bias(), transcoder.selection()
         pairs, pre = selector.select(inputs, transcoder.W_enc, bias, selection, whole)
-        _clear_gradients(transcoder)
+        clear_gradients(transcoder)
         entries = SparseEntries(pairs, pre, transcoder, inputs, whole)
         trace = transcoder.trace(entries, batch, objective)
         return finish(transcoder, entries, trace, batch, extra, per_row=per_row)
@@ -53,10 +53,11 @@ class SparseStep:
         return self._selector
 
 
-def _clear_gradients(transcoder: Transcoder) -> None:
-    """Zero the two large gradients, whose memory is used again, and drop the others."""
+def clear_gradients(transcoder: Transcoder) -> None:
+    """Zero the gradients of encoder and decoders, whose memory is used again, and drop the others."""
+    large = {"W_enc", *transcoder.unit_rows()}
     for name, parameter in transcoder.named_parameters():
-        if name in ("W_enc", "W_dec") and parameter.grad is not None:
+        if name in large and parameter.grad is not None:
             parameter.grad.zero_()
         else:
-            parameter.grad = torch.zeros_like(parameter) if name in ("W_enc", "W_dec") else None
+            parameter.grad = torch.zeros_like(parameter) if name in large else None
