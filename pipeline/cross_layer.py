@@ -18,18 +18,19 @@ import torch
 
 from pipeline.device import limited_threads, open_device
 from pipeline.train import TrainResult, discard_draft, nothing_left_if_refused
-from storage.activation_cache import ActivationCache, open_cache
+from storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from storage.artifact import Draft
 from storage.cache_format import Site
 from storage.encodings import Side
 from storage.errors import SettingsError
 from storage.statistics import SiteStatistics
-from training.batches import Batch, CacheBatches, iter_sites_once
+from training.batches import Batch, CacheBatches, SiteBatches, iter_sites_once
 from training.checkpoint import Checkpoints
 from training.cross_layer.artifact import (
     FORMAT_VERSION,
     KIND,
     read_cross_layer_manifest,
+    rows_at_once,
     score_layers,
 )
 from training.cross_layer.run import CrossLayerBuild, build_cross_layer, cross_layer_problems
@@ -212,8 +213,7 @@ class _Training:
         split = self._cache.split("heldout")
 
         def batches(max_rows: int | None) -> Iterator[Batch]:
-            rows = self._settings.batch_rows
-            for one in iter_sites_once(split, self._sites, batch_rows=rows, device=self._device, max_rows=max_rows):
+            for one in self._in_order(split, max_rows):
                 batch = joined(one)
                 if len(batch.inputs):
                     yield batch
@@ -251,11 +251,11 @@ class _Training:
         if "heldout" not in self._cache.manifest["splits"]:
             return []
         transcoder = built.run.folded().to(self._device)
-        batches = iter_sites_once(
-            self._cache.split("heldout"),
-            self._sites,
-            batch_rows=self._settings.batch_rows,
-            device=self._device,
-        )
-        scores = score_layers(transcoder, self._sites, batches, built.rows)
+        scores = score_layers(transcoder, self._sites, self._in_order(self._cache.split("heldout")), built.rows)
         return [{"site": site.name, **score.record()} for site, score in zip(self._sites, scores, strict=True)]
+
+    def _in_order(self, split: CacheSplit, max_rows: int | None = None) -> Iterator[SiteBatches]:
+        """Yield rows to score, no more at a time than their activations at all layers allow."""
+        d_sae = len(self._sites) * self._settings.n_features(self._sites[0].d_in)
+        rows = rows_at_once(d_sae, self._settings.batch_rows)
+        return iter_sites_once(split, self._sites, batch_rows=rows, device=self._device, max_rows=max_rows)

@@ -21,14 +21,14 @@ from storage.artifact import Draft, checksum_file
 from storage.cache_format import Site
 from storage.errors import ArtifactMismatch, SettingsError
 from training.batches import iter_sites_once
-from training.cross_layer.artifact import FORMAT_VERSION, KIND, read_cross_layer_manifest, score_layers
+from training.cross_layer.artifact import FORMAT_VERSION, KIND, read_cross_layer_manifest, rows_at_once, score_layers
 from training.cross_layer.stack import CrossLayerTranscoder
 from training.cross_layer.units import JoinedRows, LayerUnits
 from training.transcoder import WEIGHTS, describe_versions, save_weights
 
 ORIGIN = "circuit-tracer"
 """The format such folders are in."""
-_BATCH_ROWS, _BATCH_ACTIVATIONS = 1024, 1 << 26
+_BATCH_ROWS = 1024
 _NAMED = 4
 """Sites that a message names where many are missing."""
 
@@ -169,8 +169,7 @@ def _measure(
     batches = iter_sites_once(
         cache.split(split),
         sites,
-        # activations of all layers are held at once
-        batch_rows=min(_BATCH_ROWS, max(1, _BATCH_ACTIVATIONS // transcoder.d_sae)),
+        batch_rows=rows_at_once(transcoder.d_sae, _BATCH_ROWS),
         device=transcoder.W_enc.device,
         max_rows=n_rows,
     )

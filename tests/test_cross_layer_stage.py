@@ -19,7 +19,9 @@ from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, SettingsError
 from tests.cache_jobs import command
 from tests.training_caches import publish_cache, random_rows
+from training.cross_layer import artifact
 from training.cross_layer.artifact import load_cross_layer
+from training.cross_layer.stack import Stack
 from training.settings import TrainSettings
 from training.transcoder import load_transcoder
 
@@ -105,6 +107,26 @@ def test_layer_scores_are_those_of_the_published_weights_on_held_out_rows(traine
     # Every layer counts alike, whatever its scale: the mean of their FVU is what the run reports.
     mean = float(np.mean([layer["fvu"] for layer in layers]))
     assert trained.metrics["heldout"]["fvu"] == pytest.approx(mean, rel=0.05)
+
+
+def test_however_many_features_there_are_activations_of_few_rows_are_scored_at_a_time(
+    cache: Path, trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    encode = Stack.encode
+
+    def counted(self: Stack, inputs: torch.Tensor) -> torch.Tensor:
+        scored.append(len(inputs))
+        return encode(self, inputs)
+
+    monkeypatch.setattr(Stack, "encode", counted)
+    monkeypatch.setattr(artifact, "SCORED_ACTIVATIONS", 2 * 24 * 10)
+    result = train_on(cache, tmp_path / "in-pieces")
+    assert max(scored) == 10
+    assert result.metrics["heldout"]["fvu"] == pytest.approx(trained.metrics["heldout"]["fvu"], rel=1e-5)
+    for piecewise, whole in zip(manifest_of(result.path)["layers"], manifest_of(trained.path)["layers"], strict=True):
+        assert piecewise.pop("site") == whole.pop("site")
+        assert piecewise == pytest.approx(whole, rel=1e-5)
 
 
 def test_features_that_write_to_later_layers_explain_what_a_layer_alone_cannot(

@@ -27,6 +27,8 @@ from training.transcoder import WEIGHTS
 KIND = CROSS_LAYER_KIND
 """The artifact's kind."""
 FORMAT_VERSION = 1
+SCORED_ACTIVATIONS = 1 << 26
+"""How many activations, those of all layers, are held at a time where rows are scored: 256 MB, and copies of them."""
 
 
 def read_cross_layer_manifest(path: Path) -> dict[str, Any]:
@@ -62,6 +64,14 @@ def load_cross_layer(path: Path | str, weights: str = WEIGHTS) -> CrossLayerTran
             "restore the file or train again"
         ) from error
     return transcoder.eval().requires_grad_(False)
+
+
+def rows_at_once(d_sae: int, most: int) -> int:
+    """Return how many rows a batch that is scored may have, ``most`` or fewer; ``d_sae`` counts features of all layers.
+
+    A training step may hold active pairs alone; a score takes whole activations.
+    """
+    return min(most, max(1, SCORED_ACTIVATIONS // d_sae))
 
 
 @torch.no_grad()
