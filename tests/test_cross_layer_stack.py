@@ -138,6 +138,15 @@ def test_batch_topk_takes_k_a_layer_on_average_wherever_they_are() -> None:
     assert int(result.n_active[stack.of_layer(1)].sum()) > 2 * N_ROWS
 
 
+def test_the_l0_that_jumprelu_aims_for_is_the_mean_of_a_layer() -> None:
+    stack = CrossLayerTranscoder(*SIZES, settings=JumpReLU(l0=0.5, target_l0=2.0))
+    fill(stack)
+    result = DenseStep()(stack, Batch(rows(1, WIDTH_IN), rows(2, WIDTH_OUT)), VarianceObjective(1.0))
+    l0_a_layer = int(result.n_active.sum()) / N_ROWS / N_LAYERS
+    assert l0_a_layer < 2
+    assert float(result.losses["sparsity"]) == pytest.approx(0.5 * (l0_a_layer / 2 - 1) ** 2)
+
+
 @pytest.mark.parametrize("place", STACKS)
 def test_a_folded_stack_gives_on_raw_rows_what_it_gave_on_normalised_ones(place: int) -> None:
     stack = every_stack()[place]

@@ -27,7 +27,8 @@ class TrainSettings(Settings):
 
     cross_layer: bool = False
     """One transcoder over all layers of the cache (or those that site names, separated by commas): a feature reads one
-    layer and writes to it and every later one. Sizes are a layer's: d_sae, expansion, and k, the mean per layer."""
+    layer and writes to it and every later one. Sizes are a layer's: d_sae, expansion, and k and target_l0, means per
+    layer."""
     architecture: AnyArchitecture = BatchTopK()
     """Kind of transcoder and its own settings."""
     expansion: PositiveInt = 32

@@ -8,7 +8,6 @@ is the affair of the architecture that a stack is combined with.
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -177,13 +176,16 @@ class CrossLayerTranscoder(Stack, JumpReLUTranscoder):
     """``p · 1[p > θ]`` with a threshold per feature: what every stack becomes when it is published.
 
     On raw activations, decoder rows of unit norm over all layers they write to; an activation is the length of all
-    that its feature writes.
+    that its feature writes. ``settings.target_l0`` is the mean of a layer, as k is.
     """
 
     def __init__(
         self, n_layers: int, width_in: int, width_out: int, features_per_layer: int, *, settings: JumpReLU | None = None
     ) -> None:
-        JumpReLUTranscoder.__init__(self, width_in, 1, n_layers * features_per_layer, settings=settings or JumpReLU())
+        chosen = settings or JumpReLU()
+        if chosen.target_l0 is not None:
+            chosen = chosen.model_copy(update={"target_l0": chosen.target_l0 * n_layers})
+        JumpReLUTranscoder.__init__(self, width_in, 1, n_layers * features_per_layer, settings=chosen)
         self._become_stack(n_layers, width_in, width_out)
 
     def thresholds(self) -> Tensor:
@@ -237,20 +239,24 @@ def fold(stack: Stack, units: LayerUnits) -> CrossLayerTranscoder:
     What a feature writes to layer m is multiplied by that layer's output scale; its length over all layers then goes
     from the decoder into the encoder, so that decoder rows have unit norm again.
     """
-    source = copy.deepcopy(stack).cpu()
-    n_layers, width_out = source.n_layers, source.width_out
-    raw = CrossLayerTranscoder(n_layers, source.width_in, width_out, source.features_per_layer)
+    n_layers, width_out = stack.n_layers, stack.width_out
+    raw = CrossLayerTranscoder(n_layers, stack.width_in, width_out, stack.features_per_layer)
     scales = torch.tensor(units.scales_out, dtype=torch.float64).repeat_interleave(width_out)
-    thresholds = source.thresholds().double()
-    for layer in range(n_layers):
-        own = source.of_layer(layer)
-        written = source.decoder(layer).double() * scales[layer * width_out :]
+    thresholds = _exactly(stack.thresholds())
+    for layer in range(n_layers):  # a layer at a time: on its device or here, a whole copy could be too much
+        own = stack.of_layer(layer)
+        written = _exactly(stack.decoder(layer)) * scales[layer * width_out :]
         lengths = torch.linalg.vector_norm(written, dim=1)
         lengths = torch.where(lengths > SMALLEST_NORM, lengths, torch.ones_like(lengths))
         raw.decoder(layer).copy_(written / lengths[:, None])
-        W_enc = source.W_enc[own].double() * (lengths[:, None] / units.scales_in[layer])
+        W_enc = _exactly(stack.W_enc[own]) * (lengths[:, None] / units.scales_in[layer])
         raw.W_enc[own] = W_enc.float()
-        raw.b_enc[own] = (source.b_enc[own].double() * lengths - W_enc @ units.means_in[layer]).float()
+        raw.b_enc[own] = (_exactly(stack.b_enc[own]) * lengths - W_enc @ units.means_in[layer]).float()
         raw.log_threshold[own] = (thresholds[own] * lengths).log().float()  # -inf for a threshold of zero
-    raw.b_dec_out.copy_(units.restore(source.b_dec_out.double()))
+    raw.b_dec_out.copy_(units.restore(_exactly(stack.b_dec_out)))
     return raw.eval()
+
+
+def _exactly(values: Tensor) -> Tensor:
+    """Return ``values`` on the CPU in float64."""
+    return values.detach().cpu().double()

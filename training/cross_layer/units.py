@@ -77,8 +77,7 @@ class JoinedRows:
     def __call__(self, batches: SiteBatches) -> Batch:
         """Return the rows that are ordinary at every layer, normalised, side by side; there may be none."""
         raw = [batches[site.name] for site in self._sites]
-        mask = self.mask(batches)
-        if not bool(mask.all()):
+        if self._ordinary and not bool((mask := self.mask(batches)).all()):
             raw = [Batch(batch.inputs[mask], batch.outputs[mask]) for batch in raw]
         return self._units.joined(raw)
 
