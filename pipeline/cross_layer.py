@@ -5,7 +5,6 @@ The loop, its checkpoints and logs are those of every transcoder (``training.ses
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.device import limited_threads, open_device
+from pipeline.runs.training_rows import unknown_site
 from pipeline.train import TrainResult, discard_draft, nothing_left_if_refused
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from storage.artifact import Draft
@@ -37,6 +37,7 @@ from training.cross_layer.run import CrossLayerBuild, build_cross_layer, cross_l
 from training.cross_layer.units import JoinedBatches, JoinedRows
 from training.kernels.adaptive import resolve_precision
 from training.loggers import Logger
+from training.ordinary_rows import massive_warning
 from training.row_source import CacheRows
 from training.session import HeldoutBatches, Session
 from training.settings import TrainSettings
@@ -91,10 +92,7 @@ def choose_sites(settings: TrainSettings, cache: ActivationCache) -> list[Site]:
     names = list(cache.sites) if settings.site is None else [one.strip() for one in settings.site.split(",")]
     problems = []
     for name in names:
-        if name not in cache.sites:
-            near = difflib.get_close_matches(name, list(cache.sites))
-            meant = f"did you mean {' or '.join(near)}? " if near else ""
-            problems.append(f"site: there is no {name!r}; {meant}there are {', '.join(cache.sites)}")
+        problems += unknown_site(name, list(cache.sites))
     sites = [cache.sites[name] for name in dict.fromkeys(names) if name in cache.sites]
     layers = {site.name: layer_of(site) for site in sites}
     problems += [
@@ -180,11 +178,9 @@ class _Training:
         }
 
     def _massive(self) -> Iterator[str]:
-        if self._settings.max_norm_multiple is not None:
-            return
         for name, sides in self._statistics().items():
-            if (note := sides["out"].massive_note()) is not None:
-                yield f"{name} has massive activations: {note}; max_norm_multiple 10 would leave such rows out"
+            if (sentence := massive_warning(name, sides["out"], self._settings.max_norm_multiple)) is not None:
+                yield sentence
 
     def _build(self, n_steps: int) -> CrossLayerBuild:
         settings = self._settings

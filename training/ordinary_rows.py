@@ -78,3 +78,12 @@ class OrdinaryRows:
             found[side] = SiteStatistics(rows.shape[1])
             found[side].add(rows.cpu().numpy())
         return found
+
+
+def massive_warning(site: str, outputs: SiteStatistics, multiple: float | None) -> str | None:
+    """Return a sentence if a few rows' outputs would decide everything, and no ``multiple`` of the median leaves them
+    out; else None."""
+    note = outputs.massive_note()
+    if multiple is not None or note is None:
+        return None
+    return f"{site} has massive activations: {note}; max_norm_multiple 10 would leave such rows out"

@@ -28,6 +28,7 @@ from training.distributed import Group, RankBatches
 from training.follow import follow_first
 from training.kernels.adaptive import resolve_precision
 from training.loggers import Logger
+from training.ordinary_rows import massive_warning
 from training.run import TrainingRun
 from training.session import Session
 from training.settings import TrainSettings
@@ -160,7 +161,8 @@ def _open_run(
     quiet: bool,
 ) -> OpenRun:
     n_steps = rows.n_steps(settings)
-    for sentence in [*settings.without_effect(n_steps), *_massive(settings, site, rows)]:
+    massive = massive_warning(site.name, rows.statistics(site)[site.sides[-1]], settings.max_norm_multiple)
+    for sentence in [*settings.without_effect(n_steps), *([] if massive is None else [massive])]:
         logger.warning("%s: %s", draft.path, sentence)
     run = _build(name, settings, site, rows, origins)
     session = Session(
@@ -175,14 +177,6 @@ def _open_run(
         quiet=quiet,
     )
     return OpenRun(name, settings, site, draft, run, session)
-
-
-def _massive(settings: TrainSettings, site: Site, rows: TrainingRows) -> list[str]:
-    """Return a sentence if a few rows would decide everything."""
-    note = rows.statistics(site)[site.sides[-1]].massive_note()
-    if settings.max_norm_multiple is not None or note is None:
-        return []
-    return [f"{site.name} has massive activations: {note}; max_norm_multiple 10 would leave such rows out"]
 
 
 def _build(name: str, settings: TrainSettings, site: Site, rows: TrainingRows, origins: Origins) -> TrainingRun:

@@ -235,6 +235,11 @@ def known_problems(settings: TrainSettings, source: TrainingSource) -> list[str]
 def _site_problems(chosen: str | None, names: Sequence[str]) -> list[str]:
     if chosen is None:
         return [f"site: there are {len(names)}; choose one of {', '.join(names)}"] if len(names) > 1 else []
+    return unknown_site(chosen, names)
+
+
+def unknown_site(chosen: str, names: Sequence[str]) -> list[str]:
+    """Return a sentence with what may have been meant if ``chosen`` is none of ``names``."""
     if chosen in names:
         return []
     near = difflib.get_close_matches(chosen, names)
