@@ -51,5 +51,5 @@ def parse_features(texts: Sequence[str], n_features: int) -> list[int]:
     if problems:
         rest = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         lines = "".join(f"\n  {line}" for line in [*problems[:_SHOWN], *rest])
-        raise SettingsError(f"--feature: write numbers and ranges such as 89,100-200:{lines}")
+        raise SettingsError(f"--feature: not every part is a feature, or a range such as 100-200, of these:{lines}")
     return list(chosen)

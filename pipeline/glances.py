@@ -37,6 +37,9 @@ def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
     yield "architecture", _architecture(manifest)
     yield "features", manifest["d_sae"]
     yield _made(manifest)
+    if limits := manifest.get("learnt_from"):
+        sides = f"{limits['longest_in']:.3g} and {limits['longest_out']:.3g}"
+        yield "learnt from", f"rows whose input and output are at most {sides} long"
     if heldout := manifest["metrics"].get("heldout"):
         yield "held out", f"{_score(heldout)}, over {heldout['n_rows']:,} rows"
     yield "everything else", "--json"
@@ -45,10 +48,13 @@ def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
 def _glance_at_cross_layer(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [])
     sites = manifest["sites"]
-    yield "layers", f"{len(sites)}, from {sites[0]['name']} to {sites[-1]['name']}"
+    yield "layers", f"{len(sites)}: {', '.join(site['name'] for site in sites)}"
     yield "architecture", _architecture(manifest)
     yield "features", f"{manifest['d_sae']:,} a layer, each writing to its own layer and all later ones"
     yield _made(manifest)
+    if limits := manifest.get("learnt_from"):
+        longest = ", ".join(f"{one['longest_out']:.3g}" for one in limits.values())
+        yield "learnt from", f"rows whose outputs are at most {longest} long, and inputs likewise"
     for layer in manifest["layers"]:
         yield f"held out {layer['site']}", _score(layer)
     yield "everything else", "--json"

@@ -36,6 +36,11 @@ def describe(path: Path) -> dict[str, Any]:
                 **_progress(path),
                 "request": read_json(path / REQUEST),
             }
+        if inside := sorted(path.glob(f"*/{MANIFEST}")):
+            return {
+                "state": f"a folder of {len(inside)} artifacts; name one of them",
+                **{one.parent.name: read_sealed(one).get("kind") for one in inside},
+            }
         raise ArtifactMissing(f"{path}: no cache, transcoder, tables or other artifact lies here; check the path")
     manifest = read_sealed(path / MANIFEST)
     if manifest["kind"] == KIND:

@@ -184,6 +184,9 @@ def test_a_layers_own_part_is_that_of_the_whole() -> None:
             assert torch.equal(stack.writes(layer, target), written)
     with pytest.raises(ValueError, match="features of layer 2 write to it and later layers, not to layer 1"):
         stack.writes(2, 1)
+    for ask in (lambda: stack.writes(0, 3), lambda: stack.encode_layer(3, inputs), lambda: stack.of_layer(-1)):
+        with pytest.raises(IndexError, match="this stack has 3, which count from 0 whatever their numbers"):
+            ask()
 
 
 def test_both_optimisers_keep_every_decoder_row_at_unit_norm_and_agree() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +226,19 @@ def test_the_command_trains_across_layers_and_refuses_what_is_for_one(
     common = (cache, "--cross-layer", "--k", 2, "--d-sae", 12, "--steps", 3, "--batch-rows", 64)
     answer = command(capsys, "train", *common, "--out", tmp_path / "t")
     assert answer.code == 0, answer.err
-    assert answer.out.startswith(f"{tmp_path / 't'}: 3 steps, held-out FVU ")
+    told = re.fullmatch(
+        rf"{tmp_path / 't'}: 3 steps, held-out FVU of 2 layers ([\d.]+) to ([\d.]+), mean ([\d.]+); "
+        r"L0 [\d.]+ a layer, dead features [\d.]+%\n",
+        answer.out,
+    )
+    assert told is not None
+    lowest, highest, mean = map(float, told.groups())
+    layers = [layer["fvu"] for layer in manifest_of(tmp_path / "t")["layers"]]
+    assert [lowest, highest, mean] == pytest.approx([min(layers), max(layers), sum(layers) / 2], abs=1e-4)
     assert command(capsys, "info", tmp_path / "t").code == 0
     refused = command(capsys, "train", *common, "--from", tmp_path / "t", "--out", tmp_path / "u")
     assert refused.code != 0
     assert "--from: a cross-layer transcoder begins with weights of its own" in refused.err
     swept = command(capsys, "train", *common, "--sweep", "lr=1e-3,1e-2", "--out", tmp_path / "s")
     assert swept.code != 0
-    assert "cross_layer: is trained alone" in swept.err
+    assert "--cross-layer: is trained alone, not in a sweep, as lr=0.001, lr=0.01 would be" in swept.err

@@ -33,7 +33,7 @@ def test_everything_wrong_with_chosen_features_is_told_at_once() -> None:
     with pytest.raises(SettingsError) as error:
         parse_features(["1,x,3-1", "9,"], 4)
     assert str(error.value).splitlines() == [
-        "--feature: write numbers and ranges such as 89,100-200:",
+        "--feature: not every part is a feature, or a range such as 100-200, of these:",
         "  'x' is no feature and no range of features",
         "  '3-1' ends before it begins; write 1-3",
         "  '9' is beyond the last feature, 3",

@@ -13,6 +13,7 @@ from pipeline.glances import GLANCES
 from pipeline.info import glance
 from storage.artifact import Draft
 from tests.dashboard_tables import make_tables
+from tests.tables_by_hand import example_row, feature_row, publish_tables
 
 MODEL = {"name": "tiny-lm", "dtype": "float32"}
 CACHE = {"cache": {"cache_id": "0", "generation": 0}}
@@ -81,3 +82,13 @@ def test_an_imported_transcoder_is_not_called_trained() -> None:
     shown = dict(GLANCES["transcoder"](manifest))
     assert shown["imported from"] == "saelens"
     assert "trained" not in shown
+
+
+def test_a_folder_of_artifacts_says_what_is_inside(tmp_path: Path) -> None:
+    for layer in (3, 4):
+        publish_tables(tmp_path / f"layer{layer}", [feature_row(0)], [example_row(0)], layer=layer)
+    assert glance(tmp_path) == {
+        "state": "a folder of 2 artifacts; name one of them",
+        "layer3": "tables",
+        "layer4": "tables",
+    }

@@ -11,8 +11,8 @@ from pipeline.circuits.question import transcoder_sites
 from pipeline.transcoder_kinds import is_cross_layer
 from storage.cache_format import Site
 from storage.errors import SettingsError
-from training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest, sites_of
-from training.cross_layer.layers import split_layers
+from training.cross_layer.artifact import read_cross_layer_manifest, sites_of
+from training.cross_layer.layers import load_layers
 from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 
@@ -41,8 +41,7 @@ class TracedLayers:
         if not self.is_cross_layer:
             return {site: load_transcoder(self.paths[layer]) for layer, site in self.sites.items()}
         (path,) = set(self.paths.values())
-        parts = split_layers(load_cross_layer(path), list(self.sites))
-        return dict(zip(self.sites.values(), parts, strict=True))
+        return dict(zip(self.sites.values(), load_layers(path, list(self.sites)), strict=True))
 
 
 def traced_layers(transcoders: Sequence[Path]) -> TracedLayers:

@@ -20,6 +20,7 @@ from pipeline.runs.sweep_table import FINISHED, RUNS_TABLE, RunOutcome
 from pipeline.sweep import SweepResult
 from storage.errors import SettingsError
 from storage.settings import Settings
+from training.cross_layer.artifact import read_cross_layer_manifest
 from training.loggers import build_loggers
 from training.settings import TrainSettings
 
@@ -110,7 +111,9 @@ def command(
         "model": model,
         "loggers": partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb_project),
     }
-    if own.cross_layer and not is_sweep:
+    if is_sweep and (across := [name for name, settings in runs.items() if settings.cross_layer]):
+        raise SettingsError(f"--cross-layer: is trained alone, not in a sweep, as {', '.join(across)} would be")
+    if own.cross_layer:
         place = for_cross_layer(place)
     if is_sweep:
         swept = sweep.run(runs, **place)
@@ -119,7 +122,8 @@ def command(
         return
     result = cross_layer.run(own, **place) if own.cross_layer else train.run(own, **place)
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        click.echo(f"{result.path}: {show_metrics(result.metrics)}")
+        told = show_layers(read_cross_layer_manifest(result.path)) if own.cross_layer else ""
+        click.echo(f"{result.path}: {told or show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and (score.get("fvu_ordinary", score["fvu"]) or 0) > 1:
             click.echo(
                 "warning: FVU above 1 is worse than always predicting the mean; train for longer, or with a lower --lr",
@@ -163,6 +167,21 @@ def show_metrics(metrics: dict[str, Any]) -> str:
     return (
         f"{metrics['steps']:,} steps, held-out FVU {fvu}, L0 {score['l0']:.1f}, "
         f"dead features {score['dead_fraction']:.1%}"
+    )
+
+
+def show_layers(manifest: Mapping[str, Any]) -> str:
+    """Return the held-out scores of a cross-layer transcoder in one line; nothing if it was not scored."""
+    layers = manifest["layers"]
+    scores = [one.get("fvu_ordinary", one["fvu"]) for one in layers]
+    known = [score for score in scores if score is not None]
+    if not known:
+        return ""
+    rows = " on rows it may learn from" if "fvu_ordinary" in layers[0] else ""
+    l0, dead = (sum(one[name] for one in layers) / len(layers) for name in ("l0", "dead_fraction"))
+    return (
+        f"{manifest['metrics']['steps']:,} steps, held-out FVU of {len(layers)} layers {min(known):.4f} to "
+        f"{max(known):.4f}, mean {sum(known) / len(known):.4f}{rows}; L0 {l0:.1f} a layer, dead features {dead:.1%}"
     )
 
 

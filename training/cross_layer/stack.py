@@ -58,7 +58,14 @@ class Stack(Transcoder):
         return self.n_layers * self.width_out
 
     def of_layer(self, layer: int) -> slice:
-        """Return the features that read a layer."""
+        """Return the features that read a layer. Layers count from 0 within the stack, here and everywhere below.
+
+        Raises IndexError for a layer that is none of them.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise IndexError(
+                f"layer {layer}: this stack has {self.n_layers}, which count from 0 whatever their numbers in the model"
+            )
         return slice(layer * self.features_per_layer, (layer + 1) * self.features_per_layer)
 
     def decoder(self, layer: int) -> nn.Parameter:
@@ -71,8 +78,9 @@ class Stack(Transcoder):
     def writes(self, source: int, target: int) -> Tensor:
         """Return (features_per_layer, width_out): what features that read ``source`` write to layer ``target``.
 
-        Raises ValueError for a target before the source.
+        Raises IndexError for a layer that is none of the stack's, ValueError for a target before the source.
         """
+        self.of_layer(source), self.of_layer(target)
         if target < source:
             raise ValueError(f"features of layer {source} write to it and later layers, not to layer {target}")
         start = (target - source) * self.width_out

@@ -9,13 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from storage.errors import ArtifactCorrupt
 from training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
-from training.cross_layer.artifact import read_cross_layer_manifest, sites_of
-from training.cross_layer.stack import DECODER
-from training.transcoder import WEIGHTS
+from training.cross_layer.weights_file import open_weights
 
 
 @torch.no_grad()
@@ -27,26 +23,12 @@ def load_summed_layer(path: Path | str, place: int) -> JumpReLUTranscoder:
     float64. Its rows have any length. ``decode`` is therefore no prediction of any layer's output; ``b_dec_out`` is the
     layer's own. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
     """
-    path = Path(path)
-    manifest = read_cross_layer_manifest(path)
-    sites, d_sae = sites_of(manifest), int(manifest["d_sae"])
-    assert 0 <= place < len(sites), f"{place} is a layer of the transcoder"
-    d_out = sites[place].d_out
-    layer = JumpReLUTranscoder(sites[place].d_in, d_out, d_sae, settings=JumpReLU())
-    own = slice(place * d_sae, (place + 1) * d_sae)
-    try:
-        with safe_open(path / WEIGHTS, framework="pt") as file:
-            for name in ("W_enc", "b_enc", "log_threshold"):
-                getattr(layer, name).copy_(file.get_slice(name)[own])
-            layer.b_dec_out.copy_(file.get_slice("b_dec_out")[place * d_out : (place + 1) * d_out])
-            written = file.get_slice(f"{DECODER}{place}")
-            total = torch.zeros(d_sae, d_out, dtype=torch.float64)
-            for target in range(len(sites) - place):
-                total += written[:, target * d_out : (target + 1) * d_out]
-            layer.W_dec.copy_(total)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ArtifactCorrupt(
-            f"{path / WEIGHTS}: does not hold the weights its manifest describes ({error}); "
-            "restore the file or train again"
-        ) from error
+    with open_weights(path) as file:
+        site = file.sites[place]
+        layer = JumpReLUTranscoder(site.d_in, site.d_out, file.d_sae, settings=JumpReLU())
+        file.fill(layer, place)
+        total = torch.zeros(file.d_sae, site.d_out, dtype=torch.float64)
+        for target in range(place, len(file.sites)):
+            total += file.writes(place, target)
+        layer.W_dec.copy_(total)
     return layer.eval().requires_grad_(False)
