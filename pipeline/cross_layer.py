@@ -89,7 +89,7 @@ def choose_sites(settings: TrainSettings, cache: ActivationCache) -> list[Site]:
 
     Raises SettingsError listing every setting and site of which no cross-layer transcoder can be made.
     """
-    names = list(cache.sites) if settings.site is None else [one.strip() for one in settings.site.split(",")]
+    names = list(cache.sites) if settings.site is None else _names(settings.site, cache)
     problems = []
     for name in names:
         problems += unknown_site(name, list(cache.sites))
@@ -115,6 +115,18 @@ def choose_sites(settings: TrainSettings, cache: ActivationCache) -> list[Site]:
             f"{cache.path}: no cross-layer transcoder can be made of this:\n" + "\n".join(f"  {p}" for p in problems)
         )
     return sorted(sites, key=lambda site: layers[site.name] or 0)
+
+
+def _names(text: str, cache: ActivationCache) -> list[str]:
+    """Return the sites that ``text`` names, separated by commas; layer3-5 is a range, for numbers at the end."""
+    names = []
+    for part in (one.strip() for one in text.split(",")):
+        ends = re.fullmatch(r"(.*?)(\d+)-(.*?)(\d+)", part)
+        if part in cache.sites or ends is None or ends[3] not in ("", ends[1]):
+            names.append(part)
+        else:
+            names += [f"{ends[1]}{number}" for number in range(int(ends[2]), int(ends[4]) + 1)]
+    return names
 
 
 def layer_of(site: Site) -> int | None:

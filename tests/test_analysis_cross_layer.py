@@ -29,7 +29,7 @@ from tests.cache_jobs import CONTEXT_LENGTH, command, differing, model_folder, r
 from tests.cross_layer_transcoders import D_SAE, publish_cross_layer, random_cross_layer
 from tests.spliced_models import WIDTH, publish_transcoder, random_transcoder
 from training.cross_layer.artifact import load_cross_layer
-from training.cross_layer.layers import split_layers
+from training.cross_layer.layers import load_layers, split_layers
 from training.cross_layer.stack import CrossLayerTranscoder
 from training.cross_layer.summed import load_summed_layer
 from training.transcoder import load_transcoder
@@ -89,12 +89,25 @@ def test_a_layer_reads_as_the_whole_transcoder_does_and_writes_the_sum(made: Pat
         assert torch.equal(summed.b_dec_out, part.b_dec_out)
 
 
+def test_layers_read_one_by_one_are_those_of_the_whole(made: Path) -> None:
+    split = split_layers(load_cross_layer(made / "clt"), (4, 9))
+    for layer, own in zip(load_layers(made / "clt", (4, 9)), split, strict=True):
+        assert (layer.layer, layer.later_layers, layer.training) == (own.layer, own.later_layers, False)
+        found, wanted = layer.state_dict(), own.state_dict()
+        assert found.keys() == wanted.keys()
+        for name, values in found.items():
+            assert torch.equal(values, wanted[name]), name
+            assert bool(values.any()), name  # something was read
+
+
 def test_weights_of_another_shape_or_none_are_corrupt(made: Path, tmp_path: Path) -> None:
     for name, content in (("short", (made / "third" / "weights.safetensors").read_bytes()), ("none", b"")):
         shutil.copytree(made / "clt", tmp_path / name)
         (tmp_path / name / "weights.safetensors").write_bytes(content)
         with pytest.raises(ArtifactCorrupt, match=f"{name}/weights.safetensors: does not hold the weights"):
             load_summed_layer(tmp_path / name, 1)
+        with pytest.raises(ArtifactCorrupt, match=f"{name}/weights.safetensors: does not hold the weights"):
+            load_layers(tmp_path / name, (0, 1))
 
 
 # ---- tables

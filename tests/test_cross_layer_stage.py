@@ -207,10 +207,26 @@ def test_everything_that_does_not_fit_is_told_at_once(cache: Path, tmp_path: Pat
         "kernel: compiled is for transcoders of one layer",
         "auxiliary: is for transcoders of one layer",
         "bias_init: a cross-layer transcoder is trained with 'mean' only",
-        "takes at least two layers; there is 1",
+        "takes at least two layers; got 1",
     ):
         assert wanted in message, wanted
     assert not (tmp_path / "t").exists()
+
+
+def test_sites_are_named_one_by_one_or_as_a_range(tmp_path: Path) -> None:
+    names = {name.replace("blocks.", "layer").removesuffix(".mlp"): side for name, side in rows(1, 128).items()}
+    cache = open_cache(publish_cache(tmp_path / "cache", {name: {"train": side} for name, side in names.items()}))
+    assert set(cache.sites) == {"layer0", "layer1"}
+    for text in ("layer0-1", "layer0-layer1", "layer0, layer1"):
+        with pytest.raises(SettingsError) as refused:  # these hooks name no layer, but both sites were found
+            cross_layer.choose_sites(TrainSettings.read(SETTINGS, {"site": text}), cache)
+        assert "there is no" not in str(refused.value)
+        assert str(refused.value).count("its hooks name no layer") == 2
+    with pytest.raises(SettingsError, match="there is no 'layer2'"):
+        cross_layer.choose_sites(TrainSettings.read(SETTINGS, {"site": "layer0-2"}), cache)
+    settings = TrainSettings.read(SETTINGS, {"cross_layer": False, "site": "layer0,layer1"})
+    with pytest.raises(SettingsError, match="names several; that is for --cross-layer"):
+        train.run(settings, cache=tmp_path / "cache", output=tmp_path / "t", quiet=True)
 
 
 def test_other_stages_say_that_it_is_another_kind(cache: Path, trained: TrainResult, tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ class TrainSettings(Settings):
     """Site of the cache to train on, e.g. layer8; may be left out if the cache has only one."""
 
     cross_layer: bool = False
-    """One transcoder over all layers of the cache (or those that site names, separated by commas): a feature reads one
-    layer and writes to it and every later one. Sizes are a layer's: d_sae, expansion, and k and target_l0, means per
-    layer."""
+    """One transcoder over all layers of the cache (or those that site names, such as layer3-8 or layer3,layer5): a
+    feature reads one layer and writes to it and every later one. Sizes are a layer's: d_sae, expansion, and k and
+    target_l0, means per layer."""
     architecture: AnyArchitecture = BatchTopK()
     """Kind of transcoder and its own settings."""
     expansion: PositiveInt = 32

@@ -242,6 +242,8 @@ def unknown_site(chosen: str, names: Sequence[str]) -> list[str]:
     """Return a sentence with what may have been meant if ``chosen`` is none of ``names``."""
     if chosen in names:
         return []
+    if "," in chosen:
+        return [f"site: {chosen!r} names several; that is for --cross-layer, or give one of {', '.join(names)}"]
     near = difflib.get_close_matches(chosen, names)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     return [f"site: there is no {chosen!r}; {meant}there {_are(names)}"]

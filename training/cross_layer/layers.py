@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ class StackedLayer(JumpReLUTranscoder):
         return self.get_buffer(f"{_LATER}{layer}") if layer in self.later_layers else None
 
     @torch.no_grad()
-    def take_writes(self, written: Sequence[Tensor]) -> None:
+    def take_writes(self, written: Iterable[Tensor]) -> None:
         """Copy (d_sae, d_out) of what the features write to their own and each later layer."""
         for layer, values in zip((self.layer, *self.later_layers), written, strict=True):
             own = self.writes(layer)
@@ -61,7 +61,7 @@ def split_layers(transcoder: CrossLayerTranscoder, layers: Sequence[int]) -> lis
         for name in ("W_enc", "b_enc", "log_threshold"):
             getattr(layer, name).copy_(getattr(transcoder, name)[own])
         layer.b_dec_out.copy_(transcoder.b_dec_out[place * width : (place + 1) * width])
-        layer.take_writes([transcoder.writes(place, target) for target in places[place:]])
+        layer.take_writes(transcoder.writes(place, target) for target in places[place:])
         found.append(layer.eval().requires_grad_(False))
     return found
 
@@ -76,6 +76,6 @@ def load_layers(path: Path | str, layers: Sequence[int]) -> list[StackedLayer]:
         for place, site in enumerate(file.sites):
             layer = StackedLayer(site.d_in, site.d_out, file.d_sae, layers[place:])
             file.fill(layer, place)
-            layer.take_writes([file.writes(place, target) for target in range(place, len(file.sites))])
+            layer.take_writes(file.writes(place, target) for target in range(place, len(file.sites)))
             found.append(layer.eval().requires_grad_(False))
     return found

@@ -88,7 +88,7 @@ def cross_layer_problems(settings: TrainSettings, sites: Sequence[Site]) -> list
         if getattr(settings, name) != getattr(plain, name)
     ]
     if len(sites) < 2:
-        problems.append(f"a cross-layer transcoder takes at least two layers; there is {len(sites)}")
+        problems.append(f"a cross-layer transcoder takes at least two layers; got {len(sites)}")
     if len({(site.d_in, site.d_out) for site in sites}) > 1:
         widths = ", ".join(f"{site.name} {site.d_in} to {site.d_out}" for site in sites)
         problems.append(f"layers of one width are wanted; the sites go from {widths}")
