@@ -242,7 +242,7 @@ def test_of_a_folder_of_tables_those_of_the_transcoders_given_are_taken_by_their
     with pytest.raises(ArtifactMismatch) as caught:
         open_tables([folder, misnamed], {0: traced[0], 1: traced[1]})
     assert str(caught.value).splitlines() == [
-        f"{folder}: the tables in its 2 folders were made from a transcoder that was not given; give the tables of "
+        f"{folder}: the tables inside were made from a transcoder that was not given; give the tables of "
         "those that were",
         f"{misnamed}: was made from a transcoder that was not given; give the tables of those that were",
     ]

@@ -189,6 +189,22 @@ def test_what_breaks_the_model_is_told_by_the_excess_over_all_replaced_tokens(ta
     assert ask("break-ce", tables, evaluation, min_tokens=3) == []
 
 
+def test_tokens_of_all_sites_stand_for_a_layer_that_was_only_replaced_with_others(tables: Path, tmp_path: Path) -> None:
+    def evaluated(name: str, site: str) -> Path:
+        tokens = rows(
+            sites=[site] * 4,
+            context=[0, 0, 1, 1],
+            position=[1, 2, 1, 2],
+            replaced=[True] * 4,
+            delta=[1.0, 2.0, 4.0, 1.0],
+        )
+        return publish(tmp_path / name, {"tokens": tokens}, kind="evaluation")
+
+    found = ask("break-ce", tables, evaluated("all", "all sites"), min_tokens=2)
+    assert {row["feature"]: row["mean_delta"] for row in found} == {2: 3, 0: 1}
+    assert ask("break-ce", tables, evaluated("other", "layer5"), min_tokens=2) == []
+
+
 def test_a_large_mean_over_few_tokens_breaks_the_model_less_surely_than_one_over_many(tmp_path: Path) -> None:
     # Mean of all 32 tokens: (8·2 + 8·4 + 16)/32 = 2. Feature 0: 16 tokens, mean 3, s² = 16/15, ν = 15. Feature 1: four
     # tokens 0 0 0 16, mean 4, s² = (3·16 + 144)/3 = 64, ν = 3. Feature 2: one token, which has no spread.

@@ -92,6 +92,15 @@ def test_a_character_split_over_tokens_is_shown_at_the_one_that_completes_it(
     assert shown == ["<eos>", "◌", "日", words(3)[2]]
 
 
+def test_a_feature_that_is_strongest_where_a_character_begins_is_told_with_the_character() -> None:
+    values = np.array([[np.nan], [2.0], [1.0]], np.float32)
+    text = ScoredText(["<eos>", "", "日"], [0, 1, 2], ~np.isnan(values[:, 0]), values, [[], [(0, 2.0)], [(0, 1.0)]])
+    [line] = [
+        line for line in show(Scores("t", "layer0", [0], False, False, [text])).splitlines() if "2.000  ◌" in line
+    ]
+    assert line.split()[:5] == ["0", "2.000", "◌", "of", "日"]
+
+
 def test_raw_scores_are_pre_activations_and_what_relu_keeps_of_them_the_activations(transcoder: Path) -> None:
     coder = ReLU(input_bias=False).build(16, 16, 24)
     coder.load_state_dict(load_transcoder(transcoder).state_dict())

@@ -40,7 +40,7 @@ def open_tables(tables: Sequence[Path], transcoders: Mapping[int, tuple[str, str
             if layer is not None:
                 fitting[path] = layer
         if not fitting:
-            which = f"the tables in its {len(inside)} folders were" if inside else "was"
+            which = "the tables inside were" if inside else "was"
             problems.append(
                 f"{given}: {which} made from a transcoder that was not given; give the tables of those that were"
             )

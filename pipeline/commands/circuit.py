@@ -19,7 +19,7 @@ from pipeline.options import read_settings, settings_options
 @click.argument("prompt")
 @click.option(
     "--transcoders", multiple=True, required=True, type=options.ARTIFACT,
-    help="Transcoder of one layer, to be given again for each, or a folder that holds the transcoders of layers.",
+    help="Transcoder of one layer, to be given again for each; folder that holds those of layers; a cross-layer one.",
 )  # fmt: skip
 @click.option("--feature", metavar="LAYER:INDEX", help="Explain why this feature fires.")
 @click.option(

@@ -4,7 +4,7 @@
 -- excess − t s / √n, with s the standard deviation over the feature's n tokens and t Student's 97.5 % quantile,
 -- 1.96 + 2.37/ν + 2.82/ν² for ν = n − 1, right within 0.2 % from 10 tokens on. Tokens of one context are taken as
 -- independent, which they are not quite, so the interval is somewhat too narrow. Give --tables twice, an analysis and an
--- evaluation of the same transcoder and split.
+-- evaluation of the same transcoder and split; of a cross-layer transcoder, the tokens are those of all layers replaced.
 -- needs activations rows layers tokens features
 -- set min_tokens INTEGER = 10: leave out features that are active on fewer of the evaluation's tokens
 -- set n INTEGER = 20: how many to show
@@ -12,7 +12,10 @@ WITH losses AS (
     SELECT row, delta, delta - avg(delta) OVER () AS excess
     FROM tokens
     JOIN rows USING (context, position)
-    WHERE replaced AND sites = (SELECT site FROM layers)
+    WHERE replaced AND sites = CASE
+        WHEN (SELECT count(DISTINCT sites) = 1 AND min(sites) = 'all sites' FROM tokens) THEN 'all sites'
+        ELSE (SELECT site FROM layers)
+    END
 ),
 means AS (
     SELECT feature, avg(excess) AS excess, stddev_samp(excess) / sqrt(count(*)) AS error, avg(delta) AS mean_delta,

@@ -67,12 +67,23 @@ def _overall(scores: Scores) -> Iterator[str]:
     rows = [("feature", "max", "at token", "tokens", "")]
     for column, feature in enumerate(scores.features):
         places = [
-            (text.values[i, column], text.tokens[i]) for text in scores.texts for i in text.is_scored.nonzero()[0]
+            (text.values[i, column], _token(text, i))
+            for text in scores.texts
+            for i in text.is_scored.nonzero()[0].tolist()
         ]
         value, token = max(places, key=lambda place: place[0])
         n_active = sum(bool(one > 0) for one, _ in places)
-        rows.append((str(feature), f"{value:.3f}", visible_token(token), str(n_active), feature_note(scores, feature)))
+        rows.append((str(feature), f"{value:.3f}", token, str(n_active), feature_note(scores, feature)))
     yield from _aligned(rows, left=(2, 4))
+
+
+def _token(text: ScoredText, position: int) -> str:
+    """Return a token as it is shown by itself; of one that begins a character, the character as well."""
+    own = visible_token(text.tokens[position])
+    if text.tokens[position]:
+        return own
+    completed = next((token for token in text.tokens[position:] if token), "")
+    return f"{own} of {visible_token(completed)}" if completed else own
 
 
 def _strongest(text: ScoredText) -> list[str]:
