@@ -2,7 +2,7 @@
 
 What stands in for a layer's MLP is the sum of what the features of that layer and of all earlier ones write to it, so
 the parts of one transcoder share what has fired in the pass under way. They are only right together: every layer below
-must have been read in the same pass.
+must have been read in the same pass, which ends with the output of the highest.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class LayerInPlace:
         )
         for layer in range(self._layer):
             outputs = outputs + self._fired[layer] @ self._transcoder.writes(layer, self._layer)
+        if self._layer == self._transcoder.n_layers - 1:
+            self._fired.clear()  # no one reads them any more, and logits, which come next, are large too
         return torch.add(outputs, activations @ self._transcoder.writes(self._layer, self._layer))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -236,7 +237,11 @@ def test_parts_in_place_add_up_layer_by_layer_and_refuse_to_be_out_of_order() ->
     made = []
     for place, part in enumerate(parts):
         own = inputs[:, place * WIDTH : (place + 1) * WIDTH]
-        made.append(part.decode(part.encode(own), own))
+        activations = part.encode(own)
+        made.append(part.decode(activations, own))
+    held = weakref.ref(activations)
+    del activations
+    assert held() is None, "a pass that is over holds nothing"
     torch.testing.assert_close(torch.cat(made, 1), whole(inputs))
     own = inputs[:, :WIDTH]
     parts[0].encode(own)  # a new pass
