@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from analysis.circuits.record import mlp_layer
 from pipeline.device import limited_threads, open_device
 from pipeline.runs.training_rows import unknown_site
 from pipeline.train import TrainResult, discard_draft, nothing_left_if_refused
@@ -94,9 +95,9 @@ def choose_sites(settings: TrainSettings, cache: ActivationCache) -> list[Site]:
     for name in names:
         problems += unknown_site(name, list(cache.sites))
     sites = [cache.sites[name] for name in dict.fromkeys(names) if name in cache.sites]
-    layers = {site.name: layer_of(site) for site in sites}
+    layers = {site.name: mlp_layer(site) for site in sites}
     problems += [
-        f"site {name}: its hooks name no layer ({cache.sites[name].hook_out})"
+        f"site {name}: its hooks name no layer, or two ({cache.sites[name].hook_out})"
         for name, layer in layers.items()
         if layer is None
     ]
@@ -127,12 +128,6 @@ def _names(text: str, cache: ActivationCache) -> list[str]:
         else:
             names += [f"{ends[1]}{number}" for number in range(int(ends[2]), int(ends[4]) + 1)]
     return names
-
-
-def layer_of(site: Site) -> int | None:
-    """Return the layer whose output a site's is; None if its hook names none."""
-    found = re.search(r"blocks\.(\d+)\.", site.hook_out)
-    return None if found is None else int(found[1])
 
 
 class _Training:

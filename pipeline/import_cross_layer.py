@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.cross_layer import layer_of
+from analysis.circuits.record import mlp_layer
 from pipeline.import_transcoder import POOR_FVU, ImportSettings, note_other_name
 from pipeline.imports.cross_layer import ForeignLayers, inspect_folder
 from storage.activation_cache import ActivationCache, open_cache
@@ -138,7 +138,7 @@ def _named_sites(names: Sequence[str], foreign: ForeignLayers, cache: Activation
     problems = [f"there is no {name!r}" for name in names if name not in cache.sites]
     if len(names) != foreign.n_layers:
         problems.append(f"{len(names)} sites are named, the files are of {foreign.n_layers} layers")
-    layers = [layer_of(cache.sites[name]) for name in names if name in cache.sites]
+    layers = [mlp_layer(cache.sites[name]) for name in names if name in cache.sites]
     known = [layer for layer in layers if layer is not None]
     if known != sorted(set(known)):
         problems.append(f"they are of layers {', '.join(map(str, known))}; each is wanted once, lowest first")

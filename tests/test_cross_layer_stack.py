@@ -94,7 +94,8 @@ def test_a_steps_gradients_are_those_of_the_plain_matrices(
         floor = pre.detach().relu().flatten().topk(2 * N_LAYERS * N_ROWS + 1).values[-1]
     activations = pre.relu() * (pre > floor)
     loss = (activations @ decoder + stack.b_dec_out.detach() - outputs).square().sum(1).mean() / 7.0
-    penalty: Tensor | float = 0.05 * activations.sum() / N_ROWS if isinstance(stack, ReLUStack) else 0.0
+    summed = 0.05 / N_LAYERS**0.5 * activations.sum() / N_ROWS
+    penalty: Tensor | float = summed if isinstance(stack, ReLUStack) else 0.0
     (loss + penalty).backward()
     assert encoder.grad is not None
     assert decoder.grad is not None
@@ -204,3 +205,18 @@ def test_both_optimisers_keep_every_decoder_row_at_unit_norm_and_agree() -> None
         torch.testing.assert_close(blocked.decoder(layer).norm(dim=1), torch.ones(N_FEATURES))
     for name, value in blocked.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], msg=name)
+
+
+def test_penalties_weigh_the_mean_of_a_layer() -> None:
+    inputs, outputs = rows(1, WIDTH_IN), rows(2, WIDTH_OUT)
+    jump = fill(CrossLayerTranscoder(*SIZES, settings=JumpReLU(l0=0.25, bandwidth=0.5)))
+    result = DenseStep()(jump, Batch(inputs, outputs), VarianceObjective(1.0))
+    l0_a_layer = float((jump.encode(inputs) > 0).sum()) / N_ROWS / N_LAYERS
+    assert float(result.losses["sparsity"]) == pytest.approx(0.25 * l0_a_layer)
+    # Three layers of variance 4 each: a typical output is 2 long at one, √12 at all.
+    relu = fill(ReLUStack(*SIZES, settings=ReLU(l1=0.5)))
+    objective = VarianceObjective(12.0)
+    relu.activation_unit = objective.activation_unit
+    result = DenseStep()(relu, Batch(inputs, outputs), objective)
+    l1_a_layer = float(relu.encode(inputs).detach().sum()) / 2 / N_ROWS / N_LAYERS
+    assert float(result.losses["sparsity"]) == pytest.approx(0.5 * l1_a_layer)

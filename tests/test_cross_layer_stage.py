@@ -195,6 +195,7 @@ def test_everything_that_does_not_fit_is_told_at_once(cache: Path, tmp_path: Pat
             tmp_path / "t",
             architecture={"kind": "topk", "k": 3, "skip": True},
             kernel="compiled",
+            optimiser="muon",
             auxiliary={"kind": "auxk"},
             bias_init="zeros",
             site=f"{hooks(0)}, blocks.7.mlp",
@@ -204,6 +205,7 @@ def test_everything_that_does_not_fit_is_told_at_once(cache: Path, tmp_path: Pat
         "site: there is no 'blocks.7.mlp'",
         "architecture: topk features have no threshold in use",
         "architecture.skip: a cross-layer transcoder has no skip path",
+        "optimiser: muon would mix encoders of layers",
         "kernel: compiled is for transcoders of one layer",
         "auxiliary: is for transcoders of one layer",
         "bias_init: a cross-layer transcoder is trained with 'mean' only",
@@ -221,7 +223,7 @@ def test_sites_are_named_one_by_one_or_as_a_range(tmp_path: Path) -> None:
         with pytest.raises(SettingsError) as refused:  # these hooks name no layer, but both sites were found
             cross_layer.choose_sites(TrainSettings.read(SETTINGS, {"site": text}), cache)
         assert "there is no" not in str(refused.value)
-        assert str(refused.value).count("its hooks name no layer") == 2
+        assert str(refused.value).count("its hooks name no layer, or two") == 2
     with pytest.raises(SettingsError, match="there is no 'layer2'"):
         cross_layer.choose_sites(TrainSettings.read(SETTINGS, {"site": "layer0-2"}), cache)
     settings = TrainSettings.read(SETTINGS, {"cross_layer": False, "site": "layer0,layer1"})

@@ -184,14 +184,17 @@ class CrossLayerTranscoder(Stack, JumpReLUTranscoder):
     """``p · 1[p > θ]`` with a threshold per feature: what every stack becomes when it is published.
 
     On raw activations, decoder rows of unit norm over all layers they write to; an activation is the length of all
-    that its feature writes. ``settings.target_l0`` is the mean of a layer, as k is.
+    that its feature writes. ``settings.target_l0`` is the mean of a layer, as k is, and ``l0`` weighs that mean, as the
+    reconstruction is the mean of the layers' FVU.
     """
 
     def __init__(
         self, n_layers: int, width_in: int, width_out: int, features_per_layer: int, *, settings: JumpReLU | None = None
     ) -> None:
         chosen = settings or JumpReLU()
-        if chosen.target_l0 is not None:
+        if chosen.target_l0 is None:
+            chosen = chosen.model_copy(update={"l0": chosen.l0 / n_layers})
+        else:
             chosen = chosen.model_copy(update={"target_l0": chosen.target_l0 * n_layers})
         JumpReLUTranscoder.__init__(self, width_in, 1, n_layers * features_per_layer, settings=chosen)
         self._become_stack(n_layers, width_in, width_out)
@@ -225,14 +228,17 @@ class BatchTopKStack(Stack, BatchTopKTranscoder):
 
 
 class ReLUStack(Stack, ReLUTranscoder):
-    """Positive pre-activations, held sparse by a penalty."""
+    """Positive pre-activations, held sparse by a penalty.
+
+    ``settings.l1`` weighs the mean of a layer. Activations are counted in the typical length of all layers' outputs,
+    √n_layers of one layer's, so their sum over all layers is √n_layers of that mean.
+    """
 
     def __init__(
         self, n_layers: int, width_in: int, width_out: int, features_per_layer: int, *, settings: ReLU
     ) -> None:
-        ReLUTranscoder.__init__(
-            self, width_in, 1, n_layers * features_per_layer, settings=settings.model_copy(update={"input_bias": False})
-        )
+        chosen = settings.model_copy(update={"input_bias": False, "l1": settings.l1 / n_layers**0.5})
+        ReLUTranscoder.__init__(self, width_in, 1, n_layers * features_per_layer, settings=chosen)
         self._become_stack(n_layers, width_in, width_out)
 
     def thresholds(self) -> Tensor:
