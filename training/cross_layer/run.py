@@ -78,9 +78,7 @@ def cross_layer_problems(settings: TrainSettings, sites: Sequence[Site]) -> list
     if architecture.skip:
         problems.append("architecture.skip: a cross-layer transcoder has no skip path; leave it out")
     if settings.optimiser == "muon":
-        problems.append(
-            "optimiser: muon would mix encoders of layers that read different inputs; use adam or adamw"
-        )
+        problems.append("optimiser: muon would mix encoders of layers that read different inputs; use adam or adamw")
     if settings.kernel == "compiled":
         problems.append("kernel: compiled is for transcoders of one layer; use auto, dense or sparse")
     plain = TrainSettings()

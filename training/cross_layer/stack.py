@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,8 @@ class Stack(Transcoder):
 
     def _written(self, n_rows: int, by_layer: Callable[[int], Tensor]) -> Tensor:
         """Return outputs (rows, d_out); ``by_layer`` gives what one layer's features write, as wide as its decoder."""
-        outputs = self.b_dec_out.expand(n_rows, -1).clone()
-        for layer in range(self.n_layers):
-            outputs.narrow(1, layer * self.width_out, self.decoder(layer).shape[1]).add_(by_layer(layer))
+        parts = (by_layer(layer) for layer in range(self.n_layers))
+        outputs: Tensor = _AddUp.apply(self.b_dec_out, n_rows, *parts)  # type: ignore[no-untyped-call]
         return outputs
 
     # As it is trained
@@ -156,6 +155,27 @@ class Stack(Transcoder):
     def folded(self, normalisation: Normalisation) -> Self:  # noqa: ARG002 - rows came normalised
         """Raise AssertionError: what is published is another class (``training.cross_layer.run``)."""
         raise AssertionError("a stack is folded by fold()")
+
+
+class _AddUp(torch.autograd.Function):
+    """A bias (d_out,) in every row, and parts (rows, at most d_out) added to its last columns.
+
+    Added in place one after another, autograd would copy the whole gradient for each part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, n_rows: int, *parts: Tensor) -> Tensor:
+        ctx.kinds = [(part.shape[1], part.dtype) for part in parts]
+        outputs = bias.expand(n_rows, -1).clone()
+        for part in parts:
+            outputs[:, -part.shape[1] :].add_(part)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        of_parts = (gradient[:, -width:].to(kind) for width, kind in ctx.kinds)
+        return gradient.sum(0), None, *of_parts
 
 
 class StackedEntries(Entries):
