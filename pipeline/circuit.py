@@ -136,7 +136,7 @@ def run(
     transcoders = each_artifact(transcoders, TRANSCODER_KIND)
     traced = traced_layers(transcoders)
     check_askable(question, traced.d_sae, traced.n_layers, settings.missing_layers)
-    warn_of_poor_layers(question, traced.paths)
+    warn_of_poor_layers(question, traced.paths, traced.scores)
     open_device(device)
     known = open_tables(tables, traced.identities)
     inputs = {

@@ -25,10 +25,15 @@ def transcoders(tmp_path: Path) -> dict[int, Path]:
     return {layer: tmp_path / f"layer{layer}" for layer in range(4)}
 
 
-def said(caplog: pytest.LogCaptureFixture, question: Question, transcoders: dict[int, Path]) -> list[str]:
+def said(
+    caplog: pytest.LogCaptureFixture,
+    question: Question,
+    transcoders: dict[int, Path],
+    scores: dict[int, dict[str, float]] | None = None,
+) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        warn_of_poor_layers(question, transcoders)
+        warn_of_poor_layers(question, transcoders, scores or {})
     return [record.getMessage() for record in caplog.records]
 
 
@@ -37,7 +42,7 @@ def test_poor_layers_are_told_in_one_warning_with_their_numbers(
 ) -> None:
     assert said(caplog, LOGIT, transcoders) == [
         "transcoders with an FVU above 0.9: layer 1 (5.14 on ordinary rows), layer 2 (0.95 on all rows); what goes "
-        "through such a layer lies in its error node, not in features (layers.parquet says why)"
+        "through such a layer lies in its error node, not in features"
     ]
 
 
@@ -74,3 +79,15 @@ def test_a_transcoder_is_found_by_any_path_to_it(
     transcoders[1].mkdir()
     monkeypatch.chdir(transcoders[1])
     assert len(said(caplog, LOGIT, {1: Path(".")})) == 1
+
+
+def test_what_manifests_say_counts_where_no_table_of_layers_does(
+    caplog: pytest.LogCaptureFixture, transcoders: dict[int, Path], tmp_path: Path
+) -> None:
+    alone = {5: tmp_path / "apart" / "one", 6: tmp_path / "apart" / "one", 7: tmp_path / "apart" / "one"}
+    scores = {5: {"fvu": 0.97}, 6: {"fvu": 0.97, "fvu_ordinary": 0.4}, 1: {"fvu": 0.1, "fvu_ordinary": 0.1}}
+    told = said(caplog, LOGIT, {1: transcoders[1], **alone}, scores)
+    assert told == [
+        "transcoders with an FVU above 0.9: layer 1 (5.14 on ordinary rows), layer 5 (0.97 on all rows); what goes "
+        "through such a layer lies in its error node, not in features"
+    ]

@@ -1,11 +1,12 @@
-"""Layers of a circuit whose transcoder explains next to nothing, by the scores that lie beside a set of transcoders."""
+"""Layers of a circuit whose transcoder explains next to nothing, by the scores that were taken of them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from pipeline.circuits.question import Question
 from pipeline.layers.scores import LAYERS, LayerOutcome, read_layers
@@ -17,28 +18,31 @@ POOR_FVU = 0.9
 logger = logging.getLogger(__name__)
 
 
-def warn_of_poor_layers(question: Question, transcoders: Mapping[int, Path]) -> None:
+def warn_of_poor_layers(
+    question: Question, transcoders: Mapping[int, Path], scores: Mapping[int, Mapping[str, Any]]
+) -> None:
     """Log one warning that names every layer the answer goes through whose transcoder has an FVU above ``POOR_FVU``.
 
-    ``transcoders`` are by layer. FVU is over ordinary rows where it was taken, else over all, from the
-    ``layers.parquet`` that ``pipeline circuits-model`` writes beside its transcoders; others are taken as they are.
+    ``transcoders`` are by layer, ``scores`` what their manifests say of held-out rows. FVU is over ordinary rows where
+    it was taken, else over all: from the ``layers.parquet`` that ``pipeline circuits-model`` writes beside its
+    transcoders, or from the manifest. What was never scored is taken as it is.
     """
     poor = []
     for layer, path in sorted(transcoders.items()):
-        score = _score(path) if _goes_through(question, layer) else None
-        if score is None:
+        if not _goes_through(question, layer):
             continue
-        is_ordinary = score.fvu_ordinary is not None
-        fvu = score.fvu_ordinary if is_ordinary else score.fvu
+        outcome = _score(path)
+        known = scores.get(layer, {}) if outcome is None else asdict(outcome)
+        is_ordinary = known.get("fvu_ordinary") is not None
+        fvu = known.get("fvu_ordinary" if is_ordinary else "fvu")
         if fvu is not None and fvu > POOR_FVU:
             poor.append(f"layer {layer} ({fvu:.3g} on {'ordinary' if is_ordinary else 'all'} rows)")
     if poor:
         logger.warning(
             "transcoders with an FVU above %g: %s; what goes through such a layer lies in its error node, not in "
-            "features (%s says why)",
+            "features",
             POOR_FVU,
             ", ".join(poor),
-            LAYERS,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from analysis.circuits.record import mlp_layer
 from pipeline.circuits.question import transcoder_sites
@@ -27,6 +28,8 @@ class TracedLayers:
     """The transcoder's."""
     d_sae: Mapping[int, int]
     """Features that read the layer."""
+    scores: Mapping[int, Mapping[str, Any]]
+    """What manifests say of held-out rows, for layers that were scored: ``fvu``, and ``fvu_ordinary`` where taken."""
     n_layers: int
     """Of the language model."""
     is_cross_layer: bool = False
@@ -64,6 +67,7 @@ def traced_layers(transcoders: Sequence[Path]) -> TracedLayers:
         paths={layer: path for layer, (path, _) in found.items()},
         digests={layer: str(one["digest"]) for layer, one in manifests.items()},
         d_sae={layer: int(one["d_sae"]) for layer, one in manifests.items()},
+        scores={layer: found for layer, one in manifests.items() if (found := one["metrics"].get("heldout"))},
         n_layers=max((int(one["model"]["n_layers"]) for one in manifests.values()), default=0),
     )
 
@@ -77,11 +81,13 @@ def _cross_layer(path: Path) -> TracedLayers:
             f"{path}: circuits need a cross-layer transcoder of whole MLPs, blocks.L.mlp.hook_in to "
             f"blocks.L.mlp.hook_out; this one is of {', '.join(site['hook_out'] for site in manifest['sites'])}"
         )
+    scores = {one["site"]: one for one in manifest["layers"]}
     return TracedLayers(
         sites=by_layer,
         paths=dict.fromkeys(by_layer, path),
         digests=dict.fromkeys(by_layer, str(manifest["digest"])),
         d_sae=dict.fromkeys(by_layer, int(manifest["d_sae"])),
+        scores={layer: scores[site.name] for layer, site in by_layer.items() if site.name in scores},
         n_layers=int(manifest["model"]["n_layers"]),
         is_cross_layer=True,
     )
