@@ -17,15 +17,13 @@ import torch
 
 from analysis.circuits.record import mlp_layer
 from pipeline.device import limited_threads, open_device
-from pipeline.runs.training_rows import unknown_site
+from pipeline.runs.training_rows import CachedRows, CacheSource, unknown_site
 from pipeline.train import TrainResult, discard_draft, nothing_left_if_refused
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from storage.activation_cache import ActivationCache, CacheSplit
 from storage.artifact import Draft
 from storage.cache_format import Site
-from storage.encodings import Side
 from storage.errors import SettingsError
-from storage.statistics import SiteStatistics
-from training.batches import Batch, CacheBatches, SiteBatches, iter_sites_once
+from training.batches import Batch, SiteBatches, iter_sites_once
 from training.checkpoint import Checkpoints
 from training.cross_layer.artifact import (
     FORMAT_VERSION,
@@ -39,7 +37,6 @@ from training.cross_layer.units import JoinedBatches, JoinedRows
 from training.kernels.adaptive import resolve_precision
 from training.loggers import Logger
 from training.ordinary_rows import massive_warning
-from training.row_source import CacheRows
 from training.session import HeldoutBatches, Session
 from training.settings import TrainSettings
 from training.sweep import Member, train_together
@@ -69,17 +66,18 @@ def run(
     on = open_device(device)
     if fresh:
         discard_draft(output)
-    opened = open_cache(cache)
-    sites = choose_sites(settings, opened)
+    source = CacheSource(cache, batch_rows=settings.batch_rows, order_seed=settings.order_seed, device=on)
+    sites = choose_sites(settings, source.cache)
     precision = resolve_precision(settings.precision, on)
     decided = settings.model_copy(update={"precision": precision, "site": ",".join(site.name for site in sites)})
-    request = {"settings": decided.model_dump(mode="json"), "cache": opened.reference}
+    request = {"settings": decided.model_dump(mode="json"), **source.request}
     with ExitStack() as stack:
         stack.enter_context(limited_threads(threads))
         stack.enter_context(nothing_left_if_refused(output))
         draft = stack.enter_context(Draft(output, KIND, request, discard_with="--fresh"))
         if not draft.published:
-            training = _Training(decided, opened, sites, draft, on)
+            rows = stack.enter_context(source.open(sites, output))
+            training = _Training(decided, source, rows, sites, draft, on)
             training.run(stack, checkpoint_steps, quiet=quiet, loggers=loggers())
         Checkpoints(output / CHECKPOINTS).clear()
     return TrainResult(output, read_cross_layer_manifest(output)["metrics"])
@@ -136,27 +134,19 @@ class _Training:
     def __init__(
         self,
         settings: TrainSettings,
-        cache: ActivationCache,
+        source: CacheSource,
+        rows: CachedRows,
         sites: Sequence[Site],
         draft: Draft,
         device: torch.device,
     ) -> None:
-        self._settings, self._cache, self._sites, self._draft, self._device = settings, cache, sites, draft, device
-        self._split = cache.split("train")
+        self._settings, self._source, self._rows = settings, source, rows
+        self._sites, self._draft, self._device = sites, draft, device
 
     def run(self, stack: ExitStack, checkpoint_steps: int, *, quiet: bool, loggers: list[Logger]) -> None:
         """Train from where it was left, and publish."""
-        settings, split = self._settings, self._split
-        rows = stack.enter_context(
-            CacheBatches(
-                split,
-                self._sites,
-                batch_rows=settings.batch_rows,
-                seed=settings.order_seed,
-                device=self._device,
-            )
-        )
-        n_steps = settings.n_steps(split.n_rows, rows.n_steps_per_epoch)
+        settings = self._settings
+        n_steps = self._rows.n_steps(settings)
         for sentence in [*settings.without_effect(n_steps), *self._massive()]:
             logger.warning("%s: %s", self._draft.path, sentence)
         built = self._build(n_steps)
@@ -177,29 +167,22 @@ class _Training:
             [settings.evaluate_every],
             finish=lambda: self._publish(built, session),
         )
-        train_together(JoinedBatches(rows, built.rows), [member], checkpoint_steps=checkpoint_steps)
-
-    def _statistics(self) -> dict[str, dict[Side, SiteStatistics]]:
-        return {
-            site.name: {side: self._split.statistics(site.name, side) for side in site.sides} for site in self._sites
-        }
+        train_together(JoinedBatches(self._rows.stream, built.rows), [member], checkpoint_steps=checkpoint_steps)
 
     def _massive(self) -> Iterator[str]:
-        for name, sides in self._statistics().items():
-            if (sentence := massive_warning(name, sides["out"], self._settings.max_norm_multiple)) is not None:
+        for site in self._sites:
+            statistics = self._rows.statistics(site)["out"]
+            if (sentence := massive_warning(site.name, statistics, self._settings.max_norm_multiple)) is not None:
                 yield sentence
 
     def _build(self, n_steps: int) -> CrossLayerBuild:
         settings = self._settings
-        sources = {
-            site.name: CacheRows(self._split, site, seed=settings.seed, device=self._device) for site in self._sites
-        }
         assert settings.precision != "auto", "it was decided for the request"
         return build_cross_layer(
             settings,
             self._sites,
-            self._statistics(),
-            sources,
+            {site.name: self._rows.statistics(site) for site in self._sites},
+            {site.name: self._rows.fresh_rows(site, settings.seed) for site in self._sites},
             n_steps=n_steps,
             device=self._device,
             precision=settings.precision,
@@ -208,12 +191,9 @@ class _Training:
 
     def _heldout(self, joined: JoinedRows) -> HeldoutBatches | None:
         """Return joined held-out rows in the units they are learnt in, so that every layer counts alike."""
-        if "heldout" not in self._cache.manifest["splits"]:
-            logger.warning(
-                "%s has no held-out rows: nothing will say how well the transcoder generalises", self._cache.path
-            )
+        split = self._rows.heldout_split()
+        if split is None:
             return None
-        split = self._cache.split("heldout")
 
         def batches(max_rows: int | None) -> Iterator[Batch]:
             for one in self._in_order(split, max_rows):
@@ -229,8 +209,7 @@ class _Training:
         self._draft.publish(
             {
                 "format": FORMAT_VERSION,
-                "inputs": {"cache": self._cache.reference},
-                "model": self._cache.manifest.get("model"),
+                **self._source.description(),
                 "sites": [asdict(site) for site in self._sites],
                 "d_sae": settings.n_features(self._sites[0].d_in),
                 "architecture": settings.architecture.model_dump(mode="json"),
@@ -251,10 +230,11 @@ class _Training:
 
     def _layers(self, built: CrossLayerBuild) -> list[Mapping[str, Any]]:
         """Return the score of each layer's output over all held-out rows."""
-        if "heldout" not in self._cache.manifest["splits"]:
+        split = self._rows.heldout_split()
+        if split is None:
             return []
         transcoder = built.run.folded().to(self._device)
-        scores = score_layers(transcoder, self._sites, self._in_order(self._cache.split("heldout")), built.rows)
+        scores = score_layers(transcoder, self._sites, self._in_order(split), built.rows)
         return [{"site": site.name, **score.record()} for site, score in zip(self._sites, scores, strict=True)]
 
     def _in_order(self, split: CacheSplit, max_rows: int | None = None) -> Iterator[SiteBatches]:

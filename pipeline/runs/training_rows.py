@@ -175,17 +175,23 @@ class CachedRows:
 
     def heldout(self, site: Site) -> HeldoutBatches | None:
         """Return the held-out rows, the same for every run."""
-        if "heldout" not in self._cache.manifest["splits"]:
-            if not self._has_warned:  # once, however many runs ask
-                logger.warning(
-                    "%s has no held-out rows: nothing will say how well the transcoder generalises", self._cache.path
-                )
-            self._has_warned = True
+        split = self.heldout_split()
+        if split is None:
             return None
-        split = self._cache.split("heldout")
         return lambda max_rows: iter_once(
             split, site, batch_rows=self._batch_rows, device=self._device, max_rows=max_rows
         )
+
+    def heldout_split(self) -> CacheSplit | None:
+        """Return the split of held-out rows; warn, once, if there are none."""
+        if "heldout" in self._cache.manifest["splits"]:
+            return self._cache.split("heldout")
+        if not self._has_warned:
+            logger.warning(
+                "%s has no held-out rows: nothing will say how well the transcoder generalises", self._cache.path
+            )
+        self._has_warned = True
+        return None
 
     def n_steps(self, settings: TrainSettings) -> int:
         """Return the number of steps; epochs are passes over the cache."""
