@@ -5,6 +5,8 @@ Weights on disk are folded: they take the language model's own activations and g
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,27 @@ def save_weights(path: Path, transcoder: Transcoder) -> None:
 def read_transcoder_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of a transcoder; the errors are those of ``storage.artifact.read_manifest``."""
     manifest = read_manifest(path, KIND, FOR_ONE_LAYER_ONLY)
-    if manifest["format"] != FORMAT_VERSION:
-        raise ArtifactMismatch(
-            f"{path}: has format {manifest['format']}, this version reads {FORMAT_VERSION}; "
-            "use the version that made it"
-        )
+    check_format(path, manifest, FORMAT_VERSION)
     return manifest
+
+
+def check_format(path: Path, manifest: Mapping[str, Any], version: int) -> None:
+    """Raise ArtifactMismatch if what lies at ``path`` has another format than ``version``."""
+    if manifest["format"] != version:
+        raise ArtifactMismatch(
+            f"{path}: has format {manifest['format']}, this version reads {version}; use the version that made it"
+        )
+
+
+@contextmanager
+def weights_as_described(path: Path) -> Iterator[None]:
+    """Raise ArtifactCorrupt for whatever goes wrong inside with the weights at ``path``, of a whole artifact."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
+        raise ArtifactCorrupt(
+            f"{path}: does not hold the weights its manifest describes ({error}); restore the file or train again"
+        ) from error
 
 
 def load_transcoder(path: Path | str, weights: str = WEIGHTS) -> Transcoder:
@@ -60,16 +77,11 @@ def load_transcoder(path: Path | str, weights: str = WEIGHTS) -> Transcoder:
     path = Path(path)
     manifest = read_transcoder_manifest(path)
     site = manifest["site"]
-    try:
+    with weights_as_described(path / weights):
         architecture = _ARCHITECTURES.validate_python(manifest["architecture"])
         transcoder = architecture.build(site["d_in"], site["d_out"], manifest["d_sae"])
         transcoder.b_dec = None
         transcoder.load_state_dict(load_file(path / weights))
-    except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
-        raise ArtifactCorrupt(
-            f"{path / weights}: does not hold the weights its manifest describes ({error}); "
-            "restore the file or train again"
-        ) from error
     return transcoder.eval().requires_grad_(False)
 
 

@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from storage.artifact import read_manifest
 from storage.cache_format import Site
-from storage.errors import ArtifactCorrupt, ArtifactMismatch
 from training.artifact_kinds import CROSS_LAYER_KIND
 from training.batches import SiteBatches
 from training.cross_layer.stack import CrossLayerTranscoder
 from training.cross_layer.units import JoinedRows
 from training.evaluate import FitSums, HeldoutScore, OrdinaryScore
-from training.transcoder import WEIGHTS
+from training.transcoder import WEIGHTS, check_format, weights_as_described
 
 KIND = CROSS_LAYER_KIND
 """The artifact's kind."""
@@ -34,11 +32,7 @@ SCORED_ACTIVATIONS = 1 << 26
 def read_cross_layer_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest; the errors are those of ``storage.artifact.read_manifest``."""
     manifest = read_manifest(path, KIND)
-    if manifest["format"] != FORMAT_VERSION:
-        raise ArtifactMismatch(
-            f"{path}: has format {manifest['format']}, this version reads {FORMAT_VERSION}; "
-            "use the version that made it"
-        )
+    check_format(path, manifest, FORMAT_VERSION)
     return manifest
 
 
@@ -56,13 +50,8 @@ def load_cross_layer(path: Path | str, weights: str = WEIGHTS) -> CrossLayerTran
     manifest = read_cross_layer_manifest(path)
     sites = sites_of(manifest)
     transcoder = CrossLayerTranscoder(len(sites), sites[0].d_in, sites[0].d_out, manifest["d_sae"])
-    try:
+    with weights_as_described(path / weights):
         transcoder.load_state_dict(load_file(path / weights))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ArtifactCorrupt(
-            f"{path / weights}: does not hold the weights its manifest describes ({error}); "
-            "restore the file or train again"
-        ) from error
     return transcoder.eval().requires_grad_(False)
 
 

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from storage.cache_format import Site
-from storage.errors import ArtifactCorrupt
 from training.architectures.jumprelu import JumpReLUTranscoder
 from training.cross_layer.artifact import read_cross_layer_manifest, sites_of
 from training.cross_layer.stack import DECODER
-from training.transcoder import WEIGHTS
+from training.transcoder import WEIGHTS, weights_as_described
 
 
 class WeightsFile:
@@ -54,11 +53,5 @@ def open_weights(path: Path | str) -> Iterator[WeightsFile]:
     """
     path = Path(path)
     manifest = read_cross_layer_manifest(path)
-    try:
-        with safe_open(path / WEIGHTS, framework="pt") as file:
-            yield WeightsFile(file, sites_of(manifest), int(manifest["d_sae"]))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ArtifactCorrupt(
-            f"{path / WEIGHTS}: does not hold the weights its manifest describes ({error}); "
-            "restore the file or train again"
-        ) from error
+    with weights_as_described(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file:
+        yield WeightsFile(file, sites_of(manifest), int(manifest["d_sae"]))
