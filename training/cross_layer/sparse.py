@@ -8,7 +8,7 @@ read only where the feature fires.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,11 +19,19 @@ from training.batches import Batch
 from training.cross_layer.stack import Stack, StackedEntries
 from training.entries import Above, LargestOfBatch
 from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
-from training.kernels.pairs import Pairs, decode_pairs
+from training.kernels.pairs import Pairs, decode_pairs, sum_by_row
 from training.kernels.select import Selector, keep_largest
 from training.kernels.sparse import clear_gradients
 from training.objectives import Objective
 from training.whole_batch import ALONE, WholeBatch
+
+
+class _Layer(NamedTuple):
+    """What one layer's pre-activations are made of."""
+
+    inputs: Tensor
+    W_enc: Tensor
+    bias: Tensor
 
 
 class SparseStackStep:
@@ -63,28 +71,27 @@ class SparseStackStep:
             self._selectors = [Selector(own) for _ in range(stack.n_layers)]
         selection, bias = stack.selection(), stack.encoder_bias()
         parts = [stack.of_layer(layer) for layer in range(stack.n_layers)]
+        layers = [_Layer(x, stack.W_enc[own], bias[own]) for x, own in zip(inputs, parts, strict=True)]
         match selection:
             case Above(floor):
+                floors = [Above(None if floor is None else floor[own]) for own in parts]
                 found = [
-                    selector.select(x, stack.W_enc[own], bias[own], Above(None if floor is None else floor[own]))
-                    for selector, x, own in zip(self._selectors, inputs, parts, strict=True)
+                    one.select(*layer, above) for one, layer, above in zip(self._selectors, layers, floors, strict=True)
                 ]
                 return [pairs for pairs, _ in found], torch.cat([pre for _, pre in found])
             case LargestOfBatch(k):
-                return self._largest(stack, inputs, bias, k * inputs.shape[1])
+                return self._largest(layers, k * inputs.shape[1])
             case _:
                 raise AssertionError(f"no stack selects like {selection}")
 
-    def _largest(self, stack: Stack, inputs: Tensor, bias: Tensor, n_wanted: int) -> tuple[list[Pairs], Tensor]:
+    def _largest(self, layers: Sequence[_Layer], n_wanted: int) -> tuple[list[Pairs], Tensor]:
         """Return the ``n_wanted`` largest of all layers together, chosen among candidates above a guess."""
-        parts = [stack.of_layer(layer) for layer in range(stack.n_layers)]
-        weights = [(x, stack.W_enc[own], bias[own]) for x, own in zip(inputs, parts, strict=True)]
         if self._guess is None:
-            k = max(1, n_wanted // (inputs.shape[0] * inputs.shape[1]))
-            self._guess = min(one.first_guess(*own, k) for one, own in zip(self._selectors, weights, strict=True))
+            k = max(1, n_wanted // sum(len(layer.inputs) for layer in layers))
+            self._guess = min(one.first_guess(*layer, k) for one, layer in zip(self._selectors, layers, strict=True))
         guess = self._guess
         while True:
-            found = [one.candidates(*own, guess) for one, own in zip(self._selectors, weights, strict=True)]
+            found = [one.candidates(*layer, guess) for one, layer in zip(self._selectors, layers, strict=True)]
             pre = torch.cat([one.pre for one in found])
             cut = ALONE.cut(pre, max(one.certain for one in found), n_wanted)
             if cut.is_complete:
@@ -93,8 +100,8 @@ class SparseStackStep:
         self._guess = Selector.guess_after(cut.threshold)
         kept = keep_largest(pre, np.array([0, len(pre)], np.int64), cut.n_own)
         ends = np.cumsum([len(one.pairs) for one in found])
-        layers = [one.pairs.keep(own) for one, own in zip(found, np.split(kept, ends[:-1]), strict=True)]
-        return layers, pre[torch.from_numpy(kept)]
+        pairs = [one.pairs.keep(own) for one, own in zip(found, np.split(kept, ends[:-1]), strict=True)]
+        return pairs, pre[torch.from_numpy(kept)]
 
 
 class SparseStackEntries(StackedEntries):
@@ -127,8 +134,7 @@ class SparseStackEntries(StackedEntries):
 
     def row_sums(self, values: Tensor) -> Tensor:
         """Return the sum over each row's pairs of all layers."""
-        sums = torch.zeros(self.n_rows, dtype=torch.int64 if values.dtype == torch.bool else values.dtype)
-        return sums.index_add_(0, self._rows, values.to(sums.dtype))
+        return sum_by_row(values, self._rows, self.n_rows)
 
 
 class _EncodeStack(torch.autograd.Function):

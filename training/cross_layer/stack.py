@@ -148,9 +148,9 @@ class Stack(Transcoder):
             norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
             rows.div_(torch.where(norms > SMALLEST_NORM, norms, torch.ones_like(norms)))
 
+    @abstractmethod
     def thresholds(self) -> Tensor:
         """Return (d_sae,): above which pre-activation a feature fires in use."""
-        raise NotImplementedError
 
     def folded(self, normalisation: Normalisation) -> Self:  # noqa: ARG002 - rows came normalised
         """Raise AssertionError: what is published is another class (``training.cross_layer.run``)."""

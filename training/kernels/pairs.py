@@ -138,8 +138,7 @@ class SparseEntries(Entries):
 
     def row_sums(self, values: Tensor) -> Tensor:
         """Return the sum over each row's pairs."""
-        sums = torch.zeros(self.n_rows, dtype=torch.int64 if values.dtype == torch.bool else values.dtype)
-        return sums.index_add_(0, torch.from_numpy(self.pairs.rows), values.to(sums.dtype))
+        return sum_by_row(values, torch.from_numpy(self.pairs.rows), self.n_rows)
 
 
 class _Encode(torch.autograd.Function):
@@ -202,6 +201,12 @@ def decode_pairs(values: Tensor, W_dec: Tensor, pairs: Pairs) -> Tensor:
     """Return values @ W_dec (rows, d_out) for values at pairs; the gradient of ``W_dec`` is added to its ``.grad``."""
     decoded: Tensor = _Decode.apply(values, W_dec, pairs)  # type: ignore[no-untyped-call]
     return decoded
+
+
+def sum_by_row(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
+    """Return (n_rows,): the sum of the ``values`` at pairs, (n_pairs,), whose row it is; int64 for bool."""
+    sums = torch.zeros(n_rows, dtype=torch.int64 if values.dtype == torch.bool else values.dtype)
+    return sums.index_add_(0, rows, values.to(sums.dtype))
 
 
 class _Gather(torch.autograd.Function):
