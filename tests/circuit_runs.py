@@ -19,7 +19,7 @@ from analysis.circuits.paths import Path as CircuitPath
 from analysis.circuits.paths import Step
 from analysis.circuits.record import record_run
 from analysis.circuits.run import LinearisedRun, Part, Probe
-from analysis.hook_points import hooked
+from analysis.hook_points import hooked, observed
 from analysis.model_weights import ModelWeights, Norm
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from pipeline.model.weights import read_weights
@@ -111,6 +111,14 @@ def exact_norms(bridge: Any, weights: ModelWeights) -> Iterator[None]:
     """Let the model compute its norms in float64 inside; transformers rounds to float32 within some."""
     with _norms_replaced(bridge, norms_of(weights), {}):
         yield
+
+
+def recorded_pass(bridge: Any, weights: ModelWeights) -> dict[str, Tensor]:
+    """Return what every hook around a block's parts holds on ``TOKENS``, norms computed exactly."""
+    names = [name for name in bridge.hook_dict if name.endswith(("hook_in", "hook_pattern", "hook_out"))]
+    with torch.inference_mode(), exact_norms(bridge, weights), observed(bridge.hook_dict, names) as recorded:
+        bridge(TOKENS[None], return_type=None, use_cache=False)
+    return dict(recorded)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,17 @@ from analysis.cross_layer import layers_in_place
 from analysis.hook_points import observed
 from storage.cache_format import Site
 from storage.errors import ModelError
-from tests.circuit_runs import D_SAE, TOKENS, WIDTH, exact_norms, frozen_pass, mixed_transcoders, mlp_site, tiny_model
+from tests.circuit_runs import (
+    D_SAE,
+    TOKENS,
+    WIDTH,
+    exact_norms,
+    frozen_pass,
+    mixed_transcoders,
+    mlp_site,
+    recorded_pass,
+    tiny_model,
+)
 from training.cross_layer.layers import split_layers
 from training.cross_layer.stack import CrossLayerTranscoder
 
@@ -162,9 +172,7 @@ def test_an_edge_times_delta_is_what_changing_a_feature_at_all_its_outputs_does(
     run = run_of(family)
     model, weights = tiny_model(family, double=True)
     bridge, delta = model.bridge, 0.37
-    names = [name for name in bridge.hook_dict if name.endswith(("hook_in", "hook_pattern", "hook_out"))]
-    with torch.inference_mode(), exact_norms(bridge, weights), observed(bridge.hook_dict, names) as recorded:
-        bridge(TOKENS[None], return_type=None, use_cache=False)
+    recorded = recorded_pass(bridge, weights)
     sources = list_sources(run)
     rows = attribute(run, [logit_root(run, 11, 5).probe], sources)
     for layer, token in ((0, 2), (0, 5), (1, 2), (2, 5)):

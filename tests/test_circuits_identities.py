@@ -27,7 +27,7 @@ from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, dir
 from analysis.circuits.run import LinearisedRun, Part
 from analysis.hook_points import hooked, observed
 from analysis.model_weights import IDENTITY, AttentionWeights, Norm
-from tests.circuit_runs import CASES, D_SAE, TOKENS, exact_norms, frozen_pass, tiny_model, tiny_run
+from tests.circuit_runs import CASES, D_SAE, TOKENS, frozen_pass, recorded_pass, tiny_model, tiny_run
 
 EXACT = 1e-9
 """Of Σ|terms|, in float64."""
@@ -212,9 +212,7 @@ def test_an_edge_times_delta_is_what_changing_a_feature_does_to_the_frozen_model
     run = tiny_run(family)
     model, weights = tiny_model(family, double=True)
     bridge, delta = model.bridge, 0.37
-    names = [name for name in bridge.hook_dict if name.endswith(("hook_in", "hook_pattern", "hook_out"))]
-    with torch.inference_mode(), exact_norms(bridge, weights), observed(bridge.hook_dict, names) as recorded:
-        bridge(TOKENS[None], return_type=None, use_cache=False)
+    recorded = recorded_pass(bridge, weights)
     sources = list_sources(run)
     target = feature_root(run, 2, int(run.transcoders[2].feature[run.transcoders[2].at(5)][0]), 5)
     logit = logit_root(run, 11, 5)

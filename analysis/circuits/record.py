@@ -53,12 +53,13 @@ def record_run(
     parameter = next(bridge.original_model.parameters())
     own, device = parameter.dtype, parameter.device
     wanted = dtype or (own if own in (torch.float32, torch.float64) else torch.float32)
-    by_layer = {
-        layer: (site, _as_needed(transcoder, device, wanted))
-        for layer, (site, transcoder) in _by_layer(transcoders, bridge.hook_dict).items()
+    found = _by_layer(transcoders, bridge.hook_dict)
+    coders = {
+        layer: (_as_needed(transcoder, device, wanted), _reads_stream(site, layer, bridge.hook_dict))
+        for layer, (site, transcoder) in found.items()
     }
     with torch.inference_mode():
-        seen = _observe(bridge, weights, tokens.to(device), [site for site, _ in by_layer.values()])
+        seen = _observe(bridge, weights, tokens.to(device), [site for site, _ in found.values()])
         seen = {name: value.to(wanted) for name, value in seen.items()}
         weights = replace(
             weights, layers=tuple(_cast(layer, wanted) for layer in weights.layers),
@@ -70,9 +71,7 @@ def record_run(
         layers: list[LayerRecord] = []
         for number in range(weights.n_layers):
             tolerance = _TOLERANCES.get(own, _TOLERANCE)
-            record = _layer(
-                number, weights, seen, by_layer.get(number), bridge.hook_dict, transcoded, problems, tolerance
-            )
+            record = _layer(number, weights, seen, coders.get(number), transcoded, problems, tolerance)
             layers.append(_less_what_earlier_layers_write(record, number, layers))
         if problems:
             raise ModelError(
@@ -176,13 +175,15 @@ def _layer(
     number: int,
     weights: ModelWeights,
     seen: Mapping[str, Tensor],
-    coder: tuple[Site, Transcoder] | None,
-    points: Mapping[str, Any],
+    coder: tuple[Transcoder, bool] | None,
     transcoded: Tensor,
     problems: list[str],
     tolerance: float,
 ) -> LayerRecord:
-    """Return one layer's record; add a sentence to ``problems`` for each part that its pieces do not give."""
+    """Return one layer's record; add a sentence to ``problems`` for each part that its pieces do not give.
+
+    ``coder`` is its transcoder, and whether that reads the stream before the MLP's norm.
+    """
     here, layer = f"blocks.{number}.", weights.layers[number]
     attention = layer.attention
     stream, attended = seen[f"{here}hook_in"], seen[f"{here}attn.hook_out"]
@@ -195,6 +196,11 @@ def _layer(
     written = apply_norm(layer.norm_attention_out, attended, scale_attention_out)
     stream_mid = stream if weights.is_parallel else stream + written
     pattern = seen[f"{here}attn.hook_pattern"]
+    features = None
+    if coder is not None:
+        transcoder, reads_stream = coder
+        inputs = stream_mid if reads_stream else mlp_in
+        features = _active(transcoder, inputs, mlp_out, transcoded, reads_stream=reads_stream)
     record = LayerRecord(
         weights=layer,
         stream=stream,
@@ -207,13 +213,8 @@ def _layer(
         scale_mlp_out=scale_mlp_out,
         mlp_in=mlp_in,
         mlp_out=mlp_out,
-        features=None,
+        features=features,
     )
-    if coder is not None:
-        reads_stream = _reads_stream(coder[0], number, points)
-        inputs = stream_mid if reads_stream else mlp_in
-        features = _active(coder[1], inputs, mlp_out, transcoded, reads_stream=reads_stream)
-        record = replace(record, features=features)
     mixed = write_heads(attention, mix(attention, pattern, values))
     mixed = mixed if attention.b_O is None else mixed + attention.b_O
     after = stream + written + apply_norm(layer.norm_mlp_out, mlp_out, scale_mlp_out)
