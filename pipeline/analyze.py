@@ -46,7 +46,8 @@ from pipeline.live.token_order import FreshText
 from pipeline.transcoder_kinds import is_cross_layer
 from pipeline.transcoder_model import open_transcoder_model
 from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import MANIFEST, Draft, list_differences, read_manifest
+from storage.artifact import MANIFEST, Draft, read_manifest
+from storage.differences import list_differences
 from storage.errors import ArtifactMismatch, SettingsError
 from storage.settings import Quantity, Settings
 from storage.tables import read_table

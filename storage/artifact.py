@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import xxhash
 
-from storage.differences import list_differences as list_differences  # for those who compare manifests
+from storage.differences import list_differences
 from storage.errors import (
     ArtifactBusy,
     ArtifactCorrupt,

@@ -24,7 +24,7 @@ from analysis.weight_space.unembedding import TokenEffects, token_effects
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.weights import read_weights
 from pipeline.transcoder_kinds import is_cross_layer
-from storage.artifact import list_differences
+from storage.differences import list_differences
 from storage.errors import ActionableError, ArtifactMismatch, SettingsError
 from storage.tables import write_table
 from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest

@@ -18,7 +18,8 @@ from pipeline import analyze
 from pipeline.blind import ratings
 from pipeline.blind.sealed import seal
 from pipeline.dashboards.blind import write_blind_page
-from storage.artifact import Draft, list_differences, make_directory, read_manifest, write_atomically
+from storage.artifact import Draft, make_directory, read_manifest, write_atomically
+from storage.differences import list_differences
 from storage.errors import SettingsError
 from storage.randomness import philox, random_permutation
 from storage.settings import Settings

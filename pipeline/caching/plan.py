@@ -12,8 +12,8 @@ import torch
 from pipeline.caching.settings import CacheSettings
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sites import SiteHooks
-from storage.artifact import list_differences
 from storage.cache_format import PROVENANCE, CacheFormat, Site
+from storage.differences import list_differences
 from storage.encodings import column_scale_of
 from storage.errors import ArtifactMismatch, NonFiniteActivation
 

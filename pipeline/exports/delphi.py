@@ -19,7 +19,8 @@ from pipeline import analyze
 from pipeline.exports.hooks import module_of
 from pipeline.exports.tensor_files import write_json, write_tensors
 from storage.activation_cache import CacheSplit, open_cache
-from storage.artifact import list_differences, make_directory, read_manifest
+from storage.artifact import make_directory, read_manifest
+from storage.differences import list_differences
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from storage.tables import read_table
 

@@ -19,8 +19,8 @@ from pipeline.live.rows import RowMaker
 from pipeline.live.settings import LiveSettings
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sites import SiteHooks
-from storage.artifact import list_differences
 from storage.cache_format import Site
+from storage.differences import list_differences
 from storage.encodings import Side
 from storage.errors import ArtifactMismatch
 from storage.statistics import SiteStatistics
