@@ -5,14 +5,13 @@ One core; random rows, BatchTopK; the steps of one transcoder a layer, with as m
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Contender, Work, measure
+from benchmarks.harness import Contender, measure, processor_time
 from benchmarks.report import Report, parse_arguments
 from storage.cache_format import Site
 from storage.encodings import Side
@@ -40,7 +39,7 @@ def main() -> None:
         DENSE: cross_layer(sites, rows, n_features, "dense"),
         APART: apart(sites, rows, n_features),
     }
-    rates = measure([Contender(name, partial(timed, step)) for name, step in steps.items()], rounds)
+    rates = measure([Contender(name, partial(processor_time, step)) for name, step in steps.items()], rounds)
     report = Report(
         "cross_layer_step",
         "A step of a cross-layer transcoder",
@@ -126,13 +125,6 @@ def taken_twice(step: Step) -> Step:
     step()
     step()
     return step
-
-
-def timed(step: Step) -> Work:
-    """Return one step and the processor time it took."""
-    start = time.process_time()
-    step()
-    return Work(1, time.process_time() - start)
 
 
 if __name__ == "__main__":

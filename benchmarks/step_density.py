@@ -6,13 +6,12 @@ encoder's product alone as the floor. Where the two steps cross is where `traini
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from benchmarks.harness import Contender, Work, measure
+from benchmarks.harness import Contender, measure, processor_time
 from benchmarks.planted_rows import Planted, Problem, plant
 from benchmarks.report import Report, parse_arguments
 from benchmarks.train_step_ours import statistics_of
@@ -60,7 +59,7 @@ def add_l0(report: Report, planted: Planted, l0: int, rounds: int) -> None:
         "dense float32": stepper(planted, l0, "dense", "float32"),
         "floor": floor(planted),
     }
-    contenders = [Contender(name, partial(timed, step)) for name, step in steps.items()]
+    contenders = [Contender(name, partial(processor_time, step)) for name, step in steps.items()]
     rates = measure(contenders, rounds)
     milliseconds = {name: 1e3 / rates.median(name) for name in steps}
     to_floor = 1 / rates.ratio("sparse", "floor")
@@ -104,13 +103,6 @@ def floor(planted: Planted) -> Step:
             torch.mm(piece, weights.T, out=out[: len(piece)])
 
     return product
-
-
-def timed(step: Step) -> Work:
-    """Return one step and the processor time it took."""
-    start = time.process_time()
-    step()
-    return Work(1, time.process_time() - start)
 
 
 if __name__ == "__main__":
