@@ -43,6 +43,7 @@ from pipeline.analyzing.weight_tables import (
 )
 from pipeline.device import limited_threads, open_device
 from pipeline.live.token_order import FreshText
+from pipeline.model.same_model import list_model_differences
 from pipeline.transcoder_kinds import is_cross_layer
 from pipeline.transcoder_model import open_transcoder_model
 from storage.activation_cache import ActivationCache, open_cache
@@ -329,9 +330,10 @@ def check_same_site(
             f"it has {', '.join(cache.sites)}. Give a cache with that site"
         )
     found = {key: value for key, value in dataclasses.asdict(there).items() if key in wanted}
-    differences = list_differences(
-        {"model": cache.manifest["model"], "site": found}, {"model": transcoder["model"], "site": wanted}
-    )
+    differences = [
+        *(f"model.{line}" for line in list_model_differences(cache.manifest["model"], transcoder["model"])),
+        *list_differences({"site": found}, {"site": wanted}),
+    ]
     if differences:
         lines = "\n".join(f"  {line}" for line in differences)
         raise ArtifactMismatch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,9 @@ from analysis.evaluate import ContextBatch
 from pipeline.cache import row_mask_of
 from pipeline.caching.settings import CacheSettings
 from pipeline.model.capture import explained_failures, without_padding_advice
-from pipeline.model.identity_differences import list_model_differences
 from pipeline.model.language_model import LanguageModel, load_language_model
 from pipeline.model.recorded_place import recorded_place
+from pipeline.model.same_model import list_model_differences
 from storage.activation_cache import ActivationCache, CacheSplit
 from storage.errors import ArtifactMismatch, OutOfMemoryError
 from storage.randomness import philox
@@ -63,19 +63,13 @@ def open_recorded_model(cache: ActivationCache, *, model: str | None = None, dev
     moved = {"model": model or recorded_place(recorded, str(request["model"]), cache.path)}
     settings = CacheSettings.read(request, moved, where=str(cache.path))
     loaded = load_language_model(settings, device=device)
-    left_out = {"versions", "name"} if recorded.get("files_digest") else {"versions"}
-    if differences := list_model_differences(_without(left_out, recorded), _without(left_out, loaded.identity())):
+    if differences := list_model_differences(recorded, loaded.identity()):
         lines = "\n".join(f"  {line}" for line in differences)
         raise ArtifactMismatch(
             f"{settings.model}: is not the model that {cache.path} was made with; give that one with --model "
             f"('there' is the cache's, 'asked for' the model opened):\n{lines}"
         )
     return RecordedModel(cache, loaded, row_mask_of(settings, loaded), settings.contexts_per_batch)
-
-
-def _without(names: set[str], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out ``names``: versions of libraries change the last bits at most, the name of a folder nothing."""
-    return {key: value for key, value in identity.items() if key not in names}
 
 
 def sample_contexts(split: CacheSplit, n_contexts: int, seed: int) -> np.ndarray:

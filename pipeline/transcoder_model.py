@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.model.identity_differences import list_model_differences
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from pipeline.model.recorded_place import recorded_place
+from pipeline.model.same_model import list_model_differences
 from pipeline.transcoder_kinds import read_either_manifest
 from storage.errors import ArtifactMismatch, ModelError, SettingsError
 
@@ -50,8 +50,8 @@ def open_transcoder_model(
             f"{transcoders[0]}: its language model is recorded as {recorded['name']!r} and cannot be opened under that "
             f"name; say where it lies with --model. {error}"
         ) from error
-    compared = (_compared(identity, recorded, dtype) for identity in (recorded, loaded.identity()))
-    if differences := list_model_differences(*compared):
+    ignored = () if dtype is None else ("dtype",)
+    if differences := list_model_differences(recorded, loaded.identity(), ignored=ignored):
         lines = "\n".join(f"  {line}" for line in differences)
         raise ArtifactMismatch(
             f"{settings['model']}: is not the model that {transcoders[0]} was trained on; give that one with --model "
@@ -65,7 +65,7 @@ def _common_model(transcoders: Sequence[Path]) -> Mapping[str, Any]:
     recorded = [read_either_manifest(path)["model"] for path in transcoders]
     others: dict[tuple[str, ...], list[Path]] = {}
     for path, other in zip(transcoders[1:], recorded[1:], strict=True):
-        if differences := list_model_differences(_without_versions(recorded[0]), _without_versions(other)):
+        if differences := list_model_differences(recorded[0], other):
             others.setdefault(tuple(differences), []).append(path)
     if others:
         lines = [line for differences, paths in others.items() for line in _of_another_model(paths, differences)]
@@ -87,15 +87,3 @@ def _given_bos(recorded: Mapping[str, Any]) -> int | None:
     """Return the BOS if it was a setting; a tokenizer's own is found again."""
     tokenizer = recorded.get("tokenizer") or {}
     return None if tokenizer.get("bos_source") in ("bos", "eos") else tokenizer.get("bos_token_id")
-
-
-def _compared(identity: Mapping[str, Any], recorded: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """Keep what the transcoder records and a move, another precision or another library release does not change."""
-    left_out = {"versions", "name"} | ({"dtype"} if dtype is not None else set())
-    if recorded.get("files_digest") is None:
-        left_out.discard("name")
-    return {key: identity.get(key) for key in recorded if key not in left_out}
-
-
-def _without_versions(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in identity.items() if key != "versions"}

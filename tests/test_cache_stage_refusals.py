@@ -75,7 +75,7 @@ def test_another_model_under_the_same_name_is_refused(unfinished: tuple[Path, di
     shutil.copy(model_folder(seed=5) / "model.safetensors", Path(moved["model"], "model.safetensors"))
     message = refusal(ArtifactMismatch, path, **moved)
     assert f"{path}: was made from another model or text; use the recorded one, or another --out" in message
-    assert "model.files_digest: there it is 'sha256:" in message
+    assert "other weights): there it is 'sha256:" in message
     assert "asked for 'sha256:" in message
     shutil.copy(model_folder() / "model.safetensors", Path(moved["model"], "model.safetensors"))
     assert run_cache(path, **moved).n_new_rows == 500 - 2 * 64 + 60  # two units were kept; 60 held-out rows
@@ -89,7 +89,9 @@ def test_another_tokenizer_is_refused(unfinished: tuple[Path, dict[str, str]]) -
     first, second = list(words)[5:7]
     words[first], words[second] = words[second], words[first]
     tokenizer.write_text(json.dumps(content))
-    assert "model.tokenizer.digest: there it is 'sha256:" in refusal(ArtifactMismatch, path, **moved)
+    assert "model.tokenizer.digest (content of the tokenizer): there it is 'sha256:" in refusal(
+        ArtifactMismatch, path, **moved
+    )
 
 
 def test_a_text_that_changed_is_refused(unfinished: tuple[Path, dict[str, str]]) -> None:

@@ -22,9 +22,9 @@ from analysis.tables.connections import ROW_GROUP_ROWS, SCHEMA, Connected, Later
 from analysis.weight_space.stream import read_point, write_point
 from analysis.weight_space.unembedding import TokenEffects, token_effects
 from pipeline.model.language_model import LanguageModel
+from pipeline.model.same_model import list_model_differences
 from pipeline.model.weights import read_weights
 from pipeline.transcoder_kinds import is_cross_layer
-from storage.differences import list_differences
 from storage.errors import ActionableError, ArtifactMismatch, SettingsError
 from storage.tables import write_table
 from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
@@ -90,7 +90,7 @@ def check_downstream(transcoder: Path, made_of: Manifest, downstream: Sequence[P
     mismatches = [
         f"--downstream {path}: {line}"
         for path, other in found.items()
-        for line in list_differences(_model(made_of), _model(other))
+        for line in list_model_differences(made_of["model"], other["model"])
     ]
     if mismatches:
         lines = "\n".join(f"  {line}" for line in mismatches)
@@ -179,7 +179,3 @@ def _open_later(downstream: Mapping[Path, Manifest], weights: ModelWeights, site
         assert reads is not None, "a transcoder that reads no stream is a problem"
         later.append(Later(there["name"], reads, load_transcoder(path).W_enc))
     return later
-
-
-def _model(manifest: Manifest) -> dict[str, Any]:
-    return {key: value for key, value in manifest["model"].items() if key != "versions"}

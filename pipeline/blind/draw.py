@@ -18,6 +18,7 @@ from pipeline import analyze
 from pipeline.blind import ratings
 from pipeline.blind.sealed import seal
 from pipeline.dashboards.blind import write_blind_page
+from pipeline.model.same_model import without_versions
 from storage.artifact import Draft, make_directory, read_manifest, write_atomically
 from storage.differences import list_differences
 from storage.errors import SettingsError
@@ -131,8 +132,12 @@ def _seen(manifest: dict[str, Any]) -> dict[str, Any]:
     inputs = manifest["inputs"]
     if "cache" in inputs:
         return {**settings, "cache": inputs["cache"]["cache_id"]}
-    model = {key: value for key, value in manifest["model"].items() if key != "versions"}
-    return {**settings, "live": inputs["live"], "text": inputs.get("text"), "model": model}
+    return {
+        **settings,
+        "live": inputs["live"],
+        "text": inputs.get("text"),
+        "model": without_versions(manifest["model"]),
+    }
 
 
 def _draw_items(settings: DrawSettings, tables: Sequence[Path]) -> list[_Item]:

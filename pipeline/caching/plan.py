@@ -11,6 +11,7 @@ import torch
 
 from pipeline.caching.settings import CacheSettings
 from pipeline.model.language_model import LanguageModel
+from pipeline.model.same_model import list_model_differences
 from pipeline.model.sites import SiteHooks
 from storage.cache_format import PROVENANCE, CacheFormat, Site
 from storage.differences import list_differences
@@ -163,19 +164,14 @@ def choose_scales(hooks: Sequence[SiteHooks], dtypes: Mapping[str, str], seen: P
 
 def refuse_other_inputs(path: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raise ArtifactMismatch where the model or the text is not the one the cache was begun with."""
-    if differences := list_differences(_without_versions(recorded), _without_versions(found)):
+    differences = list_differences(*({k: v for k, v in side.items() if k != "model"} for side in (recorded, found)))
+    if "model" in found:
+        differences += [f"model.{line}" for line in list_model_differences(recorded["model"], found["model"])]
+    if differences:
         raise ArtifactMismatch(
             f"{path}: was made from another model or text; use the recorded one, or another --out:\n"
             + "\n".join(f"  {line}" for line in differences)
         )
-
-
-def _without_versions(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out library versions: they change the last bits at most, and are recorded for that."""
-    return {
-        name: {key: value for key, value in part.items() if key != "versions"} if isinstance(part, dict) else part
-        for name, part in facts.items()
-    }
 
 
 def row_bytes_of(sites: Sequence[Site]) -> int:

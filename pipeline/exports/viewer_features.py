@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipeline import analyze
 from pipeline.exports.example_groups import example_groups
 from pipeline.exports.hooks import layer_hooks
+from pipeline.model.same_model import list_model_differences
 from storage.artifact import make_directory, read_manifest, storage_refused, write_atomically
 from storage.errors import ArtifactCorrupt, SettingsError
 from storage.tables import read_schema, read_table
@@ -71,11 +72,12 @@ def open_tables(paths: Sequence[Path]) -> list[LayerTables]:
     for layer, several in groupby(found, key=lambda one: one.layer):
         if len(names := [str(one.path) for one in several]) > 1:
             problems.append(f"layer {layer}: {' and '.join(names)} are both of it; the viewer has one per layer")
-    models = {str((one.manifest.get("model") or {}).get("name")) for one in found}
-    if len(models) > 1:
-        problems.append(
-            f"the tables are of different models, {', '.join(sorted(models))}; export one model's at a time"
-        )
+    for one in found[1:]:
+        if differences := list_model_differences(found[0].manifest["model"] or {}, one.manifest["model"] or {}):
+            problems.append(
+                f"{one.path}: its model is another than that of {found[0].path} ('there'): {'; '.join(differences)}; "
+                "export one model's tables at a time"
+            )
     if problems:
         raise SettingsError("\n".join(problems))
     return found

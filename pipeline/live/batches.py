@@ -27,6 +27,7 @@ from pipeline.live.rows import RowMaker
 from pipeline.live.settings import LiveSettings
 from pipeline.live.stages import StageMemory
 from pipeline.model.language_model import LanguageModel, load_language_model
+from pipeline.model.same_model import without_versions
 from pipeline.text.dataset import open_documents
 from pipeline.text.holdout import HoldoutRule
 from pipeline.text.packing import HELDOUT, TRAIN, ContextSource
@@ -284,9 +285,8 @@ class LiveBatches:
         }
 
     def _made_from(self) -> dict[str, Any]:
-        model = {key: value for key, value in self.facts["model"].items() if key != "versions"}
         return {
-            "model": digest(model),
+            "model": digest(without_versions(self.facts["model"])),
             "text": digest(self.facts["text"]),
             **self.facts["packing"],
             "sites": {name: [site.hook_in, site.hook_out, site.dtype] for name, site in self.sites.items()},
