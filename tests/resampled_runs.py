@@ -12,7 +12,8 @@ from storage.cache_format import Site
 from storage.statistics import SiteStatistics
 from training.batches import Batch
 from training.build import build_run
-from training.row_source import RowScorer, RowSource, SampledRows
+from training.resampling.settings import RowScorer
+from training.row_source import RowSource, SampledRows
 from training.run import TrainingRun
 from training.settings import TrainSettings
 

@@ -37,7 +37,7 @@ SETTINGS = {
 CHILD = f"""
 import os, signal, sys
 from pathlib import Path
-import training.checkpoint
+import training.transcoder
 from pipeline.train import run
 from training.settings import TrainSettings
 
@@ -47,7 +47,7 @@ def kill(step, transcoder):
     if step == kill_step:
         os.kill(os.getpid(), signal.SIGKILL)
 
-save_file = training.checkpoint.save_file
+save_file = training.transcoder.save_file
 
 def save_half(tensors, path, metadata):
     save_file(tensors, path, metadata)
@@ -55,7 +55,7 @@ def save_half(tensors, path, metadata):
         os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-training.checkpoint.save_file = save_half
+training.transcoder.save_file = save_half
 settings = TrainSettings.read({SETTINGS!r})
 run(settings, cache=cache, output=output, quiet=True, checkpoint_steps={CHECKPOINT_STEPS}, hooks=[(1, kill)])
 strangers = {{"transformers", "transformer_lens", "datasets"}} & sys.modules.keys()

@@ -22,7 +22,7 @@ from tests.training_caches import publish_cache, random_rows, small_cache
 from training.architectures import TopK
 from training.batches import iter_once
 from training.evaluate import evaluate, predictor
-from training.run import TrainingRun
+from training.resampling.settings import ResampledRun
 from training.session import N_RESAMPLED, Session, log_sparsity_name
 from training.settings import TrainSettings
 from training.transcoder import load_transcoder
@@ -153,7 +153,7 @@ def test_resamplers_count_features_under_the_name_that_the_log_reads() -> None:
 class TwoEverySecondStep:
     """Stands in for a resampler: says that two features were resampled in every second step."""
 
-    def after_step(self, run: TrainingRun) -> dict[str, float]:
+    def after_step(self, run: ResampledRun) -> dict[str, float]:
         return {N_RESAMPLED: 2.0 * (run.n_steps_done // 2)}
 
     def lr_factor(self, step: int) -> float:

@@ -27,10 +27,9 @@ from storage.errors import (
 from tests.training_caches import publish_cache, random_rows, small_cache
 from training.architectures import Transcoder
 from training.batches import iter_once
-from training.checkpoint import write_tensors
 from training.evaluate import evaluate, predictor
 from training.settings import TrainSettings
-from training.transcoder import load_transcoder
+from training.transcoder import load_transcoder, write_tensors
 
 QUICK: dict[str, Any] = {
     "architecture": {"kind": "topk", "k": 2},

@@ -22,8 +22,8 @@ from training.normalisation import Normalisation, build_normalisation, check_sta
 from training.objectives import build_objective
 from training.optim import build_optimiser
 from training.ordinary_rows import OrdinaryRows
-from training.resampling.settings import Surroundings
-from training.row_source import RowScorer, RowSource
+from training.resampling.settings import RowScorer, Surroundings
+from training.row_source import RowSource
 from training.run import TrainingRun
 from training.settings import TrainSettings
 

@@ -6,20 +6,16 @@ cannot come from different steps. There is no random state to keep: every draw i
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from storage.artifact import sync_directory
-from storage.errors import ArtifactCorrupt, StorageFull
+from storage.errors import ArtifactCorrupt
+from training.transcoder import write_tensors
 
 KEPT = 2
 """Newest checkpoints kept, so that a damaged last one costs only its interval."""
@@ -32,28 +28,6 @@ class Checkpoint(NamedTuple):
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file so that ``path`` holds its old bytes or all the new ones.
-
-    Raises StorageFull if the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        sync_directory(path.parent)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise StorageFull(
-            f"{path}: cannot be written ({error}). Training up to the last checkpoint is kept: free some space or fix "
-            "the permissions, then run the same command again to continue"
-        ) from error
 
 
 class Checkpoints:

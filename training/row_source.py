@@ -21,7 +21,6 @@ from storage.memory import aligned_rows
 from storage.orders import GatheredOrder
 from storage.randomness import invert, philox, random_permutation
 from storage.shuffle import EpochPlan, Run, deal, sample_prefix
-from training.architectures.base import Transcoder
 from training.batches import Batch, as_tensor, keys_of
 
 _PURPOSE = "train/fresh rows"
@@ -44,14 +43,6 @@ class RowSource(Protocol):
 
     def __call__(self, n_rows: int, step: int) -> SampledRows:
         """Return ``n_rows`` different rows, fewer only if there are no more; the same for the same arguments."""
-        ...
-
-
-class RowScorer(Protocol):
-    """How much a row matters, such as by how much a language model's loss rises there with the transcoder in place."""
-
-    def __call__(self, transcoder: Transcoder, contexts: np.ndarray, positions: np.ndarray, /) -> np.ndarray:
-        """Return float64 (rows,), at least 0, for a folded transcoder at rows given by context and position."""
         ...
 
 

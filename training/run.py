@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,30 +18,11 @@ from training.normalisation import Normalisation
 from training.objectives import Objective
 from training.optim import Optimiser
 from training.ordinary_rows import OrdinaryRows
+from training.resampling.settings import Resampler
 from training.schedule import Schedule
 
 CHECK_EVERY = 50
 """Steps between looks at the loss on a device where looking makes the host wait."""
-
-
-class Resampler(Protocol):
-    """Gives dead features new weights between steps."""
-
-    def after_step(self, run: TrainingRun) -> Mapping[str, float]:
-        """Change weights of ``run`` if it is time to; return what to log of it."""
-        ...
-
-    def lr_factor(self, step: int) -> float:
-        """Return what the learning rate is multiplied by in ``step`` on top of its schedule."""
-        ...
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return the state by name."""
-        ...
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from ``state_tensors``."""
-        ...
 
 
 class TrainingRun:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from storage.errors import SettingsError
 from training.batches import Batch, BatchStream
-from training.checkpoint import Checkpoint, Checkpoints, write_tensors
+from training.checkpoint import Checkpoint, Checkpoints
 from training.checkpoint_clock import CheckpointClock
 from training.evaluate import HeldoutScore, evaluate
 from training.firing_frequency import LOG_SPARSITY, FiringWindow
@@ -28,7 +28,7 @@ from training.run_log import RunLog
 from training.settings import TrainSettings
 from training.step_metrics import native_metrics, reference_metrics
 from training.trainer import Duty, PeriodicHook, every
-from training.transcoder import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS, save_weights
+from training.transcoder import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS, save_weights, write_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,8 @@ Weights on disk are folded: they take the language model's own activations and g
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +15,14 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from storage.artifact import read_manifest
-from storage.errors import ArtifactCorrupt, ArtifactMismatch
+from storage.artifact import read_manifest, sync_directory
+from storage.errors import ArtifactCorrupt, ArtifactMismatch, StorageFull
 from training.architectures import AnyArchitecture
 from training.architectures.base import Architecture, Transcoder
 from training.artifact_kinds import FOR_ONE_LAYER_ONLY
-from training.checkpoint import write_tensors
 
 __all__ = ["KIND", "WEIGHTS", "Transcoder", "load_transcoder", "read_transcoder_manifest", "save_weights"]
 
@@ -41,6 +43,28 @@ def save_weights(path: Path, transcoder: Transcoder) -> None:
     """Write the weights of a folded transcoder."""
     assert transcoder.b_dec is None, "only a folded transcoder is published"
     write_tensors(path, transcoder.state_dict())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file so that ``path`` holds its old bytes or all the new ones.
+
+    Raises StorageFull if the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_directory(path.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise StorageFull(
+            f"{path}: cannot be written ({error}). Training up to the last checkpoint is kept: free some space or fix "
+            "the permissions, then run the same command again to continue"
+        ) from error
 
 
 def read_transcoder_manifest(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pipeline.runs.training_rows import CacheSource, TrainingSource
 from storage.cache_format import Site
 from storage.errors import SettingsError
 from storage.settings import Quantity, Settings
-from training.row_source import RowScorer
+from training.resampling.settings import RowScorer
 from training.settings import TrainSettings
 from training.trainer import PeriodicHook
 

@@ -16,9 +16,8 @@ from storage.settings import Quantity
 from training.batches import Batch
 from training.resampling.draw import draw_distinct
 from training.resampling.resampler import PeriodicResampler, squared_losses
-from training.resampling.settings import PeriodicResampling, Surroundings
-from training.row_source import RowScorer, SampledRows
-from training.run import Resampler, TrainingRun
+from training.resampling.settings import PeriodicResampling, ResampledRun, Resampler, RowScorer, Surroundings
+from training.row_source import SampledRows
 
 _ROWS_BY_LOSS = 32_768
 _ROWS_BY_MODEL_LOSS = 2048
@@ -28,7 +27,7 @@ _ROWS_BY_MODEL_LOSS = 2048
 class _ByLoss(PeriodicResampler):
     """Different rows, with probability proportional to the square of their loss."""
 
-    def weights(self, run: TrainingRun, rows: SampledRows, batch: Batch) -> np.ndarray:  # noqa: ARG002
+    def weights(self, run: ResampledRun, rows: SampledRows, batch: Batch) -> np.ndarray:  # noqa: ARG002
         """Return the squared losses."""
         return squared_losses(run, batch)
 
@@ -46,7 +45,7 @@ class _ByModelLoss(_ByLoss):
         super().__init__(settings, surroundings, n_rows=n_rows)
         self._scorer = scorer
 
-    def weights(self, run: TrainingRun, rows: SampledRows, batch: Batch) -> np.ndarray:  # noqa: ARG002
+    def weights(self, run: ResampledRun, rows: SampledRows, batch: Batch) -> np.ndarray:  # noqa: ARG002
         """Return the scorer's rises; a loss that falls counts as none."""
         if rows.context is None or rows.position is None:
             raise SettingsError(

@@ -11,9 +11,8 @@ from storage.settings import Quantity
 from training.batches import Batch
 from training.resampling.draw import draw_repeated
 from training.resampling.resampler import PeriodicResampler, squared_losses
-from training.resampling.settings import PeriodicResampling, Surroundings
+from training.resampling.settings import PeriodicResampling, ResampledRun, Resampler, Surroundings
 from training.row_source import SampledRows
-from training.run import Resampler, TrainingRun
 
 _SMALLEST_LOSS = 1e-6
 """Squared error of the worst row below which nothing is left for a new feature to learn."""
@@ -22,7 +21,7 @@ _SMALLEST_LOSS = 1e-6
 class _ByError(PeriodicResampler):
     """Rows with probability proportional to the square of their squared error; one row may give several features."""
 
-    def weights(self, run: TrainingRun, rows: SampledRows, batch: Batch) -> np.ndarray:  # noqa: ARG002
+    def weights(self, run: ResampledRun, rows: SampledRows, batch: Batch) -> np.ndarray:  # noqa: ARG002
         """Return the squared losses."""
         return squared_losses(run, batch)
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from storage.errors import NonFiniteActivation
 from storage.randomness import philox
 from training.batches import Batch
-from training.resampling.settings import PeriodicResampling, Surroundings
+from training.resampling.settings import PeriodicResampling, ResampledRun, Surroundings
 from training.row_source import SampledRows
-from training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +49,14 @@ class PeriodicResampler(ABC):
         self._ramp_from = -1
 
     @abstractmethod
-    def weights(self, run: TrainingRun, rows: SampledRows, batch: Batch) -> np.ndarray:
+    def weights(self, run: ResampledRun, rows: SampledRows, batch: Batch) -> np.ndarray:
         """Return float64 (rows,): how much each row should count; ``batch`` is ``rows`` normalised."""
 
     @abstractmethod
     def choose(self, generator: np.random.Generator, weights: np.ndarray, n: int) -> np.ndarray:
         """Return the indices of at most ``n`` rows."""
 
-    def after_step(self, run: TrainingRun) -> Mapping[str, float]:
+    def after_step(self, run: ResampledRun) -> Mapping[str, float]:
         """Count who fired; at the end of a window, resample. Return the number of features resampled until now."""
         every = self._settings.resample_every
         steps_left = -run.n_steps_done % every
@@ -93,7 +92,7 @@ class PeriodicResampler(ABC):
             return (self._n_fired == 0).nonzero().squeeze(1)
         return (self._n_fired < self._settings.resample_threshold * self._rows_counted).nonzero().squeeze(1)
 
-    def _end_window(self, run: TrainingRun) -> None:
+    def _end_window(self, run: ResampledRun) -> None:
         dead = self.dead()
         self._n_fired = torch.zeros_like(self._n_fired)
         self._rows_counted = 0
@@ -106,7 +105,7 @@ class PeriodicResampler(ABC):
             self._ramp_from = run.n_steps_done
 
     @torch.no_grad()
-    def _resample(self, run: TrainingRun, dead: Tensor) -> int:
+    def _resample(self, run: ResampledRun, dead: Tensor) -> int:
         step = run.n_steps_done
         rows = self._source(self._n_rows, step)
         batch = run.on_device.apply(rows.batch)
@@ -128,7 +127,7 @@ class PeriodicResampler(ABC):
             run.restart(features)
         return len(chosen)
 
-    def _replace(self, run: TrainingRun, features: Tensor, alive: Tensor, batch: Batch) -> None:
+    def _replace(self, run: ResampledRun, features: Tensor, alive: Tensor, batch: Batch) -> None:
         transcoder = run.transcoder
         living = transcoder.W_enc[alive]
         mean_norm = torch.linalg.vector_norm(living, dim=1).mean() if len(living) else living.new_ones(())
@@ -145,7 +144,7 @@ class PeriodicResampler(ABC):
         transcoder.W_dec[features] = writes
 
 
-def errors(run: TrainingRun, batch: Batch) -> Tensor:
+def errors(run: ResampledRun, batch: Batch) -> Tensor:
     """Return target − output (rows, d_out) of a normalised batch, as the transcoder is used, in normalised units."""
     blocks = [
         part.outputs - run.transcoder.decode(run.transcoder.encode(part.inputs), part.inputs)
@@ -154,7 +153,7 @@ def errors(run: TrainingRun, batch: Batch) -> Tensor:
     return torch.cat(blocks)
 
 
-def squared_losses(run: TrainingRun, batch: Batch) -> np.ndarray:
+def squared_losses(run: ResampledRun, batch: Batch) -> np.ndarray:
     """Return float64 (rows,): the square of each row's squared error."""
     losses = errors(run, batch).double().square().sum(1)
     return np.asarray(losses.square().cpu().numpy())

@@ -3,18 +3,93 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
+import numpy as np
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from storage.errors import SettingsError
 from storage.settings import Quantity, Settings
-from training.row_source import RowScorer, RowSource
-from training.run import Resampler
+from training.architectures.base import Transcoder
+from training.kernels.kernel import StepResult
+from training.normalisation import Normalisation
+from training.row_source import RowSource
 
 DecoderFrom = Literal["error", "target"]
+
+
+class ResampledRun(Protocol):
+    """What a resampler reads and changes of the run whose features it gives new weights."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the run."""
+        ...
+
+    @property
+    def n_steps_done(self) -> int:
+        """Steps finished."""
+        ...
+
+    @property
+    def latest(self) -> StepResult | None:
+        """What the last step counted; None before the first."""
+        ...
+
+    @property
+    def latest_rows(self) -> int:
+        """Rows of the last step."""
+        ...
+
+    @property
+    def transcoder(self) -> Transcoder:
+        """The weights being trained, in normalised units."""
+        ...
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """From raw rows to normalised ones."""
+        ...
+
+    @property
+    def on_device(self) -> Normalisation:
+        """The same, where the weights lie."""
+        ...
+
+    def restart(self, features: Tensor) -> None:
+        """Forget what the optimiser and the firing record know of ``features`` (n,)."""
+        ...
+
+
+class Resampler(Protocol):
+    """Gives dead features new weights between steps."""
+
+    def after_step(self, run: ResampledRun) -> Mapping[str, float]:
+        """Change weights of ``run`` if it is time to; return what to log of it."""
+        ...
+
+    def lr_factor(self, step: int) -> float:
+        """Return what the learning rate is multiplied by in ``step`` on top of its schedule."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the state by name."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from ``state_tensors``."""
+        ...
+
+
+class RowScorer(Protocol):
+    """How much a row matters, such as by how much a language model's loss rises there with the transcoder in place."""
+
+    def __call__(self, transcoder: Transcoder, contexts: np.ndarray, positions: np.ndarray, /) -> np.ndarray:
+        """Return float64 (rows,), at least 0, for a folded transcoder at rows given by context and position."""
+        ...
 
 
 @dataclass(frozen=True)
