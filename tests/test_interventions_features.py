@@ -10,7 +10,7 @@ from torch import Tensor
 
 from analysis.interventions.features import Ablate, Add, Clamp, Edit, EditedFeatures, EditedNeurons, KeepOnly, Scale
 from analysis.replacement import EVERY_POSITION, Transcoded, replaced
-from storage.errors import ModelError
+from storage.errors import ModelError, SettingsError
 from tests.spliced_models import (
     TOKENS,
     autoencoder_site,
@@ -31,17 +31,35 @@ ACTIVATIONS = torch.tensor([[[0.0, 1.0, 2.0, 3.0], [4.0, 0.0, 6.0, 0.0]]])  # on
         (Ablate((1, 2)), [[0, 0, 0, 3], [4, 0, 0, 0]]),
         (KeepOnly((1, 2)), [[0, 1, 2, 0], [0, 0, 6, 0]]),
         (KeepOnly(()), [[0, 0, 0, 0], [0, 0, 0, 0]]),
-        (Clamp((0,), value=7.0), [[7, 1, 2, 3], [7, 0, 6, 0]]),
+        (Clamp((0,), 7.0), [[7, 1, 2, 3], [7, 0, 6, 0]]),
         (Add((0, 3), value=0.5), [[0.5, 1, 2, 3.5], [4.5, 0, 6, 0.5]]),
         (Scale((2,), factor=2.0), [[0, 1, 4, 3], [4, 0, 12, 0]]),
-        (Ablate((2,), torch.tensor([[False, True]])), [[0, 1, 2, 3], [4, 0, 0, 0]]),
-        (KeepOnly((0,), torch.tensor([[True, False]])), [[0, 0, 0, 0], [4, 0, 6, 0]]),
+        (Ablate((2,), where=torch.tensor([[False, True]])), [[0, 1, 2, 3], [4, 0, 0, 0]]),
+        (KeepOnly((0,), where=torch.tensor([[True, False]])), [[0, 0, 0, 0], [4, 0, 6, 0]]),
     ],
 )
 def test_an_edit_changes_its_features_at_its_positions(edit: Edit, expected: list[list[float]]) -> None:
     before = ACTIVATIONS.clone()
     assert edit(before).tolist() == [expected]
     assert torch.equal(before, ACTIVATIONS)  # a copy is changed, not the model's own
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: Clamp((1,), EVERY_POSITION), r"Clamp: value is a tensor of torch\.bool, wanted a finite number"),  # type: ignore[arg-type]
+        (lambda: Add((1,), float("nan")), "Add: value is nan, wanted a finite number"),
+        (lambda: Scale((1,), "2"), "Scale: factor is '2', wanted a finite number"),  # type: ignore[arg-type]
+        (lambda: Clamp(1850, value=30.0), r"Clamp: features is 1850, wanted feature numbers such as \(1850,\)"),  # type: ignore[arg-type]
+        (lambda: Ablate((1.5,)), "Ablate: features is"),  # type: ignore[arg-type]
+        (lambda: KeepOnly((1,), where=3.0), r"KeepOnly: where is 3\.0, wanted a bool tensor"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_an_edit_of_the_wrong_kind_of_values_is_refused_when_it_is_made(make: Any, complaint: str) -> None:
+    with pytest.raises(SettingsError, match=complaint):
+        make()
+    with pytest.raises(TypeError, match="positional"):
+        Ablate((1,), EVERY_POSITION)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

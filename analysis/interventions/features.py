@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from analysis.in_place import InPlaceCoder
 from analysis.replacement import Substitute, weights_dtype, width_problems
 from storage.cache_format import Site
+from storage.errors import SettingsError
 
 
 class FeatureCoder(InPlaceCoder, Protocol):
@@ -38,8 +41,17 @@ class Edit(ABC):
     """A change of the activations of ``features``, everywhere or at the positions of ``where``."""
 
     features: tuple[int, ...]
-    where: Tensor | None = None
+    where: Tensor | None = field(default=None, kw_only=True)
     """(contexts, positions) bool, or a shape that can be expanded to it."""
+
+    def __post_init__(self) -> None:
+        """Raise SettingsError for values of another kind than the fields are of."""
+        features: Any = self.features
+        where: Any = self.where
+        if not isinstance(features, Sequence) or not all(isinstance(one, Integral) for one in features):
+            self._refuse("features", features, "feature numbers such as (1850,)")
+        if where is not None and not (isinstance(where, Tensor) and where.dtype is torch.bool):
+            self._refuse("where", where, "a bool tensor (contexts, positions)")
 
     @abstractmethod
     def new_values(self, activations: Tensor) -> Tensor:
@@ -67,6 +79,14 @@ class Edit(ABC):
         if self.where is None:
             return after
         return torch.where(self.where.to(before.device).expand(before.shape[:-1])[..., None], after, before)
+
+    def _check_number(self, name: str, value: Any) -> None:
+        if not isinstance(value, Real) or not isfinite(value):
+            self._refuse(name, value, "a finite number")
+
+    def _refuse(self, name: str, found: Any, wanted: str) -> NoReturn:
+        shown = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else repr(found)
+        raise SettingsError(f"{type(self).__name__}: {name} is {shown}, wanted {wanted}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +118,11 @@ class Clamp(Edit):
 
     value: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raise SettingsError for values of another kind than the fields are of."""
+        super().__post_init__()
+        self._check_number("value", self.value)
+
     def new_values(self, activations: Tensor) -> Tensor:
         """Return ``value`` everywhere."""
         return torch.full_like(activations, self.value)
@@ -109,6 +134,11 @@ class Add(Edit):
 
     value: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raise SettingsError for values of another kind than the fields are of."""
+        super().__post_init__()
+        self._check_number("value", self.value)
+
     def new_values(self, activations: Tensor) -> Tensor:
         """Return the activations and ``value``."""
         return activations + self.value
@@ -119,6 +149,11 @@ class Scale(Edit):
     """Multiply features by a factor."""
 
     factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise SettingsError for values of another kind than the fields are of."""
+        super().__post_init__()
+        self._check_number("factor", self.factor)
 
     def new_values(self, activations: Tensor) -> Tensor:
         """Return the activations times ``factor``."""
