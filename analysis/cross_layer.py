@@ -21,8 +21,12 @@ class LayerInPlace:
         self._transcoder, self._layer, self._fired = transcoder, layer, fired
         self.d_in, self.d_out = transcoder.width_in, transcoder.width_out
 
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the outputs (…, d_out) of inputs (…, d_in)."""
+        return self.decode(self.encode(inputs), inputs)
+
     def encode(self, inputs: Tensor) -> Tensor:
-        """Return the activations (rows, features_per_layer) of this layer's features on its inputs (rows, d_in)."""
+        """Return the activations (…, features_per_layer) of this layer's features on its inputs (…, d_in)."""
         if self._layer == 0:
             self._fired.clear()
         activations = self._transcoder.encode_layer(self._layer, inputs.to(self._transcoder.W_enc.dtype))
@@ -30,20 +34,19 @@ class LayerInPlace:
         return activations
 
     def decode(self, activations: Tensor, inputs: Tensor) -> Tensor:  # noqa: ARG002
-        """Return what the features of this and all earlier layers write to this one, and its bias, (rows, d_out).
+        """Return what the features of this and all earlier layers write to this one, and its bias, (…, d_out).
 
         Raises ModelError if an earlier layer has not been read in this pass.
         """
         missing = [layer for layer in range(self._layer) if layer not in self._fired]
-        if missing or any(len(self._fired[layer]) != len(activations) for layer in range(self._layer)):
+        if missing or any(self._fired[layer].shape[:-1] != activations.shape[:-1] for layer in range(self._layer)):
             raise ModelError(
                 f"layer {self._layer} of a cross-layer transcoder was asked for before layers "
                 f"{', '.join(map(str, missing)) or 'below'} were read on the same rows; put all its layers in place"
             )
         width = self._transcoder.width_out
-        outputs = self._transcoder.b_dec_out[self._layer * width : (self._layer + 1) * width].expand(
-            len(activations), -1
-        )
+        bias = self._transcoder.b_dec_out[self._layer * width : (self._layer + 1) * width]
+        outputs = bias.expand(*activations.shape[:-1], -1)
         for layer in range(self._layer):
             outputs = outputs + self._fired[layer] @ self._transcoder.writes(layer, self._layer)
         if self._layer == self._transcoder.n_layers - 1:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analysis.passes import PassTokens
 from analysis.replacement import Substitute, weights_dtype, width_problems
 from storage.cache_format import Site
 
@@ -95,7 +96,13 @@ class Measured(Substitute):
 
     def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return the model's outputs with the transcoder's in the chosen rows."""
-        chosen = self._where.to(outputs.device)
+        return self._in_rows(inputs, outputs, self._where.to(outputs.device))
+
+    def in_pass(self, inputs: Tensor, outputs: Tensor, tokens: PassTokens) -> Tensor:
+        """Return the same, in the chosen rows of this pass."""
+        return self._in_rows(inputs, outputs, tokens.part(self._where, "rows to measure"))
+
+    def _in_rows(self, inputs: Tensor, outputs: Tensor, chosen: Tensor) -> Tensor:
         rows = inputs[chosen].to(weights_dtype(self._coder, inputs.dtype))
         activations = self._coder.encode(rows)
         predicted = self._coder.decode(activations, rows).to(outputs.dtype)

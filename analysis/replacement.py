@@ -6,7 +6,8 @@ measure an error, or to leave it alone). Nothing of the model is swapped or chan
 these same hooks are taken away on leaving, so nesting in any order of sites restores exactly what was there before.
 
 Position 0 keeps the model's own value unless asked otherwise: it holds the BOS, whose activations are hundreds of
-times larger than any other and which caches leave out, so a transcoder has never seen it.
+times larger than any other and which caches leave out, so a transcoder has never seen it. A position is a token's place
+in its sequence, not in the pass: a token generated with a key-value cache has a pass to itself and is no BOS.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from analysis.hook_points import HookFunction, hooked, name_problem
+from analysis.passes import Passes, PassTokens, check_whole, following_passes
 from storage.cache_format import Site
 from storage.errors import ModelError
 from storage.hook_names import HookName
@@ -40,6 +42,10 @@ class Substitute(ABC):
         ``inputs`` (contexts, positions, d_in) is what the site reads, ``outputs`` (contexts, positions, d_out) what
         the model itself makes of it; both belong to the model and must not be written to.
         """
+
+    def in_pass(self, inputs: Tensor, outputs: Tensor, tokens: PassTokens) -> Tensor:  # noqa: ARG002
+        """Return what a call gives, for one that does not depend on which ``tokens`` of their sequences these are."""
+        return self(inputs, outputs)
 
     def problems(self, site: Site) -> list[str]:  # noqa: ARG002
         """Return a sentence for everything that makes it unfit for ``site``."""
@@ -115,20 +121,22 @@ def replaced(
     """Replace the outputs of sites of a TransformerLens ``bridge`` for every forward pass inside.
 
     ``where`` is a bool tensor that can be expanded to (contexts, positions): True where outputs are replaced,
-    everywhere but at position 0 by default. Raises ModelError, listing every problem, for a hook that the model does
-    not have, a substitute of another width, and two sites that write to the same place. In a nested context the inner
-    one acts on what the outer one left, so of two substitutes for one site the inner one counts.
+    everywhere but at each sequence's first token by default. For generated text it needs a column for every token, the
+    new ones too, or one column for all. Raises ModelError, listing every problem, for a hook that the model does not
+    have, a substitute of another width, and two sites that write to the same place. In a nested context the inner one
+    acts on what the outer one left, so of two substitutes for one site the inner one counts.
     """
     points: Mapping[str, Any] = bridge.hook_dict
     problems = _site_problems(substitutes, points)
     if problems:
         raise ModelError("cannot replace what was asked for:\n" + "\n".join(f"  {line}" for line in problems))
-    splices = [_Splice(site, substitute, points, where) for site, substitute in substitutes.items()]
-    # At a point where one site writes and another reads, the reader sees what was written.
-    functions = [(splice.point_out, splice.write) for splice in splices]
-    functions += [(splice.point_in, splice.read) for splice in splices if not splice.reads_what_it_writes]
-    with hooked(functions):
-        yield Replacement(splices)
+    with following_passes(bridge) as passes:
+        splices = [_Splice(site, substitute, points, where, passes) for site, substitute in substitutes.items()]
+        # At a point where one site writes and another reads, the reader sees what was written.
+        functions = [(splice.point_out, splice.write) for splice in splices]
+        functions += [(splice.point_in, splice.read) for splice in splices if not splice.reads_what_it_writes]
+        with hooked(functions):
+            yield Replacement(splices)
 
 
 def run_replaced(
@@ -138,6 +146,7 @@ def run_replaced(
 
     Raises ModelError if an output hook never fired: nothing would have been replaced there.
     """
+    check_whole(where, tokens)
     with replaced(bridge, substitutes, where=where) as replacement:
         logits: Tensor = bridge(tokens, return_type="logits", use_cache=False)
     if silent := replacement.silent_sites():
@@ -191,10 +200,12 @@ def _site_problems(substitutes: Mapping[Site, Substitute], points: Mapping[str, 
 class _Splice:
     """One site while it is replaced: its input on the way from one hook to the other."""
 
-    def __init__(self, site: Site, substitute: Substitute, points: Mapping[str, Any], where: Tensor | None) -> None:
+    def __init__(
+        self, site: Site, substitute: Substitute, points: Mapping[str, Any], where: Tensor | None, passes: Passes
+    ) -> None:
         self.site = site
         self.n_firings = 0
-        self._substitute, self._where = substitute, where
+        self._substitute, self._where, self._passes = substitute, where, passes
         self._in, self._out = HookName.parse(site.hook_in), HookName.parse(site.hook_out)
         self.point_in, self.point_out = points[self._in.point], points[self._out.point]
         self._inputs: Tensor | None = None
@@ -220,14 +231,15 @@ class _Splice:
         def replace(value: Any, *, hook: Any) -> Any:  # noqa: ARG001
             whole = tensor_in(value)
             own = self._slice(whole, self._out, self.site.hook_out, self.site.d_out)
-            new = self._substitute(self._take_inputs(own), own)
+            tokens = self._passes.tokens(own)
+            new = self._substitute.in_pass(self._take_inputs(own), own, tokens)
             if new.shape != own.shape or new.dtype != own.dtype:
                 raise ModelError(
                     f"site {self.site.name}: the substitute gave {new.dtype} of shape {tuple(new.shape)}, wanted "
                     f"{own.dtype} of shape {tuple(own.shape)}"
                 )
             self.n_firings += 1
-            whole = self._put(whole, torch.where(self._mask(own), new, own))
+            whole = self._put(whole, torch.where(self._mask(tokens), new, own))
             return (whole, *value[1:]) if isinstance(value, tuple) else whole
 
         return replace
@@ -269,17 +281,11 @@ class _Splice:
         whole[:, :, self._out.head] = new
         return whole
 
-    def _mask(self, own: Tensor) -> Tensor:
+    def _mask(self, tokens: PassTokens) -> Tensor:
         """Return where to replace, (contexts, positions, 1)."""
         if self._where is None:
-            return (torch.arange(own.shape[1], device=own.device) > 0)[None, :, None]
-        try:
-            return self._where.to(own.device).expand(own.shape[:2])[..., None]
-        except RuntimeError as error:
-            raise ModelError(
-                f"site {self.site.name}: where has shape {tuple(self._where.shape)}, the batch "
-                f"{tuple(own.shape[:2])} (contexts, positions); give a mask of the batch that is run"
-            ) from error
+            return tokens.after_bos()[..., None]
+        return tokens.part(self._where, f"site {self.site.name}")[..., None]
 
 
 def tensor_in(value: Any) -> Tensor:

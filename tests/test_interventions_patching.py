@@ -189,8 +189,10 @@ def test_values_of_other_prompts_and_hooks_that_never_fire_are_refused() -> None
     bridge = tiny_model().bridge
     with pytest.raises(ModelError, match=r"values of shape \(2, 4, 16\) cannot be put where this run has \(2, 5, 16\)"):
         forward(bridge, TARGET, patches=[Patch(hook_of("mlp_out", 1), torch.zeros(2, 4, 16))])
-    with pytest.raises(ModelError, match=r"where has shape \(3, 5\), the run \(2, 5\)"):
+    with pytest.raises(ModelError, match=r"where has shape \(3, 5\), the batch \(2, 5\)"):
         forward(bridge, TARGET, patches=[Patch(hook_of("mlp_out", 1), torch.zeros(2, 5, 16), torch.ones(3, 5) > 0)])
+    with pytest.raises(ModelError, match="values of 6 positions, the prompts have 5"):
+        forward(bridge, TARGET, patches=[Patch(hook_of("mlp_out", 1), torch.zeros(2, 6, 16))])
     with pytest.raises(ModelError, match=r"blocks\.0\.hook_mlp_in never fired"):
         forward(bridge, TARGET, patches=[Patch("blocks.0.hook_mlp_in", torch.zeros(2, 5, 16))])
     shorter = pad_prompts([[2, 9, 17, 33], [2, 21]])

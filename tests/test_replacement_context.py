@@ -308,5 +308,7 @@ def test_a_site_that_is_none_of_this_model_is_refused_when_it_is_run(site: Site,
 def test_a_mask_of_another_batch_and_a_substitute_of_another_shape_are_refused() -> None:
     with pytest.raises(ModelError, match=r"where has shape \(3, 10\), the batch \(2, 10\)"):
         run_with("gpt2", {mlp_site(0): ZeroAblated()}, torch.ones(3, 10, dtype=torch.bool))
+    with pytest.raises(ModelError, match=r"where has shape \(2, 11\), the batch \(2, 10\)"):
+        run_with("gpt2", {mlp_site(0): ZeroAblated()}, torch.ones(2, 11, dtype=torch.bool))
     with pytest.raises(ModelError, match=r"gave torch\.float32 of shape \(2, 10, 15\), wanted .* \(2, 10, 16\)"):
         run_with("gpt2", {mlp_site(0): Transcoded(lambda inputs: inputs[..., :-1])})

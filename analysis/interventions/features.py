@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from analysis.in_place import InPlaceCoder
+from analysis.passes import PassTokens
 from analysis.replacement import Substitute, weights_dtype, width_problems
 from storage.cache_format import Site
 from storage.errors import SettingsError
@@ -42,7 +43,7 @@ class Edit(ABC):
 
     features: tuple[int, ...]
     where: Tensor | None = field(default=None, kw_only=True)
-    """(contexts, positions) bool, or a shape that can be expanded to it."""
+    """(contexts, positions) bool, or a shape that can be expanded to it; in generated text as for ``replaced``."""
 
     def __post_init__(self) -> None:
         """Raise SettingsError for values of another kind than the fields are of."""
@@ -57,10 +58,17 @@ class Edit(ABC):
     def new_values(self, activations: Tensor) -> Tensor:
         """Return what activations (…, n) of the chosen features become, in the order of ``features``."""
 
-    def __call__(self, activations: Tensor) -> Tensor:
-        """Return a copy of activations (contexts, positions, width) with the change made."""
+    def __call__(self, activations: Tensor, tokens: PassTokens | None = None) -> Tensor:
+        """Return a copy of activations (contexts, positions, width) with the change made.
+
+        ``tokens`` says which of their sequences' tokens these are, all of them by default.
+        """
         chosen = torch.tensor(self.features, dtype=torch.long, device=activations.device)
-        return self._where_asked(activations, self._changed(activations, chosen))
+        after = self._changed(activations, chosen)
+        if self.where is None:
+            return after
+        where = self.where if tokens is None else tokens.part(self.where, type(self).__name__)
+        return torch.where(where.to(activations.device).expand(activations.shape[:-1])[..., None], after, activations)
 
     def problems(self, width: int) -> list[str]:
         """Return a sentence if some feature does not exist among ``width``."""
@@ -74,11 +82,6 @@ class Edit(ABC):
         changed = activations.clone()
         changed[..., chosen] = self.new_values(activations[..., chosen]).to(activations.dtype)
         return changed
-
-    def _where_asked(self, before: Tensor, after: Tensor) -> Tensor:
-        if self.where is None:
-            return after
-        return torch.where(self.where.to(before.device).expand(before.shape[:-1])[..., None], after, before)
 
     def _check_number(self, name: str, value: Any) -> None:
         if not isinstance(value, Real) or not isfinite(value):
@@ -179,11 +182,18 @@ class EditedFeatures(Substitute):
 
     def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return the output of the edited activations."""
+        return self._edited(inputs, outputs, None)
+
+    def in_pass(self, inputs: Tensor, outputs: Tensor, tokens: PassTokens) -> Tensor:
+        """Return the same, edited where these tokens are asked for."""
+        return self._edited(inputs, outputs, tokens)
+
+    def _edited(self, inputs: Tensor, outputs: Tensor, tokens: PassTokens | None) -> Tensor:
         rows = inputs.to(weights_dtype(self._coder, inputs.dtype))
         before = self._coder.encode(rows)
         after = before
         for edit in self._edits:
-            after = edit(after)
+            after = edit(after, tokens)
         if self._on_top_of == "transcoder":
             return self._coder.decode(after, rows).to(outputs.dtype)
         return outputs + ((after - before) @ self._coder.W_dec).to(outputs.dtype)
@@ -203,8 +213,15 @@ class EditedNeurons(Substitute):
 
     def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:  # noqa: ARG002
         """Return the edited values."""
+        return self._edited(outputs, None)
+
+    def in_pass(self, inputs: Tensor, outputs: Tensor, tokens: PassTokens) -> Tensor:  # noqa: ARG002
+        """Return the same, edited where these tokens are asked for."""
+        return self._edited(outputs, tokens)
+
+    def _edited(self, outputs: Tensor, tokens: PassTokens | None) -> Tensor:
         for edit in self._edits:
-            outputs = edit(outputs)
+            outputs = edit(outputs, tokens)
         return outputs
 
     def problems(self, site: Site) -> list[str]:

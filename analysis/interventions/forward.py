@@ -12,6 +12,7 @@ from torch import Tensor
 from analysis.hook_points import name_problem, observed
 from analysis.interventions.patching import Patch, patched
 from analysis.interventions.prompts import Prompts
+from analysis.passes import check_whole
 from analysis.replacement import Substitute, replaced, silent_sites_problem, tensor_in
 from storage.cache_format import Site
 from storage.errors import ModelError
@@ -52,11 +53,17 @@ def forward(
     names = list(dict.fromkeys(hooks))
     if problems := [problem for name in names if (problem := name_problem(name, points)) is not None]:
         raise ModelError("cannot look at what was asked for:\n" + "\n".join(f"  {line}" for line in problems))
+    check_whole(where, prompts.tokens)
     with (
         replaced(bridge, substitutes or {}, where=where) as replacement,
         patched(bridge, patches) as patching,
         observed(points, names) as seen,
     ):
+        if longer := [patch for patch in patches if patch.n_positions > prompts.tokens.shape[1]]:
+            raise ModelError(
+                f"{longer[0].hook}: values of {longer[0].n_positions} positions, the prompts have "
+                f"{prompts.tokens.shape[1]}; both runs need the same number of prompts of the same lengths"
+            )
         logits: Tensor = bridge(prompts.tokens, return_type="logits", use_cache=False)
     silent = [*patching.silent_hooks(), *(name for name in names if name not in seen)]
     if replacement.silent_sites():

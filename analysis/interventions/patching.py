@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 from analysis.hook_points import HookFunction, hooked, name_problem
+from analysis.passes import Passes, PassTokens, following_passes
 from analysis.replacement import tensor_in
 from storage.errors import ModelError
 from storage.hook_names import HookName
@@ -66,7 +67,13 @@ class Patch:
     values: Tensor
     """What the hook point held in the other run, all heads of it, in that point's own shape."""
     where: Tensor | None = None
-    """(contexts, positions) bool: the positions to patch; all of them if None."""
+    """(contexts, positions) bool: the positions to patch; all of them if None. Longer than ``values`` for text that
+    goes on after them, and False there."""
+
+    @property
+    def n_positions(self) -> int:
+        """How many positions there are values of."""
+        return self.values.shape[_position_axis(HookName.parse(self.hook).point)]
 
 
 class Patching:
@@ -84,15 +91,17 @@ class Patching:
 def patched(bridge: Any, patches: Sequence[Patch]) -> Iterator[Patching]:
     """Put values at hooks of a TransformerLens ``bridge`` in every forward pass inside.
 
-    Entered inside a ``replaced`` context it acts on what that left, and the other way round. Raises ModelError, listing
+    Each value is put at the position it came from; a pass may compute some of them, as with a key-value cache. Entered
+    inside a ``replaced`` context it acts on what that left, and the other way round. Raises ModelError, listing
     every problem, for hooks that the model does not have and heads that the values do not have.
     """
     points: Mapping[str, Any] = bridge.hook_dict
     if problems := [problem for patch in patches for problem in _problems(patch, points)]:
         raise ModelError("cannot patch what was asked for:\n" + "\n".join(f"  {line}" for line in problems))
-    inside = [_Patch(patch) for patch in patches]
-    with hooked([(points[one.point], one.write) for one in inside]):
-        yield Patching(inside)
+    with following_passes(bridge) as passes:
+        inside = [_Patch(patch, passes) for patch in patches]
+        with hooked([(points[one.point], one.write) for one in inside]):
+            yield Patching(inside)
 
 
 def _problems(patch: Patch, points: Mapping[str, Any]) -> list[str]:
@@ -101,6 +110,8 @@ def _problems(patch: Patch, points: Mapping[str, Any]) -> list[str]:
         return [problem]
     address = HookName.parse(patch.hook)
     axis = _head_axis(address.point)
+    if patch.values.ndim <= _position_axis(address.point):
+        return [f"{patch.hook}: values of shape {tuple(patch.values.shape)} have no positions"]
     if address.head is None:
         return []
     if patch.values.ndim != 4:
@@ -117,16 +128,20 @@ def _head_axis(point: str) -> int:
     return 1 if point.endswith(_HEADS_FIRST) else 2
 
 
+def _position_axis(point: str) -> int:
+    return 2 if point.endswith(_HEADS_FIRST) else 1
+
+
 class _Patch:
     """One patch while it is in place."""
 
-    def __init__(self, patch: Patch) -> None:
+    def __init__(self, patch: Patch, passes: Passes) -> None:
         self.name = patch.hook
         self.n_firings = 0
         address = HookName.parse(patch.hook)
         self.point, self._head = address.point, address.head
-        self._patch = patch
-        self._axis = _head_axis(address.point)
+        self._patch, self._passes = patch, passes
+        self._axis, self._position_axis = _head_axis(address.point), _position_axis(address.point)
 
     @property
     def write(self) -> HookFunction:
@@ -134,19 +149,44 @@ class _Patch:
 
         def replace(value: Any, *, hook: Any) -> Any:  # noqa: ARG001 - TransformerLens passes it by name
             own = tensor_in(value)
-            values = self._patch.values.to(own.device, own.dtype)
-            if values.shape != own.shape:
-                raise ModelError(
-                    f"{self.name}: values of shape {tuple(values.shape)} cannot be put where this run has "
-                    f"{tuple(own.shape)}; both runs need the same number of prompts of the same lengths"
-                )
+            tokens = self._passes.tokens(own, self._position_axis)
+            where = None if self._patch.where is None else tokens.part(self._patch.where, self.name)
+            values = self._values(own, where, tokens)
             self.n_firings += 1
-            new = torch.where(self._chosen(own), values, own)
+            new = torch.where(self._chosen(own, where), values, own)
             return (new, *value[1:]) if isinstance(value, tuple) else new
 
         return replace
 
-    def _chosen(self, own: Tensor) -> Tensor:
+    def _values(self, own: Tensor, where: Tensor | None, tokens: PassTokens) -> Tensor:
+        """Return the values of this pass's positions, in ``own``'s shape; its own at positions that they end before."""
+        values, axis = self._patch.values.to(own.device, own.dtype), self._position_axis
+        if tokens.first == 0 and values.shape == own.shape:
+            return values
+        end = min(tokens.end, values.shape[axis])
+        n_here = max(0, end - tokens.first)
+        beyond = n_here < own.shape[axis] if where is None else bool(where[:, n_here:].any())
+        if not beyond and n_here == 0:
+            return own
+        new = own.clone()
+        here, there = values.narrow(axis, min(tokens.first, end), n_here), new.narrow(axis, 0, n_here)
+        if self._axis == 1:  # rows of a pattern: sources after the last of these positions have no part in them
+            here, there = here[..., :end], there[..., :end]
+        if beyond or here.shape != there.shape or (self._axis == 1 and own.shape[-1] != tokens.end):
+            self._refuse(own, tokens)
+        there.copy_(here)
+        return new
+
+    def _refuse(self, own: Tensor, tokens: PassTokens) -> NoReturn:
+        run = list(own.shape)
+        run[self._position_axis] = tokens.end
+        raise ModelError(
+            f"{self.name}: values of shape {tuple(self._patch.values.shape)} cannot be put where this run has "
+            f"{tuple(run)}; both runs need the same number of prompts of the same lengths. For text generated after "
+            "the prompts, give `where`, as long as all of it and False after the values"
+        )
+
+    def _chosen(self, own: Tensor, where: Tensor | None) -> Tensor:
         """Return where to take the values, bool, of a shape that can be expanded to the hook's."""
         chosen = torch.ones((1,) * own.ndim, dtype=torch.bool, device=own.device)
         if self._head is not None:
@@ -154,16 +194,8 @@ class _Patch:
             shape[self._axis] = own.shape[self._axis]
             heads = torch.arange(own.shape[self._axis], device=own.device) == self._head
             chosen = chosen & heads.view(shape)
-        if self._patch.where is not None:
-            n_positions = own.shape[2 if self._axis == 1 else 1]
-            try:
-                where = self._patch.where.to(own.device).expand(own.shape[0], n_positions)
-            except RuntimeError as error:
-                raise ModelError(
-                    f"{self.name}: where has shape {tuple(self._patch.where.shape)}, the run ({own.shape[0]}, "
-                    f"{n_positions}) (prompts, positions); give a mask of the prompts that are run"
-                ) from error
+        if where is not None:
             shape = [own.shape[0], *[1] * (own.ndim - 1)]
-            shape[2 if self._axis == 1 else 1] = n_positions
+            shape[self._position_axis] = own.shape[self._position_axis]
             chosen = chosen & where.reshape(shape)
         return chosen
