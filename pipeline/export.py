@@ -20,6 +20,7 @@ from pipeline.analyze import KIND as TABLES_KIND
 from pipeline.artifact_folders import each_artifact
 from pipeline.exports import circuit_tracer, cross_layer, delphi, saelens, sparsify, viewer_features
 from pipeline.exports.conversion import Converted, convert
+from pipeline.exports.hooks import NORMALISED_IN, normalised_note
 from pipeline.exports.subjects import Subject, open_subjects
 from storage.activation_cache import open_cache
 from storage.artifact import MANIFEST, Draft, read_manifest, read_sealed
@@ -121,6 +122,7 @@ def run(
     }
     job = _Job(settings, to, sources, cache, model, device)
     job.check()
+    request |= job.renamed_hooks()
     with Draft(output, KIND, request) as draft:
         if not draft.published:
             files, record = job.write(output)
@@ -184,6 +186,17 @@ class _Job:
             return circuit_tracer.problems(self._subjects)
         return cross_layer.problems(self._cross_layer)
 
+    def renamed_hooks(self) -> dict[str, list[str]]:
+        """Return the hooks that are written under another name, for the request: exports of earlier releases named them
+        as recorded, which SAELens passes over, and the same command must not take one of those for its own.
+        """
+        if self._to != "saelens" or self._settings.fold_norm:
+            return {}
+        (subject,) = self._subjects
+        recorded = [subject.site["hook_in"], subject.site["hook_out"]]
+        written = saelens.hook_names(subject, recorded)
+        return {} if written == recorded else {"hooks": written}
+
     def write(self, directory: Path) -> tuple[list[str], dict[str, Any]]:
         """Write all files; return their names, and what the manifest says besides."""
         match self._to:
@@ -199,24 +212,31 @@ class _Job:
             case "sparsify":
                 files = [sparsify.write(directory, one, self._settings.module) for one in self._subjects]
                 return [name for names in files for name in names], {"notes": [], "calibration": []}
-            case "saelens" if saelens.is_topk_autoencoder(self._subjects[0]):
-                one = self._subjects[0]
-                names = saelens.write_topk_autoencoder(directory, one, self._name(one.manifest))
-                return names, {"notes": [], "calibration": []}
             case "circuit-tracer" if (across := self._cross_layer) is not None:
                 weights, name = self._weights([across.path]), self._name(across.manifest)
                 names = cross_layer.write(directory, across, name, self._settings.scan, weights)
-                return names, {"notes": [], "calibration": []}
+                return names, {"notes": self._notes_on_norms(across.layers[0]), "calibration": []}
         name = self._name(self._subjects[0].manifest)
-        if self._to == "saelens":
+        if self._to == "circuit-tracer":
+            done = circuit_tracer.write(directory, self._convert(), name, self._settings.scan)
+        elif saelens.is_topk_autoencoder(self._subjects[0]):
+            done = saelens.write_topk_autoencoder(directory, self._subjects[0], name)
+        else:
             (converted,) = self._convert()
             done = saelens.write(directory, converted, name)
-        else:
-            done = circuit_tracer.write(directory, self._convert(), name, self._settings.scan)
         return done.files, {
-            "notes": [f"{site}: {cost.sentence()}" for site, cost in done.costs.items()],
+            "notes": [
+                *(f"{site}: {cost.sentence()}" for site, cost in done.costs.items()),
+                *done.notes,
+                *self._notes_on_norms(self._subjects[0]),
+            ],
             "calibration": [{"site": site, **cost.record()} for site, cost in done.costs.items()],
         }
+
+    def _notes_on_norms(self, subject: Subject) -> list[str]:
+        reads = NORMALISED_IN if self._settings.fold_norm else subject.site["hook_in"]
+        note = normalised_note(reads, subject.model) if subject.is_raw else None
+        return [] if note is None else [note]
 
     def _convert(self) -> Iterator[Converted]:
         weights = self._weights([one.path for one in self._subjects])

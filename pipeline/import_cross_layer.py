@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from analysis.circuits.record import mlp_layer
-from pipeline.import_transcoder import POOR_FVU, ImportSettings, note_other_name
+from pipeline.import_transcoder import POOR_FVU, ImportSettings, note_other_name, sites_of
 from pipeline.imports.cross_layer import ForeignLayers, inspect_folder
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import Draft, checksum_file
@@ -148,9 +148,9 @@ def _named_sites(names: Sequence[str], foreign: ForeignLayers, cache: Activation
 
 
 def _hooked_sites(hooks: tuple[str, str], foreign: ForeignLayers, cache: ActivationCache, there: str) -> list[Site]:
-    by_hooks = {(site.hook_in, site.hook_out): site for site in cache.sites.values()}
     pairs = [(f"blocks.{layer}.{hooks[0]}", f"blocks.{layer}.{hooks[1]}") for layer in range(foreign.n_layers)]
-    if missing := [pair for pair in pairs if pair not in by_hooks]:
+    fitting = {pair: sites_of(pair, cache) for pair in pairs}
+    if missing := [pair for pair in pairs if not fitting[pair]]:
         listed = ", ".join(f"{read} to {written}" for read, written in missing[:_NAMED])
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise ArtifactMismatch(
@@ -158,7 +158,7 @@ def _hooked_sites(hooks: tuple[str, str], foreign: ForeignLayers, cache: Activat
             f"{missing[0][0]}:{missing[0][1]} and so on, or, if others are the same under other names, give these with "
             f"--site, lowest layer first:\n{there}"
         )
-    return [by_hooks[pair] for pair in pairs]
+    return [fitting[pair][0] for pair in pairs]
 
 
 def _measure(

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from pipeline.exports.hooks import hooked_transformer_name
 from pipeline.imports import circuit_tracer, dictionary_learning, reference, saelens, sparsify
 from pipeline.imports.foreign import Foreign
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
@@ -167,7 +168,7 @@ def _choose_site(
                 f"{source}: does not say which hooks it belongs to; name a site of {cache.path} with --site:\n{there}"
             )
         hooks = (foreign.hook_in, foreign.hook_out)
-        fitting = [site for site in cache.sites.values() if (site.hook_in, site.hook_out) == hooks]
+        fitting = sites_of(hooks, cache)
         if not fitting:
             raise ArtifactMismatch(
                 f"{cache.path}: has no site from {hooks[0]} to {hooks[1]}, where {source} belongs; cache it with "
@@ -185,6 +186,22 @@ def _choose_site(
             f"{site.d_in} and {site.d_out}; give a cache of the model it was trained on"
         )
     return site
+
+
+def sites_of(hooks: tuple[str, str], cache: ActivationCache) -> list[Site]:
+    """Return the sites of a cache that hold the vectors of these hooks; first those with the very same names.
+
+    Other tools know some of our hooks under a name of ``HookedTransformer``: where no norm follows the MLP,
+    ``blocks.3.hook_mlp_out`` is ``blocks.3.mlp.hook_out``.
+    """
+    model = cache.manifest.get("model") or {}
+
+    def usual(pair: tuple[str, str]) -> tuple[str, ...]:
+        return tuple(hooked_transformer_name(hook, model) or hook for hook in pair)
+
+    pairs = {name: (site.hook_in, site.hook_out) for name, site in cache.sites.items()}
+    same = [name for name, pair in pairs.items() if usual(pair) == usual(hooks)]
+    return [cache.sites[name] for name in sorted(same, key=lambda name: pairs[name] != hooks)]
 
 
 def _measure(transcoder: Transcoder, split: CacheSplit, site: Site, n_rows: int) -> HeldoutScore:

@@ -35,13 +35,15 @@ def test_on_a_model_s_own_activations_the_folded_set_writes_the_same(tmp_path, f
     folder = save_tiny_model(tmp_path / "model", family)
     model = load_language_model(ModelSettings(model=str(folder)))
     modules, paths = publish_layers(tmp_path, model, model.n_layers)
-    export.run(
+    result = export.run(
         ExportSettings(fold_norm=True),
         to="circuit-tracer",
         sources=paths,
         output=tmp_path / "out",
         model=str(folder),
     )
+    # of a LayerNorm, TransformerLens 2 has the same hook after the gain
+    assert [note.split(" ")[0] for note in result.notes] == (["ln2.hook_normalized:"] if family == "gpt2" else [])
     config = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     assert (config["feature_input_hook"], config["feature_output_hook"]) == ("ln2.hook_normalized", "hook_mlp_out")
     tokens = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))

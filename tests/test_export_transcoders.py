@@ -14,6 +14,7 @@ from pipeline import export
 from pipeline.export import ExportSettings
 from pipeline.exports.tensor_files import write_tensors
 from storage.artifact import verify_artifact
+from storage.cache_format import Site
 from storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull
 from tests.layered_transcoders import (
     MODEL,
@@ -66,8 +67,11 @@ def test_a_saelens_folder_computes_the_same(tmp_path, architecture, site, name):
     assert ("threshold" in tensors) == ("jumprelu" in name)
     assert config["apply_b_dec_to_input"] is False
     assert config["metadata"]["sae_lens_version"]
-    assert config["metadata"]["hook_name"] == site.hook_in
-    assert config["metadata"]["hook_name_out"] == site.hook_out
+    # what SAELens' usual class calls the MLP's input and output; it passes over hooks of any other name
+    assert config["metadata"]["hook_name"] == (
+        "blocks.1.hook_mlp_out" if site == sae_site(1) else "blocks.1.mlp.hook_in"
+    )
+    assert config["metadata"]["hook_name_out"] == "blocks.1.hook_mlp_out"
     assert result.files == ["cfg.json", "sae_weights.safetensors"]
     assert verify_artifact(tmp_path / "out", "export") == []
 
@@ -82,13 +86,81 @@ def test_a_topk_autoencoder_keeps_its_k_in_saelens(tmp_path):
     torch.testing.assert_close(tensors["W_enc"].T, module.W_enc)
 
 
+def hooks_written(tmp_path, model, *hooks, architecture=None):
+    """Export a transcoder of ``hooks`` to SAELens; return the hooks that it names, and the notes."""
+    site = Site("here", hooks[0], hooks[-1], 8, 8, "float32")
+    path, _ = published(tmp_path / "t", architecture or ReLU(), site, model={**MODEL, **model})
+    result = write("saelens", [path], tmp_path / "out")
+    metadata = json.loads((tmp_path / "out" / "cfg.json").read_text())["metadata"]
+    return (metadata["hook_name"], metadata["hook_name_out"]), result.notes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        (
+            "Gemma2ForCausalLM",
+            "has none: in Gemma2ForCausalLM a norm follows, and blocks.1.hook_mlp_out comes after it",
+        ),
+        ("UnheardOf", "may have none: whether a norm follows in UnheardOf is not known here"),
+    ],
+)
+def test_where_a_norm_may_follow_the_mlp_saelens_is_given_the_true_hook_and_the_user_is_told(
+    tmp_path, architecture, reason
+):
+    hooks = ("blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out")
+    written, notes = hooks_written(tmp_path, {"architecture": architecture}, *hooks)
+    assert written == hooks
+    assert notes[0].startswith(f"here: blocks.1.mlp.hook_out: HookedSAETransformer {reason}")
+    assert "attach this one in SAETransformerBridge" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("hook", "name"),
+    [
+        ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_pre"),
+        ("blocks.1.hook_out", "blocks.1.hook_resid_post"),
+        ("blocks.1.attn.hook_out", "blocks.1.hook_attn_out"),
+        ("blocks.1.attn.hook_z", "blocks.1.attn.hook_z"),
+        ("embed.hook_out", "hook_embed"),
+    ],
+)
+def test_an_autoencoder_of_another_place_is_named_as_saelens_has_it_and_there_is_nothing_to_tell(tmp_path, hook, name):
+    assert hooks_written(tmp_path, {}, hook) == ((name, name), [])
+
+
+def test_a_hook_that_saelens_has_under_no_name_is_kept_and_told(tmp_path):
+    written, notes = hooks_written(tmp_path, {}, "blocks.1.ln1.hook_out")
+    assert written == ("blocks.1.ln1.hook_out", "blocks.1.ln1.hook_out")
+    assert "blocks.1.ln1.hook_out: HookedSAETransformer has none that is known to hold the same vectors" in notes[0]
+
+
+def test_what_saelens_does_not_do_with_a_transcoder_is_told_with_its_releases(tmp_path):
+    _, notes = hooks_written(
+        tmp_path, {}, "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out", architecture=ReLU(skip=True)
+    )
+    releases, mlp_in, skip = notes
+    assert "attach it with SAELens from 6.34 on" in releases
+    assert "HookedTransformer has no blocks.1.mlp.hook_in; HookedSAETransformer adds it" in mlp_in
+    assert "--fold-norm" in mlp_in
+    assert "leaves out the path past the features" in skip
+
+
+def test_an_export_whose_hooks_saelens_passes_over_is_not_taken_for_one_of_today(tmp_path, monkeypatch):
+    path, _ = published(tmp_path / "t", ReLU(), mlp_site(0))
+    with monkeypatch.context() as earlier:
+        earlier.setattr("pipeline.exports.saelens.hook_names", lambda _, hooks: list(hooks))
+        write("saelens", [path], tmp_path / "out")
+    with pytest.raises(ArtifactMismatch, match="hook_mlp_out"):
+        write("saelens", [path], tmp_path / "out")
+
+
 def test_a_topk_transcoder_is_written_with_a_threshold_and_its_cost_is_told(tmp_path):
     site = mlp_site(0)
     path, module = published(tmp_path / "t", TopK(k=3), site)
     cache = publish_site_cache(tmp_path / "cache", [site])
     result = write("saelens", [path], tmp_path / "out", cache=cache)
-    (note,) = result.notes
-    assert "a threshold per feature stands in for k: L0 " in note
+    assert "a threshold per feature stands in for k: L0 " in result.notes[0]
     tensors = load_file(tmp_path / "out" / "sae_weights.safetensors")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     (calibration,) = manifest["calibration"]

@@ -19,6 +19,7 @@ from pipeline.export import ExportSettings
 from pipeline.import_transcoder import ImportSettings
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
+from storage.cache_format import Site
 from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tests.layered_transcoders import (
     MODEL,
@@ -208,6 +209,25 @@ def test_hooks_the_cache_does_not_have_are_answered_with_those_it_has(tmp_path, 
     ):
         take("saelens", folder, cache, tmp_path / "back")
     assert take("saelens", folder, cache, tmp_path / "back", site="layer1").site == "layer1"
+
+
+@pytest.mark.parametrize("written", ["blocks.1.mlp.hook_out", "blocks.1.hook_mlp_out"])
+def test_the_mlp_s_output_is_found_under_both_of_its_names(tmp_path, cache, written):
+    metadata = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": written}
+    folder = saelens_folder(tmp_path / "sae", metadata=metadata)
+    assert take("saelens", folder, cache, tmp_path / "back").site == "layer1"
+    other = Site("other", "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out", 8, 8, "float32")
+    both = publish_site_cache(tmp_path / "both", [mlp_site(1), other])
+    site = take("saelens", folder, both, tmp_path / "of-both").site
+    assert site == {"blocks.1.mlp.hook_out": "layer1", "blocks.1.hook_mlp_out": "other"}[written]
+
+
+def test_where_a_norm_follows_the_mlp_the_two_names_are_two_places(tmp_path):
+    model = {**MODEL, "architecture": "Gemma2ForCausalLM"}
+    cache = publish_site_cache(tmp_path / "cache", [mlp_site(1)], model=model)
+    metadata = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
+    with pytest.raises(ArtifactMismatch, match=r"has no site from blocks\.1\.mlp\.hook_in to blocks\.1\.hook_mlp_out"):
+        take("saelens", saelens_folder(tmp_path / "sae", metadata=metadata), cache, tmp_path / "back")
 
 
 def test_a_site_must_be_told_where_the_files_do_not_say_it(tmp_path, cache):

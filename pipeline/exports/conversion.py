@@ -43,6 +43,8 @@ class Written(NamedTuple):
     """Names inside the directory."""
     costs: dict[str, calibrations.Calibration]
     """Of thresholds that stand in for k, by site."""
+    notes: Sequence[str] = ()
+    """What else a user should read."""
 
 
 def convert(

@@ -1,10 +1,16 @@
-"""How other tools name the places that our sites hook: per layer, by TransformerLens name, or by module."""
+"""How other tools name the places that our sites hook: per layer, by TransformerLens name, or by module.
+
+Our hooks are those of TransformerLens' bridge. ``HookedTransformer``, the class that most tools load, has fewer, some
+under another name; ``HookedSAETransformer`` is that class with ``mlp.hook_in`` added.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from storage.hook_names import HookName
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.([^\[\]]+)")
 
@@ -22,6 +28,46 @@ _BLOCKS = {
     ),
 }  # fmt: skip
 _BLOCKS_OF = {architecture: blocks for blocks, architectures in _BLOCKS.items() for architecture in architectures}
+
+_NORM_AFTER = ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM")
+"""Of those, the ones that have a norm between the output of an MLP, or of attention, and the residual stream."""
+_LAYER_NORMS = (
+    "GPT2LMHeadModel", "GPTNeoForCausalLM", "GPTJForCausalLM", "GPTNeoXForCausalLM", "PhiForCausalLM",
+)  # fmt: skip
+"""… and the ones whose norms are LayerNorms with a gain and a bias."""
+_SAME_NAME = frozenset({
+    "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out",
+    "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.hook_pattern", "attn.hook_attn_scores",
+    "attn.hook_rot_q", "attn.hook_rot_k", "mlp.hook_in", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post",
+    *(f"{norm}.hook_{what}" for norm in ("ln1", "ln1_post", "ln2", "ln2_post") for what in ("scale", "normalized")),
+})  # fmt: skip
+"""Hooks of a block that are the same in ``HookedSAETransformer``."""
+_OTHER_NAME = {
+    "hook_in": "hook_resid_pre",
+    "hook_out": "hook_resid_post",
+    "attn.q.hook_out": "attn.hook_q",
+    "attn.k.hook_out": "attn.hook_k",
+    "attn.v.hook_out": "attn.hook_v",
+    "attn.o.hook_in": "attn.hook_z",
+    "mlp.in.hook_in": "mlp.hook_in",
+    "mlp.gate.hook_in": "mlp.hook_in",
+    "mlp.gate.hook_out": "mlp.hook_pre",
+    "mlp.out.hook_in": "mlp.hook_post",
+}
+"""Hooks of a block → what ``HookedSAETransformer`` calls the same vectors."""
+_BEFORE_ANY_NORM = {
+    MLP_OUT: STREAM_OUT,
+    "mlp.out.hook_out": STREAM_OUT,
+    "attn.hook_out": "hook_attn_out",
+    "attn.o.hook_out": "hook_attn_out",
+}
+"""… only where no norm comes between; elsewhere there is no such hook."""
+_OUTSIDE = {
+    **{name: name for name in ("hook_embed", "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_normalized")},
+    "embed.hook_out": "hook_embed",
+    "pos_embed.hook_out": "hook_pos_embed",
+}
+"""Hooks outside the blocks → the same."""
 
 
 class LayerHooks(NamedTuple):
@@ -50,3 +96,45 @@ def module_of(site: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
     if (hooks.input, hooks.output) in ((MLP_IN, MLP_OUT), (MLP_OUT, MLP_OUT)):
         return f"{blocks}.{hooks.layer}.mlp"
     return None
+
+
+def hooked_transformer_name(hook: str, model: Mapping[str, Any]) -> str | None:
+    """Return what ``HookedSAETransformer`` calls the vectors of ``hook``; None where it has none that is known here."""
+    point, head = HookName.parse(hook)
+    match = _IN_BLOCK.fullmatch(point)
+    if match is None:
+        name = _OUTSIDE.get(point)
+    elif match[2] in _SAME_NAME:
+        name = point
+    else:
+        others = _OTHER_NAME if _may_have_norm_after(model) else {**_OTHER_NAME, **_BEFORE_ANY_NORM}
+        name = f"blocks.{match[1]}.{others[match[2]]}" if match[2] in others else None
+    return None if name is None else str(HookName(name, head))
+
+
+def _may_have_norm_after(model: Mapping[str, Any]) -> bool:
+    architecture = str(model.get("architecture"))
+    return architecture in _NORM_AFTER or architecture not in _BLOCKS_OF
+
+
+def why_unnamed(hook: str, model: Mapping[str, Any]) -> str:
+    """Return why ``hooked_transformer_name`` has no name for a hook, as the end of a sentence."""
+    match, architecture = _IN_BLOCK.fullmatch(HookName.parse(hook).point), model.get("architecture")
+    if match is None or match[2] not in _BEFORE_ANY_NORM:
+        return "has none that is known to hold the same vectors"
+    other = f"blocks.{match[1]}.{_BEFORE_ANY_NORM[match[2]]}"
+    if architecture in _NORM_AFTER:
+        return f"has none: in {architecture} a norm follows, and {other} comes after it"
+    unknown = architecture or "this model"
+    return f"may have none: whether a norm follows in {unknown} is not known here; if none does, {other} is the same"
+
+
+def normalised_note(hook: str, model: Mapping[str, Any]) -> str | None:
+    """Return a sentence where a hook of a model as published is another to older releases of TransformerLens."""
+    architecture = model.get("architecture")
+    if not hook.endswith("hook_normalized") or (architecture in _BLOCKS_OF and architecture not in _LAYER_NORMS):
+        return None
+    return (
+        f"{hook}: TransformerLens before release 3 has this hook after the gain and bias of a LayerNorm (GPT-2, "
+        "Pythia), and the loss is another there; load such a model with release 3 or later"
+    )
