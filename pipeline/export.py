@@ -113,16 +113,17 @@ def run(
     if problems := settings.given_for_others(to):
         raise SettingsError("\n".join(problems))
     sources = each_artifact(sources, TABLES_KIND if to in TABLE_FORMATS else TRANSCODER_KIND)
+    inputs = [{"digest": _digest(path)} for path in sources]
+    job = _Job(settings, to, sources, cache, model, device)
+    job.check()
     request = {
         "format": FORMAT_VERSION,
         "to": to,
         "settings": settings.model_dump(mode="json"),
-        "inputs": [{"digest": _digest(path)} for path in sources],
+        "inputs": inputs,
         "cache": None if cache is None else open_cache(cache).reference,
+        **job.renamed_hooks(),
     }
-    job = _Job(settings, to, sources, cache, model, device)
-    job.check()
-    request |= job.renamed_hooks()
     with Draft(output, KIND, request) as draft:
         if not draft.published:
             files, record = job.write(output)

@@ -192,7 +192,10 @@ def test_saelens_loads_every_kind_and_computes_the_same_and_what_it_saves_comes_
     }
     modules = {name: made(tmp_path / name, *kind, "saelens") for name, kind in kinds.items()}
     folders = {name: str(tmp_path / name / "theirs") for name in kinds}
-    hooks = {folders[name]: site.hook_in for name, (_, site) in kinds.items()}
+    hooks = {
+        folders[name]: "blocks.1.hook_mlp_out" if site == sae_site(1) else "blocks.1.mlp.hook_in"
+        for name, (_, site) in kinds.items()
+    }
     run_in(
         "saelens",
         [SAELENS, "psutil"],
