@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.caching.plan import row_bytes_of
-from pipeline.dask_client import dask_client
+from pipeline.worker_processes import completed, open_workers
 from storage.activation_cache import CacheSplit, open_cache
 from storage.errors import StorageFull
 from storage.materialise import materialise_epoch, plan_epoch
@@ -58,12 +58,11 @@ def _check_room(path: Path, rows: CacheSplit) -> None:
 
 
 def _completed(task: Callable[[int], None], ids: list[int], workers: int) -> Iterable[Any]:
-    """Run a task for every id, here or on Dask workers; yield as they finish."""
+    """Run a task for every id, here or in worker processes; yield as they finish."""
     if not workers:
         for identity in ids:
             task(identity)
             yield identity
         return
-    with dask_client(workers) as (distributed, client):
-        for future in distributed.as_completed(client.map(task, ids, pure=False), raise_errors=True):
-            yield future.result()
+    with open_workers(workers) as submit:
+        yield from completed(submit, task, zip(ids, strict=True))

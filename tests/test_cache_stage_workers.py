@@ -1,4 +1,4 @@
-"""Work done on Dask workers, one of them killed, gives the bytes of one process."""
+"""Work done in worker processes, one of them killed, gives the bytes of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pass of `pipeline analyze` over a split's units: in this process, or shared among Dask workers.
+"""The pass of `pipeline analyze` over a split's units: in this process, or shared among worker processes.
 
 A task is one unit. What workers counted is merged in unit order, which gives the bits of one process whose threads
 are as many as a worker's. A lost worker costs the unit it was on, which another one does again.
@@ -25,8 +25,8 @@ from analysis.table import accumulators
 from analysis.tables import TABLES
 from analysis.weight_space.unembedding import TokenEffects
 from pipeline.analyzing.coders import AnalysedCoder
-from pipeline.dask_client import dask_client
 from pipeline.shown_rows import ShownRows, cached_rows
+from pipeline.worker_processes import open_workers
 from storage.activation_cache import open_cache
 from storage.artifact import make_directory
 from storage.errors import SettingsError
@@ -147,10 +147,10 @@ def _open_job(job: Job) -> Subject:
 def _gather_on_workers(n_workers: int, job: Job, units: list[int], progress: Callable[[int], object]) -> Harvest:
     """Merge the units in their order, at most a few of which wait to be merged."""
     whole: Harvest | None = None
-    with dask_client(min(n_workers, len(units))) as (_, client):
+    with open_workers(min(n_workers, len(units))) as submit:
         waiting: deque[Any] = deque()
         for unit, n_rows in enumerate(units):
-            waiting.append((client.submit(count_unit, job, unit, pure=False), n_rows))
+            waiting.append((submit(count_unit, job, unit), n_rows))
             if len(waiting) > n_workers:
                 whole = _merged(whole, waiting.popleft(), progress)
         while waiting:

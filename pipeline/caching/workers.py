@@ -1,4 +1,4 @@
-"""Writing units on Dask workers: the same tasks as in one process, and the same bytes.
+"""Writing units in worker processes: the same tasks as in one process, and the same bytes.
 
 A task is one unit. Tasks are deterministic and idempotent, so a lost worker costs the unit it was on, which another
 one redoes. Each worker process loads the language model once and needs to see the cache's directory.
@@ -7,7 +7,6 @@ one redoes. Each worker process loads the language model once and needs to see t
 from __future__ import annotations
 
 import json
-import uuid
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +17,9 @@ from pipeline.caching.plan import CachePlan
 from pipeline.caching.producer import RowProducer, UnitTask
 from pipeline.caching.settings import CacheSettings
 from pipeline.caching.stage import UnitPlanner, missing_tasks
-from pipeline.dask_client import dask_client
 from pipeline.model.language_model import load_language_model
 from pipeline.progress import RowProgress
+from pipeline.worker_processes import completed, open_workers
 from storage.cache_format import SPLITS
 from storage.cache_writer import UnitBuffer, remove_temporary_files
 from storage.context_blocks import ContextBlocks
@@ -63,23 +62,13 @@ class WorkerJob:
 def write_units_on_workers(
     workers: Workers, job: WorkerJob, planner: UnitPlanner, bar: RowProgress, root: Path
 ) -> None:
-    """Write every missing unit on Dask workers; raises the first error of a task."""
-    run = uuid.uuid4().hex  # a scheduler takes equal keys for one task, also of two caches or of an earlier attempt
-    with dask_client(workers.n, workers.scheduler) as (distributed, client):
-        futures = distributed.as_completed(raise_errors=True)
-        for task in missing_tasks(root, planner, bar, job.generation):
-            futures.add(client.submit(write_unit, job, task, key=f"{task.split}-{task.unit}-{run}", pure=False))
-            while futures.has_ready():
-                _note(bar, next(futures).result())
-        for future in futures:
-            _note(bar, future.result())
+    """Write every missing unit in workers; raises the first error of a task."""
+    tasks = ((job, task) for task in missing_tasks(root, planner, bar, job.generation))
+    with open_workers(workers.n, workers.scheduler) as submit:
+        for n_rows, n_bytes in completed(submit, write_unit, tasks):
+            bar.passed(n_rows)
+            bar.committed(n_bytes)
     remove_temporary_files(root)  # of workers that were lost
-
-
-def _note(bar: RowProgress, written: tuple[int, int]) -> None:
-    n_rows, n_bytes = written
-    bar.passed(n_rows)
-    bar.committed(n_bytes)
 
 
 def write_unit(job: WorkerJob, task: UnitTask) -> tuple[int, int]:

@@ -20,8 +20,12 @@ from storage.cache_format import SPLITS
 @options.out
 @settings_options(CacheSettings)
 @click.option("--dry-run", is_flag=True, help="Measure for a moment, print rows, bytes and hours, and write nothing.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="Dask worker processes; 0 runs in this one.")
-@click.option("--scheduler", help="Address of a Dask scheduler, tcp://..., to use instead of --workers.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Worker processes; 0 runs in this one.")
+@click.option(
+    "--scheduler",
+    help="Address of a Dask scheduler to use instead of --workers; it must be your own and secured (tls://...), since "
+    "whoever reaches it runs code as you.",
+)
 @click.option("--compile", "compile_model", is_flag=True, help="Compile the model's MLPs with torch.compile.")
 @options.device
 @options.threads

@@ -15,7 +15,7 @@ from pipeline.commands import options
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch whose order is written.")
 @click.option("--seed", type=int, help="Seed of the epochs; by default the cache's.")
 @click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Rows.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="Dask worker processes; 0 runs in this one.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Worker processes; 0 runs in this one.")
 @options.quiet
 def command(cache: Path, epoch: int, seed: int | None, split: str, workers: int, quiet: bool) -> None:
     """Write the shuffled order of one epoch of CACHE as sequential shards.
