@@ -56,7 +56,7 @@ def _small_model(width: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         # TransformerLens loads it anew from where it lies
         _tokenizer(config.d_vocab).save_pretrained(folder)
-        model.set_tokenizer(AutoTokenizer.from_pretrained(folder))
+        model.set_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     return model
 
 

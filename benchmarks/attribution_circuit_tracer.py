@@ -28,7 +28,7 @@ def open_model(folder: str, transcoders: Any) -> Any:
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    hf = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, trust_remote_code=False)
     own = hf.config
     d_head = own.hidden_size // own.num_attention_heads
     # This release of transformers does not know where newer ones write it, and would take its default.
@@ -56,7 +56,7 @@ def open_model(folder: str, transcoders: Any) -> Any:
         dtype=torch.float32,
         device="cpu",
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = TransformerLensReplacementModel(config, tokenizer=tokenizer, default_padding_side="right")
     model.load_and_process_state_dict(
         convert_llama_weights(hf, config), fold_ln=False, center_writing_weights=False, center_unembed=False

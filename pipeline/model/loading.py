@@ -15,10 +15,12 @@ import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 
+from pipeline.model.own_code import own_code_refused, refuse_own_class
 from storage.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -116,21 +118,47 @@ def boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, proce
 
     ``processing`` is ``raw`` or ``compatibility`` (norms folded into weights, as ``HookedTransformer`` did).
     """
-    with quiet():
-        from safetensors import SafetensorError
-        from transformer_lens.model_bridge import TransformerBridge
-
-        try:
-            bridge: Any = TransformerBridge.boot_transformers(
-                checkpoint.name, device=str(device), dtype=dtype, revision=checkpoint.revision
-            )
-        except (OSError, ValueError, NotImplementedError, SafetensorError) as error:
-            raise ModelError(f"model {checkpoint.name}: cannot be loaded: {_first_line(error)}") from error
+    with quiet(), own_code_refused(checkpoint.name):
+        bridge = _boot(checkpoint, dtype, device)
         if processing == "compatibility":
             _enable_compatibility(bridge, checkpoint.name)
     bridge.eval()
     bridge.requires_grad_(False)
     return bridge
+
+
+def _boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    from safetensors import SafetensorError
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        return TransformerBridge.boot_transformers(
+            checkpoint.name,
+            device=str(device),
+            dtype=dtype,
+            revision=checkpoint.revision,
+            trust_remote_code=False,
+            # TransformerLens does not pass that on to the model's class, which would ask for the classes named here
+            hf_config_overrides={"auto_map": {}},
+        )
+    except (UnpicklingError, EOFError) as error:
+        raise ModelError(
+            f"model {checkpoint.name}: its weights are damaged, or a pickle that holds more than tensors and could run "
+            "code when it is opened, which is never done; get the checkpoint again, or one with model.safetensors "
+            "(where the model was made, model.save_pretrained(FOLDER) writes it)"
+        ) from error
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        _refuse_own_model_class(checkpoint)
+        raise ModelError(f"model {checkpoint.name}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _refuse_own_model_class(checkpoint: Checkpoint) -> None:
+    """Raise ModelError if transformers knows the configuration's type but only the checkpoint has a model of it."""
+    from transformers import AutoModelForCausalLM
+
+    if type(checkpoint.config) not in AutoModelForCausalLM._model_mapping:
+        auto_map = getattr(checkpoint.config, "auto_map", None)
+        refuse_own_class(checkpoint.name, "config.json", auto_map, "AutoModelForCausalLM")
 
 
 def _is_error(record: logging.LogRecord) -> bool:
@@ -181,11 +209,14 @@ def _enable_compatibility(bridge: Any, name: str) -> None:
 
 def _read_config(name: str, revision: str | None) -> Any:
     with quiet():
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(name, revision=revision)
+            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
+            written = read_checkpoint_json(name, "config.json", revision)
+            if written.get("model_type") not in CONFIG_MAPPING:
+                refuse_own_class(name, "config.json", written.get("auto_map"), "AutoConfig")
             at = f" at revision {revision}" if revision else ""
             advice = "" if Path(name).is_dir() else _hub_advice(name)
             raise ModelError(f"model {name}{at}: cannot be opened: {_first_line(error)}{advice}") from error
@@ -257,6 +288,16 @@ def _cached_file(name: str, file: str, revision: str | None) -> Path | None:
             _raise_exceptions_for_connection_errors=False,
         )
     return None if path is None else Path(path)
+
+
+def read_checkpoint_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
+    """Return the mapping in a JSON file of a checkpoint; empty if there is none."""
+    path = _cached_file(name, file, revision)
+    try:
+        content = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:

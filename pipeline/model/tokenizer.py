@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from pipeline.model.loading import Checkpoint, quiet
+from pipeline.model.loading import Checkpoint, quiet, read_checkpoint_json
+from pipeline.model.own_code import refuse_own_class
 from storage.artifact import JSON, digest
 from storage.errors import ModelError
 from storage.token_text import text_of_bytes
@@ -99,13 +100,23 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(checkpoint.name, revision=checkpoint.revision)
+            return AutoTokenizer.from_pretrained(checkpoint.name, revision=checkpoint.revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
+            _refuse_own_tokenizer(checkpoint)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ModelError(
                 f"model {checkpoint.name}: its tokenizer cannot be opened: {reason}; "
                 "a whole tokenizer.json (or the files of a slow tokenizer) must lie beside the weights"
             ) from error
+
+
+def _refuse_own_tokenizer(checkpoint: Checkpoint) -> None:
+    """Raise ModelError if only the checkpoint has the class of its tokenizer."""
+    from transformers import TOKENIZER_MAPPING
+
+    if type(checkpoint.config) not in TOKENIZER_MAPPING:
+        written = read_checkpoint_json(checkpoint.name, "tokenizer_config.json", checkpoint.revision)
+        refuse_own_class(checkpoint.name, "tokenizer_config.json", written.get("auto_map"), "AutoTokenizer")
 
 
 def _choose_bos(tokenizer: Any, name: str, wanted: int | None) -> SpecialToken:
