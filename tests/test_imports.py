@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+import zipfile
 from collections import OrderedDict
 from typing import Any
 
@@ -404,6 +405,14 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, cac
     with pytest.raises(ArtifactMismatch, match=r"open.* to be loaded, which no such checkpoint needs"):
         take("reference", tmp_path / "t.pt", cache, tmp_path / "back")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_checkpoint_whose_pickle_holds_nothing_is_refused(tmp_path, cache):
+    with zipfile.ZipFile(tmp_path / "t.pt", "w") as file:
+        file.writestr("t/data.pkl", b"\x80\x02.")
+        file.writestr("t/version", "3")
+    with pytest.raises(ArtifactCorrupt, match="cannot be read as a checkpoint"):
+        take("reference", tmp_path / "t.pt", cache, tmp_path / "back")
 
 
 def test_bare_pickles_and_damaged_files_are_refused(tmp_path, cache, configuration):
