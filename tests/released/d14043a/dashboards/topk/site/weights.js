@@ -1,0 +1,110 @@
+"use strict";
+// What a feature is connected with by its weights: tokens it reads and writes, heads it reads through, other features.
+
+const Weights = (() => {
+  const { html } = Elements;
+
+  /** A table of tokens and weights; `scale` is the weight of the strongest colour, the same for both signs. */
+  function tokenTable(caption, pairs, texts, scale) {
+    const row = ([token, weight]) =>
+      html("tr", {}, html("th", { scope: "row" }, Text.token(texts[token])), weightCell(weight, scale));
+    return html("table", { class: "pairs" }, html("caption", {}, caption), headings("token", "weight"),
+      html("tbody", {}, pairs.map(row)));
+  }
+
+  /** Column headings for those who cannot see what the columns hold. */
+  function headings(...names) {
+    return html("thead", { class: "spoken" }, html("tr", {}, names.map((name) => html("th", { scope: "col" }, name))));
+  }
+
+  function weightCell(weight, scale) {
+    const share = scale > 0 ? Math.min(1, Math.abs(weight) / scale) : 0;
+    return html("td", { class: weight < 0 ? "weight negative" : "weight positive", "--share": share.toFixed(2) }, Text.signed(weight));
+  }
+
+  const strongest = (...lists) => Math.max(0, ...lists.flat().map(([, weight]) => Math.abs(weight)));
+
+  /** The tokens at both ends of a list, side by side, on one scale of colours. */
+  function bothEnds(ends, texts, topName, bottomName) {
+    const scale = strongest(ends.top, ends.bottom);
+    return html("div", { class: "ends" },
+      tokenTable(topName, ends.top, texts, scale), tokenTable(bottomName, ends.bottom, texts, scale));
+  }
+
+  function featureLink(feature) {
+    const tokens = List.tokensOf(feature);
+    if (tokens === null) return html("span", {}, String(feature)); // not part of this site
+    return html("a", { href: Route.to(feature) }, String(feature), " ", tokens.map(Text.token));
+  }
+
+  /** A table of this site's features, each with numbers. */
+  function featureTable(caption, names, rows) {
+    return html("table", { class: "pairs" }, caption ? html("caption", {}, caption) : null,
+      html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "feature"), names.map((name) => html("th", { scope: "col", class: "number" }, name)))),
+      html("tbody", {}, rows.map(([feature, ...values]) =>
+        html("tr", {}, html("th", { scope: "row" }, featureLink(feature)), values.map((value) => html("td", { class: "number" }, value))))));
+  }
+
+  function logits(found, texts) {
+    if (!found) return null;
+    const parts = [html("h2", {}, "Output tokens"), bothEnds(found, texts, "promotes", "suppresses")];
+    if (found.histogram) {
+      parts.push(html("p", { class: "quiet below" }, "Effects on all tokens; counts on a log scale."));
+      const { counts, edges } = found.histogram;
+      const names = counts.map((_, bin) => (edges[bin] + edges[bin + 1] < 0 ? "bar negative" : "bar positive"));
+      const tips = counts.map((count, bin) => `${Text.number(edges[bin])} to ${Text.number(edges[bin + 1])}: ${Text.count(count)} tokens`);
+      parts.push(Charts.histogram({
+        counts: counts.map((count) => Math.log10(count + 1)), names, tips, height: 56,
+        label: `Logits of all tokens, from ${Text.number(edges[0])} to ${Text.number(edges.at(-1))}, log scale of tokens`,
+        ticks: Charts.linearTicks(edges[0], edges.at(-1)),
+      }));
+    }
+    return html("section", { class: "card" }, parts);
+  }
+
+  function nearest(pairs) {
+    if (!pairs || !pairs.length) return null;
+    const rows = pairs.map(([feature, cosine]) => [feature, Text.number(cosine, 2)]);
+    return html("section", { class: "card" }, html("h2", {}, "Nearest decoders"), featureTable(null, ["cosine"], rows));
+  }
+
+  function coactive(found) {
+    if (!found || !found.length) return null;
+    const rows = found.map(([feature, phi, jaccard, both]) => [feature, Text.number(phi, 2), Text.number(jaccard, 2), Text.count(both)]);
+    return html("section", { class: "card" }, html("h2", {}, "Fires together with"), featureTable(null, ["φ", "Jaccard", "tokens"], rows));
+  }
+
+  function inputTokens(connections, texts) {
+    if (!connections || !connections.tokens.top.length) return null;
+    const parts = [html("h2", {}, "Input tokens"), html("p", { class: "quiet" }, "De-embedding: the tokens whose embeddings the encoder reads most, whatever the text."),
+      bothEnds(connections.tokens, texts, "read", "read against")];
+    return html("section", { class: "card" }, parts);
+  }
+
+  function heads(connections, texts) {
+    if (!connections || !connections.heads.length) return null;
+    const through = connections.head_tokens.map(({ layer, head, top }) =>
+      tokenTable(`through layer ${layer}, head ${head}`, top, texts, strongest(top)));
+    return html("section", { class: "card wide" }, html("h2", {}, "Attention heads"),
+      html("p", { class: "quiet" }, "How strongly each head can carry what the encoder reads, ‖OV · encoder row‖, and the tokens it carries best."),
+      html("div", { class: "heads" },
+        html("div", { class: "scroll-x", tabindex: "0", role: "group", "aria-label": "norms by layer and head" },
+          Charts.heatTable(connections.heads, "norm, by layer and head")),
+        html("div", { class: "ends" }, through)));
+  }
+
+  function later(connections) {
+    if (!connections || !connections.later.length) return null;
+    const one = ({ site, top, bottom }) => {
+      const scale = strongest(top, bottom);
+      const table = (caption, pairs) =>
+        html("table", { class: "pairs" }, html("caption", {}, caption), headings("feature", "weight"),
+          html("tbody", {}, pairs.map(([feature, weight]) =>
+            html("tr", {}, html("th", { scope: "row" }, `${site} · ${feature}`), weightCell(weight, scale)))));
+      return html("div", { class: "ends" }, table(`excites in ${site}`, top), table(`inhibits in ${site}`, bottom));
+    };
+    return html("section", { class: "card" }, html("h2", {}, "Later features"), connections.later.map(one));
+  }
+
+  return { logits, nearest, coactive, inputTokens, heads, later };
+})();
