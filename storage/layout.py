@@ -6,6 +6,8 @@ only: a shard is one file of ``shard_rows`` rows, an inner chunk is ``chunk_rows
 
 from __future__ import annotations
 
+import gzip
+import io
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -93,6 +95,16 @@ class CacheLayout(Settings):
     """Rows shuffled together in memory when reading; auto keeps each piece read from disk large."""
 
 
+class _GZip:
+    """Level 1 without the time of writing, which numcodecs puts in: the same rows are the same bytes."""
+
+    def encode(self, chunk: np.ndarray) -> bytes:
+        written = io.BytesIO()
+        with gzip.GzipFile(fileobj=written, mode="wb", compresslevel=1, mtime=0) as file:
+            file.write(chunk.data)
+        return written.getvalue()
+
+
 def codec_of(compression: Compression, item_bytes: int) -> Codec | None:
     """Return the numcodecs codec that encodes one inner chunk, or None."""
     shuffle = numcodecs.Blosc.BITSHUFFLE
@@ -106,7 +118,7 @@ def codec_of(compression: Compression, item_bytes: int) -> Codec | None:
         case "zstd":
             return numcodecs.Zstd(level=1)
         case "gzip":
-            return numcodecs.GZip(level=1)
+            return _GZip()
 
 
 def _zarr_codecs(spec: ArraySpec) -> list[Any]:

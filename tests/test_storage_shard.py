@@ -84,6 +84,19 @@ READERS = {
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_the_same_rows_are_the_same_bytes_at_any_time(
+    tmp_path: Path, compression: Compression, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ArraySpec("site", "float32", 24, shard_rows=128, chunk_rows=32, compression=compression)
+    written = []
+    for second in (1_000_000_000, 1_000_000_001):
+        monkeypatch.setattr("time.time", lambda now=second: float(now))
+        write_array(tmp_path, spec, stored_rows("float32", n_rows=128))
+        written.append((tmp_path / spec.shard_name(0)).read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_library_reads_the_rows_that_were_written(tmp_path: Path, dtype: str, compression: Compression) -> None:
     spec = ArraySpec("rows", dtype, 24, 128, 32, compression)
