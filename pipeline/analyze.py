@@ -50,12 +50,13 @@ from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import MANIFEST, Draft, read_manifest
 from storage.differences import list_differences
 from storage.errors import ArtifactMismatch, SettingsError
+from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Quantity, Settings
 from storage.tables import read_table
 from training.transcoder import Transcoder
 
 KIND = TABLES_KIND
-FORMAT_VERSION = 2
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 
 logger = logging.getLogger(__name__)
 

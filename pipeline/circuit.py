@@ -47,12 +47,13 @@ from pipeline.model.weights import read_weights
 from pipeline.recorded_model import explained_passes
 from pipeline.transcoder_model import open_transcoder_model
 from storage.artifact import MANIFEST, Draft, read_manifest, write_atomically
+from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Settings
 from storage.token_text import join_characters
 from training.transcoder import KIND as TRANSCODER_KIND
 
 KIND = "circuit"
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 CIRCUIT = "circuit.json"
 """Everything, in the schema of ``docs/circuits.md``."""
 VIEWER = "viewer.json"

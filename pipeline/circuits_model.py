@@ -33,6 +33,7 @@ from pipeline.sweep import MARK
 from storage.activation_cache import ActivationCache
 from storage.artifact import MANIFEST, Draft, canonical_json, read_json, read_manifest, write_atomically
 from storage.errors import NonFiniteActivation, SettingsError, StorageFull
+from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Quantity, Settings
 from training.checkpoint import Checkpoints
 from training.settings import TrainSettings
@@ -40,7 +41,7 @@ from training.transcoder import CHECKPOINTS, describe_versions, load_transcoder,
 from training.transcoder import KIND as TRANSCODER
 
 KIND = "transcoders"
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 PLACE = "circuits"
 """Folder of the stage, below the directory that model and text lie in."""
 TOGETHER_BYTES = 1 << 30

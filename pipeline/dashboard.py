@@ -20,10 +20,11 @@ from pipeline.dashboards.blind import write_blind_page
 from pipeline.dashboards.site_data import INDEX, SiteData
 from pipeline.feature_selection import FeatureSelection, parse_features
 from storage.artifact import Draft, canonical_json, make_directory, read_manifest, write_atomically
+from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Settings
 
 KIND = "dashboard"
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 SITE = Path(__file__).parent / "dashboards" / "site"
 """The site's own files: its page, styles and scripts."""
 

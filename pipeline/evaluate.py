@@ -29,13 +29,14 @@ from pipeline.transcoder_kinds import is_cross_layer
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from storage.artifact import Draft, read_manifest
 from storage.errors import ArtifactMismatch, SettingsError
+from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Quantity, Settings
 from storage.tables import write_table
 from training.transcoder import KIND as TRANSCODER_KIND
 from training.transcoder import load_transcoder, read_transcoder_manifest
 
 KIND = "evaluation"
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 TOKENS = "tokens.parquet"
 """Per-token deltas; the meaning of its columns lies in the file."""
 

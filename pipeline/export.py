@@ -25,11 +25,12 @@ from pipeline.exports.subjects import Subject, open_subjects
 from storage.activation_cache import open_cache
 from storage.artifact import MANIFEST, Draft, read_manifest, read_sealed
 from storage.errors import ArtifactMissing, SettingsError
+from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Quantity, Settings
 from training.transcoder import KIND as TRANSCODER_KIND
 
 KIND = "export"
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 
 Format = Literal["saelens", "circuit-tracer", "sparsify", "circuit-tracer-features", "delphi"]
 FORMATS: dict[Format, str] = {

@@ -27,6 +27,7 @@ from pipeline.train import discard_draft, nothing_left_if_refused, open_source
 from storage.artifact import REQUEST, Draft, canonical_json, read_json, read_manifest, write_atomically
 from storage.cache_format import Site
 from storage.errors import NonFiniteActivation, SettingsError
+from storage.formats import ARTIFACT_FORMATS
 from training.checkpoint import Checkpoints
 from training.loggers import Logger
 from training.settings import TrainSettings
@@ -35,7 +36,7 @@ from training.transcoder import CHECKPOINTS, describe_versions, read_transcoder_
 from training.transcoder import KIND as TRANSCODER
 
 KIND = "sweep"
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 RUNS = "runs"
 """Folder of the runs."""
 MARK = "diverged.json"

@@ -50,13 +50,14 @@ from pipeline.transcoder_model import open_transcoder_model
 from storage.artifact import MANIFEST, Draft, digest, read_manifest
 from storage.cache_format import Site
 from storage.errors import SettingsError
+from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Settings
 from storage.tables import read_table, write_table
 from training.transcoder import KIND as TRANSCODER_KIND
 from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 KIND = "task"
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 
 
 class TaskSettings(Settings):

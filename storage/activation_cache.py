@@ -16,7 +16,6 @@ import numpy as np
 
 from storage.artifact import read_json, read_manifest, read_sealed
 from storage.cache_format import (
-    FORMAT_VERSION,
     KIND,
     PROVENANCE,
     VOCABULARY,
@@ -42,11 +41,6 @@ def open_cache(path: Path | str, generation: int | None = None) -> ActivationCac
     """
     root = Path(path)
     manifest = read_manifest(root, KIND)
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise ArtifactMismatch(
-            f"{root}: is written in cache format {manifest['format_version']}, this version reads format "
-            f"{FORMAT_VERSION}; install the version that wrote it, or make the cache again"
-        )
     if generation is not None and generation != manifest["generation"]:
         older = root / manifest_name(generation)
         # a manifest beyond the newest belongs to a growth that was never published

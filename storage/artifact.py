@@ -30,6 +30,7 @@ from storage.errors import (
     ArtifactMissing,
     StorageFull,
 )
+from storage.formats import refuse_newer
 
 JSON = Any
 """A value that ``json`` can write: null, bool, number, string, list or string-keyed mapping of these."""
@@ -168,13 +169,17 @@ def seal(manifest: Mapping[str, JSON]) -> bytes:
 
 
 def read_sealed(path: Path) -> dict[str, JSON]:
-    """Read a sealed manifest; raise ArtifactCorrupt if its content differs from its digest."""
+    """Read a sealed manifest; raise ArtifactCorrupt if its content differs from its digest.
+
+    Raises ArtifactMismatch for a format that a newer version wrote.
+    """
     manifest = read_json(path)
     if not isinstance(manifest, dict) or "digest" not in manifest:
         raise ArtifactCorrupt(f"{path}: is no manifest (it has no digest); restore it or rebuild the artifact")
     content = {key: value for key, value in manifest.items() if key != "digest"}
     if seal(content) != path.read_bytes():
         raise ArtifactCorrupt(f"{path}: differs from its own digest; restore it or rebuild the artifact")
+    refuse_newer(path.parent, str(manifest.get("kind")), manifest)
     return manifest
 
 
@@ -306,6 +311,8 @@ class Draft:
 
     def _refuse_other_request(self) -> None:
         existing = self._published_request() if self.published else read_json(self.path / REQUEST)
+        if isinstance(existing, dict):
+            refuse_newer(self.path, self.kind, existing)
         if differences := list_differences(existing, self.request):
             state = "published" if self.published else "unfinished"
             what, verb = f"{state} {self.kind}", "lie" if _is_plural(self.kind) else "lies"

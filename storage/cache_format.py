@@ -12,10 +12,11 @@ from typing import Any, Self
 import numpy as np
 
 from storage.encodings import Encoding, Side
+from storage.formats import ARTIFACT_FORMATS
 from storage.layout import ArraySpec, Compression
 
 KIND = "activation-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 SPLITS = ("train", "heldout")
 PROVENANCE: dict[str, str] = {"token_id": "int32", "context": "uint32", "position": "uint16", "document": "uint32"}
 """One number per row each: the token, the context it stands in, its place there, and the document it comes from."""

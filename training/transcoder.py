@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from storage.artifact import read_manifest, sync_directory
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, StorageFull
+from storage.errors import ArtifactCorrupt, StorageFull
+from storage.formats import ARTIFACT_FORMATS
 from training.architectures import AnyArchitecture
 from training.architectures.base import Architecture, Transcoder
 from training.artifact_kinds import FOR_ONE_LAYER_ONLY
@@ -28,8 +29,7 @@ __all__ = ["KIND", "WEIGHTS", "Transcoder", "load_transcoder", "read_transcoder_
 
 KIND = "transcoder"
 """The artifact's kind."""
-FORMAT_VERSION = 1
-"""Raised when a reader of the old version could not read the new one."""
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 WEIGHTS = "weights.safetensors"
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -69,17 +69,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 def read_transcoder_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of a transcoder; the errors are those of ``storage.artifact.read_manifest``."""
-    manifest = read_manifest(path, KIND, FOR_ONE_LAYER_ONLY)
-    check_format(path, manifest, FORMAT_VERSION)
-    return manifest
-
-
-def check_format(path: Path, manifest: Mapping[str, Any], version: int) -> None:
-    """Raise ArtifactMismatch if what lies at ``path`` has another format than ``version``."""
-    if manifest["format"] != version:
-        raise ArtifactMismatch(
-            f"{path}: has format {manifest['format']}, this version reads {version}; use the version that made it"
-        )
+    return read_manifest(path, KIND, FOR_ONE_LAYER_ONLY)
 
 
 @contextmanager

@@ -22,12 +22,13 @@ from pipeline.model.same_model import without_versions
 from storage.artifact import Draft, make_directory, read_manifest, write_atomically
 from storage.differences import list_differences
 from storage.errors import SettingsError
+from storage.formats import ARTIFACT_FORMATS
 from storage.randomness import philox, random_permutation
 from storage.settings import Settings
 from storage.tables import read_table
 
 KIND = "blind-comparison"
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 KEY, FORM, ITEMS = "key.sealed", "rate.html", "items"
 SITE = Path(__file__).parent / "site"
 _UNSEEN = ("coactivation_floor", "without_model")

@@ -17,7 +17,10 @@ from typing import Any
 
 from storage.artifact import is_disk_refusal, make_directory, storage_refused
 from storage.errors import ArtifactCorrupt, ArtifactMissing
+from storage.formats import refuse_newer
 
+KIND = "blind-study"
+"""What a ledger is the record of; its first entry says in which format, if not the first."""
 BEGINNING = "0" * 64
 """What the first entry has for the hash of the one before."""
 
@@ -39,6 +42,8 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Return all entries. Raises ArtifactMissing, or ArtifactCorrupt naming the first line that does not follow.
+
+        Raises ArtifactMismatch for a ledger that a newer version began.
 
         A last line without an end is one that was being written when the process was killed: it never happened.
         """
@@ -97,6 +102,8 @@ def _read(path: Path, text: bytes) -> list[Entry]:
             )
         previous = entry["hash"]
         entries.append(entry)
+    if entries:
+        refuse_newer(path.parent, KIND, entries[0])
     return entries
 
 

@@ -15,25 +15,24 @@ from safetensors.torch import load_file
 
 from storage.artifact import read_manifest
 from storage.cache_format import Site
+from storage.formats import ARTIFACT_FORMATS
 from training.artifact_kinds import CROSS_LAYER_KIND
 from training.batches import SiteBatches
 from training.cross_layer.stack import CrossLayerTranscoder
 from training.cross_layer.units import JoinedRows
 from training.evaluate import FitSums, HeldoutScore, OrdinaryScore
-from training.transcoder import WEIGHTS, check_format, weights_as_described
+from training.transcoder import WEIGHTS, weights_as_described
 
 KIND = CROSS_LAYER_KIND
 """The artifact's kind."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 SCORED_ACTIVATIONS = 1 << 26
 """How many activations, those of all layers, are held at a time where rows are scored: 256 MB, and copies of them."""
 
 
 def read_cross_layer_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest; the errors are those of ``storage.artifact.read_manifest``."""
-    manifest = read_manifest(path, KIND)
-    check_format(path, manifest, FORMAT_VERSION)
-    return manifest
+    return read_manifest(path, KIND)
 
 
 def sites_of(manifest: Mapping[str, Any]) -> list[Site]:

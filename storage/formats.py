@@ -1,0 +1,47 @@
+"""Which format of each kind of artifact this version writes, and the refusal of what later versions write.
+
+A format is raised when the readers of the one before could not read the new one; see *Versions* in docs/format.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from storage.errors import ArtifactMismatch
+
+ARTIFACT_FORMATS = {
+    "activation-cache": 1,
+    "shuffled-epoch": 1,
+    "transcoder": 1,
+    "cross_layer_transcoder": 1,
+    "transcoders": 1,
+    "sweep": 1,
+    "tables": 2,
+    "evaluation": 1,
+    "circuit": 1,
+    "task": 1,
+    "dashboard": 1,
+    "blind-comparison": 1,
+    "blind-study": 1,
+    "export": 1,
+}
+"""The newest format of each kind, which is written; every one that a release wrote is read."""
+
+
+def refuse_newer(path: Path, kind: str, record: Mapping[str, Any]) -> None:
+    """Raise ArtifactMismatch if ``record``, of what lies at ``path``, says that it has a format not known here.
+
+    A record that says nothing has the first format; one of a kind not known here is for its reader to judge.
+    """
+    newest = ARTIFACT_FORMATS.get(kind)
+    found = record.get("format_version", record.get("format", 1))
+    if newest is None or found in range(1, newest + 1):
+        return
+    writer = (record.get("versions") or {}).get("tailrace")
+    raise ArtifactMismatch(
+        f"{path}: is in format {found} of {kind}, which {f'tailrace {writer}' if writer else 'a newer version'} wrote; "
+        f"tailrace {version('tailrace')} reads formats up to {newest}; upgrade tailrace to use it"
+    )
