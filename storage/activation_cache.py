@@ -6,9 +6,9 @@ Rows are read here by whole unit and in token order, which is what analysis want
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from storage.cache_format import (
 from storage.encodings import Side
 from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from storage.layout import ArraySpec
+from storage.orders import Read
 from storage.shard import read_rows
 from storage.statistics import SiteStatistics
 from storage.stream import RowStream, StreamSource
@@ -190,15 +191,21 @@ class CacheSplit:
             )
         return resolved
 
-    def shard_group(self, spec: ArraySpec, unit: int) -> Path:
-        """Return the Zarr group that holds one shard as it was at this generation."""
-        return self.group_of(spec.shard_name(unit))
+    def read_shard(self, spec: ArraySpec, unit: int, read: Callable[[Path], Read]) -> Read:
+        """Return what ``read`` makes of the Zarr group that holds one shard as it was at this generation.
+
+        ``read`` is called again if an extension moved the shard meanwhile. Raises what it raises.
+        """
+        n_rows = self.n_contexts if spec.name.startswith("contexts/") else self.n_rows
+        if (unit + 1) * spec.shard_rows <= n_rows:
+            return read(split_path(self.cache.path, self.name))  # only a short last shard is ever replaced
+        return read_settled(partial(self.group_of, spec.shard_name(unit)), read)
 
     def group_of(self, shard: str) -> Path:
         """Return the Zarr group that holds a shard file, by its path there, as it was at this generation.
 
         A short last shard that a later generation replaced lies in the ``superseded`` group of the last generation
-        that had it.
+        that had it. An extension may replace it the moment this returns: read through ``read_settled``.
         """
         generation = self.cache.generation
         while True:
@@ -236,8 +243,10 @@ class CacheSplit:
     def _read_stored(self, unit: int, key: str) -> np.ndarray:
         source = self.source(key)
         n_rows = self.unit_rows[unit]
-        stored = {spec.name: read_rows(self.shard_group(spec, unit), spec, unit, n_rows) for spec in source.specs}
-        return source.decode(stored)
+        return source.decode({spec.name: self._read_rows(spec, unit, n_rows) for spec in source.specs})
+
+    def _read_rows(self, spec: ArraySpec, unit: int, n_rows: int) -> np.ndarray:
+        return self.read_shard(spec, unit, lambda group: read_rows(group, spec, unit, n_rows))
 
     def context_tokens(self, contexts: np.ndarray) -> np.ndarray:
         """Return int32 (n, context_length): the token ids of contexts."""
@@ -253,7 +262,7 @@ class CacheSplit:
         found = np.empty((len(wanted), self.layout.context_length), spec.memory_dtype)
         sizes = pieces(self.n_contexts, spec.shard_rows)
         for block in np.unique(wanted // spec.shard_rows).tolist():
-            rows = read_rows(self.shard_group(spec, block), spec, block, sizes[block])
+            rows = self._read_rows(spec, block, sizes[block])
             inside = wanted // spec.shard_rows == block
             found[inside] = rows[wanted[inside] - block * spec.shard_rows]
         return found
@@ -324,3 +333,23 @@ class CacheSplit:
             n_threads=n_threads,
             order=order,
         )
+
+
+def read_settled(find: Callable[[], Path], read: Callable[[Path], Read]) -> Read:
+    """Return what ``read`` makes of the group that ``find`` names before and after; read again while the two differ.
+
+    An extension gives a short last shard its second name, below ``superseded``, before it renames a longer one into its
+    place. So where that name is still not there once the shard was read, what was read had not been replaced: neither
+    sizes nor checksums need to be compared, which the two shards might share. An error counts only in that case, too.
+    """
+    group = find()
+    while True:
+        try:
+            found = read(group)
+        except ArtifactCorrupt:
+            if (now := find()) == group:
+                raise
+        else:
+            if (now := find()) == group:
+                return found
+        group = now

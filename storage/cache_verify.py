@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from storage.activation_cache import ActivationCache, open_cache
+from storage.activation_cache import ActivationCache, CacheSplit, open_cache, read_settled
 from storage.artifact import MANIFEST, check_files, check_request, read_manifest, verify_artifact
 from storage.cache_format import EPOCHS, SPLITS, CacheFormat, manifest_name, superseded_path, unit_record_name
 from storage.errors import ArtifactCorrupt
@@ -42,8 +43,8 @@ def verify_bytes(path: Path, progress: Progress = lambda _: None) -> list[str]:
     if problems:
         # commit records hold the checksums of the shards: where they are damaged, shards cannot be judged
         return problems
-    for group, name, recorded in _shards(generations):
-        problems += check_files(group, {name: recorded})
+    for split, name, recorded in _shards(generations):
+        problems += read_settled(partial(split.group_of, name), partial(check_files, files={name: recorded}))
         progress(recorded["bytes"])
     for epoch in sorted((path / EPOCHS).glob("*")):
         if (epoch / MANIFEST).exists():
@@ -105,18 +106,17 @@ def _specs(layout: CacheFormat) -> tuple[ArraySpec, ...]:
     return (*layout.provenance_specs(), *layout.site_specs(), *layout.context_specs())
 
 
-def _shards(generations: list[ActivationCache]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
-    """Yield (group, shard, its record) as every generation would read it, nothing twice."""
+def _shards(generations: list[ActivationCache]) -> Iterator[tuple[CacheSplit, str, dict[str, Any]]]:
+    """Yield (split, shard, its record) as every generation would read it, nothing twice."""
     seen = set()
     for cache in generations:
         for name in cache.manifest["splits"]:
             split = cache.split(name)
             for record in (*split.unit_records(), *split.block_records()):
                 for shard, recorded in record["shards"].items():
-                    group = split.group_of(shard)
-                    if (key := (group / shard, recorded["checksum"])) not in seen:
+                    if (key := (split.group_of(shard) / shard, recorded["checksum"])) not in seen:
                         seen.add(key)
-                        yield group, shard, recorded
+                        yield split, shard, recorded
 
 
 def _check_superseded_metadata(cache: ActivationCache) -> list[str]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from storage.artifact import read_json
-from storage.cache_format import CONTEXT_ARRAYS, CacheFormat, block_record_name, split_path
+from storage.cache_format import CONTEXT_ARRAYS, CacheFormat, block_record_name, split_path, superseded_path
 from storage.cache_writer import write_context_block
+from storage.layout import ArraySpec
 from storage.shard import read_rows
 
 _BLOCKS_KEPT = 4
@@ -43,20 +44,27 @@ class ContextBlocks:
 
     def _block(self, block: int) -> dict[str, np.ndarray]:
         if block not in self._kept:
-            n_contexts = self._n_contexts(block)
-            group = split_path(self._root, self._split)
+            generation, n_contexts = self._committed(block)
             specs = self._layout.context_specs()
             self._kept[block] = {
-                name: read_rows(group, spec, block, n_contexts)
+                name: read_rows(self._group(spec, block, generation), spec, block, n_contexts)
                 for name, spec in zip(CONTEXT_ARRAYS, specs, strict=True)
             }
             if len(self._kept) > _BLOCKS_KEPT:
                 self._kept.popitem(last=False)
         return self._kept[block]
 
-    def _n_contexts(self, block: int) -> int:
+    def _group(self, spec: ArraySpec, block: int, generation: int) -> Path:
+        """Return the group that holds a block as ``generation`` committed it."""
+        # a kill may have come after a longer block took the place of a published one, and before that was committed
+        aside = superseded_path(self._root, self._generation - 1, self._split)
+        is_aside = generation < self._generation and (aside / spec.shard_name(block)).exists()
+        return aside if is_aside else split_path(self._root, self._split)
+
+    def _committed(self, block: int) -> tuple[int, int]:
+        """Return the newest generation that committed a block, and how many contexts it has there."""
         for generation in range(self._generation, -1, -1):
             record = self._root / block_record_name(generation, self._split, block)
             if record.exists():
-                return int(read_json(record)["n_contexts"])
+                return generation, int(read_json(record)["n_contexts"])
         raise AssertionError(f"block {block} of {self._split} contexts was never committed")

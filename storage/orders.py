@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,10 +15,13 @@ from storage.artifact import MANIFEST, read_manifest
 from storage.cache_format import EPOCHS
 from storage.layout import ArraySpec
 from storage.scatter import read_run, read_sequential
-from storage.shard import is_contiguous, read_zarr, shard_errors
+from storage.shard import open_shard, read_zarr, shard_errors
 from storage.shuffle import EpochPlan, Run
 
 EPOCH_KIND = "shuffled-epoch"
+
+Read = TypeVar("Read")
+"""What a reader makes of a shard."""
 
 
 class OrderedSplit(Protocol):
@@ -40,8 +43,8 @@ class OrderedSplit(Protocol):
     def identity(self) -> dict[str, Any]:
         """The cache's id, generation and digest."""
 
-    def shard_group(self, spec: ArraySpec, unit: int) -> Path:
-        """Return the Zarr group that holds one shard."""
+    def read_shard(self, spec: ArraySpec, unit: int, read: Callable[[Path], Read]) -> Read:
+        """Return what ``read`` makes of the Zarr group that holds one shard."""
 
 
 class GatheredOrder:
@@ -72,17 +75,18 @@ class GatheredOrder:
         """Nothing stays open between segments."""
 
     def _read(self, spec: ArraySpec, run: Run, rows: np.ndarray) -> None:
-        group = self._split.shard_group(spec, run.unit)
+        self._split.read_shard(spec, run.unit, lambda group: self._read_run(group, spec, run, rows))
+
+    def _read_run(self, group: Path, spec: ArraySpec, run: Run, rows: np.ndarray) -> None:
+        if spec.compression != "none":
+            first = run.unit * spec.shard_rows
+            rows[run.destinations] = read_zarr(group, spec, first + run.start, first + run.stop)
+            return
         path = group / spec.shard_name(run.unit)
-        with shard_errors(path):
-            if not is_contiguous(path, self._unit_rows[run.unit], spec):
-                first = run.unit * spec.shard_rows
-                rows[run.destinations] = read_zarr(group, spec, first + run.start, first + run.stop)
-                return
-            with path.open("rb", buffering=0) as file:
-                # read-ahead would fetch the neighbours of every run, which other buckets want
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                read_run(file.fileno(), run.start, rows, run.destinations)
+        with shard_errors(path), open_shard(path, self._unit_rows[run.unit], spec) as file:
+            # read-ahead would fetch the neighbours of every run, which other buckets want
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            read_run(file.fileno(), run.start, rows, run.destinations)
 
 
 class MaterialisedOrder:
@@ -95,8 +99,7 @@ class MaterialisedOrder:
         self._group, self._plan, self._specs = group, plan, specs
         self.segment_rows = min(batch_rows, plan.n_rows)
         self.n_segments = -(-plan.n_rows // self.segment_rows)
-        self._proven: dict[Path, bool] = {}
-        self._open: dict[str, tuple[Path, FileIO]] = {}
+        self._open: dict[str, tuple[int, FileIO]] = {}
 
     def n_rows(self, segment: int) -> int:
         """Return the rows of one segment."""
@@ -117,25 +120,23 @@ class MaterialisedOrder:
             filled += n
 
     def _read_shard(self, spec: ArraySpec, shard: int, inside: int, rows: np.ndarray) -> None:
-        path = self._group / spec.shard_name(shard)
-        with shard_errors(path):
-            if path not in self._proven:
-                n_rows = min(spec.shard_rows, self._plan.n_rows - shard * spec.shard_rows)
-                self._proven[path] = is_contiguous(path, n_rows, spec)
-            if not self._proven[path]:
-                first = shard * spec.shard_rows + inside
-                rows[...] = read_zarr(self._group, spec, first, first + len(rows))
-                return
-            read_sequential(self._descriptor(spec, path), inside, rows)
+        if spec.compression != "none":
+            first = shard * spec.shard_rows + inside
+            rows[...] = read_zarr(self._group, spec, first, first + len(rows))
+            return
+        with shard_errors(self._group / spec.shard_name(shard)):
+            read_sequential(self._descriptor(spec, shard), inside, rows)
 
-    def _descriptor(self, spec: ArraySpec, path: Path) -> int:
+    def _descriptor(self, spec: ArraySpec, shard: int) -> int:
         """Return the descriptor of the shard that is being read of this array; it stays open until the next one."""
         held, file = self._open.get(spec.name, (None, None))
-        if file is None or held != path:
+        if file is None or held != shard:
             if file is not None:
+                del self._open[spec.name]
                 file.close()
-            file = FileIO(path, "rb")
-            self._open[spec.name] = (path, file)
+            n_rows = min(spec.shard_rows, self._plan.n_rows - shard * spec.shard_rows)
+            file = open_shard(self._group / spec.shard_name(shard), n_rows, spec)
+            self._open[spec.name] = (shard, file)
         return file.fileno()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """One shard file: writing it whole and durably, proving its layout, reading rows from it.
 
 An uncompressed Zarr v3 shard is ``rows ‖ index ‖ crc32c`` and nothing else, so it is written as a whole file past the
-page cache and read with positioned reads, both at the speed of the disk. A shard whose index does not prove that
-layout is read through zarr-python instead.
+page cache and read with positioned reads, both at the speed of the disk; one whose index does not prove that layout is
+damaged. Compressed shards are read through zarr-python.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -165,29 +166,40 @@ def _leave_direct_mode(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_DIRECT)
 
 
-def is_contiguous(path: Path, n_rows: int, spec: ArraySpec) -> bool:
-    """Tell whether the shard's own index proves that its rows lie one after the other from byte 0."""
-    if spec.compression != "none":
-        return False
+def open_shard(path: Path, n_rows: int, spec: ArraySpec) -> FileIO:
+    """Open an uncompressed shard, whose ``n_rows`` rows lie one after the other from byte 0.
+
+    Raises ArtifactCorrupt unless the shard's own index proves that.
+    """
+    with shard_errors(path):
+        file = FileIO(path, "rb")
+        try:
+            if not _is_contiguous(file.fileno(), n_rows, spec):
+                raise _damaged(path, f"its index is not that of {n_rows:,} rows that lie one after the other")
+        except BaseException:
+            file.close()
+            raise
+    return file
+
+
+def _is_contiguous(descriptor: int, n_rows: int, spec: ArraySpec) -> bool:
     n_chunks = rows_to_chunks(spec, n_rows)
     footer = shard_footer(spec, [spec.chunk_bytes] * n_chunks)
-    if path.stat().st_size != n_chunks * spec.chunk_bytes + len(footer):
+    start = n_chunks * spec.chunk_bytes
+    if os.fstat(descriptor).st_size != start + len(footer):
         return False
-    with path.open("rb", buffering=0) as file:
-        file.seek(-len(footer), os.SEEK_END)
-        return file.read() == footer
+    return os.pread(descriptor, len(footer), start) == footer
 
 
 def read_rows(group: Path, spec: ArraySpec, unit: int, n_rows: int) -> np.ndarray:
     """Return all ``n_rows`` rows of one shard, in stored order, as a new array. Raises ArtifactCorrupt."""
     rows = aligned_rows(n_rows, spec.width, spec.memory_dtype)
     path = group / spec.shard_name(unit)
-    with shard_errors(path):
-        if is_contiguous(path, n_rows, spec):
-            with path.open("rb", buffering=0) as file:
-                read_sequential(file.fileno(), 0, rows)
-        else:
-            rows[...] = read_zarr(group, spec, unit * spec.shard_rows, unit * spec.shard_rows + n_rows)
+    if spec.compression != "none":
+        rows[...] = read_zarr(group, spec, unit * spec.shard_rows, unit * spec.shard_rows + n_rows)
+        return rows
+    with shard_errors(path), open_shard(path, n_rows, spec) as file:
+        read_sequential(file.fileno(), 0, rows)
     return rows
 
 
@@ -224,7 +236,7 @@ def shard_errors(path: Path) -> Iterator[None]:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> ArtifactCorrupt:
+def _damaged(path: Path, error: Exception | str) -> ArtifactCorrupt:
     return ArtifactCorrupt(
         f"{path}: a shard is missing, cut short or unreadable ({error}); run `pipeline verify` to list all damage, "
         "then restore the file or cache these rows again"
