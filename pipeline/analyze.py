@@ -47,10 +47,12 @@ from pipeline.model.same_model import list_model_differences
 from pipeline.transcoder_kinds import is_cross_layer
 from pipeline.transcoder_model import open_transcoder_model
 from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import MANIFEST, Draft, read_manifest
+from storage.artifact import MANIFEST, read_manifest
 from storage.differences import list_differences
+from storage.draft import Draft
 from storage.errors import ArtifactMismatch, SettingsError
 from storage.formats import ARTIFACT_FORMATS
+from storage.names import remove_temporary
 from storage.settings import Quantity, Settings
 from storage.tables import read_table
 from training.transcoder import Transcoder
@@ -272,7 +274,7 @@ class PlannedTables:
         """Publish the tables unless they are there already. The other arguments are those of ``run``."""
         with self.draft() as draft:
             if not draft.published:
-                _remove_leftovers(draft.path)
+                remove_temporary(draft.path.rglob(".*"))
                 with limited_threads(threads), scratch_folder(draft.path) as scratch:
                     whole = AnalysisPass(self.source.rows(), self.analysed, self.settings.plan(), device)
                     coder = self.analysed.load().to(device)
@@ -361,12 +363,6 @@ def _announce_size(subject: Subject, whole: AnalysisPass, output: Path, announce
             f"keeping the activations of {n_kept:,} of {whole.n_rows:,} rows: about {n_pairs:,}, "
             f"{n_pairs * KEPT_BYTES / 1e6:,.0f} MB, and {n_pairs * SPOOLED_BYTES / 1e6:,.0f} MB while they are sorted"
         )
-
-
-def _remove_leftovers(draft: Path) -> None:
-    """Delete what a killed run left half-written. Only for the holder of the draft's lock."""
-    for path in draft.rglob(".*.tmp*"):
-        path.unlink()
 
 
 def read_result(tables: Path) -> AnalyzeResult:

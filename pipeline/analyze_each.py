@@ -30,7 +30,8 @@ from pipeline.analyzing.weight_tables import SharedWeights, later_problems
 from pipeline.device import open_device
 from pipeline.live.token_order import FreshText
 from pipeline.model.language_model import LanguageModel
-from storage.artifact import LOCK, MANIFEST, REQUEST
+from storage.artifact import MANIFEST, REQUEST
+from storage.draft import LOCK
 from storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
 
 logger = logging.getLogger(__name__)

@@ -54,11 +54,12 @@ from pipeline.text.holdout import HoldoutRule
 from pipeline.text.packing import ContextSource
 from pipeline.text.stream import DocumentStream
 from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import Draft, canonical_json, read_json
+from storage.artifact import canonical_json, read_json
 from storage.cache_format import KIND, SPLITS, VOCABULARY
 from storage.cache_publish import Generation, SplitSize, publish_generation
 from storage.cache_writer import remove_temporary_files
 from storage.context_blocks import ContextBlocks
+from storage.draft import Draft
 from storage.errors import ArtifactMismatch, ModelError, OutOfMemoryError, TextError
 
 logger = logging.getLogger(__name__)

@@ -46,7 +46,8 @@ from pipeline.model.language_model import LanguageModel
 from pipeline.model.weights import read_weights
 from pipeline.recorded_model import explained_passes
 from pipeline.transcoder_model import open_transcoder_model
-from storage.artifact import MANIFEST, Draft, read_manifest, write_atomically
+from storage.artifact import MANIFEST, read_manifest, write_atomically
+from storage.draft import Draft
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Settings
 from storage.token_text import join_characters

@@ -31,7 +31,8 @@ from pipeline.samples.smollm2 import fetch_smollm2
 from pipeline.samples.speeches import fetch_sotu
 from pipeline.sweep import MARK
 from storage.activation_cache import ActivationCache
-from storage.artifact import MANIFEST, Draft, canonical_json, read_json, read_manifest, write_atomically
+from storage.artifact import MANIFEST, canonical_json, read_json, read_manifest, write_atomically
+from storage.draft import Draft
 from storage.errors import NonFiniteActivation, SettingsError, StorageFull
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Quantity, Settings

@@ -20,8 +20,8 @@ from pipeline.device import limited_threads, open_device
 from pipeline.runs.training_rows import CachedRows, CacheSource, unknown_site
 from pipeline.train import TrainResult, discard_draft, nothing_left_if_refused
 from storage.activation_cache import ActivationCache, CacheSplit
-from storage.artifact import Draft
 from storage.cache_format import Site
+from storage.draft import Draft
 from storage.errors import SettingsError
 from training.batches import Batch, SiteBatches, iter_sites_once
 from training.checkpoint import Checkpoints

@@ -19,7 +19,8 @@ from analysis.dashboards.feature_tables import FeatureTables
 from pipeline.dashboards.blind import write_blind_page
 from pipeline.dashboards.site_data import INDEX, SiteData
 from pipeline.feature_selection import FeatureSelection, parse_features
-from storage.artifact import Draft, canonical_json, make_directory, read_manifest, write_atomically
+from storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
+from storage.draft import Draft
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Settings
 

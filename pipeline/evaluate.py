@@ -27,7 +27,8 @@ from pipeline.device import limited_threads, open_device
 from pipeline.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
 from pipeline.transcoder_kinds import is_cross_layer
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from storage.artifact import Draft, read_manifest
+from storage.artifact import read_manifest
+from storage.draft import Draft
 from storage.errors import ArtifactMismatch, SettingsError
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Quantity, Settings

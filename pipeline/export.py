@@ -23,7 +23,8 @@ from pipeline.exports.conversion import Converted, convert
 from pipeline.exports.hooks import NORMALISED_IN, normalised_note
 from pipeline.exports.subjects import Subject, open_subjects
 from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, Draft, read_manifest, read_sealed
+from storage.artifact import MANIFEST, read_manifest, read_sealed
+from storage.draft import Draft
 from storage.errors import ArtifactMissing, SettingsError
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Quantity, Settings

@@ -59,11 +59,11 @@ from pipeline.text.dataset import open_documents
 from pipeline.text.holdout import HoldoutRule
 from pipeline.text.packing import ContextSource
 from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import Lock
 from storage.cache_format import CacheFormat, Site
 from storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
 from storage.cache_writer import remove_temporary_files
 from storage.context_blocks import ContextBlocks
+from storage.draft import Lock
 from storage.errors import ArtifactMismatch, SettingsError, TextError
 
 
@@ -127,8 +127,10 @@ def _locked(path: Path) -> Iterator[ActivationCache]:
         cache = open_cache(path)
         forget_finished_draft(path, cache.generation)
         yield cache
-    finally:
-        lock.release()
+    except BaseException:
+        lock.take_back()
+        raise
+    lock.release()
 
 
 @contextmanager

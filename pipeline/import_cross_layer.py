@@ -17,8 +17,9 @@ from analysis.circuits.record import mlp_layer
 from pipeline.import_transcoder import POOR_FVU, ImportSettings, note_other_name, sites_of
 from pipeline.imports.cross_layer import ForeignLayers, inspect_folder
 from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import Draft, checksum_file
+from storage.artifact import checksum_file
 from storage.cache_format import Site
+from storage.draft import Draft
 from storage.errors import ArtifactMismatch, SettingsError
 from training.batches import iter_sites_once
 from training.cross_layer.artifact import FORMAT_VERSION, KIND, read_cross_layer_manifest, rows_at_once, score_layers

@@ -19,8 +19,9 @@ from pipeline.exports.hooks import hooked_transformer_name
 from pipeline.imports import circuit_tracer, dictionary_learning, reference, saelens, sparsify
 from pipeline.imports.foreign import Foreign
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from storage.artifact import Draft, checksum_file
+from storage.artifact import checksum_file
 from storage.cache_format import Site
+from storage.draft import Draft
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from storage.settings import Quantity, Settings
 from training.architectures.base import Transcoder

@@ -24,8 +24,9 @@ from pipeline.runs.sweep_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome
 from pipeline.runs.training_rows import TrainingSource, known_problems
 from pipeline.runs.warm_start import WarmStart
 from pipeline.train import discard_draft, nothing_left_if_refused, open_source
-from storage.artifact import REQUEST, Draft, canonical_json, read_json, read_manifest, write_atomically
+from storage.artifact import REQUEST, canonical_json, read_json, read_manifest, write_atomically
 from storage.cache_format import Site
+from storage.draft import Draft
 from storage.errors import NonFiniteActivation, SettingsError
 from storage.formats import ARTIFACT_FORMATS
 from training.checkpoint import Checkpoints

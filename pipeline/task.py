@@ -47,8 +47,9 @@ from pipeline.tasks.tables import (
     schema_of,
 )
 from pipeline.transcoder_model import open_transcoder_model
-from storage.artifact import MANIFEST, Draft, digest, read_manifest
+from storage.artifact import MANIFEST, digest, read_manifest
 from storage.cache_format import Site
+from storage.draft import Draft
 from storage.errors import SettingsError
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Settings

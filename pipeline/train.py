@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from pipeline.runs.model_scores import ModelScores, ModelScoreSettings
 from pipeline.runs.side_by_side import Origins, train_beside, train_drafts
 from pipeline.runs.training_rows import CacheSource, TrainingSource
 from pipeline.runs.warm_start import WarmStart
-from storage.artifact import LOCK, MANIFEST, REQUEST, Draft, Lock
+from storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
+from storage.draft import LOCK, Draft, Lock
 from storage.errors import ArtifactMismatch, SettingsError
 from training.checkpoint import Checkpoints
 from training.distributed import open_group
@@ -128,28 +129,44 @@ def open_source(
 def nothing_left_if_refused(output: Path) -> Iterator[None]:
     """Delete a draft that was begun inside for settings that turn out wrong: it would refuse the right ones."""
     begun = (output / REQUEST).exists()
+    missing = [place for place in (output, *output.parents) if not place.exists()]
     try:
         yield
     except SettingsError:
         if not begun:
             discard_draft(output)
+            for place in missing:
+                with suppress(OSError):
+                    place.rmdir()
         raise
 
 
 def discard_draft(path: Path) -> None:
     """Delete an unfinished run, so that the next one starts from nothing.
 
-    Raises ArtifactMismatch where something published lies: that is never deleted by a flag.
+    Raises ArtifactMismatch where something published lies, or a request that no run wrote: a flag never deletes these.
     """
     if not (path / REQUEST).exists():
         return
     if (path / MANIFEST).exists():
         raise ArtifactMismatch(f"{path}: is published; delete it yourself, or choose another path, to train anew")
+    if not _is_run(path / REQUEST):
+        raise ArtifactMismatch(f"{path}: its {REQUEST} is not that of a run, so it is left alone; choose another path")
     lock = Lock(path)
     try:
         # The request goes last: a deletion that is cut short is still recognised as a draft.
         leftovers = [entry for entry in path.iterdir() if entry.name not in (LOCK, REQUEST)]
         for entry in [*leftovers, path / REQUEST]:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    finally:
+    except BaseException:
         lock.release()
+        raise
+    lock.remove()
+
+
+def _is_run(request: Path) -> bool:
+    """Tell whether a draft of a run, or of a sweep of runs, wrote its request."""
+    content = read_json(request)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    is_run = (isinstance(settings, dict) and "steps" in settings) or (isinstance(content, dict) and "runs" in content)
+    return is_run and request.read_bytes() == canonical_json(content)

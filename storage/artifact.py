@@ -1,29 +1,24 @@
-"""A published directory is complete or absent: drafts, manifests, checksums, atomic files.
+"""A published directory is complete or absent: manifests, checksums, atomic files.
 
 ``manifest.json`` is written last, so its presence is the one sign that an artifact is complete. Until then the
-directory is a draft: it holds ``request.json`` (what was asked for) and whatever is finished so far, and only
-the process that holds its lock may write to it.
+directory is a draft (``storage.draft``): it holds ``request.json`` (what was asked for) and whatever is finished so
+far, and only the process that holds its lock may write to it.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import xxhash
 
-from storage.differences import list_differences
 from storage.errors import (
-    ArtifactBusy,
     ArtifactCorrupt,
     ArtifactIncomplete,
     ArtifactMismatch,
@@ -31,13 +26,15 @@ from storage.errors import (
     StorageFull,
 )
 from storage.formats import refuse_newer
+from storage.names import inside, temporary_path
+from storage.names import is_plural as _is_plural
+from storage.names import one_of as _one
 
 JSON = Any
 """A value that ``json`` can write: null, bool, number, string, list or string-keyed mapping of these."""
 
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
-LOCK = ".lock"
 _DISK_REFUSALS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -83,8 +80,8 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_directory(path: Path) -> None:
-    """Make a directory and the ones above it, so that they survive a power cut.
+def make_directory(path: Path) -> list[Path]:
+    """Make a directory and the ones above it, so that they survive a power cut; return those that were missing.
 
     Raises StorageFull if the disk refuses.
     """
@@ -92,7 +89,8 @@ def make_directory(path: Path) -> None:
     while not path.exists():
         missing.append(path)
         path = path.parent
-    for directory in reversed(missing):
+    missing.reverse()
+    for directory in missing:
         try:
             directory.mkdir(exist_ok=True)
         except OSError as error:
@@ -100,11 +98,7 @@ def make_directory(path: Path) -> None:
                 raise storage_refused(error, directory) from error
             raise
         sync_directory(directory.parent)
-
-
-def temporary_path(path: Path) -> Path:
-    """Return the name under which ``path`` is written first; no other thread, process or machine uses it."""
-    return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}-{threading.get_native_id()}")
+    return missing
 
 
 def discard(temporary: Path) -> None:
@@ -143,12 +137,12 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_files(root: Path, names: Iterable[str]) -> None:
-    """Make files under ``root``, and their names, survive a power cut."""
+    """Make files under ``root``, and their names, survive a power cut. Raises ArtifactCorrupt for others."""
     folders: set[Path] = set()
-    for name in names:
-        with (root / name).open("rb") as file:
+    for path in (inside(root, name) for name in names):
+        with path.open("rb") as file:
             os.fsync(file.fileno())
-        folders |= {folder for folder in (root / name).parents if folder.is_relative_to(root)}
+        folders |= {folder for folder in path.parents if folder.is_relative_to(root)}
     for folder in sorted(folders):
         sync_directory(folder)
 
@@ -206,16 +200,6 @@ def read_manifest(path: Path, kind: str, instead: Mapping[str, str] | None = Non
     return manifest
 
 
-def _one(kind: str) -> str:
-    if _is_plural(kind):
-        return kind
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-
-
-def _is_plural(kind: str) -> bool:
-    return kind.endswith("s")
-
-
 def verify_artifact(path: Path, kind: str) -> list[str]:
     """Re-read every file of a published artifact and return a sentence for each that differs from its record."""
     try:
@@ -234,10 +218,17 @@ def check_request(path: Path, manifest: Mapping[str, JSON]) -> list[str]:
 
 
 def check_files(path: Path, files: Mapping[str, Mapping[str, JSON]]) -> list[str]:
-    """Compare files under ``path`` with their recorded ``bytes`` and ``checksum``; return the differences."""
+    """Compare files under ``path`` with their recorded ``bytes`` and ``checksum``; return the differences.
+
+    A name that leads elsewhere is one, and nothing there is read.
+    """
     problems = []
     for name, recorded in sorted(files.items()):
-        file = path / name
+        try:
+            file = inside(path, name)
+        except ArtifactCorrupt as error:
+            problems.append(str(error))
+            continue
         if not file.exists():
             problems.append(f"{file}: is missing")
         elif (n_bytes := file.stat().st_size) != recorded["bytes"]:
@@ -248,116 +239,6 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, JSON]]) -> list[str
 
 
 def describe_files(path: Path, names: Iterable[str]) -> dict[str, dict[str, JSON]]:
-    """Return ``{name: {bytes, checksum}}`` of files under ``path``."""
-    return {
-        name: {"bytes": (path / name).stat().st_size, "checksum": checksum_file(path / name)} for name in sorted(names)
-    }
-
-
-class Lock:
-    """An exclusive lock on a directory, given up when the process ends, however it ends."""
-
-    def __init__(self, directory: Path) -> None:
-        try:
-            make_directory(directory)
-            self._file = (directory / LOCK).open("ab")
-        except OSError as error:
-            if is_disk_refusal(error) or isinstance(error, FileExistsError | NotADirectoryError | FileNotFoundError):
-                raise storage_refused(error, directory) from error
-            raise
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise ArtifactBusy(
-                f"{directory}: another process is writing here; wait for it to finish or choose another path"
-            ) from error
-
-    def release(self) -> None:
-        """Give the lock up."""
-        self._file.close()
-
-
-class Draft:
-    """A directory being made. Use as a context manager: the lock is held inside, nothing is published on leaving.
-
-    Opening the same request again resumes it; another request on the same path is refused with every
-    difference shown, and ``discard_with``, the option that throws an unfinished one away. An error before anything was
-    written takes the request back, so that corrected settings may use the same path.
-    """
-
-    def __init__(self, path: Path, kind: str, request: Mapping[str, JSON], *, discard_with: str | None = None) -> None:
-        self._discard_with = discard_with
-        self.path = path
-        self.kind = kind
-        self.request = json.loads(canonical_json(dict(request)))
-        self._lock = Lock(path)
-        try:
-            for leftover in path.glob(".*.tmp-*"):  # of a run that was killed
-                leftover.unlink(missing_ok=True)
-            self.resumed = (path / REQUEST).exists()
-            self.published = (path / MANIFEST).exists()
-            if self.resumed:
-                self._refuse_other_request()
-            elif foreign := sorted(entry.name for entry in path.iterdir() if not _is_own(entry.name)):
-                raise ArtifactMismatch(
-                    f"{path}: is not empty (holds {', '.join(foreign[:5])}) and is no {kind}; choose an empty directory"
-                )
-            else:
-                write_atomically(path / REQUEST, canonical_json(self.request))
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _refuse_other_request(self) -> None:
-        existing = self._published_request() if self.published else read_json(self.path / REQUEST)
-        if isinstance(existing, dict):
-            refuse_newer(self.path, self.kind, existing)
-        if differences := list_differences(existing, self.request):
-            state = "published" if self.published else "unfinished"
-            what, verb = f"{state} {self.kind}", "lie" if _is_plural(self.kind) else "lies"
-            anew = f", or throw it away with {self._discard_with}" if self._discard_with and not self.published else ""
-            raise ArtifactMismatch(
-                f"{self.path}: {what if _is_plural(self.kind) else _one(what)} with other settings {verb} here; "
-                f"use the same settings, or choose another path{anew}:\n"
-                + "\n".join(f"  {line}" for line in differences)
-            )
-
-    def _published_request(self) -> JSON:
-        manifest = read_sealed(self.path / MANIFEST)
-        if manifest.get("kind") != self.kind:
-            raise ArtifactMismatch(
-                f"{self.path}: holds {_one(str(manifest.get('kind')))} already; choose another path for the {self.kind}"
-            )
-        return manifest["request"]
-
-    def publish(self, manifest: Mapping[str, JSON], files: Iterable[str]) -> dict[str, JSON]:
-        """Write the manifest, which makes the artifact complete; return it as written."""
-        names = sorted(files)
-        sync_files(self.path, names)
-        content = {
-            **manifest,
-            "kind": self.kind,
-            "request": self.request,
-            "files": describe_files(self.path, names),
-        }
-        write_atomically(self.path / MANIFEST, seal(content))
-        self.published = True
-        return read_sealed(self.path / MANIFEST)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            with suppress(OSError):  # the error that ended the block is the one to report
-                if {entry.name for entry in self.path.iterdir()} <= {LOCK, REQUEST}:
-                    (self.path / REQUEST).unlink(missing_ok=True)
-        self._lock.release()
-
-
-def _is_own(name: str) -> bool:
-    """Tell whether a file is one that a draft killed at its very beginning leaves behind."""
-    return name == LOCK or name.startswith(f".{REQUEST}.tmp")
+    """Return ``{name: {bytes, checksum}}`` of files under ``path``. Raises ArtifactCorrupt for others."""
+    files = {name: inside(path, name) for name in sorted(names)}
+    return {name: {"bytes": file.stat().st_size, "checksum": checksum_file(file)} for name, file in files.items()}

@@ -26,6 +26,7 @@ from storage.cache_format import (
 from storage.errors import NonFiniteActivation
 from storage.layout import ArraySpec
 from storage.memory import aligned_rows
+from storage.names import remove_temporary
 from storage.randomness import invert
 from storage.shard import WrittenShard, write_shard
 from storage.shuffle import unit_permutation
@@ -168,9 +169,7 @@ def remove_temporary_files(root: Path) -> None:
 
     Materialised epochs below a cache have locks of their own and are left alone.
     """
-    for path in root.rglob(".*.tmp*"):
-        if path.relative_to(root).parts[0] != EPOCHS:
-            path.unlink(missing_ok=True)
+    remove_temporary(path for path in root.rglob(".*") if path.relative_to(root).parts[0] != EPOCHS)
 
 
 def sync_shards(group: Path, shards: Iterable[str]) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from storage.activation_cache import CacheSplit, open_cache
-from storage.artifact import Draft, read_json
+from storage.artifact import read_json
 from storage.cache_publish import write_file
 from storage.cache_writer import remove_temporary_files, sync_shards, write_record
+from storage.draft import Draft
 from storage.errors import SettingsError
 from storage.layout import ArraySpec, array_metadata, group_metadata
 from storage.memory import aligned_rows

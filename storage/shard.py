@@ -28,10 +28,11 @@ import xxhash
 import zarr
 from zarr.storage import LocalStore
 
-from storage.artifact import discard, is_disk_refusal, make_directory, storage_refused, temporary_path
+from storage.artifact import discard, is_disk_refusal, make_directory, storage_refused
 from storage.errors import ArtifactCorrupt
 from storage.layout import ArraySpec, codec_of
 from storage.memory import PAGE, aligned_rows, as_bytes
+from storage.names import temporary_path
 from storage.scatter import read_sequential
 
 _BLOCK_BYTES = 8 << 20

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from storage.artifact import is_disk_refusal, storage_refused, sync_directory
 from storage.errors import ArtifactCorrupt, ArtifactMissing
+from storage.names import temporary_path
 
 ROW_GROUP_ROWS = 65_536
 """Rows of a row group unless the table says otherwise: the least a reader must decompress."""
@@ -76,7 +77,7 @@ def write_table(
     """
     # Field names of the keys are sorted by us: Arrow keeps the order it is given.
     schema = schema.with_metadata(dict(sorted((metadata or {}).items())) or None)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         n_rows = _write(temporary, schema, batches, row_group_rows)
         with temporary.open("rb") as file:

@@ -12,7 +12,7 @@ from pipeline import circuit, cli
 from pipeline.circuit import CircuitSettings
 from pipeline.circuits.question import Question
 from pipeline.model.language_model import ModelSettings, load_language_model
-from storage.artifact import Draft
+from storage.draft import Draft
 from tests.circuit_runs import mlp_site, random_transcoder
 from tests.tiny_models import BOS, save_tiny_model
 from training.architectures import TopK

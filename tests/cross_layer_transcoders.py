@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from storage.artifact import Draft
 from storage.cache_format import Site
+from storage.draft import Draft
 from tests.layered_transcoders import MODEL, WIDTH, mlp_site
 from training.architectures import JumpReLU
 from training.cross_layer.artifact import FORMAT_VERSION, KIND

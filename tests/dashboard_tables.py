@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analysis.histogram import EDGES, find_bins
-from storage.artifact import Draft
 from storage.cache_format import Site
+from storage.draft import Draft
 
 WORDS = (
     *(" March", " April", " May", " the", " of", "ing", " King", "\n", " ", "  ", "\t"),

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage.artifact import Draft, canonical_json
+from storage.artifact import canonical_json
 from storage.cache_format import VOCABULARY, CacheFormat, Site
 from storage.cache_publish import Generation, SplitSize, publish_generation
 from storage.cache_writer import UnitBuffer
+from storage.draft import Draft
 from tests.training_caches import random_rows
 from training.architectures.base import Architecture, Transcoder
 from training.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights

@@ -15,8 +15,8 @@ from torch import Tensor
 from analysis.replacement import Substitute, run_replaced
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from storage.activation_cache import ActivationCache
-from storage.artifact import Draft
 from storage.cache_format import Site
+from storage.draft import Draft
 from tests.tiny_models import save_tiny_model
 from training.architectures import TopK, Transcoder
 from training.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from storage.artifact import Draft
+from storage.draft import Draft
 from storage.tables import write_table
 
 FEATURES = pa.schema(

@@ -15,7 +15,8 @@ from pipeline.analyze import AnalyzeResult, AnalyzeSettings
 from pipeline.commands.analyze import command
 from pipeline.live.token_order import FreshText
 from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, Draft, read_manifest
+from storage.artifact import MANIFEST, read_manifest
+from storage.draft import Draft
 from storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
 from tests.cache_jobs import CONTEXT_LENGTH, model_folder, run_cache, text_file
 from tests.spliced_models import publish_transcoder, random_transcoder

@@ -18,7 +18,8 @@ from pipeline import analyze, query, train
 from pipeline.analyze import AnalyzeSettings
 from pipeline.analyzing.summary import summary
 from storage.activation_cache import open_cache
-from storage.artifact import Draft, verify_artifact
+from storage.artifact import verify_artifact
+from storage.draft import Draft
 from storage.errors import ActionableError, ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError
 from storage.tables import read_table
 from tests.synthetic_cache import write_synthetic_cache

@@ -249,7 +249,7 @@ def test_evidence_that_was_exchanged_is_noticed(study):
 
 def test_entries_are_chained_from_the_first(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl", ticking())
-    first, second = ledger.append("one", value=1), ledger.append("two", value="ü")
+    first, second = ledger.append("one", begins=True, value=1), ledger.append("two", value="ü")
     assert first["previous"] == "0" * 64
     assert second["previous"] == first["hash"]
     assert ledger.entries() == [first, second]

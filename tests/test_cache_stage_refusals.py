@@ -16,8 +16,8 @@ import pytest
 import storage.shard
 from pipeline import cache
 from storage.activation_cache import open_cache
-from storage.artifact import Lock
 from storage.cache_verify import verify_bytes
+from storage.draft import Lock
 from storage.errors import (
     ArtifactBusy,
     ArtifactCorrupt,

@@ -19,7 +19,8 @@ from pipeline.circuits.cards import open_tables, read_cards
 from pipeline.circuits.question import Question, parse_feature, prompt_tokens
 from pipeline.circuits.traced import traced_layers
 from pipeline.model.language_model import ModelSettings, load_language_model
-from storage.artifact import Draft, read_manifest
+from storage.artifact import read_manifest
+from storage.draft import Draft
 from storage.errors import ArtifactMismatch
 from tests.circuit_places import PROMPT, SMALL, Place, given, run_command
 from tests.tiny_models import BOS, EOS, save_tiny_model

@@ -17,7 +17,8 @@ from pipeline.cache import packing_state_name
 from pipeline.caching.context_packing import CHECKPOINT
 from pipeline.caching.stage import BEGUN, LOG, PLAN
 from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import LOCK, canonical_json
+from storage.artifact import canonical_json
+from storage.draft import LOCK
 from storage.layout import ArraySpec, Compression, array_metadata
 from storage.materialise import materialise_epoch
 from tests.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache

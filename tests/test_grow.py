@@ -217,7 +217,7 @@ def test_growing_refuses_another_model_another_text_and_a_busy_cache(small: Path
     other.write_text(text_file().read_text().replace("Fellow", "Dear"))
     with pytest.raises(ArtifactMismatch, match=r"text\.files: there it is"):
         grow.extend(small, 900, grow.Place(threads=1, quiet=True, dataset=str(other)))
-    from storage.artifact import Lock
+    from storage.draft import Lock
 
     lock = Lock(small)
     try:

@@ -11,7 +11,7 @@ from pipeline import dashboard
 from pipeline.dashboard import DashboardSettings
 from pipeline.glances import GLANCES
 from pipeline.info import glance
-from storage.artifact import Draft
+from storage.draft import Draft
 from tests.dashboard_tables import make_tables
 from tests.tables_by_hand import example_row, feature_row, publish_tables
 

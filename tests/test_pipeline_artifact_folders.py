@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from pipeline.artifact_folders import each_artifact, refuse_folder, unfinished_inside
 from pipeline.commands import dashboard, serve
-from storage.artifact import Draft
+from storage.draft import Draft
 from storage.errors import ArtifactMismatch
 
 

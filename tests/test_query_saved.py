@@ -15,7 +15,7 @@ from analysis.token_deltas import SCHEMA as TOKENS
 from pipeline import cli, queries, query
 from pipeline.queries.page import queries_page
 from pipeline.querying.views import find_views
-from storage.artifact import Draft
+from storage.draft import Draft
 from storage.errors import ActionableError, SettingsError
 from storage.tables import column, write_table
 

@@ -20,7 +20,7 @@ from pipeline.score import ScoredText, Scores
 from pipeline.scoring import pictures as score_pictures
 from pipeline.scoring.text import as_json, show
 from storage.activation_cache import open_cache
-from storage.artifact import Draft
+from storage.draft import Draft
 from storage.errors import ArtifactMismatch, ModelError, SettingsError, TextError
 from storage.tables import write_table
 from tests.cache_jobs import model_folder, run_cache

@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 
-from storage import artifact
 from storage.artifact import (
     MANIFEST,
     REQUEST,
-    Draft,
     canonical_json,
     digest,
     make_directory,
@@ -26,6 +24,7 @@ from storage.artifact import (
     verify_artifact,
     write_atomically,
 )
+from storage.draft import LOCK, Draft
 from storage.errors import (
     ArtifactBusy,
     ArtifactCorrupt,
@@ -144,7 +143,7 @@ def test_a_draft_killed_while_its_request_was_written_starts_again(tmp_path: Pat
 HOLD = """
 import sys
 from pathlib import Path
-from storage.artifact import Draft
+from storage.draft import LOCK, Draft
 with Draft(Path(sys.argv[1]), "table", {}):
     print("held", flush=True)
     sys.stdin.read()
@@ -185,7 +184,7 @@ def test_nothing_there_another_kind_and_no_json_are_told_apart(tmp_path: Path) -
 
 
 def every_file(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file() and path.name != artifact.LOCK)
+    return sorted(path for path in root.rglob("*") if path.is_file() and path.name != LOCK)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, REQUEST, "rows.bin", "log/lines.txt"])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.artifact import Draft, read_manifest
+from storage.artifact import read_manifest
+from storage.draft import Draft
 from storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from storage.activation_cache import open_cache
-from storage.artifact import LOCK, MANIFEST, REQUEST, seal
+from storage.artifact import MANIFEST, REQUEST, seal
 from storage.cache_format import VOCABULARY
 from storage.cache_verify import total_bytes, verify_bytes
 from storage.cache_writer import remove_temporary_files
+from storage.draft import LOCK
 from storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
 from storage.materialise import materialise_epoch
+from storage.names import temporary_path
 from tests.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache
 
 
@@ -164,8 +166,8 @@ def test_an_unfinished_materialised_epoch_is_no_problem(copied: Path) -> None:
 def test_sweeping_a_cache_leaves_the_files_of_a_running_materialisation_alone(copied: Path) -> None:
     # an epoch is written under a lock of its own while the cache may be growing
     (epoch,) = (copied / "epochs").iterdir()
-    left = copied / "train/token_id/c/.0.tmp1"
-    running = epoch / "token_id/c/.0.tmp2"
+    left = temporary_path(copied / "train/token_id/c/0")
+    running = temporary_path(epoch / "token_id/c/0")
     for path in (left, running):
         path.write_bytes(b"half")
     remove_temporary_files(copied)

@@ -19,8 +19,9 @@ from pipeline.blind import ratings
 from pipeline.blind.sealed import seal
 from pipeline.dashboards.blind import write_blind_page
 from pipeline.model.same_model import without_versions
-from storage.artifact import Draft, make_directory, read_manifest, write_atomically
+from storage.artifact import make_directory, read_manifest, write_atomically
 from storage.differences import list_differences
+from storage.draft import Draft
 from storage.errors import SettingsError
 from storage.formats import ARTIFACT_FORMATS
 from storage.randomness import philox, random_permutation

@@ -50,16 +50,21 @@ class Ledger:
         try:
             text = self.path.read_bytes()
         except FileNotFoundError as error:
-            raise ArtifactMissing(f"{self.path}: there is no ledger here; begin a study first") from error
+            raise _missing(self.path) from error
         return _read(self.path, text)
 
-    def append(self, event: str, check: Callable[[list[Entry]], None] = lambda _: None, **facts: Any) -> Entry:
+    def append(
+        self, event: str, check: Callable[[list[Entry]], None] = lambda _: None, *, begins: bool = False, **facts: Any
+    ) -> Entry:
         """Add an entry with the time, on disk when this returns; return it.
 
-        ``check`` is given what is there already while no other process can add to it, and may raise. Raises
-        StorageFull if the disk refuses.
+        ``check`` is given what is there already while no other process can add to it, and may raise. The file is made
+        by the entry that ``begins`` it only. Raises ArtifactMissing without one, StorageFull if the disk refuses.
         """
-        make_directory(self.path.parent)
+        if begins:
+            make_directory(self.path.parent)
+        elif not self.path.exists():
+            raise _missing(self.path)
         try:
             with self.path.open("a+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -83,6 +88,10 @@ class Ledger:
         time = self._clock().astimezone(UTC).isoformat(timespec="milliseconds")
         content = {"n": len(entries), "time": time, "event": event, **facts, "previous": previous}
         return {**content, "hash": _hash(content)}
+
+
+def _missing(path: Path) -> ArtifactMissing:
+    return ArtifactMissing(f"{path}: there is no ledger here; begin a study first")
 
 
 def _read(path: Path, text: bytes) -> list[Entry]:

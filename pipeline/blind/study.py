@@ -55,7 +55,7 @@ class BlindStudy:
                 raise ArtifactMismatch(f"{directory}: a study was begun here already; choose another directory")
 
         study = cls(directory, clock)
-        study._ledger.append("begin", check, subject=subject, mode=mode)
+        study._ledger.append("begin", check, begins=True, subject=subject, mode=mode)
         return study
 
     # What is on file

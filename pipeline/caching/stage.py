@@ -22,9 +22,10 @@ from pipeline.caching.unit_writer import UnitWriter
 from pipeline.model.sites import SiteHooks
 from pipeline.progress import RowProgress
 from pipeline.text.packing import ContextSource
-from storage.artifact import LOCK, REQUEST, canonical_json, read_json, sync_directory
+from storage.artifact import REQUEST, canonical_json, read_json, sync_directory
 from storage.cache_format import CacheFormat, unit_record_name
 from storage.cache_publish import write_file
+from storage.draft import LOCK
 from storage.errors import ArtifactMismatch
 
 logger = logging.getLogger(__name__)

@@ -24,6 +24,7 @@ from pipeline.exports.hooks import layer_hooks
 from pipeline.model.same_model import list_model_differences
 from storage.artifact import make_directory, read_manifest, storage_refused, write_atomically
 from storage.errors import ArtifactCorrupt, SettingsError
+from storage.names import temporary_path
 from storage.tables import read_schema, read_table
 
 FOLDER, INDEX = "features", "index.json.gz"
@@ -98,7 +99,7 @@ def write(directory: Path, tables: Sequence[LayerTables]) -> list[str]:
 
 def _write_records(path: Path, records: Iterator[bytes]) -> list[int]:
     """Write records one after the other; return where each begins, and where the last one ends."""
-    temporary = path.with_name(f".{path.name}.tmp-records")
+    temporary = temporary_path(path)
     offsets = [0]
     try:
         with temporary.open("wb") as file:

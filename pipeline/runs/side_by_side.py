@@ -19,8 +19,8 @@ from tqdm import tqdm
 from pipeline.runs.model_scores import ModelScores
 from pipeline.runs.training_rows import TrainingRows, TrainingSource, choose_site
 from pipeline.runs.warm_start import WarmStart
-from storage.artifact import Draft
 from storage.cache_format import Site
+from storage.draft import Draft
 from storage.errors import NonFiniteActivation, SettingsError
 from training.build import build_run
 from training.checkpoint import Checkpoints

@@ -1,0 +1,220 @@
+"""A directory that is being made: locked, resumed by the same request, and left as it was by any other.
+
+Whatever is refused leaves the place untouched. So it is looked at before the lock, which is a file, is taken, and a
+lock that is taken back leaves neither that file nor a directory that was made for it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from storage.artifact import (
+    JSON,
+    MANIFEST,
+    REQUEST,
+    canonical_json,
+    describe_files,
+    make_directory,
+    read_json,
+    read_sealed,
+    seal,
+    storage_refused,
+    sync_files,
+    write_atomically,
+)
+from storage.differences import list_differences
+from storage.errors import ArtifactBusy, ArtifactMismatch
+from storage.formats import refuse_newer
+from storage.names import is_plural, is_temporary, one_of, remove_temporary
+
+LOCK = ".lock"
+_TRIES = 100
+
+
+class Lock:
+    """An exclusive lock on a directory, given up when the process ends, however it ends.
+
+    Makes the directory if there is none. Raises ArtifactBusy, or StorageFull if the disk refuses.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / LOCK
+        self._made: list[Path] = []
+        """Directories and the file that were made for it, in that order."""
+        try:
+            for _ in range(_TRIES):
+                if self._take():
+                    return
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise storage_refused(error, directory) from error
+        raise ArtifactBusy(
+            f"{directory}: another process is writing here; wait for it to finish or choose another path"
+        )
+
+    def _take(self) -> bool:
+        """Lock the file; tell whether it still is the one of that name: whoever is refused takes its own away."""
+        self._made += make_directory(self._path.parent)
+        try:
+            self._file, is_new = _open(self._path)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._file), self._path.lstat()):
+                raise FileNotFoundError
+        except FileNotFoundError:
+            os.close(self._file)
+            return False
+        except OSError:
+            os.close(self._file)
+            raise
+        self._made += [self._path] * is_new
+        return True
+
+    def release(self) -> None:
+        """Give the lock up."""
+        os.close(self._file)
+
+    def remove(self) -> None:
+        """Give the lock up and delete its file."""
+        with suppress(OSError):
+            if _is_own(self._path):
+                self._path.unlink()  # while it is locked: who opened it meanwhile sees that its name is gone
+        self.release()
+
+    def take_back(self) -> None:
+        """Give the lock up as if it had not been taken: what was made for it goes, unless something else lies there."""
+        if self._path in self._made:
+            self.remove()
+        else:
+            self.release()
+        for directory in reversed(self._made):
+            with suppress(OSError):
+                directory.rmdir()
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """Open a lock's file and tell whether it is new."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        return os.open(path, flags), False
+
+
+class Draft:
+    """A directory being made. Use as a context manager: the lock is held inside, nothing is published on leaving.
+
+    Opening the same request again resumes it; another request on the same path is refused with every
+    difference shown, and ``discard_with``, the option that throws an unfinished one away. An error before anything was
+    written takes the request back, so that corrected settings may use the same path.
+    """
+
+    def __init__(self, path: Path, kind: str, request: Mapping[str, JSON], *, discard_with: str | None = None) -> None:
+        self._discard_with = discard_with
+        self.path = path
+        self.kind = kind
+        self.request = json.loads(canonical_json(dict(request)))
+        self._look()
+        self._lock = Lock(path)
+        try:
+            self._look()  # what is there stays now
+            if not self.resumed:
+                write_atomically(path / REQUEST, canonical_json(self.request))
+            remove_temporary(path.iterdir())
+        except BaseException:
+            self._lock.take_back()
+            raise
+
+    def _look(self) -> None:
+        """Find out how far it is; raise ArtifactMismatch if something else lies there."""
+        try:
+            self.resumed = (self.path / REQUEST).exists()
+            self.published = (self.path / MANIFEST).exists()
+            if self.resumed:
+                self._refuse_other_request()
+            elif foreign := _foreign(self.path):
+                raise ArtifactMismatch(
+                    f"{self.path}: is not empty (holds {', '.join(foreign[:5])}) and is no {self.kind}; choose an "
+                    "empty directory"
+                )
+        except OSError as error:
+            raise storage_refused(error, self.path) from error
+
+    def _refuse_other_request(self) -> None:
+        existing = self._published_request() if self.published else read_json(self.path / REQUEST)
+        if isinstance(existing, dict):
+            refuse_newer(self.path, self.kind, existing)
+        if differences := list_differences(existing, self.request):
+            state = "published" if self.published else "unfinished"
+            what, verb = f"{state} {self.kind}", "lie" if is_plural(self.kind) else "lies"
+            anew = f", or throw it away with {self._discard_with}" if self._discard_with and not self.published else ""
+            raise ArtifactMismatch(
+                f"{self.path}: {what if is_plural(self.kind) else one_of(what)} with other settings {verb} here; "
+                f"use the same settings, or choose another path{anew}:\n"
+                + "\n".join(f"  {line}" for line in differences)
+            )
+
+    def _published_request(self) -> JSON:
+        manifest = read_sealed(self.path / MANIFEST)
+        if manifest.get("kind") != self.kind:
+            raise ArtifactMismatch(
+                f"{self.path}: holds {one_of(str(manifest.get('kind')))} already; choose another path for the "
+                f"{self.kind}"
+            )
+        return manifest["request"]
+
+    def publish(self, manifest: Mapping[str, JSON], files: Iterable[str]) -> dict[str, JSON]:
+        """Write the manifest, which makes the artifact complete; return it as written."""
+        names = sorted(files)
+        sync_files(self.path, names)
+        content = {
+            **manifest,
+            "kind": self.kind,
+            "request": self.request,
+            "files": describe_files(self.path, names),
+        }
+        write_atomically(self.path / MANIFEST, seal(content))
+        self.published = True
+        return read_sealed(self.path / MANIFEST)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not self._is_begun():
+            self._lock.take_back()
+        else:
+            self._lock.release()
+
+    def _is_begun(self) -> bool:
+        """Tell whether anything was written; if not, take the request back."""
+        with suppress(OSError):  # the error that ended the block is the one to report
+            if {entry.name for entry in self.path.iterdir()} <= {LOCK, REQUEST}:
+                (self.path / REQUEST).unlink(missing_ok=True)
+                return False
+        return True
+
+
+def _foreign(directory: Path) -> list[str]:
+    """Return the names of what lies in a directory, if there is one, and is not left by a draft killed at its start."""
+    if not directory.is_dir():
+        return []
+    return sorted(entry.name for entry in directory.iterdir() if not _is_own(entry))
+
+
+def _is_own(entry: Path) -> bool:
+    if entry.name == LOCK:
+        return entry.lstat().st_size == 0  # ours is empty; others write who holds theirs
+    return is_temporary(entry.name) and entry.name.startswith(f".{REQUEST}.")

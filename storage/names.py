@@ -1,0 +1,79 @@
+"""Names: what kinds of artifacts are called, files that are being written, and files that a manifest lists."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from storage.errors import ArtifactCorrupt
+
+_TEMPORARY = re.compile(r"\..+\.tmp-[^/]+-\d+-\d+")
+
+
+def one_of(kind: str) -> str:
+    """Return a kind of artifact with its article: a transcoder, an export, tables."""
+    if is_plural(kind):
+        return kind
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def is_plural(kind: str) -> bool:
+    """Tell whether an artifact of a kind is several things, as tables are."""
+    return kind.endswith("s")
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which ``path`` is written first; no other thread, process or machine uses it."""
+    return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}-{threading.get_native_id()}")
+
+
+def is_temporary(name: str) -> bool:
+    """Tell whether a file has a name that ``temporary_path`` gives."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_temporary(paths: Iterable[Path]) -> None:
+    """Delete those files that killed writers left half-written. Only for the holder of the lock on their folder."""
+    for path in paths:
+        if is_temporary(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
+def inside(root: Path, name: str) -> Path:
+    """Return the path of a file below ``root`` whose name something read from a file gives, whether it is there or not.
+
+    Raises ArtifactCorrupt for a name, or a link there, that leads out of ``root``, and for what is no regular file: a
+    device or a pipe may never end.
+    """
+    if (problem := name_problem(name) or _file_problem(root, name)) is not None:
+        raise ArtifactCorrupt(
+            f"{root}: names the file {name!r}, which {problem}; an artifact names files of its own folder only, so do "
+            "not use this one, or restore it"
+        )
+    return root / name
+
+
+def name_problem(name: object) -> str | None:
+    """Return what keeps a name, with ``/`` between its parts, from being that of something below a folder, or None."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return "is no name of a file"
+    if name.startswith("/"):
+        return "begins at the root of the file system"
+    if {"", ".", ".."} & set(name.split("/")):
+        return "has '..', '.' or nothing between two '/'"
+    return None
+
+
+def _file_problem(root: Path, name: str) -> str | None:
+    try:
+        if not (root / name).resolve().is_relative_to(root.resolve()):
+            return "is a link that leads out of it"
+        return None if stat.S_ISREG((root / name).stat().st_mode) else "is no regular file"
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError) as error:  # a name too long, a folder's name on a file, a loop of links
+        return f"cannot be looked at ({error})"

@@ -1,0 +1,134 @@
+"""A draft that is refused leaves its place untouched; a lock taken back leaves no trace and no second holder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from storage.artifact import MANIFEST, REQUEST, canonical_json, write_atomically
+from storage.draft import LOCK, Draft, Lock
+from storage.errors import ActionableError, ArtifactBusy, ArtifactMismatch, StorageFull
+from storage.names import temporary_path
+
+
+def names(place: Path) -> list[str]:
+    return sorted(os.listdir(place))
+
+
+@pytest.mark.parametrize("holds", [{LOCK: "pid 17"}, {"a.txt": ""}, {MANIFEST: "{}"}, {REQUEST: "{}"}, {REQUEST: "["}])
+def test_a_refused_draft_leaves_neither_lock_nor_request(tmp_path: Path, holds: dict[str, str]) -> None:
+    for name, text in holds.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ActionableError):
+        Draft(tmp_path, "table", {"rows": 1})
+    assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == holds
+
+
+def test_only_what_a_killed_draft_of_the_same_request_left_half_written_is_deleted(tmp_path: Path) -> None:
+    theirs = [".notes.tmp-1", ".rows.tmp", ".rows.tmp123", ".a.tmp-host-1"]
+    with Draft(tmp_path, "table", {"rows": 1}):
+        for path in [*map(tmp_path.joinpath, theirs), temporary_path(tmp_path / "rows")]:
+            path.write_bytes(b"half")
+    before = names(tmp_path)
+    with pytest.raises(ArtifactMismatch):
+        Draft(tmp_path, "table", {"rows": 2})
+    assert names(tmp_path) == before
+    with Draft(tmp_path, "table", {"rows": 1}):
+        assert names(tmp_path) == sorted([*theirs, LOCK, REQUEST])
+
+
+def test_a_draft_that_ends_before_anything_is_written_takes_the_folders_made_for_it_back(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Draft(tmp_path / "new" / "place", "table", {}):
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ZeroDivisionError), Draft(tmp_path / "there", "table", {}):
+        raise ZeroDivisionError
+    assert names(tmp_path / "there") == []
+
+
+def test_a_request_that_the_disk_refuses_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: bytes) -> int:  # injected: the disk's answer
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(StorageFull):
+        Draft(tmp_path / "new" / "place", "table", {})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("refused", ["a", "a/b"])
+def test_a_file_in_the_way_stays_as_it_is(tmp_path: Path, refused: str) -> None:
+    (tmp_path / "a").write_bytes(b"mine")
+    with pytest.raises(StorageFull, match="cannot be written"):
+        Draft(tmp_path / refused, "table", {})
+    assert (tmp_path / "a").read_bytes() == b"mine"
+
+
+def test_an_empty_folder_that_may_not_be_written_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:  # injected: root may write everywhere
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StorageFull, match="Permission denied"):
+        Draft(tmp_path, "table", {})
+    assert names(tmp_path) == []
+
+
+def test_a_lock_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageFull):
+        Lock(tmp_path / "place")
+    assert names(tmp_path) == ["place"]
+
+
+def test_a_lock_taken_back_is_gone_and_one_that_was_there_stays(tmp_path: Path) -> None:
+    Lock(tmp_path / "new").take_back()
+    assert names(tmp_path) == []
+    (tmp_path / LOCK).touch()
+    Lock(tmp_path).take_back()
+    assert names(tmp_path) == [LOCK]
+
+
+def test_whoever_opened_a_lock_that_is_then_taken_back_locks_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # else two processes hold a lock each: one on the file that is gone, one on the file that bears the name
+    place, lock = tmp_path / "place", fcntl.flock
+    first = [Lock(place)]
+
+    def held_up(descriptor: int, operation: int) -> None:
+        while first:
+            first.pop().take_back()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", held_up)
+    second = Lock(place)
+    assert names(place) == [LOCK]
+    with pytest.raises(ArtifactBusy):
+        Lock(place)
+    second.take_back()
+    assert names(tmp_path) == []
+
+
+def test_a_draft_begun_by_another_process_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # between looking and locking
+    take = Lock._take
+
+    def late(lock: Lock) -> bool:
+        write_atomically(tmp_path / REQUEST, canonical_json({"rows": 2}))
+        return take(lock)
+
+    monkeypatch.setattr(Lock, "_take", late)
+    with pytest.raises(ArtifactMismatch, match="rows: there it is 2, asked for 1"):
+        Draft(tmp_path, "table", {"rows": 1})
+    assert names(tmp_path) == [REQUEST]
