@@ -32,7 +32,8 @@ from pipeline.live.token_order import FreshText
 from pipeline.model.language_model import LanguageModel
 from storage.artifact import MANIFEST, REQUEST
 from storage.draft import LOCK
-from storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
+from storage.errors import ActionableError, ArtifactCorrupt, ArtifactMismatch, NonFiniteActivation, SettingsError
+from storage.names import folder_problem
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,10 @@ def run(
 
 
 def _outputs(coders: Sequence[AnalysedCoder], output: Path) -> list[Path]:
-    """Return where the tables of each go; raise ArtifactMismatch or SettingsError if two cannot be told apart."""
+    """Return where the tables of each go.
+
+    Raises ArtifactMismatch or SettingsError if two cannot be told apart, ArtifactCorrupt if one is named elsewhere.
+    """
     for name in (MANIFEST, REQUEST):
         if (output / name).exists():
             raise ArtifactMismatch(
@@ -104,6 +108,9 @@ def _outputs(coders: Sequence[AnalysedCoder], output: Path) -> list[Path]:
             )
     if not coders:
         raise SettingsError("no transcoder given; give the path of at least one, or of a folder that holds some")
+    for one in coders:
+        if (problem := folder_problem(one.name)) is not None:
+            raise ArtifactCorrupt(f"{one.path}: is called {one.name!r}, which {problem}; no folder of tables can be")
     by_name: dict[str, list[Path]] = {}
     for one in coders:
         by_name.setdefault(one.name, []).append(one.path)

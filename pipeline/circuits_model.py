@@ -35,6 +35,7 @@ from storage.artifact import MANIFEST, canonical_json, read_json, read_manifest,
 from storage.draft import Draft
 from storage.errors import NonFiniteActivation, SettingsError, StorageFull
 from storage.formats import ARTIFACT_FORMATS
+from storage.names import inside
 from storage.settings import Quantity, Settings
 from training.checkpoint import Checkpoints
 from training.settings import TrainSettings
@@ -134,7 +135,7 @@ class CircuitsModelResult:
     @property
     def transcoders(self) -> list[Path]:
         """The finished transcoders, in the order of their layers."""
-        return [self.path / one.path for one in self.layers if one.is_finished]
+        return [inside(self.path, f"{one.path}/{MANIFEST}").parent for one in self.layers if one.is_finished]
 
 
 def run(

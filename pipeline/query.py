@@ -110,8 +110,8 @@ def _check_output(output: Path, views: Sequence[View]) -> None:
 
 def _select(sql: str, views: Sequence[View], parameters: Parameters | None) -> pa.Table:
     with duckdb.connect(":memory:") as connection:
-        open_views(connection, views)
         try:
+            open_views(connection, views)
             _refuse_other_statements(connection, sql)
             return connection.sql(sql, params=dict(parameters) if parameters else None).to_arrow_table()
         except duckdb.Error as error:

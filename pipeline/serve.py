@@ -22,7 +22,8 @@ from analysis.dashboards.feature_tables import FeatureTables
 from pipeline.dashboard import KIND, SITE, DashboardSettings
 from pipeline.dashboards.site_data import INDEX, SiteData
 from storage.artifact import MANIFEST, read_manifest, read_sealed
-from storage.errors import ArtifactMismatch, SettingsError
+from storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
+from storage.names import inside
 
 PAGES_KEPT = 64
 """Files of pages kept in memory once made, some 10 MB."""
@@ -48,8 +49,14 @@ class PublishedSite(Site):
         self._files = set(read_manifest(path, KIND)["files"])
 
     def read(self, name: str) -> bytes | None:
-        """Return the bytes of a listed file."""
-        return (self._path / name).read_bytes() if name in self._files else None
+        """Return the bytes of a listed file; None for one that is gone or lies elsewhere."""
+        if name not in self._files:
+            return None
+        try:
+            return inside(self._path, name).read_bytes()
+        except (ArtifactCorrupt, OSError) as error:
+            logger.warning("%s", error)
+            return None
 
 
 class TablesSite(Site):

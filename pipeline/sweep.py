@@ -24,11 +24,12 @@ from pipeline.runs.sweep_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome
 from pipeline.runs.training_rows import TrainingSource, known_problems
 from pipeline.runs.warm_start import WarmStart
 from pipeline.train import discard_draft, nothing_left_if_refused, open_source
-from storage.artifact import REQUEST, canonical_json, read_json, read_manifest, write_atomically
+from storage.artifact import MANIFEST, REQUEST, canonical_json, read_json, read_manifest, write_atomically
 from storage.cache_format import Site
 from storage.draft import Draft
 from storage.errors import NonFiniteActivation, SettingsError
 from storage.formats import ARTIFACT_FORMATS
+from storage.names import inside
 from training.checkpoint import Checkpoints
 from training.loggers import Logger
 from training.settings import TrainSettings
@@ -218,6 +219,6 @@ def read_result(path: Path) -> SweepResult:
 def _read_outcome(sweep: Path, recorded: Mapping[str, Any], settings: dict[str, Any]) -> RunOutcome:
     name, status, path = recorded["name"], recorded["status"], recorded["path"]
     if status == DIVERGED:
-        return RunOutcome(name, status, path, settings, read_json(sweep / path / MARK))
-    made = read_transcoder_manifest(sweep / path)
+        return RunOutcome(name, status, path, settings, read_json(inside(sweep, f"{path}/{MARK}")))
+    made = read_transcoder_manifest(inside(sweep, f"{path}/{MANIFEST}").parent)
     return RunOutcome(name, status, path, {**settings, "site": made["site"]["name"]}, made["metrics"])

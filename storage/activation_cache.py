@@ -29,6 +29,7 @@ from storage.cache_format import (
 from storage.encodings import Side
 from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from storage.layout import ArraySpec
+from storage.names import folder_problem, inside
 from storage.orders import Read
 from storage.shard import read_rows
 from storage.statistics import SiteStatistics
@@ -52,7 +53,18 @@ def open_cache(path: Path | str, generation: int | None = None) -> ActivationCac
         if not older.exists():
             raise ArtifactCorrupt(f"{older}: is missing; restore it, or open generation {manifest['generation']}")
         manifest = read_sealed(older)
+    _check_names(root, manifest)
     return ActivationCache(root, manifest)
+
+
+def _check_names(root: Path, manifest: dict[str, Any]) -> None:
+    """Raise ArtifactCorrupt if a split or site, which are folders of the cache, could be one elsewhere."""
+    for name in (*manifest["splits"], *(site["name"] for site in manifest["format"]["sites"])):
+        if (problem := folder_problem(name)) is not None:
+            raise ArtifactCorrupt(
+                f"{root}: its manifest names {name!r} as a split or site, which {problem}; restore it, or make the "
+                "cache again"
+            )
 
 
 @dataclass(frozen=True)
@@ -277,7 +289,7 @@ class CacheSplit:
         merged = {key: SiteStatistics(self.layout.encodings()[key].width) for key in keys}
         for names in self._record["unit_records"]:
             for name in names:
-                found = read_json(self.cache.path / name)["statistics"]
+                found = self._read_record(name)["statistics"]
                 for key in merged.keys() & found.keys():
                     merged[key].merge(SiteStatistics.from_json(found[key]))
         return merged
@@ -288,17 +300,20 @@ class CacheSplit:
         merged = self.merged_statistics(list(keys.values()))
         return {site: merged[key] for site, key in keys.items()}
 
+    def _read_record(self, name: str) -> Any:
+        return read_json(inside(self.cache.path, name))
+
     def unit_records(self) -> list[dict[str, Any]]:
         """Return the commit records of this split's units, in unit order; a widened unit has several."""
-        return [read_json(self.cache.path / name) for names in self._record["unit_records"] for name in names]
+        return [self._read_record(name) for names in self._record["unit_records"] for name in names]
 
     def first_contexts(self) -> list[int]:
         """Return the context of each unit's first row, in unit order; a context may span two units."""
-        return [read_json(self.cache.path / names[0])["first_context"] for names in self._record["unit_records"]]
+        return [self._read_record(names[0])["first_context"] for names in self._record["unit_records"]]
 
     def block_records(self) -> list[dict[str, Any]]:
         """Return the commit records of this split's blocks of contexts."""
-        return [read_json(self.cache.path / name) for name in self._record["block_records"]]
+        return [self._read_record(name) for name in self._record["block_records"]]
 
     def stream(
         self,

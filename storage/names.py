@@ -68,6 +68,11 @@ def name_problem(name: object) -> str | None:
     return None
 
 
+def folder_problem(name: object) -> str | None:
+    """Return what keeps a name from being that of a folder right inside another one, or None."""
+    return name_problem(name) or ("has a '/'" if "/" in str(name) else None)
+
+
 def _file_problem(root: Path, name: str) -> str | None:
     try:
         if not (root / name).resolve().is_relative_to(root.resolve()):

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from storage.artifact import is_disk_refusal, storage_refused, sync_directory
 from storage.errors import ArtifactCorrupt, ArtifactMissing
-from storage.names import temporary_path
+from storage.names import inside, temporary_path
 
 ROW_GROUP_ROWS = 65_536
 """Rows of a row group unless the table says otherwise: the least a reader must decompress."""
@@ -123,7 +123,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None, where: pc.Expre
     Row groups without a row that ``where`` asks for are not read. Raises ArtifactMissing or ArtifactCorrupt.
     """
     try:
-        return pq.read_table(path, columns=list(columns) if columns is not None else None, filters=where)
+        wanted = list(columns) if columns is not None else None
+        return pq.read_table(inside(path.parent, path.name), columns=wanted, filters=where)
     except FileNotFoundError as error:
         raise ArtifactMissing(f"{path}: there is no such table; run the command that makes it") from error
     except pa.ArrowInvalid as error:
@@ -131,5 +132,5 @@ def read_table(path: Path, columns: Sequence[str] | None = None, where: pc.Expre
 
 
 def read_schema(path: Path) -> pa.Schema:
-    """Return the schema of a Parquet file, with the meanings of its columns."""
-    return pq.read_schema(path)
+    """Return the schema of a Parquet file, with the meanings of its columns. Raises ArtifactCorrupt for no file."""
+    return pq.read_schema(inside(path.parent, path.name))

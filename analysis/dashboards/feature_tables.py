@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from analysis.tables_artifact import TABLES_KIND
 from storage.artifact import read_manifest
+from storage.names import inside
 from storage.tables import read_schema, read_table
 from training.artifact_kinds import FOR_ONE_LAYER_ONLY
 
@@ -44,7 +45,7 @@ class FeatureTables:
     @cached_property
     def layer(self) -> dict[str, Any]:
         """The transcoder's row of the table ``layers``."""
-        (row,) = read_table(self.path / "layers.parquet").to_pylist()
+        (row,) = read_table(self._place("layers.parquet")).to_pylist()
         return dict(row)
 
     @cached_property
@@ -62,7 +63,7 @@ class FeatureTables:
 
     def schema(self, name: str) -> pa.Schema:
         """Return the schema of a table that is there, with the facts kept in its file."""
-        return read_schema(self.path / f"{name}.parquet")
+        return read_schema(self._place(f"{name}.parquet"))
 
     def read(self, name: str, features: range | None = None, columns: Sequence[str] | None = None) -> pa.Table | None:
         """Return the rows of a run of features (of all, if none are given), in the table's order; None without it.
@@ -71,7 +72,7 @@ class FeatureTables:
         """
         if not self.has(name):
             return None
-        path = self.path / f"{name}.parquet"
+        path = self._place(f"{name}.parquet")
         chosen = None if columns is None else [column for column in columns if column in read_schema(path).names]
         return read_table(path, chosen, None if features is None else _within(features))
 
@@ -87,10 +88,13 @@ class FeatureTables:
         joined = pa.concat_tables(parts)
         return joined["feature"].to_numpy().astype(np.int64), joined["activation"].to_numpy()
 
+    def _place(self, name: str) -> Path:
+        return inside(self.path, name)
+
     def _activation_files(self) -> Iterator[tuple[Path, int, int]]:
         for name in sorted(self._files):
             if match := _ACTIVATIONS.fullmatch(name):
-                yield self.path / name, int(match[1]), int(match[2])
+                yield self._place(name), int(match[1]), int(match[2])
 
 
 def _within(features: range) -> pc.Expression:

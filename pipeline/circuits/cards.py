@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from analysis.dashboards.visible import visible_token
 from analysis.tables_artifact import TABLES_KIND
 from pipeline.artifact_folders import artifacts_inside
 from storage.artifact import read_manifest
 from storage.errors import ArtifactMismatch
+from storage.tables import read_table
 
 N_EXAMPLES = 4
 _CONTEXT = 12
@@ -73,7 +74,7 @@ def read_cards(tables: Mapping[int, Path], features: Iterable[tuple[int, int]]) 
 
 
 def _rows(path: Path, features: Sequence[int]) -> list[dict[str, Any]]:
-    return list(pq.read_table(path, filters=[("feature", "in", list(features))]).to_pylist())
+    return list(read_table(path, where=pc.field("feature").isin(list(features))).to_pylist())
 
 
 def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from storage.activation_cache import CacheSplit, open_cache
 from storage.artifact import make_directory, read_manifest
 from storage.differences import list_differences
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from storage.names import folder_problem
 from storage.tables import read_table
 
 FOLDER, CONFIG = "latents", "config.json"
@@ -78,6 +79,8 @@ def open_tables(paths: Sequence[Path], cache: Path | None, module: str | None) -
     if problems:
         raise ArtifactMismatch("\n".join(problems))
     modules = [one.module(module) for one in found]
+    if wrong := [f"{name!r} {problem}" for name in modules if (problem := folder_problem(name)) is not None]:
+        raise SettingsError(f"{'; '.join(wrong)}, and names a folder; give one such as layers.3.mlp with --module")
     if repeated := sorted({name for name in modules if modules.count(name) > 1}):
         raise SettingsError(f"{', '.join(repeated)}: more than one of the tables belongs there; export one at a time")
     return found

@@ -14,6 +14,7 @@ import torch
 from pipeline.exports.hooks import module_of
 from pipeline.exports.subjects import Subject
 from pipeline.exports.tensor_files import present, write_json, write_tensors
+from storage.names import folder_problem
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
@@ -21,6 +22,8 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 def problems(subjects: Sequence[Subject], module: str | None) -> list[str]:
     """Return a sentence for everything that keeps these transcoders from being written."""
     found = [line for one in subjects for line in _problems(one, module)]
+    if module is not None and (problem := folder_problem(module)) is not None:
+        found.append(f"--module {module}: names a folder of the export and {problem}; give one such as layers.3.mlp")
     if module is not None and len(subjects) > 1:
         found.append(
             f"--module {module} names one place, {len(subjects)} transcoders were given; export each by itself"

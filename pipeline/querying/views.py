@@ -17,6 +17,7 @@ import duckdb
 from pipeline.artifact_folders import artifacts_inside
 from storage.artifact import MANIFEST, read_manifest, read_sealed
 from storage.errors import ArtifactMismatch, SettingsError
+from storage.names import inside
 from storage.tables import Column, describe, read_schema
 
 KINDS = ("tables", "sweep", "evaluation", "task", "transcoders")
@@ -50,7 +51,8 @@ class View(NamedTuple):
     @property
     def sql_name(self) -> str:
         """As it is written in SQL."""
-        return self.name if self.schema is None else f"{self.schema}.{self.name}"
+        name = self.name if _NAME.fullmatch(self.name) else quote_identifier(self.name)
+        return name if self.schema is None else f"{self.schema}.{name}"
 
     def columns(self) -> list[Column]:
         """Return what every column holds, as the file itself says."""
@@ -61,12 +63,12 @@ class View(NamedTuple):
     def select(self) -> str:
         """The SQL that reads it."""
         if not self.folders:
-            return f"SELECT * FROM read_parquet({_path_list(self.files)})"
+            return f"SELECT * FROM {_rows(self.files)}"
         by_folder: dict[str, list[Path]] = {}
         for folder, path in zip(self.folders, self.files, strict=True):
             by_folder.setdefault(folder, []).append(path)
         return " UNION ALL BY NAME ".join(
-            f"SELECT {_quoted(folder)} AS {FOLDER.name}, * FROM read_parquet({_path_list(paths)})"
+            f"SELECT {quote_literal(folder)} AS {FOLDER.name}, * FROM {_rows(paths)}"
             for folder, paths in by_folder.items()
         )
 
@@ -109,17 +111,18 @@ def _parse(text: str) -> tuple[str | None, Path]:
 
 def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> None:
     """Make every view, after shutting everything but their files out for good."""
-    files = [path for view in views for path in view.files]
+    files = [str(path.absolute()) for view in views for path in view.files]
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET autoload_known_extensions = false")
     connection.execute("SET python_enable_replacements = false")
-    connection.execute(f"SET allowed_paths = {_path_list(files)}")
+    # both what is opened and the pattern by which it is found
+    connection.execute(f"SET allowed_paths = {_literals([*files, *map(_pattern, files)])}")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     for schema in dict.fromkeys(view.schema for view in views if view.schema is not None):
-        connection.execute(f'CREATE SCHEMA "{schema}"')
+        connection.execute(f"CREATE SCHEMA {quote_identifier(schema)}")
     for view in views:
-        name = f'"{view.name}"' if view.schema is None else f'"{view.schema}"."{view.name}"'
+        name = ".".join(quote_identifier(part) for part in (view.schema, view.name) if part is not None)
         connection.execute(f"CREATE VIEW {name} AS {view.select}")
 
 
@@ -138,7 +141,7 @@ def _views(schema: str | None, path: Path) -> list[View]:
 
 
 def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
-    """Return the Parquet files of each table of an artifact."""
+    """Return the Parquet files of each table of an artifact. Raises ArtifactCorrupt if one lies elsewhere."""
     # where nothing is published, read_manifest says whether nothing lies there or something unfinished does
     kind = str(read_sealed(artifact / MANIFEST).get("kind")) if (artifact / MANIFEST).exists() else KINDS[0]
     if kind not in KINDS:
@@ -149,7 +152,8 @@ def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
     for name in sorted(read_manifest(artifact, kind)["files"]):
         place = PurePosixPath(name)
         if place.suffix == ".parquet":
-            found.setdefault(place.stem if len(place.parts) == 1 else place.parts[0], []).append(artifact / name)
+            table = place.stem if len(place.parts) == 1 else place.parts[0]
+            found.setdefault(table, []).append(inside(artifact, name))
     return {table: tuple(files) for table, files in found.items()}
 
 
@@ -176,9 +180,28 @@ def _refuse_clashes(views: Sequence[View], unnamed: Sequence[Path]) -> None:
         )
 
 
-def _path_list(paths: Sequence[Path]) -> str:
-    return f"[{', '.join(_quoted(str(path)) for path in paths)}]"
+def quote_identifier(name: str) -> str:
+    """Return the name of a table or schema as SQL has it, whatever it holds."""
+    return '"' + name.replace('"', '""') + '"'
 
 
-def _quoted(text: str) -> str:
+def quote_literal(text: str) -> str:
+    """Return a string as SQL has it, whatever it holds."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def _literals(texts: Sequence[str]) -> str:
+    return f"[{', '.join(map(quote_literal, texts))}]"
+
+
+def _rows(paths: Sequence[Path]) -> str:
+    """Return the SQL for the rows of files: of these alone, and with their own columns alone.
+
+    A folder called ``k=2`` would be taken for a partition, and add a column.
+    """
+    return f"read_parquet({_literals([_pattern(str(path.absolute())) for path in paths])}, hive_partitioning = false)"
+
+
+def _pattern(path: str) -> str:
+    """Return the pattern that only ``path`` fits."""
+    return re.sub(r"([*?\[])", r"[\1]", path)
