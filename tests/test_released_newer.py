@@ -13,7 +13,8 @@ from pipeline.blind.ledger import Ledger
 from pipeline.blind.study import LEDGER, BlindStudy
 from pipeline.cli import main
 from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, REQUEST, Draft, canonical_json, read_json, read_manifest, seal
+from storage.artifact import MANIFEST, REQUEST, canonical_json, read_json, read_manifest, seal
+from storage.draft import Draft
 from storage.errors import ArtifactMismatch
 from storage.formats import ARTIFACT_FORMATS
 from tests.released.values import artifacts, served_rows
