@@ -110,8 +110,9 @@ def discard(temporary: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` so that ``path`` holds either its old bytes or all the new ones, whatever happens.
 
-    Raises StorageFull if the disk refuses.
+    Raises StorageFull if the disk refuses, ArtifactMismatch if ``path`` is no regular file.
     """
+    refuse_replacing(path)
     temporary = temporary_path(path)
     try:
         _write_synced(temporary, data)
@@ -122,6 +123,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         if is_disk_refusal(error):
             raise storage_refused(error, path) from error
         raise
+
+
+def refuse_replacing(path: Path) -> None:
+    """Raise ArtifactMismatch if something else than a regular file would be replaced by one: a pipe, a device."""
+    if path.exists() and not path.is_file():
+        raise ArtifactMismatch(f"{path}: is no regular file, which one would take the place of; give another path")
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.artifact import is_disk_refusal, storage_refused, sync_directory
+from storage.artifact import is_disk_refusal, refuse_replacing, storage_refused, sync_directory
 from storage.errors import ArtifactCorrupt, ArtifactMissing
 from storage.names import inside, temporary_path
 
@@ -73,8 +73,9 @@ def write_table(
     """Write ``batches`` as one Parquet file at ``path``, holding one row group in memory; return the row count.
 
     ``path`` holds its old bytes or all the new ones. ``metadata`` is kept with the schema. Raises StorageFull if the
-    disk refuses; an exception of ``batches`` leaves nothing behind.
+    disk refuses, ArtifactMismatch if ``path`` is no regular file; an exception of ``batches`` leaves nothing behind.
     """
+    refuse_replacing(path)
     # Field names of the keys are sorted by us: Arrow keeps the order it is given.
     schema = schema.with_metadata(dict(sorted((metadata or {}).items())) or None)
     temporary = temporary_path(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,20 @@ def test_a_command_with_wrong_settings_makes_no_folder(
     name, *changes = refused
     assert command(capsys, *words(made, name), *changes, "--out", tmp_path / "new" / "place").code != 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["query", "query parquet", "pareto"])
+def test_an_answer_takes_the_place_of_no_pipe(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    command_name, *more = name.split()
+    os.mkfifo(tmp_path / "out.png")
+    before = (tmp_path / "out.png").stat()
+    formats = [word for one in more for word in ("--format", one)]
+    answer = command(capsys, *words(made, command_name), *formats, "--out", tmp_path / "out.png")
+    assert (answer.code, "out.png: is" in answer.err) == (1, True)
+    assert os.path.samestat((tmp_path / "out.png").stat(), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
 def test_a_refused_extension_leaves_a_cache_without_a_lock_as_it_was(made: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from storage.errors import ArtifactCorrupt, ArtifactMissing, StorageFull
+from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
 from storage.tables import column, describe, read_schema, read_table, write_table
 
 SCHEMA = pa.schema(
@@ -95,9 +95,9 @@ def test_a_column_that_may_not_be_null_is_refused_when_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_refuses_is_reported_with_the_path(tmp_path):
-    (tmp_path / "t.parquet").mkdir()  # the rename cannot replace it
-    with pytest.raises((StorageFull, IsADirectoryError)):
+def test_a_folder_in_the_place_of_a_table_is_reported_with_its_path(tmp_path):
+    (tmp_path / "t.parquet").mkdir()
+    with pytest.raises(ArtifactMismatch, match=r"t\.parquet: is no regular file"):
         write_table(tmp_path / "t.parquet", SCHEMA, [batch(0, 5)])
     assert [entry.name for entry in tmp_path.iterdir()] == ["t.parquet"]
 
