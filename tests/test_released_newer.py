@@ -117,7 +117,7 @@ def test_a_newer_epoch_is_not_served(place: Path) -> None:
 
 def test_a_newer_study_is_refused_and_nothing_is_added(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / LEDGER)
-    ledger.append("begin", subject={}, mode="blind", format=2)
+    ledger.append("begin", begins=True, subject={}, mode="blind", format=2)
     before = ledger.path.read_bytes()
     study = BlindStudy(tmp_path)
     for act in (study.entries, lambda: study.note("seen"), study.evidence):
