@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.architectures.base import Transcoder
-from training.entries import LargestPerRow, Selection
+from training.architectures.entries import LargestPerRow, Selection
 from training.kernels.adaptive import resolve_precision
 from training.kernels.pairs import Pairs, SparseEntries
 from training.kernels.select import Selector

@@ -22,7 +22,7 @@ from analysis.encoding import Coder, DenseEncoder, Encoder, expected_density, op
 from analysis.rows import RowBlock, TokenOrderSplit, iter_blocks
 from analysis.weight_space.unembedding import TokenEffects
 from storage.errors import ActionableError
-from training.batches import as_tensor
+from training.rows.batches import as_tensor
 
 PROBE_ROWS: Final = 1024
 """Rows on which the share of active pairs is measured."""

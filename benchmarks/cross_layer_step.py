@@ -16,12 +16,12 @@ from benchmarks.report import Report, parse_arguments
 from storage.cache_format import Site
 from storage.encodings import Side
 from storage.statistics import SiteStatistics
-from training.batches import Batch, SiteBatches
-from training.build import build_run
 from training.cross_layer.run import build_cross_layer
 from training.cross_layer.units import JOINED
 from training.kernels.adaptive import KernelKind
-from training.settings import TrainSettings
+from training.loop.build import build_run
+from training.loop.settings import TrainSettings
+from training.rows.batches import Batch, SiteBatches
 
 WIDTH, K = 576, 16
 SPARSE, DENSE, APART = "cross-layer, sparse", "cross-layer, dense bfloat16", "one transcoder a layer, sparse"

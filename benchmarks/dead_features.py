@@ -15,11 +15,11 @@ import torch
 
 from benchmarks.report import Report, parse_arguments
 from storage.activation_cache import open_cache
-from training.batches import CacheBatches, iter_once
-from training.build import build_run
-from training.evaluate import HeldoutScore, evaluate
-from training.row_source import CacheRows
-from training.settings import TrainSettings
+from training.loop.build import build_run
+from training.loop.evaluate import HeldoutScore, evaluate
+from training.loop.settings import TrainSettings
+from training.rows.batches import CacheBatches, iter_once
+from training.rows.row_source import CacheRows
 
 CACHE = Path("demo/tiny-layer2/cache")
 BATCH_ROWS = 1024

@@ -28,13 +28,13 @@ from storage.activation_cache import ActivationCache, open_cache
 from storage.cache_format import Site
 from storage.encodings import Side
 from storage.statistics import SiteStatistics
-from training.batches import Batch, CacheBatches, iter_once
-from training.build import build_run
-from training.evaluate import HeldoutScore, evaluate
+from training.architectures.transcoder import save_weights
 from training.kernels.adaptive import resolve_precision
-from training.run import TrainingRun
-from training.settings import TrainSettings
-from training.transcoder import save_weights
+from training.loop.build import build_run
+from training.loop.evaluate import HeldoutScore, evaluate
+from training.loop.run import TrainingRun
+from training.loop.settings import TrainSettings
+from training.rows.batches import Batch, CacheBatches, iter_once
 
 L0S = (16, 32, 64, 128)
 CPU = torch.device("cpu")

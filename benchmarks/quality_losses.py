@@ -28,7 +28,7 @@ from pipeline.recorded_model import RecordedModel, open_recorded_model, sample_c
 from pipeline.runs.sweep_table import FINISHED
 from storage.activation_cache import open_cache
 from storage.cache_format import Site
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 
 class Point(NamedTuple):

@@ -17,12 +17,12 @@ from benchmarks.report import Report, parse_arguments
 from benchmarks.train_step_ours import statistics_of
 from storage.cache_format import Site
 from training.architectures import TopK
-from training.batches import Batch
-from training.build import build_run
 from training.kernels.adaptive import DENSE_ABOVE, SPARSE_BELOW, KernelKind
 from training.kernels.kernel import Precision
-from training.run import TrainingRun
-from training.settings import TrainSettings
+from training.loop.build import build_run
+from training.loop.run import TrainingRun
+from training.loop.settings import TrainSettings
+from training.rows.batches import Batch
 
 L0S = (16, 32, 64, 128, 256, 512, 1024, 2048)
 Step = Callable[[], None]

@@ -18,9 +18,9 @@ from benchmarks.made_up_rows import SITE
 from pipeline.cli import main
 from pipeline.runs.training_rows import CacheSource
 from storage import orders
-from training.build import build_run
 from training.kernels.adaptive import resolve_precision
-from training.settings import TrainSettings
+from training.loop.build import build_run
+from training.loop.settings import TrainSettings
 
 
 class ReadCount:

@@ -13,11 +13,11 @@ from benchmarks.planted_rows import Planted
 from benchmarks.step_server import LEARNING_RATE, Task, serve
 from storage.cache_format import Site
 from storage.statistics import SiteStatistics
-from training.batches import Batch
-from training.build import build_run
 from training.kernels.adaptive import resolve_precision
-from training.run import TrainingRun
-from training.settings import TrainSettings
+from training.loop.build import build_run
+from training.loop.run import TrainingRun
+from training.loop.settings import TrainSettings
+from training.rows.batches import Batch
 
 N_STEPS = 10**6
 SITE = "planted"

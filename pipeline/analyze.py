@@ -55,7 +55,7 @@ from storage.formats import ARTIFACT_FORMATS
 from storage.names import remove_temporary
 from storage.settings import Quantity, Settings
 from storage.tables import read_table
-from training.transcoder import Transcoder
+from training.architectures.transcoder import Transcoder
 
 KIND = TABLES_KIND
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

@@ -51,7 +51,7 @@ from storage.draft import Draft
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Settings
 from storage.token_text import join_characters
-from training.transcoder import KIND as TRANSCODER_KIND
+from training.architectures.transcoder import KIND as TRANSCODER_KIND
 
 KIND = "circuit"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

@@ -37,10 +37,10 @@ from storage.errors import NonFiniteActivation, SettingsError, StorageFull
 from storage.formats import ARTIFACT_FORMATS
 from storage.names import inside
 from storage.settings import Quantity, Settings
-from training.checkpoint import Checkpoints
-from training.settings import TrainSettings
-from training.transcoder import CHECKPOINTS, describe_versions, load_transcoder, read_transcoder_manifest
-from training.transcoder import KIND as TRANSCODER
+from training.architectures.transcoder import CHECKPOINTS, describe_versions, load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import KIND as TRANSCODER
+from training.loop.checkpoint import Checkpoints
+from training.loop.settings import TrainSettings
 
 KIND = "transcoders"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

@@ -1,6 +1,6 @@
 """The stage ``pipeline train --cross-layer``: one transcoder over several layers of a published cache.
 
-The loop, its checkpoints and logs are those of every transcoder (``training.session``); only the rows are joined.
+The loop, its checkpoints and logs are those of every transcoder (``training.loop.session``); only the rows are joined.
 """
 
 from __future__ import annotations
@@ -23,24 +23,18 @@ from storage.activation_cache import ActivationCache, CacheSplit
 from storage.cache_format import Site
 from storage.draft import Draft
 from storage.errors import SettingsError
-from training.batches import Batch, SiteBatches, iter_sites_once
-from training.checkpoint import Checkpoints
-from training.cross_layer.artifact import (
-    FORMAT_VERSION,
-    KIND,
-    read_cross_layer_manifest,
-    rows_at_once,
-    score_layers,
-)
+from training.architectures.transcoder import CHECKPOINTS, describe_versions
+from training.cross_layer.artifact import FORMAT_VERSION, KIND, read_cross_layer_manifest, rows_at_once, score_layers
 from training.cross_layer.run import CrossLayerBuild, build_cross_layer, cross_layer_problems
 from training.cross_layer.units import JoinedBatches, JoinedRows
 from training.kernels.adaptive import resolve_precision
-from training.loggers import Logger
-from training.ordinary_rows import massive_warning
-from training.session import HeldoutBatches, Session
-from training.settings import TrainSettings
-from training.sweep import Member, train_together
-from training.transcoder import CHECKPOINTS, describe_versions
+from training.loop.checkpoint import Checkpoints
+from training.loop.loggers import Logger
+from training.loop.session import HeldoutBatches, Session
+from training.loop.settings import TrainSettings
+from training.loop.sweep import Member, train_together
+from training.rows.batches import Batch, SiteBatches, iter_sites_once
+from training.rows.ordinary_rows import massive_warning
 
 logger = logging.getLogger(__name__)
 

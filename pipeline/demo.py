@@ -18,7 +18,7 @@ from pipeline.samples.bundled_models import bundled_model
 from pipeline.samples.smollm2 import fetch_smollm2
 from pipeline.samples.speeches import fetch_sotu
 from storage.errors import ArtifactCorrupt
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 DemoModel = Literal["tiny", "smollm2"]
 Say = Callable[[str], None]

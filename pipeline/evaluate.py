@@ -33,8 +33,8 @@ from storage.errors import ArtifactMismatch, SettingsError
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Quantity, Settings
 from storage.tables import write_table
-from training.transcoder import KIND as TRANSCODER_KIND
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import KIND as TRANSCODER_KIND
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 KIND = "evaluation"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

@@ -28,7 +28,7 @@ from storage.draft import Draft
 from storage.errors import ArtifactMissing, SettingsError
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Quantity, Settings
-from training.transcoder import KIND as TRANSCODER_KIND
+from training.architectures.transcoder import KIND as TRANSCODER_KIND
 
 KIND = "export"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

@@ -21,11 +21,11 @@ from storage.artifact import checksum_file
 from storage.cache_format import Site
 from storage.draft import Draft
 from storage.errors import ArtifactMismatch, SettingsError
-from training.batches import iter_sites_once
+from training.architectures.transcoder import WEIGHTS, describe_versions, save_weights
 from training.cross_layer.artifact import FORMAT_VERSION, KIND, read_cross_layer_manifest, rows_at_once, score_layers
 from training.cross_layer.stack import CrossLayerTranscoder
 from training.cross_layer.units import JoinedRows, LayerUnits
-from training.transcoder import WEIGHTS, describe_versions, save_weights
+from training.rows.batches import iter_sites_once
 
 ORIGIN = "circuit-tracer"
 """The format such folders are in."""

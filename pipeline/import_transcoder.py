@@ -25,9 +25,7 @@ from storage.draft import Draft
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from storage.settings import Quantity, Settings
 from training.architectures.base import Transcoder
-from training.batches import iter_once
-from training.evaluate import HeldoutScore, evaluate, predictor
-from training.transcoder import (
+from training.architectures.transcoder import (
     FORMAT_VERSION,
     KIND,
     WEIGHTS,
@@ -36,6 +34,8 @@ from training.transcoder import (
     read_transcoder_manifest,
     save_weights,
 )
+from training.loop.evaluate import HeldoutScore, evaluate, predictor
+from training.rows.batches import iter_once
 
 Origin = Literal["saelens", "circuit-tracer", "sparsify", "dictionary-learning", "reference"]
 ORIGINS: dict[Origin, str] = {

@@ -50,8 +50,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _progress(draft: Path) -> dict[str, int]:
     """Return how far an unfinished cache or training run has come; nothing for what is made in one go."""
-    from training.checkpoint import Checkpoints  # loads torch, which no finished artifact needs to be shown
-    from training.transcoder import CHECKPOINTS
+    from training.architectures.transcoder import CHECKPOINTS
+    from training.loop.checkpoint import Checkpoints  # loads torch, which no finished artifact needs to be shown
 
     if (draft / CHECKPOINTS).is_dir():
         return {"steps kept": max(Checkpoints(draft / CHECKPOINTS).steps(), default=0)}

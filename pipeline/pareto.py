@@ -17,8 +17,8 @@ from pipeline.evaluate import KIND as EVALUATION
 from pipeline.runs.sweep_table import FINISHED
 from storage.artifact import MANIFEST, read_manifest, read_sealed
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from training.transcoder import KIND as TRANSCODER
-from training.transcoder import read_transcoder_manifest
+from training.architectures.transcoder import KIND as TRANSCODER
+from training.architectures.transcoder import read_transcoder_manifest
 
 logger = logging.getLogger(__name__)
 

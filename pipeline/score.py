@@ -30,7 +30,7 @@ from storage.errors import ArtifactMismatch, SettingsError, TextError
 from storage.tables import read_schema, read_table
 from storage.token_text import join_characters
 from training.architectures.base import Transcoder
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 CONTEXT_LENGTH = 1024
 """Tokens of a context unless asked otherwise: attention patterns take memory by the square of it."""

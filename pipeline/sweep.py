@@ -30,12 +30,12 @@ from storage.draft import Draft
 from storage.errors import NonFiniteActivation, SettingsError
 from storage.formats import ARTIFACT_FORMATS
 from storage.names import inside
-from training.checkpoint import Checkpoints
-from training.loggers import Logger
-from training.settings import TrainSettings
-from training.trainer import PeriodicHook
-from training.transcoder import CHECKPOINTS, describe_versions, read_transcoder_manifest
-from training.transcoder import KIND as TRANSCODER
+from training.architectures.transcoder import CHECKPOINTS, describe_versions, read_transcoder_manifest
+from training.architectures.transcoder import KIND as TRANSCODER
+from training.loop.checkpoint import Checkpoints
+from training.loop.loggers import Logger
+from training.loop.settings import TrainSettings
+from training.loop.trainer import PeriodicHook
 
 KIND = "sweep"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

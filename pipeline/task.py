@@ -54,8 +54,8 @@ from storage.errors import SettingsError
 from storage.formats import ARTIFACT_FORMATS
 from storage.settings import Settings
 from storage.tables import read_table, write_table
-from training.transcoder import KIND as TRANSCODER_KIND
-from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import KIND as TRANSCODER_KIND
+from training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 KIND = "task"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

@@ -24,12 +24,12 @@ from pipeline.runs.warm_start import WarmStart
 from storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from storage.draft import LOCK, Draft, Lock
 from storage.errors import ArtifactMismatch, SettingsError
-from training.checkpoint import Checkpoints
-from training.distributed import open_group
-from training.loggers import Logger
-from training.settings import TrainSettings
-from training.trainer import PeriodicHook
-from training.transcoder import CHECKPOINTS, KIND, read_transcoder_manifest
+from training.architectures.transcoder import CHECKPOINTS, KIND, read_transcoder_manifest
+from training.loop.checkpoint import Checkpoints
+from training.loop.distributed import open_group
+from training.loop.loggers import Logger
+from training.loop.settings import TrainSettings
+from training.loop.trainer import PeriodicHook
 
 
 @dataclass(frozen=True)

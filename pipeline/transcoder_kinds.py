@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from storage.artifact import MANIFEST, read_json
+from training.architectures.transcoder import read_transcoder_manifest
 from training.cross_layer.artifact import KIND, read_cross_layer_manifest
-from training.transcoder import read_transcoder_manifest
 
 
 def is_cross_layer(path: Path) -> bool:

@@ -16,7 +16,7 @@ from storage.draft import Draft
 from tests.circuit_runs import mlp_site, random_transcoder
 from tests.tiny_models import BOS, save_tiny_model
 from training.architectures import TopK
-from training.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
+from training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 
 PROMPT = "the man was with her and then they said what"
 SMALL = CircuitSettings(iterations=2, branches=4, max_features=40)

@@ -15,9 +15,9 @@ from storage.cache_format import Site
 from storage.draft import Draft
 from tests.layered_transcoders import MODEL, WIDTH, mlp_site
 from training.architectures import JumpReLU
+from training.architectures.transcoder import WEIGHTS, save_weights
 from training.cross_layer.artifact import FORMAT_VERSION, KIND
 from training.cross_layer.stack import CrossLayerTranscoder
-from training.transcoder import WEIGHTS, save_weights
 
 N_LAYERS, D_SAE = 3, 24
 INPUTS = torch.randn(200, N_LAYERS * WIDTH, generator=torch.Generator().manual_seed(5))

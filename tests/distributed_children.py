@@ -14,19 +14,19 @@ from torch import Tensor
 from tests.test_training_kernels import ARCHITECTURES, cast, random_batch, random_transcoder
 from tests.test_training_trainer import SITE, PlantedRows, build
 from training.architectures import Architecture, BatchTopK, JumpReLU, Matryoshka
-from training.auxiliary import AuxK, Ghost
-from training.batches import Batch, BatchStream, SiteBatches
-from training.dead_features import FiringRecord
-from training.distributed import DistributedStep, Group, RankBatches, open_group
-from training.ema import WeightAverage
-from training.follow import follow_first
+from training.architectures.objectives import VarianceObjective
+from training.dead_features.auxiliary import AuxK, Ghost
+from training.dead_features.record import FiringRecord
 from training.kernels.adaptive import AdaptiveStep
 from training.kernels.dense import DenseStep
 from training.kernels.kernel import ExtraLoss, StepKernel
 from training.kernels.sparse import SparseStep
-from training.objectives import VarianceObjective
-from training.optim import BlockedAdam
-from training.run import TrainingRun
+from training.loop.broadcast_run import follow_first
+from training.loop.distributed import DistributedStep, Group, RankBatches, open_group
+from training.loop.optim import BlockedAdam
+from training.loop.run import TrainingRun
+from training.loop.weight_average import WeightAverage
+from training.rows.batches import Batch, BatchStream, SiteBatches
 
 N_ROWS = 601
 """Odd, so that slices differ."""

@@ -16,7 +16,7 @@ from storage.cache_writer import UnitBuffer
 from storage.draft import Draft
 from tests.training_caches import random_rows
 from training.architectures.base import Architecture, Transcoder
-from training.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
+from training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 
 WIDTH = 8
 CONTEXT_LENGTH = 8

@@ -12,7 +12,7 @@ from pipeline.live.batches import LiveBatches
 from pipeline.live.opening import Opening
 from pipeline.live.settings import LiveSettings
 from tests.cache_jobs import CONTEXT_LENGTH, model_folder, text_file
-from training.batches import Batch
+from training.rows.batches import Batch
 
 BATCH_ROWS = 32
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from storage.cache_format import Site
 from storage.statistics import SiteStatistics
-from training.batches import Batch
-from training.build import build_run
-from training.resampling.settings import RowScorer
-from training.row_source import RowSource, SampledRows
-from training.run import TrainingRun
-from training.settings import TrainSettings
+from training.dead_features.resampling.settings import RowScorer
+from training.loop.build import build_run
+from training.loop.run import TrainingRun
+from training.loop.settings import TrainSettings
+from training.rows.batches import Batch
+from training.rows.row_source import RowSource, SampledRows
 
 D_IN, D_OUT, N_PLANTED = 12, 10, 24
 SITE = Site("planted", "hook_in", "hook_out", D_IN, D_OUT, "float32")

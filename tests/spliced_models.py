@@ -19,7 +19,7 @@ from storage.cache_format import Site
 from storage.draft import Draft
 from tests.tiny_models import save_tiny_model
 from training.architectures import TopK, Transcoder
-from training.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
+from training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 
 WIDTH = 16
 D_HEAD = 4

@@ -28,11 +28,11 @@ from storage.tables import read_table
 from tests.cache_jobs import CONTEXT_LENGTH, command, differing, model_folder, run_cache, text_file, tree
 from tests.cross_layer_transcoders import D_SAE, publish_cross_layer, random_cross_layer
 from tests.spliced_models import WIDTH, publish_transcoder, random_transcoder
+from training.architectures.transcoder import load_transcoder
 from training.cross_layer.artifact import load_cross_layer
 from training.cross_layer.layers import load_layers, split_layers
 from training.cross_layer.stack import CrossLayerTranscoder
 from training.cross_layer.summed import load_summed_layer
-from training.transcoder import load_transcoder
 
 SETTINGS = AnalyzeSettings(split="train", examples=2)
 NAMES = ("layer0", "layer1")

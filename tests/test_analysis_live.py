@@ -17,7 +17,7 @@ from storage.artifact import verify_artifact
 from storage.errors import ActionableError, ModelError, SettingsError, TextError
 from storage.tables import read_table
 from tests.cache_jobs import CONTEXT_LENGTH, model_folder, run_cache, text_file
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 TEXT: dict[str, Any] = {"context_length": CONTEXT_LENGTH, "contexts_per_batch": 4}
 SETTINGS: dict[str, Any] = {"rows": 450, "examples": 3, "window_before": 3, "window_after": 3, "block_rows": 64}

@@ -25,8 +25,8 @@ from storage.names import temporary_path
 from storage.tables import read_table
 from tests.synthetic_cache import write_synthetic_cache
 from training.architectures import TopK
-from training.settings import TrainSettings
-from training.transcoder import load_transcoder
+from training.architectures.transcoder import load_transcoder
+from training.loop.settings import TrainSettings
 
 SETTINGS = AnalyzeSettings(examples=5, window_before=4, window_after=2, block_rows=50, without_model=True)
 FILES = [f"{name}.parquet" for name in ("features", "examples", "rows", "coactivation", "layers")]

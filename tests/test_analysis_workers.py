@@ -11,7 +11,7 @@ from pipeline.analyze import AnalyzeSettings
 from storage.errors import SettingsError
 from tests.synthetic_cache import write_synthetic_cache
 from training.architectures import BatchTopK
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 SETTINGS = AnalyzeSettings(examples=5, window_before=4, window_after=2, block_rows=50, without_model=True)
 

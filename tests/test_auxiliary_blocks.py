@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from tests.test_auxiliary_losses import build, record, trace_of
 from tests.test_training_architectures import random_tensor, random_transcoder
 from training.architectures import TopK, Transcoder
-from training.auxiliary import Auxiliary, AuxK, Ghost
-from training.batches import Batch
+from training.architectures.objectives import VarianceObjective
+from training.dead_features.auxiliary import Auxiliary, AuxK, Ghost
 from training.kernels.dense import DenseStep
 from training.kernels.sparse import SparseStep
-from training.objectives import VarianceObjective
+from training.rows.batches import Batch
 
 N_ROWS, D_IN, D_OUT, D_SAE = 101, 6, 5, 64
 DEAD = [*range(0, D_SAE, 3), 1, 2]
@@ -40,8 +40,8 @@ def computed(
     monkeypatch: pytest.MonkeyPatch, *, rows_per_block: int = N_ROWS, element_size: int = 8, pairs_above: int
 ) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr("training.auxiliary.term.BLOCK_BYTES", rows_per_block * len(DEAD) * element_size)
-        patch.setattr("training.auxiliary.auxk.PAIRS_ABOVE", pairs_above)
+        patch.setattr("training.dead_features.auxiliary.term.BLOCK_BYTES", rows_per_block * len(DEAD) * element_size)
+        patch.setattr("training.dead_features.auxiliary.auxk.PAIRS_ABOVE", pairs_above)
         yield
 
 

@@ -21,17 +21,17 @@ from tests.test_training_architectures import (
 )
 from training.architectures import ReLU, TopK, Transcoder
 from training.architectures.base import Trace
-from training.auxiliary import Auxiliary, AuxK, Ghost
-from training.auxiliary.auxk import AuxKLoss
-from training.auxiliary.ghost import GhostLoss, Rescale
-from training.batches import Batch
-from training.dead_features import FiringRecord
-from training.entries import DenseEntries
+from training.architectures.entries import DenseEntries
+from training.architectures.objectives import Objective, ReferenceObjective, VarianceObjective
+from training.dead_features.auxiliary import Auxiliary, AuxK, Ghost
+from training.dead_features.auxiliary.auxk import AuxKLoss
+from training.dead_features.auxiliary.ghost import GhostLoss, Rescale
+from training.dead_features.record import FiringRecord
 from training.kernels.dense import DenseStep
 from training.kernels.kernel import ExtraLoss
 from training.kernels.sparse import SparseStep
-from training.objectives import Objective, ReferenceObjective, VarianceObjective
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
+from training.rows.batches import Batch
 
 BOTH: list[Auxiliary] = [Ghost(), Ghost(ghost_rescale="elementwise"), AuxK(aux_k=2), AuxK()]
 

@@ -20,7 +20,7 @@ from storage.artifact import verify_artifact
 from storage.errors import NonFiniteActivation, SettingsError, StorageFull
 from storage.tables import describe, read_schema
 from tests.cache_jobs import differing, model_folder, text_file, tree
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 SETTINGS = CircuitsModelSettings(
     model=str(model_folder()),
@@ -113,7 +113,7 @@ def test_interrupted_and_run_again_in_other_groups_it_ends_with_the_same_bytes(
 def test_a_layer_that_diverges_is_marked_and_the_others_are_published(
     made: circuits_model.CircuitsModelResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.run import TrainingRun
+    from training.loop.run import TrainingRun
 
     state_tensors = TrainingRun.state_tensors
 

@@ -24,7 +24,7 @@ from storage.draft import Draft
 from storage.errors import ArtifactMismatch
 from tests.circuit_places import PROMPT, SMALL, Place, given, run_command
 from tests.tiny_models import BOS, EOS, save_tiny_model
-from training.transcoder import KIND
+from training.architectures.transcoder import KIND
 
 
 @pytest.fixture(scope="module")

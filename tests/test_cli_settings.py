@@ -16,7 +16,7 @@ from pipeline.options import read_settings, settings_options
 from storage.errors import SettingsError
 from storage.settings import Settings
 from tests.cache_jobs import command
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 
 def given(settings: type[Settings], *arguments: str) -> dict[str, Any]:

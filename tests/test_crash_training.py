@@ -14,7 +14,7 @@ from pipeline import train
 from tests.cache_jobs import Kill, count_renames, die_at, differing
 from tests.test_training_resume import CHECKPOINT_STEPS, SETTINGS, results
 from tests.training_caches import small_cache
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 N_KILLS = 3
 

@@ -22,7 +22,7 @@ from tests.cache_jobs import CONTEXT_LENGTH, model_folder, run_cache
 from tests.spliced_models import WIDTH, publish_transcoder, random_transcoder
 from tests.training_caches import publish_cache, random_rows
 from training.cross_layer.artifact import load_cross_layer
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 SETTINGS = EvaluateSettings(contexts=3, contexts_per_batch=2)
 N_LAYERS = 2

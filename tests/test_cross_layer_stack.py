@@ -8,16 +8,16 @@ from torch import Tensor
 
 from training.architectures.batch_topk import BatchTopK
 from training.architectures.jumprelu import JumpReLU
+from training.architectures.objectives import VarianceObjective
 from training.architectures.relu import ReLU
-from training.batches import Batch
 from training.cross_layer.sparse import SparseStackStep
 from training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
 from training.cross_layer.units import LayerUnits
 from training.kernels.dense import DenseStep
 from training.kernels.kernel import Precision
-from training.normalisation import Normalisation
-from training.objectives import VarianceObjective
-from training.optim import BlockedAdam, Optimiser, TorchOptimiser
+from training.loop.optim import BlockedAdam, Optimiser, TorchOptimiser
+from training.rows.batches import Batch
+from training.rows.normalisation import Normalisation
 
 N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES, N_ROWS = 3, 4, 5, 6, 40
 SIZES = (N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES)

@@ -20,11 +20,11 @@ from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, SettingsError
 from tests.cache_jobs import command
 from tests.training_caches import publish_cache, random_rows
+from training.architectures.transcoder import load_transcoder
 from training.cross_layer import artifact
 from training.cross_layer.artifact import load_cross_layer
 from training.cross_layer.stack import Stack
-from training.settings import TrainSettings
-from training.transcoder import load_transcoder
+from training.loop.settings import TrainSettings
 
 N_TRAIN, N_HELDOUT = 1280, 192
 SETTINGS: dict[str, Any] = {

@@ -20,7 +20,7 @@ from storage.errors import ArtifactMismatch, SettingsError
 from storage.tables import describe, read_schema, read_table
 from tests.cache_jobs import CONTEXT_LENGTH, command, model_folder, run_cache
 from tests.spliced_models import WIDTH, publish_transcoder, random_transcoder
-from training.transcoder import load_transcoder
+from training.architectures.transcoder import load_transcoder
 
 SETTINGS = EvaluateSettings(contexts=3, contexts_per_batch=2)
 

@@ -31,7 +31,7 @@ from tests.cross_layer_transcoders import (
 from tests.layered_transcoders import MODEL, WIDTH, mlp_site, publish_transcoder, random_transcoder
 from tests.tiny_models import save_tiny_model
 from training.architectures import JumpReLU
-from training.transcoder import read_transcoder_manifest
+from training.architectures.transcoder import read_transcoder_manifest
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # one rounding of float32 per product of width 8 and 24
 

@@ -11,8 +11,8 @@ from pipeline.exports.jump_form import jump_form
 from storage.activation_cache import open_cache
 from tests.layered_transcoders import mlp_site, publish_site_cache, random_transcoder
 from training.architectures import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from training.batches import iter_once
-from training.evaluate import evaluate, predictor
+from training.loop.evaluate import evaluate, predictor
+from training.rows.batches import iter_once
 
 SITE = mlp_site(0, d_in=8, d_out=5)
 INPUTS = torch.randn(500, 8, generator=torch.Generator().manual_seed(3)) * 2

@@ -18,7 +18,7 @@ from tests.cache_jobs import PLACE, command, model_folder, run_cache, text_file
 from tests.dashboard_tables import make_tables
 from tests.tables_by_hand import example_row, feature_row, publish_tables
 from training.architectures import TopK
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 TRAINING = TrainSettings(architecture=TopK(k=3), site="layer0", d_sae=24, steps=2, batch_rows=32)
 Snapshot = dict[str, tuple[int, bytes | None]]

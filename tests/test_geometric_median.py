@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from storage.errors import NonFiniteActivation
-from training.geometric_median import geometric_median
+from training.rows.geometric_median import geometric_median
 
 GOLDEN = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
 

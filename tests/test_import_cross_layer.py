@@ -33,8 +33,8 @@ from tests.cross_layer_transcoders import (
     random_cross_layer,
 )
 from tests.layered_transcoders import MODEL, mlp_site, publish_site_cache
-from training.batches import iter_sites_once
 from training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
+from training.rows.batches import iter_sites_once
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 SITES = [mlp_site(layer) for layer in range(N_LAYERS)]

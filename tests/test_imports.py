@@ -32,9 +32,9 @@ from tests.layered_transcoders import (
 )
 from tests.synthetic_cache import write_synthetic_cache
 from training.architectures import BatchTopK, JumpReLU, ReLU, TopK
-from training.batches import iter_once
-from training.evaluate import evaluate, predictor
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from training.loop.evaluate import evaluate, predictor
+from training.rows.batches import iter_once
 
 INPUTS = torch.randn(200, 8, generator=torch.Generator().manual_seed(5))
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}

@@ -32,8 +32,8 @@ from tests.layered_transcoders import (
 )
 from tests.tables_by_hand import dead_row, example_row, feature_row, publish_tables
 from training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from training.architectures.transcoder import load_transcoder
 from training.cross_layer.artifact import load_cross_layer
-from training.transcoder import load_transcoder
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from storage.activation_cache import open_cache
 from storage.errors import NonFiniteActivation, OutOfMemoryError, SettingsError
 from tests.cache_jobs import CONTEXT_LENGTH, run_cache
 from tests.spliced_models import random_transcoder
-from training.trainer import PeriodicHook
+from training.loop.trainer import PeriodicHook
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pipeline.pareto_plot import COLOURS, style, table, write_plot
 from pipeline.runs.sweep_grid import expand, read_grid
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tests.cache_jobs import command, run_cache
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 BASE: dict[str, Any] = {"d_sae": 24, "steps": 6, "batch_rows": 64, "lr": 1e-2, "architecture": {"kind": "topk", "k": 2}}
 

@@ -13,7 +13,7 @@ from pipeline import cache, train
 from pipeline.caching.settings import CacheSettings
 from pipeline.cli import COMMANDS, cli
 from pipeline.samples.bundled_models import bundled_model
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -23,7 +23,7 @@ from storage.artifact import MANIFEST, read_json
 from tests.released.recipe import STEPS, Step
 from tests.released.runner import run
 from tests.released.values import VALUES, Values, artifacts, is_inside, read_values
-from training.transcoder import read_transcoder_manifest
+from training.architectures.transcoder import read_transcoder_manifest
 
 RELEASES = sorted(path.parent for path in Path(__file__).parent.glob(f"released/*/{VALUES}"))
 ROUNDING = 1e-3

@@ -13,11 +13,11 @@ from torch import Tensor
 from storage.errors import NonFiniteActivation, SettingsError
 from tests.resampled_runs import D_IN, SAE_SITE, PlantedSource, build, kill, take_steps
 from tests.test_training_architectures import SMALL
-from training.resampling.draw import draw_distinct, draw_repeated
-from training.resampling.resampler import PeriodicResampler
-from training.row_source import SampledRows
-from training.run import TrainingRun
-from training.settings import TrainSettings
+from training.dead_features.resampling.draw import draw_distinct, draw_repeated
+from training.dead_features.resampling.resampler import PeriodicResampler
+from training.loop.run import TrainingRun
+from training.loop.settings import TrainSettings
+from training.rows.row_source import SampledRows
 
 ANTHROPIC = {"kind": "anthropic", "resample_every": 10, "resample_window": 5, "resample_rows": 300}
 L2 = {**ANTHROPIC, "kind": "l2"}

@@ -10,8 +10,8 @@ import torch
 
 from storage.activation_cache import open_cache
 from tests.training_caches import CONTEXT_LENGTH, publish_cache, small_cache
-from training.batches import CacheBatches
-from training.row_source import CacheRows
+from training.rows.batches import CacheBatches
+from training.rows.row_source import CacheRows
 
 N_ROWS = 640
 """Two full units of 256 rows and a short one."""

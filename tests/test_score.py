@@ -26,7 +26,7 @@ from storage.tables import write_table
 from tests.cache_jobs import model_folder, run_cache
 from tests.spliced_models import publish_transcoder, random_transcoder
 from training.architectures import ReLU
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 LAYER = 1
 

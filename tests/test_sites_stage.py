@@ -26,7 +26,7 @@ from tests.cache_jobs import (
     text_file,
     tree,
 )
-from training.transcoder import load_transcoder
+from training.architectures.transcoder import load_transcoder
 
 Z = "blocks.1.attn.hook_z"
 HOOKS = {

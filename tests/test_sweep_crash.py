@@ -19,8 +19,8 @@ from tests.cache_jobs import Kill, count_renames, die_at, differing
 from tests.test_training_resume import results
 from tests.training_caches import small_cache
 from training.architectures import Transcoder
-from training.checkpoint import Checkpoint, Checkpoints
-from training.settings import TrainSettings
+from training.loop.checkpoint import Checkpoint, Checkpoints
+from training.loop.settings import TrainSettings
 
 CHECKPOINT_STEPS = 4
 BASE: dict[str, Any] = {

@@ -23,8 +23,8 @@ from storage.tables import describe, read_schema, read_table
 from tests.cache_jobs import command
 from tests.test_training_resume import results
 from tests.training_caches import publish_cache, random_rows, small_cache
-from training.settings import TrainSettings
-from training.transcoder import load_transcoder
+from training.architectures.transcoder import load_transcoder
+from training.loop.settings import TrainSettings
 
 BASE: dict[str, Any] = {
     "architecture": {"kind": "topk", "k": 3},

@@ -21,15 +21,15 @@ from training.architectures import (
     Transcoder,
 )
 from training.architectures.batch_topk import BatchTopKTranscoder
+from training.architectures.entries import DenseEntries
 from training.architectures.gated import GatedTranscoder
 from training.architectures.jumprelu import JumpReLUTranscoder
+from training.architectures.objectives import Objective, ReferenceObjective, VarianceObjective
 from training.architectures.relu import ReLUTranscoder
-from training.batches import Batch
-from training.entries import DenseEntries
-from training.initialise import initialise, random_directions
 from training.kernels.dense import DenseStep
-from training.normalisation import Normalisation
-from training.objectives import Objective, ReferenceObjective, VarianceObjective
+from training.loop.initialise import initialise, random_directions
+from training.rows.batches import Batch
+from training.rows.normalisation import Normalisation
 
 SMALL: dict[str, Architecture] = {
     "relu": ReLU(l1=0.3),

@@ -15,9 +15,9 @@ from torch import Tensor
 from storage.errors import SettingsError
 from tests.distributed_children import KERNELS, WHOLE_RUNS, cases, load_results, take_step, train_planted
 from tests.test_training_trainer import PlantedRows
-from training.distributed import RankBatches, SharedBatch, open_group
 from training.kernels.dense import DenseStep
-from training.whole_batch import ALONE
+from training.loop.distributed import RankBatches, SharedBatch, open_group
+from training.rows.whole_batch import ALONE
 
 WORLD = 2
 

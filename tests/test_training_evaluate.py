@@ -13,9 +13,9 @@ from torch import Tensor
 from storage.activation_cache import open_cache
 from storage.bfloat16 import float32_to_bits
 from tests.training_caches import publish_cache, random_rows, small_cache
-from training.batches import Batch, CacheBatches, as_tensor, iter_once
-from training.dead_features import FiringRecord
-from training.evaluate import evaluate
+from training.dead_features.record import FiringRecord
+from training.loop.evaluate import evaluate
+from training.rows.batches import Batch, CacheBatches, as_tensor, iter_once
 
 
 def predict_zero(inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from storage.errors import SettingsError
 from tests.resampled_runs import D_IN, D_OUT, SAE_SITE, PlantedSource, build, planted_rows, statistics_of
-from training.geometric_median import geometric_median
+from training.rows.geometric_median import geometric_median
 
 RELU = {"kind": "relu", "input_bias": True}
 

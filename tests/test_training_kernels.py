@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK, Transcoder
-from training.batches import Batch
-from training.ema import WeightAverage
-from training.entries import Above, LargestOfBatch, LargestPerRow, Selection, restrict
+from training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection, restrict
+from training.architectures.objectives import VarianceObjective
 from training.kernels.adaptive import AdaptiveStep
 from training.kernels.dense import DenseStep
 from training.kernels.kernel import Precision
 from training.kernels.select import Selector, round_rows
 from training.kernels.sparse import SparseStep
-from training.objectives import VarianceObjective
-from training.optim import BlockedAdam, Optimiser, TorchOptimiser, build_optimiser
+from training.loop.optim import BlockedAdam, Optimiser, TorchOptimiser, build_optimiser
+from training.loop.weight_average import WeightAverage
+from training.rows.batches import Batch
 
 D_IN, D_OUT, D_SAE, ROWS = 24, 20, 300, 700
 

@@ -23,10 +23,10 @@ from tests.cache_jobs import command, differing, model_folder, run_cache, text_f
 from tests.live_runs import live_settings
 from tests.test_training_resume import results
 from training.architectures import Transcoder
-from training.build import build_run
+from training.architectures.transcoder import load_transcoder
 from training.kernels.adaptive import resolve_precision
-from training.settings import TrainSettings
-from training.transcoder import load_transcoder
+from training.loop.build import build_run
+from training.loop.settings import TrainSettings
 
 BASE: dict[str, Any] = {
     "architecture": {"kind": "topk", "k": 4},

@@ -11,7 +11,7 @@ from pipeline import sweep, train
 from pipeline.live.asked_sites import names_asked_for
 from storage.errors import SettingsError, TextError
 from tests.live_runs import live_settings
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 BASE: dict[str, Any] = {"architecture": {"kind": "topk", "k": 4}, "d_sae": 32, "steps": 1, "batch_rows": 32}
 

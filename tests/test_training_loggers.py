@@ -16,12 +16,12 @@ import torch
 from storage.cache_format import Site
 from storage.errors import SettingsError
 from tests.test_training_trainer import PlantedRows, statistics_of
-from training.build import build_run
-from training.firing_frequency import EDGES
-from training.loggers import Logger, Loggers, TensorBoardLogger, WandbLogger, build_loggers
-from training.run_log import RunLog
-from training.session import Session
-from training.settings import TrainSettings
+from training.loop.build import build_run
+from training.loop.firing_frequency import EDGES
+from training.loop.loggers import Logger, Loggers, TensorBoardLogger, WandbLogger, build_loggers
+from training.loop.run_log import RunLog
+from training.loop.session import Session
+from training.loop.settings import TrainSettings
 
 SITE = Site("planted", "hook", "hook", 16, 16, "float32")
 

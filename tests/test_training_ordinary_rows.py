@@ -18,12 +18,12 @@ from storage.encodings import Side
 from storage.errors import SettingsError
 from storage.statistics import SiteStatistics
 from tests.training_caches import publish_cache, random_rows
-from training.batches import Batch
-from training.build import build_run
-from training.ordinary_rows import OrdinaryRows
-from training.row_source import CacheRows, SampledRows
-from training.run import TrainingRun
-from training.settings import TrainSettings
+from training.loop.build import build_run
+from training.loop.run import TrainingRun
+from training.loop.settings import TrainSettings
+from training.rows.batches import Batch
+from training.rows.ordinary_rows import OrdinaryRows
+from training.rows.row_source import CacheRows, SampledRows
 
 N_TRAIN, N_HELDOUT = 640, 96
 IS_MASSIVE = slice(None, None, 80)
@@ -156,7 +156,7 @@ def test_ordinary_rows_are_learnt_where_massive_ones_would_decide_everything(
     assert manifest["learnt_from"]["longest_out"] < 1000
     assert json.loads((whole / "manifest.json").read_text())["learnt_from"] is None
     # Without the setting the same rows are predicted worse than by their mean: FVU from its definition, in float64.
-    from training.transcoder import load_transcoder
+    from training.architectures.transcoder import load_transcoder
 
     inputs, outputs = (np.delete(side, np.arange(N_HELDOUT)[IS_MASSIVE], axis=0) for side in rows(2, N_HELDOUT))
     spread = ((outputs - outputs.mean(axis=0, dtype=np.float64)) ** 2).sum()

@@ -16,9 +16,9 @@ from storage.artifact import MANIFEST
 from storage.errors import ArtifactCorrupt
 from tests.training_caches import small_cache
 from training.architectures import Transcoder
-from training.checkpoint import Checkpoint, Checkpoints
-from training.settings import TrainSettings
-from training.transcoder import CHECKPOINTS
+from training.architectures.transcoder import CHECKPOINTS
+from training.loop.checkpoint import Checkpoint, Checkpoints
+from training.loop.settings import TrainSettings
 
 N_STEPS = 40
 CHECKPOINT_STEPS = 6
@@ -37,9 +37,9 @@ SETTINGS = {
 CHILD = f"""
 import os, signal, sys
 from pathlib import Path
-import training.transcoder
+import training.architectures.transcoder
 from pipeline.train import run
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 cache, output, kill_step, kill_checkpoint = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 
@@ -47,7 +47,7 @@ def kill(step, transcoder):
     if step == kill_step:
         os.kill(os.getpid(), signal.SIGKILL)
 
-save_file = training.transcoder.save_file
+save_file = training.architectures.transcoder.save_file
 
 def save_half(tensors, path, metadata):
     save_file(tensors, path, metadata)
@@ -55,7 +55,7 @@ def save_half(tensors, path, metadata):
         os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-training.transcoder.save_file = save_half
+training.architectures.transcoder.save_file = save_half
 settings = TrainSettings.read({SETTINGS!r})
 run(settings, cache=cache, output=output, quiet=True, checkpoint_steps={CHECKPOINT_STEPS}, hooks=[(1, kill)])
 strangers = {{"transformers", "transformer_lens", "datasets"}} & sys.modules.keys()

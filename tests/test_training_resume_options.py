@@ -11,7 +11,7 @@ from pipeline.train import run
 from tests.test_training_resume import results
 from tests.training_caches import small_cache
 from training.architectures import ARCHITECTURES, Transcoder
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 N_STEPS = 23
 EVERYTHING: dict[str, Any] = {

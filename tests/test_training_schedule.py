@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from storage.errors import SettingsError
-from training.schedule import Schedule
-from training.settings import TrainSettings
+from training.architectures.schedule import Schedule
+from training.loop.settings import TrainSettings
 
 
 def factors(schedule: Schedule, n: int) -> list[float]:

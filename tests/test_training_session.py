@@ -20,12 +20,12 @@ from tests import resampled_runs
 from tests.test_training_trainer import PlantedRows, build
 from tests.training_caches import publish_cache, random_rows, small_cache
 from training.architectures import TopK
-from training.batches import iter_once
-from training.evaluate import evaluate, predictor
-from training.resampling.settings import ResampledRun
-from training.session import N_RESAMPLED, Session, log_sparsity_name
-from training.settings import TrainSettings
-from training.transcoder import load_transcoder
+from training.architectures.transcoder import load_transcoder
+from training.dead_features.resampling.settings import ResampledRun
+from training.loop.evaluate import evaluate, predictor
+from training.loop.session import N_RESAMPLED, Session, log_sparsity_name
+from training.loop.settings import TrainSettings
+from training.rows.batches import iter_once
 
 QUICK: dict[str, Any] = {
     "architecture": {"kind": "relu", "l1": 0.02},

@@ -26,10 +26,10 @@ from storage.errors import (
 )
 from tests.training_caches import publish_cache, random_rows, small_cache
 from training.architectures import Transcoder
-from training.batches import iter_once
-from training.evaluate import evaluate, predictor
-from training.settings import TrainSettings
-from training.transcoder import load_transcoder, write_tensors
+from training.architectures.transcoder import load_transcoder, write_tensors
+from training.loop.evaluate import evaluate, predictor
+from training.loop.settings import TrainSettings
+from training.rows.batches import iter_once
 
 QUICK: dict[str, Any] = {
     "architecture": {"kind": "topk", "k": 2},

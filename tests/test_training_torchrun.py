@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training_caches import small_cache
-from training.transcoder import read_transcoder_manifest
+from training.architectures.transcoder import read_transcoder_manifest
 
 PIPELINE = Path(sys.executable).parent / "pipeline"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

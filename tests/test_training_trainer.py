@@ -15,14 +15,14 @@ from storage.cache_format import Site
 from storage.errors import NonFiniteActivation, SettingsError
 from storage.statistics import SiteStatistics
 from training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from training.batches import Batch
-from training.build import build_run
 from training.kernels.adaptive import resolve_precision
-from training.metrics import JsonLines
-from training.run import TrainingRun
-from training.session import snapshot_steps
-from training.settings import TrainSettings
-from training.trainer import Duty, Lane, every, train
+from training.loop.build import build_run
+from training.loop.metrics import JsonLines
+from training.loop.run import TrainingRun
+from training.loop.session import snapshot_steps
+from training.loop.settings import TrainSettings
+from training.loop.trainer import Duty, Lane, every, train
+from training.rows.batches import Batch
 
 WIDTH = 16
 N_PLANTED = 32

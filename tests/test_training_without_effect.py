@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import train
 from tests.training_caches import small_cache
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 
 def sentences(**settings: object) -> str:

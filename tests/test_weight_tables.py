@@ -26,7 +26,7 @@ from storage.errors import ArtifactMismatch, ModelError, SettingsError
 from storage.tables import read_table
 from tests.cache_jobs import model_folder, run_cache
 from tests.spliced_models import D_HEAD, WIDTH, publish_transcoder, random_transcoder, tiny_model
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 N_HEADS = 4
 HOOKS = ("blocks.0.attn.hook_z[2]", "blocks.0.attn.hook_q")

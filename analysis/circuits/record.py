@@ -22,7 +22,7 @@ from analysis.model_weights import AttentionWeights, ModelWeights, Norm
 from storage.cache_format import Site
 from storage.errors import ModelError
 from storage.hook_names import HookName
-from training.transcoder import Transcoder
+from training.architectures.transcoder import Transcoder
 
 _TOLERANCES = {torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """Of a token's norm, for a part put together from its pieces; room for the rounding of a whole sublayer."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from analysis.circuits.operators import apply_norm
 from analysis.model_weights import LayerWeights, ModelWeights
+from training.architectures.transcoder import Transcoder
 from training.cross_layer.layers import StackedLayer
-from training.transcoder import Transcoder
 
 
 class Part(StrEnum):

@@ -30,7 +30,7 @@ from pipeline.worker_processes import open_workers
 from storage.activation_cache import open_cache
 from storage.artifact import make_directory
 from storage.errors import SettingsError
-from training.transcoder import Transcoder
+from training.architectures.transcoder import Transcoder
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from pipeline.transcoder_kinds import is_cross_layer
 from storage.errors import SettingsError
+from training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 from training.cross_layer.artifact import read_cross_layer_manifest, sites_of
 from training.cross_layer.summed import load_summed_layer
-from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 
 @dataclass(frozen=True)

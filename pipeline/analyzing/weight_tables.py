@@ -27,7 +27,7 @@ from pipeline.model.weights import read_weights
 from pipeline.transcoder_kinds import is_cross_layer
 from storage.errors import ActionableError, ArtifactMismatch, SettingsError
 from storage.tables import write_table
-from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 CONNECTIONS = "connections.parquet"
 

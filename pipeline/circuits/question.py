@@ -11,7 +11,7 @@ from analysis.circuits.record import mlp_layer
 from pipeline.model.language_model import LanguageModel
 from storage.cache_format import Site
 from storage.errors import SettingsError
-from training.transcoder import read_transcoder_manifest
+from training.architectures.transcoder import read_transcoder_manifest
 
 
 @dataclass(frozen=True)

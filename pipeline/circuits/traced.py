@@ -12,9 +12,9 @@ from pipeline.circuits.question import transcoder_sites
 from pipeline.transcoder_kinds import is_cross_layer
 from storage.cache_format import Site
 from storage.errors import SettingsError
+from training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 from training.cross_layer.artifact import read_cross_layer_manifest, sites_of
 from training.cross_layer.layers import load_layers
-from training.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 
 @dataclass(frozen=True)

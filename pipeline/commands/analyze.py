@@ -16,7 +16,7 @@ from pipeline.live.token_order import FreshText
 from pipeline.options import read_settings, read_settings_together, settings_options
 from pipeline.transcoder_kinds import is_cross_layer
 from storage.errors import SettingsError
-from training.transcoder import KIND
+from training.architectures.transcoder import KIND
 
 
 @click.command("analyze")

@@ -11,7 +11,7 @@ from pipeline.commands import options
 from pipeline.feature_selection import parse_features
 from pipeline.scoring import pictures as score_pictures
 from pipeline.scoring.text import show
-from training.transcoder import read_transcoder_manifest
+from training.architectures.transcoder import read_transcoder_manifest
 
 
 @click.command("score")

@@ -21,8 +21,8 @@ from pipeline.sweep import SweepResult
 from storage.errors import SettingsError
 from storage.settings import Settings
 from training.cross_layer.artifact import read_cross_layer_manifest
-from training.loggers import build_loggers
-from training.settings import TrainSettings
+from training.loop.loggers import build_loggers
+from training.loop.settings import TrainSettings
 
 YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 

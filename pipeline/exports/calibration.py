@@ -19,8 +19,8 @@ from pipeline.exports.jump_form import JumpForm, jump_form
 from storage.activation_cache import ActivationCache
 from storage.cache_format import Site
 from training.architectures.base import Transcoder
-from training.batches import iter_once
-from training.evaluate import Predictor, evaluate, predictor
+from training.loop.evaluate import Predictor, evaluate, predictor
+from training.rows.batches import iter_once
 
 BLOCK_ROWS = 1024
 """Rows encoded at once: memory is this times d_sae times 4 bytes, three times over."""

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.exports.hooks import LayerHooks, layer_hooks
 from storage.errors import SettingsError
 from training.architectures.base import Transcoder
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 
 @dataclass(frozen=True)

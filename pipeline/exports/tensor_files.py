@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from storage.artifact import write_atomically
-from training.transcoder import write_tensors
+from training.architectures.transcoder import write_tensors
 
 __all__ = ["write_json", "write_tensors"]
 

@@ -19,10 +19,10 @@ from storage.activation_cache import ActivationCache
 from storage.encodings import Side
 from storage.statistics import MASSIVE_SHARE, SiteStatistics
 from storage.tables import column, read_table, write_table
-from training.batches import iter_once
-from training.evaluate import evaluate, predictor
-from training.ordinary_rows import OrdinaryRows
-from training.transcoder import Transcoder
+from training.architectures.transcoder import Transcoder
+from training.loop.evaluate import evaluate, predictor
+from training.rows.batches import iter_once
+from training.rows.ordinary_rows import OrdinaryRows
 
 LAYERS = "layers.parquet"
 ORDINARY_NORMS = 10.0

@@ -36,7 +36,7 @@ from storage.cache_format import Site
 from storage.encodings import Side
 from storage.errors import SettingsError
 from storage.statistics import SiteStatistics
-from training.batches import Batch
+from training.rows.batches import Batch
 
 logger = logging.getLogger(__name__)
 

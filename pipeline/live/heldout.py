@@ -19,7 +19,7 @@ from pipeline.text.holdout import HoldoutRule
 from pipeline.text.packing import HELDOUT, ContextSource
 from storage.errors import TextError
 from storage.randomness import philox, random_permutation
-from training.batches import EVALUATION_SEED
+from training.rows.batches import EVALUATION_SEED
 
 logger = logging.getLogger(__name__)
 

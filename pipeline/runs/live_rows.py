@@ -24,10 +24,10 @@ from storage.cache_format import Site
 from storage.encodings import Side
 from storage.errors import ArtifactCorrupt
 from storage.statistics import SiteStatistics
-from training.resampling import NoResampling
-from training.session import HeldoutBatches
-from training.settings import TrainSettings
-from training.transcoder import CHECKPOINTS
+from training.architectures.transcoder import CHECKPOINTS
+from training.dead_features.resampling import NoResampling
+from training.loop.session import HeldoutBatches
+from training.loop.settings import TrainSettings
 
 OPENING = "opening.json"
 

@@ -10,9 +10,9 @@ from pipeline.runs.training_rows import CacheSource, TrainingSource
 from storage.cache_format import Site
 from storage.errors import SettingsError
 from storage.settings import Quantity, Settings
-from training.resampling.settings import RowScorer
-from training.settings import TrainSettings
-from training.trainer import PeriodicHook
+from training.dead_features.resampling.settings import RowScorer
+from training.loop.settings import TrainSettings
+from training.loop.trainer import PeriodicHook
 
 if TYPE_CHECKING:
     from pipeline.recorded_model import RecordedModel

@@ -22,19 +22,19 @@ from pipeline.runs.warm_start import WarmStart
 from storage.cache_format import Site
 from storage.draft import Draft
 from storage.errors import NonFiniteActivation, SettingsError
-from training.build import build_run
-from training.checkpoint import Checkpoints
-from training.distributed import Group, RankBatches
-from training.follow import follow_first
+from training.architectures.transcoder import CHECKPOINTS, FORMAT_VERSION, describe_versions
 from training.kernels.adaptive import resolve_precision
-from training.loggers import Logger
-from training.ordinary_rows import massive_warning
-from training.run import TrainingRun
-from training.session import Session
-from training.settings import TrainSettings
-from training.sweep import Member, train_together
-from training.trainer import PeriodicHook
-from training.transcoder import CHECKPOINTS, FORMAT_VERSION, describe_versions
+from training.loop.broadcast_run import follow_first
+from training.loop.build import build_run
+from training.loop.checkpoint import Checkpoints
+from training.loop.distributed import Group, RankBatches
+from training.loop.loggers import Logger
+from training.loop.run import TrainingRun
+from training.loop.session import Session
+from training.loop.settings import TrainSettings
+from training.loop.sweep import Member, train_together
+from training.loop.trainer import PeriodicHook
+from training.rows.ordinary_rows import massive_warning
 
 logger = logging.getLogger(__name__)
 

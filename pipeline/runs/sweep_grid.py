@@ -14,7 +14,7 @@ import yaml
 from pipeline.options import flat_values, setting_fields
 from storage.artifact import digest
 from storage.errors import SettingsError
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 SHARED = ("batch_rows", "order_seed")
 """Settings that decide the stream, which all runs read together."""

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.options import flat_values, setting_fields
 from storage.tables import column, write_table
-from training.settings import TrainSettings
+from training.loop.settings import TrainSettings
 
 RUNS_TABLE = "runs.parquet"
 FINISHED = "finished"

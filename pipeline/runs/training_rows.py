@@ -19,10 +19,10 @@ from storage.cache_format import Site
 from storage.encodings import Side
 from storage.errors import SettingsError
 from storage.statistics import SiteStatistics
-from training.batches import BatchStream, CacheBatches, iter_once
-from training.row_source import CacheRows, RowSource
-from training.session import HeldoutBatches
-from training.settings import TrainSettings
+from training.loop.session import HeldoutBatches
+from training.loop.settings import TrainSettings
+from training.rows.batches import BatchStream, CacheBatches, iter_once
+from training.rows.row_source import CacheRows, RowSource
 
 logger = logging.getLogger(__name__)
 

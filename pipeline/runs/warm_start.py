@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from storage.cache_format import Site
-from training.run import TrainingRun
-from training.settings import TrainSettings
-from training.transcoder import load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from training.loop.run import TrainingRun
+from training.loop.settings import TrainSettings
 
 
 class WarmStart:

@@ -22,8 +22,8 @@ from storage.artifact import MANIFEST, read_manifest
 from storage.cache_format import PROVENANCE
 from storage.statistics import as_float32
 from storage.tables import read_schema, read_table
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 from training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
-from training.transcoder import load_transcoder, read_transcoder_manifest
 
 VALUES = "values.json"
 Values = dict[str, dict[str, Any]]

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from storage.settings import Settings
-from training.batches import Batch
-from training.entries import Above, Entries, Selection
-from training.normalisation import Normalisation
-from training.objectives import Objective
-from training.whole_batch import ALONE, WholeBatch
+from training.architectures.entries import Above, Entries, Selection
+from training.architectures.objectives import Objective
+from training.rows.batches import Batch
+from training.rows.normalisation import Normalisation
+from training.rows.whole_batch import ALONE, WholeBatch
 
 SMALLEST_NORM = 1e-12
 """A decoder row below this has no direction; it is left as it is rather than divided by zero."""
@@ -272,7 +272,7 @@ class Architecture(Settings, ABC):
 
     @abstractmethod
     def build(self, d_in: int, d_out: int, d_sae: int) -> Transcoder:
-        """Return the module with all weights zero; ``training.initialise`` fills them."""
+        """Return the module with all weights zero; ``training.loop.initialise`` fills them."""
 
     def problems(self, d_sae: int) -> list[str]:  # noqa: ARG002
         """Return a sentence for every setting that does not fit ``d_sae`` features."""

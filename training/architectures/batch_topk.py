@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from training.architectures.base import Transcoder
+from training.architectures.entries import Above, Entries, LargestOfBatch
 from training.architectures.topk import SelectsLargest
-from training.entries import Above, Entries, LargestOfBatch
-from training.whole_batch import ALONE, WholeBatch
+from training.rows.whole_batch import ALONE, WholeBatch
 
 THRESHOLD_RATE = 0.1
 """Share of the newest batch in the running mean of the threshold.

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.architectures.base import Architecture, Trace, Transcoder, exact
+from training.architectures.entries import Entries
+from training.architectures.objectives import Objective
 from training.architectures.relu import total
-from training.batches import Batch
-from training.entries import Entries
-from training.objectives import Objective
-from training.schedule import warmed_up
+from training.architectures.schedule import warmed_up
+from training.rows.batches import Batch
 
 
 class GatedTranscoder(Transcoder):

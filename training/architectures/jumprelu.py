@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.architectures.base import Architecture, Transcoder
+from training.architectures.entries import Above, Entries
 from training.architectures.relu import total
-from training.entries import Above, Entries
-from training.schedule import warmed_up
+from training.architectures.schedule import warmed_up
 
 
 class _Jump(torch.autograd.Function):

@@ -13,10 +13,10 @@ from pydantic import Field
 
 from training.architectures.base import Trace, exact
 from training.architectures.batch_topk import BatchTopKTranscoder
+from training.architectures.entries import Entries
+from training.architectures.objectives import Objective
 from training.architectures.topk import SelectsLargest
-from training.batches import Batch
-from training.entries import Entries
-from training.objectives import Objective
+from training.rows.batches import Batch
 
 
 class MatryoshkaTranscoder(BatchTopKTranscoder):

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from training.architectures.base import Architecture, Transcoder
-from training.entries import Entries
-from training.schedule import warmed_up
+from training.architectures.entries import Entries
+from training.architectures.schedule import warmed_up
 
 
 class ReLUTranscoder(Transcoder):

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from training.architectures.base import Architecture, Transcoder
-from training.entries import Entries, LargestPerRow, restrict
+from training.architectures.entries import Entries, LargestPerRow, restrict
 
 
 class TopKTranscoder(Transcoder):

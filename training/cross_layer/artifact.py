@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from storage.artifact import read_manifest
 from storage.cache_format import Site
 from storage.formats import ARTIFACT_FORMATS
+from training.architectures.transcoder import WEIGHTS, weights_as_described
 from training.artifact_kinds import CROSS_LAYER_KIND
-from training.batches import SiteBatches
 from training.cross_layer.stack import CrossLayerTranscoder
 from training.cross_layer.units import JoinedRows
-from training.evaluate import FitSums, HeldoutScore, OrdinaryScore
-from training.transcoder import WEIGHTS, weights_as_described
+from training.loop.evaluate import FitSums, HeldoutScore, OrdinaryScore
+from training.rows.batches import SiteBatches
 
 KIND = CROSS_LAYER_KIND
 """The artifact's kind."""

@@ -14,22 +14,22 @@ from storage.errors import SettingsError
 from storage.statistics import SiteStatistics
 from training.architectures.batch_topk import BatchTopK
 from training.architectures.jumprelu import JumpReLU
+from training.architectures.objectives import build_objective
 from training.architectures.relu import ReLU
 from training.cross_layer.sparse import SparseStackStep
 from training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
 from training.cross_layer.units import JOINED, JoinedRows, LayerUnits
-from training.ema import WeightAverage
-from training.initialise import random_directions
 from training.kernels.adaptive import AdaptiveStep, KernelKind
 from training.kernels.dense import DenseStep
 from training.kernels.kernel import Precision, StepKernel
-from training.normalisation import Normalisation, build_normalisation, check_statistics
-from training.objectives import build_objective
-from training.optim import build_optimiser
-from training.ordinary_rows import OrdinaryRows
-from training.row_source import RowSource
-from training.run import TrainingRun
-from training.settings import TrainSettings
+from training.loop.initialise import random_directions
+from training.loop.optim import build_optimiser
+from training.loop.run import TrainingRun
+from training.loop.settings import TrainSettings
+from training.loop.weight_average import WeightAverage
+from training.rows.normalisation import Normalisation, build_normalisation, check_statistics
+from training.rows.ordinary_rows import OrdinaryRows
+from training.rows.row_source import RowSource
 
 CrossLayerArchitecture = BatchTopK | JumpReLU | ReLU
 """The architectures whose features fire by a threshold in use, which is what a published stack has."""

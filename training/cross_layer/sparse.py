@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from training.architectures.base import Transcoder
-from training.batches import Batch
+from training.architectures.entries import Above, LargestOfBatch
+from training.architectures.objectives import Objective
 from training.cross_layer.stack import Stack, StackedEntries
-from training.entries import Above, LargestOfBatch
 from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
 from training.kernels.pairs import Pairs, decode_pairs, sum_by_row
 from training.kernels.select import Selector, keep_largest
 from training.kernels.sparse import clear_gradients
-from training.objectives import Objective
-from training.whole_batch import ALONE, WholeBatch
+from training.rows.batches import Batch
+from training.rows.whole_batch import ALONE, WholeBatch
 
 
 class _Layer(NamedTuple):

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from training.architectures.base import SMALLEST_NORM, Trace, Transcoder, exact
 from training.architectures.batch_topk import BatchTopK, BatchTopKTranscoder
+from training.architectures.entries import Entries, LargestOfBatch
 from training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
+from training.architectures.objectives import Objective
 from training.architectures.relu import ReLU, ReLUTranscoder
-from training.batches import Batch
 from training.cross_layer.units import LayerUnits
-from training.entries import Entries, LargestOfBatch
-from training.normalisation import Normalisation
-from training.objectives import Objective
+from training.rows.batches import Batch
+from training.rows.normalisation import Normalisation
 
 DECODER = "W_dec_"
 """Decoders are called this and the number of the layer they read."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from storage.cache_format import Site
 from storage.errors import SettingsError
-from training.batches import Batch, BatchStream, SiteBatches
-from training.normalisation import Normalisation
-from training.ordinary_rows import OrdinaryRows
+from training.rows.batches import Batch, BatchStream, SiteBatches
+from training.rows.normalisation import Normalisation
+from training.rows.ordinary_rows import OrdinaryRows
 
 JOINED = "all layers"
 """What the joined rows are called among the batches of sites."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from storage.cache_format import Site
 from training.architectures.jumprelu import JumpReLUTranscoder
+from training.architectures.transcoder import WEIGHTS, weights_as_described
 from training.cross_layer.artifact import read_cross_layer_manifest, sites_of
 from training.cross_layer.stack import DECODER
-from training.transcoder import WEIGHTS, weights_as_described
 
 
 class WeightsFile:

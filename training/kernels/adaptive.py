@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 
 from training.architectures.base import Transcoder
-from training.batches import Batch
-from training.entries import Above
+from training.architectures.entries import Above
+from training.architectures.objectives import Objective
 from training.kernels.dense import DenseStep
 from training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
 from training.kernels.sparse import SparseStep
-from training.objectives import Objective
-from training.whole_batch import ALONE, WholeBatch
+from training.rows.batches import Batch
+from training.rows.whole_batch import ALONE, WholeBatch
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from training.architectures.base import Trace, Transcoder
-from training.batches import Batch
-from training.entries import DenseEntries
+from training.architectures.entries import DenseEntries
+from training.architectures.objectives import Objective
 from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
-from training.objectives import Objective
-from training.whole_batch import ALONE, WholeBatch
+from training.rows.batches import Batch
+from training.rows.whole_batch import ALONE, WholeBatch
 
 Forward = Callable[[Transcoder, Batch, Objective, WholeBatch], tuple[DenseEntries, Trace]]
 

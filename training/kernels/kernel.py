@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from training.architectures.base import Trace, Transcoder, exact
-from training.batches import Batch
-from training.entries import Entries
-from training.objectives import Objective
-from training.whole_batch import ALONE, WholeBatch
+from training.architectures.entries import Entries
+from training.architectures.objectives import Objective
+from training.rows.batches import Batch
+from training.rows.whole_batch import ALONE, WholeBatch
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.entries import Entries
+from training.architectures.entries import Entries
 from training.kernels import loops
 from training.kernels.threads import over_ranges
-from training.whole_batch import ALONE, WholeBatch
+from training.rows.whole_batch import ALONE, WholeBatch
 
 
 class Pairs:

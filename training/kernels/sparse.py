@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from training.architectures.base import Transcoder
-from training.batches import Batch
+from training.architectures.objectives import Objective
 from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
 from training.kernels.pairs import SparseEntries
 from training.kernels.select import Selector
-from training.objectives import Objective
-from training.whole_batch import ALONE, WholeBatch
+from training.rows.batches import Batch
+from training.rows.whole_batch import ALONE, WholeBatch
 
 
 class SparseStep:

@@ -1,0 +1,123 @@
+"""The pre-activations of a batch at the (row, feature) pairs that matter, in one of two forms.
+
+Dense: all of them, (rows, d_sae). Sparse: one number for each pair that may be active, (n_pairs,). An architecture is
+written once, elementwise and against ``Entries``; which form it gets is the kernel's affair.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from training.rows.whole_batch import ALONE, WholeBatch
+
+
+@dataclass(frozen=True)
+class Above:
+    """Pairs whose pre-activation exceeds a floor; the architecture gives zero to all others."""
+
+    floor: Tensor | None = None
+    """(d_sae,), without gradient; None: zero."""
+
+
+@dataclass(frozen=True)
+class LargestPerRow:
+    """The ``k`` largest positive pre-activations of each row."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class LargestOfBatch:
+    """The ``k`` · rows largest positive pre-activations of the whole batch."""
+
+    k: int
+
+
+Selection = Above | LargestPerRow | LargestOfBatch
+
+
+class Entries(ABC):
+    """Pre-activations at pairs, with what turns values at the same pairs into outputs and counts."""
+
+    pre: Tensor
+    """(rows, d_sae) or (n_pairs,); carries the gradient to the encoder."""
+    n_rows: int
+    whole: WholeBatch = ALONE
+    """What the rows are part of."""
+
+    @abstractmethod
+    def at(self, per_feature: Tensor) -> Tensor:
+        """Return a parameter (d_sae,) in a shape that goes with ``pre``."""
+
+    @abstractmethod
+    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
+        """Return values @ W_dec, (rows, d_out); gradients reach both."""
+
+    @abstractmethod
+    def decode_groups(self, values: Tensor, W_dec: Tensor, ends: Sequence[int]) -> Tensor:
+        """Return (n_groups, rows, d_out): what the features of each group write; group g ends before ``ends[g]``."""
+
+    @abstractmethod
+    def count(self, active: Tensor) -> Tensor:
+        """Return int64 (d_sae,): on how many rows a feature is ``active`` (bool, as ``pre``)."""
+
+    @abstractmethod
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Return the sum of each row's ``values`` (as ``pre``), (rows,); int64 for bool."""
+
+
+class DenseEntries(Entries):
+    """Every pair. Entries outside a selection of the largest are zero and pass no gradient."""
+
+    def __init__(self, pre: Tensor, selection: Selection, whole: WholeBatch = ALONE) -> None:
+        self.n_rows = len(pre)
+        self.whole = whole
+        self.pre = restrict(pre, selection, whole)
+
+    def at(self, per_feature: Tensor) -> Tensor:
+        """Return ``per_feature`` itself, which broadcasts over rows."""
+        return per_feature
+
+    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
+        """Return the matrix product."""
+        return values @ W_dec
+
+    def decode_groups(self, values: Tensor, W_dec: Tensor, ends: Sequence[int]) -> Tensor:
+        """Return one matrix product per group."""
+        bounds = zip([0, *ends], ends, strict=False)
+        return torch.stack([values[:, start:end] @ W_dec[start:end] for start, end in bounds])
+
+    def count(self, active: Tensor) -> Tensor:
+        """Return column sums."""
+        return active.sum(0)
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Return row sums."""
+        return values.sum(1)
+
+
+def restrict(pre: Tensor, selection: Selection, whole: WholeBatch = ALONE) -> Tensor:
+    """Return dense pre-activations (rows, d_sae) with those a selection of the largest leaves out set to zero.
+
+    ``whole`` is the batch that the rows are part of.
+    """
+    match selection:
+        case Above():
+            return pre
+        case LargestPerRow(k):
+            chosen = pre.detach().topk(min(k, pre.shape[1]), dim=1, sorted=False).indices
+            return pre * torch.zeros_like(pre, dtype=torch.bool).scatter_(1, chosen, True)
+        case LargestOfBatch(k):
+            flat = pre.detach().flatten()
+            n_chosen = whole.share_of_largest(flat, k * whole.n_rows(len(pre)))
+            chosen = flat.topk(n_chosen, sorted=False).indices
+            mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, chosen, True)
+            return pre * mask.view_as(pre)
+        case _:
+            assert_never(selection)

@@ -1,0 +1,1 @@
+"""Features that have gone quiet: how they are counted, and what brings them back."""

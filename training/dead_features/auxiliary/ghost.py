@@ -1,0 +1,73 @@
+"""Ghost gradients: dead features get a gradient as if they were exponential and not rectified.
+
+Jermyn & Templeton 2024, "Ghost grads" (Anthropic's January update), as the original transcoder code has it, with the
+residual that a transcoder needs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from training.architectures.base import Trace, Transcoder, exact
+from training.architectures.objectives import EPSILON, Objective
+from training.dead_features.auxiliary.term import Auxiliary, DeadFeatureTerm, row_norms, write_in_blocks
+from training.dead_features.record import FiringRecord
+from training.kernels.kernel import ExtraLoss
+from training.rows.batches import Batch
+
+Rescale = Literal["scalar", "elementwise"]
+
+_LARGEST_EXPONENT = 30.0
+"""exp of a pre-activation above this could overflow float32 once squared; only the direction of a row's sum counts."""
+
+
+class GhostLoss(DeadFeatureTerm):
+    """Mean over elements of (g − r)² / ‖r‖, rescaled to the size of the reconstruction loss.
+
+    g = Σ exp(pre) · decoder row over dead features, per row scaled to half of ‖r‖; r = target − output. Scales carry no
+    gradient, so only dead features (and an input bias) get one. ``scalar`` multiplies the whole term by one number;
+    ``elementwise``, the original code's way, gives each element its own, and so its gradient another weight.
+    """
+
+    name = "ghost"
+
+    def __init__(self, firing: FiringRecord, dead_after_steps: int, objective: Objective, rescale: Rescale) -> None:
+        super().__init__(firing, dead_after_steps)
+        self._objective, self._rescale = objective, rescale
+
+    def write(self, transcoder: Transcoder, dead: Tensor, inputs: Tensor) -> Tensor:
+        """Return g before it is scaled."""
+        return write_in_blocks(_write_exponentials, transcoder, dead, inputs)
+
+    def term(self, written: Tensor, residual: Tensor, batch: Batch, trace: Trace) -> Tensor:
+        """Return the rescaled term."""
+        norms = row_norms(residual)
+        ghosts = written * (norms / (EPSILON + 2 * row_norms(written.detach())))
+        errors = (ghosts - residual).square() / norms.clamp_min(EPSILON)
+        if self._rescale == "scalar":
+            ghost = errors.mean()
+            ghost, reconstruction = trace.whole.mean(ghost), trace.whole.mean(trace.terms["reconstruction"])
+            return ghost * (reconstruction / (ghost + EPSILON)).detach()
+        elements = self._objective.elements(exact(trace.outputs, batch.outputs), batch.outputs)
+        return (errors * (elements / (errors + EPSILON)).detach()).mean()
+
+
+def _write_exponentials(pre: Tensor, decoder: Tensor) -> Tensor:
+    """Return exp(pre) @ decoder, a row of which is divided by a number of its own where it could overflow."""
+    excess = pre.detach().amax(1, keepdim=True).sub(_LARGEST_EXPONENT).clamp_min(0)
+    return (pre - excess).exp() @ decoder
+
+
+class Ghost(Auxiliary):
+    """Ghost gradients for dead features."""
+
+    kind: Literal["ghost"] = "ghost"
+    ghost_rescale: Rescale = "scalar"
+    """How the term is brought to the size of the reconstruction loss: scalar (one number, as published) or elementwise
+    (one per element, as the original transcoder code)."""
+
+    def build(self, firing: FiringRecord, objective: Objective, *, dead_after_steps: int) -> ExtraLoss:
+        """Return the loss, which reads the run's own ``firing``."""
+        return GhostLoss(firing, dead_after_steps, objective, self.ghost_rescale)

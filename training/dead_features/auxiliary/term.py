@@ -1,0 +1,109 @@
+"""What loss terms for dead features share: who is dead, what the living leave unexplained, and their settings class."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from storage.settings import Settings
+from training.architectures.base import Trace, Transcoder, exact
+from training.architectures.objectives import Objective
+from training.dead_features.record import FiringRecord
+from training.kernels.kernel import ExtraLoss
+from training.rows.batches import Batch
+
+BLOCK_BYTES = 1 << 27
+"""What the pre-activations of dead features, (rows, n_dead), may take at a time: 128 MB. Up to three such tensors exist
+at once."""
+
+
+class DeadFeatureTerm(ABC):
+    """A term computed from the dead features alone; there is none in a step in which no feature is dead."""
+
+    name: str
+    """Under which the term is logged."""
+
+    def __init__(self, firing: FiringRecord, dead_after_steps: int) -> None:
+        self._firing, self._dead_after_steps = firing, dead_after_steps
+
+    def __call__(self, transcoder: Transcoder, batch: Batch, trace: Trace) -> dict[str, Tensor]:
+        """Return the weighted term by its name, or nothing."""
+        dead = self._firing.dead(self._dead_after_steps).nonzero().squeeze(1)
+        if not len(dead):
+            return {}
+        # target − output: what dead features could add. (The original code took the *input* less the output.)
+        residual = (batch.outputs - exact(trace.outputs, batch.outputs)).detach()
+        return {self.name: self.term(self.write(transcoder, dead, batch.inputs), residual, batch, trace)}
+
+    @abstractmethod
+    def write(self, transcoder: Transcoder, dead: Tensor, inputs: Tensor) -> Tensor:
+        """Return what the dead features (n_dead,), by index, write for ``inputs``: (rows, d_out)."""
+
+    @abstractmethod
+    def term(self, written: Tensor, residual: Tensor, batch: Batch, trace: Trace) -> Tensor:
+        """Return the weighted scalar; ``written`` and ``residual`` are (rows, d_out), the latter without gradient."""
+
+
+class DeadWeights(NamedTuple):
+    """What dead features read, selected once for all rows: the gradient of a selection is as large as the whole."""
+
+    encoder: Tensor
+    """(n_dead, d_in)."""
+    bias: Tensor
+    """(n_dead,)."""
+
+    @classmethod
+    def of(cls, transcoder: Transcoder, dead: Tensor) -> DeadWeights:
+        """Return those of features (n_dead,), by index; their pre-activations are encoder x + bias."""
+        encoder, bias = transcoder.W_enc.index_select(0, dead), transcoder.b_enc.index_select(0, dead)
+        return cls(encoder, bias if transcoder.b_dec is None else bias - encoder @ transcoder.b_dec)
+
+    def blocks(self, inputs: Tensor) -> Iterator[Tensor]:
+        """Yield ``inputs`` (rows, d_in) in blocks, at least one, whose pre-activations take ``BLOCK_BYTES`` at most."""
+        n_rows = max(1, BLOCK_BYTES // (len(self.bias) * inputs.element_size()))
+        for start in range(0, max(1, len(inputs)), n_rows):
+            yield inputs[start : start + n_rows]
+
+
+def write_in_blocks(
+    write: Callable[[Tensor, Tensor], Tensor], transcoder: Transcoder, dead: Tensor, inputs: Tensor
+) -> Tensor:
+    """Return ``write(pre, decoder)``, (rows, d_out), of dead features' pre-activations (rows, n_dead) and decoder rows.
+
+    ``write`` treats each row by itself. Where pre-activations take more than a block, those of one block exist at a
+    time, and are computed once more for its gradient: a sixth matrix product beside five.
+    """
+    read, decoder = DeadWeights.of(transcoder, dead), transcoder.W_dec.index_select(0, dead)
+
+    def write_block(block: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor) -> Tensor:
+        return write(F.linear(block, encoder, bias), decoder)
+
+    blocks = list(read.blocks(inputs))
+    if len(blocks) == 1:
+        return write_block(inputs, *read, decoder)
+    # nothing is drawn at random, so there is no state of a generator to bring back
+    parts: list[Tensor] = [
+        checkpoint(write_block, block, *read, decoder, use_reentrant=False, preserve_rng_state=False)
+        for block in blocks
+    ]
+    return torch.cat(parts)
+
+
+class Auxiliary(Settings, ABC):
+    """Settings of one auxiliary loss. A subclass adds ``kind: Literal[…]``, by which files and flags name it."""
+
+    @abstractmethod
+    def build(self, firing: FiringRecord, objective: Objective, *, dead_after_steps: int) -> ExtraLoss | None:
+        """Return the loss, which reads the run's own ``firing``; None for none."""
+
+
+def row_norms(values: Tensor) -> Tensor:
+    """Return the norm of each row, (rows, 1)."""
+    norms: Tensor = torch.linalg.vector_norm(values, dim=1, keepdim=True)
+    return norms

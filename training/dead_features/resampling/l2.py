@@ -1,0 +1,44 @@
+"""Resampling by squared error, with replacement: what the original transcoder code meant by ``l2`` and never ran."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from storage.settings import Quantity
+from training.dead_features.resampling.draw import draw_repeated
+from training.dead_features.resampling.resampler import PeriodicResampler, squared_losses
+from training.dead_features.resampling.settings import PeriodicResampling, ResampledRun, Resampler, Surroundings
+from training.rows.batches import Batch
+from training.rows.row_source import SampledRows
+
+_SMALLEST_LOSS = 1e-6
+"""Squared error of the worst row below which nothing is left for a new feature to learn."""
+
+
+class _ByError(PeriodicResampler):
+    """Rows with probability proportional to the square of their squared error; one row may give several features."""
+
+    def weights(self, run: ResampledRun, rows: SampledRows, batch: Batch) -> np.ndarray:  # noqa: ARG002
+        """Return the squared losses."""
+        return squared_losses(run, batch)
+
+    def choose(self, generator: np.random.Generator, weights: np.ndarray, n: int) -> np.ndarray:
+        """Draw with replacement; nothing if every row is reconstructed already."""
+        if weights.max(initial=0.0) < _SMALLEST_LOSS**2:
+            return np.zeros(0, np.int64)
+        return draw_repeated(generator, weights, n)
+
+
+class L2(PeriodicResampling):
+    """Rows drawn by their squared error, with replacement, become new features."""
+
+    kind: Literal["l2"] = "l2"
+    resample_rows: Quantity = Field(default=32_768, ge=1)
+    """Rows to draw from."""
+
+    def build(self, surroundings: Surroundings) -> Resampler:
+        """Return what resamples; raise SettingsError if the run has no source of rows."""
+        return _ByError(self, surroundings, n_rows=self.resample_rows)

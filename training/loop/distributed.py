@@ -1,0 +1,268 @@
+"""One transcoder trained by several processes, each on a slice of the rows of every batch; the numbers of one process.
+
+Every process reads the same stream and keeps its rows, has all the weights, and takes the same step: gradients are
+added up, weighted by rows, before the optimiser sees them. What is not a mean over rows is asked of ``SharedBatch``.
+The first process writes the files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from storage.errors import SettingsError
+from training.architectures.base import Transcoder
+from training.architectures.objectives import Objective
+from training.kernels.kernel import ExtraLoss, PerRow, StatefulKernel, StepKernel, StepResult
+from training.rows.batches import Batch, BatchStream
+from training.rows.whole_batch import ALONE, Cut, WholeBatch
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others, one of which may be scoring held-out rows."""
+
+
+class Group:
+    """The processes that train together, as torch's default process group. A context manager, which leaves it."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank = rank
+        """From 0."""
+        self.size = size
+        self.device = device
+        """Where this process computes, and what it sends comes from."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Replace ``values`` by their sum over all processes, bit for bit the same in each; return them."""
+        dist.all_reduce(values, dist.ReduceOp.SUM)
+        return values
+
+    def least(self, values: Tensor) -> Tensor:
+        """Replace ``values`` by the smallest of all processes; return them."""
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+        return values
+
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """Return the ``rows`` (n, …) of every process in order; n may differ, the rest may not."""
+        length = torch.tensor([len(rows)], device=self.device)
+        lengths = [torch.empty_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        sizes = [int(one) for one in lengths]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        pieces = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(pieces, padded)
+        return [piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
+
+    def copy_first(self, values: Tensor) -> Tensor:
+        """Replace ``values`` by those of the first process; return them."""
+        dist.broadcast(values, src=0)
+        return values
+
+    def share_first(self, value: Any) -> Any:
+        """Return the first process's ``value``, which must be picklable; those of the others do not count."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def close(self) -> None:
+        """Leave the group."""
+        dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_group(
+    device: torch.device | str = "cpu", *, meeting: str = "env://", environment: Mapping[str, str] = os.environ
+) -> Group | None:
+    """Join the group that the variables set by torchrun describe; None where there are none, or is one process.
+
+    On CUDA a process takes the device of its LOCAL_RANK and the backend is NCCL, else it is gloo. ``meeting`` says
+    where processes find each other (``init_method`` of torch). Raises SettingsError naming every variable that is
+    missing or wrong.
+    """
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return None
+    rank, size, local = _read_environment(environment, with_address=meeting == "env://")
+    if size == 1:
+        return None
+    on = torch.device(device)
+    if on.type == "cuda":
+        on = torch.device("cuda", local)
+        torch.cuda.set_device(on)
+    backend = "nccl" if on.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=TIMEOUT)
+    return Group(rank, size, on)
+
+
+def _read_environment(environment: Mapping[str, str], *, with_address: bool) -> tuple[int, int, int]:
+    wanted = ["RANK", "WORLD_SIZE", *(["MASTER_ADDR", "MASTER_PORT"] if with_address else [])]
+    problems = [f"{name} is not set" for name in wanted if name not in environment]
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = environment.get(name, "0")
+        if text.isdecimal():
+            numbers[name] = int(text)
+        else:
+            problems.append(f"{name} is {text!r}, not a number from 0")
+    if not problems and numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        problems.append(f"RANK is {numbers['RANK']}, but WORLD_SIZE is {numbers['WORLD_SIZE']}")
+    if problems:
+        raise SettingsError(
+            f"these environment variables do not describe a group of processes: {'; '.join(problems)}. "
+            "Start the command with torchrun, or unset RANK and WORLD_SIZE to train in one process"
+        )
+    return numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
+
+
+class RankBatches:
+    """The rows of process ``rank`` of ``world`` out of every batch of ``stream``; its states are the stream's.
+
+    Slices are consecutive and differ by at most one row.
+    """
+
+    def __init__(self, stream: BatchStream, rank: int, world: int) -> None:
+        self._stream, self._rank, self._world = stream, rank, world
+
+    def next_batch(self) -> dict[str, Batch]:
+        """Return the next batch's slice by site. Raises SettingsError if there is no row for every process."""
+        return {site: Batch(*map(self._slice, batch)) for site, batch in self._stream.next_batch().items()}
+
+    def _slice(self, rows: Tensor) -> Tensor:
+        n = len(rows)
+        if n < self._world:
+            raise SettingsError(
+                f"batch_rows: a batch of {n} rows cannot be shared by {self._world} processes; "
+                "raise batch_rows, or start fewer processes"
+            )
+        return rows[n * self._rank // self._world : n * (self._rank + 1) // self._world]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the stream's position."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a position."""
+        self._stream.load_state_dict(state)
+
+
+class SharedBatch(WholeBatch):
+    """A batch whose rows lie in the processes of a group. Every method must be called by all of them, in one order."""
+
+    def __init__(self, group: Group, own_rows: int, n_rows: int) -> None:
+        self._group, self._n_rows = group, n_rows
+        self.share = own_rows / n_rows
+        """The part of the rows that is at hand."""
+
+    def n_rows(self, own: int) -> int:  # noqa: ARG002
+        """Return the number of rows of all processes."""
+        return self._n_rows
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        return self._group.add_up(counts.clone())
+
+    def mean(self, own: Tensor) -> Tensor:
+        """Return the mean over all rows, summed in float64; its gradient is that of ``own``."""
+        whole = self._group.add_up(own.detach().double() * self.share).to(own.dtype)
+        return own - own.detach() + whole
+
+    def least(self, own: Tensor) -> Tensor:
+        """Return the smallest of all processes."""
+        return self._group.least(own.clone())
+
+    def share_of_largest(self, values: Tensor, n: int) -> int:
+        """Return how many of the ``n`` largest positive values of all processes are among ``values``."""
+        while not (cut := self.cut(values, 0.0, n)).is_complete:
+            pass  # another process has to come with more candidates
+        return cut.n_own
+
+    def cut(self, candidates: Tensor, certain: float, n: int) -> Cut:
+        """Return where the ``n`` largest of all processes end. All get the same threshold and the same completeness.
+
+        Of values equal to the threshold, those of the first processes count.
+        """
+        own = candidates.detach()
+        own = own[own > 0]
+        if len(own) > n:
+            own = own.topk(n, sorted=False).values
+        if own.dtype in (torch.bfloat16, torch.float16):
+            own = own.float()  # exact, and what a process whose kernel is exact sends
+        floor = -float(self._group.least(torch.tensor([-certain], dtype=torch.float64, device=self._group.device)))
+        pieces = self._group.gather(own.to(self._group.device))
+        everything = torch.cat(pieces)
+        threshold = float(everything.topk(n, sorted=False).values.min()) if len(everything) >= n else 0.0
+        left = n - int((everything > threshold).sum())
+        for piece in pieces[: self._group.rank]:
+            left -= int((piece == threshold).sum())
+        n_equal = int((own == threshold).sum())
+        return Cut(threshold, int((own > threshold).sum()) + min(n_equal, max(0, left)), threshold >= floor)
+
+
+class DistributedStep:
+    """A kernel on this process's rows, whose gradients, losses and counts are made those of the whole batch."""
+
+    def __init__(self, kernel: StepKernel, group: Group) -> None:
+        self._kernel, self._group = kernel, group
+
+    def __call__(
+        self,
+        transcoder: Transcoder,
+        batch: Batch,
+        objective: Objective,
+        extra: Sequence[ExtraLoss] = (),
+        *,
+        per_row: bool = False,
+        whole: WholeBatch = ALONE,
+    ) -> StepResult:
+        """Set ``.grad`` of every parameter and return the loss terms; ``outputs`` are those of the rows at hand.
+
+        ``per_row`` is done if any process asks for it: the one that keeps the log is.
+        """
+        assert whole is ALONE, "a slice is not sliced again"
+        numbers = torch.tensor([len(batch.inputs), int(per_row)], device=self._group.device)
+        n_rows, n_asking = self._group.add_up(numbers).tolist()
+        shared = SharedBatch(self._group, len(batch.inputs), n_rows)
+        result = self._kernel(transcoder, batch, objective, extra, per_row=n_asking > 0, whole=shared)
+        self._add_up_gradients(transcoder, shared.share)
+        values = torch.stack([value.double() for value in result.losses.values()]) * shared.share
+        kinds = [value.dtype for value in result.losses.values()]
+        summed = self._group.add_up(values)
+        losses = {name: one.to(kind) for name, one, kind in zip(result.losses, summed, kinds, strict=True)}
+        rows = None if result.per_row is None else PerRow(*(torch.cat(self._group.gather(x)) for x in result.per_row))
+        return result._replace(losses=losses, per_row=rows)
+
+    def _add_up_gradients(self, transcoder: Transcoder, share: float) -> None:
+        parameters = list(transcoder.parameters())
+        have = torch.tensor([parameter.grad is not None for parameter in parameters], device=self._group.device)
+        for parameter, has_any in zip(parameters, self._group.add_up(have.int()).tolist(), strict=True):
+            if not has_any:
+                continue
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+            parameter.grad = self._group.add_up(own.mul_(share))
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the inner kernel's state, which is the same in every process."""
+        return self._kernel.state() if isinstance(self._kernel, StatefulKernel) else None
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Continue from ``state``."""
+        if isinstance(self._kernel, StatefulKernel):
+            self._kernel.load_state(state)

@@ -1,0 +1,172 @@
+"""How good a transcoder is on rows it was not trained on: FVU, L0, how often its features fire.
+
+FVU is pooled: squared error summed over all rows, over the squared distance of all targets from *their own* mean. It is
+not an average of per-batch or per-row ratios, which would weigh rows with small outputs more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from training.architectures.base import Transcoder
+from training.loop.firing_frequency import histogram, log10_frequency
+from training.loop.l0_distribution import l0_quantiles
+from training.rows.batches import Batch
+from training.rows.ordinary_rows import OrdinaryRows
+
+FREQUENT = {"1_percent": 0.01, "10_percent": 0.1}
+"""Frequencies above which a feature counts as frequent, by the ending of the metric's name."""
+
+
+class Predictor(Protocol):
+    """Maps raw inputs (rows, d_in) to predicted raw outputs (rows, d_out), and says what fired."""
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (outputs, bool (rows, d_sae): which features fired)."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldoutScore:
+    """Quality on a set of rows."""
+
+    n_rows: int
+    fvu: float | None
+    """Fraction of variance unexplained; None if the targets do not vary."""
+    l0: float
+    """Mean number of features that fire on a row."""
+    l0_quantiles: dict[str, int]
+    """Quantiles over rows of the number of features that fire, by name (``l0_min`` … ``l0_max``)."""
+    dead_fraction: float
+    """Share of features that fire on none of the rows."""
+    mean_log10_frequency: float
+    """Mean over features of log10(frequency + 1e-10)."""
+    frequent: dict[str, float]
+    """``freq_over_…``: share of features that fire on more than 1 or 10 percent of rows; ``normalized_freq_over_…``:
+    the share of all firings that are theirs. The names are those of SAEBench."""
+    log10_frequency: dict[str, Any]
+    """Histogram over features of log10(frequency + 1e-10), in fixed bins (``training.loop.firing_frequency``)."""
+    ordinary: OrdinaryScore | None = None
+    """That of the ordinary rows alone, if they were told apart and there are any."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers, without the histogram, as flat JSON."""
+        return {
+            "n_rows": self.n_rows,
+            "fvu": self.fvu,
+            "l0": self.l0,
+            **self.l0_quantiles,
+            "dead_fraction": self.dead_fraction,
+            "mean_log10_frequency": self.mean_log10_frequency,
+            **self.frequent,
+            **({} if self.ordinary is None else self.ordinary.record()),
+        }
+
+
+@dataclass(frozen=True)
+class OrdinaryScore:
+    """Quality on the rows whose vectors are not many times longer than most."""
+
+    n_rows: int
+    fvu: float | None
+    """As for all rows, about these rows' own mean."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers as flat JSON."""
+        return {"n_ordinary": self.n_rows, "fvu_ordinary": self.fvu}
+
+
+class FitSums:
+    """What a score is made of: float64 sums on the host, about the first row's target so that a large mean cancels
+    nothing."""
+
+    def __init__(self) -> None:
+        self.n_rows = 0
+        self.error = 0.0
+        self.squares = 0.0
+        self.origin: Tensor | None = None
+        self.offsets: Tensor | None = None
+        self.n_active: Tensor | None = None
+        self.l0: list[Tensor] = []
+
+    def add(self, targets: Tensor, predicted: Tensor, active: Tensor) -> None:
+        """Count rows: targets and predictions (rows, d_out), and which features fired, bool (rows, d_sae)."""
+        if self.origin is None or self.offsets is None or self.n_active is None:
+            self.origin = targets[0].clone()
+            self.offsets = torch.zeros(targets.shape[1], dtype=torch.float64)
+            self.n_active = torch.zeros(active.shape[1], dtype=torch.int64)
+        shifted = targets - self.origin
+        self.n_rows += len(targets)
+        self.error += _sum_of_squares(predicted - targets)
+        self.squares += _sum_of_squares(shifted)
+        self.offsets += shifted.sum(0).cpu().double()
+        self.n_active += active.sum(0).cpu()
+        self.l0.append(active.sum(1).cpu())
+
+    @property
+    def fvu(self) -> float | None:
+        """FVU of the rows so far; None if their targets do not vary."""
+        if self.offsets is None:
+            return None
+        spread = self.squares - float(self.offsets.pow(2).sum()) / self.n_rows
+        return self.error / spread if spread > 0 else None
+
+    def score(self) -> HeldoutScore:
+        """Return the score of the rows so far; raises ValueError if there were none."""
+        if self.n_active is None:
+            raise ValueError("no rows to evaluate on")
+        log10 = log10_frequency(self.n_active, self.n_rows)
+        return HeldoutScore(
+            n_rows=self.n_rows,
+            fvu=self.fvu,
+            l0=int(self.n_active.sum()) / self.n_rows,
+            l0_quantiles=l0_quantiles(torch.cat(self.l0)),
+            dead_fraction=int((self.n_active == 0).sum()) / len(self.n_active),
+            mean_log10_frequency=float(log10.mean()),
+            frequent=_frequent(self.n_active, self.n_rows),
+            log10_frequency=histogram(log10),
+        )
+
+
+def _sum_of_squares(rows: Tensor) -> float:
+    return float(rows.pow(2).sum(1).cpu().double().sum())
+
+
+@torch.no_grad()
+def evaluate(predict: Predictor, batches: Iterable[Batch], ordinary: OrdinaryRows | None = None) -> HeldoutScore:
+    """Score ``predict`` on raw ``batches``, on ``ordinary`` rows also apart; there must be at least one row."""
+    sums, ordinary_sums = FitSums(), FitSums()
+    for batch in batches:
+        outputs, active = predict(batch.inputs)
+        sums.add(batch.outputs, outputs, active)
+        if ordinary is not None and bool((mask := ordinary.mask(batch)).any()):
+            ordinary_sums.add(batch.outputs[mask], outputs[mask], active[mask])
+    score = sums.score()
+    ordinary_score = OrdinaryScore(ordinary_sums.n_rows, ordinary_sums.fvu) if ordinary_sums.n_rows else None
+    return dataclasses.replace(score, ordinary=ordinary_score)
+
+
+def _frequent(n_active: Tensor, n_rows: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    n_firings = max(1, int(n_active.sum()))
+    for name, above in FREQUENT.items():
+        frequent = n_active.double() / n_rows > above
+        found[f"freq_over_{name}"] = float(frequent.double().mean())
+        found[f"normalized_freq_over_{name}"] = int(n_active[frequent].sum()) / n_firings
+    return found
+
+
+def predictor(transcoder: Transcoder) -> Predictor:
+    """Return a loaded (folded) transcoder as something ``evaluate`` can score."""
+
+    def predict(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        activations = transcoder.encode(inputs)
+        return transcoder.decode(activations, inputs), activations > 0
+
+    return predict

@@ -1,0 +1,116 @@
+"""The weights a run begins with, in normalised units.
+
+Decoder rows are random directions of unit norm, or the directions of centred outputs of random rows. The encoder begins
+as the decoder's rows times ``encoder_scale`` where inputs and outputs have one width, so that an autoencoder's feature
+starts out reading what it writes; for other widths it is its own set of random directions. Biases that stand for
+centres begin as the means or geometric medians of the cache, or as zero.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage.randomness import philox
+from training.architectures.base import Transcoder
+from training.rows.batches import Batch
+from training.rows.geometric_median import geometric_median
+
+logger = logging.getLogger(__name__)
+
+BiasInit = Literal["mean", "zeros", "geometric_median"]
+DecoderInit = Literal["random", "data"]
+EncoderInit = Literal["tied", "independent", "kaiming"]
+
+_NO_DIRECTION = 1e-6
+"""Share of the rows' root mean square norm below which a row points nowhere."""
+
+
+class Centres(NamedTuple):
+    """A point among the normalised inputs, (d_in,), and one among the outputs, (d_out,)."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def medians(rows: Batch) -> Centres:
+    """Return the geometric medians of normalised rows."""
+    return Centres(_median("inputs", rows.inputs), _median("outputs", rows.outputs))
+
+
+def _median(side: str, rows: Tensor) -> Tensor:
+    found = geometric_median(rows)
+    logger.info(
+        "geometric median of %s %s: mean distance %.6g, %.6g to the mean, after %d iterations%s",
+        f"{len(rows):,}",
+        side,
+        found.objectives[-1],
+        found.objectives[0],
+        found.n_iterations,
+        "" if found.converged else ", which were not enough to converge",
+    )
+    return found.median
+
+
+def random_directions(seed: int, purpose: str, n: int, width: int) -> Tensor:
+    """Return (n, width) float32 rows of unit norm, uniform on the sphere, decided by (seed, purpose)."""
+    rows = np.random.Generator(philox(seed, purpose)).standard_normal((n, width), dtype=np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return torch.from_numpy(rows)
+
+
+def data_directions(outputs: Tensor, mean: Tensor, d_sae: int, seed: int) -> Tensor:
+    """Return (d_sae, d_out) float32 unit directions of ``outputs`` (rows, d_out) from their ``mean``, on the CPU.
+
+    Random directions where there are too few rows, or rows at the mean itself.
+    """
+    directions = random_directions(seed, "initialise/decoder", d_sae, outputs.shape[1])
+    centred = outputs[:d_sae].cpu().float() - mean.cpu().float()
+    norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    usable = (norms > _NO_DIRECTION * norms.square().mean().sqrt()).squeeze(1)
+    directions[: len(centred)][usable] = centred[usable] / norms[usable]
+    if (n := d_sae - int(usable.sum())) > 0:
+        logger.warning("decoder_init: data: %s of %s features begin as random directions, for want of rows", n, d_sae)
+    return directions
+
+
+@torch.no_grad()
+def initialise(
+    transcoder: Transcoder,
+    *,
+    mean_in: Tensor,
+    mean_out: Tensor,
+    encoder_scale: float = 1.0,
+    encoder_init: EncoderInit = "tied",
+    decoder: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """Fill the weights of ``transcoder``; biases become ``mean_in`` and ``mean_out``, points in normalised units.
+
+    ``decoder`` (d_sae, d_out) has unit rows; random ones by default. ``encoder_init``: ``tied`` to the decoder if the
+    widths agree, ``independent`` random directions, or ``kaiming``, each weight uniform within √(6 / d_sae), as in the
+    original transcoder code; the latter's scale is also multiplied by ``encoder_scale``.
+    """
+    d_sae, d_in = transcoder.W_enc.shape
+    if decoder is None:
+        decoder = random_directions(seed, "initialise/decoder", d_sae, transcoder.d_out)
+    if encoder_init == "kaiming":
+        bound = math.sqrt(6 / d_sae)
+        uniform = np.random.Generator(philox(seed, "initialise/encoder")).random((d_sae, d_in), dtype=np.float32)
+        encoder = torch.from_numpy((2 * uniform - 1) * np.float32(bound))
+    elif encoder_init == "tied" and d_in == transcoder.d_out:
+        encoder = decoder
+    else:
+        encoder = random_directions(seed, "initialise/encoder", d_sae, d_in)
+    transcoder.W_dec.copy_(decoder)
+    transcoder.W_enc.copy_(encoder * encoder_scale)
+    transcoder.b_enc.zero_()
+    transcoder.b_dec_out.copy_(mean_out)
+    if transcoder.b_dec is not None:
+        transcoder.b_dec.copy_(mean_in)
+    transcoder.initialise_own()

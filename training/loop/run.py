@@ -1,0 +1,182 @@
+"""One transcoder being trained: its weights, its optimiser, and what one batch does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storage.errors import NonFiniteActivation, SettingsError
+from training.architectures.base import Transcoder
+from training.architectures.objectives import Objective
+from training.architectures.schedule import Schedule
+from training.dead_features.record import FiringRecord
+from training.dead_features.resampling.settings import Resampler
+from training.kernels.kernel import ExtraLoss, StatefulKernel, StepKernel, StepResult
+from training.loop.optim import Optimiser
+from training.loop.weight_average import WeightAverage
+from training.rows.batches import Batch, SiteBatches
+from training.rows.normalisation import Normalisation
+from training.rows.ordinary_rows import OrdinaryRows
+
+CHECK_EVERY = 50
+"""Steps between looks at the loss on a device where looking makes the host wait."""
+
+
+class TrainingRun:
+    """Trains one transcoder on the raw batches of one site.
+
+    The order inside a step is fixed: gradients, parallel part off, clipping, optimiser, unit norm, average, resampling.
+    """
+
+    def __init__(
+        self,
+        transcoder: Transcoder,
+        objective: Objective,
+        normalisation: Normalisation,
+        kernel: StepKernel,
+        optimiser: Optimiser,
+        schedule: Schedule,
+        *,
+        site: str,
+        lr: float,
+        firing: FiringRecord | None = None,
+        extra: Sequence[ExtraLoss] = (),
+        resampler: Resampler | None = None,
+        average: WeightAverage | None = None,
+        ordinary: OrdinaryRows | None = None,
+        name: str = "transcoder",
+    ) -> None:
+        self.transcoder = transcoder
+        self.objective = objective
+        self.normalisation = normalisation
+        self.optimiser = optimiser
+        self.schedule = schedule
+        self.site = site
+        self.lr = lr
+        self.ordinary = ordinary
+        """The rows that are learnt from; None: all."""
+        self.name = name
+        self.n_steps_done = 0
+        self.n_rows_done = 0
+        self.latest: StepResult | None = None
+        self.latest_rows = 0
+        self.latest_lr = 0.0
+        self.latest_extras: Mapping[str, float] = {}
+        self.wants_rows: Callable[[int], bool] = lambda _: False
+        """After which steps (counted from 1) the latest result must have its ``per_row`` part."""
+        device = transcoder.W_enc.device
+        self.firing = FiringRecord(transcoder.d_sae, device) if firing is None else firing
+        self.on_device = normalisation.to(device, transcoder.W_enc.dtype)
+        self._kernel = kernel
+        self._extra = extra
+        self._resampler = resampler
+        self._average = average
+        self._check_every = 1 if device.type == "cpu" else CHECK_EVERY
+        self._parameters = dict(transcoder.named_parameters())
+
+    def step(self, batches: SiteBatches) -> None:
+        """Take one optimiser step on raw rows. Raises NonFiniteActivation before a bad loss reaches the weights."""
+        batch = self.on_device.apply(self._learnt_from(batches[self.site]))
+        self.transcoder.begin_step(self.n_steps_done)
+        per_row = self.wants_rows(self.n_steps_done + 1)
+        result = self._kernel(self.transcoder, batch, self.objective, self._extra, per_row=per_row)
+        if per_row or (self.n_steps_done + 1) % self._check_every == 0:
+            self._refuse_non_finite(result.losses["loss"])
+        self.latest_lr = self.current_lr
+        self.optimiser.step(self.latest_lr)
+        if self._average is not None:
+            self._average.update()
+        self.firing.update(result.n_active)
+        self.latest, self.latest_rows = result, result.n_rows
+        self.n_steps_done += 1
+        self.n_rows_done += result.n_rows
+        if self._resampler is not None:
+            self.latest_extras = self._resampler.after_step(self)
+
+    def _learnt_from(self, raw: Batch) -> Batch:
+        if self.ordinary is None:
+            return raw
+        batch = self.ordinary.of(raw)
+        if not len(batch.inputs):
+            raise SettingsError(
+                f"{self.name}: max_norm_multiple leaves none of the {len(raw.inputs)} rows of step "
+                f"{self.n_steps_done + 1} to learn from; raise it, or batch_rows"
+            )
+        return batch
+
+    @property
+    def current_lr(self) -> float:
+        """The learning rate of the next step."""
+        factor = 1.0 if self._resampler is None else self._resampler.lr_factor(self.n_steps_done)
+        return self.lr * self.schedule.factor(self.n_steps_done) * factor
+
+    def restart(self, features: Tensor) -> None:
+        """Forget the past of features (n,), by index, that were just given new weights."""
+        self.transcoder.restart_own(features)
+        self.optimiser.forget(features)
+        self.firing.restart(features)
+        if self._average is not None:
+            self._average.restart(features)
+
+    @property
+    def scored(self) -> Transcoder:
+        """The transcoder that is scored and published, in normalised units: the averaged one if there is one."""
+        return self.transcoder if self._average is None else self._average.transcoder
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return predicted raw outputs of raw inputs, and which features fired, bool (rows, d_sae)."""
+        normalised = self.on_device.inputs(inputs)
+        activations = self.scored.encode(normalised)
+        outputs = self.scored.decode(activations, normalised)
+        return self.on_device.restore(outputs), activations > 0
+
+    def folded(self) -> Transcoder:
+        """Return the transcoder as it would be published: raw inputs to raw outputs, on the CPU."""
+        return self.scored.folded(self.normalisation)
+
+    def _refuse_non_finite(self, *values: Tensor) -> None:
+        if all(bool(torch.isfinite(value).all()) for value in values):
+            return
+        raise NonFiniteActivation(
+            f"{self.name}: the loss or a weight is not finite at step {self.n_steps_done + 1} "
+            f"(learning rate {self.current_lr:.3g}). Checkpoints from before are kept, but continuing would end "
+            "here again: verify the cache, or start afresh with a lower lr or a gradient_clip"
+        )
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return everything a step depends on, by name. Raises NonFiniteActivation rather than keep a bad weight."""
+        self._refuse_non_finite(*self._parameters.values())
+        tensors = dict(self.firing.state_tensors())
+        tensors |= {f"transcoder.{name}": value for name, value in self.transcoder.state_dict().items()}
+        tensors |= self.optimiser.state_tensors()
+        if self._average is not None:
+            tensors |= self._average.state_tensors()
+        if self._resampler is not None:
+            tensors |= self._resampler.state_tensors()
+        return tensors
+
+    def state(self) -> dict[str, Any]:
+        """Return the rest of what a step depends on, as JSON."""
+        return {"kernel": self._kernel.state() if isinstance(self._kernel, StatefulKernel) else None}
+
+    @torch.no_grad()
+    def load_state(
+        self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, n_steps_done: int, n_rows_done: int
+    ) -> None:
+        """Continue from ``state_tensors`` and ``state``."""
+        self.n_steps_done, self.n_rows_done = n_steps_done, n_rows_done
+        self.firing.load_state(tensors)
+        own = self.transcoder.state_dict()
+        for name in own:
+            own[name].copy_(tensors[f"transcoder.{name}"])
+        self.optimiser.load_state(tensors)
+        if self._average is not None:
+            self._average.load_state(tensors)
+        if self._resampler is not None:
+            self._resampler.load_state(tensors)
+        if isinstance(self._kernel, StatefulKernel):
+            self._kernel.load_state(state["kernel"])

@@ -1,0 +1,74 @@
+"""One run's metrics on their way out: every line to ``metrics.jsonl``, its numbers to the loggers too."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.architectures.transcoder import METRICS, TIMING
+from training.loop.firing_frequency import EDGES
+from training.loop.loggers import Logger, Loggers
+from training.loop.metrics import JsonLines
+
+
+class RunLog:
+    """Opened at a step, with ``metrics.jsonl`` cut back to what it held then. ``timing.jsonl`` is never cut back."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        loggers: Sequence[Logger],
+        run_name: str,
+        config: Mapping[str, Any],
+        first_step: int,
+        first_row: int,
+        n_bytes: int,
+    ) -> None:
+        """``n_bytes``: size of ``metrics.jsonl`` at ``first_step``. Raises SettingsError if a logger cannot start."""
+        self._loggers = Loggers(loggers)
+        self._loggers.start(directory, run_name, config, first_step)
+        timing = directory / TIMING
+        self._metrics = JsonLines(directory / METRICS, n_bytes)
+        self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
+        self._started, self._first_row = time.monotonic(), first_row
+
+    def write(self, step: int, rows: int, split: str, record: Mapping[str, Any]) -> None:
+        """Write one line; ``record`` holds numbers, None, and histograms as ``firing_frequency.histogram`` makes them.
+
+        Loggers get a name that already has a slash as it is, any other below the split: ``train/loss``.
+        """
+        self._metrics.write({"step": step, "rows": rows, "split": split, **record})
+        named = {name if "/" in name else f"{split}/{name}": value for name, value in record.items()}
+        numbers = {name: value for name, value in named.items() if _is_number(value)}
+        if numbers:
+            self._loggers.log(step, numbers)
+        for name, value in named.items():
+            if isinstance(value, dict):
+                self._loggers.log_histogram(step, name, value["counts"], EDGES)
+
+    def write_timing(self, step: int, rows: int) -> None:
+        """Note the time since the start and the rate since then."""
+        seconds = round(time.monotonic() - self._started, 3)
+        self._timing.write({"step": step, "seconds": seconds, "rows_per_second": round(self.rate(rows), 1)})
+
+    def rate(self, rows: int) -> float:
+        """Return the rows per second since the log was opened, after ``rows`` of them."""
+        return (rows - self._first_row) / max(1e-9, time.monotonic() - self._started)
+
+    def commit(self) -> int:
+        """Make all lines survive a power cut; return the size of ``metrics.jsonl`` in bytes."""
+        return self._metrics.commit()
+
+    def close(self) -> None:
+        """Close files and loggers."""
+        self._metrics.close()
+        self._timing.close()
+        self._loggers.close()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,291 @@
+"""One run and its directory: what is written between steps, and what is left at the end.
+
+Everything in ``metrics.jsonl`` and the weights is a function of settings and cache; rates and times go to
+``timing.jsonl``. When checkpoints are written depends on the clock too, and must not matter: continuing from any of
+them gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from tqdm import tqdm
+
+from storage.errors import SettingsError
+from training.architectures.transcoder import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS, save_weights, write_tensors
+from training.loop.checkpoint import Checkpoint, Checkpoints
+from training.loop.checkpoint_clock import CheckpointClock
+from training.loop.evaluate import HeldoutScore, evaluate
+from training.loop.firing_frequency import LOG_SPARSITY, FiringWindow
+from training.loop.loggers import Logger
+from training.loop.run import TrainingRun
+from training.loop.run_log import RunLog
+from training.loop.settings import TrainSettings
+from training.loop.step_metrics import native_metrics, reference_metrics
+from training.loop.trainer import Duty, PeriodicHook, every
+from training.rows.batches import Batch, BatchStream
+
+logger = logging.getLogger(__name__)
+
+BEST = "best.safetensors"
+"""The weights with the lowest held-out FVU, where they are kept."""
+SHOW_EVERY = 10
+"""Steps between looks at the loss by the progress bar: on a GPU each look makes the host wait."""
+
+N_RESAMPLED = "resampled_features"
+"""What a resampler calls the number of features it has resampled since the start."""
+
+HeldoutBatches = Callable[[int | None], Iterable[Batch]]
+"""Given a largest number of rows (None: all), returns raw held-out batches."""
+
+
+class Session:
+    """Keeps one run's logs, checkpoints and snapshots, and writes its results. A context manager.
+
+    ``loggers`` get every number that ``metrics.jsonl`` gets. Raises SettingsError if the best weights are wanted where
+    there are no held-out rows to tell them by.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        run: TrainingRun,
+        settings: TrainSettings,
+        *,
+        n_steps: int,
+        heldout: HeldoutBatches | None,
+        checkpoint_steps: int = 1000,
+        hooks: Sequence[tuple[int, PeriodicHook]] = (),
+        loggers: Sequence[Logger] = (),
+        quiet: bool = False,
+    ) -> None:
+        if settings.keep_best and heldout is None:
+            raise SettingsError(
+                f"{directory}: keep_best needs held-out rows, and there are none; leave it out, or cache with --holdout"
+            )
+        self.run = run
+        run.wants_rows = every(settings.log_every, n_steps)
+        self.n_steps = n_steps
+        self.scores: dict[str, Any] = {}
+        self._directory = directory
+        self._settings = settings
+        self._heldout = heldout
+        self._checkpoint_steps = checkpoint_steps
+        self._hooks = hooks
+        self._loggers = loggers
+        self._quiet = quiet
+        self._checkpoints = Checkpoints(directory / CHECKPOINTS)
+        transcoder = run.transcoder
+        self._window = FiringWindow(transcoder.d_sae, settings.feature_sampling_window, transcoder.W_enc.device)
+        self._n_resampled_logged = 0.0
+        self._log: RunLog | None = None
+        self._bar: Any = None
+
+    def checkpoint_steps(self) -> list[int]:
+        """Return the steps this run could be continued from, ascending."""
+        return self._checkpoints.steps()
+
+    def resume(self, step: int | None) -> Mapping[str, Any] | None:
+        """Continue from the checkpoint at ``step``, or begin where it is None; return the stream's state there."""
+        n_bytes, stream_state = 0, None
+        if step is not None:
+            checkpoint = self._checkpoints.load(step)
+            state = checkpoint.state
+            self.run.load_state(checkpoint.tensors, state["run"], n_steps_done=step, n_rows_done=state["rows"])
+            self._window.load_state(checkpoint.tensors)
+            self._n_resampled_logged = state["n_resampled_logged"]
+            n_bytes, self.scores, stream_state = state["metrics_bytes"], state["scores"], state["stream"]
+            logger.info("continuing at step %d of %d", step, self.n_steps)
+        self._log = RunLog(
+            self._directory,
+            loggers=self._loggers,
+            run_name=self.run.name,
+            config=self._settings.model_dump(mode="json"),
+            first_step=self.run.n_steps_done,
+            first_row=self.run.n_rows_done,
+            n_bytes=n_bytes,
+        )
+        hidden = True if self._quiet else None  # None: hidden unless standard error is a terminal
+        self._bar = tqdm(
+            total=self.n_steps,
+            initial=self.run.n_steps_done,
+            unit="step",
+            desc=self.run.name,
+            disable=hidden,
+        )
+        return stream_state
+
+    def duties(self, stream: BatchStream, clock: CheckpointClock | None = None) -> list[Duty]:
+        """Return what is due between steps. The checkpoint comes last, so that it holds all that was logged before.
+
+        ``clock`` is that of all runs on the stream; by default of this one alone.
+        """
+        settings = self._settings
+        clock = CheckpointClock(self._checkpoint_steps) if clock is None else clock
+        duties = [
+            Duty(every(1), self._count_firings),
+            Duty(every(settings.log_every, self.n_steps), self._log_training),
+        ]
+        if self._heldout is not None:
+            duties.append(Duty(every(settings.evaluate_every, self.n_steps), self._evaluate))
+        duties += [Duty(every(n, self.n_steps), self._call(hook)) for n, hook in self._hooks]
+        snapshots = snapshot_steps(settings.snapshots, self.n_steps)
+        duties += [
+            Duty(snapshots.__contains__, self._save_snapshot),
+            Duty(lambda step: step % SHOW_EVERY == 0 or step == self.n_steps, self._show),
+            # None after the last step: the results themselves follow at once.
+            Duty(
+                lambda step: step != self.n_steps and clock.is_due(step),
+                lambda step: self._save_checkpoint(step, stream, clock),
+            ),
+        ]
+        return duties
+
+    def export(self) -> list[str]:
+        """Write the final weights; return the names of the files that make up the artifact."""
+        assert self._log is not None, "a session is resumed before it is exported"
+        self._log.commit()
+        files = [WEIGHTS, *(snapshot_name(step) for step in snapshot_steps(self._settings.snapshots, self.n_steps))]
+        if "best" in self.scores:
+            files.append(BEST)
+        self._save(WEIGHTS)
+        return [METRICS, *files, *map(log_sparsity_name, files)]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the final numbers: steps, rows, last training losses, held-out score."""
+        return {"steps": self.run.n_steps_done, "rows": self.run.n_rows_done, **self.scores}
+
+    def _count_firings(self, step: int) -> None:
+        assert self.run.latest is not None
+        completed = self._window.update(self.run.latest.n_active, self.run.latest.n_rows)
+        if completed or step == self.n_steps:
+            self._write(step, "features", self._window.record())
+
+    def _log_training(self, step: int) -> None:
+        run, latest, settings = self.run, self.run.latest, self._settings
+        assert latest is not None
+        assert self._log is not None
+        n_resampled = run.latest_extras.get(N_RESAMPLED, 0.0)
+        native = native_metrics(
+            latest,
+            run.firing,
+            lr=run.latest_lr,
+            dead_after_steps=settings.dead_after_steps,
+            extras=run.latest_extras,
+        )
+        reference = reference_metrics(
+            latest,
+            run.firing,
+            self._window,
+            lr=run.latest_lr,
+            n_rows_done=run.n_rows_done,
+            n_resampled=round(n_resampled - self._n_resampled_logged),
+            dead_after_steps=settings.dead_after_steps,
+            dead_feature_threshold=settings.dead_feature_threshold,
+        )
+        self._n_resampled_logged = n_resampled
+        self._write(step, "train", {**native, **reference})
+        self.scores["train"] = native
+        self._log.write_timing(step, run.n_rows_done)
+
+    def _evaluate(self, step: int) -> None:
+        score = self._score(None if step == self.n_steps else self._settings.evaluation_rows)
+        record = score.record()
+        self._write(step, "heldout", {**record, "log10_frequency": score.log10_frequency})
+        self.scores["heldout"] = record
+        if self._settings.keep_best:
+            # Only scores on the same rows compare, and the last one is over all of them.
+            sampled = score.n_rows <= self._settings.evaluation_rows
+            self._keep_if_best(step, score if sampled else self._score(self._settings.evaluation_rows))
+
+    def _score(self, max_rows: int | None) -> HeldoutScore:
+        assert self._heldout is not None
+        return evaluate(self.run.predict, self._heldout(max_rows), self.run.ordinary)
+
+    def _keep_if_best(self, step: int, score: HeldoutScore) -> None:
+        best = self.scores.get("best")
+        learnt = score if score.ordinary is None else score.ordinary
+        if learnt.fvu is not None and (best is None or learnt.fvu < best["fvu"]):
+            self._save(BEST)
+            self.scores["best"] = {"step": step, "fvu": learnt.fvu, "l0": score.l0, "n_rows": learnt.n_rows}
+
+    def _call(self, hook: PeriodicHook) -> Callable[[int], None]:
+        def call(step: int) -> None:
+            found = hook(step, self.run.folded())
+            if found:
+                self._write(step, "model", found)
+                self.scores["model"] = dict(found)
+
+        return call
+
+    def _save_snapshot(self, step: int) -> None:
+        self._save(snapshot_name(step))
+
+    def _save(self, name: str) -> None:
+        """Write the weights as they are, and beside them how often features fire, log10."""
+        save_weights(self._directory / name, self.run.folded())
+        log10 = {LOG_SPARSITY: self._window.log10().to(torch.float32)}
+        write_tensors(self._directory / log_sparsity_name(name), log10)
+
+    def _write(self, step: int, split: str, record: Mapping[str, Any]) -> None:
+        assert self._log is not None
+        self._log.write(step, self.run.n_rows_done, split, record)
+
+    def _show(self, step: int) -> None:
+        latest = self.run.latest
+        assert latest is not None
+        if not self._bar.disable:
+            assert self._log is not None
+            shown = {"loss": f"{float(latest.losses['loss']):.4f}"}
+            shown["L0"] = f"{int(latest.n_active.sum()) / self.run.latest_rows:.1f}"
+            if fvu := self.scores.get("heldout", {}).get("fvu"):
+                shown["FVU"] = f"{fvu:.4f}"
+            shown["rows/s"] = f"{self._log.rate(self.run.n_rows_done):,.0f}"
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def _save_checkpoint(self, step: int, stream: BatchStream, clock: CheckpointClock) -> None:
+        assert self._log is not None
+        with clock.writing():
+            state = {
+                "rows": self.run.n_rows_done,
+                "run": self.run.state(),
+                "stream": stream.state_dict(),
+                "metrics_bytes": self._log.commit(),
+                "n_resampled_logged": self._n_resampled_logged,
+                "scores": self.scores,
+            }
+            tensors = {**self.run.state_tensors(), **self._window.state_tensors()}
+            self._checkpoints.save(Checkpoint(step, tensors, state))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for open_file in (self._log, self._bar):
+            if open_file is not None:
+                open_file.close()
+
+
+def snapshot_steps(n: int, n_steps: int) -> list[int]:
+    """Return ``n`` evenly spaced steps strictly inside a run of ``n_steps``; fewer if the run is too short."""
+    return sorted({round(n_steps * index / (n + 1)) for index in range(1, n + 1)} - {0, n_steps})
+
+
+def log_sparsity_name(weights: str) -> str:
+    """Return the name of the file beside ``weights`` that says how often its features fired."""
+    if weights == WEIGHTS:
+        return f"{LOG_SPARSITY}.safetensors"
+    return f"{weights.removesuffix('.safetensors')}_{LOG_SPARSITY}.safetensors"
+
+
+def snapshot_name(step: int) -> str:
+    """Return a snapshot's file name inside the artifact."""
+    return f"{SNAPSHOTS}/{step:09d}.safetensors"

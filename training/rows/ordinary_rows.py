@@ -1,0 +1,89 @@
+"""Training on ordinary rows alone: those whose vectors are not many times longer than most.
+
+Some layers of most language models write vectors of a hundred times the usual length on a few tokens (Sun et al. 2024,
+"Massive activations in large language models"). Squared error and variance are then those tokens' alone: a transcoder
+fits them first and says nothing of all others. Leaving them out leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from storage.encodings import Side
+from storage.errors import SettingsError
+from storage.statistics import SiteStatistics
+from training.rows.batches import Batch
+from training.rows.row_source import RowSource, SampledRows
+
+STATISTICS_ROWS = 65_536
+"""Rows drawn for the mean and variance of ordinary rows: their standard error is 0.4 % of a deviation."""
+
+
+@dataclass(frozen=True)
+class OrdinaryRows:
+    """The rows whose input and output are at most so long."""
+
+    longest_in: float
+    longest_out: float
+
+    @classmethod
+    def within(cls, multiple: float, statistics: Mapping[Side, SiteStatistics]) -> Self:
+        """Return the rows of at most ``multiple`` median norms on either side; medians are known within 9 %."""
+        sides = list(statistics.values())
+        return cls(multiple * sides[0].median_norm, multiple * sides[-1].median_norm)
+
+    def mask(self, batch: Batch) -> Tensor:
+        """Return bool (rows,)."""
+        is_short_in: Tensor = torch.linalg.vector_norm(batch.inputs, dim=1) <= self.longest_in
+        is_short_out: Tensor = torch.linalg.vector_norm(batch.outputs, dim=1) <= self.longest_out
+        return is_short_in & is_short_out
+
+    def of(self, batch: Batch) -> Batch:
+        """Return the ordinary rows of raw ``batch``, the batch itself if all are."""
+        mask = self.mask(batch)
+        return batch if bool(mask.all()) else Batch(batch.inputs[mask], batch.outputs[mask])
+
+    def draw(self, source: RowSource) -> RowSource:
+        """Return ``source`` without the rows that are left out, so that it gives a few less than are asked for."""
+
+        def ordinary(n_rows: int, step: int) -> SampledRows:
+            rows = source(n_rows, step)
+            mask = self.mask(rows.batch)
+            if bool(mask.all()):
+                return rows
+            on_host = mask.cpu().numpy()
+            where = (None if one is None else one[on_host] for one in (rows.context, rows.position))
+            return SampledRows(Batch(rows.batch.inputs[mask], rows.batch.outputs[mask]), *where)
+
+        return ordinary
+
+    def statistics(self, site: str, sides: tuple[Side, ...], source: RowSource) -> dict[Side, SiteStatistics]:
+        """Return the statistics of ordinary rows by side, from a sample that ``source`` draws of them.
+
+        Raises SettingsError if it draws none.
+        """
+        batch = source(STATISTICS_ROWS, 0).batch
+        if not len(batch.inputs):
+            raise SettingsError(
+                f"{site}: max_norm_multiple: no row is at most {self.longest_in:.4g} (input) and "
+                f"{self.longest_out:.4g} (output) long; raise it"
+            )
+        found: dict[Side, SiteStatistics] = {}
+        for side, rows in zip(sides, (batch.inputs, batch.outputs), strict=False):
+            found[side] = SiteStatistics(rows.shape[1])
+            found[side].add(rows.cpu().numpy())
+        return found
+
+
+def massive_warning(site: str, outputs: SiteStatistics, multiple: float | None) -> str | None:
+    """Return a sentence if a few rows' outputs would decide everything, and no ``multiple`` of the median leaves them
+    out; else None."""
+    note = outputs.massive_note()
+    if multiple is not None or note is None:
+        return None
+    return f"{site} has massive activations: {note}; max_norm_multiple 10 would leave such rows out"

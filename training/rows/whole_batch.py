@@ -1,0 +1,64 @@
+"""What the rows at hand are part of: a batch of their own, or one that several processes hold in slices.
+
+Almost everything in a step is a mean over rows, and slices of a mean combine by themselves. The few things that do not
+(the largest activations *of the batch*, a penalty on the *mean* L0, the smallest activation) ask this object. By itself
+it is the case of one process, in which nothing needs to be asked; ``training.loop.distributed`` has the other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+
+class Cut(NamedTuple):
+    """Where the n largest positive values of a batch end."""
+
+    threshold: float
+    """The n-th largest positive value among all candidates; 0 if there are fewer than n."""
+    n_own: int
+    """At most how many of the n largest are among the values at hand: they are the largest of these."""
+    is_complete: bool
+    """Whether the candidates are sure to hold all of the n largest."""
+
+
+class WholeBatch:
+    """A batch that lies in one process."""
+
+    def n_rows(self, own: int) -> int:
+        """Return the batch's number of rows; ``own`` of them are at hand."""
+        return own
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Return the sum of integer ``counts`` of any shape over all slices."""
+        return counts
+
+    def mean(self, own: Tensor) -> Tensor:
+        """Return the batch's mean of something whose mean over the rows at hand is ``own``, a scalar.
+
+        Its gradient is that of ``own``: weighted by rows and summed over slices, it is the gradient of the mean.
+        """
+        return own
+
+    def least(self, own: Tensor) -> Tensor:
+        """Return the smallest ``own``, a scalar, of all slices."""
+        return own
+
+    def share_of_largest(self, values: Tensor, n: int) -> int:
+        """Return how many of the ``n`` largest positive values of the batch may be among ``values`` (any number,)."""
+        return min(n, len(values))
+
+    def cut(self, candidates: Tensor, certain: float, n: int) -> Cut:
+        """Return where the ``n`` largest end if ``candidates`` hold every value at hand of at least ``certain``.
+
+        If the answer is not complete, ask again with more candidates. With ``certain`` 0 it always is.
+        """
+        values = candidates.numpy()
+        threshold = max(0.0, float(np.partition(values, -n)[-n])) if len(values) >= n else 0.0
+        return Cut(threshold, n, threshold >= certain)
+
+
+ALONE = WholeBatch()
+"""The batch of a single process."""
