@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
-from analysis.harvest import Plan, Subject, gather
-from analysis.table import accumulators, write_tables
+from analysis.harvest.one_pass import Plan, Subject, gather
+from analysis.harvest.table import accumulators, write_tables
 from analysis.tables import TABLES
 from benchmarks.analyze_reference import BATCH_ROWS, ReferenceScores
 from benchmarks.analyze_rows import planted_subject

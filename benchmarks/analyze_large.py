@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from analysis.harvest import Plan
+from analysis.harvest.one_pass import Plan
 from benchmarks.analyze import FULL, PASS, QUICK, WHOLE, ours, product_contender
 from benchmarks.analyze_rows import planted_subject
 from benchmarks.harness import measure

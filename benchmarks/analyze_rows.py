@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.harvest import Subject
+from analysis.harvest.one_pass import Subject
 from benchmarks.planted_rows import Planted, Problem, plant
 from storage.bfloat16 import float32_to_bits
 from training.architectures import TopK, Transcoder

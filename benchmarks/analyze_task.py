@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from analysis.harvest import Plan, gather
-from analysis.table import accumulators, write_tables
+from analysis.harvest.one_pass import Plan, gather
+from analysis.harvest.table import accumulators, write_tables
 from analysis.tables import TABLES
 from benchmarks.analyze_rows import planted_subject
 from benchmarks.memory_task import resident

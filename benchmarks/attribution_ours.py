@@ -21,7 +21,7 @@ from analysis.circuits.operators import read_heads
 from analysis.circuits.record import record_run
 from analysis.circuits.roots import Root, centred_logit_roots
 from analysis.circuits.run import LinearisedRun
-from analysis.model_weights import AttentionWeights, ModelWeights
+from analysis.weights.model_weights import AttentionWeights, ModelWeights
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from pipeline.model.weights import read_weights
 from storage.cache_format import Site

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from analysis.next_tokens import next_token_losses
-from analysis.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
-from analysis.splice_scores import recovered
+from analysis.evaluate.next_tokens import next_token_losses
+from analysis.evaluate.splice_scores import recovered
+from analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
 from pipeline import sweep
 from pipeline.pareto_plot import COLOURS, MARKS
 from pipeline.recorded_model import RecordedModel, open_recorded_model, sample_contexts

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analysis.model_weights import AttentionWeights, LayerWeights, ModelWeights, Norm
-from analysis.weight_space.extremes import products
-from analysis.weight_space.heads import HeadReader
-from analysis.weight_space.stream import write_point
-from analysis.weight_space.unembedding import token_effects
+from analysis.weights.extremes import products
+from analysis.weights.heads import HeadReader
+from analysis.weights.model_weights import AttentionWeights, LayerWeights, ModelWeights, Norm
+from analysis.weights.stream import write_point
+from analysis.weights.unembedding import token_effects
 from benchmarks.harness import Contender, Work, measure
 from benchmarks.report import Report, parse_arguments
 

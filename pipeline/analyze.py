@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from analysis.activations import LAST_ROW, SPOOLED_BYTES
-from analysis.harvest import Plan, Subject
-from analysis.table import Written, write_tables
+from analysis.harvest.activations import LAST_ROW, SPOOLED_BYTES
+from analysis.harvest.one_pass import Plan, Subject
+from analysis.harvest.table import Written, write_tables
 from analysis.tables import TABLES
 from analysis.tables_artifact import TABLES_KIND
 from pipeline.analyzing.analysis_pass import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from analysis.cross_layer import layers_in_place
-from analysis.evaluate import SplicedSite
+from analysis.evaluate.evaluation import SplicedSite
+from analysis.splice.cross_layer import layers_in_place
 from pipeline.analyze import check_same_site
 from pipeline.recorded_model import RecordedModel
 from storage.activation_cache import ActivationCache

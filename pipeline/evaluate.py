@@ -17,9 +17,9 @@ import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
-from analysis.evaluate import ContextBatch, Evaluation, SplicedSite
-from analysis.splice_scores import SpliceScore
-from analysis.token_deltas import SCHEMA, token_rows
+from analysis.evaluate.evaluation import ContextBatch, Evaluation, SplicedSite
+from analysis.evaluate.splice_scores import SpliceScore
+from analysis.evaluate.token_deltas import SCHEMA, token_rows
 from pipeline.analyze import check_same_site
 from pipeline.artifact_folders import each_artifact
 from pipeline.cross_layer_sites import check_cross_layer, open_spliced_layers

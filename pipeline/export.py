@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from analysis.model_weights import ModelWeights
+from analysis.weights.model_weights import ModelWeights
 from pipeline.analyze import KIND as TABLES_KIND
 from pipeline.artifact_folders import each_artifact
 from pipeline.exports import circuit_tracer, cross_layer, delphi, saelens, sparsify, viewer_features

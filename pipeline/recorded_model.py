@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.evaluate import ContextBatch
+from analysis.evaluate.evaluation import ContextBatch
 from pipeline.cache import row_mask_of
 from pipeline.caching.settings import CacheSettings
 from pipeline.model.capture import explained_failures, without_padding_advice

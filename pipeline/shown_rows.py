@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.rows import TokenOrderSplit
+from analysis.harvest.rows import TokenOrderSplit
 from storage.activation_cache import ActivationCache
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.interventions.prompts import pad_prompts
-from analysis.model_weights import ModelWeights
-from analysis.replacement import Transcoded
-from analysis.task_circuits.answers import CorrectMinusIncorrect
-from analysis.task_circuits.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
-from analysis.task_circuits.logit_lens import logit_effects
-from analysis.task_circuits.ranking import last_activations, last_neurons, rank_by_variance
+from analysis.splice.replacement import Transcoded
+from analysis.task.answers import CorrectMinusIncorrect
+from analysis.task.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
+from analysis.task.logit_lens import logit_effects
+from analysis.task.ranking import last_activations, last_neurons, rank_by_variance
+from analysis.weights.model_weights import ModelWeights
 from pipeline.artifact_folders import each_artifact
 from pipeline.device import limited_threads, open_device
 from pipeline.model.language_model import LanguageModel

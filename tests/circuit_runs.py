@@ -19,8 +19,8 @@ from analysis.circuits.paths import Path as CircuitPath
 from analysis.circuits.paths import Step
 from analysis.circuits.record import record_run
 from analysis.circuits.run import LinearisedRun, Part, Probe
-from analysis.hook_points import hooked, observed
-from analysis.model_weights import ModelWeights, Norm
+from analysis.splice.hook_points import hooked, observed
+from analysis.weights.model_weights import ModelWeights, Norm
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from pipeline.model.weights import read_weights
 from storage.cache_format import Site

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analysis.histogram import EDGES, find_bins
+from analysis.harvest.histogram import EDGES, find_bins
 from storage.cache_format import Site
 from storage.draft import Draft
 

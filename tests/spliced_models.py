@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.replacement import Substitute, run_replaced
+from analysis.splice.replacement import Substitute, run_replaced
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from storage.activation_cache import ActivationCache
 from storage.cache_format import Site

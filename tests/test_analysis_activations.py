@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis import activations as module
-from analysis.activations import KeptPairs, RowPlaces, rows_within
-from analysis.harvest import Plan, gather
-from analysis.rows import RowBlock
-from analysis.table import FEATURES_PER_BATCH
+from analysis.harvest import activations as module
+from analysis.harvest.activations import KeptPairs, RowPlaces, rows_within
+from analysis.harvest.one_pass import Plan, gather
+from analysis.harvest.rows import RowBlock
+from analysis.harvest.table import FEATURES_PER_BATCH
 from analysis.tables import activations as table
 from tests.analysis_subject import FakeCoder, FakeSplit, activations, split_of, subject
 

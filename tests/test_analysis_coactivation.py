@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis.activations import KeptPairs
-from analysis.coactivation import FEWEST_ROWS, count_coactivation, rows_counted
-from analysis.harvest import Plan, gather
+from analysis.harvest.activations import KeptPairs
+from analysis.harvest.coactivation import FEWEST_ROWS, count_coactivation, rows_counted
+from analysis.harvest.one_pass import Plan, gather
 from analysis.tables import coactivation as table
 from tests.analysis_subject import FakeCoder, FakeSplit, activations, subject
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.examples import TopExamples, rank_in_group
-from analysis.harvest import Plan, gather
+from analysis.harvest.examples import TopExamples, rank_in_group
+from analysis.harvest.one_pass import Plan, gather
 from analysis.tables import examples as table
 from tests.analysis_subject import CONTEXT_LENGTH, FakeCoder, FakeSplit, activations, split_of, subject
 

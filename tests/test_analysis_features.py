@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis.frequency import wilson_interval
-from analysis.harvest import Plan, gather
-from analysis.histogram import QUANTILE_RELATIVE_ERROR
-from analysis.table import accumulators
+from analysis.harvest.frequency import wilson_interval
+from analysis.harvest.histogram import QUANTILE_RELATIVE_ERROR
+from analysis.harvest.one_pass import Plan, gather
+from analysis.harvest.table import accumulators
 from analysis.tables import TABLES, examples, features, layers
 from analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
 from tests.analysis_subject import FakeCoder, FakeSplit, activations, split_of, subject

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from analysis.harvest import Plan, gather
-from analysis.sums import OrderedSum
-from analysis.table import accumulators
+from analysis.harvest.one_pass import Plan, gather
+from analysis.harvest.sums import OrderedSum
+from analysis.harvest.table import accumulators
 from analysis.tables import TABLES
 from storage.bfloat16 import float32_to_bits
 from storage.errors import ActionableError, NonFiniteActivation

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.histogram import BINS_PER_OCTAVE, EDGES, N_BINS, QUANTILE_RELATIVE_ERROR, find_bins, quantiles
+from analysis.harvest.histogram import BINS_PER_OCTAVE, EDGES, N_BINS, QUANTILE_RELATIVE_ERROR, find_bins, quantiles
 from tests.analysis_subject import random
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.rows import RowBlock, block_edges, iter_blocks
+from analysis.harvest.rows import RowBlock, block_edges, iter_blocks
 from tests.analysis_subject import FakeSplit
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.harvest import Plan, gather
+from analysis.harvest.one_pass import Plan, gather
 from analysis.tables import examples as table
 from tests.analysis_subject import CONTEXT_LENGTH, FakeSplit, activations, split_of, subject
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.harvest import Plan, gather
-from analysis.table import FEATURES_PER_BATCH, accumulators, tables_page
+from analysis.harvest.one_pass import Plan, gather
+from analysis.harvest.table import FEATURES_PER_BATCH, accumulators, tables_page
 from analysis.tables import EVERY_TABLE, TABLES, examples, features
 from storage.tables import describe
 from tests.analysis_subject import FakeCoder, FakeSplit, subject

@@ -18,8 +18,8 @@ from analysis.circuits.paths import SearchSettings, extensions, root_step
 from analysis.circuits.record import record_run
 from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
 from analysis.circuits.run import LinearisedRun
-from analysis.cross_layer import layers_in_place
-from analysis.hook_points import observed
+from analysis.splice.cross_layer import layers_in_place
+from analysis.splice.hook_points import observed
 from storage.cache_format import Site
 from storage.errors import ModelError
 from tests.circuit_runs import (

@@ -25,8 +25,8 @@ from analysis.circuits.operators import (
 from analysis.circuits.paths import SearchSettings, extensions, root_step
 from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, direction_root, feature_root, logit_root
 from analysis.circuits.run import LinearisedRun, Part
-from analysis.hook_points import hooked, observed
-from analysis.model_weights import IDENTITY, AttentionWeights, Norm
+from analysis.splice.hook_points import hooked, observed
+from analysis.weights.model_weights import IDENTITY, AttentionWeights, Norm
 from tests.circuit_runs import CASES, D_SAE, TOKENS, frozen_pass, recorded_pass, tiny_model, tiny_run
 
 EXACT = 1e-9

@@ -239,7 +239,7 @@ def test_roots_that_do_not_exist_are_refused(ask, complaint: str) -> None:
 
 def test_errors_come_from_the_recorded_pass_even_where_the_mlp_is_replaced() -> None:
     """D-48: the error called whatever MLP the model had at the moment, with whatever input."""
-    from analysis.replacement import ZeroAblated, replaced
+    from analysis.splice.replacement import ZeroAblated, replaced
 
     model, weights = tiny_model("gpt2", double=True)
     run = tiny_run("gpt2")

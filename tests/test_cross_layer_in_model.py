@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.evaluate import ALL_SITES
+from analysis.evaluate.evaluation import ALL_SITES
 from pipeline import circuit, cross_layer, evaluate
 from pipeline.circuit import CircuitSettings
 from pipeline.circuits.question import Question

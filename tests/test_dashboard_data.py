@@ -20,7 +20,7 @@ from analysis.dashboards.histograms import Axis, first_bin, page_histogram, shar
 from analysis.dashboards.rounding import rounded, rounded_list, significant
 from analysis.dashboards.visible import visible_token
 from analysis.dashboards.vocabulary import Vocabulary
-from analysis.histogram import EDGES, find_bins
+from analysis.harvest.histogram import EDGES, find_bins
 from tests.dashboard_tables import CONTEXT, DEAD, DENSE, N_BANDS, WORDS, MadeTables, make_tables
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.evaluate import ALL_SITES, ContextBatch, Evaluation, SplicedSite, TokenDeltas
-from analysis.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
-from analysis.splice_scores import SpliceScore
-from analysis.token_deltas import token_rows
+from analysis.evaluate.evaluation import ALL_SITES, ContextBatch, Evaluation, SplicedSite, TokenDeltas
+from analysis.evaluate.splice_scores import SpliceScore
+from analysis.evaluate.token_deltas import token_rows
+from analysis.splice.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
 from pipeline.model.language_model import ModelSettings, load_language_model
 from storage.cache_format import Site
 from storage.errors import ModelError, NonFiniteActivation

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.evaluate import ALL_SITES
+from analysis.evaluate.evaluation import ALL_SITES
 from pipeline import evaluate, query
 from pipeline.evaluate import EvaluateSettings
 from pipeline.info import glance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from analysis.model_weights import Norm
+from analysis.weights.model_weights import Norm
 from pipeline.exports.calibration import calibrate, thresholds
 from pipeline.exports.jump_form import jump_form
 from storage.activation_cache import open_cache

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from analysis.replacement import EVERY_POSITION, Transcoded, replaced
+from analysis.splice.replacement import EVERY_POSITION, Transcoded, replaced
 from pipeline import export
 from pipeline.export import ExportSettings
 from pipeline.exports.hooks import hooked_transformer_name

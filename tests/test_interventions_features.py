@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from analysis.interventions.features import Ablate, Add, Clamp, Edit, EditedFeatures, EditedNeurons, KeepOnly, Scale
-from analysis.replacement import EVERY_POSITION, Transcoded, replaced
+from analysis.splice.replacement import EVERY_POSITION, Transcoded, replaced
 from storage.errors import ModelError, SettingsError
 from tests.spliced_models import (
     TOKENS,

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.cross_layer import layers_in_place
-from analysis.hook_points import hooked, observed
-from analysis.in_place import InPlaceSums, Measured
 from analysis.interventions.features import Ablate, Add, Clamp, Edit, EditedFeatures, EditedNeurons, KeepOnly, Scale
 from analysis.interventions.patching import Patch, patched
-from analysis.replacement import EVERY_POSITION, MeanAblated, Substitute, Transcoded, ZeroAblated, replaced
+from analysis.splice.cross_layer import layers_in_place
+from analysis.splice.hook_points import hooked, observed
+from analysis.splice.in_place import InPlaceSums, Measured
+from analysis.splice.replacement import EVERY_POSITION, MeanAblated, Substitute, Transcoded, ZeroAblated, replaced
 from pipeline.model.language_model import ModelSettings, load_language_model
 from pipeline.samples.bundled_models import bundled_model
 from pipeline.samples.smollm2 import fetch_smollm2

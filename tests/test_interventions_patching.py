@@ -16,7 +16,7 @@ from analysis.interventions.forward import forward
 from analysis.interventions.metrics import LogitDifference
 from analysis.interventions.patching import Patch, head_hooks, hook_of, patched
 from analysis.interventions.prompts import Prompts, pad_prompts
-from analysis.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
+from analysis.splice.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
 from storage.cache_format import Site
 from storage.errors import ModelError, TextError
 from tests.spliced_models import D_HEAD, N_LAYERS, mlp_site, plain_logits, plain_model, random_transcoder, tiny_model

@@ -8,7 +8,7 @@ import torch
 from analysis.interventions.forward import forward
 from analysis.interventions.metrics import FeaturePreActivation, LastLogits, LogitDifference
 from analysis.interventions.prompts import pad_prompts
-from analysis.replacement import Transcoded
+from analysis.splice.replacement import Transcoded
 from storage.errors import ModelError, TextError
 from tests.spliced_models import mlp_site, random_transcoder, tiny_model
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.evaluate import Evaluation, SplicedSite
+from analysis.evaluate.evaluation import Evaluation, SplicedSite
 from pipeline.recorded_model import RecordedModel, open_recorded_model, sample_contexts
 from pipeline.runs.loss_hooks import LossIncrease, SplicedLoss
 from storage.activation_cache import open_cache

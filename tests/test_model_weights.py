@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.model_weights import AttentionWeights, ModelWeights, Norm
+from analysis.weights.model_weights import AttentionWeights, ModelWeights, Norm
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from pipeline.model.weights import read_weights
 from storage.errors import ModelError

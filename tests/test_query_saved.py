@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from analysis.evaluate.token_deltas import SCHEMA as TOKENS
 from analysis.tables import EVERY_TABLE
-from analysis.token_deltas import SCHEMA as TOKENS
 from pipeline import cli, queries, query
 from pipeline.queries.page import queries_page
 from pipeline.querying.views import find_views

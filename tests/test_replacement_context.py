@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.replacement import (
+from analysis.splice.replacement import (
     EVERY_POSITION,
     MeanAblated,
     Substitute,

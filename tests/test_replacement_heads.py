@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.hook_points import name_problem, observed
-from analysis.replacement import EVERY_POSITION, ZeroAblated
+from analysis.splice.hook_points import name_problem, observed
+from analysis.splice.replacement import EVERY_POSITION, ZeroAblated
 from tests.spliced_models import (
     D_HEAD,
     TOKENS,

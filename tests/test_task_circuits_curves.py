@@ -11,18 +11,18 @@ from torch import Tensor
 
 from analysis.interventions.forward import ForwardPass, forward
 from analysis.interventions.prompts import pad_prompts
-from analysis.model_weights import ModelWeights, Norm
-from analysis.replacement import Transcoded, ZeroAblated
-from analysis.task_circuits.answers import (
+from analysis.splice.replacement import Transcoded, ZeroAblated
+from analysis.task.answers import (
     CorrectMinusIncorrect,
     answer_probabilities,
     divergences,
     neighbour_difference,
     probability_above_minus_below,
 )
-from analysis.task_circuits.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
-from analysis.task_circuits.logit_lens import logit_effects
-from analysis.task_circuits.ranking import last_activations, last_neurons, rank_by_variance
+from analysis.task.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
+from analysis.task.logit_lens import logit_effects
+from analysis.task.ranking import last_activations, last_neurons, rank_by_variance
+from analysis.weights.model_weights import ModelWeights, Norm
 from storage.errors import TextError
 from tests.spliced_models import autoencoder_site, mlp_site, random_transcoder, tiny_model
 

@@ -12,9 +12,9 @@ import torch
 from click.testing import CliRunner
 
 from analysis.interventions.prompts import pad_prompts
-from analysis.replacement import Transcoded
-from analysis.task_circuits.answers import CorrectMinusIncorrect
-from analysis.task_circuits.curves import Task
+from analysis.splice.replacement import Transcoded
+from analysis.task.answers import CorrectMinusIncorrect
+from analysis.task.curves import Task
 from pipeline import task
 from pipeline.commands.task import command
 from pipeline.task import TaskSettings

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import window_texts
-from analysis.window_texts import WindowTexts
+from analysis.harvest import window_texts
+from analysis.harvest.window_texts import WindowTexts
 from storage.token_text import has_bytes, join_characters, text_of_bytes
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.model_weights import Norm
-from analysis.weight_space import extremes, unembedding
-from analysis.weight_space.neighbours import nearest_decoders
-from analysis.weight_space.pullback import mean_input_gradient, overlap, pullback
-from analysis.weight_space.stream import write_point
-from analysis.weight_space.unembedding import N_BINS, token_effects
+from analysis.weights import extremes, unembedding
+from analysis.weights.model_weights import Norm
+from analysis.weights.neighbours import nearest_decoders
+from analysis.weights.pullback import mean_input_gradient, overlap, pullback
+from analysis.weights.stream import write_point
+from analysis.weights.unembedding import N_BINS, token_effects
 from storage.errors import ModelError
 from tests.made_up_weights import D_MODEL, D_VOCAB, made_up_weights, normalised
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.weight_space.stream import write_point
-from analysis.weight_space.unembedding import token_effects
+from analysis.weights.stream import write_point
+from analysis.weights.unembedding import token_effects
 from pipeline import analyze, query
 from pipeline.analyze import AnalyzeSettings
 from pipeline.analyzing.weight_tables import SharedWeights, write_weight_tables

@@ -20,7 +20,7 @@ from torch import Tensor
 from analysis.circuits.nodes import Kind, NodeColumns, columns_of, joined_columns
 from analysis.circuits.operators import pull_norm, read_heads, unmix
 from analysis.circuits.run import ActiveFeatures, LinearisedRun, Part, Probe
-from analysis.model_weights import Norm
+from analysis.weights.model_weights import Norm
 from training.kernels.pairs import Pairs
 
 FEW_ROOTS = 16

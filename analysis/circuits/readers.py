@@ -11,7 +11,7 @@ from torch import Tensor
 
 from analysis.circuits.operators import pull_norm, read_heads
 from analysis.circuits.run import ActiveFeatures, LinearisedRun, Part, Probe
-from analysis.model_weights import Norm
+from analysis.weights.model_weights import Norm
 
 
 def feature_probe(run: LinearisedRun, layer: int, token: int, feature: int, gain: float = 1.0) -> Probe:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from analysis.circuits.operators import apply_norm, mix, norm_scale, write_heads
 from analysis.circuits.run import ActiveFeatures, LayerRecord, LinearisedRun
-from analysis.hook_points import name_problem, observed
-from analysis.model_weights import AttentionWeights, ModelWeights, Norm
+from analysis.splice.hook_points import name_problem, observed
+from analysis.weights.model_weights import AttentionWeights, ModelWeights, Norm
 from storage.cache_format import Site
 from storage.errors import ModelError
 from storage.hook_names import HookName

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from analysis.circuits.operators import apply_norm
-from analysis.model_weights import LayerWeights, ModelWeights
+from analysis.weights.model_weights import LayerWeights, ModelWeights
 from training.architectures.transcoder import Transcoder
 from training.cross_layer.layers import StackedLayer
 

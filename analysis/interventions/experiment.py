@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.hook_points import name_problem
 from analysis.interventions.forward import forward
 from analysis.interventions.metrics import Metric
 from analysis.interventions.patching import Patch
 from analysis.interventions.prompts import Prompts
-from analysis.replacement import Substitute
+from analysis.splice.hook_points import name_problem
+from analysis.splice.replacement import Substitute
 from storage.cache_format import Site
 from storage.errors import ModelError, TextError
 from storage.hook_names import HookName

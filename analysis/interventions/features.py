@@ -16,9 +16,9 @@ from typing import Any, Literal, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from analysis.in_place import InPlaceCoder
-from analysis.passes import PassTokens
-from analysis.replacement import Substitute, weights_dtype, width_problems
+from analysis.splice.in_place import InPlaceCoder
+from analysis.splice.passes import PassTokens
+from analysis.splice.replacement import Substitute, weights_dtype, width_problems
 from storage.cache_format import Site
 from storage.errors import SettingsError
 

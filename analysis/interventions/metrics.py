@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from analysis.interventions.forward import ForwardPass
-from analysis.replacement import weights_dtype
+from analysis.splice.replacement import weights_dtype
 from storage.cache_format import Site
 from storage.errors import ModelError
 from storage.hook_names import HookName

@@ -19,9 +19,9 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from analysis.hook_points import HookFunction, hooked, name_problem
-from analysis.passes import Passes, PassTokens, following_passes
-from analysis.replacement import tensor_in
+from analysis.splice.hook_points import HookFunction, hooked, name_problem
+from analysis.splice.passes import Passes, PassTokens, following_passes
+from analysis.splice.replacement import tensor_in
 from storage.errors import ModelError
 from storage.hook_names import HookName
 

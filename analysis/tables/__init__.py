@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.table import Table, TableDescription
+from analysis.harvest.table import Table, TableDescription
 from analysis.tables import activations, coactivation, connections, examples, features, layers, rows
 
 TABLES: tuple[Table, ...] = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from analysis.table import tables_page
+from analysis.harvest.table import tables_page
 from analysis.tables import EVERY_TABLE
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from analysis.activations import KeptPairs
-from analysis.harvest import Harvest, Plan, Subject
-from analysis.table import Rows, Table, feature_ranges, record_batch
+from analysis.harvest.activations import KeptPairs
+from analysis.harvest.one_pass import Harvest, Plan, Subject
+from analysis.harvest.table import Rows, Table, feature_ranges, record_batch
 from storage.tables import column
 
 ROW_GROUP_ROWS = 16_384

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from analysis.activations import KeptPairs
-from analysis.coactivation import FEWEST_ROWS, N_TOP, count_coactivation, rows_counted
-from analysis.harvest import Harvest, Plan, Subject
-from analysis.table import Rows, Table, record_batch
+from analysis.harvest.activations import KeptPairs
+from analysis.harvest.coactivation import FEWEST_ROWS, N_TOP, count_coactivation, rows_counted
+from analysis.harvest.one_pass import Harvest, Plan, Subject
+from analysis.harvest.table import Rows, Table, record_batch
 from analysis.tables.activations import are_kept
 from storage.tables import column
 

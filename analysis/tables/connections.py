@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.model_weights import ModelWeights
-from analysis.table import TableDescription, feature_ranges, record_batch
-from analysis.weight_space.extremes import BothEnds, Ends, blocks, both_ends, ends_of_products, largest
-from analysis.weight_space.heads import HeadReader
-from analysis.weight_space.stream import StreamPoint, layers_attending_before
+from analysis.harvest.table import TableDescription, feature_ranges, record_batch
+from analysis.weights.extremes import BothEnds, Ends, blocks, both_ends, ends_of_products, largest
+from analysis.weights.heads import HeadReader
+from analysis.weights.model_weights import ModelWeights
+from analysis.weights.stream import StreamPoint, layers_attending_before
 from storage.tables import column
 
 N_TOKENS = 10

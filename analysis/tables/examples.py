@@ -10,15 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from analysis.activations import KeptPairs, RowPlaces
-from analysis.contexts import documents_at, tokens_of
-from analysis.examples import Examples, TopExamples, rank_in_group
-from analysis.features import FeatureTotals
-from analysis.harvest import Harvest, Plan, Subject
-from analysis.sampled_examples import sample_examples
-from analysis.table import Table, feature_ranges, list_array, record_batch
+from analysis.harvest.activations import KeptPairs, RowPlaces
+from analysis.harvest.contexts import documents_at, tokens_of
+from analysis.harvest.examples import Examples, TopExamples, rank_in_group
+from analysis.harvest.features import FeatureTotals
+from analysis.harvest.one_pass import Harvest, Plan, Subject
+from analysis.harvest.sampled_examples import sample_examples
+from analysis.harvest.table import Table, feature_ranges, list_array, record_batch
+from analysis.harvest.window_texts import WindowTexts
 from analysis.tables.activations import are_kept
-from analysis.window_texts import WindowTexts
 from storage.tables import column
 
 KINDS = ("top", "band", "random")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from analysis.features import FeatureTotals
-from analysis.harvest import Harvest, Plan, Subject
-from analysis.reconstruction import RowTotals
-from analysis.table import Table, record_batch
+from analysis.harvest.features import FeatureTotals
+from analysis.harvest.one_pass import Harvest, Plan, Subject
+from analysis.harvest.reconstruction import RowTotals
+from analysis.harvest.table import Table, record_batch
 from analysis.tables.features import DENSE_FREQUENCY
 from storage.tables import column
 

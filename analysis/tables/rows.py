@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from analysis.activations import RowPlaces
-from analysis.contexts import documents_at, tokens_at
-from analysis.harvest import Harvest, Plan, Subject
-from analysis.table import Rows, Table, record_batch
+from analysis.harvest.activations import RowPlaces
+from analysis.harvest.contexts import documents_at, tokens_at
+from analysis.harvest.one_pass import Harvest, Plan, Subject
+from analysis.harvest.table import Rows, Table, record_batch
 from analysis.tables.activations import are_kept
 from storage.tables import column
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.table import list_array
-from analysis.weight_space.extremes import Ends
-from analysis.weight_space.neighbours import N_NEAREST, nearest_decoders
-from analysis.weight_space.unembedding import N_BINS, N_TOKENS, TokenEffects
+from analysis.harvest.table import list_array
+from analysis.weights.extremes import Ends
+from analysis.weights.neighbours import N_NEAREST, nearest_decoders
+from analysis.weights.unembedding import N_BINS, N_TOKENS, TokenEffects
 from storage.tables import column
 
 _EFFECT = "logit per activation"

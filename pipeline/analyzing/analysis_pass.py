@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from analysis.activations import SPOOLED_BYTES
-from analysis.harvest import Harvest, Plan, Subject, find_density, gather, measure_density, refuse_empty
-from analysis.table import accumulators
+from analysis.harvest.activations import SPOOLED_BYTES
+from analysis.harvest.one_pass import Harvest, Plan, Subject, find_density, gather, measure_density, refuse_empty
+from analysis.harvest.table import accumulators
 from analysis.tables import TABLES
-from analysis.weight_space.unembedding import TokenEffects
+from analysis.weights.unembedding import TokenEffects
 from pipeline.analyzing.coders import AnalysedCoder
 from pipeline.shown_rows import ShownRows, cached_rows
 from pipeline.worker_processes import open_workers

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from analysis.model_weights import ModelWeights
 from analysis.tables.connections import ROW_GROUP_ROWS, SCHEMA, Connected, Later, connection_rows
-from analysis.weight_space.stream import read_point, write_point
-from analysis.weight_space.unembedding import TokenEffects, token_effects
+from analysis.weights.model_weights import ModelWeights
+from analysis.weights.stream import read_point, write_point
+from analysis.weights.unembedding import TokenEffects, token_effects
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.same_model import list_model_differences
 from pipeline.model.weights import read_weights

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from analysis.splice_scores import SpliceScore
+from analysis.evaluate.splice_scores import SpliceScore
 from pipeline import evaluate
 from pipeline.commands import options
 from pipeline.evaluate import EvaluateSettings

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from analysis.model_weights import ModelWeights
+from analysis.weights.model_weights import ModelWeights
 from pipeline.analyze import check_same_site
 from pipeline.exports import calibration as calibrations
 from pipeline.exports.hooks import MLP_IN, MLP_OUT, NORMALISED_IN, STREAM_OUT, layer_hooks

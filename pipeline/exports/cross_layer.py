@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from analysis.model_weights import ModelWeights
+from analysis.weights.model_weights import ModelWeights
 from pipeline.exports.circuit_tracer import CONFIG, layer_problems, unlike_layers, write_config
 from pipeline.exports.conversion import folding_problems
 from pipeline.exports.hooks import NORMALISED_IN, STREAM_OUT

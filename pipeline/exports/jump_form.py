@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.model_weights import Norm
+from analysis.weights.model_weights import Norm
 from training.architectures.base import Transcoder
 from training.architectures.batch_topk import BatchTopKTranscoder
 from training.architectures.gated import GatedTranscoder

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.model_weights import IDENTITY, AttentionWeights, LayerWeights, ModelWeights, Norm, NormKind
+from analysis.weights.model_weights import IDENTITY, AttentionWeights, LayerWeights, ModelWeights, Norm, NormKind
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sites import SiteHooks
 from storage.errors import ModelError

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.evaluate import ContextBatch, refuse_nonfinite
-from analysis.next_tokens import next_token_divergences, next_token_losses
-from analysis.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
-from analysis.splice_scores import recovered
+from analysis.evaluate.evaluation import ContextBatch, refuse_nonfinite
+from analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
+from analysis.evaluate.splice_scores import recovered
+from analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
 from pipeline.recorded_model import RecordedModel, explained_passes, sample_contexts
 from storage.cache_format import Site
 from storage.errors import SettingsError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.task_circuits.answers import answer_problems
+from analysis.task.answers import answer_problems
 from storage.errors import TextError
 
 _KEYS = {"prompt", "correct", "incorrect"}

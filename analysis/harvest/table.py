@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.harvest import Accumulator, Harvest, Plan, Subject
+from analysis.harvest.one_pass import Accumulator, Harvest, Plan, Subject
 from storage.artifact import make_directory
 from storage.tables import ROW_GROUP_ROWS, describe, write_table
 

@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.attention_patterns import SitePattern, pattern_of
-from analysis.hook_points import observed
-from analysis.in_place import InPlaceCoder, InPlaceSums, Measured
-from analysis.next_tokens import next_token_divergences, next_token_losses
-from analysis.replacement import MeanAblated, Substitute, ZeroAblated, run_replaced
-from analysis.splice_scores import Outcome, SpliceScore
+from analysis.evaluate.attention_patterns import SitePattern, pattern_of
+from analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
+from analysis.evaluate.splice_scores import Outcome, SpliceScore
+from analysis.splice.hook_points import observed
+from analysis.splice.in_place import InPlaceCoder, InPlaceSums, Measured
+from analysis.splice.replacement import MeanAblated, Substitute, ZeroAblated, run_replaced
 from storage.cache_format import Site
 from storage.errors import NonFiniteActivation
 

@@ -14,8 +14,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import loops
-from analysis.activations import FeatureLists, KeptPairs
+from analysis.harvest import loops
+from analysis.harvest.activations import FeatureLists, KeptPairs
 from training.kernels.threads import over_ranges
 
 N_TOP: Final = 10

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.passes import PassTokens
-from analysis.replacement import Substitute, weights_dtype, width_problems
+from analysis.splice.passes import PassTokens
+from analysis.splice.replacement import Substitute, weights_dtype, width_problems
 from storage.cache_format import Site
 
 

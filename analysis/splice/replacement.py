@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from analysis.hook_points import HookFunction, hooked, name_problem
-from analysis.passes import Passes, PassTokens, check_whole, following_passes
+from analysis.splice.hook_points import HookFunction, hooked, name_problem
+from analysis.splice.passes import Passes, PassTokens, check_whole, following_passes
 from storage.cache_format import Site
 from storage.errors import ModelError
 from storage.hook_names import HookName

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from analysis.next_tokens import pattern_divergences
+from analysis.evaluate.next_tokens import pattern_divergences
 from storage.cache_format import Site
 from storage.hook_names import HookName
 

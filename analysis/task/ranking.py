@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.in_place import InPlaceCoder
 from analysis.interventions.forward import forward
 from analysis.interventions.prompts import Prompts
-from analysis.replacement import weights_dtype
+from analysis.splice.in_place import InPlaceCoder
+from analysis.splice.replacement import weights_dtype
 from storage.cache_format import Site
 from storage.errors import TextError
 from storage.hook_names import HookName

@@ -11,8 +11,8 @@ from torch import Tensor
 from analysis.interventions.features import Ablate, Edit, EditedFeatures, EditedNeurons, FeatureCoder, KeepOnly
 from analysis.interventions.forward import forward
 from analysis.interventions.prompts import Prompts
-from analysis.replacement import Substitute
-from analysis.task_circuits.answers import CorrectMinusIncorrect
+from analysis.splice.replacement import Substitute
+from analysis.task.answers import CorrectMinusIncorrect
 from storage.cache_format import Site
 
 

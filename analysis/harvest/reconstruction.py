@@ -7,10 +7,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import loops
-from analysis.block import Block
-from analysis.harvest import Plan, Subject
-from analysis.sums import OrderedSum
+from analysis.harvest import loops
+from analysis.harvest.block import Block
+from analysis.harvest.one_pass import Plan, Subject
+from analysis.harvest.sums import OrderedSum
 from storage.errors import NonFiniteActivation
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.encoding import Coder, Encoded, Encoder
-from analysis.rows import RowBlock
+from analysis.harvest.encoding import Coder, Encoded, Encoder
+from analysis.harvest.rows import RowBlock
 from training.kernels.pairs import Pairs
 
 __all__ = ["Block", "Coder", "FeaturePairs"]

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import loops
-from analysis.block import Block
-from analysis.harvest import Plan, Subject
+from analysis.harvest import loops
+from analysis.harvest.block import Block
+from analysis.harvest.one_pass import Plan, Subject
 
 
 class Examples(NamedTuple):

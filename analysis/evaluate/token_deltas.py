@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from analysis.evaluate import TokenDeltas
-from analysis.table import record_batch
+from analysis.evaluate.evaluation import TokenDeltas
+from analysis.harvest.table import record_batch
 from storage.tables import column
 
 SCHEMA = pa.schema(

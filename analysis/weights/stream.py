@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.model_weights import IDENTITY, LayerWeights, ModelWeights, Norm
+from analysis.weights.model_weights import IDENTITY, LayerWeights, ModelWeights, Norm
 from storage.hook_names import HookName
 
 _BLOCK_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.block import Block
-from analysis.encoding import Coder, DenseEncoder, Encoder, expected_density, open_encoder, selection_in_use
-from analysis.rows import RowBlock, TokenOrderSplit, iter_blocks
-from analysis.weight_space.unembedding import TokenEffects
+from analysis.harvest.block import Block
+from analysis.harvest.encoding import Coder, DenseEncoder, Encoder, expected_density, open_encoder, selection_in_use
+from analysis.harvest.rows import RowBlock, TokenOrderSplit, iter_blocks
+from analysis.weights.unembedding import TokenEffects
 from storage.errors import ActionableError
 from training.rows.batches import as_tensor
 

@@ -1,0 +1,1 @@
+"""What a language model loses with transcoders in place of its MLPs."""

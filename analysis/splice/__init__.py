@@ -1,0 +1,1 @@
+"""A language model with something else in place of what chosen sites compute."""
