@@ -22,7 +22,7 @@ from pipeline.samples.speeches import fetch_sotu
 
 THREADS = 2
 CONTEXTS_PER_BATCH = 8
-STAGE, BARE, CACHED = "pipeline.cache.run", "the model alone", "run_with_cache"
+STAGE, BARE, CACHED = "pipeline.cache.stage.run", "the model alone", "run_with_cache"
 
 
 def main() -> None:

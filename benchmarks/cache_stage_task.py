@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import cache
-from pipeline.caching.settings import CacheSettings
-from pipeline.device import limited_threads
+from pipeline.cache import stage as cache
+from pipeline.cache.settings import CacheSettings
 from pipeline.model.language_model import LanguageModel, load_language_model
+from pipeline.shared.device import limited_threads
 from storage.activation_cache import ActivationCache, open_cache
 
 

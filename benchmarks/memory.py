@@ -23,7 +23,7 @@ def main() -> None:
         "memory",
         "Peak memory against rows",
         f"Caching and streaming: 64 + 64 bfloat16, units and buckets of {shard_rows:,} rows; streaming gathers one "
-        "whole epoch. Stage: `pipeline.cache.run` on the bundled tiny model, 128 + 128 float16, units of 16,384 rows.",
+        "whole epoch. Stage: `pipeline cache` on the bundled tiny model, 128 + 128 float16, units of 16,384 rows.",
         ("what", "rows", "peak MB", "of it after imports"),
         ("numpy", "zarr", "torch"),
     )

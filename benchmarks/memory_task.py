@@ -26,8 +26,8 @@ def stream(path: str, n_rows: int, shard_rows: int) -> None:  # noqa: ARG001
 
 def stage(path: str, n_rows: int, text: str) -> None:
     """Run the real stage on the tiny language model."""
-    from pipeline import cache as cache_stage
-    from pipeline.caching.settings import CacheSettings
+    from pipeline.cache import stage as cache_stage
+    from pipeline.cache.settings import CacheSettings
     from pipeline.samples.bundled_models import bundled_model
 
     model = str(bundled_model("tiny-lm"))

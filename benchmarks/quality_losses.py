@@ -22,10 +22,10 @@ import torch
 from analysis.evaluate.next_tokens import next_token_losses
 from analysis.evaluate.splice_scores import recovered
 from analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
-from pipeline import sweep
-from pipeline.pareto_plot import COLOURS, MARKS
-from pipeline.recorded_model import RecordedModel, open_recorded_model, sample_contexts
-from pipeline.runs.sweep_table import FINISHED
+from pipeline.cache.recorded_model import RecordedModel, open_recorded_model, sample_contexts
+from pipeline.evaluate.pareto_plot import COLOURS, MARKS
+from pipeline.train import sweep
+from pipeline.train.runs_table import FINISHED
 from storage.activation_cache import open_cache
 from storage.cache_format import Site
 from training.architectures.transcoder import load_transcoder, read_transcoder_manifest

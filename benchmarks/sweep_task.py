@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.made_up_rows import SITE
 from pipeline.cli import main
-from pipeline.runs.training_rows import CacheSource
+from pipeline.train.sources import CacheSource
 from storage import orders
 from training.kernels.adaptive import resolve_precision
 from training.loop.build import build_run

@@ -5,35 +5,43 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from click.shell_completion import CompletionItem
 
 from storage.errors import ActionableError
 
+
+class Command(NamedTuple):
+    """A command: the module that holds it as ``command``, and its line in the list of commands."""
+
+    module: str
+    line: str
+
+
 COMMANDS = {
-    "cache": "Text in, a shuffled on-disk cache of MLP inputs and outputs out.",
-    "extend": "Add rows to a cache.",
-    "widen": "Add layers to a cache, for the same rows.",
-    "shuffle": "Write one epoch's order as sequential shards (optional).",
-    "verify": "Check bytes, pairs and shuffle of a cache.",
-    "info": "Show any artifact at a glance.",
-    "train": "Train a transcoder from a cache, without the language model.",
-    "analyze": "Turn a transcoder into tables of features and examples.",
-    "evaluate": "Run the language model with transcoders in place of its MLPs.",
-    "pareto": "Draw L0 against FVU or CE recovered of many transcoders.",
-    "export": "Write transcoders and tables in the formats of other tools.",
-    "import": "Take over a transcoder that another tool made.",
-    "blind": "Judge features without knowing whose they are.",
-    "query": "Ask tables, a sweep or an evaluation in SQL.",
-    "score": "Show what features make of a text, token by token.",
-    "circuit": "Explain a feature or a predicted token on one prompt.",
-    "task": "Find the features that do a task, from prompts with answers.",
-    "circuits-model": "Train a transcoder for every layer of a model.",
-    "dashboard": "Write a static site of feature pages.",
-    "serve": "Show a dashboard over HTTP, or tables without making one.",
-    "demo": "Run everything on a small real model and show the result.",
+    "cache": Command("pipeline.cache.command", "Text in, a shuffled on-disk cache of MLP inputs and outputs out."),
+    "extend": Command("pipeline.cache.command_extend", "Add rows to a cache."),
+    "widen": Command("pipeline.cache.command_widen", "Add layers to a cache, for the same rows."),
+    "shuffle": Command("pipeline.cache.command_shuffle", "Write one epoch's order as sequential shards (optional)."),
+    "verify": Command("pipeline.cache.command_verify", "Check bytes, pairs and shuffle of a cache."),
+    "info": Command("pipeline.artifacts.info_command", "Show any artifact at a glance."),
+    "train": Command("pipeline.train.command", "Train a transcoder from a cache, without the language model."),
+    "analyze": Command("pipeline.analyze.command", "Turn a transcoder into tables of features and examples."),
+    "evaluate": Command("pipeline.evaluate.command", "Run the language model with transcoders in place of its MLPs."),
+    "pareto": Command("pipeline.evaluate.command_pareto", "Draw L0 against FVU or CE recovered of many transcoders."),
+    "export": Command("pipeline.formats.command_export", "Write transcoders and tables in the formats of other tools."),
+    "import": Command("pipeline.formats.command_import", "Take over a transcoder that another tool made."),
+    "blind": Command("pipeline.blind.command", "Judge features without knowing whose they are."),
+    "query": Command("pipeline.query.command", "Ask tables, a sweep or an evaluation in SQL."),
+    "score": Command("pipeline.score.command", "Show what features make of a text, token by token."),
+    "circuit": Command("pipeline.circuit.command", "Explain a feature or a predicted token on one prompt."),
+    "task": Command("pipeline.task.command", "Find the features that do a task, from prompts with answers."),
+    "circuits-model": Command("pipeline.train.command_layer_set", "Train a transcoder for every layer of a model."),
+    "dashboard": Command("pipeline.dashboard.command", "Write a static site of feature pages."),
+    "serve": Command("pipeline.dashboard.command_serve", "Show a dashboard over HTTP, or tables without making one."),
+    "demo": Command("pipeline.demo.command", "Run everything on a small real model and show the result."),
 }
 
 
@@ -48,7 +56,7 @@ class LazyGroup(click.Group):
         """Return a command, or None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"pipeline.commands.{cmd_name.replace('-', '_')}").command
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name].module).command
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -61,12 +69,14 @@ class LazyGroup(click.Group):
         """Offer commands without loading them; options are click's business."""
         if incomplete.startswith("-"):
             return super().shell_complete(ctx, incomplete)
-        return [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return [
+            CompletionItem(name, help=command.line) for name, command in COMMANDS.items() if name.startswith(incomplete)
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Write the list of commands without loading any."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([(name, command.line) for name, command in COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

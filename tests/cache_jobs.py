@@ -24,9 +24,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import cache, cli, grow, shuffle
-from pipeline.caching import plan as cache_plan
-from pipeline.caching.settings import CacheSettings
+from pipeline import cli
+from pipeline.cache import grow, shuffle
+from pipeline.cache import plan as cache_plan
+from pipeline.cache import stage as cache
+from pipeline.cache.settings import CacheSettings
 from storage.artifact import MANIFEST, canonical_json, checksum_file, describe_files, read_json, seal
 from tests.tiny_models import save_tiny_model
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import circuit, cli
-from pipeline.circuit import CircuitSettings
-from pipeline.circuits.question import Question
+from pipeline import cli
+from pipeline.circuit import stage as circuit
+from pipeline.circuit.question import Question
+from pipeline.circuit.stage import CircuitSettings
 from pipeline.model.language_model import ModelSettings, load_language_model
 from storage.draft import Draft
 from tests.circuit_runs import mlp_site, random_transcoder

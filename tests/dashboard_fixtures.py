@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
-from pipeline import dashboard
-from pipeline.dashboard import DashboardSettings
+from pipeline.dashboard import stage as dashboard
+from pipeline.dashboard.stage import DashboardSettings
 from tests.browsers import open_browser, watched_page
 from tests.dashboard_tables import MadeTables, make_tables
 from tests.dashboard_visits import open_list

@@ -14,12 +14,14 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from pipeline import analyze, analyze_each, circuit
-from pipeline.analyze import AnalyzeResult, AnalyzeSettings
-from pipeline.circuit import CircuitSettings
-from pipeline.circuits.cards import open_tables, read_cards
-from pipeline.circuits.question import Question
-from pipeline.circuits.traced import traced_layers
+from pipeline.analyze import many as analyze_each
+from pipeline.analyze import stage as analyze
+from pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
+from pipeline.circuit import stage as circuit
+from pipeline.circuit.cards import open_tables, read_cards
+from pipeline.circuit.question import Question
+from pipeline.circuit.stage import CircuitSettings
+from pipeline.circuit.traced import traced_layers
 from pipeline.live.token_order import FreshText
 from storage.activation_cache import open_cache
 from storage.artifact import read_manifest, verify_artifact

@@ -10,9 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline import analyze, analyze_each
-from pipeline.analyze import AnalyzeResult, AnalyzeSettings
-from pipeline.commands.analyze import command
+from pipeline.analyze import many as analyze_each
+from pipeline.analyze import stage as analyze
+from pipeline.analyze.command import command
+from pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
 from pipeline.live.token_order import FreshText
 from storage.activation_cache import open_cache
 from storage.artifact import MANIFEST, read_manifest
@@ -70,7 +71,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> list
 def test_each_gets_the_tables_it_would_get_alone_from_a_model_that_is_opened_once(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = count_calls(monkeypatch, "pipeline.analyzing.source", "open_recorded_model")
+    opened = count_calls(monkeypatch, "pipeline.analyze.sources", "open_recorded_model")
     told: list[Path] = []
     heard: list[str] = []
     results = run(made, tmp_path / "t", finished=lambda one: told.append(one.path), announce=heard.append)
@@ -157,7 +158,7 @@ def test_transcoders_that_read_earlier_than_some_are_told_before_anything_is_mad
 def test_fresh_text_is_read_with_one_model_for_all(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = FreshText.read({"dataset": str(text_file()), "context_length": CONTEXT_LENGTH, "contexts_per_batch": 4}, {})
     fresh: dict[str, Any] = {"cache": None, "live": text, "model": str(model_folder())}
-    opened = count_calls(monkeypatch, "pipeline.analyze", "open_transcoder_model")
+    opened = count_calls(monkeypatch, "pipeline.analyze.stage", "open_transcoder_model")
     run(made, tmp_path / "t", **fresh)
     assert len(opened) == 1
     alone = tmp_path / "alone" / "layer1"

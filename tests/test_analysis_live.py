@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline import analyze, train
-from pipeline.analyze import AnalyzeSettings
-from pipeline.commands.analyze import command
+from pipeline.analyze import stage as analyze
+from pipeline.analyze.command import command
+from pipeline.analyze.stage import AnalyzeSettings
 from pipeline.live.token_order import FreshText
+from pipeline.train import stage as train
 from storage.artifact import verify_artifact
 from storage.errors import ActionableError, ModelError, SettingsError, TextError
 from storage.tables import read_table

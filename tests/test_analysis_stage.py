@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import analyze, query, train
-from pipeline.analyze import AnalyzeSettings
-from pipeline.analyzing.summary import summary
+from pipeline.analyze import stage as analyze
+from pipeline.analyze.stage import AnalyzeSettings
+from pipeline.analyze.summary import summary
+from pipeline.query import stage as query
+from pipeline.train import stage as train
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.draft import Draft

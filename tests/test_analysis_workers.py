@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import analyze, train
-from pipeline.analyze import AnalyzeSettings
+from pipeline.analyze import stage as analyze
+from pipeline.analyze.stage import AnalyzeSettings
+from pipeline.train import stage as train
 from storage.errors import SettingsError
 from tests.synthetic_cache import write_synthetic_cache
 from training.architectures import BatchTopK

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from pipeline import circuit
-from pipeline.circuit import CircuitSettings
-from pipeline.circuits.question import Question, parse_feature
+from pipeline.circuit import stage as circuit
+from pipeline.circuit.question import Question, parse_feature
+from pipeline.circuit.stage import CircuitSettings
 from tests.browsers import accessibility_problems, open_browser, watched_page
 from tests.circuit_places import PROMPT, Place
 from tests.test_circuits_stage import write_tables

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from pipeline.dashboards.packing import pack
+from pipeline.dashboard.packing import pack
 from tests import dashboard_fixtures
 from tests.browsers import watched_page
 from tests.dashboard_fixtures import D_SAE

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from pipeline import dashboard
-from pipeline.dashboard import DashboardSettings
-from pipeline.dashboards.packing import unpack
-from pipeline.serve import open_server
+from pipeline.dashboard import stage as dashboard
+from pipeline.dashboard.packing import unpack
+from pipeline.dashboard.serve import open_server
+from pipeline.dashboard.stage import DashboardSettings
 from tests import dashboard_fixtures
 from tests.browsers import Scheme, accessibility_problems, watched_page
 from tests.dashboard_fixtures import D_SAE

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import storage.shard
-from pipeline import cache
+from pipeline.cache import stage as cache
 from storage.activation_cache import open_cache
 from storage.cache_verify import verify_bytes
 from storage.draft import Lock

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.caching.settings import CacheSettings
+from pipeline.cache.settings import CacheSettings
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from storage.cache_verify import verify_bytes
 from storage.encodings import RELATIVE_ERROR
@@ -242,7 +242,7 @@ def test_shards_and_chunks_are_chosen_to_fit_the_cache(tmp_path: Path) -> None:
     chosen = run_cache(tmp_path / "cache", shard_rows="auto", chunk_rows="auto").cache.layout
     assert (chosen.shard_rows, chosen.chunk_rows) == (4096, 4096)
     whole = CacheSettings.read(settings().model_dump(), {"shard_rows": "auto", "chunk_rows": "auto"})
-    from pipeline.caching.plan import choose_rows
+    from pipeline.cache.plan import choose_rows
     from storage.cache_format import Site
 
     wide = Site("layer8", "a", "b", 768, 768, "bfloat16")

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import cache, shuffle
-from pipeline.caching.workers import Workers
+from pipeline.cache import shuffle
+from pipeline.cache import stage as cache
+from pipeline.cache.workers import Workers
 from storage.activation_cache import open_cache
 from tests.cache_jobs import copy_cache, differing, run_cache, settings, small_blocks, tree
 

@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.layers.scores import (
-    LayerOutcome,
-    massive_note,
-    read_layers,
-    score_layer,
-    write_layers,
-)
+from pipeline.train.layer_set_scores import LayerOutcome, massive_note, read_layers, score_layer, write_layers
 from storage.activation_cache import open_cache
 from storage.statistics import MASSIVE_SHARE, SiteStatistics
 from tests.spliced_models import random_transcoder

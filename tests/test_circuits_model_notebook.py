@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import circuits_model
-from pipeline.circuits_model import CircuitsModelSettings
 from pipeline.samples.bundled_models import bundled_model
+from pipeline.train import layer_set as circuits_model
+from pipeline.train.layer_set import CircuitsModelSettings
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "notebooks" / "one_circuit.ipynb"

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline import circuits_model
-from pipeline.circuits_model import CircuitsModelSettings, fitting_together
-from pipeline.commands.circuits_model import command
-from pipeline.layers import cost as circuits_cost
-from pipeline.layers.scores import LAYERS
-from pipeline.runs.side_by_side import train_drafts
+from pipeline.train import layer_set as circuits_model
+from pipeline.train import layer_set_cost as circuits_cost
+from pipeline.train.command_layer_set import command
+from pipeline.train.layer_set import CircuitsModelSettings, fitting_together
+from pipeline.train.layer_set_scores import LAYERS
+from pipeline.train.run_set import train_drafts
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import NonFiniteActivation, SettingsError, StorageFull
@@ -136,7 +136,7 @@ def test_a_layer_that_diverges_is_marked_and_the_others_are_published(
 def test_a_disk_that_is_too_small_is_refused_with_what_would_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import budget
+    from pipeline.cache import budget
 
     monkeypatch.setattr(budget, "_free_bytes", lambda _: 100_000)
     with pytest.raises(StorageFull, match=r"needs 0\.0 GB more .* and 0\.0 GB are free; free some space"):

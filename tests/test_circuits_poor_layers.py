@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.circuits.poor_layers import warn_of_poor_layers
-from pipeline.circuits.question import Question
-from pipeline.layers.scores import LAYERS, write_layers
+from pipeline.circuit.poor_layers import warn_of_poor_layers
+from pipeline.circuit.question import Question
+from pipeline.train.layer_set_scores import LAYERS, write_layers
 from storage.tables import write_table
 from tests.layer_outcomes import layer_outcome
 

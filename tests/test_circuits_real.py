@@ -14,7 +14,7 @@ from analysis.circuits.contributions import contributions
 from analysis.circuits.record import record_run
 from analysis.circuits.roots import centred_logit_roots, decoder_root, feature_root, logit_root
 from analysis.circuits.run import LinearisedRun
-from pipeline.circuits.question import prompt_tokens
+from pipeline.circuit.question import prompt_tokens
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from pipeline.model.weights import read_weights
 from pipeline.samples.bundled_models import bundled_model

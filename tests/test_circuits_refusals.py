@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import circuit
-from pipeline.circuits.question import Question, parse_feature, prompt_tokens
-from pipeline.layers.scores import LAYERS, write_layers
+from pipeline.circuit import stage as circuit
+from pipeline.circuit.question import Question, parse_feature, prompt_tokens
+from pipeline.train.layer_set_scores import LAYERS, write_layers
 from storage.errors import SettingsError
 from tests.circuit_places import PROMPT, SMALL, Place, given, run_command
 from tests.layer_outcomes import layer_outcome

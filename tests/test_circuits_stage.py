@@ -14,10 +14,10 @@ import pytest
 from analysis.circuits.documents import describe_node, read_node
 from analysis.circuits.nodes import Kind, Node
 from analysis.circuits.path_text import show_value
-from pipeline import circuit
-from pipeline.circuits.cards import open_tables, read_cards
-from pipeline.circuits.question import Question, parse_feature, prompt_tokens
-from pipeline.circuits.traced import traced_layers
+from pipeline.circuit import stage as circuit
+from pipeline.circuit.cards import open_tables, read_cards
+from pipeline.circuit.question import Question, parse_feature, prompt_tokens
+from pipeline.circuit.traced import traced_layers
 from pipeline.model.language_model import ModelSettings, load_language_model
 from storage.artifact import read_manifest
 from storage.draft import Draft

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import environment
-from pipeline import circuit
-from pipeline.circuits.question import Question
+from pipeline.circuit import stage as circuit
+from pipeline.circuit.question import Question
 from tests.circuit_places import PROMPT, SMALL, Place
 from tests.test_interop_packages import CIRCUIT_TRACER
 

@@ -228,7 +228,7 @@ def test_an_error_is_one_message_and_its_traceback_is_shown_on_request(
 def test_a_bug_of_ours_keeps_its_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.info.describe", lambda _: 1 / 0)
+    monkeypatch.setattr("pipeline.artifacts.info_stage.describe", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command(capsys, "info", tmp_path)
 

@@ -9,10 +9,10 @@ from typing import Any
 import click
 import pytest
 
-from pipeline.analyze import AnalyzeSettings
-from pipeline.caching.settings import CacheSettings
-from pipeline.device import open_device
-from pipeline.options import read_settings, settings_options
+from pipeline.analyze.stage import AnalyzeSettings
+from pipeline.cache.settings import CacheSettings
+from pipeline.shared.device import open_device
+from pipeline.shared.options import read_settings, settings_options
 from storage.errors import SettingsError
 from storage.settings import Settings
 from tests.cache_jobs import command

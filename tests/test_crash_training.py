@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import train
+from pipeline.train import stage as train
 from tests.cache_jobs import Kill, count_renames, die_at, differing
 from tests.test_training_resume import CHECKPOINT_STEPS, SETTINGS, results
 from tests.training_caches import small_cache

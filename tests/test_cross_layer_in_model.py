@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from analysis.evaluate.evaluation import ALL_SITES
-from pipeline import circuit, cross_layer, evaluate
-from pipeline.circuit import CircuitSettings
-from pipeline.circuits.question import Question
-from pipeline.evaluate import EvaluateSettings
-from pipeline.recorded_model import sample_contexts
+from pipeline.cache.recorded_model import sample_contexts
+from pipeline.circuit import stage as circuit
+from pipeline.circuit.question import Question
+from pipeline.circuit.stage import CircuitSettings
+from pipeline.evaluate import stage as evaluate
+from pipeline.evaluate.stage import EvaluateSettings
+from pipeline.train import cross_layer
 from storage.activation_cache import open_cache
 from storage.errors import ArtifactMismatch, SettingsError
 from tests.cache_jobs import CONTEXT_LENGTH, model_folder, run_cache

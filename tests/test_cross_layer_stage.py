@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import cross_layer, train
-from pipeline.info import glance
-from pipeline.train import TrainResult
+from pipeline.artifacts.info_stage import glance
+from pipeline.train import cross_layer
+from pipeline.train import stage as train
+from pipeline.train.stage import TrainResult
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, SettingsError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from analysis.dashboards.visible import visible_token
-from pipeline.dashboards.blind import HOT_SHADE, N_SHADES, shade_of, write_blind_page
+from pipeline.dashboard.blind import HOT_SHADE, N_SHADES, shade_of, write_blind_page
 
 
 def example(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import dashboard
-from pipeline.dashboard import DashboardSettings
-from pipeline.dashboards.packing import unpack
-from pipeline.serve import PAGES_KEPT, TablesSite, open_server
+from pipeline.dashboard import stage as dashboard
+from pipeline.dashboard.packing import unpack
+from pipeline.dashboard.serve import PAGES_KEPT, TablesSite, open_server
+from pipeline.dashboard.stage import DashboardSettings
 from storage.errors import ArtifactMissing, SettingsError
 from tests.dashboard_tables import MadeTables, make_tables
 

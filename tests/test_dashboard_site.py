@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, dashboard
-from pipeline.dashboard import SITE, DashboardSettings
-from pipeline.dashboards import site_data
-from pipeline.dashboards.packing import pack, unpack
-from pipeline.dashboards.site_data import FEATURES_PER_FILE
+from pipeline import cli
+from pipeline.dashboard import site_data
+from pipeline.dashboard import stage as dashboard
+from pipeline.dashboard.packing import pack, unpack
+from pipeline.dashboard.site_data import FEATURES_PER_FILE
+from pipeline.dashboard.stage import SITE, DashboardSettings
 from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, ArtifactMissing
 from tests.dashboard_tables import WORDS, MadeTables, make_tables

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from analysis.evaluate.evaluation import ALL_SITES
-from pipeline import evaluate, query
-from pipeline.evaluate import EvaluateSettings
-from pipeline.info import glance
-from pipeline.recorded_model import open_recorded_model, sample_contexts
+from pipeline.artifacts.info_stage import glance
+from pipeline.cache.recorded_model import open_recorded_model, sample_contexts
+from pipeline.evaluate import stage as evaluate
+from pipeline.evaluate.stage import EvaluateSettings
+from pipeline.query import stage as query
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, SettingsError
@@ -154,7 +155,7 @@ def test_a_cut_short_evaluation_is_run_again_and_ends_with_the_same_bytes(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.evaluate.token_rows", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("pipeline.evaluate.stage.token_rows", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(made, tmp_path / "e")
     run(made, tmp_path / "e")

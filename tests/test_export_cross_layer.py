@@ -12,9 +12,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline import export
-from pipeline.export import ExportResult, ExportSettings, Format
-from pipeline.exports.tensor_files import write_tensors
+from pipeline.formats import export
+from pipeline.formats.export import ExportResult, ExportSettings, Format
+from pipeline.formats.tensor_files import write_tensors
 from pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
 from storage.artifact import verify_artifact
 from storage.cache_format import Site
@@ -143,7 +143,7 @@ def test_an_interrupted_export_is_nothing_to_its_reader_and_is_finished_by_the_n
             raise StorageFull("full")
         write_tensors(path, tensors)
 
-    monkeypatch.setattr("pipeline.exports.cross_layer.write_tensors", fail_at_the_second)
+    monkeypatch.setattr("pipeline.formats.cross_layer_write.write_tensors", fail_at_the_second)
     with pytest.raises(StorageFull):
         write("circuit-tracer", [tmp_path / "t"], tmp_path / "out")
     assert not (tmp_path / "out/config.yaml").exists()

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline import export
-from pipeline.export import ExportSettings
-from pipeline.exports.viewer_features import N_BINS, equal_bins, feature_json
+from pipeline.formats import export
+from pipeline.formats.export import ExportSettings
+from pipeline.formats.viewer_features import N_BINS, equal_bins, feature_json
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from storage.tables import write_table
 from tests.synthetic_cache import write_synthetic_cache

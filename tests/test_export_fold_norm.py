@@ -7,8 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline import export
-from pipeline.export import ExportSettings
+from pipeline.formats import export
+from pipeline.formats.export import ExportSettings
 from pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
 from storage.cache_format import Site
 from storage.errors import SettingsError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.exports.hooks import hooked_transformer_name
+from pipeline.formats.hooks import hooked_transformer_name
 from pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
 from tests.tiny_models import FAMILIES, save_tiny_model
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from analysis.weights.model_weights import Norm
-from pipeline.exports.calibration import calibrate, thresholds
-from pipeline.exports.jump_form import jump_form
+from pipeline.formats.calibration import calibrate, thresholds
+from pipeline.formats.jump_form import jump_form
 from storage.activation_cache import open_cache
 from tests.layered_transcoders import mlp_site, publish_site_cache, random_transcoder
 from training.architectures import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK

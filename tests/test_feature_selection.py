@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.dashboard import DashboardSettings
-from pipeline.feature_selection import parse_features
-from pipeline.options import read_settings
+from pipeline.dashboard.feature_selection import parse_features
+from pipeline.dashboard.stage import DashboardSettings
+from pipeline.shared.options import read_settings
 from storage.errors import SettingsError
 
 

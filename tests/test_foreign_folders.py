@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import grow, train
 from pipeline.blind.study import BlindStudy
+from pipeline.cache import grow
+from pipeline.train import stage as train
 from storage.artifact import REQUEST
 from storage.draft import LOCK
 from storage.errors import ActionableError, ArtifactMissing, SettingsError

@@ -13,9 +13,9 @@ import pytest
 import xxhash
 import zarr
 
-from pipeline.cache import packing_state_name
-from pipeline.caching.context_packing import CHECKPOINT
-from pipeline.caching.stage import BEGUN, LOG, PLAN
+from pipeline.cache.context_packing import CHECKPOINT
+from pipeline.cache.draft import BEGUN, LOG, PLAN
+from pipeline.cache.stage import packing_state_name
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import canonical_json
 from storage.draft import LOCK

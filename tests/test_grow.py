@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import grow
+from pipeline.cache import grow
 from storage.activation_cache import ActivationCache, open_cache
 from storage.cache_verify import verify_bytes
 from storage.errors import ArtifactBusy, ArtifactMismatch, ModelError, SettingsError, TextError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import grow
+from pipeline.cache import grow
 from storage.activation_cache import open_cache
 from storage.cache_verify import verify_bytes
 from storage.errors import ArtifactMismatch, TextError

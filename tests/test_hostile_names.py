@@ -13,12 +13,17 @@ import pyarrow as pa
 import pytest
 
 from analysis.dashboards.feature_tables import FeatureTables
-from pipeline import analyze_each, dashboard, export, pareto, query, sweep
-from pipeline.analyze import AnalyzeSettings
-from pipeline.dashboard import DashboardSettings
-from pipeline.export import ExportSettings
-from pipeline.exports.delphi import LatentTables, open_tables
-from pipeline.serve import PublishedSite
+from pipeline.analyze import many as analyze_each
+from pipeline.analyze.stage import AnalyzeSettings
+from pipeline.dashboard import stage as dashboard
+from pipeline.dashboard.serve import PublishedSite
+from pipeline.dashboard.stage import DashboardSettings
+from pipeline.evaluate import pareto
+from pipeline.formats import export
+from pipeline.formats.delphi import LatentTables, open_tables
+from pipeline.formats.export import ExportSettings
+from pipeline.query import stage as query
+from pipeline.train import sweep
 from storage.activation_cache import open_cache
 from storage.artifact import MANIFEST, checksum_file, describe_files, read_sealed, seal, sync_files, verify_artifact
 from storage.cache_verify import verify_bytes

@@ -11,14 +11,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from pipeline import circuit, evaluate, export, import_cross_layer
-from pipeline.circuit import CircuitSettings
-from pipeline.circuits.question import Question
-from pipeline.evaluate import EvaluateSettings
-from pipeline.export import ExportSettings
-from pipeline.import_cross_layer import CrossLayerImport
-from pipeline.import_transcoder import ImportSettings
-from pipeline.info import glance
+from pipeline.artifacts.info_stage import glance
+from pipeline.circuit import stage as circuit
+from pipeline.circuit.question import Question
+from pipeline.circuit.stage import CircuitSettings
+from pipeline.evaluate import stage as evaluate
+from pipeline.evaluate.stage import EvaluateSettings
+from pipeline.formats import export, import_cross_layer
+from pipeline.formats.export import ExportSettings
+from pipeline.formats.import_cross_layer import CrossLayerImport
+from pipeline.formats.import_transcoder import ImportSettings
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.cache_format import Site

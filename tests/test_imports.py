@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import analyze, export, import_transcoder
-from pipeline.analyze import AnalyzeSettings
-from pipeline.export import ExportSettings
-from pipeline.import_transcoder import ImportSettings
+from pipeline.analyze import stage as analyze
+from pipeline.analyze.stage import AnalyzeSettings
+from pipeline.formats import export, import_transcoder
+from pipeline.formats.export import ExportSettings
+from pipeline.formats.import_transcoder import ImportSettings
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.cache_format import Site

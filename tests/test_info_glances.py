@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import dashboard
-from pipeline.dashboard import DashboardSettings
-from pipeline.glances import GLANCES
-from pipeline.info import glance
+from pipeline.artifacts.info_stage import glance
+from pipeline.artifacts.info_summaries import GLANCES
+from pipeline.dashboard import stage as dashboard
+from pipeline.dashboard.stage import DashboardSettings
 from storage.draft import Draft
 from tests.dashboard_tables import make_tables
 from tests.tables_by_hand import example_row, feature_row, publish_tables

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from analysis.splice.replacement import EVERY_POSITION, Transcoded, replaced
-from pipeline import export
-from pipeline.export import ExportSettings
-from pipeline.exports.hooks import hooked_transformer_name
+from pipeline.formats import export
+from pipeline.formats.export import ExportSettings
+from pipeline.formats.hooks import hooked_transformer_name
 from pipeline.model.language_model import LanguageModel, ModelSettings, SiteHooks, load_language_model
 from storage.cache_format import Site
 from tests.layered_transcoders import publish_transcoder, random_transcoder

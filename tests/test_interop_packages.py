@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import environment
-from pipeline import export, import_cross_layer, import_transcoder
-from pipeline.export import ExportSettings
-from pipeline.import_transcoder import ImportSettings
+from pipeline.formats import export, import_cross_layer, import_transcoder
+from pipeline.formats.export import ExportSettings
+from pipeline.formats.import_transcoder import ImportSettings
 from storage.cache_format import Site
 from tests.cross_layer_transcoders import INPUTS as LAYERED_INPUTS
 from tests.cross_layer_transcoders import N_LAYERS, publish_cross_layer, random_cross_layer

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from analysis.evaluate.evaluation import Evaluation, SplicedSite
-from pipeline.recorded_model import RecordedModel, open_recorded_model, sample_contexts
-from pipeline.runs.loss_hooks import LossIncrease, SplicedLoss
+from pipeline.cache.recorded_model import RecordedModel, open_recorded_model, sample_contexts
+from pipeline.train.loss_hooks import LossIncrease, SplicedLoss
 from storage.activation_cache import open_cache
 from storage.errors import NonFiniteActivation, OutOfMemoryError, SettingsError
 from tests.cache_jobs import CONTEXT_LENGTH, run_cache

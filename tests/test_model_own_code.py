@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline import cli
 from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.transcoder_model import open_transcoder_model
+from pipeline.model.of_transcoders import open_transcoder_model
 from storage.errors import ModelError
 from tests.cache_jobs import text_file
 from tests.spliced_models import mlp_site, publish_transcoder_of, random_transcoder

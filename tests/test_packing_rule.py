@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.caching.rows import RowFilter
+from pipeline.cache.row_filter import RowFilter
 from pipeline.text.packer import NOTHING, DocumentTokens, Packer, Partial, check_token_ids
 from storage.errors import SettingsError, TextError
 from tests.packing_streams import contexts_of, documents_of, make_source

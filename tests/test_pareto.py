@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import evaluate, pareto, sweep, train
-from pipeline.evaluate import EvaluateSettings
-from pipeline.pareto import Point, as_json, collect, front, lines
-from pipeline.pareto_plot import COLOURS, style, table, write_plot
-from pipeline.runs.sweep_grid import expand, read_grid
+from pipeline.evaluate import pareto
+from pipeline.evaluate import stage as evaluate
+from pipeline.evaluate.pareto import Point, as_json, collect, front, lines
+from pipeline.evaluate.pareto_plot import COLOURS, style, table, write_plot
+from pipeline.evaluate.stage import EvaluateSettings
+from pipeline.train import stage as train
+from pipeline.train import sweep
+from pipeline.train.grid import expand, read_grid
 from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tests.cache_jobs import command, run_cache
 from training.loop.settings import TrainSettings

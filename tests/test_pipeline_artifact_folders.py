@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.artifact_folders import each_artifact, refuse_folder, unfinished_inside
-from pipeline.commands import dashboard, serve
+from pipeline.artifacts.folders import each_artifact, refuse_folder, unfinished_inside
+from pipeline.dashboard import command as dashboard
+from pipeline.dashboard import command_serve as serve
 from storage.draft import Draft
 from storage.errors import ArtifactMismatch
 

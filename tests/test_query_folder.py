@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import query
+from pipeline.query import stage as query
 from storage.errors import ArtifactMissing
 from tests.cache_jobs import command
 from tests.tables_by_hand import example_row, feature_row, publish_tables

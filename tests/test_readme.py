@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 import pytest
 
-from pipeline import cache, train
-from pipeline.caching.settings import CacheSettings
+from pipeline.cache import stage as cache
+from pipeline.cache.settings import CacheSettings
 from pipeline.cli import COMMANDS, cli
 from pipeline.samples.bundled_models import bundled_model
+from pipeline.train import stage as train
 from training.loop.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent

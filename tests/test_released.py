@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline import circuit, evaluate, query, serve
+from pipeline.circuit import stage as circuit
+from pipeline.dashboard import serve
+from pipeline.evaluate import stage as evaluate
+from pipeline.query import stage as query
 from storage.activation_cache import open_cache
 from storage.artifact import MANIFEST, read_json
 from tests.released.recipe import STEPS, Step

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import analyze, evaluate, export
-from pipeline.analyze import AnalyzeSettings
-from pipeline.evaluate import EvaluateSettings
-from pipeline.export import ExportSettings
+from pipeline.analyze import stage as analyze
+from pipeline.analyze.stage import AnalyzeSettings
+from pipeline.evaluate import stage as evaluate
+from pipeline.evaluate.stage import EvaluateSettings
+from pipeline.formats import export
+from pipeline.formats.export import ExportSettings
 from pipeline.model.same_model import list_model_differences
 from storage.activation_cache import open_cache
 from tests.cache_jobs import run_cache

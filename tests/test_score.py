@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from analysis import text_scores
-from pipeline import cli, score
+from pipeline import cli
 from pipeline.model.language_model import LanguageModel
-from pipeline.score import ScoredText, Scores
-from pipeline.scoring import pictures as score_pictures
-from pipeline.scoring.text import as_json, show
+from pipeline.score import pictures as score_pictures
+from pipeline.score import stage as score
+from pipeline.score.stage import ScoredText, Scores
+from pipeline.score.text import as_json, show
 from storage.activation_cache import open_cache
 from storage.draft import Draft
 from storage.errors import ArtifactMismatch, ModelError, SettingsError, TextError

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import grow, verify
+from pipeline.cache import grow, verify
 from pipeline.model.language_model import ModelSettings, load_language_model
 from storage.activation_cache import ActivationCache, open_cache
 from storage.artifact import read_json

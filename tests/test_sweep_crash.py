@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import sweep
-from pipeline.runs.sweep_grid import expand
+from pipeline.train import sweep
+from pipeline.train.grid import expand
 from storage.errors import NonFiniteActivation
 from tests.cache_jobs import Kill, count_renames, die_at, differing
 from tests.test_training_resume import results

@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import query, sweep, train
-from pipeline.info import describe as describe_artifact
-from pipeline.info import glance
-from pipeline.runs.sweep_grid import expand, read_grid
-from pipeline.sweep import SweepResult
+from pipeline.artifacts.info_stage import describe as describe_artifact
+from pipeline.artifacts.info_stage import glance
+from pipeline.query import stage as query
+from pipeline.train import stage as train
+from pipeline.train import sweep
+from pipeline.train.grid import expand, read_grid
+from pipeline.train.sweep import SweepResult
 from storage import orders
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact

@@ -15,10 +15,10 @@ from analysis.interventions.prompts import pad_prompts
 from analysis.splice.replacement import Transcoded
 from analysis.task.answers import CorrectMinusIncorrect
 from analysis.task.curves import Task
-from pipeline import task
-from pipeline.commands.task import command
-from pipeline.task import TaskSettings
-from pipeline.tasks.tables import FEATURES, MODEL, NEURONS, TRANSCODER
+from pipeline.task import stage as task
+from pipeline.task.command import command
+from pipeline.task.stage import TaskSettings
+from pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER
 from storage.artifact import verify_artifact
 from storage.errors import SettingsError, TextError
 from storage.tables import describe, read_schema, read_table

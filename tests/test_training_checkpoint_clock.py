@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import sweep
+from pipeline.train import sweep
 from tests.cache_jobs import differing
 from tests.test_training_resume import results
 from tests.training_caches import small_cache

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import sweep, train
+from pipeline.cache.recorded_model import open_recorded_model
 from pipeline.live.batches import LiveBatches
-from pipeline.recorded_model import open_recorded_model
-from pipeline.runs.loss_hooks import SplicedLoss
-from pipeline.runs.model_scores import ModelScoreSettings
-from pipeline.train import TrainResult
+from pipeline.train import stage as train
+from pipeline.train import sweep
+from pipeline.train.loss_hooks import SplicedLoss
+from pipeline.train.model_scores import ModelScoreSettings
+from pipeline.train.stage import TrainResult
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, SettingsError

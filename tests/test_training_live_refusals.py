@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import sweep, train
 from pipeline.live.asked_sites import names_asked_for
+from pipeline.train import stage as train
+from pipeline.train import sweep
 from storage.errors import SettingsError, TextError
 from tests.live_runs import live_settings
 from training.loop.settings import TrainSettings

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train import TrainResult, run
+from pipeline.train.stage import TrainResult, run
 from storage.activation_cache import open_cache
 from storage.cache_format import Site
 from storage.encodings import Side

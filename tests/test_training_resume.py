@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train import run
+from pipeline.train.stage import run
 from storage.artifact import MANIFEST
 from storage.errors import ArtifactCorrupt
 from tests.training_caches import small_cache
@@ -38,7 +38,7 @@ CHILD = f"""
 import os, signal, sys
 from pathlib import Path
 import training.architectures.transcoder
-from pipeline.train import run
+from pipeline.train.stage import run
 from training.loop.settings import TrainSettings
 
 cache, output, kill_step, kill_checkpoint = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

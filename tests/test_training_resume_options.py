@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.train import run
+from pipeline.train.stage import run
 from tests.test_training_resume import results
 from tests.training_caches import small_cache
 from training.architectures import ARCHITECTURES, Transcoder

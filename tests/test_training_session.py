@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.train import TrainResult, run
+from pipeline.train.stage import TrainResult, run
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import SettingsError

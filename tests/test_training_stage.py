@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.info import glance
-from pipeline.train import TrainResult, run
+from pipeline.artifacts.info_stage import glance
+from pipeline.train.stage import TrainResult, run
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import train
+from pipeline.train import stage as train
 from tests.training_caches import small_cache
 from training.loop.settings import TrainSettings
 

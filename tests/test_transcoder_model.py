@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.model.language_model import ModelSettings, load_language_model
+from pipeline.model.of_transcoders import open_transcoder_model
 from pipeline.model.recorded_place import recorded_place
 from pipeline.samples.bundled_models import bundled_model
-from pipeline.transcoder_model import open_transcoder_model
 from storage.artifact import digest
 from storage.errors import ArtifactMismatch, ModelError, SettingsError
 from tests.spliced_models import WIDTH, mlp_site, publish_transcoder_of, random_transcoder

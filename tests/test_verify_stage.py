@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import grow, verify
+from pipeline.cache import grow, verify
 from storage.activation_cache import open_cache
 from storage.cache_verify import verify_bytes
 from storage.errors import ArtifactMismatch

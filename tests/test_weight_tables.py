@@ -14,12 +14,13 @@ import torch
 
 from analysis.weights.stream import write_point
 from analysis.weights.unembedding import token_effects
-from pipeline import analyze, query
-from pipeline.analyze import AnalyzeSettings
-from pipeline.analyzing.weight_tables import SharedWeights, write_weight_tables
+from pipeline.analyze import stage as analyze
+from pipeline.analyze.stage import AnalyzeSettings
+from pipeline.analyze.weight_tables import SharedWeights, write_weight_tables
+from pipeline.cache.recorded_model import open_recorded_model
 from pipeline.model.language_model import ModelSettings, load_language_model
 from pipeline.model.weights import read_weights
-from pipeline.recorded_model import open_recorded_model
+from pipeline.query import stage as query
 from storage.activation_cache import open_cache
 from storage.artifact import verify_artifact
 from storage.errors import ArtifactMismatch, ModelError, SettingsError

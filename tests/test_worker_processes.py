@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import shuffle
-from pipeline.worker_processes import completed, open_workers
+from pipeline.cache import shuffle
+from pipeline.shared.worker_processes import completed, open_workers
 from storage.errors import SettingsError
 from tests.cache_jobs import run_cache
 
 PARENT = """
 import time
-from pipeline.worker_processes import completed, open_workers
+from pipeline.shared.worker_processes import completed, open_workers
 
 if __name__ == "__main__":
     with open_workers(2) as submit:

@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from analysis.blind.sampling import Drawn, LiveRule, draw
-from pipeline import analyze
+from pipeline.analyze import stage as analyze
 from pipeline.blind import ratings
 from pipeline.blind.sealed import seal
-from pipeline.dashboards.blind import write_blind_page
+from pipeline.dashboard.blind import write_blind_page
 from pipeline.model.same_model import without_versions
 from storage.artifact import make_directory, read_manifest, write_atomically
 from storage.differences import list_differences

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from analysis.blind.sampling import LiveRule, draw
 from analysis.blind.withholding import Mode, Source
-from pipeline import analyze
+from pipeline.analyze import stage as analyze
 from pipeline.blind.study import BlindStudy
 from storage.artifact import read_manifest
 from storage.errors import SettingsError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from pipeline.caching.settings import CapturedSites
+from pipeline.cache.settings import CapturedSites
 from pipeline.model.sites import resolve_sites
 from storage.errors import ModelError
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pipeline.cache import check_context_length, row_mask_of
+from pipeline.cache.stage import check_context_length, row_mask_of
 from pipeline.live.contexts import ContextBatches
 from pipeline.live.heldout import HeldoutRows, compute_heldout_rows, read_heldout_contexts
 from pipeline.live.mixing import Mixing, choose_block_rows

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.caching.producer import RowMask
+from pipeline.cache.rows import RowMask
 from pipeline.live.rows import RowMaker
 from pipeline.text.holdout import HoldoutRule
 from pipeline.text.packing import HELDOUT, ContextSource

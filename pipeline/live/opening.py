@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
-from pipeline.cache import check_pairing
-from pipeline.caching.plan import PROBE_BATCHES, Probe, choose_dtypes, fixed_dtype
-from pipeline.caching.producer import RowMask
+from pipeline.cache.plan import PROBE_BATCHES, Probe, choose_dtypes, fixed_dtype
+from pipeline.cache.rows import RowMask
+from pipeline.cache.stage import check_pairing
 from pipeline.live.contexts import ContextBatches
 from pipeline.live.rows import RowMaker
 from pipeline.live.settings import LiveSettings

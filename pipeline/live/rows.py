@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.caching.producer import RowMask, provenance_of
+from pipeline.cache.rows import RowMask, provenance_of
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.sites import SiteHooks
 from storage.cache_format import Site

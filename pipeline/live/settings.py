@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.caching.settings import CapturedContexts, CapturedSites
+from pipeline.cache.settings import CapturedContexts, CapturedSites
 from pipeline.model.language_model import ModelSettings
 from pipeline.text.dataset import TextSettings
 from storage.settings import Quantity

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache import check_context_length, row_mask_of
-from pipeline.caching.settings import CapturedContexts
+from pipeline.cache.recorded_model import explained_passes
+from pipeline.cache.settings import CapturedContexts
+from pipeline.cache.shown_rows import ShownRows
+from pipeline.cache.stage import check_context_length, row_mask_of
 from pipeline.live.rows import RowMaker, as_array
 from pipeline.model.language_model import LanguageModel
-from pipeline.recorded_model import explained_passes
-from pipeline.shown_rows import ShownRows
 from pipeline.text.dataset import TextSettings, open_documents
 from pipeline.text.holdout import HoldoutRule
 from pipeline.text.packing import TRAIN, ContextSource

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import circuit, query
 from pipeline.blind.draw import KEY
 from pipeline.blind.sealed import unseal
+from pipeline.circuit import stage as circuit
+from pipeline.query import stage as query
 from storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from storage.artifact import MANIFEST, read_manifest
 from storage.cache_format import PROVENANCE

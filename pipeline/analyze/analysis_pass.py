@@ -1,0 +1,216 @@
+"""The pass of `pipeline analyze` over a split's units: in this process, or shared among worker processes.
+
+A task is one unit. What workers counted is merged in unit order, which gives the bits of one process whose threads
+are as many as a worker's. A lost worker costs the unit it was on, which another one does again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from analysis.harvest.activations import SPOOLED_BYTES
+from analysis.harvest.one_pass import Harvest, Plan, Subject, find_density, gather, measure_density, refuse_empty
+from analysis.harvest.table import accumulators
+from analysis.tables import TABLES
+from analysis.weights.unembedding import TokenEffects
+from pipeline.analyze.coders import AnalysedCoder
+from pipeline.cache.shown_rows import ShownRows, cached_rows
+from pipeline.shared.worker_processes import open_workers
+from storage.activation_cache import open_cache
+from storage.artifact import make_directory
+from storage.errors import SettingsError
+from training.architectures.transcoder import Transcoder
+
+logger = logging.getLogger(__name__)
+
+KEPT_BYTES = 8
+"""Of a pair in ``activations/``, about."""
+_SCRATCH = "spool"
+
+
+@dataclass(frozen=True)
+class AnalysisPass:
+    """Which rows are shown to which transcoder, and what is counted."""
+
+    rows: ShownRows
+    analysed: AnalysedCoder
+    plan: Plan
+    device: torch.device
+
+    def open_subject(
+        self,
+        coder: Transcoder,
+        *,
+        effects: TokenEffects | None = None,
+        scratch: Path | None = None,
+        density: float | None = None,
+    ) -> Subject:
+        """Return what is analysed. Raises ActionableError for a split without rows."""
+        rows = self.rows
+        subject = Subject(
+            coder=coder,
+            split=rows.split,
+            split_name=rows.split_name,
+            site=rows.site,
+            output_mean=rows.output_mean,
+            vocabulary=rows.vocabulary,
+            device=self.device,
+            effects=effects,
+            density=density,
+            scratch=scratch,
+            is_whole=self.analysed.is_whole,
+        )
+        refuse_empty(subject)
+        return subject
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that are read."""
+        n_rows = self.rows.split.n_rows
+        return min(self.plan.n_rows or n_rows, n_rows)
+
+    def run(self, subject: Subject, *, workers: int = 1, threads: int | None = None, quiet: bool = False) -> Harvest:
+        """Count over all units; ``threads`` are those of each worker, by default this process's divided."""
+        logger.info("reading %d %s rows of %s", self.n_rows, self.rows.split_name, self.rows.site)
+        with tqdm(total=self.n_rows, desc="analyze", unit="row", unit_scale=True, disable=quiet or None) as bar:
+            if workers == 1:
+                return gather(subject, self.plan, accumulators(TABLES), progress=bar.update)
+            job = self._job(subject, threads or max(1, torch.get_num_threads() // workers))
+            return _gather_on_workers(workers, job, self._units(subject), bar.update)
+
+    def _job(self, subject: Subject, threads: int) -> Job:
+        cache = self.rows.cache
+        assert cache is not None, "rows that only this process has are not shared"
+        return Job(
+            cache=str(cache.path),
+            generation=cache.generation,
+            split_name=self.rows.split_name,
+            site=self.rows.site,
+            analysed=self.analysed,
+            plan=self.plan,
+            density=subject.density,
+            scratch=None if subject.scratch is None else str(subject.scratch),
+            threads=threads,
+        )
+
+    def _units(self, subject: Subject) -> list[int]:
+        """Return the rows of each unit that is read."""
+        starts = [subject.split.first_row(unit) for unit in range(subject.split.n_units)]
+        ends = [min(end, self.n_rows) for end in [*starts[1:], self.n_rows]]
+        return [end - start for start, end in zip(starts, ends, strict=True) if end > start]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know to count any unit; hashable, so that it is set up once per process."""
+
+    cache: str
+    generation: int
+    split_name: str
+    site: str
+    analysed: AnalysedCoder
+    plan: Plan
+    density: float | None
+    scratch: str | None
+    threads: int
+
+
+def count_unit(job: Job, unit: int) -> Harvest:
+    """Return what one unit holds, counted in this process."""
+    torch.set_num_threads(job.threads)
+    return gather(_open_job(job), job.plan, accumulators(TABLES), units=range(unit, unit + 1))
+
+
+@lru_cache(maxsize=1)
+def _open_job(job: Job) -> Subject:
+    whole = AnalysisPass(
+        rows=cached_rows(open_cache(job.cache, job.generation), job.split_name, job.site),
+        analysed=job.analysed,
+        plan=job.plan,
+        device=torch.device("cpu"),
+    )
+    scratch = None if job.scratch is None else Path(job.scratch)
+    return whole.open_subject(job.analysed.load(), density=job.density, scratch=scratch)
+
+
+def _gather_on_workers(n_workers: int, job: Job, units: list[int], progress: Callable[[int], object]) -> Harvest:
+    """Merge the units in their order, at most a few of which wait to be merged."""
+    whole: Harvest | None = None
+    with open_workers(min(n_workers, len(units))) as submit:
+        waiting: deque[Any] = deque()
+        for unit, n_rows in enumerate(units):
+            waiting.append((submit(count_unit, job, unit), n_rows))
+            if len(waiting) > n_workers:
+                whole = _merged(whole, waiting.popleft(), progress)
+        while waiting:
+            whole = _merged(whole, waiting.popleft(), progress)
+    assert whole is not None, "a split that is read has units"
+    return whole
+
+
+def _merged(whole: Harvest | None, counted: tuple[Any, int], progress: Callable[[int], object]) -> Harvest:
+    future, n_rows = counted
+    harvest: Harvest = future.result()
+    progress(n_rows)
+    if whole is None:
+        return harvest
+    whole.merge(harvest)
+    return whole
+
+
+def check_workers(workers: int, device: torch.device, *, is_live: bool = False) -> None:
+    """Raise SettingsError if the pass cannot be shared like this."""
+    if workers < 1:
+        raise SettingsError(f"--workers {workers}: at least one is needed")
+    if workers > 1 and is_live:
+        raise SettingsError(f"--workers {workers}: not with --live, whose rows only one process has; use --threads")
+    if workers > 1 and device.type != "cpu":
+        raise SettingsError(
+            f"--workers {workers}: workers share the cores of a CPU; with --device {device} leave it out"
+        )
+
+
+def with_density(subject: Subject, plan: Plan) -> Subject:
+    """Return the subject with the share of active pairs, measured where anything depends on it."""
+    density = find_density(subject)
+    if density is None and plan.activation_rows:
+        density = measure_density(subject)
+    return replace(subject, density=density)
+
+
+def estimated_pairs(subject: Subject, n_rows: int, plan: Plan) -> int:
+    """Return about how many activations are kept, by the subject's density."""
+    return round((subject.density or 0.0) * subject.coder.d_sae * min(plan.activation_rows, n_rows))
+
+
+def refuse_too_much(n_pairs: int, output: Path) -> None:
+    """Raise SettingsError if the activations kept would not fit on the disk of ``output``."""
+    needed, free = n_pairs * (KEPT_BYTES + SPOOLED_BYTES), shutil.disk_usage(output).free
+    if needed > free:
+        raise SettingsError(
+            f"{output}: keeping about {n_pairs:,} activations takes {needed / 1e9:.1f} GB while they are sorted, and "
+            f"{free / 1e9:.1f} GB are free; free some space, choose another --out, or keep fewer with --activations N"
+        )
+
+
+@contextmanager
+def scratch_folder(draft: Path) -> Iterator[Path]:
+    """Yield an empty folder inside a draft, which is deleted at the end, and of a killed run at the start."""
+    folder = draft / _SCRATCH
+    shutil.rmtree(folder, ignore_errors=True)
+    make_directory(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

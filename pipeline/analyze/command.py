@@ -1,0 +1,144 @@
+"""``pipeline analyze``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.analyze import many as analyze_each
+from pipeline.analyze import stage as analyze
+from pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
+from pipeline.artifacts.folders import artifacts_inside, each_artifact, unfinished_inside
+from pipeline.artifacts.kinds import is_cross_layer
+from pipeline.live.token_order import FreshText
+from pipeline.shared import run_options as options
+from pipeline.shared.options import read_settings, read_settings_together, settings_options
+from storage.errors import SettingsError
+from training.architectures.transcoder import KIND
+
+
+@click.command("analyze")
+@click.argument("transcoders", metavar="TRANSCODER...", nargs=-1, required=True, type=options.ARTIFACT)
+@click.option("--cache", type=options.ARTIFACT, help="Cache to read.")
+@click.option("--live", is_flag=True, help="Read no cache: run the language model over --dataset for --rows rows.")
+@click.option(
+    "--out",
+    "output",
+    required=True,
+    type=options.ARTIFACT,
+    help="Tables to write; of a folder of transcoders, or of several: folder in which each gets tables under its name, "
+    "and of a cross-layer transcoder each layer.",
+)
+@settings_options(
+    AnalyzeSettings,
+    also={"with --live: ": FreshText},
+    notes={
+        "split": "With --live: the split of a hub dataset.",
+        "seed": "With --live: the order of documents too.",
+    },
+)
+@options.model_moved
+@click.option(
+    "--downstream",
+    type=options.ARTIFACT,
+    multiple=True,
+    help="Transcoder of a later layer of the same model, to tell connections to its features; may be repeated.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that share the units; with equal --threads (those of each) tables are the same to the bit.",
+)
+@options.device
+@options.threads
+@options.quiet
+def command(
+    transcoders: tuple[Path, ...],
+    cache: Path | None,
+    live: bool,
+    output: Path,
+    config: Path | None,
+    model: str | None,
+    downstream: tuple[Path, ...],
+    workers: int,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Make tables of TRANSCODER's features, examples and scores in one pass over a cache, or over fresh text.
+
+    \b
+    pipeline analyze transcoders/gpt2-l8 --cache caches/gpt2-l8 --out tables/gpt2-l8
+    pipeline query "SELECT feature, frequency, top_token FROM features LIMIT 10" \\
+        --tables tables/gpt2-l8
+    pipeline analyze transcoders/gpt2-l8 --live --dataset my-texts/ --rows 200k --out tables/mine
+
+    Of a folder that holds transcoders, such as a sweep or one with a transcoder for every layer, or of several
+    transcoders, each gets tables in a folder of its own name below --out. The language model is opened once, and those
+    that are finished are not made again:
+
+    \b
+    pipeline analyze demo/circuits/transcoders --cache demo/circuits/cache --out tables/smollm2
+    pipeline dashboard tables/smollm2/layer3 --out dashboards/layer3
+
+    So does each layer of a cross-layer transcoder, which is given alone.
+    """
+    settings, text = _read(config, given, is_live=live)
+    arguments: dict[str, Any] = {
+        "cache": cache,
+        "live": text,
+        "output": output,
+        "device": device,
+        "threads": threads,
+        "quiet": quiet,
+        "model": model,
+        "downstream": downstream,
+        "workers": workers,
+        "announce": _say_nothing if quiet else partial(click.echo, err=True),
+    }
+    say = _say_nothing if quiet else click.echo
+    inside = [one for path in transcoders for one in artifacts_inside(path, KIND)]
+    if len(transcoders) == 1 and not inside and not is_cross_layer(transcoders[0]):
+        say(_line(analyze.run(settings, transcoder=transcoders[0], **arguments)))
+        return
+    for path in transcoders:
+        if unfinished := unfinished_inside(path) if inside else []:
+            click.echo(f"{path}: left out, as never finished: {', '.join(one.name for one in unfinished)}", err=True)
+    analyze_each.run(
+        settings, transcoders=each_artifact(transcoders, KIND), finished=lambda one: say(_line(one)), **arguments
+    )
+
+
+def _line(result: AnalyzeResult) -> str:
+    fvu = "" if result.fvu is None else f", FVU {result.fvu:.4f}"
+    return (
+        f"{result.path}: {result.n_features:,} features over {result.n_rows:,} rows, L0 {result.l0:.1f}{fvu}, "
+        f"{result.n_dead:,} dead"
+    )
+
+
+def _say_nothing(_: str) -> None:
+    """Leave out what --quiet leaves out."""
+
+
+def _read(config: Path | None, given: dict[str, Any], *, is_live: bool) -> tuple[AnalyzeSettings, FreshText | None]:
+    """Read the settings, and those of the text; a hub dataset's split is not the cache's."""
+    given = {name: value for name, value in given.items() if value is not None and value != ()}
+    own = AnalyzeSettings.model_fields
+    if not is_live:
+        if misplaced := [f"--{name.replace('_', '-')}" for name in given if name not in own]:
+            raise SettingsError(
+                f"{', '.join(misplaced)}: only with --live; a cache has decided it already. Leave it out"
+            )
+        return read_settings(AnalyzeSettings, config, given), None
+    split = {"split": given.pop("split")} if "split" in given else {}
+    settings, text = read_settings_together([AnalyzeSettings, FreshText], config, given)
+    assert isinstance(settings, AnalyzeSettings)
+    assert isinstance(text, FreshText)
+    return settings, FreshText.read(text.model_dump(), split, where="the settings")

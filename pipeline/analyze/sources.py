@@ -1,0 +1,87 @@
+"""Where `pipeline analyze` has its rows and its language model from: a cache, or fresh text through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, Protocol
+
+from pipeline.cache.recorded_model import open_recorded_model
+from pipeline.cache.shown_rows import ShownRows, cached_rows
+from pipeline.live.token_order import FreshText, fresh_rows
+from pipeline.model.language_model import LanguageModel
+from storage.activation_cache import ActivationCache
+from storage.cache_format import Site
+
+
+class Source(Protocol):
+    """Rows and model. Nothing is opened before it is asked for: published tables need neither."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What decides the rows, for the request."""
+        ...
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What is known of the rows once they were opened, for the manifest."""
+        ...
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The language model's identity."""
+        ...
+
+    def rows(self) -> ShownRows:
+        """Return the rows."""
+        ...
+
+    def open_model(self) -> LanguageModel:
+        """Return the language model, loaded and verified."""
+        ...
+
+
+class CacheSource:
+    """The rows of a split of a cache; its model is opened for its weights alone."""
+
+    def __init__(self, cache: ActivationCache, split_name: str, site: str, model: str | None, device: str) -> None:
+        self._cache, self._split_name, self._site = cache, split_name, site
+        self._place, self._device = model, device
+        self.inputs: dict[str, Any] = {"cache": cache.reference}
+        self.found: dict[str, Any] = {}
+        self.model: Mapping[str, Any] = cache.manifest["model"]
+
+    def rows(self) -> ShownRows:
+        """Return the rows of the split."""
+        return cached_rows(self._cache, self._split_name, self._site)
+
+    def open_model(self) -> LanguageModel:
+        """Return the model that the cache was made with."""
+        return open_recorded_model(self._cache, model=self._place, device=self._device).model
+
+
+class FreshSource:
+    """Rows of fresh text, computed by the model that the transcoder was trained on."""
+
+    def __init__(
+        self, text: FreshText, made_of: Mapping[str, Any], n_rows: int, open_model: Callable[[], LanguageModel]
+    ) -> None:
+        self._text, self._n_rows, self._open = text, n_rows, open_model
+        self._site = Site(**{**made_of["site"], "dtype": "float32"})
+        self.inputs: dict[str, Any] = {"live": text.model_dump(mode="json")}
+        self.found: dict[str, Any] = {}
+        self.model: Mapping[str, Any] = made_of["model"]
+
+    @cached_property
+    def _opened(self) -> LanguageModel:
+        return self._open()
+
+    def rows(self) -> ShownRows:
+        """Return the rows; runs the model over the first of them."""
+        rows, text = fresh_rows(self._text, self._opened, self._site, self._n_rows)
+        self.found = {"text": text}
+        return rows
+
+    def open_model(self) -> LanguageModel:
+        """Return the model that runs."""
+        return self._opened

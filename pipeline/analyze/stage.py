@@ -1,0 +1,372 @@
+"""`pipeline analyze`: read a split of a cache once with a transcoder and publish tables about its features.
+
+Runs no language model: its weights are read for what they alone tell, unless it is left out, and are gone before rows
+are read. The transcoder may come from another cache than the one read, as long as both hold the same
+site of the same model: what matters is what the numbers are, not which rows were trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from analysis.harvest.activations import LAST_ROW, SPOOLED_BYTES
+from analysis.harvest.one_pass import Plan, Subject
+from analysis.harvest.table import Written, write_tables
+from analysis.tables import TABLES
+from analysis.tables_artifact import TABLES_KIND
+from pipeline.analyze.analysis_pass import (
+    KEPT_BYTES,
+    AnalysisPass,
+    check_workers,
+    estimated_pairs,
+    refuse_too_much,
+    scratch_folder,
+    with_density,
+)
+from pipeline.analyze.coders import AnalysedCoder
+from pipeline.analyze.sources import CacheSource, FreshSource, Source
+from pipeline.analyze.weight_tables import (
+    CONNECTIONS,
+    FromWeights,
+    SharedWeights,
+    check_downstream,
+    write_weight_tables,
+)
+from pipeline.artifacts.kinds import is_cross_layer
+from pipeline.live.token_order import FreshText
+from pipeline.model.of_transcoders import open_transcoder_model
+from pipeline.model.same_model import list_model_differences
+from pipeline.shared.device import limited_threads, open_device
+from storage.activation_cache import ActivationCache, open_cache
+from storage.artifact import MANIFEST, read_manifest
+from storage.differences import list_differences
+from storage.draft import Draft
+from storage.errors import ArtifactMismatch, SettingsError
+from storage.formats import ARTIFACT_FORMATS
+from storage.names import remove_temporary
+from storage.settings import Quantity, Settings
+from storage.tables import read_table
+from training.architectures.transcoder import Transcoder
+
+KIND = TABLES_KIND
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
+
+logger = logging.getLogger(__name__)
+
+
+class AnalyzeSettings(Settings):
+    """What to count, over which rows."""
+
+    split: Literal["heldout", "train"] = "heldout"
+    """Rows to read: heldout (documents the transcoder never saw) or train."""
+
+    rows: Quantity | None = Field(default=None, gt=0)
+    """Read only this many rows, from the start of the split in token order; all of them if not given."""
+
+    examples: int = Field(default=20, ge=1)
+    """Strongest examples kept per feature, at most one from each context."""
+
+    bands: int = Field(default=5, ge=1)
+    """Equal parts of the range from zero to a feature's maximum that examples are taken from."""
+
+    band_examples: int = Field(default=5, ge=0)
+    """Examples per feature and band."""
+
+    random_examples: int = Field(default=10, ge=0)
+    """Examples per feature taken from all rows where it is active."""
+
+    seed: int = 0
+    """Decides which examples of bands and of active rows are taken."""
+
+    activations: Literal["all", "none"] | Annotated[Quantity, Field(gt=0)] = 2_000_000
+    """Rows, from the first, whose activations are kept one by one (activations/, rows and coactivation, and examples of
+    bands and of active rows): a number, all or none. About 8 bytes per active feature of a row, and 16 in scratch."""
+
+    coactivation_floor: float = Field(default=1e-4, ge=0, le=1)
+    """Share of rows on which a feature must be active to be counted together with others."""
+
+    window_before: int = Field(default=16, ge=0)
+    """Tokens shown before an example, within its context."""
+
+    window_after: int = Field(default=16, ge=0)
+    """Tokens shown after an example, within its context."""
+
+    without_model: bool = False
+    """Leave the language model's weights out: no promoted tokens, no connections.parquet."""
+
+    block_rows: int = Field(default=8192, ge=1)
+    """Rows encoded at once. Activations are kept where they are above zero only, so this costs little memory."""
+
+    def plan(self) -> Plan:
+        """Return the same decisions as analysis takes them."""
+        return Plan(
+            n_rows=self.rows,
+            block_rows=self.block_rows,
+            n_examples=self.examples,
+            n_bands=self.bands,
+            n_band_examples=self.band_examples,
+            n_random_examples=self.random_examples,
+            seed=self.seed,
+            activation_rows=self._rows_kept(),
+            coactivation_floor=self.coactivation_floor,
+            window_before=self.window_before,
+            window_after=self.window_after,
+        )
+
+    def _rows_kept(self) -> int:
+        match self.activations:
+            case "all":
+                return LAST_ROW
+            case "none":
+                return 0
+            case n_rows:
+                return n_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyzeResult:
+    """The published tables, and what their ``layers`` row says."""
+
+    path: Path
+    n_rows: int
+    n_features: int
+    n_dead: int
+    l0: float
+    fvu: float | None
+
+
+def run(
+    settings: AnalyzeSettings,
+    *,
+    transcoder: Path,
+    output: Path,
+    cache: Path | None = None,
+    live: FreshText | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = False,
+    model: str | None = None,
+    downstream: Sequence[Path] = (),
+    workers: int = 1,
+    announce: Callable[[str], object] = logger.info,
+) -> AnalyzeResult:
+    """Publish the tables of ``transcoder`` at ``output``; return at once if they are there already.
+
+    Rows come from ``cache`` or, with ``live``, from the language model that is run over fresh text for the purpose.
+
+    ``model`` says where the language model lies if it moved; ``downstream`` are transcoders of later layers, to whose
+    features connections are told. With several ``workers``, processes share the units, each with ``threads``; tables
+    are the same to the bit for any number of them. ``announce`` is told how large the activations will be before they
+    are made. Raises ArtifactMismatch if the transcoder is a cross-layer one or belongs to another model or site, or if
+    other tables lie at ``output``; ModelError if the model cannot be loaded; SettingsError if the disk has no room for
+    the activations.
+    """
+    if is_cross_layer(transcoder):
+        raise ArtifactMismatch(
+            f"{transcoder}: is a cross-layer transcoder, which gets tables of each of its layers; use "
+            "pipeline.analyze.many.run, as the command does"
+        )
+    on = open_device(device)
+    check_workers(workers, on, is_live=live is not None)
+    open_source = open_sources(settings, [transcoder], cache=cache, live=live, model=model, device=device)
+    if live is None:
+        refuse_unused_model(settings, model, downstream)
+    planned = plan(settings, AnalysedCoder.of_one_layer(transcoder), output, open_source, downstream)
+    weights = SharedWeights(planned.source.open_model)
+    return planned.make(weights, on, workers=workers, threads=threads, quiet=quiet, announce=announce)
+
+
+SourceOf = Callable[[Path, Mapping[str, Any]], Source]
+"""Where a transcoder, with its manifest, has its rows from. Raises ArtifactMismatch if they are not there."""
+
+
+def open_sources(
+    settings: AnalyzeSettings,
+    transcoders: Sequence[Path],
+    *,
+    cache: Path | None,
+    live: FreshText | None,
+    model: str | None,
+    device: str,
+) -> SourceOf:
+    """Open what all of ``transcoders`` have their rows from: one of cache and text, or SettingsError is raised."""
+    if cache is not None and live is None:
+        opened = open_cache(cache)
+
+        def of_cache(transcoder: Path, made_of: Mapping[str, Any]) -> Source:
+            site = check_same_site(opened, cache, made_of, transcoder)
+            return CacheSource(opened, settings.split, site, model, device)
+
+        return of_cache
+    if live is None or cache is not None:
+        given = "neither" if cache is None else "not both"
+        raise SettingsError(
+            f"rows come from a cache or from fresh text, {given}: give --cache, or --live with --dataset and --rows"
+        )
+    if settings.rows is None:
+        raise SettingsError("rows: how much of the text to read is not known with --live; give --rows, such as 100k")
+    n_rows = settings.rows
+    open_model = functools.cache(lambda: open_transcoder_model(transcoders, model=model, device=device))
+    return lambda _, made_of: FreshSource(live, made_of, n_rows, open_model)
+
+
+def plan(
+    settings: AnalyzeSettings, analysed: AnalysedCoder, output: Path, open_source: SourceOf, downstream: Sequence[Path]
+) -> PlannedTables:
+    """Return what is to be made of a transcoder; raise ArtifactMismatch or SettingsError if it cannot be."""
+    made_of = analysed.read_manifest()
+    source = open_source(analysed.path, made_of)
+    later = check_downstream(analysed.path, made_of, downstream)
+    return PlannedTables(settings, analysed, made_of, later, source, output)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedTables:
+    """Tables that are to be made of one transcoder. Neither rows nor model are opened yet."""
+
+    settings: AnalyzeSettings
+    analysed: AnalysedCoder
+    made_of: Mapping[str, Any]
+    """The transcoder's manifest; of a layer of a cross-layer one, with that layer's site."""
+    downstream: Mapping[Path, Mapping[str, Any]]
+    """Manifests of later transcoders by their paths."""
+    source: Source
+    output: Path
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the tables are made from, by digests."""
+        inputs: dict[str, Any] = {**self.source.inputs, "transcoder": self.analysed.reference(self.made_of)}
+        if self.downstream:
+            later = self.downstream.values()
+            inputs["downstream"] = {other["site"]["name"]: {"digest": other["digest"]} for other in later}
+        return inputs
+
+    @property
+    def is_made(self) -> bool:
+        """Whether tables are published at the output; ``draft`` tells if they are these."""
+        return (self.output / MANIFEST).exists()
+
+    def draft(self) -> Draft:
+        """Open the output. Raises ArtifactMismatch if other tables lie there, ArtifactBusy."""
+        settings = self.settings.model_dump(mode="json")
+        return Draft(self.output, KIND, {"format": FORMAT_VERSION, "settings": settings, "inputs": self.inputs})
+
+    def make(
+        self,
+        weights: SharedWeights,
+        device: torch.device,
+        *,
+        workers: int = 1,
+        threads: int | None = None,
+        quiet: bool = False,
+        announce: Callable[[str], object] = logger.info,
+    ) -> AnalyzeResult:
+        """Publish the tables unless they are there already. The other arguments are those of ``run``."""
+        with self.draft() as draft:
+            if not draft.published:
+                remove_temporary(draft.path.rglob(".*"))
+                with limited_threads(threads), scratch_folder(draft.path) as scratch:
+                    whole = AnalysisPass(self.source.rows(), self.analysed, self.settings.plan(), device)
+                    coder = self.analysed.load().to(device)
+                    subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
+                    _announce_size(subject, whole, draft.path, announce)
+                    from_weights = self._write_weight_tables(weights, coder, whole.rows.vocabulary, draft.path, quiet)
+                    if from_weights is not None:
+                        subject = dataclasses.replace(subject, effects=from_weights.effects)
+                    harvest = whole.run(subject, workers=workers, threads=threads, quiet=quiet)
+                    written = write_tables(TABLES, harvest, subject, whole.plan, draft.path)
+                    if from_weights is not None:
+                        written = written.joined(Written({"connections": from_weights.n_connections}, [CONNECTIONS]))
+                draft.publish(
+                    {
+                        "format": FORMAT_VERSION,
+                        "inputs": {**self.inputs, **self.source.found},
+                        "model": self.source.model,
+                        "site": self.made_of["site"],
+                        "tables": {name: {"n_rows": n_rows} for name, n_rows in written.n_rows.items()},
+                        "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
+                    },
+                    written.files,
+                )
+        return read_result(self.output)
+
+    def _write_weight_tables(
+        self, weights: SharedWeights, coder: Transcoder, vocabulary: Sequence[str], output: Path, quiet: bool
+    ) -> FromWeights | None:
+        """Write what weights alone tell; None if the model is left out."""
+        if self.settings.without_model:
+            return None
+        with weights.used() as found:
+            return write_weight_tables(
+                coder,
+                self.made_of["site"],
+                downstream=self.downstream,
+                weights=found,
+                vocabulary=vocabulary,
+                output=output,
+                quiet=quiet,
+            )
+
+
+def check_same_site(
+    cache: ActivationCache, cache_path: Path, transcoder: Mapping[str, Any], transcoder_path: Path
+) -> str:
+    """Return the name of the transcoder's site; raise ArtifactMismatch unless the cache holds the same site and model.
+
+    The storage dtype may differ: it changes how exactly activations are kept, not what they are.
+    """
+    wanted = {key: value for key, value in transcoder["site"].items() if key != "dtype"}
+    there = cache.sites.get(wanted["name"])
+    if there is None:
+        raise ArtifactMismatch(
+            f"{cache_path}: has no site {wanted['name']!r}, which {transcoder_path} was trained on; "
+            f"it has {', '.join(cache.sites)}. Give a cache with that site"
+        )
+    found = {key: value for key, value in dataclasses.asdict(there).items() if key in wanted}
+    differences = [
+        *(f"model.{line}" for line in list_model_differences(cache.manifest["model"], transcoder["model"])),
+        *list_differences({"site": found}, {"site": wanted}),
+    ]
+    if differences:
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise ArtifactMismatch(
+            f"{transcoder_path} was not trained on what {cache_path} holds; give the cache of its own model and site "
+            f"('there' is the cache, 'asked for' the transcoder):\n{lines}"
+        )
+    return str(wanted["name"])
+
+
+def refuse_unused_model(settings: AnalyzeSettings, model: str | None, downstream: Sequence[Path]) -> None:
+    """Raise SettingsError if something is given for a model that is left out."""
+    if settings.without_model and (model is not None or downstream):
+        given = " and ".join(["--model"] * (model is not None) + ["--downstream"] * bool(downstream))
+        raise SettingsError(f"--without-model leaves nothing for {given} to do; leave out one or the other")
+
+
+def _announce_size(subject: Subject, whole: AnalysisPass, output: Path, announce: Callable[[str], object]) -> None:
+    """Say how much disk the activations will take; raise SettingsError if there is less."""
+    n_pairs = estimated_pairs(subject, whole.n_rows, whole.plan)
+    if n_pairs:
+        refuse_too_much(n_pairs, output)
+        n_kept = min(whole.plan.activation_rows, whole.n_rows)
+        announce(
+            f"keeping the activations of {n_kept:,} of {whole.n_rows:,} rows: about {n_pairs:,}, "
+            f"{n_pairs * KEPT_BYTES / 1e6:,.0f} MB, and {n_pairs * SPOOLED_BYTES / 1e6:,.0f} MB while they are sorted"
+        )
+
+
+def read_result(tables: Path) -> AnalyzeResult:
+    """Return what published tables say as a whole. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+    read_manifest(tables, KIND)
+    (layer,) = read_table(tables / "layers.parquet").to_pylist()
+    return AnalyzeResult(tables, layer["n_rows"], layer["d_sae"], layer["n_dead"], layer["l0_mean"], layer["fvu"])

@@ -1,0 +1,31 @@
+"""``pipeline info``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.artifacts import info_stage as info
+
+
+@click.command("info")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, which has everything.")
+def command(path: Path, as_json: bool) -> None:
+    """Show the cache, transcoder, sweep, evaluation or tables at PATH."""
+    if as_json:
+        click.echo(json.dumps(info.describe(path), indent=2))
+        return
+    described = info.glance(path)
+    width = max(len(name) for name in described)
+    for name, value in described.items():
+        click.echo(f"{name:{width}}  {_text(value)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)

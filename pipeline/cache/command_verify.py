@@ -1,0 +1,105 @@
+"""``pipeline verify``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline.cache import verify
+from pipeline.shared import run_options as options
+from storage.artifact import MANIFEST, read_sealed, verify_artifact
+from storage.cache_format import KIND
+from storage.shuffle_evidence import ShuffleEvidence
+
+
+@click.command("verify")
+@click.argument("path", type=options.ARTIFACT)
+@click.option("--checksums/--no-checksums", default=True, help="Re-read every byte. [default: yes]")
+@click.option(
+    "--pairs", type=click.IntRange(min=0), default=8, show_default=True, help="Contexts to run again; 0: none."
+)
+@click.option("--shuffle", is_flag=True, help="Report whether the order looks like a uniformly random permutation.")
+@click.option("--batch-rows", type=click.IntRange(min=2), help="Batch of that report; 4096 unless there are few rows.")
+@click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch of that report.")
+@options.model_moved
+@options.device
+@options.threads
+@options.quiet
+def command(
+    path: Path,
+    checksums: bool,
+    pairs: int,
+    shuffle: bool,
+    batch_rows: int | None,
+    epoch: int,
+    model: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Check the artifact at PATH; exit with 1 if anything is wrong.
+
+    Every artifact's bytes are compared with their checksums. Of a cache, some recorded contexts are also run through
+    the language model again and compared with their stored rows.
+    """
+    kind = read_sealed(path / MANIFEST)["kind"] if (path / MANIFEST).exists() else KIND
+    if kind != KIND:
+        click.echo(f"{path}: comparing every file of the {kind} with its checksum")
+        _finish(verify_artifact(path, kind))
+        return
+    problems: list[str] = []
+    if checksums:
+        problems += verify.check_bytes(path, quiet=quiet)
+        found = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "every byte as written"
+        _say(not problems, f"checksums: {found}")
+    if pairs and not problems:
+        problems += _check_pairs(path, pairs, model, device, threads)
+    if shuffle and not problems:
+        evidence = verify.check_shuffle(path, batch_rows=batch_rows, epoch=epoch)
+        show_evidence(evidence)
+        if not evidence.passed:
+            problems.append("the order does not look like a uniformly random permutation")
+    _finish(problems)
+
+
+def _check_pairs(path: Path, n_contexts: int, model: str | None, device: str, threads: int | None) -> list[str]:
+    problems = []
+    for report in verify.check_pairs(path, n_contexts=n_contexts, model=model, device=device, threads=threads):
+        mlp = "" if report.is_mlp else ", pairing check not applicable"
+        if report.mlp_relative_error is not None:
+            mlp = f", MLP(in) against out {report.mlp_relative_error:.1e}"
+        line = (
+            f"pairs: {report.split} {report.site}/{report.side}, {report.n_rows:,} rows against the model run again: "
+            f"relative error {report.relative_error:.1e} (at most {report.tolerance:.1e} expected){mlp}"
+        )
+        _say(report.passed, line)
+        if not report.passed:
+            problems.append(line)
+    return problems
+
+
+def show_evidence(evidence: ShuffleEvidence) -> None:
+    """Print each statistic beside its range for a true permutation."""
+    click.echo(
+        f"shuffle: {evidence.n_rows:,} rows in batches of {evidence.batch_rows:,}, {evidence.n_documents:,} documents"
+    )
+    for statistic in evidence.statistics:
+        line = (
+            f"  {statistic.name}: {statistic.value:.5g}; a true permutation gives {statistic.expected:.5g} "
+            f"[{statistic.null_low:.5g}, {statistic.null_high:.5g}], p = {statistic.p_value:.3f}"
+        )
+        _say(statistic.within_null, line)
+
+
+def _say(passed: bool, line: str) -> None:
+    click.echo(f"{'ok  ' if passed else 'FAIL'} {line}")
+
+
+def _finish(problems: list[str]) -> None:
+    for problem in problems:
+        click.echo(f"problem: {problem}", err=True)
+    if problems:
+        sys.exit(1)
+    click.echo("verified")

@@ -1,0 +1,34 @@
+"""``pipeline widen``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.cache import grow
+from pipeline.cache.command import show_result
+from pipeline.shared import run_options as options
+
+
+@click.command("widen")
+@click.argument("cache", type=options.ARTIFACT)
+@click.option("--layers", help="Layers to add, such as 4,5 or all.")
+@click.option("--hooks", multiple=True, help="Sites to add by hook names, as of pipeline cache. May be repeated.")
+@options.model_moved
+@options.device
+@options.threads
+@options.quiet
+def command(
+    cache: Path,
+    layers: str | None,
+    hooks: tuple[str, ...],
+    model: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Add layers to CACHE for the rows it holds, by running its recorded contexts again."""
+    result = grow.widen(cache, layers, hooks, grow.Place(device, threads, quiet, model))
+    if not quiet:
+        show_result(result)

@@ -1,0 +1,183 @@
+"""Packing contexts to disk ahead of the language model, in a thread, resumable at the block.
+
+The source's state and the contexts that do not fill a block yet are saved in one file after every block, so a kill
+loses at most the packing of one block, which comes out the same again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache.rows import RowMask
+from pipeline.text.packing import ContextSource
+from storage.cache_format import CacheFormat
+from storage.cache_publish import write_file
+from storage.context_blocks import ContextBlocks
+
+CHECKPOINT = "draft/packing.npz"
+
+
+class PackingProgress:
+    """How many contexts and rows of each split are on disk; shared between the packer and whoever waits for rows."""
+
+    def __init__(self, contexts_per_batch: int) -> None:
+        self._per_batch = contexts_per_batch
+        self._rows_per_context: dict[str, list[np.ndarray]] = {}
+        self._n_contexts: dict[str, int] = {}
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self.is_done = False
+
+    def add(self, split: str, rows_per_context: np.ndarray) -> None:
+        """Note contexts that were just committed, by how many rows each gives."""
+        with self._changed:
+            self._rows_per_context.setdefault(split, []).append(rows_per_context)
+            self._n_contexts[split] = self.n_contexts(split) + len(rows_per_context)
+            self._changed.notify_all()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Note that nothing more will come."""
+        with self._changed:
+            self.is_done, self._error = True, error
+            self._changed.notify_all()
+
+    def n_contexts(self, split: str) -> int:
+        """Return how many contexts of a split are on disk."""
+        return self._n_contexts.get(split, 0)
+
+    def n_rows(self, split: str) -> int:
+        """Return how many rows those contexts give."""
+        return int(sum(int(rows.sum()) for rows in self._rows_per_context.get(split, [])))
+
+    def batch_rows(self, split: str) -> np.ndarray:
+        """Return int64 (n_batches,): rows of every grid batch whose contexts are on disk; the last may be short."""
+        rows = np.concatenate(self._rows_per_context.get(split, [np.zeros(0, np.int64)]))
+        return np.add.reduceat(rows, np.arange(0, len(rows), self._per_batch)) if len(rows) else rows
+
+    def wait_for_batch(self, split: str, n_rows: int) -> bool:
+        """Wait until whole grid batches give ``n_rows`` rows, or packing ended; tell which. Raises its error."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_done or self._whole_batches_give(split, n_rows))
+            if self._error is not None:
+                raise self._error
+            return self._whole_batches_give(split, n_rows)
+
+    def wait_for_contexts(self, split: str, n_contexts: int) -> None:
+        """Wait until ``n_contexts`` contexts are on disk, or packing ended. Raises its error."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_done or self.n_contexts(split) >= n_contexts)
+            if self._error is not None:
+                raise self._error
+
+    def wait_until_done(self) -> None:
+        """Wait until packing ended; raise its error."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_done)
+            if self._error is not None:
+                raise self._error
+
+    def _whole_batches_give(self, split: str, n_rows: int) -> bool:
+        n_whole = self.n_contexts(split) // self._per_batch
+        return int(self.batch_rows(split)[:n_whole].sum()) >= n_rows
+
+
+class ContextPacker:
+    """Writes what a ContextSource packs into blocks, and remembers where it stands."""
+
+    def __init__(self, root: Path, layout: CacheFormat, blocks: Mapping[str, ContextBlocks], row_mask: RowMask) -> None:
+        self._root, self._layout, self._blocks, self._row_mask = root, layout, blocks, row_mask
+        self._pending: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in blocks}
+        self._n_blocks = dict.fromkeys(blocks, 0)
+        self.state: dict[str, Any] | None = None
+        """State of the source after what is on disk and pending; None at the start."""
+
+    def restore(self) -> bool:
+        """Continue from the checkpoint of an interrupted draft, if there is one."""
+        path = self._root / CHECKPOINT
+        if not path.exists():
+            return False
+        with np.load(io.BytesIO(path.read_bytes())) as saved:
+            checkpoint = json.loads(saved["state"].tobytes())
+            self.state = checkpoint["source"]
+            for split in self._blocks:
+                self._n_blocks[split] = checkpoint["n_blocks"][split]
+                self._set_pending(split, saved[f"{split}-tokens"], saved[f"{split}-documents"])
+        return True
+
+    def continue_from(self, state: dict[str, Any], n_contexts: Mapping[str, int]) -> None:
+        """Continue after a published generation: its short last blocks become pending again."""
+        self.state = state
+        for split, n in n_contexts.items():
+            self._n_blocks[split] = n // self._layout.block_contexts
+            start = self._n_blocks[split] * self._layout.block_contexts
+            if n > start:
+                self._set_pending(split, *self._blocks[split].read(start, n))
+
+    def report(self, progress: PackingProgress) -> None:
+        """Tell ``progress`` about the whole blocks that are already on disk."""
+        for split, blocks in self._blocks.items():
+            for block in range(self._n_blocks[split]):
+                size = self._layout.block_contexts
+                tokens, _ = blocks.read(block * size, (block + 1) * size)
+                progress.add(split, self._rows_per_context(tokens))
+
+    def pack(self, source: ContextSource, progress: PackingProgress, stopped: threading.Event) -> None:
+        """Pack until the source is finished, committing block after block; flush the short last ones."""
+        for packed in source:
+            self._pending[packed.split].append((packed.tokens, packed.documents))
+            if self._commit_whole_blocks(packed.split, progress):
+                self.state = source.state
+                self._save()
+            if stopped.is_set():
+                return
+        self.state = source.state
+        self._save()
+        for split in self._blocks:
+            tokens, documents = self._join(split)
+            if len(tokens):
+                self._blocks[split].write(self._n_blocks[split], tokens, documents)
+                progress.add(split, self._rows_per_context(tokens))
+
+    def _commit_whole_blocks(self, split: str, progress: PackingProgress) -> bool:
+        size = self._layout.block_contexts
+        if sum(len(tokens) for tokens, _ in self._pending[split]) < size:
+            return False
+        tokens, documents = self._join(split)
+        n_whole = len(tokens) // size * size
+        for start in range(0, n_whole, size):
+            piece = slice(start, start + size)
+            self._blocks[split].write(self._n_blocks[split], tokens[piece], documents[piece])
+            self._n_blocks[split] += 1
+            progress.add(split, self._rows_per_context(tokens[piece]))
+        self._set_pending(split, tokens[n_whole:], documents[n_whole:])
+        return True
+
+    def _rows_per_context(self, tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(self._row_mask(tokens).sum(axis=1), np.int64)
+
+    def _join(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        length = self._layout.context_length
+        if not self._pending[split]:
+            return np.zeros((0, length), np.int32), np.zeros((0, length), np.uint32)
+        tokens, documents = zip(*self._pending[split], strict=True)
+        return np.concatenate(tokens), np.concatenate(documents)
+
+    def _set_pending(self, split: str, tokens: np.ndarray, documents: np.ndarray) -> None:
+        self._pending[split] = [(tokens, documents)] if len(tokens) else []
+
+    def _save(self) -> None:
+        arrays: dict[str, np.ndarray] = {}
+        for split in self._blocks:
+            arrays[f"{split}-tokens"], arrays[f"{split}-documents"] = self._join(split)
+        checkpoint = json.dumps({"source": self.state, "n_blocks": self._n_blocks}).encode()
+        buffer = io.BytesIO()
+        arrays["state"] = np.frombuffer(checkpoint, np.uint8)
+        np.savez(buffer, allow_pickle=False, **arrays)
+        write_file(self._root / CHECKPOINT, buffer.getvalue())

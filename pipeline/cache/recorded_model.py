@@ -1,0 +1,89 @@
+"""The language model that a cache was made with, opened again, and the cache's contexts as it was shown them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis.evaluate.evaluation import ContextBatch
+from pipeline.cache.settings import CacheSettings
+from pipeline.cache.stage import row_mask_of
+from pipeline.model.capture import explained_failures, without_padding_advice
+from pipeline.model.language_model import LanguageModel, load_language_model
+from pipeline.model.recorded_place import recorded_place
+from pipeline.model.same_model import list_model_differences
+from storage.activation_cache import ActivationCache, CacheSplit
+from storage.errors import ArtifactMismatch, OutOfMemoryError
+from storage.randomness import philox
+
+
+@dataclass(frozen=True)
+class RecordedModel:
+    """A cache and its language model."""
+
+    cache: ActivationCache
+    model: LanguageModel
+    row_mask: Callable[[np.ndarray], np.ndarray]
+    """From token ids (contexts, T) to which of them the cache keeps as rows, bool (contexts, T)."""
+    contexts_per_batch: int
+    """Contexts per pass when the cache was made: the same grid gives the same bits."""
+
+    @property
+    def bridge(self) -> Any:
+        """The TransformerLens model."""
+        return self.model.bridge
+
+    def batch(self, split: CacheSplit, contexts: np.ndarray) -> ContextBatch:
+        """Return contexts by their ids; outputs are replaced where the cache has rows."""
+        tokens = split.context_tokens(contexts)
+        where = torch.from_numpy(self.row_mask(tokens))
+        device = self.model.device
+        return ContextBatch(
+            np.asarray(contexts, np.int64), torch.from_numpy(tokens.astype(np.int64)).to(device), where.to(device)
+        )
+
+    def batches(self, split: CacheSplit, contexts: np.ndarray, size: int) -> Iterator[ContextBatch]:
+        """Return ``batch`` of every ``size`` contexts in turn."""
+        for start in range(0, len(contexts), size):
+            yield self.batch(split, contexts[start : start + size])
+
+
+def open_recorded_model(cache: ActivationCache, *, model: str | None = None, device: str = "cpu") -> RecordedModel:
+    """Load the model that ``cache`` was made with; ``model`` says where it lies if it moved.
+
+    Raises ModelError if it cannot be loaded, ArtifactMismatch, with every difference, if it is another one.
+    """
+    recorded = cache.manifest["model"]
+    request = {**cache.manifest["request"], "tokens": "all"}
+    moved = {"model": model or recorded_place(recorded, str(request["model"]), cache.path)}
+    settings = CacheSettings.read(request, moved, where=str(cache.path))
+    loaded = load_language_model(settings, device=device)
+    if differences := list_model_differences(recorded, loaded.identity()):
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise ArtifactMismatch(
+            f"{settings.model}: is not the model that {cache.path} was made with; give that one with --model "
+            f"('there' is the cache's, 'asked for' the model opened):\n{lines}"
+        )
+    return RecordedModel(cache, loaded, row_mask_of(settings, loaded), settings.contexts_per_batch)
+
+
+def sample_contexts(split: CacheSplit, n_contexts: int, seed: int) -> np.ndarray:
+    """Return the ids of a uniform sample of a split's contexts, ascending; all of them if it has no more."""
+    generator = np.random.Generator(philox(seed, f"evaluate/{split.name}"))
+    chosen = generator.choice(split.n_contexts, min(n_contexts, split.n_contexts), replace=False)
+    return np.asarray(np.sort(chosen), np.int64)
+
+
+@contextmanager
+def explained_passes(n_contexts: int) -> Iterator[None]:
+    """Run whole passes inside; if memory runs out, say which batch to try."""
+    try:
+        with explained_failures(n_contexts), without_padding_advice():
+            yield
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{error} (--contexts-per-batch)") from error

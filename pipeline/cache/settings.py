@@ -1,0 +1,124 @@
+"""The settings of ``pipeline cache``: everything that decides what the cache holds. Live mode shares some of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from pipeline.cache.row_filter import RowFilter
+from pipeline.model.language_model import ModelSettings
+from pipeline.text.dataset import TextSettings
+from pipeline.text.holdout import HoldoutRule
+from storage.errors import SettingsError
+from storage.layout import CacheLayout
+from storage.settings import Quantity, Settings
+
+
+def _as_text(value: Any) -> Any:
+    """Read a single layer of a YAML file, which is a number there, as the text it would be on the command line."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _at_least_1(value: int) -> int:
+    if value < 1:
+        raise ValueError("wanted at least 1")
+    return value
+
+
+class CapturedSites(Settings):
+    """Which hooks of the model rows are taken from."""
+
+    layers: Annotated[str | None, BeforeValidator(_as_text)] = None
+    """Layers whose MLPs' inputs and outputs are taken, such as 8, 0,3,8-11 or all."""
+    hooks: tuple[str, ...] = Field(default=(), validate_default=True)
+    """Sites by hook names: NAME=IN_HOOK:OUT_HOOK, IN_HOOK:OUT_HOOK, or one HOOK for an SAE; HOOK[H] is head H of an
+    attention hook. May be repeated."""
+
+    @field_validator("hooks")
+    @classmethod
+    def _check_sites(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not value and info.data.get("layers", "") is None:
+            raise ValueError("no site is asked for: give --layers (such as 8, or all) or --hooks")
+        return value
+
+
+class CapturedContexts(RowFilter):
+    """How text becomes contexts, and contexts become rows."""
+
+    context_length: int = 128
+    """Tokens per context, the BOS that begins it included."""
+    contexts_per_batch: int = 32
+    """Contexts per pass of the language model. Part of a cache's identity: a row's last bits depend on it."""
+    holdout: str = "0.01"
+    """Documents held out for evaluation: a share such as 0.01 or 1%, indices such as 7::20 or 3,17, or 0 for none."""
+    seed: int = 0
+    """Decides the order of documents, the held-out ones, and the order of rows."""
+
+    @field_validator("contexts_per_batch")
+    @classmethod
+    def _check_batch(cls, value: int) -> int:
+        return _at_least_1(value)
+
+    @field_validator("holdout")
+    @classmethod
+    def _check_holdout(cls, value: str) -> str:
+        try:
+            HoldoutRule.parse(value)
+        except SettingsError as error:
+            raise ValueError(str(error).removeprefix("holdout: ")) from error
+        return value
+
+    # Problems between settings belong to the later one of them, so that they are reported together with all others:
+    # pydantic would check the whole only where every single setting is right.
+
+    @field_validator("context_length")
+    @classmethod
+    def _check_context(cls, value: int, info: ValidationInfo) -> int:
+        if not 2 <= value <= 65536:
+            raise ValueError("wanted 2 (BOS and a token) to 65,536")
+        if info.data.get("first_position", 0) >= value:
+            raise ValueError(f"wanted more than first_position ({info.data['first_position']}), or no row is left")
+        return value
+
+
+class WantedRows(Settings):
+    """How many rows to write."""
+
+    tokens: Quantity | Literal["all"]
+    """Training rows to write, such as 60M: one row per token that is kept; ``all`` takes the whole dataset. May be
+    changed until the cache is finished; afterwards ``pipeline extend`` adds rows."""
+
+
+# Pydantic lists the fields of the last base first. What every command line has comes first in the help.
+class CacheSettings(CacheLayout, CapturedContexts, CapturedSites, WantedRows, TextSettings, ModelSettings):
+    """Which model's activations on which text, and how they lie on disk."""
+
+    @field_validator("tokens", "shard_rows", "chunk_rows", "bucket_rows")
+    @classmethod
+    def _check_positive(cls, value: int | str) -> int | str:
+        return _at_least_1(value) if isinstance(value, int) else value
+
+    # A problem between two settings belongs to the later one, as above.
+
+    @field_validator("chunk_rows")
+    @classmethod
+    def _check_chunks(cls, value: int | str, info: ValidationInfo) -> int | str:
+        shard_rows = info.data.get("shard_rows")
+        if isinstance(shard_rows, int) and isinstance(value, int) and shard_rows % max(1, value):
+            raise ValueError(f"wanted a divisor of shard_rows ({shard_rows})")
+        return value
+
+    @field_validator("bucket_rows")
+    @classmethod
+    def _check_buckets(cls, value: int | str, info: ValidationInfo) -> int | str:
+        shard_rows = info.data.get("shard_rows")
+        if isinstance(value, int) and shard_rows == "auto":
+            raise ValueError("give shard_rows too, of which it is a multiple")
+        if isinstance(value, int) and isinstance(shard_rows, int) and value % max(1, shard_rows):
+            raise ValueError(f"wanted a multiple of shard_rows ({shard_rows})")
+        return value
+
+    def request(self) -> dict[str, Any]:
+        """Return what identifies the cache: every setting but how many rows, which may grow."""
+        return self.model_dump(mode="json", exclude={"tokens"})

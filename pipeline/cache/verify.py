@@ -1,0 +1,211 @@
+"""The stage ``pipeline verify``: is every byte as written, do pairs belong together, is the order a true shuffle?"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.cache.recorded_model import RecordedModel, open_recorded_model
+from pipeline.model.language_model import PairingCheck
+from pipeline.model.sites import SiteHooks
+from pipeline.shared.device import limited_threads
+from storage.activation_cache import CacheSplit, open_cache
+from storage.cache_format import Site
+from storage.cache_verify import total_bytes, verify_bytes
+from storage.encodings import RELATIVE_ERROR, Side
+from storage.errors import ActionableError
+from storage.randomness import philox
+from storage.shuffle_evidence import ShuffleEvidence, shuffle_evidence
+from storage.statistics import as_float32
+
+MODEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-7}
+"""Relative error allowed between two runs of the model, on top of what storing rounds: sums come out in another order
+with other threads, libraries or devices, and a network amplifies that. Same machine and threads give 0."""
+
+
+@dataclass(frozen=True)
+class PairingReport:
+    """How stored rows compare with the model run again over their contexts."""
+
+    split: str
+    site: str
+    side: Side
+    n_rows: int
+    relative_error: float
+    """‖stored − computed‖ / ‖computed‖ over all rows checked."""
+    tolerance: float
+    mlp_relative_error: float | None
+    """‖MLP(stored input) − stored output‖ / ‖stored output‖, on the output of a layer's own MLP; None elsewhere."""
+    is_mlp: bool
+    """Whether the site is a layer's own MLP and its weights are raw; elsewhere that check is not applicable."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within what the dtypes explain."""
+        return self.relative_error <= self.tolerance
+
+
+def check_bytes(path: Path, *, quiet: bool = True) -> list[str]:
+    """Re-read every checksum of a cache; return a sentence for every difference."""
+    with tqdm(total=None, desc="checksums", unit="B", unit_scale=True, disable=quiet or None) as bar:
+
+        def note(n_bytes: int) -> None:
+            bar.update(n_bytes)
+
+        with suppress(ActionableError, OSError, KeyError):  # the damage is what verify_bytes reports
+            bar.total = total_bytes(open_cache(path))
+        return verify_bytes(path, note)
+
+
+def check_pairs(
+    path: Path,
+    *,
+    n_contexts: int = 16,
+    model: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    seed: int = 0,
+) -> list[PairingReport]:
+    """Run the model again over random recorded contexts and compare with their stored rows.
+
+    ``model`` says where the model lies if it moved. Raises ArtifactMismatch if it is not the recorded one.
+    """
+    cache = open_cache(path)
+    with limited_threads(threads):
+        checker = _PairChecker(open_recorded_model(cache, model=model, device=device))
+        reports = []
+        for name in cache.manifest["splits"]:
+            split = cache.split(name)
+            generator = np.random.Generator(philox(seed, f"verify/{name}"))
+            used = _used_contexts(split)
+            chosen = np.sort(generator.choice(used, min(n_contexts, used), replace=False))
+            reports += checker.check(split, chosen)
+    return reports
+
+
+def _used_contexts(split: CacheSplit) -> int:
+    """Return how many contexts, from the first on, have all their rows stored or are the last to have some."""
+    last = split.read_unit(split.n_units - 1, ["context"])["context"]
+    return int(last.max()) + 1
+
+
+class _PairChecker:
+    def __init__(self, recorded: RecordedModel) -> None:
+        self.cache, self.model, self.grid = recorded.cache, recorded.model, recorded.contexts_per_batch
+        self.hooks = [SiteHooks(site.name, site.hook_in, site.hook_out) for site in self.cache.sites.values()]
+
+    def check(self, split: CacheSplit, contexts: np.ndarray) -> list[PairingReport]:
+        stored = _stored_rows(split, contexts)
+        computed = self._computed_rows(split, contexts, stored)
+        reports = []
+        for site in self.cache.sites.values():
+            pairing = self._compare_pair(site, stored)
+            reports += [self._report(split.name, site, side, stored, computed, pairing) for side in site.sides]
+        return reports
+
+    def _computed_rows(
+        self, split: CacheSplit, contexts: np.ndarray, stored: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Return float32 activations of the stored rows' positions, each context run in its own grid batch."""
+        size = self.grid
+        pieces: dict[str, list[np.ndarray]] = {}
+        for batch in np.unique(contexts // size).tolist():
+            grid = np.arange(batch * size, min((batch + 1) * size, split.n_contexts))
+            tokens = split.context_tokens(grid)
+            padded = np.concatenate([tokens, np.repeat(tokens[-1:], size - len(tokens), 0)])
+            captured = self.model.capture(torch.from_numpy(padded.astype(np.int64)), self.hooks)
+            here = stored["context"] // size == batch
+            context, position = stored["context"][here] - batch * size, stored["position"][here]
+            for hook in self.hooks:
+                for side, name in hook.sides.items():
+                    rows = captured[name][context, position].float().cpu().numpy()
+                    pieces.setdefault(f"{hook.name}/{side}", []).append(rows)
+        return {key: np.concatenate(rows) for key, rows in pieces.items()}
+
+    def _report(
+        self,
+        split: str,
+        site: Site,
+        side: Side,
+        stored: dict[str, np.ndarray],
+        computed: dict[str, np.ndarray],
+        pairing: PairingCheck,
+    ) -> PairingReport:
+        key = f"{site.name}/{side}"
+        kept, again = as_float32(stored[key]).astype(np.float64), computed[key].astype(np.float64)
+        error = float(np.linalg.norm(kept - again) / np.linalg.norm(again))
+        tolerance = RELATIVE_ERROR[site.dtype] + MODEL_TOLERANCE[self.model.dtype]
+        mlp_error = pairing.relative_error if pairing.applicable and side == "out" else None
+        return PairingReport(split, site.name, side, len(kept), error, tolerance, mlp_error, pairing.applicable)
+
+    def _compare_pair(self, site: Site, stored: dict[str, np.ndarray]) -> PairingCheck:
+        sides = (
+            torch.from_numpy(as_float32(stored[f"{site.name}/{side}"])) for side in (site.sides[0], site.sides[-1])
+        )
+        return self.model.compare_pair(SiteHooks(site.name, site.hook_in, site.hook_out), *sides)
+
+
+def _stored_rows(split: CacheSplit, contexts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the stored rows of some contexts, in token order; reads only the units that hold them."""
+    keys = [*split.layout.encodings(), "context", "position"]
+    starts = np.asarray(split.first_contexts())
+    pieces: dict[str, list[np.ndarray]] = {key: [] for key in keys}
+    for unit in range(split.n_units):
+        end = starts[unit + 1] if unit + 1 < split.n_units else np.iinfo(np.int64).max
+        if not ((contexts >= starts[unit]) & (contexts <= end)).any():
+            continue
+        rows = split.read_unit(unit, keys)
+        wanted = np.isin(rows["context"], contexts)
+        for key in keys:
+            pieces[key].append(rows[key][wanted])
+    joined = {key: np.concatenate(rows) for key, rows in pieces.items()}
+    return {**joined, **{key: joined[key].astype(np.int64) for key in ("context", "position")}}
+
+
+def check_shuffle(
+    path: Path, *, batch_rows: int | None = None, epoch: int = 0, seed: int | None = None
+) -> ShuffleEvidence:
+    """Report whether the order in which training rows are served looks like a uniformly random permutation.
+
+    Reads provenance only. Batches are of 4096 rows, fewer where that would not make 16 of them. Raises SettingsError
+    if there are too few rows for a report.
+    """
+    cache = open_cache(path)
+    split = cache.split("train")
+    batch_rows = batch_rows or max(1, min(4096, split.n_rows // 16))
+    token_order = _token_order(split)
+    served: dict[str, list[np.ndarray]] = {"context": [], "position": [], "document": []}
+    with split.stream(list(served), batch_rows=batch_rows, epoch=epoch, seed=seed, n_epochs=epoch + 1) as stream:
+        for batch in stream:
+            for name, values in served.items():
+                values.append(batch.arrays[name].copy())
+    rows = {name: np.concatenate(values) for name, values in served.items()}
+    index = token_order.index_of(rows["context"], rows["position"])
+    return shuffle_evidence(index, rows["document"], batch_rows=batch_rows, seed=cache.seed if seed is None else seed)
+
+
+@dataclass(frozen=True)
+class _TokenOrder:
+    """Every row's (context, position) code in token order."""
+
+    codes: np.ndarray
+
+    def index_of(self, context: np.ndarray, position: np.ndarray) -> np.ndarray:
+        return np.asarray(np.searchsorted(self.codes, _code(context, position)))
+
+
+def _token_order(split: CacheSplit) -> _TokenOrder:
+    codes = []
+    for unit in range(split.n_units):
+        rows = split.read_unit(unit, ["context", "position"])
+        codes.append(_code(rows["context"], rows["position"]))
+    return _TokenOrder(np.concatenate(codes))
+
+
+def _code(context: np.ndarray, position: np.ndarray) -> np.ndarray:
+    return np.asarray(context.astype(np.int64) * 65536 + position)

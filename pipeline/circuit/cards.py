@@ -1,0 +1,107 @@
+"""What tables say of the features of a circuit, short enough to be shown beside a node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from analysis.dashboards.visible import visible_token
+from analysis.tables_artifact import TABLES_KIND
+from pipeline.artifacts.folders import artifacts_inside
+from storage.artifact import read_manifest
+from storage.errors import ArtifactMismatch
+from storage.tables import read_table
+
+N_EXAMPLES = 4
+_CONTEXT = 12
+"""Tokens of an example shown on either side."""
+
+Card = dict[str, Any]
+
+
+def open_tables(tables: Sequence[Path], transcoders: Mapping[int, tuple[str, str]]) -> dict[int, Path]:
+    """Return the tables of each layer. ``transcoders`` has digest and site of what is traced, by layer.
+
+    The digest alone does not tell the layers of a cross-layer transcoder apart. ``tables`` are tables or folders that
+    hold some; of a folder, those of other transcoders are left out. Raises ArtifactMismatch, with every problem, for
+    tables of another transcoder, a folder without any that fit, and two of one transcoder or layer.
+    """
+    layers = {traced: layer for layer, traced in transcoders.items()}
+    found: dict[int, Path] = {}
+    problems = []
+    for given in tables:
+        inside = artifacts_inside(given, TABLES_KIND)
+        fitting = {}
+        for path in inside or [given]:
+            manifest = read_manifest(path, TABLES_KIND)
+            layer = layers.get((manifest["inputs"]["transcoder"]["digest"], manifest["site"]["name"]))
+            if layer is not None:
+                fitting[path] = layer
+        if not fitting:
+            which = "the tables inside were" if inside else "was"
+            problems.append(
+                f"{given}: {which} made from a transcoder that was not given; give the tables of those that were"
+            )
+        for path, layer in fitting.items():
+            if layer in found:
+                problems.append(f"{path}: {found[layer]} is of the same transcoder; give one of them")
+            found.setdefault(layer, path)
+    if problems:
+        raise ArtifactMismatch("\n".join(problems))
+    return found
+
+
+def read_cards(tables: Mapping[int, Path], features: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Card]:
+    """Return the cards of features (layer, index) whose layer has tables; each file is read once."""
+    wanted: dict[int, list[int]] = {}
+    for layer, index in sorted(features):
+        if layer in tables:
+            wanted.setdefault(layer, []).append(index)
+    cards = {}
+    for layer, indices in wanted.items():
+        examples = _examples(tables[layer] / "examples.parquet", indices)
+        for row in _rows(tables[layer] / "features.parquet", indices):
+            index = int(row["feature"])
+            cards[layer, index] = {
+                "top_token": row.get("top_token"),
+                "facts": _facts(row),
+                "examples": examples.get(index, []),
+            }
+    return cards
+
+
+def _rows(path: Path, features: Sequence[int]) -> list[dict[str, Any]]:
+    return list(read_table(path, where=pc.field("feature").isin(list(features))).to_pylist())
+
+
+def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what is shown of a feature's row; columns that the tables do not have are left out."""
+    facts = [("fires on", f"{row['frequency']:.3%} of rows")]
+    if row.get("max") is not None:
+        facts.append(("strongest", f"{row['max']:.4g}"))
+    if row.get("top_token") is not None:
+        facts.append(("top token", f"{row['top_token']!r} in {row['top_token_share']:.0%} of examples"))
+    for name in ("promoted", "suppressed"):
+        tokens = row.get(f"{name}_tokens")
+        if tokens:
+            facts.append((name, " ".join(map(repr, tokens[:6]))))
+    return facts
+
+
+def _examples(path: Path, features: Sequence[int]) -> dict[int, list[Card]]:
+    """Return the strongest examples of each feature."""
+    found: dict[int, list[Card]] = {}
+    rows = [row for row in _rows(path, features) if row.get("kind", "top") == "top" and row["rank"] < N_EXAMPLES]
+    for row in sorted(rows, key=lambda one: (one["feature"], one["rank"])):
+        here = row["position"] - row["window_start"]
+        tokens = row["window_tokens"]
+        card = {
+            "before": "".join(tokens[max(0, here - _CONTEXT) : here]),
+            "token": visible_token(tokens[here]),
+            "after": "".join(tokens[here + 1 : here + 1 + _CONTEXT]),
+        }
+        found.setdefault(int(row["feature"]), []).append(card)
+    return found

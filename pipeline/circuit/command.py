@@ -1,0 +1,143 @@
+"""``pipeline circuit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from analysis.circuits.path_text import show_value
+from pipeline.circuit import stage as circuit
+from pipeline.circuit.question import Question, parse_feature
+from pipeline.circuit.stage import PAGE, CircuitResult, CircuitSettings
+from pipeline.shared import run_options as options
+from pipeline.shared.options import read_settings, settings_options
+
+
+@click.command("circuit")
+@click.argument("prompt")
+@click.option(
+    "--transcoders", multiple=True, required=True, type=options.ARTIFACT,
+    help="Transcoder of one layer, to be given again for each; folder that holds those of layers; a cross-layer one.",
+)  # fmt: skip
+@click.option("--feature", metavar="LAYER:INDEX", help="Explain why this feature fires.")
+@click.option(
+    "--direction", type=click.Choice(["encoder", "decoder"]), default="encoder", show_default=True,
+    help="Of the feature: encoder for its activation, decoder for what its MLP writes along its decoder direction.",
+)  # fmt: skip
+@click.option("--logit", metavar="TEXT", help="Explain why this token is predicted.")
+@click.option("--logit-difference", nargs=2, metavar="TEXT TEXT", help="Explain the first's logit less the second's.")
+@click.option(
+    "--token", type=int, default=-1, show_default=True,
+    help="Position to explain: the BOS is 0, the last token -1.",
+)  # fmt: skip
+@click.option(
+    "--tables", multiple=True, type=options.ARTIFACT,
+    help="Tables of one of the transcoders, for what the page says of its features; may be given again, or a folder "
+    "that holds tables of many, as pipeline analyze makes it.",
+)  # fmt: skip
+@options.out
+@settings_options(CircuitSettings)
+@options.model_elsewhere
+@options.device
+@options.threads
+@options.quiet
+def command(
+    prompt: str,
+    transcoders: tuple[Path, ...],
+    feature: str | None,
+    direction: Literal["encoder", "decoder"],
+    logit: str | None,
+    logit_difference: tuple[str, str] | None,
+    token: int,
+    tables: tuple[Path, ...],
+    output: Path,
+    config: Path | None,
+    model: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Explain a feature's activation or a predicted token on PROMPT by features, heads and tokens before it.
+
+    \b
+    pipeline circuit "Oh, that rifle model is a 6M" --feature 8:89 --out circuits/6m \\
+        --transcoders transcoders/gpt2
+    pipeline circuit "The war lasted from 1735 to 17" --logit-difference 40 20 --out circuits/war \\
+        --transcoders … --missing-layers opaque
+
+    The BOS is put before the prompt. --out gets circuit.json, viewer.json (for the viewers of circuit-tracer and
+    Neuronpedia) and index.html, which opens in any browser.
+    """
+    question = Question(
+        prompt,
+        token,
+        None if feature is None else parse_feature(feature),
+        direction,
+        logit,
+        logit_difference or None,
+    )
+    settings = read_settings(CircuitSettings, config, given)
+    result = circuit.run(
+        settings,
+        question,
+        transcoders=transcoders,
+        output=output,
+        tables=tables,
+        model=model,
+        device=device,
+        threads=threads,
+    )
+    if not quiet:
+        for line in show_circuit(result):
+            click.echo(line)
+
+
+_INACTIVE = (
+    "the feature is not active here, so its pre-activation is explained "
+    "(--order magnitude also shows what holds it down)"
+)
+_NOTATION = (
+    "mlp3tc[268]@6 is feature 268 of layer 3 at token 6, attn2[0]@1 head 0 of layer 2 reading token 1; "
+    "a number is what reaches the root along the path"
+)
+
+
+def show_circuit(result: CircuitResult) -> list[str]:
+    """Return what was found, in lines: the tokens, what the root is made of, the paths, the graph."""
+    document = result.document
+    root = document["root"]
+    lines = [" ".join(f"{place}:{token['text']!r}" for place, token in enumerate(document["tokens"])), ""]
+    if likely := document.get("likely"):
+        said = ", ".join(f"{one['text']!r} {one['probability']:.0%}" for one in likely)
+        lines[:1] = [lines[0], f"likely after token {root['node']['token']}: {said}"]
+    what = "" if root["is_active"] else f"; {_INACTIVE}"
+    lines += [
+        f"{root['text']} = {root['value']:.6g}{what}",
+        f"  {root['n_terms']:,} terms sum to it within {root['incompleteness']:.1e} of the sum of their sizes",
+        "  of it " + ", ".join(_kind(kind, value, root.get("from_bos")) for kind, value in root["by_kind"].items()),
+        "",
+    ]
+    lines += [_NOTATION, ""] if document["rounds"] else []
+    for paths in document["rounds"]:
+        lines.append(f"--- Paths of size {len(paths[0]['steps'])} ---")
+        lines += [path["text"] for path in paths]
+    if not document["rounds"]:
+        lines.append("no path: nothing that the filters allow contributes")
+    graph = document["attribution_graph"]
+    if graph is not None:
+        lines += [
+            "",
+            f"attribution graph: {len(graph['nodes']):,} of {graph['n_nodes_before_pruning']:,} nodes and "
+            f"{len(graph['edges']):,} edges kept; {graph['replacement_score']:.0%} of what reaches the target through "
+            "them comes from tokens, the rest from what no transcoder explains",
+        ]
+    return [*lines, f"{result.path}: written; {result.path / PAGE} opens in a browser"]
+
+
+def _kind(kind: str, value: float, from_bos: float | None) -> str:
+    """Return what a kind of nodes adds. Paths leave out what heads bring from the BOS, so its share is told."""
+    share = f" ({show_value(from_bos)} from the BOS)" if kind == "head" and from_bos else ""
+    return f"{kind} {show_value(value)}{share}"

@@ -1,0 +1,310 @@
+"""The stage ``pipeline circuit``: why a feature fires, or a token is predicted, on one prompt.
+
+Runs the language model once on the prompt, with the transcoders beside it, and explains one quantity: exactly, term by
+term; as the paths with the largest contributions; and as an attribution graph of everything that leads up to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from analysis.circuits import documents
+from analysis.circuits.attribution_graph import AttributionGraph, GraphSettings, build_graph, top_logits
+from analysis.circuits.contributions import contributions
+from analysis.circuits.filters import NodeFilter
+from analysis.circuits.influence import Pruned
+from analysis.circuits.path_graph import completed, graph_of_paths
+from analysis.circuits.paths import Path as CircuitPath
+from analysis.circuits.paths import SearchSettings, search_paths
+from analysis.circuits.record import record_run
+from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
+from analysis.circuits.run import LinearisedRun
+from analysis.circuits.viewer import viewer_document
+from analysis.dashboards.visible import PART
+from analysis.tables_artifact import TABLES_KIND
+from pipeline.artifacts.folders import each_artifact
+from pipeline.cache.recorded_model import explained_passes
+from pipeline.circuit.cards import open_tables, read_cards
+from pipeline.circuit.page import features_shown, render_page
+from pipeline.circuit.poor_layers import warn_of_poor_layers
+from pipeline.circuit.question import Question, check_askable, prompt_tokens, token_ids
+from pipeline.circuit.traced import TracedLayers, traced_layers
+from pipeline.model.language_model import LanguageModel
+from pipeline.model.of_transcoders import open_transcoder_model
+from pipeline.model.weights import read_weights
+from pipeline.shared.device import limited_threads, open_device
+from storage.artifact import MANIFEST, read_manifest, write_atomically
+from storage.draft import Draft
+from storage.formats import ARTIFACT_FORMATS
+from storage.settings import Settings
+from storage.token_text import join_characters
+from training.architectures.transcoder import KIND as TRANSCODER_KIND
+
+KIND = "circuit"
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
+CIRCUIT = "circuit.json"
+"""Everything, in the schema of ``docs/circuits.md``."""
+VIEWER = "viewer.json"
+"""The attribution graph for circuit-tracer's and Neuronpedia's viewers."""
+PAGE = "index.html"
+"""To look at in a browser."""
+N_LIKELY = 5
+"""Tokens of which it is said how likely they are to come next."""
+
+
+class CircuitSettings(Settings):
+    """How to look for a circuit, and how much of it to keep."""
+
+    iterations: int = Field(default=3, ge=1)
+    """Rounds of the search for paths: steps behind the root."""
+
+    branches: int = Field(default=15, ge=1)
+    """Paths kept after each round."""
+
+    order: Literal["signed", "magnitude"] = "signed"
+    """signed: paths with the largest contributions; magnitude: also those that inhibit."""
+
+    cap: bool = False
+    """Let no step count for more than a feature it acts through; values then no longer add up to a graph."""
+
+    ignore_bos: bool = True
+    """Leave out what attention brings from the BOS."""
+
+    filter: tuple[str, ...] = ()
+    """Condition that every step must meet, such as token!=9, kind=head or layer<8; give it again for more, which must
+    all hold. Fields: kind, layer, token, head, feature, place."""
+
+    missing_layers: Literal["refuse", "opaque"] = "refuse"
+    """What to do about layers without a transcoder: opaque makes each such MLP one node that nothing is told about."""
+
+    max_features: int = Field(default=256, ge=0)
+    """Features of the attribution graph whose own inputs are computed, always the most influential; 0 for no graph."""
+
+    node_threshold: float = Field(default=0.8, gt=0, le=1)
+    """Share of all influence that the attribution graph's nodes keep."""
+
+    edge_threshold: float = Field(default=0.98, gt=0, le=1)
+    """Share of what flows between these nodes that the edges keep."""
+
+    dtype: Literal["recorded", "float32"] = "recorded"
+    """What the model computes in: as when the transcoders' activations were made, or float32, which adds up more
+    closely."""
+
+
+@dataclass(frozen=True)
+class CircuitResult:
+    """A published circuit."""
+
+    path: Path
+    document: dict[str, Any]
+    """What ``circuit.json`` holds."""
+
+
+def run(
+    settings: CircuitSettings,
+    question: Question,
+    *,
+    transcoders: Sequence[Path],
+    output: Path,
+    tables: Sequence[Path] = (),
+    model: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> CircuitResult:
+    """Publish the circuit that answers ``question``; return at once if it is there already.
+
+    ``transcoders`` are transcoders, or folders that hold some, or one cross-layer transcoder; ``tables`` of some of
+    them, given likewise, give their features' cards on the page; ``model`` says where the language model lies if it is
+    not under its recorded name. Warns of layers whose transcoder explains next to nothing, where that is known.
+    Raises SettingsError for a question that cannot be asked of these transcoders (a missing layer, a feature, token or
+    logit that does not exist, a prompt of the BOS alone), ArtifactMismatch if they belong to different models,
+    ModelError for a model that cannot be loaded or whose pass is not linear as assumed.
+    """
+    question.check()
+    keep = NodeFilter.parse(settings.filter)
+    transcoders = each_artifact(transcoders, TRANSCODER_KIND)
+    traced = traced_layers(transcoders)
+    check_askable(question, traced.d_sae, traced.n_layers, settings.missing_layers)
+    warn_of_poor_layers(question, traced.paths, traced.scores)
+    open_device(device)
+    known = open_tables(tables, traced.identities)
+    inputs = {
+        "transcoders": {site.name: {"digest": traced.digests[layer]} for layer, site in traced.sites.items()},
+        "tables": {
+            site.name: {"digest": read_manifest(known[layer], TABLES_KIND)["digest"]}
+            for layer, site in traced.sites.items()
+            if layer in known
+        },
+    }
+    request = {
+        "format": FORMAT_VERSION,
+        "question": question.record(),
+        "settings": settings.model_dump(mode="json"),
+        "inputs": inputs,
+    }
+    with limited_threads(threads):
+        # Answered before anything is written: a question that turns out to be none leaves no draft in the way of the
+        # next one.
+        asked = None if (output / MANIFEST).exists() else _answer(settings, question, keep, traced, model, device)
+        with Draft(output, KIND, request) as draft:
+            if not draft.published:
+                assert asked is not None, "what was published before is published"
+                files = _write(asked, known, output)
+                draft.publish(
+                    {
+                        "format": FORMAT_VERSION,
+                        "inputs": inputs,
+                        "model": asked.model.identity(),
+                        "root": asked.document["root"],
+                        "versions": {name: version(name) for name in ("torch", "transformer_lens", "transformers")},
+                    },
+                    files,
+                )
+    return read_result(output)
+
+
+def read_result(path: Path) -> CircuitResult:
+    """Return a published circuit. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+    read_manifest(path, KIND)
+    return CircuitResult(path, json.loads((path / CIRCUIT).read_bytes()))
+
+
+def _answer(
+    settings: CircuitSettings,
+    question: Question,
+    keep: NodeFilter,
+    traced: TracedLayers,
+    model: str | None,
+    device: str,
+) -> _Asked:
+    dtype = None if settings.dtype == "recorded" else settings.dtype
+    paths = list(dict.fromkeys(traced.paths.values()))
+    opened = open_transcoder_model(paths, model=model, device=device, dtype=dtype)
+    asked = _Asked(opened, question, settings, keep)
+    asked.run_on(traced.load())
+    return asked
+
+
+class _Asked:
+    """A question on its way to an answer."""
+
+    def __init__(self, model: LanguageModel, question: Question, settings: CircuitSettings, keep: NodeFilter) -> None:
+        self.model, self.question, self.settings, self.keep = model, question, settings, keep
+        self.ids = prompt_tokens(model, question.prompt)
+        vocabulary = model.vocabulary()
+        texts = join_characters([vocabulary[one] for one in self.ids])
+        self.tokens = list(zip(self.ids, texts, strict=True))
+        self._vocabulary = vocabulary
+        asked = question.logit_difference or ((question.logit,) if question.logit is not None else ())
+        self._logits = token_ids(model, asked)
+
+    def run_on(self, transcoders: dict[Any, Any]) -> None:
+        """Run the model and find everything out."""
+        with explained_passes(1):
+            run = record_run(
+                self.model.bridge,
+                read_weights(self.model),
+                transcoders,
+                torch.tensor(self.ids),
+                allow_opaque=self.settings.missing_layers == "opaque",
+            )
+        root = self._root(run)
+        likely = top_logits(run, self.question.token, mass=1.0, at_most=N_LIKELY)
+        rounds = search_paths(run, root, self._search())
+        self.graph, self.pruned, self.names = self._attribution_graph(run, root)
+        self.document = {
+            "format": FORMAT_VERSION,
+            "prompt": self.question.prompt,
+            "tokens": [{"id": one, "text": text} for one, text in self.tokens],
+            "likely": [{"id": one, "text": self._vocabulary[one], "probability": p} for one, p in likely],
+            "root": {**documents.describe_root(root, contributions(run, root.probe)), "text": self._name(root)},
+            "rounds": documents.describe_rounds(rounds),
+            "path_graph": self._path_graph(run, rounds),
+            "attribution_graph": (
+                None
+                if self.graph is None or self.pruned is None
+                else documents.describe_attribution_graph(self.graph, self.pruned, self.names)
+            ),
+        }
+
+    def _root(self, run: LinearisedRun) -> Root:
+        question = self.question
+        if question.feature is not None:
+            make = feature_root if question.direction == "encoder" else decoder_root
+            return make(run, *question.feature, question.token)
+        return logit_root(run, self._logits[0], question.token, minus=self._logits[1] if self._logits[1:] else None)
+
+    def _search(self) -> SearchSettings:
+        one = self.settings
+        return SearchSettings(one.iterations, one.branches, one.order, one.cap, one.ignore_bos, self.keep)
+
+    def _path_graph(self, run: LinearisedRun, rounds: Sequence[Sequence[CircuitPath]]) -> dict[str, Any] | None:
+        """Return the graph of all paths; capped values make none."""
+        if self.settings.cap or not rounds:
+            return None
+        graph = graph_of_paths(path for paths in rounds for path in paths)
+        return documents.describe_path_graph(completed(run, graph))
+
+    def _attribution_graph(
+        self, run: LinearisedRun, root: Root
+    ) -> tuple[AttributionGraph | None, Pruned | None, list[str]]:
+        """Return the graph with the root as its target; for a logit, with the other likely tokens as well."""
+        one = self.settings
+        if one.max_features == 0:
+            return None, None, []
+        settings = GraphSettings(
+            max_features=one.max_features, node_threshold=one.node_threshold, edge_threshold=one.edge_threshold
+        )
+        targets, weights, names = [root], [1.0], [self._name(root)]
+        if self.question.logit is not None:
+            chosen = dict(top_logits(run, self.question.token))
+            likely = [self._logits[0], *(one for one in chosen if one != self._logits[0])]
+            targets = centred_logit_roots(run, likely, self.question.token)
+            smallest = min(chosen.values())  # the token asked for counts even where it is unlikely
+            weights = [chosen.get(one, smallest) for one in likely]
+            names = [
+                f'Output "{self._vocabulary[one]}" (p={chosen[one]:.3f})' if one in chosen else self._vocabulary[one]
+                for one in likely
+            ]
+        graph = build_graph(run, targets, weights, settings)
+        return graph, graph.pruned(settings), names
+
+    def _name(self, root: Root) -> str:
+        texts = [repr(self._vocabulary[one]) for one in self._logits]
+        return f"{root.node} ({' − '.join(texts)})" if texts else str(root.node)
+
+
+def _write(asked: _Asked, tables: Mapping[int, Path], output: Path) -> list[str]:
+    """Write the files of a circuit; return their names."""
+    write_atomically(output / CIRCUIT, _json(asked.document))
+    cards = read_cards(tables, features_shown(asked.document))
+    write_atomically(output / PAGE, render_page(asked.document, cards).encode())
+    files = [CIRCUIT, PAGE]
+    if asked.graph is not None and asked.pruned is not None:
+        identity = asked.model.identity()
+        document = viewer_document(
+            asked.graph,
+            asked.pruned,
+            slug=output.name,
+            scan=str(identity["name"]),
+            prompt=asked.question.prompt,
+            tokens=[(one, text or PART) for one, text in asked.tokens],
+            names=asked.names,
+            n_layers=asked.model.n_layers,
+            node_threshold=asked.settings.node_threshold,
+        )
+        write_atomically(output / VIEWER, _json(document))
+        files.append(VIEWER)
+    return files
+
+
+def _json(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()

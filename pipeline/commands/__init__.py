@@ -1,1 +1,0 @@
-"""One module per command of the command line; each holds ``command`` and calls one stage function."""

@@ -1,0 +1,38 @@
+"""``pipeline dashboard``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from analysis.tables_artifact import TABLES_KIND
+from pipeline.artifacts.folders import refuse_folder
+from pipeline.dashboard import stage as dashboard
+from pipeline.dashboard.stage import DashboardSettings
+from pipeline.shared import run_options as options
+from pipeline.shared.options import read_settings, settings_options
+
+
+@click.command("dashboard")
+@click.argument("tables", type=options.ARTIFACT)
+@options.out
+@settings_options(DashboardSettings)
+@options.quiet
+def command(tables: Path, output: Path, config: Path | None, quiet: bool, **given: Any) -> None:
+    """Write a static site of TABLES' features: a list to sort, search and filter, and a page for each.
+
+    \b
+    pipeline dashboard tables/gpt2-l8 --out dashboards/gpt2-l8
+    pipeline dashboard tables/gpt2-l8 --feature 89,100-200 --out dashboards/some
+
+    It opens from disk: no server, no network. Copy the folder to share it. A link to one feature ends in
+    index.html#feature=89.
+    """
+    refuse_folder(tables, TABLES_KIND)
+    settings = read_settings(DashboardSettings, config, given)
+    result = dashboard.run(settings, tables=tables, output=output, quiet=quiet)
+    if not quiet:
+        size = f"{result.n_bytes / 1e6:.1f} MB in {result.n_files:,} files"
+        click.echo(f"{result.page}: {result.n_features:,} features, {size}; open it in a browser")

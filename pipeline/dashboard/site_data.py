@@ -1,0 +1,81 @@
+"""The data files of a site: one for the list of features, and one for every run of features' pages.
+
+They are made one by one from tables, so that the stage can write all of them and a server only what is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from analysis.dashboards.feature_index import feature_index
+from analysis.dashboards.feature_pages import FeaturePages
+from analysis.dashboards.feature_tables import FeatureTables
+from analysis.dashboards.rounding import rounded
+from analysis.dashboards.vocabulary import Vocabulary
+from pipeline.dashboard.packing import pack
+
+FEATURES_PER_FILE = 32
+"""Features whose pages share a file; see docs/dashboard.md for the measurement."""
+FEATURES_READ = 1024
+"""Features whose rows are read from the tables at once; a multiple of ``FEATURES_PER_FILE``."""
+
+INDEX = "index"
+_LAYER = ("split", "n_rows", "d_sae", "l0_mean", "fvu", "n_dead", "n_dense")
+
+
+class SiteData:
+    """The data of a site about some features of some tables."""
+
+    def __init__(self, tables: FeatureTables, features: Sequence[int], window: int) -> None:
+        """``features`` are sorted; ``window`` is the number of tokens shown on each side of an example."""
+        self._tables, self._features, self._window = tables, features, window
+
+    def index(self) -> bytes:
+        """Return the file of the list."""
+        return pack(INDEX, {"about": self._about(), **feature_index(self._tables, self._features)})
+
+    def names(self) -> list[str]:
+        """Return the names of the files of pages, in the order of features."""
+        return [file_name(start) for start in self._starts()]
+
+    def pages(self, missing: set[str]) -> Iterator[tuple[str, bytes]]:
+        """Make the files of pages whose names are in ``missing``, in the order of features; yield name and bytes."""
+        for start in range(0, self._tables.n_features, FEATURES_READ):
+            within = range(start, min(start + FEATURES_READ, self._tables.n_features))
+            wanted = [first for first in self._starts() if first in within and file_name(first) in missing]
+            if not wanted:
+                continue
+            read = range(wanted[0], min(wanted[-1] + FEATURES_PER_FILE, within.stop))
+            source = FeaturePages(self._tables, read, window=self._window, n_bands=self._tables.n_bands)
+            for first in wanted:
+                yield file_name(first), self._file(source, first)
+
+    def _file(self, source: FeaturePages, first: int) -> bytes:
+        own = [feature for feature in self._features if first <= feature < first + FEATURES_PER_FILE]
+        vocabulary = Vocabulary()
+        records = source.records(own, vocabulary)
+        return pack(file_name(first), {"features": records, "vocabulary": vocabulary.texts})
+
+    def _starts(self) -> list[int]:
+        return sorted({feature - feature % FEATURES_PER_FILE for feature in self._features})
+
+    def _about(self) -> dict[str, Any]:
+        """Return what holds for the site as a whole."""
+        manifest, layer = self._tables.manifest, self._tables.layer
+        return {
+            "model": manifest["model"]["name"],
+            "site": manifest["site"]["name"],
+            "hooks": [manifest["site"][hook] for hook in ("hook_in", "hook_out") if manifest["site"].get(hook)],
+            "layer": {name: rounded(layer[name]) for name in _LAYER if name in layer},
+            "transcoder": manifest["inputs"]["transcoder"]["digest"],
+            "features_per_file": FEATURES_PER_FILE,
+            "n_bands": self._tables.n_bands,
+            "version": version("tailrace"),
+        }
+
+
+def file_name(first: int) -> str:
+    """Return the name of the file with the pages from feature ``first`` on; `site/data.js` makes the same."""
+    return f"features-{first:06d}"

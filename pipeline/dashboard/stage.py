@@ -1,0 +1,160 @@
+"""The stage ``pipeline dashboard``: published tables in, a static site of feature pages out.
+
+Needs neither the language model nor the transcoder, and no torch: everything shown is in the tables.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from tqdm import tqdm
+
+from analysis.dashboards.feature_tables import FeatureTables
+from pipeline.dashboard.blind import write_blind_page
+from pipeline.dashboard.feature_selection import FeatureSelection, parse_features
+from pipeline.dashboard.site_data import INDEX, SiteData
+from storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
+from storage.draft import Draft
+from storage.formats import ARTIFACT_FORMATS
+from storage.settings import Settings
+
+KIND = "dashboard"
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
+SITE = Path(__file__).parent / "site"
+"""The site's own files: its page, styles and scripts."""
+
+logger = logging.getLogger(__name__)
+
+
+class DashboardSettings(Settings):
+    """Which features to show, and how."""
+
+    feature: FeatureSelection = ()
+    """Show only these features, e.g. 89,100-200 (both ends belong to a range); may be repeated. All if not given."""
+
+    window: int = Field(default=24, ge=0)
+    """Tokens shown on each side of an example, as far as the tables have them."""
+
+    blind: bool = False
+    """Write pages without numbers instead, each named by an item number in shuffled order; key.json says which feature
+    an item is."""
+
+    seed: int = 0
+    """Decides the order of the items of a blind site; nothing else."""
+
+
+@dataclass(frozen=True)
+class DashboardResult:
+    """A published site."""
+
+    path: Path
+    n_features: int
+    n_files: int
+    n_bytes: int
+
+    @property
+    def page(self) -> Path:
+        """What to open in a browser."""
+        return self.path / "index.html"
+
+
+def run(settings: DashboardSettings, *, tables: Path, output: Path, quiet: bool = False) -> DashboardResult:
+    """Publish the site of ``tables`` at ``output``; return at once if it is there already.
+
+    A run that was interrupted continues with the pages that are missing. Raises ArtifactMissing, ArtifactIncomplete or
+    ArtifactMismatch for what is no tables artifact or another site at ``output``, SettingsError for features that do
+    not exist, StorageFull.
+    """
+    opened = FeatureTables(tables)
+    features = sorted(parse_features(settings.feature, opened.n_features)) or list(range(opened.n_features))
+    inputs = {"tables": {"digest": opened.manifest["digest"]}}
+    request = {"format": FORMAT_VERSION, "settings": settings.model_dump(mode="json"), "inputs": inputs}
+    with Draft(output, KIND, request) as draft:
+        if not draft.published:
+            write = _write_blind if settings.blind else _write_site
+            files = write(opened, features, settings, draft.path, quiet)
+            draft.publish(
+                {
+                    "format": FORMAT_VERSION,
+                    "inputs": inputs,
+                    "model": opened.manifest["model"],
+                    "site": opened.manifest["site"],
+                    "n_features": len(features),
+                    "versions": {name: version(name) for name in ("tailrace", "pyarrow")},
+                },
+                files,
+            )
+    return read_result(output)
+
+
+def read_result(path: Path) -> DashboardResult:
+    """Return what is published at ``path``. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+    manifest: dict[str, Any] = read_manifest(path, KIND)
+    files = manifest["files"].values()
+    return DashboardResult(path, manifest["n_features"], len(files), sum(file["bytes"] for file in files))
+
+
+def _write_site(
+    tables: FeatureTables, features: list[int], settings: DashboardSettings, output: Path, quiet: bool
+) -> list[str]:
+    """Write everything that is not there yet; return the names of all files."""
+    data = SiteData(tables, features, settings.window)
+    names = [f"data/{name}.js" for name in data.names()]
+    for folder in ("data", "site"):
+        make_directory(output / folder)
+    own = _write_own_files(output)
+    missing = {Path(name).stem for name in names if not (output / name).exists()}
+    logger.info("writing %d of %d files of pages", len(missing), len(names))
+    with tqdm(total=len(missing), desc="dashboard", unit="file", disable=quiet or None) as bar:
+        for name, content in data.pages(missing):
+            write_atomically(output / "data" / f"{name}.js", content)
+            bar.update()
+    write_atomically(output / "data" / f"{INDEX}.js", data.index())
+    return [*own, *names, f"data/{INDEX}.js"]
+
+
+def _write_own_files(output: Path) -> list[str]:
+    """Copy the site's page, styles and scripts; return their names."""
+    names = {path: "index.html" if path.suffix == ".html" else f"site/{path.name}" for path in sorted(SITE.iterdir())}
+    for path, name in names.items():
+        write_atomically(output / name, path.read_bytes())
+    return list(names.values())
+
+
+def _write_blind(
+    tables: FeatureTables, features: list[int], settings: DashboardSettings, output: Path, quiet: bool
+) -> list[str]:
+    """Write a page per feature in an order of the seed, a list of them, and the key; return the names of all files."""
+    order = list(features)
+    random.Random(f"blind dashboard {settings.seed}").shuffle(order)
+    names = []
+    for item, feature in enumerate(tqdm(order, desc="dashboard", unit="page", disable=quiet or None), start=1):
+        within = range(feature, feature + 1)
+        rows, examples = tables.read("features", within), tables.read("examples", within)
+        assert rows is not None, "tables always have the table of features"
+        names.append(f"item-{item:04d}.html")
+        shown = [] if examples is None else examples.to_pylist()
+        write_blind_page(output / names[-1], rows.to_pylist()[0], shown, item, window=settings.window)
+    key = {f"{item}": feature for item, feature in enumerate(order, start=1)}
+    write_atomically(output / "key.json", canonical_json(key))
+    write_atomically(output / "index.html", blind_list(names).encode())
+    return [*names, "key.json", "index.html"]
+
+
+def blind_list(names: list[str]) -> str:
+    """Return a page of links to the items, in order."""
+    style = (SITE / "tokens.css").read_text()
+    links = "".join(f'<li><a href="{name}">Item {item}</a></li>\n' for item, name in enumerate(names, start=1))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Items</title>\n'
+        '<link rel="icon" href="data:,">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>\n{style}main {{ margin: 24px auto; max-width: 1000px; }}\na {{ color: var(--link); }}\n</style>\n"
+        f"</head>\n<body>\n<main>\n<h1>{len(names):,} items</h1>\n<ul>\n{links}</ul>\n</main>\n</body>\n</html>\n"
+    )

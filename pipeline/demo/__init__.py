@@ -1,0 +1,1 @@
+"""The demonstration: every stage on a small real model and its text."""

@@ -1,0 +1,188 @@
+"""Sparsity against faithfulness, transcoder by transcoder: what published artifacts say, gathered for one picture.
+
+FVU and L0 are the final ones over all held-out rows. CE recovered is that of an evaluation, if one of the transcoder is
+given, else that of the language model's last run during training, if there was one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.evaluate.stage import KIND as EVALUATION
+from pipeline.train import sweep
+from pipeline.train.runs_table import FINISHED
+from storage.artifact import MANIFEST, read_manifest, read_sealed
+from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from training.architectures.transcoder import KIND as TRANSCODER
+from training.architectures.transcoder import read_transcoder_manifest
+
+logger = logging.getLogger(__name__)
+
+Measure = Literal["fvu", "ce_recovered"]
+"""What stands against L0."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One transcoder."""
+
+    name: str
+    """The settings that were swept, or the folder's name."""
+    group: str
+    """Whose line it is on: its architecture, and what else tells it from the others."""
+    l0: float
+    """Mean number of features active on a held-out row."""
+    fvu: float | None
+    """Share of the held-out outputs' variance left unexplained; None if they do not vary."""
+    ce_recovered: float | None
+    """Share of zero ablation's loss recovered; None if it was not measured."""
+    d_sae: int
+    site: str
+    path: str
+    """Where it was found."""
+    digest: str
+    """The transcoder's."""
+
+    def value(self, measure: Measure) -> float | None:
+        """Return the number that stands against L0."""
+        return self.fvu if measure == "fvu" else self.ce_recovered
+
+
+def collect(paths: Sequence[Path]) -> list[Point]:
+    """Return a point for every finished transcoder of ``paths``: sweeps, transcoders, and evaluations of these.
+
+    Raises the errors of opening them, all that are missing at once, ArtifactMismatch for other kinds of artifacts and
+    for transcoders that were not scored on held-out rows.
+    """
+    found: dict[str, tuple[str, Path, dict[str, Any]]] = {}
+    recovered: dict[str, float] = {}
+    for path, kind in _kinds(paths):
+        if kind == EVALUATION:
+            recovered |= _recovered(path)
+            continue
+        for name, folder in _transcoders(path, kind):
+            manifest = read_transcoder_manifest(folder)
+            found.setdefault(str(manifest["digest"]), (name, folder, manifest))
+    unscored = [str(folder) for _, folder, manifest in found.values() if "heldout" not in manifest["metrics"]]
+    if unscored:
+        raise ArtifactMismatch(
+            f"{', '.join(unscored)}: trained without held-out rows, so nothing says how good they are; leave them out, "
+            "or cache with --holdout and train again"
+        )
+    for digest in recovered.keys() - found.keys():
+        logger.info("an evaluation is of the transcoder %s, which was not given", digest)
+    points = [_point(*one, recovered.get(digest)) for digest, one in found.items()]
+    return _tell_apart(points, [manifest for *_, manifest in found.values()])
+
+
+def _kinds(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    missing = [path for path in paths if not (path / MANIFEST).exists()]
+    if missing:
+        raise ArtifactMissing(
+            "\n".join(
+                f"{path}: no published sweep, transcoder or evaluation lies here; check the path" for path in missing
+            )
+        )
+    kinds = [(path, str(read_sealed(path / MANIFEST)["kind"])) for path in paths]
+    if others := [f"{path} ({kind})" for path, kind in kinds if kind not in (sweep.KIND, TRANSCODER, EVALUATION)]:
+        raise ArtifactMismatch(f"{', '.join(others)}: wanted sweeps, transcoders or evaluations of them")
+    return kinds
+
+
+def _transcoders(path: Path, kind: str) -> Iterable[tuple[str, Path]]:
+    if kind == TRANSCODER:
+        yield path.resolve().name, path
+        return
+    for one in sweep.read_result(path).runs:
+        if one.status == FINISHED:
+            yield one.name, path / one.path
+        else:
+            logger.warning("%s: run %s diverged and is left out", path, one.name)
+
+
+def _recovered(path: Path) -> dict[str, float]:
+    """Return the CE recovered of each transcoder of an evaluation, by digest, replaced alone."""
+    manifest = read_manifest(path, EVALUATION)
+    scores = {score["name"]: score["ce_recovered"] for score in manifest["scores"]}
+    digests = {site: made_of["digest"] for site, made_of in manifest["inputs"]["transcoders"].items()}
+    return {digest: scores[site] for site, digest in digests.items() if scores.get(site) is not None}
+
+
+def _point(name: str, folder: Path, manifest: dict[str, Any], evaluated: float | None) -> Point:
+    heldout, model = manifest["metrics"]["heldout"], manifest["metrics"].get("model", {})
+    return Point(
+        name=name,
+        group=str(manifest["architecture"]["kind"]),
+        l0=float(heldout["l0"]),
+        fvu=heldout["fvu"],
+        ce_recovered=model.get("ce_recovered") if evaluated is None else evaluated,
+        d_sae=int(manifest["d_sae"]),
+        site=str(manifest["site"]["name"]),
+        path=str(folder),
+        digest=str(manifest["digest"]),
+    )
+
+
+def _tell_apart(points: list[Point], manifests: list[dict[str, Any]]) -> list[Point]:
+    """Add to the groups' names what their transcoders differ in besides the architecture's kind."""
+    facts = [_facts(manifest) for manifest in manifests]
+    differing = [index for index in range(3) if len({fact[index] for fact in facts}) > 1]
+    return [
+        replace(point, group=" ".join([point.group, *(fact[index] for index in differing if fact[index])]))
+        for point, fact in zip(points, facts, strict=True)
+    ]
+
+
+def _facts(manifest: dict[str, Any]) -> tuple[str, str, str]:
+    site = manifest["site"]
+    kind = "SAE" if site["hook_in"] == site["hook_out"] else "transcoder"
+    return "with skip" if manifest["architecture"].get("skip") else "", kind, f"at {site['name']}"
+
+
+def lines(points: Sequence[Point], measure: Measure) -> dict[str, list[Point]]:
+    """Return the points that were measured, by group, by rising L0. Raises SettingsError if there are none."""
+    measured = [point for point in points if point.value(measure) is not None]
+    if not measured:
+        advice = (
+            "run `pipeline evaluate`, and give its directory beside those of the transcoders or their sweep"
+            if measure == "ce_recovered"
+            else "train on a cache whose held-out outputs vary"
+        )
+        raise SettingsError(f"--y {measure}: measured for none of {len(points)} transcoders; {advice}")
+    groups: dict[str, list[Point]] = {}
+    for point in sorted(measured, key=lambda point: (point.l0, point.value(measure), point.name)):
+        groups.setdefault(point.group, []).append(point)
+    return dict(sorted(groups.items()))
+
+
+def front(points: Sequence[Point], measure: Measure) -> list[Point]:
+    """Return the points that no other beats: none is at most as dense and as good or better. By rising L0."""
+    best: list[Point] = []
+    sign = 1 if measure == "fvu" else -1
+
+    def cost(point: Point) -> float:
+        value = point.value(measure)
+        assert value is not None, "only measured points are compared"
+        return sign * value
+
+    for point in sorted(points, key=lambda point: (point.l0, cost(point))):
+        if not best or cost(point) < cost(best[-1]):
+            best.append(point)
+    return best
+
+
+def as_json(points: Sequence[Point], measure: Measure) -> list[dict[str, Any]]:
+    """Return every point, with whether it is on its group's front; null where it was not measured."""
+    on_front = {
+        point.digest
+        for group in {point.group for point in points}
+        for point in front([p for p in points if p.group == group and p.value(measure) is not None], measure)
+    }
+    return [
+        {**asdict(point), "on_front": None if point.value(measure) is None else point.digest in on_front}
+        for point in points
+    ]

@@ -1,0 +1,115 @@
+"""circuit-tracer's transcoder sets: ``config.yaml`` and ``layer_N.safetensors`` for every layer from 0 on.
+
+Both matrices are feature-major, as ours. TopK must be written with a threshold: for a folder of its own format the
+package ignores what the configuration says of top-k, and takes the set for ReLU. Orientation and keys are those of
+release 0.4 and later; the first release (June 2025) stored both matrices the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.formats.conversion import Converted, Written
+from pipeline.formats.subjects import Subject
+from pipeline.formats.tensor_files import present, write_tensors
+from storage.artifact import write_atomically
+
+CONFIG = "config.yaml"
+
+
+def problems(subjects: Sequence[Subject]) -> list[str]:
+    """Return a sentence for everything that keeps these transcoders from making up a set."""
+    found = [line for one in subjects for line in layer_problems(one)]
+    hooked = [(one, hooks) for one in subjects if (hooks := one.hooks) is not None]
+    layers = sorted(hooks.layer for _, hooks in hooked)
+    if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
+        found.append(f"layer {_listed(repeated)}: more than one transcoder was given; a set has one per layer")
+    n_layers = max([*(int(one.model.get("n_layers", 0)) for one in subjects), *(layer + 1 for layer in layers), 0])
+    if missing := sorted(set(range(n_layers)) - set(layers)):
+        found.append(
+            f"layer {_listed(missing)}: no transcoder was given; circuit-tracer replaces the MLP of every layer, "
+            f"from 0 to {n_layers - 1}"
+        )
+    return found + unlike_layers(subjects)
+
+
+def unlike_layers(subjects: Sequence[Subject]) -> list[str]:
+    """Return a sentence for everything that a set has once but these layers have in more than one way."""
+    hooks = [one.hooks for one in subjects if one.hooks is not None]
+    kinds: dict[str, set[Any]] = {
+        "d_sae": {one.d_sae for one in subjects},
+        "input hook": {one.input for one in hooks},
+        "output hook": {one.output for one in hooks},
+        "a skip path": {one.skips for one in subjects},
+        "model": {str(one.model.get("name")) for one in subjects},
+    }
+    return [
+        f"{name}: is {_listed(sorted(values, key=str))} in one set; it must be the same in all layers"
+        for name, values in kinds.items()
+        if len(values) > 1
+    ]
+
+
+def layer_problems(subject: Subject) -> list[str]:
+    """Return a sentence for everything that keeps one layer from standing in for an MLP there."""
+    site, found = subject.site, []
+    if subject.hooks is None:
+        found.append(
+            f"{subject.path}: reads {site['hook_in']} and writes {site['hook_out']}; a set needs the input and output "
+            "of one layer's MLP, such as blocks.3.mlp.hook_in and blocks.3.mlp.hook_out"
+        )
+    elif subject.is_autoencoder:
+        found.append(f"{subject.path}: is an autoencoder of {site['hook_in']}; circuit-tracer replaces MLPs")
+    if site["d_in"] != site["d_out"]:
+        found.append(
+            f"{subject.path}: maps width {site['d_in']} to {site['d_out']}; circuit-tracer holds one width only"
+        )
+    if not subject.is_raw:
+        found.append(
+            f"{subject.path}: was trained on a language model whose norms are folded into its weights (processing "
+            "compatibility); circuit-tracer loads the model as published, where the same hooks hold other vectors, so "
+            "the set would be wrong there. Cache with --processing raw and train on that"
+        )
+    return found
+
+
+def write(directory: Path, layers: Iterable[Converted], model_name: str, scan: str | None) -> Written:
+    """Write a set whose layers have been checked, one at a time; return the files, and what the thresholds cost."""
+    files, costs, hooks = [], {}, ("", "")
+    for one in layers:
+        name = f"layer_{one.layer}.safetensors"
+        form, hooks = one.form, (one.hook_in, one.hook_out)
+        if one.cost is not None:
+            costs[one.subject.site["name"]] = one.cost
+        tensors = {
+            "W_enc": form.W_enc,
+            "b_enc": form.b_enc,
+            "W_dec": form.W_dec,
+            "b_dec": form.b_dec,
+            "activation_function.threshold": form.threshold,
+            "W_skip": form.W_skip,
+        }
+        write_tensors(directory / name, present(tensors))
+        files.append(name)
+    write_config(directory, "transcoder_set", model_name, hooks, scan)
+    return Written([CONFIG, *files], costs)
+
+
+def write_config(directory: Path, kind: str, model_name: str, hooks: tuple[str, str], scan: str | None) -> None:
+    """Write what the package reads first, so it comes last; ``hooks`` are those of any layer, with its block."""
+    config: dict[str, Any] = {
+        "model_name": model_name,
+        "model_kind": kind,
+        "feature_input_hook": hooks[0].split(".", 2)[2],
+        "feature_output_hook": hooks[1].split(".", 2)[2],
+        **({} if scan is None else {"scan": scan}),
+    }
+    write_atomically(directory / CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))

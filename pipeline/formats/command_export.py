@@ -1,0 +1,62 @@
+"""``pipeline export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.formats import export
+from pipeline.formats.export import FORMATS, ExportSettings
+from pipeline.shared import run_options as options
+from pipeline.shared.options import read_settings, settings_options
+
+
+class _ListsFormats(click.Command):
+    """Writes the formats as a list of their own: what goes in and what comes out is the first thing to know."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the formats, then the options."""
+        with formatter.section("Formats"):
+            formatter.write_dl([(str(name), about) for name, about in FORMATS.items()])
+        super().format_options(ctx, formatter)
+
+
+@click.command("export", cls=_ListsFormats)
+@click.argument("sources", metavar="TRANSCODER|TABLES...", type=options.ARTIFACT, nargs=-1, required=True)
+@click.option("--to", required=True, type=click.Choice(list(FORMATS)), help="Format to write.")
+@options.out
+@click.option(
+    "--cache", type=options.ARTIFACT, help="Rows to calibrate TopK's thresholds on; contexts of the tables (delphi)."
+)
+@settings_options(ExportSettings)
+@options.model_moved
+@options.device
+@options.quiet
+def command(
+    sources: tuple[Path, ...],
+    to: export.Format,
+    output: Path,
+    cache: Path | None,
+    config: Path | None,
+    model: str | None,
+    device: str,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Write TRANSCODERs, or TABLES of their features, in the format of another tool.
+
+    \b
+    pipeline export transcoders/gpt2-l8 --to saelens --cache caches/gpt2-l8 --out exports/gpt2-l8
+    pipeline export demo/circuits/transcoders --to circuit-tracer --cache demo/circuits/cache --out exports/smollm2
+    pipeline export tables/gpt2-l* --to circuit-tracer-features --out exports/gpt2-features
+
+    A folder that holds transcoders, or tables, stands for all of them.
+    """
+    settings = read_settings(ExportSettings, config, given)
+    result = export.run(settings, to=to, sources=sources, output=output, cache=cache, model=model, device=device)
+    if not quiet:
+        for note in result.notes:
+            click.echo(note)
+        click.echo(f"{result.path}: {len(result.files):,} files for {result.to}")

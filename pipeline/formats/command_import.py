@@ -1,0 +1,69 @@
+"""``pipeline import``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.formats import import_cross_layer, import_transcoder
+from pipeline.formats.import_transcoder import ORIGINS, ImportSettings
+from pipeline.shared import run_options as options
+from pipeline.shared.options import read_settings, settings_options
+
+
+class _ListsOrigins(click.Command):
+    """Writes the formats as a list of their own, with what to give for each."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the formats, then the options."""
+        with formatter.section("Formats"):
+            formatter.write_dl([(str(name), about) for name, about in ORIGINS.items()])
+        super().format_options(ctx, formatter)
+
+
+@click.command("import", cls=_ListsOrigins)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--from", "origin", required=True, type=click.Choice(list(ORIGINS)), help="Format of SOURCE.")
+@click.option("--cache", required=True, type=options.ARTIFACT, help="Cache of the model it was trained on.")
+@options.out
+@settings_options(ImportSettings)
+@options.device
+@options.quiet
+def command(
+    source: Path,
+    origin: import_transcoder.Origin,
+    cache: Path,
+    output: Path,
+    config: Path | None,
+    device: str,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Take over a transcoder that another tool made, to be analysed, evaluated and traced like one trained here.
+
+    \b
+    pipeline import layer_8.safetensors --from circuit-tracer --cache caches/gpt2-l8 \\
+        --out transcoders/imported-l8
+    pipeline import clt-folder --from circuit-tracer --cache caches/gpt2 --out transcoders/imported-clt
+    """
+    settings = read_settings(ImportSettings, config, given)
+    if origin == import_cross_layer.ORIGIN and source.is_dir():
+        across = import_cross_layer.run(settings, source=source, cache=cache, output=output, device=device)
+        notes, summary = across.notes, _summary_of_layers(across)
+    else:
+        one = import_transcoder.run(settings, source=source, origin=origin, cache=cache, output=output, device=device)
+        fvu = "" if one.fvu is None else f", FVU {one.fvu:.4f}"
+        notes, summary = one.notes, f"{one.d_sae:,} features of {one.site}, L0 {one.l0:.1f}{fvu}"
+    if not quiet:
+        for note in notes:
+            click.echo(f"note: {note}")
+        click.echo(f"{output}: {summary}")
+
+
+def _summary_of_layers(result: import_cross_layer.CrossLayerImport) -> str:
+    n_layers = len(result.sites)
+    measured = [fvu for fvu in result.fvu if fvu is not None]
+    fvu = "" if not measured else f", FVU {min(measured):.4f} to {max(measured):.4f}"
+    return f"{result.d_sae:,} features in each of {n_layers} layers, L0 {sum(result.l0) / n_layers:.1f} a layer{fvu}"

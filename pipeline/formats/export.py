@@ -1,0 +1,262 @@
+"""The stage ``pipeline export``: transcoders, or tables of their features, in the format of another tool.
+
+An export is an artifact like any other, but whoever reads it knows no manifest. So the one file that a reader begins
+with is written last: what is half-written looks like nothing to it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from analysis.weights.model_weights import ModelWeights
+from pipeline.analyze.stage import KIND as TABLES_KIND
+from pipeline.artifacts.folders import each_artifact
+from pipeline.formats import circuit_tracer_write as circuit_tracer
+from pipeline.formats import cross_layer_write as cross_layer
+from pipeline.formats import delphi, viewer_features
+from pipeline.formats import saelens_write as saelens
+from pipeline.formats import sparsify_write as sparsify
+from pipeline.formats.conversion import Converted, convert
+from pipeline.formats.hooks import NORMALISED_IN, normalised_note
+from pipeline.formats.subjects import Subject, open_subjects
+from storage.activation_cache import open_cache
+from storage.artifact import MANIFEST, read_manifest, read_sealed
+from storage.draft import Draft
+from storage.errors import ArtifactMissing, SettingsError
+from storage.formats import ARTIFACT_FORMATS
+from storage.settings import Quantity, Settings
+from training.architectures.transcoder import KIND as TRANSCODER_KIND
+
+KIND = "export"
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
+
+Format = Literal["saelens", "circuit-tracer", "sparsify", "circuit-tracer-features", "delphi"]
+FORMATS: dict[Format, str] = {
+    "saelens": "one transcoder or autoencoder: cfg.json, sae_weights.safetensors",
+    "circuit-tracer": "transcoders of every layer as a set: config.yaml, layer_N.safetensors; or one cross-layer "
+    "transcoder: config.yaml, W_enc_N.safetensors, W_dec_N.safetensors",
+    "sparsify": "TopK transcoders by module: MODULE/cfg.json, MODULE/sae.safetensors",
+    "circuit-tracer-features": "tables of any layers for its viewer: features/index.json.gz, layer_N.bin",
+    "delphi": "tables with activations for automated interpretation: latents/MODULE/",
+}
+"""Every format with what is put into it and what comes out."""
+TABLE_FORMATS: tuple[Format, ...] = ("circuit-tracer-features", "delphi")
+"""Formats made of tables; the others are made of transcoders."""
+
+logger = logging.getLogger(__name__)
+
+
+class ExportSettings(Settings):
+    """What an export shall hold."""
+
+    model_name: str | None = None
+    """Name by which the other tool loads the language model; by default the recorded one."""
+
+    rows: Quantity = Field(default=65_536, ge=1)
+    """TopK to saelens, circuit-tracer: rows of --cache on which thresholds in place of k are chosen, and as many
+    held-out rows on which their cost is measured."""
+
+    fold_norm: bool = False
+    """saelens, circuit-tracer: fold the gain and bias of the norm before the MLP into the transcoder, which then reads
+    ln2.hook_normalized and writes hook_mlp_out, as in HookedTransformer. Loads the language model."""
+
+    module: str | None = None
+    """sparsify, delphi: module the transcoder belongs to, such as layers.3.mlp, where it is not known by itself."""
+
+    scan: str | None = None
+    """circuit-tracer: name under which the viewer finds the features of the set."""
+
+    def given_for_others(self, to: Format) -> list[str]:
+        """Return a sentence for each setting that another format than ``to`` has."""
+        of = {
+            "rows": ("saelens", "circuit-tracer"),
+            "fold_norm": ("saelens", "circuit-tracer"),
+            "module": ("sparsify", "delphi"),
+            "scan": ("circuit-tracer",),
+        }
+        return [
+            f"--{name.replace('_', '-')}: is a setting of {' and '.join(formats)}, not of {to}; leave it out"
+            for name, formats in of.items()
+            if name in self.model_fields_set and getattr(self, name) and to not in formats
+        ]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A published export."""
+
+    path: Path
+    to: str
+    files: list[str]
+    notes: list[str] = field(default_factory=list)
+    """Sentences a user should read: what the exchange of formats costs."""
+
+
+def run(
+    settings: ExportSettings,
+    *,
+    to: Format,
+    sources: Sequence[Path],
+    output: Path,
+    cache: Path | None = None,
+    model: str | None = None,
+    device: str = "cpu",
+) -> ExportResult:
+    """Publish ``sources`` in the format ``to`` at ``output``; return at once if that export is there already.
+
+    ``sources`` are transcoders, or artifacts of tables for ``TABLE_FORMATS``, or folders that hold some. ``cache``
+    gives the rows on which thresholds are calibrated, or the contexts of tables. ``model`` says where the language
+    model lies if it moved, for ``fold_norm``. Raises SettingsError with every reason why the format cannot hold what
+    was given, and the errors of opening sources and of ``storage.artifact.Draft``.
+    """
+    if problems := settings.given_for_others(to):
+        raise SettingsError("\n".join(problems))
+    sources = each_artifact(sources, TABLES_KIND if to in TABLE_FORMATS else TRANSCODER_KIND)
+    inputs = [{"digest": _digest(path)} for path in sources]
+    job = _Job(settings, to, sources, cache, model, device)
+    job.check()
+    request = {
+        "format": FORMAT_VERSION,
+        "to": to,
+        "settings": settings.model_dump(mode="json"),
+        "inputs": inputs,
+        "cache": None if cache is None else open_cache(cache).reference,
+        **job.renamed_hooks(),
+    }
+    with Draft(output, KIND, request) as draft:
+        if not draft.published:
+            files, record = job.write(output)
+            draft.publish(
+                {"format": FORMAT_VERSION, "to": to, **record, "versions": {"safetensors": version("safetensors")}},
+                files,
+            )
+    return read_result(output)
+
+
+def read_result(path: Path) -> ExportResult:
+    """Return what a published export says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+    manifest = read_manifest(path, KIND)
+    return ExportResult(path, manifest["to"], sorted(manifest["files"]), list(manifest["notes"]))
+
+
+def _digest(path: Path) -> str:
+    if not (path / MANIFEST).exists():
+        raise ArtifactMissing(f"{path}: no published transcoder or tables lie here; check the path")
+    return str(read_sealed(path / MANIFEST)["digest"])
+
+
+class _Job:
+    """One export, opened: what it is made of and how it is written."""
+
+    def __init__(
+        self,
+        settings: ExportSettings,
+        to: Format,
+        sources: Sequence[Path],
+        cache: Path | None,
+        model: str | None,
+        device: str,
+    ) -> None:
+        self._settings, self._to, self._cache = settings, to, cache
+        self._model, self._device = model, device
+        self._subjects: list[Subject] = []
+        self._layers: list[viewer_features.LayerTables] = []
+        self._latents: list[delphi.LatentTables] = []
+        self._cross_layer = cross_layer.open_cross_layer(sources, to)
+        if to == "circuit-tracer-features":
+            self._layers = viewer_features.open_tables(sources)
+        elif to == "delphi":
+            self._latents = delphi.open_tables(sources, cache, settings.module)
+        elif self._cross_layer is None:
+            self._subjects = open_subjects(sources)
+
+    def check(self) -> None:
+        """Raise SettingsError with every reason why the format cannot hold these transcoders."""
+        problems: dict[Format, Callable[[], list[str]]] = {
+            "saelens": lambda: saelens.problems(self._subjects),
+            "circuit-tracer": self._problems_of_layers,
+            "sparsify": lambda: sparsify.problems(self._subjects, self._settings.module),
+        }
+        found = problems[self._to]() if self._to in problems else []
+        if found:
+            raise SettingsError(f"cannot be exported to {self._to}:\n" + "\n".join(f"  {line}" for line in found))
+
+    def _problems_of_layers(self) -> list[str]:
+        if self._cross_layer is None:
+            return circuit_tracer.problems(self._subjects)
+        return cross_layer.problems(self._cross_layer)
+
+    def renamed_hooks(self) -> dict[str, list[str]]:
+        """Return the hooks that are written under another name, for the request: exports of earlier releases named them
+        as recorded, which SAELens passes over, and the same command must not take one of those for its own.
+        """
+        if self._to != "saelens" or self._settings.fold_norm:
+            return {}
+        (subject,) = self._subjects
+        recorded = [subject.site["hook_in"], subject.site["hook_out"]]
+        written = saelens.hook_names(subject, recorded)
+        return {} if written == recorded else {"hooks": written}
+
+    def write(self, directory: Path) -> tuple[list[str], dict[str, Any]]:
+        """Write all files; return their names, and what the manifest says besides."""
+        match self._to:
+            case "circuit-tracer-features":
+                return viewer_features.write(directory, self._layers), {"notes": [], "calibration": []}
+            case "delphi":
+                written = [
+                    delphi.write(directory, one, self._settings.module, self._name(one.manifest))
+                    for one in self._latents
+                ]
+                notes = [note for _, some in written for note in some]
+                return [name for names, _ in written for name in names], {"notes": notes, "calibration": []}
+            case "sparsify":
+                files = [sparsify.write(directory, one, self._settings.module) for one in self._subjects]
+                return [name for names in files for name in names], {"notes": [], "calibration": []}
+            case "circuit-tracer" if (across := self._cross_layer) is not None:
+                weights, name = self._weights([across.path]), self._name(across.manifest)
+                names = cross_layer.write(directory, across, name, self._settings.scan, weights)
+                return names, {"notes": self._notes_on_norms(across.layers[0]), "calibration": []}
+        name = self._name(self._subjects[0].manifest)
+        if self._to == "circuit-tracer":
+            done = circuit_tracer.write(directory, self._convert(), name, self._settings.scan)
+        elif saelens.is_topk_autoencoder(self._subjects[0]):
+            done = saelens.write_topk_autoencoder(directory, self._subjects[0], name)
+        else:
+            (converted,) = self._convert()
+            done = saelens.write(directory, converted, name)
+        return done.files, {
+            "notes": [
+                *(f"{site}: {cost.sentence()}" for site, cost in done.costs.items()),
+                *done.notes,
+                *self._notes_on_norms(self._subjects[0]),
+            ],
+            "calibration": [{"site": site, **cost.record()} for site, cost in done.costs.items()],
+        }
+
+    def _notes_on_norms(self, subject: Subject) -> list[str]:
+        reads = NORMALISED_IN if self._settings.fold_norm else subject.site["hook_in"]
+        note = normalised_note(reads, subject.model) if subject.is_raw else None
+        return [] if note is None else [note]
+
+    def _convert(self) -> Iterator[Converted]:
+        weights = self._weights([one.path for one in self._subjects])
+        return convert(self._subjects, cache=self._cache, rows=self._settings.rows, weights=weights)
+
+    def _weights(self, transcoders: Sequence[Path]) -> ModelWeights | None:
+        """Return the language model's weights where a norm has to be folded in."""
+        if not self._settings.fold_norm:
+            return None
+        from pipeline.model.of_transcoders import open_transcoder_model
+        from pipeline.model.weights import read_weights  # loads TransformerLens, which nothing else here needs
+
+        return read_weights(open_transcoder_model(transcoders, model=self._model, device=self._device))
+
+    def _name(self, manifest: dict[str, Any]) -> str:
+        return self._settings.model_name or str((manifest.get("model") or {}).get("name", "unknown"))

@@ -1,0 +1,149 @@
+"""SAELens' folders: ``cfg.json`` and ``sae_weights.safetensors``, encoder stored input-major.
+
+Three things its reader does that a writer must know: without ``metadata.sae_lens_version`` it takes the folder for one
+of an old release and drops the metadata; transcoders must say ``apply_b_dec_to_input: false``; and it has no TopK
+transcoder, so TopK is written as JumpReLU. A TopK autoencoder it has, with k.
+
+Hooks are named as ``HookedSAETransformer`` has them: one it does not have it skips with a line in the log, and the loss
+is then the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.formats.conversion import Converted, Written
+from pipeline.formats.hooks import MLP_IN, MLP_OUT, NORMALISED_IN, hooked_transformer_name, why_unnamed
+from pipeline.formats.jump_form import JumpForm, jump_form
+from pipeline.formats.subjects import Subject
+from pipeline.formats.tensor_files import present, write_json, write_tensors
+
+FORMAT_OF = "6.54.12"
+"""The release of SAELens whose reader this was written for and tested with."""
+ATTACHES_FROM = "6.34"
+"""The first release that puts a transcoder's output where it belongs; earlier ones put it where its input is read."""
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+
+_COMPATIBILITY = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+"""What ``HookedTransformer`` did to a model's weights by default, and what our ``compatibility`` stands for."""
+
+
+def problems(subjects: Sequence[Subject]) -> list[str]:
+    """Return a sentence for everything that keeps these transcoders from being written."""
+    if len(subjects) > 1:
+        return [
+            f"a SAELens folder holds one transcoder, {len(subjects)} were given; export each to a folder of its own"
+        ]
+    return [
+        f"{one.path}: is an autoencoder with a path past its features, which SAELens has for transcoders only"
+        for one in subjects
+        if one.is_autoencoder and one.skips
+    ]
+
+
+def is_topk_autoencoder(subject: Subject) -> bool:
+    """Tell whether SAELens has this transcoder's own rule, so that no threshold must stand in for k."""
+    return subject.is_autoencoder and subject.needs_calibration
+
+
+def write_topk_autoencoder(directory: Path, subject: Subject, model_name: str) -> Written:
+    """Write a TopK autoencoder with its k."""
+    form = jump_form(subject.load(), torch.zeros(subject.d_sae))
+    config = {"architecture": "topk", "k": subject.manifest["architecture"]["k"], "rescale_acts_by_decoder_norm": False}
+    hooks = (subject.site["hook_in"], subject.site["hook_out"])
+    files = _write(directory, form, config, _metadata(subject, hooks, model_name))
+    return Written(files, {}, attaching(subject, *hooks))
+
+
+def write(directory: Path, converted: Converted, model_name: str) -> Written:
+    """Write a transcoder or autoencoder; what the thresholds cost, and where it attaches, is returned too."""
+    form, subject = converted.form, converted.subject
+    if subject.is_autoencoder:
+        config: dict[str, Any] = {"architecture": "standard" if form.threshold is None else "jumprelu"}
+    else:
+        kind = ("jumprelu_" if form.threshold is not None else "") + ("skip_" if form.W_skip is not None else "")
+        config = {"architecture": f"{kind}transcoder", "d_out": form.d_out}
+    hooks = (converted.hook_in, converted.hook_out)
+    files = _write(directory, form, config, _metadata(subject, hooks, model_name))
+    costs = {} if converted.cost is None else {subject.site["name"]: converted.cost}
+    return Written(files, costs, attaching(subject, *hooks))
+
+
+def hook_names(subject: Subject, hooks: Iterable[str]) -> list[str]:
+    """Return hooks by the names that are written: those of ``HookedSAETransformer``, or our own where it has none."""
+    return [hooked_transformer_name(hook, subject.model) or hook for hook in hooks]
+
+
+def attaching(subject: Subject, hook_in: str, hook_out: str) -> list[str]:
+    """Return sentences on where SAELens can attach a transcoder of these hooks, and on what it then leaves out."""
+    names = {hook: hooked_transformer_name(hook, subject.model) for hook in (hook_in, hook_out)}
+    notes = [
+        f"{hook}: HookedSAETransformer {why_unnamed(hook, subject.model)}. It passes over hooks that it does not have "
+        "with a line in its log, and the loss is the model's own; attach this one in SAETransformerBridge (SAELens "
+        f"from {ATTACHES_FROM} on, TransformerLens 3)"
+        for hook, name in names.items()
+        if name is None
+    ]
+    if not subject.is_autoencoder:
+        notes.append(
+            f"attach it with SAELens from {ATTACHES_FROM} on; earlier releases put what a transcoder gives in place of "
+            "what it reads"
+        )
+    if names[hook_in] is not None and str(names[hook_in]).endswith(f".{MLP_IN}"):
+        foldable = subject.is_raw and subject.hooks is not None and subject.hooks[1:] == (MLP_IN, MLP_OUT)
+        both = f"; --fold-norm reads {NORMALISED_IN} instead, which both have" if foldable and names[hook_out] else ""
+        notes.append(f"HookedTransformer has no {hook_in}; HookedSAETransformer adds it (SAELens from 6.6 on){both}")
+    if subject.skips:
+        notes.append(
+            f"SAELens, up to {FORMAT_OF} at least, leaves out the path past the features of a transcoder it attaches; "
+            "run this one with hooks, as docs/export.md shows"
+        )
+    return [f"{subject.site['name']}: {note}" for note in notes]
+
+
+def _write(directory: Path, form: JumpForm, config: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
+    tensors: dict[str, Tensor | None] = {
+        "W_enc": form.W_enc.T,
+        "b_enc": form.b_enc,
+        "W_dec": form.W_dec,
+        "b_dec": form.b_dec,
+        "threshold": form.threshold,
+        "W_skip": form.W_skip,
+    }
+    write_tensors(directory / WEIGHTS, present(tensors))
+    # Last: without it there is no folder of SAELens here.
+    write_json(
+        directory / CONFIG,
+        {
+            **config,
+            "d_in": form.d_in,
+            "d_sae": form.d_sae,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": False,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": metadata,
+        },
+    )
+    return [CONFIG, WEIGHTS]
+
+
+def _metadata(subject: Subject, hooks: tuple[str, str], model_name: str) -> dict[str, Any]:
+    name_in, name_out = hook_names(subject, hooks)
+    return {
+        "sae_lens_version": FORMAT_OF,
+        "sae_lens_training_version": None,
+        "model_name": model_name,
+        "model_class_name": "HookedTransformer",
+        "model_from_pretrained_kwargs": {} if subject.is_raw else dict.fromkeys(_COMPATIBILITY, True),
+        "hook_name": name_in,
+        "hook_name_out": name_out,
+        "hook_head_index": None,
+        "prepend_bos": True,
+    }

@@ -1,0 +1,77 @@
+"""The transcoders to be written in another format, by what their manifests say; weights are loaded one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.formats.hooks import LayerHooks, layer_hooks
+from storage.errors import SettingsError
+from training.architectures.base import Transcoder
+from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A published transcoder on its way into another format."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def load(self) -> Transcoder:
+        """Return the transcoder; the errors are those of ``load_transcoder``."""
+        return load_transcoder(self.path)
+
+    @property
+    def kind(self) -> str:
+        """The kind of its architecture."""
+        return str(self.manifest["architecture"]["kind"])
+
+    @property
+    def skips(self) -> bool:
+        """Whether it has a path past its features."""
+        return bool(self.manifest["architecture"].get("skip", False))
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return int(self.manifest["d_sae"])
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether no thresholds give its activations exactly."""
+        return self.kind == "topk"
+
+    @property
+    def site(self) -> dict[str, Any]:
+        """The site as the manifest records it."""
+        return dict(self.manifest["site"])
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The identity of the language model."""
+        return dict(self.manifest["model"] or {})
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the language model's weights are as published; what is not recorded counts as raw."""
+        return bool(self.model.get("processing", "raw") == "raw")
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether it reconstructs its own input."""
+        return bool(self.site["hook_in"] == self.site["hook_out"])
+
+    @property
+    def hooks(self) -> LayerHooks | None:
+        """Its hooks within their block; None for any other pair."""
+        return layer_hooks(self.site)
+
+
+def open_subjects(paths: Sequence[Path]) -> list[Subject]:
+    """Read the manifests of transcoders; the errors are theirs. Raises SettingsError if none is given."""
+    if not paths:
+        raise SettingsError("nothing to export; give the path of at least one transcoder")
+    return [Subject(path, read_transcoder_manifest(path)) for path in paths]

@@ -1,1 +1,0 @@
-"""Transcoders of other tools, read without running anything their files might hold; one module per format."""

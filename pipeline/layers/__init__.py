@@ -1,1 +1,0 @@
-"""What ``pipeline circuits-model`` is made of: what it costs beforehand, and how good each layer became."""

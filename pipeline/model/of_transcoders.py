@@ -1,0 +1,89 @@
+"""The language model that transcoders were trained on, opened again from what the transcoders themselves record.
+
+No cache is needed, so a transcoder can be tried on any text. A model from a folder is recorded by the folder's name and
+a digest of its files, never by a path: where it lies has to be said, unless it is in the current directory or comes
+with this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts.kinds import read_either_manifest
+from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from pipeline.model.recorded_place import recorded_place
+from pipeline.model.same_model import list_model_differences
+from storage.errors import ArtifactMismatch, ModelError, SettingsError
+
+_NAMED = 3
+"""Transcoders whose paths a message names where many have the same fault."""
+
+
+def open_transcoder_model(
+    transcoders: Sequence[Path], *, model: str | None = None, device: str = "cpu", dtype: str | None = None
+) -> LanguageModel:
+    """Return the language model that every one of ``transcoders`` was trained on.
+
+    ``model`` is a hub name or a folder, where it is not (or no longer) under its recorded name; ``dtype`` computes in
+    another precision than the recorded one. Raises SettingsError if no transcoder is given, ArtifactMismatch if they
+    belong to different models or the model opened is another one, with every difference, and ModelError if it cannot
+    be loaded, saying what to give.
+    """
+    if not transcoders:
+        raise SettingsError("no transcoder given, and so no language model; give the path of at least one")
+    recorded = _common_model(transcoders)
+    settings = {
+        "model": model if model is not None else recorded_place(recorded, str(recorded["name"]), transcoders[0]),
+        "revision": None if model is not None and Path(model).expanduser().is_dir() else recorded.get("revision"),
+        "model_dtype": dtype if dtype is not None else recorded.get("dtype", "auto"),
+        "processing": recorded.get("processing", "raw"),
+        "bos_token_id": _given_bos(recorded),
+    }
+    try:
+        loaded = load_language_model(ModelSettings.model_validate(settings), device=device)
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise ModelError(
+            f"{transcoders[0]}: its language model is recorded as {recorded['name']!r} and cannot be opened under that "
+            f"name; say where it lies with --model. {error}"
+        ) from error
+    ignored = () if dtype is None else ("dtype",)
+    if differences := list_model_differences(recorded, loaded.identity(), ignored=ignored):
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise ArtifactMismatch(
+            f"{settings['model']}: is not the model that {transcoders[0]} was trained on; give that one with --model "
+            f"('there' is the transcoder's, 'asked for' the model opened):\n{lines}"
+        )
+    return loaded
+
+
+def _common_model(transcoders: Sequence[Path]) -> Mapping[str, Any]:
+    """Return the model all transcoders record; library versions may differ."""
+    recorded = [read_either_manifest(path)["model"] for path in transcoders]
+    others: dict[tuple[str, ...], list[Path]] = {}
+    for path, other in zip(transcoders[1:], recorded[1:], strict=True):
+        if differences := list_model_differences(recorded[0], other):
+            others.setdefault(tuple(differences), []).append(path)
+    if others:
+        lines = [line for differences, paths in others.items() for line in _of_another_model(paths, differences)]
+        raise ArtifactMismatch(
+            f"these transcoders were trained on other language models than {transcoders[0]} ('there'); choose one "
+            "model's:\n" + "\n".join(lines)
+        )
+    return dict(recorded[0])
+
+
+def _of_another_model(paths: Sequence[Path], differences: Sequence[str]) -> Iterator[str]:
+    """Yield lines about transcoders of one other model; some of a set for each layer are named."""
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    yield f"  {', '.join(map(str, paths[:_NAMED]))}{more}:"
+    yield from (f"    {line}" for line in differences)
+
+
+def _given_bos(recorded: Mapping[str, Any]) -> int | None:
+    """Return the BOS if it was a setting; a tokenizer's own is found again."""
+    tokenizer = recorded.get("tokenizer") or {}
+    return None if tokenizer.get("bos_source") in ("bos", "eos") else tokenizer.get("bos_token_id")

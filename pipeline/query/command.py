@@ -1,0 +1,102 @@
+"""``pipeline query``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pipeline.query import saved as queries
+from pipeline.query import stage as query
+from pipeline.query.views import Tables, find_views, parse_tables
+from storage.errors import SettingsError
+
+
+@click.command("query")
+@click.argument("sql", required=False)
+@click.option(
+    "--tables",
+    metavar="[NAME=]PATH",
+    multiple=True,
+    help="Tables, a folder of them, a sweep or an evaluation; may be repeated. With a NAME, they are NAME.features.",
+)
+@click.option("--saved", metavar="NAME", help="Run a ready query instead of SQL; --list tells of them.")
+@click.option("--set", "values", metavar="NAME=VALUE", multiple=True, help="Value of $NAME; may be repeated.")
+@click.option("--list", "as_list", is_flag=True, help="Show the tables' columns, with meanings, and the ready queries.")
+@click.option("--format", "form", type=click.Choice(["table", "csv", "json", "parquet"]), help="[default: table]")
+@click.option(
+    "--out",
+    "--output",
+    "output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write the answer to; one that ends in .parquet, .csv or .json is written so.",
+)
+def command(
+    sql: str | None,
+    tables: tuple[str, ...],
+    saved: str | None,
+    values: tuple[str, ...],
+    as_list: bool,
+    form: query.Format | None,
+    output: Path | None,
+) -> None:
+    """Answer one SQL query over tables; each is a view: features, examples, activations and more of `pipeline analyze`,
+    runs of a sweep, tokens of an evaluation.
+
+    \b
+    pipeline query "SELECT feature, frequency FROM features ORDER BY frequency DESC LIMIT 5" \\
+        --tables tables/gpt2-l8
+    pipeline query --saved examples --set feature=89 --tables tables/gpt2-l8
+    pipeline query --list --tables tables/gpt2-l8
+    """
+    if (sql is not None) + (saved is not None) + as_list != 1:
+        raise click.UsageError("give one of SQL, --saved NAME or --list")
+    if as_list and (values or output is not None or form not in (None, "table", "json")):
+        raise click.UsageError("--list shows its answer as text or --format json; --set and --output do not go with it")
+    if not tables and not as_list:
+        raise click.UsageError("--tables PATH is missing: tables of `pipeline analyze`, a sweep or an evaluation")
+    if as_list:
+        _list(parse_tables(tables), form)
+        return
+    chosen = form or _format_of(output)
+    if chosen == "parquet" and output is None:
+        raise click.UsageError("--format parquet needs --output FILE.parquet")
+    opened = parse_tables(tables)
+    if saved is not None:
+        ready = queries.saved_query(saved)
+        parameters = ready.values(values)
+        views = find_views(opened)
+        if folders := list(dict.fromkeys(folder for view in views for folder in view.folders)):
+            raise SettingsError(
+                f"--saved: ready queries are about one transcoder's features; give --tables one of the folders inside: "
+                f"{', '.join(folders)}"
+            )
+        ready.check_tables([view.sql_name for view in views])
+        sql = ready.sql
+    else:
+        parameters = queries.parse_values(values)
+    assert sql is not None, "checked above"
+    answer = query.run(sql, tables=opened, format=chosen, output=output, parameters=parameters)
+    if output is None:
+        click.echo(answer, nl=False)
+    else:
+        click.echo(f"{output}: written")
+
+
+def _format_of(output: Path | None) -> query.Format:
+    by_suffix: dict[str, query.Format] = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
+    return by_suffix.get(output.suffix, "table") if output is not None else "table"
+
+
+def _list(tables: Tables, form: query.Format | None) -> None:
+    listed = query.list_tables(tables)
+    ready = queries.saved_queries()
+    if form == "json":
+        columns = listed.to_pylist()
+        click.echo(json.dumps({"columns": columns, "queries": queries.as_json(ready)}, indent=2, ensure_ascii=False))
+        return
+    if listed.num_rows:
+        click.echo(query.show_tables(listed))
+    click.echo("Ready queries (--saved NAME):\n")
+    click.echo(queries.show_queries(ready), nl=False)

@@ -1,0 +1,207 @@
+"""Which tables a query sees: every Parquet file of the artifacts given, each a view.
+
+A folder of Parquet files inside an artifact (``activations/``) is one table. Artifacts may be named, and their views
+then lie in a schema of that name; those without a name share one, so no two of them may hold the same table. A folder
+of tables, such as those of every layer, is one set of views with the rows of all, and a column that says whose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import duckdb
+
+from pipeline.artifacts.folders import artifacts_inside
+from storage.artifact import MANIFEST, read_manifest, read_sealed
+from storage.errors import ArtifactMismatch, SettingsError
+from storage.names import inside
+from storage.tables import Column, describe, read_schema
+
+KINDS = ("tables", "sweep", "evaluation", "task", "transcoders")
+"""What has Parquet tables: those of ``pipeline analyze``, ``runs`` of a sweep, ``tokens`` of an evaluation, ``curves``
+and ``ranking`` of a task, ``layers`` of transcoders of all layers. Spelled out: what makes them loads torch."""
+
+Tables = Path | Sequence[Path] | Mapping[str, Path]
+"""One artifact, several, or several by name."""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+FOLDER = Column(
+    "folder",
+    "string",
+    "",
+    is_nullable=False,
+    meaning="name of the folder inside, whose tables the row is of",
+)
+
+
+class View(NamedTuple):
+    """A table as a query names it."""
+
+    schema: str | None
+    name: str
+    files: tuple[Path, ...]
+    folders: tuple[str, ...] = ()
+    """Of a folder of tables, the folder that each file lies in."""
+
+    @property
+    def sql_name(self) -> str:
+        """As it is written in SQL."""
+        name = self.name if _NAME.fullmatch(self.name) else quote_identifier(self.name)
+        return name if self.schema is None else f"{self.schema}.{name}"
+
+    def columns(self) -> list[Column]:
+        """Return what every column holds, as the file itself says."""
+        own = describe(read_schema(self.files[0]))
+        return [FOLDER, *own] if self.folders else own
+
+    @property
+    def select(self) -> str:
+        """The SQL that reads it."""
+        if not self.folders:
+            return f"SELECT * FROM {_rows(self.files)}"
+        by_folder: dict[str, list[Path]] = {}
+        for folder, path in zip(self.folders, self.files, strict=True):
+            by_folder.setdefault(folder, []).append(path)
+        return " UNION ALL BY NAME ".join(
+            f"SELECT {quote_literal(folder)} AS {FOLDER.name}, * FROM {_rows(paths)}"
+            for folder, paths in by_folder.items()
+        )
+
+
+def find_views(tables: Tables) -> list[View]:
+    """Return the views of all artifacts. Raises ArtifactMissing and its like, and SettingsError where names clash."""
+    if isinstance(tables, Path):
+        tables = [tables]
+    if isinstance(tables, Mapping):
+        _check_names(tables)
+        named: list[tuple[str | None, Path]] = list(tables.items())
+    else:
+        named = [(None, path) for path in tables]
+    views = [view for name, path in named for view in _views(name, path)]
+    _refuse_clashes(views, [path for name, path in named if name is None])
+    return views
+
+
+def parse_tables(given: Sequence[str]) -> Tables:
+    """Read ``PATH`` or ``NAME=PATH`` of every artifact; raise SettingsError if only some have a name."""
+    pairs = [_parse(text) for text in given]
+    unnamed = [path for name, path in pairs if name is None]
+    if not unnamed:
+        names = [str(name) for name, _ in pairs]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise SettingsError(f"--tables: {', '.join(repeated)} names several artifacts; give each its own name")
+        return {str(name): path for name, path in pairs}
+    if len(unnamed) < len(pairs):
+        raise SettingsError(
+            f"--tables: {', '.join(map(str, unnamed))} has no name while others do; write NAME={unnamed[0]} too"
+        )
+    return unnamed
+
+
+def _parse(text: str) -> tuple[str | None, Path]:
+    name, equals, path = text.partition("=")
+    is_named = equals and _NAME.fullmatch(name) and not Path(text).exists()
+    return (name, Path(path)) if is_named else (None, Path(text))
+
+
+def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> None:
+    """Make every view, after shutting everything but their files out for good."""
+    files = [str(path.absolute()) for view in views for path in view.files]
+    connection.execute("SET autoinstall_known_extensions = false")
+    connection.execute("SET autoload_known_extensions = false")
+    connection.execute("SET python_enable_replacements = false")
+    # both what is opened and the pattern by which it is found
+    connection.execute(f"SET allowed_paths = {_literals([*files, *map(_pattern, files)])}")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+    for schema in dict.fromkeys(view.schema for view in views if view.schema is not None):
+        connection.execute(f"CREATE SCHEMA {quote_identifier(schema)}")
+    for view in views:
+        name = ".".join(quote_identifier(part) for part in (view.schema, view.name) if part is not None)
+        connection.execute(f"CREATE VIEW {name} AS {view.select}")
+
+
+def _views(schema: str | None, path: Path) -> list[View]:
+    """Return the views of an artifact, or of all tables in a folder together."""
+    inside = artifacts_inside(path, KINDS[0]) if not (path / MANIFEST).exists() else []
+    if not inside:
+        return [View(schema, table, files) for table, files in _table_files(path).items()]
+    files: dict[str, list[Path]] = {}
+    folders: dict[str, list[str]] = {}
+    for artifact in inside:
+        for table, own in _table_files(artifact).items():
+            files.setdefault(table, []).extend(own)
+            folders.setdefault(table, []).extend([artifact.name] * len(own))
+    return [View(schema, table, tuple(files[table]), tuple(folders[table])) for table in files]
+
+
+def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
+    """Return the Parquet files of each table of an artifact. Raises ArtifactCorrupt if one lies elsewhere."""
+    # where nothing is published, read_manifest says whether nothing lies there or something unfinished does
+    kind = str(read_sealed(artifact / MANIFEST).get("kind")) if (artifact / MANIFEST).exists() else KINDS[0]
+    if kind not in KINDS:
+        raise ArtifactMismatch(
+            f"{artifact}: is of kind {kind}, which has no tables; give the path of tables, a sweep or an evaluation"
+        )
+    found: dict[str, list[Path]] = {}
+    for name in sorted(read_manifest(artifact, kind)["files"]):
+        place = PurePosixPath(name)
+        if place.suffix == ".parquet":
+            table = place.stem if len(place.parts) == 1 else place.parts[0]
+            found.setdefault(table, []).append(inside(artifact, name))
+    return {table: tuple(files) for table, files in found.items()}
+
+
+def _check_names(names: Mapping[str, Path]) -> None:
+    reserved = {"main", "temp", "information_schema", "pg_catalog"}
+    wrong = [name for name in names if not _NAME.fullmatch(name) or name.lower() in reserved]
+    if wrong:
+        raise SettingsError(
+            f"--tables: {', '.join(map(repr, wrong))} cannot name tables; use letters, digits and _, such as layer3"
+        )
+
+
+def _refuse_clashes(views: Sequence[View], unnamed: Sequence[Path]) -> None:
+    shared: dict[str, list[str]] = {}
+    for name in dict.fromkeys(view.name for view in views if view.schema is None):
+        holders = [path for path in unnamed for view in views if view.name == name and path in view.files[0].parents]
+        if len(holders) > 1:
+            shared.setdefault(" and ".join(map(str, holders)), []).append(name)
+    if shared:
+        problems = [f"{', '.join(names)} in {holders}" for holders, names in shared.items()]
+        raise SettingsError(
+            f"--tables: the same tables lie in several places, {'; '.join(problems)}. "
+            f"Name them all, --tables a={unnamed[0]} --tables b=…, and ask a.features"
+        )
+
+
+def quote_identifier(name: str) -> str:
+    """Return the name of a table or schema as SQL has it, whatever it holds."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(text: str) -> str:
+    """Return a string as SQL has it, whatever it holds."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _literals(texts: Sequence[str]) -> str:
+    return f"[{', '.join(map(quote_literal, texts))}]"
+
+
+def _rows(paths: Sequence[Path]) -> str:
+    """Return the SQL for the rows of files: of these alone, and with their own columns alone.
+
+    A folder called ``k=2`` would be taken for a partition, and add a column.
+    """
+    return f"read_parquet({_literals([_pattern(str(path.absolute())) for path in paths])}, hive_partitioning = false)"
+
+
+def _pattern(path: str) -> str:
+    """Return the pattern that only ``path`` fits."""
+    return re.sub(r"([*?\[])", r"[\1]", path)

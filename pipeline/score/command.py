@@ -1,0 +1,93 @@
+"""``pipeline score``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.dashboard.feature_selection import parse_features
+from pipeline.score import pictures as score_pictures
+from pipeline.score import stage as score
+from pipeline.score.text import show
+from pipeline.shared import run_options as options
+from training.architectures.transcoder import read_transcoder_manifest
+
+
+@click.command("score")
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
+@click.option("--transcoder", required=True, type=options.ARTIFACT, help="Transcoder whose features are asked.")
+@click.option(
+    "--feature",
+    "features",
+    multiple=True,
+    help="Features to show, e.g. 89,100-120 (both ends belong to a range); may be repeated.",
+)
+@click.option(
+    "--file",
+    "files",
+    type=click.Path(dir_okay=False, path_type=Path),
+    multiple=True,
+    help="File with a text, or .jsonl with one per line; may be repeated.",
+)
+@click.option("--raw", is_flag=True, help="Pre-activations instead of activations.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Features told where none is asked for."
+)
+@click.option("--context-length", type=int, help="Tokens per context, BOS included. [default: 1024 at most]")
+@click.option("--tables", type=options.ARTIFACT, help="Its tables, to tell what is known of features.")
+@click.option(
+    "--out",
+    "--output",
+    "output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Picture or data to write: .html, .png or .json.",
+)
+@options.model_elsewhere
+@options.device
+@options.threads
+@options.quiet
+def command(
+    texts: tuple[str, ...],
+    transcoder: Path,
+    features: tuple[str, ...],
+    files: tuple[Path, ...],
+    raw: bool,
+    top: int,
+    context_length: int | None,
+    tables: Path | None,
+    output: Path | None,
+    model: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Show what features make of TEXT, token by token; '-' reads standard input.
+
+    \b
+    pipeline score "This was his first goal" --transcoder transcoders/gpt2-l8 --feature 89,235
+    pipeline score --file prompts.jsonl --transcoder transcoders/gpt2-l8 \\
+        --tables tables/gpt2-l8 --output scores.html
+
+    Without --feature, shows the strongest features of each token and of all. Every context begins with BOS, as in a
+    cache; BOS itself is not scored.
+    """
+    if output is not None:
+        score_pictures.check_output(output)
+    scores = score.run(
+        score.read_texts(texts, files),
+        transcoder=transcoder,
+        features=parse_features(features, read_transcoder_manifest(transcoder)["d_sae"]),
+        raw=raw,
+        top=top,
+        context_length=context_length,
+        tables=tables,
+        model=model,
+        device=device,
+        threads=threads,
+    )
+    if not quiet:
+        click.echo(show(scores), nl=False)
+    if output is not None:
+        score_pictures.write_scores(output, scores)
+        click.echo(f"{output}: written")

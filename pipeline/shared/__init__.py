@@ -1,0 +1,1 @@
+"""What every command needs: options, the device, progress bars and Dask."""

@@ -1,0 +1,92 @@
+"""``pipeline task``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.shared import run_options as options
+from pipeline.shared.options import read_settings, settings_options
+from pipeline.task import stage as task
+from pipeline.task.stage import TaskSettings
+from pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER, Curve, Ranked
+
+
+@click.command("task")
+@click.argument("prompts", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--transcoder",
+    "transcoders",
+    required=True,
+    multiple=True,
+    type=options.ARTIFACT,
+    help="Transcoder to look into, or a folder that holds some. May be repeated; each is put in place alone.",
+)
+@options.out
+@settings_options(TaskSettings)
+@options.model_elsewhere
+@options.device
+@options.threads
+@options.quiet
+def command(
+    prompts: Path,
+    transcoders: tuple[Path, ...],
+    output: Path,
+    config: Path | None,
+    model: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Find the features that do a task: PROMPTS is a JSON Lines file of prompts with their answers.
+
+    \b
+    {"prompt": "The war lasted from 1735 to 17", "correct": ["4", "5"], "incorrect": ["0", "1"]}
+
+    Features are ranked by their variance over the prompts, then kept a few at a time, beside the MLP's neurons, and
+    left out one by one. The score is the probability of correct less that of incorrect answers.
+    """
+    result = task.run(
+        read_settings(TaskSettings, config, given),
+        prompts=prompts,
+        transcoders=transcoders,
+        output=output,
+        model=model,
+        device=device,
+        threads=threads,
+        quiet=quiet,
+    )
+    if not quiet:
+        for line in show(result):
+            click.echo(line)
+        click.echo(f"\n{result.path}: written")
+
+
+def show(result: task.TaskResult, n_features: int = 8) -> Iterator[str]:
+    """Yield the scores with few features and neurons, and the features that vary most."""
+    (model,) = [one for one in result.curves if one.kind == MODEL]
+    yield f"score of the model itself: {model.score:.4f}, mean of {len(model.scores)} prompts"
+    for site in dict.fromkeys(one.site for one in result.curves if one.site is not None):
+        own = [one for one in result.curves if one.site == site]
+        (whole,) = [one for one in own if one.kind == TRANSCODER]
+        yield f"\n{site}, whole transcoder: {whole.score:.4f}"
+        yield f"{'kept':>6} {'features':>9} {'neurons':>9}"
+        for count in dict.fromkeys(one.n_kept for one in own if one.n_kept is not None):
+            yield f"{count:>6} {_score(own, FEATURES, count):>9} {_score(own, NEURONS, count):>9}"
+        yield f"{'feature':>9} {'variance':>9} {'mean':>8} {'active':>7} {'without it':>11}"
+        for one in [one for one in result.ranking if one.site == site and one.kind == FEATURES][:n_features]:
+            yield _feature(one)
+
+
+def _score(curves: list[Curve], kind: str, count: int) -> str:
+    found = [one.score for one in curves if one.kind == kind and one.n_kept == count]
+    return f"{found[0]:.4f}" if found else "–"
+
+
+def _feature(one: Ranked) -> str:
+    without = "–" if one.score_without is None else f"{one.score_without:.4f}"
+    return f"{one.index:>9} {one.variance:>9.3g} {one.mean:>8.3g} {one.n_active:>7} {without:>11}"

@@ -1,0 +1,201 @@
+"""``pipeline train``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.live.settings import LiveSettings
+from pipeline.shared import run_options as options
+from pipeline.shared.options import read_settings_together, setting_fields, settings_options
+from pipeline.train import cross_layer, sweep
+from pipeline.train import stage as train
+from pipeline.train.grid import Point, expand, read_grid
+from pipeline.train.model_scores import ModelScoreSettings
+from pipeline.train.runs_table import FINISHED, RUNS_TABLE, RunOutcome
+from pipeline.train.sweep import SweepResult
+from storage.errors import SettingsError
+from storage.settings import Settings
+from training.cross_layer.artifact import read_cross_layer_manifest
+from training.loop.loggers import build_loggers
+from training.loop.settings import TrainSettings
+
+YAML_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command("train")
+@click.argument("cache", type=options.ARTIFACT, required=False)
+@options.out
+@settings_options(
+    TrainSettings,
+    also={"": ModelScoreSettings, "with --live: ": LiveSettings},
+    notes={"model": "With a CACHE: where its model lies now, if one is needed and it moved."},
+)
+@click.option("--live", is_flag=True, help="Train on rows straight from --model on --dataset, without a CACHE.")
+@click.option("--sweep", "sweeps", multiple=True, metavar="NAME=VALUE,…", help="Train a run per value. Repeatable.")
+@click.option("--sweep-file", type=YAML_FILE, help="YAML: settings with lists of values, or a list of runs.")
+@click.option("--from", "start_from", type=options.ARTIFACT, help="Transcoder to start from, of the same shape.")
+@click.option("--tensorboard", is_flag=True, help="Log to tensorboard/ in --out as well.")
+@click.option("--wandb", "wandb_project", metavar="PROJECT", help="Log to a project of Weights & Biases as well.")
+@click.option("--fresh", is_flag=True, help="Throw an unfinished run at --out away instead of continuing it.")
+@click.option(
+    "--checkpoint-steps",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Steps between checkpoints; sooner when a minute, and 20 times what the last ones took, have passed.",
+)
+@options.device
+@options.threads
+@options.quiet
+def command(
+    cache: Path | None,
+    output: Path,
+    config: Path | None,
+    live: bool,
+    sweeps: tuple[str, ...],
+    sweep_file: Path | None,
+    start_from: Path | None,
+    tensorboard: bool,
+    wandb_project: str | None,
+    fresh: bool,
+    checkpoint_steps: int,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Train a transcoder on one site of CACHE, or several side by side.
+
+    \b
+    pipeline train caches/gpt2-l8 --k 64 --out transcoders/gpt2-l8
+    pipeline train caches/gpt2-l8 --sweep k=16,32,64 --sweep lr=2e-4,4e-4 --out sweeps/gpt2-l8
+    pipeline train --live --model gpt2 --layers 8 --dataset Skylion007/openwebtext \\
+        --rows 60M --out transcoders/gpt2-l8
+
+    Continues where it stopped if it was interrupted. From a cache, no language model is loaded, unless it is to
+    score the transcoder (--evaluate-model-every) or rows (--resample-by model_loss).
+    """
+    given = {name: value for name, value in given.items() if value is not None and value != ()}
+    if live == (cache is not None):
+        raise click.UsageError("give --live or CACHE, not both" if live else "give CACHE, or --live with a --model")
+    # beside a cache, --model is no setting: it says where the model lies that the cache was made with
+    model = None if live else given.pop("model", None)
+    if not live:
+        refuse_live_settings(given)
+    classes: list[type[Settings]] = [TrainSettings, ModelScoreSettings, *([LiveSettings] if live else [])]
+
+    def read(point: Point) -> tuple[Any, ...]:
+        return tuple(read_settings_together(classes, config, {**given, **point}))
+
+    is_sweep = bool(sweeps or sweep_file)
+    points = read_grid(sweeps, sweep_file) if is_sweep else [{}]
+    # before anything else is read, so that the problems of all runs are told and not the first run's alone
+    runs = expand(points, lambda point: read(point)[0]) if is_sweep else {}
+    own, *shared = read(points[0])
+    place: dict[str, Any] = {
+        "cache": cache,
+        "live": shared[1] if live else None,
+        "output": output,
+        "device": device,
+        "threads": threads,
+        "quiet": quiet,
+        "fresh": fresh,
+        "checkpoint_steps": checkpoint_steps,
+        "start_from": start_from,
+        "model_scores": shared[0],
+        "model": model,
+        "loggers": partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb_project),
+    }
+    if is_sweep and (across := [name for name, settings in runs.items() if settings.cross_layer]):
+        raise SettingsError(f"--cross-layer: is trained alone, not in a sweep, as {', '.join(across)} would be")
+    if own.cross_layer:
+        place = for_cross_layer(place)
+    if is_sweep:
+        swept = sweep.run(runs, **place)
+        if not quiet:
+            show_sweep(swept)
+        return
+    result = cross_layer.run(own, **place) if own.cross_layer else train.run(own, **place)
+    if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        told = show_layers(read_cross_layer_manifest(result.path)) if own.cross_layer else ""
+        click.echo(f"{result.path}: {told or show_metrics(result.metrics)}")
+        if (score := result.metrics.get("heldout")) and (score.get("fvu_ordinary", score["fvu"]) or 0) > 1:
+            click.echo(
+                "warning: FVU above 1 is worse than always predicting the mean; train for longer, or with a lower --lr",
+                err=True,
+            )
+
+
+def for_cross_layer(place: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that training over several layers takes; raise SettingsError for what it cannot do."""
+    problems = []
+    if place["live"] is not None:
+        problems.append("--live: a cross-layer transcoder is trained from a cache")
+    if place["start_from"] is not None:
+        problems.append("--from: a cross-layer transcoder begins with weights of its own")
+    if place["model_scores"] != ModelScoreSettings():
+        problems.append("--evaluate-model-every: score it afterwards, with pipeline evaluate")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("torchrun: one process trains a cross-layer transcoder")
+    if problems:
+        raise SettingsError("--cross-layer does not go together with\n" + "\n".join(f"  {one}" for one in problems))
+    left_out = ("live", "start_from", "model_scores", "model")
+    return {name: value for name, value in place.items() if name not in left_out}
+
+
+def refuse_live_settings(given: Collection[str]) -> None:
+    """Raise SettingsError for flags that mean something with ``--live`` only."""
+    others = setting_fields(TrainSettings).keys() | ModelScoreSettings.model_fields.keys()
+    if misplaced := [name for name in LiveSettings.model_fields if name in given and name not in others]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in misplaced)
+        raise SettingsError(f"{flags}: only with --live; a cache has decided it already. Leave it out")
+
+
+def show_metrics(metrics: dict[str, Any]) -> str:
+    """Return the held-out score in one line."""
+    score = metrics.get("heldout")
+    if not score:
+        return f"{metrics['steps']:,} steps; no held-out rows to score on"
+    fvu = "undefined" if score["fvu"] is None else f"{score['fvu']:.4f}"  # of outputs that do not vary
+    if score.get("fvu_ordinary") is not None:
+        fvu = f"{score['fvu_ordinary']:.4f} on the {score['n_ordinary']:,} rows it may learn from ({fvu} on all)"
+    return (
+        f"{metrics['steps']:,} steps, held-out FVU {fvu}, L0 {score['l0']:.1f}, "
+        f"dead features {score['dead_fraction']:.1%}"
+    )
+
+
+def show_layers(manifest: Mapping[str, Any]) -> str:
+    """Return the held-out scores of a cross-layer transcoder in one line; nothing if it was not scored."""
+    layers = manifest["layers"]
+    scores = [one.get("fvu_ordinary", one["fvu"]) for one in layers]
+    known = [score for score in scores if score is not None]
+    if not known:
+        return ""
+    rows = " on rows it may learn from" if "fvu_ordinary" in layers[0] else ""
+    l0, dead = (sum(one[name] for one in layers) / len(layers) for name in ("l0", "dead_fraction"))
+    return (
+        f"{manifest['metrics']['steps']:,} steps, held-out FVU of {len(layers)} layers {min(known):.4f} to "
+        f"{max(known):.4f}, mean {sum(known) / len(known):.4f}{rows}; L0 {l0:.1f} a layer, dead features {dead:.1%}"
+    )
+
+
+def show_sweep(result: SweepResult) -> None:
+    """Print one line for every run, and where the table is."""
+    width = max(len(one.name) for one in result.runs)
+    for one in result.runs:
+        click.echo(f"{one.name.ljust(width)}  {show_outcome(one)}")
+    click.echo(f"{result.path / RUNS_TABLE}: written")
+
+
+def show_outcome(outcome: RunOutcome) -> str:
+    """Return how a run ended in one line."""
+    if outcome.status == FINISHED:
+        return show_metrics(outcome.metrics)
+    return f"diverged after {outcome.metrics['steps']:,} steps: {outcome.metrics['reason']}"

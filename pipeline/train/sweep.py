@@ -1,0 +1,225 @@
+"""Sweeps: many settings trained side by side from one reading of the rows.
+
+Every run lies in ``runs/<name>`` of the sweep and is the transcoder that ``pipeline train`` would have made of its
+settings, byte for byte. A run whose loss or weights stop being finite leaves a mark and keeps its last checkpoints; the
+others go on. The sweep is published when all have ended, with one row for each in ``runs.parquet``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.live.settings import LiveSettings
+from pipeline.shared.device import limited_threads, open_device
+from pipeline.train.grid import SHARED
+from pipeline.train.model_scores import ModelScores, ModelScoreSettings
+from pipeline.train.run_set import OpenRun, Origins, train_drafts
+from pipeline.train.runs_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
+from pipeline.train.sources import TrainingSource, known_problems
+from pipeline.train.stage import discard_draft, nothing_left_if_refused, open_source
+from pipeline.train.warm_start import WarmStart
+from storage.artifact import MANIFEST, REQUEST, canonical_json, read_json, read_manifest, write_atomically
+from storage.cache_format import Site
+from storage.draft import Draft
+from storage.errors import NonFiniteActivation, SettingsError
+from storage.formats import ARTIFACT_FORMATS
+from storage.names import inside
+from training.architectures.transcoder import CHECKPOINTS, describe_versions, read_transcoder_manifest
+from training.architectures.transcoder import KIND as TRANSCODER
+from training.loop.checkpoint import Checkpoints
+from training.loop.loggers import Logger
+from training.loop.settings import TrainSettings
+from training.loop.trainer import PeriodicHook
+
+KIND = "sweep"
+FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
+RUNS = "runs"
+"""Folder of the runs."""
+MARK = "diverged.json"
+"""In the folder of a run that diverged: step, rows, scores and the reason."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A published sweep."""
+
+    path: Path
+    runs: list[RunOutcome]
+
+
+def run(
+    runs: Mapping[str, TrainSettings],
+    *,
+    output: Path,
+    cache: Path | None = None,
+    live: LiveSettings | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = False,
+    fresh: bool = False,
+    checkpoint_steps: int = 1000,
+    hooks: Sequence[tuple[int, PeriodicHook]] = (),
+    start_from: Path | None = None,
+    model_scores: ModelScoreSettings | None = None,
+    model: str | None = None,
+    loggers: Callable[[], list[Logger]] = list,
+) -> SweepResult:
+    """Train ``runs``, by name, on the same batches and publish the sweep at ``output``.
+
+    The other arguments are those of ``pipeline.train.stage.run``, for all runs. Raises SettingsError with every problem
+    of every run before anything is written, NonFiniteActivation if all runs diverge, and what
+    ``pipeline.train.stage.run`` does.
+    """
+    check_shared(runs)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError("a sweep trains in one process; start one run with torchrun, or the sweep without it")
+    on = open_device(device)
+    if fresh:
+        discard_draft(output)
+    with nothing_left_if_refused(output), ExitStack() as stack:
+        stack.enter_context(limited_threads(threads))
+        source = stack.enter_context(open_source(cache, live, next(iter(runs.values())), output, on))
+        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
+        origins = Origins(on, scores, None if start_from is None else WarmStart(start_from), hooks, loggers)
+        begun = (output / REQUEST).exists()
+        sites = None if begun else choose_sites(runs, origins, source)
+        requests = {name: origins.request(settings, source) for name, settings in runs.items()}
+        sweep = stack.enter_context(
+            Draft(output, KIND, {"format": FORMAT_VERSION, "runs": requests}, discard_with="--fresh")
+        )
+        if not sweep.published:
+            drafts = {
+                name: stack.enter_context(Draft(output / RUNS / name, TRANSCODER, request))
+                for name, request in requests.items()
+            }
+            unfinished = {name: draft for name, draft in drafts.items() if not _has_ended(draft)}
+            if unfinished:
+                chosen = choose_sites(runs, origins, source) if sites is None else sites
+                train_drafts(
+                    source,
+                    {name: (runs[name], chosen[name], draft) for name, draft in unfinished.items()},
+                    origins,
+                    place=output,
+                    checkpoint_steps=checkpoint_steps,
+                    quiet=quiet,
+                    give_up=_mark_diverged,
+                )
+            _publish(sweep, drafts)
+            for draft in drafts.values():
+                if draft.published:
+                    Checkpoints(draft.path / CHECKPOINTS).clear()
+        Checkpoints(output / CHECKPOINTS).clear()
+    return read_result(output)
+
+
+def check_shared(runs: Mapping[str, TrainSettings]) -> None:
+    """Raise SettingsError unless there are runs, and all of them read the same batches."""
+    if not runs:
+        raise SettingsError("a sweep of no runs; give --sweep NAME=VALUE,VALUE or --sweep-file")
+    problems = []
+    for name in SHARED:
+        values = sorted({getattr(settings, name) for settings in runs.values()})
+        if len(values) > 1:
+            problems.append(f"{name}: all runs share one stream of batches, which it decides; got {values}")
+    if problems:
+        raise SettingsError("this sweep cannot be run:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def choose_sites(runs: Mapping[str, TrainSettings], origins: Origins, source: TrainingSource) -> dict[str, Site]:
+    """Return every run's site; raise SettingsError with every problem of every run."""
+    if not source.is_loaded:
+        early = [f"{name}: {line}" for name, settings in runs.items() for line in known_problems(settings, source)]
+        if early:  # told before a language model is loaded for a run that is right
+            raise SettingsError("\n".join(early))
+    sites, problems = {}, []
+    for name, settings in runs.items():
+        try:
+            sites[name] = origins.site(settings, source)
+        except SettingsError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return sites
+
+
+def _has_ended(draft: Draft) -> bool:
+    return draft.published or (draft.path / MARK).exists()
+
+
+def _mark_diverged(one: OpenRun, error: NonFiniteActivation) -> None:
+    """Leave a mark that outlives this process: continued, the run would end here again."""
+    reason = str(error) if str(error).startswith(one.name) else f"{one.name}: {error}"
+    logger.warning("%s; the other runs go on", reason)
+    mark = {"reason": reason, **one.session.summary()}
+    write_atomically(one.path / MARK, canonical_json(mark))
+
+
+def _publish(sweep: Draft, drafts: Mapping[str, Draft]) -> None:
+    outcomes = [_outcome(name, draft) for name, draft in drafts.items()]
+    if all(outcome.status == DIVERGED for outcome in outcomes):
+        reasons = "\n".join(f"  {read_json(draft.path / MARK)['reason']}" for draft in drafts.values())
+        raise NonFiniteActivation(
+            f"{sweep.path}: all {len(outcomes)} runs diverged, so there is nothing to publish; start with --fresh and "
+            f"lower learning rates, or verify the cache:\n{reasons}"
+        )
+    write_runs(sweep.path / RUNS_TABLE, outcomes)
+    digests = {
+        outcome.name: read_transcoder_manifest(sweep.path / outcome.path)["digest"]
+        for outcome in outcomes
+        if outcome.status == FINISHED
+    }
+    sweep.publish(
+        {
+            "format": FORMAT_VERSION,
+            **_described(sweep.path, outcomes),
+            "runs": [
+                {
+                    "name": outcome.name,
+                    "status": outcome.status,
+                    "path": outcome.path,
+                    "digest": digests.get(outcome.name),
+                }
+                for outcome in outcomes
+            ],
+            "versions": describe_versions(),
+        },
+        [RUNS_TABLE],
+    )
+
+
+def _described(path: Path, outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
+    """Return what the runs say of their common rows: the model is not loaded again for it."""
+    finished = next(outcome for outcome in outcomes if outcome.status == FINISHED)
+    manifest = read_transcoder_manifest(path / finished.path)
+    return {"inputs": manifest["inputs"], "model": manifest["model"]}
+
+
+def _outcome(name: str, draft: Draft) -> RunOutcome:
+    status = FINISHED if draft.published else DIVERGED
+    recorded = {"name": name, "status": status, "path": f"{RUNS}/{name}"}
+    return _read_outcome(draft.path.parent.parent, recorded, draft.request["settings"])
+
+
+def read_result(path: Path) -> SweepResult:
+    """Return what a published sweep says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+    manifest = read_manifest(path, KIND)
+    requests = manifest["request"]["runs"]
+    return SweepResult(
+        path, [_read_outcome(path, recorded, requests[recorded["name"]]["settings"]) for recorded in manifest["runs"]]
+    )
+
+
+def _read_outcome(sweep: Path, recorded: Mapping[str, Any], settings: dict[str, Any]) -> RunOutcome:
+    name, status, path = recorded["name"], recorded["status"], recorded["path"]
+    if status == DIVERGED:
+        return RunOutcome(name, status, path, settings, read_json(inside(sweep, f"{path}/{MARK}")))
+    made = read_transcoder_manifest(inside(sweep, f"{path}/{MANIFEST}").parent)
+    return RunOutcome(name, status, path, {**settings, "site": made["site"]["name"]}, made["metrics"])
