@@ -14,11 +14,11 @@ from pipeline.cache.settings import CacheSettings
 from pipeline.cli import COMMANDS, cli
 from pipeline.samples.bundled_models import bundled_model
 from pipeline.train import stage as train
+from tests.support.paths import SPEECHES
 from training.loop.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SPEECHES = Path(__file__).parent / "data" / "speeches.jsonl"
 
 
 def blocks(language: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from tests.cache_jobs import Kill
+from tests.support.cache_jobs import Kill
 
 MODEL, TEXT, TASK = "model", "text.jsonl", "task.jsonl"
 """What the first step reads: a random model, its text, and prompts with answers."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from pipeline.cli import main
-from tests.cache_jobs import Kill, die_at, speech_texts
 from tests.released.recipe import MODEL, STEPS, TASK, TEXT, Step
-from tests.tiny_models import save_tiny_model
+from tests.support.cache_jobs import Kill, die_at, speech_texts
+from tests.support.tiny_models import save_tiny_model
 
 N_WORDS = 160
 """Words taken of each speech."""
@@ -49,7 +49,7 @@ def run_step(step: Step, folder: Path) -> None:
         run(step, folder)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.cache_jobs", "transformer_lens.model_bridge"])
+    context.set_forkserver_preload(["tests.support.cache_jobs", "transformer_lens.model_bridge"])
     child = context.Process(target=_run_until, args=(step, folder, step.kill))
     child.start()
     child.join()

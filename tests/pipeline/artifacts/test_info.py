@@ -1,0 +1,94 @@
+"""``pipeline info`` of artifacts that are looked at rather than computed with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts.info_stage import glance
+from pipeline.artifacts.info_summaries import GLANCES
+from pipeline.dashboard import stage as dashboard
+from pipeline.dashboard.stage import DashboardSettings
+from storage.draft import Draft
+from tests.support.dashboard_tables import make_tables
+from tests.support.tables_by_hand import example_row, feature_row, publish_tables
+
+MODEL = {"name": "tiny-lm", "dtype": "float32"}
+CACHE = {"cache": {"cache_id": "0", "generation": 0}}
+
+
+def test_a_dashboard_says_what_to_open(tmp_path: Path) -> None:
+    make_tables(tmp_path / "tables")
+    site = dashboard.run(DashboardSettings(), tables=tmp_path / "tables", output=tmp_path / "site", quiet=True)
+    assert glance(site.path)["open"] == "index.html"
+    assert glance(site.path)["features"] == 70
+
+
+def test_a_circuit_says_its_root_and_how_well_terms_add_up() -> None:
+    root = {"text": "logit of ' War'", "value": 12.345, "n_terms": 335, "incompleteness": 2.3e-8}
+    shown = dict(GLANCES["circuit"]({"kind": "circuit", "model": MODEL, "root": root}))
+    assert shown["root"] == "logit of ' War', 12.35"
+    assert shown["terms"] == "335, which miss it by 2.3e-08 of their magnitudes"
+
+
+def test_an_export_says_for_whom_and_what_it_cost() -> None:
+    manifest = {"kind": "export", "to": "saelens", "files": {"cfg.json": {}}, "notes": ["FVU 0.1 became 0.2"]}
+    shown = dict(GLANCES["export"](manifest))
+    assert (shown["written for"], shown["files"], shown["note"]) == ("saelens", 1, "FVU 0.1 became 0.2")
+
+
+def test_an_export_that_was_published_is_shown(tmp_path: Path) -> None:
+    with Draft(tmp_path, "export", {}) as draft:
+        (tmp_path / "cfg.json").write_text("{}")
+        draft.publish({"to": "sparsify", "notes": []}, ["cfg.json"])
+    assert glance(tmp_path) == {"kind": "export", "written for": "sparsify", "files": 1, "everything else": "--json"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rows", "said"),
+    [
+        (CACHE, None, "all heldout rows"),
+        (CACHE, 5000, "the first 5,000 heldout rows"),
+        ({"live": {}}, 5000, "the first 5,000 rows"),
+    ],
+)
+def test_tables_say_which_rows_they_are_about(inputs: dict[str, Any], rows: int | None, said: str) -> None:
+    site = {"name": "layer0", "hook_in": "in", "hook_out": "out", "d_in": 4, "d_out": 4, "dtype": "float32"}
+    manifest = {
+        "kind": "tables",
+        "model": MODEL,
+        "inputs": {**inputs, "transcoder": {"digest": "sha256:0"}},
+        "site": site,
+        "request": {"settings": {"split": "heldout", "rows": rows}},
+        "tables": {},
+    }
+    assert dict(GLANCES["tables"](manifest))["rows read"] == said
+
+
+def test_an_imported_transcoder_is_not_called_trained() -> None:
+    site = {"name": "layer0", "hook_in": "in", "hook_out": "out", "d_in": 4, "d_out": 4, "dtype": "float32"}
+    manifest = {
+        "kind": "transcoder",
+        "model": MODEL,
+        "inputs": {},
+        "site": site,
+        "architecture": {"kind": "relu"},
+        "d_sae": 8,
+        "metrics": {"steps": 0, "rows": 0},
+        "origin": {"format": "saelens"},
+    }
+    shown = dict(GLANCES["transcoder"](manifest))
+    assert shown["imported from"] == "saelens"
+    assert "trained" not in shown
+
+
+def test_a_folder_of_artifacts_says_what_is_inside(tmp_path: Path) -> None:
+    for layer in (3, 4):
+        publish_tables(tmp_path / f"layer{layer}", [feature_row(0)], [example_row(0)], layer=layer)
+    assert glance(tmp_path) == {
+        "state": "a folder of 2 artifacts; name one of them",
+        "layer3": "tables",
+        "layer4": "tables",
+    }

@@ -1,0 +1,89 @@
+"""`pipeline serve`: the site over HTTP, from a dashboard or straight from tables, and nothing but the site."""
+
+from __future__ import annotations
+
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.dashboard import stage as dashboard
+from pipeline.dashboard.packing import unpack
+from pipeline.dashboard.serve import PAGES_KEPT, TablesSite, open_server
+from pipeline.dashboard.stage import DashboardSettings
+from storage.errors import ArtifactMissing, SettingsError
+from tests.support.dashboard_tables import MadeTables, make_tables
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeTables:
+    return make_tables(tmp_path_factory.mktemp("made") / "tables", d_sae=40)
+
+
+@contextmanager
+def served(path: Path) -> Iterator[str]:
+    with open_server(path, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def get(address: str) -> tuple[int, bytes, str]:
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return answer.status, answer.read(), answer.headers["Content-Type"]
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, b"", ""
+
+
+def test_pages_made_on_demand_are_those_of_the_published_site(made: MadeTables, tmp_path: Path) -> None:
+    published = dashboard.run(DashboardSettings(), tables=made.path, output=tmp_path / "site", quiet=True).path
+    names = ["", "index.html", "site/list.js", "site/page.css", "data/index.js", "data/features-000032.js"]
+    with served(published) as from_disk, served(made.path) as on_demand:
+        for name in names:
+            wanted = (published / (name or "index.html")).read_bytes()
+            assert get(f"{from_disk}/{name}")[:2] == (200, wanted)
+            assert get(f"{on_demand}/{name}")[:2] == (200, wanted)
+        assert [get(f"{on_demand}/{name}")[2] for name in names[1:4]] == [
+            *("text/html; charset=utf-8", "text/javascript; charset=utf-8", "text/css; charset=utf-8")
+        ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "../tables/manifest.json", "%2e%2e/tables/manifest.json", "data/features-000064.js", "nothing"],
+)
+def test_what_does_not_belong_to_the_site_is_not_served(made: MadeTables, tmp_path: Path, name: str) -> None:
+    published = dashboard.run(DashboardSettings(), tables=made.path, output=tmp_path / "site", quiet=True).path
+    for path in (published, made.path):
+        with served(path) as address:
+            assert get(f"{address}/{name}")[0] == 404
+
+
+def test_a_page_is_made_once(made: MadeTables, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = TablesSite(made.path)
+    first = site.read("data/features-000000.js")
+    assert first is not None
+    assert [page["feature"] for page in unpack(first)["features"]] == list(range(32))
+    monkeypatch.setattr(TablesSite, "_make", None)
+    assert site.read("data/features-000000.js") is first
+    assert PAGES_KEPT > 1
+
+
+def test_an_address_that_is_taken_is_told(made: MadeTables) -> None:
+    with open_server(made.path, port=0) as server, pytest.raises(SettingsError, match="choose another --port"):
+        open_server(made.path, port=server.server_address[1])
+
+
+def test_nothing_to_serve_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactMissing, match="there is no dashboard here"):
+        open_server(tmp_path, port=0)

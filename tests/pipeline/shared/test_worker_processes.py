@@ -1,0 +1,111 @@
+"""Worker processes: nothing listens for them, a lost one is replaced, and all of them end with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.cache import shuffle
+from pipeline.shared.worker_processes import completed, open_workers
+from storage.errors import SettingsError
+from tests.support.cache_jobs import run_cache
+from tests.support.paths import ROOT
+
+PARENT = """
+import time
+from pipeline.shared.worker_processes import completed, open_workers
+
+if __name__ == "__main__":
+    with open_workers(2) as submit:
+        for _ in completed(submit, time.sleep, [(0,), (600,), (600,), (600,)]):
+            print("working", flush=True)
+"""
+
+
+def watch_ports(of: psutil.Process, workers: set[int], ports: set[str], stop: threading.Event) -> None:
+    """Collect the workers of a process, and what it and they listen on, until told to stop."""
+    while not stop.wait(0.01):
+        for process in (of, *of.children(recursive=True)):
+            try:
+                workers |= {process.pid} if any("spawn_main" in part for part in process.cmdline()) else set()
+                ports |= {str(one.laddr) for one in process.net_connections() if one.status == psutil.CONN_LISTEN}
+            except psutil.NoSuchProcess:
+                continue
+
+
+def test_nothing_listens_while_workers_run(tmp_path: Path) -> None:
+    run_cache(tmp_path / "cache")
+    workers: set[int] = set()
+    ports: set[str] = set()
+    stop = threading.Event()
+    watcher = threading.Thread(target=watch_ports, args=(psutil.Process(), workers, ports, stop))
+    watcher.start()
+    shuffle.run(tmp_path / "cache", workers=2, quiet=True)
+    stop.set()
+    watcher.join()
+    assert len(workers) == 2
+    assert ports == set()
+
+
+def test_a_task_that_costs_every_worker_it_gets_ends_as_one_sentence() -> None:
+    with pytest.raises(SettingsError, match="3 worker processes in a row were lost"), open_workers(1) as submit:
+        submit(os._exit, 1).result()
+
+
+def test_workers_that_end_while_idle_are_replaced() -> None:
+    with open_workers(1) as submit:
+        first = submit(os.getpid).result()
+        os.kill(first, signal.SIGKILL)
+        assert submit(os.getpid).result() != first
+
+
+def test_an_error_of_a_task_arrives_with_its_place() -> None:
+    with pytest.raises(ValueError, match="'x'") as caught, open_workers(1) as submit:
+        list(completed(submit, int, [("1",), ("x",)]))
+    assert "In a worker process" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_silently_with_their_parent(tmp_path: Path, how: signal.Signals) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "working\n"
+    workers = psutil.Process(parent.pid).children()
+    # as a terminal sends Ctrl-C to all of them, and `kill` the others to one
+    (os.killpg if how == signal.SIGINT else os.kill)(parent.pid, how)
+    _, told = parent.communicate(timeout=60)
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    assert told.count("Traceback") == (how == signal.SIGINT)  # the parent's own
+
+
+def test_a_scheduler_runs_tasks_by_its_address() -> None:
+    import distributed
+
+    with (
+        distributed.LocalCluster(
+            n_workers=1, processes=False, dashboard_address=None, scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}
+        ) as cluster,
+        open_workers(0, cluster.scheduler_address) as submit,
+    ):
+        assert sorted(completed(submit, divmod, [(7, 2), (9, 2)])) == [(3, 1), (4, 1)]
+
+
+def test_a_scheduler_that_cannot_be_reached_is_named() -> None:
+    with pytest.raises(SettingsError, match="--scheduler http://nowhere:1: cannot be reached: unknown address"):
+        open_workers(0, "http://nowhere:1").__enter__()

@@ -1,0 +1,200 @@
+"""Flags are generated from settings classes: all there, all documented, all problems reported together."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from pipeline.analyze.stage import AnalyzeSettings
+from pipeline.cache.settings import CacheSettings
+from pipeline.shared.device import open_device
+from pipeline.shared.options import read_settings, settings_options
+from storage.errors import SettingsError
+from storage.settings import Settings
+from tests.support.cache_jobs import command
+from training.loop.settings import TrainSettings
+
+
+def given(settings: type[Settings], *arguments: str) -> dict[str, Any]:
+    """Return what a command gets from flags."""
+    seen: dict[str, Any] = {}
+
+    @settings_options(settings)
+    def take(**flags: Any) -> None:
+        seen.update(flags)
+
+    click.command()(take).main(list(arguments), standalone_mode=False)
+    return seen
+
+
+def read(settings: type[Settings], *arguments: str) -> Any:
+    flags = given(settings, *arguments)
+    return read_settings(settings, flags.pop("config"), flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("cache", CacheSettings), ("train", TrainSettings), ("analyze", AnalyzeSettings)]
+)
+def test_help_lists_every_setting_with_its_description_and_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, settings: type[Settings]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    answer = command(capsys, name, "--help")
+    text = " ".join(answer.out.split())
+    assert answer.code == 0
+    for field, about in settings.model_fields.items():
+        described = " ".join((about.description or "").split()).replace("``", "")
+        assert described, f"{field} has no description"
+        assert f"--{field.replace('_', '-')} " in text
+        assert described.split(". ")[0].rstrip(".") in text, field
+        if about.is_required():
+            assert re.search(rf"--{field.replace('_', '-')} \S+ [^\[]*\[required\]", text), field
+        elif isinstance(about.default, int | float) and not isinstance(about.default, bool):
+            assert f"[default: {about.default}]" in text
+
+
+def test_several_default_values_are_shown_as_they_are_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "[default: 0 1 2 4 8 16 32 64]" in " ".join(command(capsys, "task", "--help").out.split())
+
+
+def test_settings_of_every_architecture_are_flags_that_say_whose_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(command(capsys, "train", "--help").out.split())
+    assert "--architecture [topk|batch_topk|jumprelu|relu|gated|matryoshka" in text
+    assert re.search(r"--k N [^-]*topk[^:]*: ", text)
+    assert "--skip / --no-skip Add a linear path" in text  # every architecture has it
+    assert re.search(r"--input-bias [^\[]*\[default: False\] \[default of relu: True\]", text)
+    settings = read(TrainSettings, "--architecture", "topk", "--k", "7", "--steps", "1e3")
+    assert (settings.architecture.kind, settings.architecture.k, settings.steps) == ("topk", 7, 1000)
+    assert read(TrainSettings, "--k", "7").architecture.k == 7
+
+
+def test_flags_of_several_kinds_mean_the_default_kind_and_those_of_one_mean_it() -> None:
+    default = TrainSettings().architecture.kind
+    assert default == "batch_topk"
+    assert read(TrainSettings, "--k", "7").architecture.kind == default
+    assert read(TrainSettings, "--skip").architecture.kind == default
+    assert read(TrainSettings, "--target-l0", "30").architecture.kind == "jumprelu"
+    assert read(TrainSettings, "--aux-k", "64").auxiliary.kind == "auxk"
+    # The default kind has none.
+    with pytest.raises(SettingsError, match="l1: is no setting of batch_topk, but of relu or gated"):
+        read(TrainSettings, "--l1", "0.1")
+
+
+def test_help_of_train_says_what_a_model_is_beside_a_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(command(capsys, "train", "--help").out.split())
+    assert re.search(r"--model TEXT with --live: [^-]*\[required\] With a CACHE: where its model lies now", text)
+
+
+REQUIRED = ["--model", "gpt2", "--dataset", "text.jsonl", "--layers", "8", "--tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "others"),
+    [
+        (
+            "cache",
+            ["--out", "--model", "--dataset", "--tokens", "--layers", "--hooks"],
+            ["--storage-dtype", "--exclude", "--seed"],
+        ),
+        ("train", ["--out", "--model", "--dataset", "--layers", "--hooks"], ["--storage-dtype", "--exclude"]),
+    ],
+)
+def test_what_rows_from_a_model_need_comes_before_what_may_be_left_out(
+    capsys: pytest.CaptureFixture[str], name: str, needed: list[str], others: list[str]
+) -> None:
+    flags = re.findall(r"^  (--[a-z-]+)", command(capsys, name, "--help").out, re.M)
+    assert [flag for flag in flags if flag in needed] == needed
+    assert flags.index("--hooks") < min(flags.index(flag) for flag in others)
+
+
+def test_flags_take_quantities_lists_and_names() -> None:
+    settings = read(CacheSettings, *REQUIRED, "1.5M", "--hooks", "a", "--hooks", "b:c", "--shard-rows", "64")
+    assert (settings.tokens, settings.hooks, settings.shard_rows) == (1_500_000, ("a", "b:c"), 64)
+    assert read(CacheSettings, *REQUIRED, "all").tokens == "all"
+
+
+def test_flags_override_the_configuration_file_and_nothing_else_does(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: gpt2\ndataset: text.jsonl\nlayers: '8'\ntokens: 60M\nseed: 3\ncompression: zstd\n")
+    settings = read(CacheSettings, "--config", str(config), "--tokens", "2k", "--seed", "0")
+    assert (settings.tokens, settings.seed, settings.compression) == (2000, 0, "zstd")
+    assert settings.contexts_per_batch == 32  # neither in the file nor typed: the default
+
+
+def test_flags_of_an_architecture_are_merged_into_the_one_of_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("architecture: {kind: topk, k: 5}\nlr: 1e-3\n")
+    assert read(TrainSettings, "--config", str(config)).architecture.k == 5
+    assert read(TrainSettings, "--config", str(config), "--k", "9").architecture.k == 9
+    assert read(TrainSettings, "--config", str(config), "--architecture", "relu").architecture.kind == "relu"
+
+
+def test_all_problems_of_file_and_flags_come_at_once_and_name_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: gpt2\ndataset: text.jsonl\ntokens: 60M\nlayer: 8\nshard_rows: 100\nchunk_rows: 30\n")
+    answer = command(
+        capsys, "cache", "--config", config, "--out", tmp_path / "c",
+        "--storage-dtype", "float8", "--compression", "zip", "--context-length", "two",
+    )  # fmt: skip
+    assert answer.code == 1
+    assert answer.err.splitlines() == [
+        f"error: 6 problems in {config}:",
+        "  hooks: no site is asked for: give --layers (such as 8, or all) or --hooks",
+        "  context_length: Input should be a valid integer, unable to parse string as an integer (got 'two')",
+        "  storage_dtype: Input should be 'auto', 'bfloat16', 'float16', 'float32' or 'int8' (got 'float8')",
+        "  compression: Input should be 'none', 'lz4', 'zstd', 'gzip' or 'blosc-zstd' (got 'zip')",
+        "  chunk_rows: wanted a divisor of shard_rows (100) (got 30)",
+        "  layer: is no setting; did you mean layers?",
+    ]
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_command_without_its_settings_names_all_that_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = command(capsys, "cache", "--out", tmp_path / "c")
+    assert answer.code == 1
+    assert [line.strip() for line in answer.err.splitlines()[1:]] == [
+        "model: is required",
+        "dataset: is required",
+        "tokens: is required",
+        "hooks: no site is asked for: give --layers (such as 8, or all) or --hooks",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "there is no such file"), ("- a", "holds list, wanted a mapping"), ("a: [", "YAML")],
+)
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    config = tmp_path / "run.yaml"
+    if content is not None:
+        config.write_text(content)
+    with pytest.raises(SettingsError, match=message) as refused:
+        read(CacheSettings, "--config", str(config))
+    assert str(config) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"), [("gpu", "is no device; use cpu, cuda"), ("cpu:x", "is no device"), ("cuda:99", "--device cpu")]
+)
+def test_a_device_that_is_not_there_is_told_in_a_line(device: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said) as caught:
+        open_device(device)
+    assert str(caught.value).startswith(f"--device {device}: ")
+    assert len(str(caught.value)) < 200

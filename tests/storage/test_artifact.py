@@ -1,0 +1,395 @@
+"""An artifact is complete or absent, its makers exclude each other, and nothing that differs from its record passes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.artifact import (
+    MANIFEST,
+    REQUEST,
+    canonical_json,
+    digest,
+    make_directory,
+    read_manifest,
+    read_sealed,
+    verify_artifact,
+    write_atomically,
+)
+from storage.draft import LOCK, Draft
+from storage.errors import (
+    ArtifactBusy,
+    ArtifactCorrupt,
+    ArtifactIncomplete,
+    ArtifactMismatch,
+    ArtifactMissing,
+    StorageFull,
+)
+from storage.materialise import materialise_epoch
+from tests.support.paths import ROOT
+from tests.support.synthetic_cache import write_synthetic_cache
+
+REQUESTED = {"settings": {"rows": 10, "name": "α"}, "inputs": {"cache": "abc"}}
+
+
+def publish(path: Path) -> dict[str, Any]:
+    with Draft(path, "table", REQUESTED) as draft:
+        write_atomically(path / "rows.bin", b"0123456789")
+        (path / "log").mkdir()
+        (path / "log" / "lines.txt").write_text("one\n")
+        return draft.publish({"n_rows": 10}, ["rows.bin", "log/lines.txt"])
+
+
+def fail_after_writing(path: Path) -> None:
+    path.write_bytes(b"kept")
+    raise ZeroDivisionError
+
+
+def test_a_published_artifact_records_its_request_and_every_file(tmp_path: Path) -> None:
+    manifest = publish(tmp_path / "a")
+    assert manifest == read_manifest(tmp_path / "a", "table")
+    assert manifest["kind"] == "table"
+    assert manifest["n_rows"] == 10
+    assert manifest["request"] == REQUESTED
+    assert manifest["files"]["rows.bin"]["bytes"] == 10
+    assert manifest["files"].keys() == {"rows.bin", "log/lines.txt"}
+    assert manifest["digest"] == digest({key: value for key, value in manifest.items() if key != "digest"})
+    assert verify_artifact(tmp_path / "a", "table") == []
+
+
+def test_the_same_artifact_has_the_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
+    publish(tmp_path / "a")
+    publish(tmp_path / "b")
+    assert (tmp_path / "a" / MANIFEST).read_bytes() == (tmp_path / "b" / MANIFEST).read_bytes()
+
+
+def test_a_draft_is_resumed_until_it_is_published(tmp_path: Path) -> None:
+    with Draft(tmp_path / "a", "table", REQUESTED) as draft:
+        assert (draft.resumed, draft.published) == (False, False)
+        write_atomically(tmp_path / "a" / "half", b"kept")
+    with Draft(tmp_path / "a", "table", REQUESTED) as draft:
+        assert (draft.resumed, draft.published) == (True, False)
+        assert (tmp_path / "a" / "half").read_bytes() == b"kept"
+        draft.publish({}, ["half"])
+    with Draft(tmp_path / "a", "table", REQUESTED) as draft:
+        assert (draft.resumed, draft.published) == (True, True)
+
+
+def test_an_error_inside_a_draft_publishes_nothing_and_gives_the_lock_up(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Draft(tmp_path / "a", "table", REQUESTED):
+        fail_after_writing(tmp_path / "a" / "half")
+    with pytest.raises(ArtifactIncomplete, match="never finished; run the command that makes it again"):
+        read_manifest(tmp_path / "a", "table")
+    with Draft(tmp_path / "a", "table", REQUESTED) as draft:
+        assert draft.resumed
+
+
+def test_an_error_before_anything_was_written_leaves_the_place_to_other_settings(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Draft(tmp_path, "thing", {"k": 1}):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), Draft(tmp_path, "thing", {"k": 2}):
+        fail_after_writing(tmp_path / "part")
+    with pytest.raises(ArtifactMismatch, match="k: there it is 2, asked for 1"):
+        Draft(tmp_path, "thing", {"k": 1})
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_another_request_is_refused_with_every_difference(tmp_path: Path, published: bool) -> None:
+    with Draft(tmp_path / "a", "table", REQUESTED) as draft:
+        if published:
+            draft.publish({}, [])
+    other = {"settings": {"rows": 11, "name": "α", "seed": 3}, "inputs": {"cache": "abd"}}
+    with pytest.raises(ArtifactMismatch) as caught:
+        Draft(tmp_path / "a", "table", other)
+    lines = str(caught.value).splitlines()
+    assert ("a published table" if published else "an unfinished table") in lines[0]
+    assert lines[1:] == [
+        "  inputs.cache: there it is 'abc', asked for 'abd'",
+        "  settings.rows: there it is 10, asked for 11",
+        "  settings.seed: there it is None, asked for 3",
+    ]
+    with Draft(tmp_path / "a", "table", REQUESTED):
+        pass  # the refused draft did not keep the lock
+
+
+def test_a_directory_with_other_files_is_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("keep")
+    with pytest.raises(ArtifactMismatch, match=r"is not empty \(holds thesis.txt\)"):
+        Draft(tmp_path, "table", REQUESTED)
+    assert not (tmp_path / REQUEST).exists()
+
+
+def test_a_draft_killed_while_its_request_was_written_starts_again(tmp_path: Path) -> None:
+    def killed(path: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Draft(tmp_path / "a", "table", REQUESTED)
+    assert any(name.startswith(".request.json.tmp") for name in os.listdir(tmp_path / "a"))
+    with Draft(tmp_path / "a", "table", REQUESTED) as draft:
+        assert not draft.resumed
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from storage.draft import LOCK, Draft
+with Draft(Path(sys.argv[1]), "table", {}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "a")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ArtifactBusy, match="another process is writing here"):
+            Draft(tmp_path / "a", "table", {})
+        holder.kill()
+        holder.wait()
+        with Draft(tmp_path / "a", "table", {}) as draft:
+            assert draft.resumed
+
+
+def test_a_file_where_the_directory_should_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(StorageFull, match="a: cannot be written"):
+        Draft(tmp_path / "a", "table", {})
+
+
+def test_nothing_there_another_kind_and_no_json_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactMissing, match="there is no table here"):
+        read_manifest(tmp_path / "nowhere", "table")
+    publish(tmp_path / "a")
+    with pytest.raises(ArtifactMismatch, match="holds a table, wanted a transcoder"):
+        read_manifest(tmp_path / "a", "transcoder")
+    (tmp_path / "a" / MANIFEST).write_text("{")
+    with pytest.raises(ArtifactCorrupt, match="is not valid JSON"):
+        read_manifest(tmp_path / "a", "table")
+    (tmp_path / "a" / MANIFEST).write_text("[]")
+    with pytest.raises(ArtifactCorrupt, match="is no manifest"):
+        read_manifest(tmp_path / "a", "table")
+
+
+def every_file(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file() and path.name != LOCK)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, REQUEST, "rows.bin", "log/lines.txt"])
+def test_every_changed_byte_is_found(tmp_path: Path, name: str) -> None:
+    publish(tmp_path / "a")
+    assert {path.relative_to(tmp_path / "a").as_posix() for path in every_file(tmp_path / "a")} == {
+        *(MANIFEST, REQUEST, "rows.bin", "log/lines.txt")
+    }
+    path = tmp_path / "a" / name
+    data = path.read_bytes()
+    for position in range(len(data)):
+        for flipped in (data[position] ^ 1, ord("\t"), ord("\n")):
+            if flipped != data[position]:
+                path.write_bytes(data[:position] + bytes([flipped]) + data[position + 1 :])
+                assert len(verify_artifact(tmp_path / "a", "table")) == 1, (position, flipped)
+
+
+@pytest.mark.parametrize("name", [REQUEST, "rows.bin", "log/lines.txt"])
+def test_a_missing_or_shortened_file_is_found(tmp_path: Path, name: str) -> None:
+    publish(tmp_path / "a")
+    path = tmp_path / "a" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(verify_artifact(tmp_path / "a", "table")) == 1
+    path.unlink()
+    assert len(verify_artifact(tmp_path / "a", "table")) == 1
+
+
+def test_a_sealed_manifest_cannot_be_reformatted(tmp_path: Path) -> None:
+    publish(tmp_path / "a")
+    path = tmp_path / "a" / MANIFEST
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(ArtifactCorrupt, match="differs from its own digest"):
+        read_sealed(path)
+
+
+def test_canonical_json_does_not_depend_on_order_and_refuses_nan() -> None:
+    assert canonical_json({"b": 1, "a": {"d": "é", "c": None}}) == canonical_json({"a": {"c": None, "d": "é"}, "b": 1})
+    assert canonical_json({"a": "é"}) == '{\n  "a": "é"\n}\n'.encode()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"loss": float("nan")})
+
+
+def refuse(code: int) -> Callable[..., Any]:
+    def refused(*arguments: object, **options: object) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return refused
+
+
+@pytest.mark.parametrize("call", ["fsync", "write"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_refused_write_keeps_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    # injected: the disk's answer
+    write_atomically(tmp_path / "file", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse(code))
+        with pytest.raises(StorageFull, match="file: cannot be written"):
+            write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_disk_that_takes_only_part_of_a_write_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a disk that fills up takes what fits and reports no error; neither does a write of more than 2 GiB
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: whole(descriptor, bytes(data)[:3]))
+    write_atomically(tmp_path / "file", b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_a_read_only_disk_is_reported_even_if_it_refuses_to_clean_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Linux answers a deletion on a read-only file system with EROFS, even of a file that is not there
+    monkeypatch.setattr(Path, "unlink", refuse(errno.EROFS))
+    monkeypatch.setattr(os, "open", refuse(errno.EROFS))
+    with pytest.raises(StorageFull, match="Read-only file system"):
+        write_atomically(tmp_path / "file", b"new")
+
+
+FILL = """
+import os, sys
+import numpy as np
+from pathlib import Path
+from storage.artifact import write_atomically
+from storage.errors import StorageFull
+from storage.layout import ArraySpec
+from storage.shard import write_shard
+
+disk = Path(sys.argv[1])
+spec = ArraySpec("rows", "float32", 1024, 1024, 256)
+write_atomically(disk / "file", b"old")
+if sys.argv[2] == "injected":
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+    os.write = os.posix_fallocate = full
+for write in (
+    lambda: write_atomically(disk / "file", bytes(2 << 20)),
+    lambda: write_shard(disk / "0", np.zeros((1024, 1024), np.float32), 1024, spec),
+):
+    try:
+        write()
+    except StorageFull as error:
+        print(error)
+print(sorted(os.listdir(disk)), (disk / "file").read_bytes())
+"""
+
+
+def test_a_disk_that_runs_full_keeps_what_it_had(tmp_path: Path) -> None:
+    # on a real file system of 1 MB, in a mount namespace that ends with the process; where the system allows none,
+    # the same program with the answer of a full disk injected
+    namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    mount = f'mount -t tmpfs -o size=1m full "{tmp_path}" && "$@"'
+    allowed = (
+        shutil.which("unshare")
+        and not subprocess.run(
+            [*namespace, "sh", "-c", mount, "-", "true"], capture_output=True, check=False
+        ).returncode
+    )
+    program = [sys.executable, "-c", FILL, str(tmp_path), "real" if allowed else "injected"]
+    command = [*namespace, "sh", "-c", mount, "-", *program] if allowed else program
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 3
+    assert all("cannot be written (No space left on device)" in line for line in lines[:2])
+    assert lines[2] == "['file'] b'old'"
+
+
+def test_other_errors_are_no_refusal_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "missing" / "file", b"")
+
+
+@pytest.fixture
+def order_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Every rename and every sync, in order, with the name of the file or directory."""
+    calls: list[tuple[str, str]] = []
+    sync, rename = os.fsync, Path.rename
+
+    def noted_sync(descriptor: int) -> None:
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        sync(descriptor)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        calls.append(("rename", target.name))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    return calls
+
+
+def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_call_returns(
+    tmp_path: Path, order_of_calls: list[tuple[str, str]]
+) -> None:
+    write_atomically(tmp_path / "file", b"data")
+    assert [kind for kind, _ in order_of_calls] == ["sync", "rename", "sync"]
+    assert order_of_calls[0][1].startswith(".file.tmp")
+    assert order_of_calls[1:] == [("rename", "file"), ("sync", tmp_path.name)]
+
+
+def test_files_are_on_disk_before_the_manifest_that_vouches_for_them(
+    tmp_path: Path, order_of_calls: list[tuple[str, str]]
+) -> None:
+    with Draft(tmp_path / "a", "table", REQUESTED) as draft:
+        (tmp_path / "a" / "log").mkdir()
+        (tmp_path / "a" / "log" / "lines.txt").write_text("one\n")  # not written atomically, as a log is
+        order_of_calls.clear()
+        draft.publish({}, ["log/lines.txt"])
+    synced = order_of_calls[: order_of_calls.index(("rename", MANIFEST))]
+    assert {("sync", "lines.txt"), ("sync", "log"), ("sync", "a")} <= set(synced)
+
+
+def test_a_new_folder_is_on_disk_before_anything_in_it_counts(
+    tmp_path: Path, order_of_calls: list[tuple[str, str]]
+) -> None:
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert order_of_calls == [("sync", tmp_path.name), ("sync", "a"), ("sync", "b")]
+    order_of_calls.clear()
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert order_of_calls == []
+
+
+def test_shards_are_on_disk_before_the_record_that_vouches_for_them(
+    tmp_path: Path, order_of_calls: list[tuple[str, str]]
+) -> None:
+    cache = write_synthetic_cache(tmp_path / "cache", n_contexts=3, n_heldout_contexts=0)
+
+    def in_turn(task: Callable[[int], None], ids: Iterable[int]) -> None:
+        for number in ids:
+            task(number)
+
+    materialise_epoch(cache.split("train"), seed=0, epoch=0, run_tasks=in_turn)
+    for record in ("train-unit-000000.json", "bucket-000000.json"):
+        before = order_of_calls[: order_of_calls.index(("rename", record))]
+        # the folder of the last shard was synced after the shard got its name
+        assert before.count(("rename", "0")) >= 6
+        last_name = len(before) - before[::-1].index(("rename", "0"))
+        assert {("sync", "0"), ("sync", "c")} <= set(before[last_name:])
+
+
+def test_opening_a_draft_removes_the_half_written_files_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    with Draft(tmp_path / "a", "table", REQUESTED):
+        for name in (".request.json.tmp-host-1-1", ".manifest.json.tmp-host-1-2"):
+            (tmp_path / "a" / name).write_text("{")
+    with Draft(tmp_path / "a", "table", REQUESTED):
+        assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".lock", "request.json"]
