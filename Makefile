@@ -17,7 +17,7 @@ install: $(VENV)/.installed ## Make .venv with the `pipeline` command, every rel
 install-dev: $(VENV)/.installed-dev ## Add the test runner, the linters and the type checkers
 
 # torch comes first and alone: its pin decides which build is used, and nothing after it may pull in another.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH) setuptools

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.architectures.base import Transcoder
+from tailrace.training.architectures.base import Transcoder
 
 ROWS_AT_ONCE = 1024
 

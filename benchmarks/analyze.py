@@ -22,17 +22,17 @@ import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
-from analysis.harvest.one_pass import Plan, Subject, gather
-from analysis.harvest.table import accumulators, write_tables
-from analysis.tables import TABLES
 from benchmarks.analyze_reference import BATCH_ROWS, ReferenceScores
 from benchmarks.analyze_rows import planted_subject
 from benchmarks.harness import Contender, Rates, Work, measure
 from benchmarks.peers import environment, run_script
 from benchmarks.planted_rows import Planted, Problem, plant, save
 from benchmarks.report import Report, parse_arguments, scratch_folder
-from storage.tables import read_table
-from training.kernels.adaptive import resolve_precision
+from tailrace.analysis.harvest.one_pass import Plan, Subject, gather
+from tailrace.analysis.harvest.table import accumulators, write_tables
+from tailrace.analysis.tables import TABLES
+from tailrace.storage.tables import read_table
+from tailrace.training.kernels.adaptive import resolve_precision
 
 QUICK = Problem(256, 2048, 32, n_batches=4)
 FULL = Problem(768, 24_576, 64, n_batches=24)

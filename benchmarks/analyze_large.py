@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import torch
 
-from analysis.harvest.one_pass import Plan
 from benchmarks.analyze import FULL, PASS, QUICK, WHOLE, ours, product_contender
 from benchmarks.analyze_rows import planted_subject
 from benchmarks.harness import measure
 from benchmarks.planted_rows import plant
 from benchmarks.report import Report, parse_arguments, scratch_folder
+from tailrace.analysis.harvest.one_pass import Plan
 
 TIMES = 10
 """The planted rows come again and again; no time depends on their being new."""

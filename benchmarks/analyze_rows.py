@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.harvest.one_pass import Subject
 from benchmarks.planted_rows import Planted, Problem, plant
-from storage.bfloat16 import float32_to_bits
-from training.architectures import TopK, Transcoder
+from tailrace.analysis.harvest.one_pass import Subject
+from tailrace.storage.bfloat16 import float32_to_bits
+from tailrace.training.architectures import TopK, Transcoder
 
 CONTEXT_LENGTH = 128
 VOCABULARY_SIZE = 50_000

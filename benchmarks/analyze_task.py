@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from analysis.harvest.one_pass import Plan, gather
-from analysis.harvest.table import accumulators, write_tables
-from analysis.tables import TABLES
 from benchmarks.analyze_rows import planted_subject
 from benchmarks.memory_task import resident
 from benchmarks.planted_rows import Problem
+from tailrace.analysis.harvest.one_pass import Plan, gather
+from tailrace.analysis.harvest.table import accumulators, write_tables
+from tailrace.analysis.tables import TABLES
 
 
 def main(arguments: dict[str, Any]) -> None:

@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from analysis.circuits.attribution import attribute, list_sources
-from analysis.circuits.attribution_graph import GraphSettings, build_graph
-from analysis.circuits.nodes import Kind
-from analysis.circuits.operators import read_heads
-from analysis.circuits.record import record_run
-from analysis.circuits.roots import Root, centred_logit_roots
-from analysis.circuits.run import LinearisedRun
-from analysis.weights.model_weights import AttentionWeights, ModelWeights
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.model.weights import read_weights
-from storage.cache_format import Site
-from training.architectures import JumpReLU, Transcoder
+from tailrace.analysis.circuits.attribution import attribute, list_sources
+from tailrace.analysis.circuits.attribution_graph import GraphSettings, build_graph
+from tailrace.analysis.circuits.nodes import Kind
+from tailrace.analysis.circuits.operators import read_heads
+from tailrace.analysis.circuits.record import record_run
+from tailrace.analysis.circuits.roots import Root, centred_logit_roots
+from tailrace.analysis.circuits.run import LinearisedRun
+from tailrace.analysis.weights.model_weights import AttentionWeights, ModelWeights
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.weights import read_weights
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures import JumpReLU, Transcoder
 
 TEXT = (
     "The treaty was signed in the spring, after a winter of talks that had twice been broken off and twice resumed. "

@@ -16,13 +16,13 @@ from typing import Any
 from benchmarks.harness import Contender, Rates, Work, measure
 from benchmarks.peers import run_script
 from benchmarks.report import Report, parse_arguments, scratch_folder
-from pipeline.samples.bundled_models import bundled_model
-from pipeline.samples.smollm2 import fetch_smollm2
-from pipeline.samples.speeches import fetch_sotu
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.samples.smollm2 import fetch_smollm2
+from tailrace.pipeline.samples.speeches import fetch_sotu
 
 THREADS = 2
 CONTEXTS_PER_BATCH = 8
-STAGE, BARE, CACHED = "pipeline.cache.stage.run", "the model alone", "run_with_cache"
+STAGE, BARE, CACHED = "tailrace.pipeline.cache.stage.run", "the model alone", "run_with_cache"
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cache import stage as cache
-from pipeline.cache.settings import CacheSettings
-from pipeline.model.language_model import LanguageModel, load_language_model
-from pipeline.shared.device import limited_threads
-from storage.activation_cache import ActivationCache, open_cache
+from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.shared.device import limited_threads
+from tailrace.storage.activation_cache import ActivationCache, open_cache
 
 
 def stage(settings: CacheSettings, path: Path, threads: int) -> tuple[int, float]:

@@ -13,15 +13,15 @@ import torch
 
 from benchmarks.harness import Contender, measure, processor_time
 from benchmarks.report import Report, parse_arguments
-from storage.cache_format import Site
-from storage.encodings import Side
-from storage.statistics import SiteStatistics
-from training.cross_layer.run import build_cross_layer
-from training.cross_layer.units import JOINED
-from training.kernels.adaptive import KernelKind
-from training.loop.build import build_run
-from training.loop.settings import TrainSettings
-from training.rows.batches import Batch, SiteBatches
+from tailrace.storage.cache_format import Site
+from tailrace.storage.encodings import Side
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.cross_layer.run import build_cross_layer
+from tailrace.training.cross_layer.units import JOINED
+from tailrace.training.kernels.adaptive import KernelKind
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import Batch, SiteBatches
 
 WIDTH, K = 576, 16
 SPARSE, DENSE, APART = "cross-layer, sparse", "cross-layer, dense bfloat16", "one transcoder a layer, sparse"

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from benchmarks.report import Report, parse_arguments
-from storage.activation_cache import open_cache
-from training.loop.build import build_run
-from training.loop.evaluate import HeldoutScore, evaluate
-from training.loop.settings import TrainSettings
-from training.rows.batches import CacheBatches, iter_once
-from training.rows.row_source import CacheRows
+from tailrace.storage.activation_cache import open_cache
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.evaluate import HeldoutScore, evaluate
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import CacheBatches, iter_once
+from tailrace.training.rows.row_source import CacheRows
 
 CACHE = Path("demo/tiny-layer2/cache")
 BATCH_ROWS = 1024

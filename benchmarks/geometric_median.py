@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness import Contender, Work, measure
 from benchmarks.report import Report, parse_arguments
-from training.rows.geometric_median import GeometricMedian, geometric_median
+from tailrace.training.rows.geometric_median import GeometricMedian, geometric_median
 
 WIDTH = 768
 ITERATIONS = 10

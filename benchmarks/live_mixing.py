@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import Report, parse_arguments, scratch_folder
-from pipeline.live.mixing import Mixing
-from pipeline.model.loading import open_checkpoint
-from pipeline.model.tokenizer import ModelTokenizer, open_tokenizer
-from pipeline.samples.bundled_models import bundled_model
-from pipeline.samples.speeches import fetch_sotu
-from pipeline.text.dataset import TextSettings, open_documents
-from pipeline.text.holdout import HoldoutRule
-from pipeline.text.packing import ContextSource
-from storage.null_laws import Groups, pair_moments
-from storage.randomness import philox, random_permutation
-from storage.shuffle_evidence import same_document_pairs
+from tailrace.pipeline.live.mixing import Mixing
+from tailrace.pipeline.model.loading import open_checkpoint
+from tailrace.pipeline.model.tokenizer import ModelTokenizer, open_tokenizer
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.samples.speeches import fetch_sotu
+from tailrace.pipeline.text.dataset import TextSettings, open_documents
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.packing import ContextSource
+from tailrace.storage.null_laws import Groups, pair_moments
+from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle_evidence import same_document_pairs
 
 CONTEXT_LENGTH = 128
 BATCH_ROWS = 4096

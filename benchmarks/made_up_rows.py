@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import REQUEST, canonical_json, write_atomically
-from storage.bfloat16 import float32_to_bits
-from storage.cache_format import VOCABULARY, CacheFormat, Site
-from storage.cache_publish import Generation, SplitSize, publish_generation
-from storage.cache_writer import UnitBuffer, write_context_block
-from storage.statistics import SiteStatistics
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.artifact import REQUEST, canonical_json, write_atomically
+from tailrace.storage.bfloat16 import float32_to_bits
+from tailrace.storage.cache_format import VOCABULARY, CacheFormat, Site
+from tailrace.storage.cache_publish import Generation, SplitSize, publish_generation
+from tailrace.storage.cache_writer import UnitBuffer, write_context_block
+from tailrace.storage.statistics import SiteStatistics
 
 CONTEXT_LENGTH = 128
 SITE = "layer8"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.peers import run_script
 from benchmarks.report import Report, parse_arguments, scratch_folder
-from pipeline.samples.speeches import fetch_sotu
+from tailrace.pipeline.samples.speeches import fetch_sotu
 
 _ROWS_OF_STAGE = (100_000, 800_000)
 

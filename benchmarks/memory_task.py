@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.made_up_rows import KEYS, cache_format, write_cache
-from storage.activation_cache import open_cache
+from tailrace.storage.activation_cache import open_cache
 
 
 def cache(path: str, n_rows: int, shard_rows: int) -> None:
@@ -26,9 +26,9 @@ def stream(path: str, n_rows: int, shard_rows: int) -> None:  # noqa: ARG001
 
 def stage(path: str, n_rows: int, text: str) -> None:
     """Run the real stage on the tiny language model."""
-    from pipeline.cache import stage as cache_stage
-    from pipeline.cache.settings import CacheSettings
-    from pipeline.samples.bundled_models import bundled_model
+    from tailrace.pipeline.cache import stage as cache_stage
+    from tailrace.pipeline.cache.settings import CacheSettings
+    from tailrace.pipeline.samples.bundled_models import bundled_model
 
     model = str(bundled_model("tiny-lm"))
     settings = CacheSettings(model=model, dataset=text, tokens=n_rows, layers="2", shard_rows=16_384)

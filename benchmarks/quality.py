@@ -24,17 +24,17 @@ from typing import Any
 import torch
 
 from benchmarks.quality_peers import PeerRecipe, peer_predictor, train_dictionary_learning, write_rows
-from storage.activation_cache import ActivationCache, open_cache
-from storage.cache_format import Site
-from storage.encodings import Side
-from storage.statistics import SiteStatistics
-from training.architectures.transcoder import save_weights
-from training.kernels.adaptive import resolve_precision
-from training.loop.build import build_run
-from training.loop.evaluate import HeldoutScore, evaluate
-from training.loop.run import TrainingRun
-from training.loop.settings import TrainSettings
-from training.rows.batches import Batch, CacheBatches, iter_once
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.cache_format import Site
+from tailrace.storage.encodings import Side
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.architectures.transcoder import save_weights
+from tailrace.training.kernels.adaptive import resolve_precision
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.evaluate import HeldoutScore, evaluate
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import Batch, CacheBatches, iter_once
 
 L0S = (16, 32, 64, 128)
 CPU = torch.device("cpu")

@@ -19,16 +19,16 @@ from typing import NamedTuple
 
 import torch
 
-from analysis.evaluate.next_tokens import next_token_losses
-from analysis.evaluate.splice_scores import recovered
-from analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
-from pipeline.cache.recorded_model import RecordedModel, open_recorded_model, sample_contexts
-from pipeline.evaluate.pareto_plot import COLOURS, MARKS
-from pipeline.train import sweep
-from pipeline.train.runs_table import FINISHED
-from storage.activation_cache import open_cache
-from storage.cache_format import Site
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.analysis.evaluate.next_tokens import next_token_losses
+from tailrace.analysis.evaluate.splice_scores import recovered
+from tailrace.analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
+from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_model, sample_contexts
+from tailrace.pipeline.evaluate.pareto_plot import COLOURS, MARKS
+from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.runs_table import FINISHED
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 
 class Point(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.peers import run_script
 from benchmarks.train_step import peer_python
-from training.loop.evaluate import Predictor
+from tailrace.training.loop.evaluate import Predictor
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def train_dictionary_learning(
 
 
 def peer_predictor(kind: str, weights: Path) -> Predictor:
-    """Return what ``training.loop.evaluate`` scores: TopK by its k, BatchTopK by the threshold it learnt, as it is
-    used."""
+    """Return what ``tailrace.training.loop.evaluate`` scores: TopK by its k, BatchTopK by the threshold it learnt, as
+    it is used."""
     tensors = load_file(weights)
     k, threshold = int(tensors["k"]), float(tensors["threshold"])
 

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import Contender, Rates, Work, forget_cached, measure, warm_cache
 from benchmarks.made_up_rows import KEYS, cache_format, write_cache
 from benchmarks.report import Report, parse_arguments, scratch_folder
-from storage.activation_cache import CacheSplit
-from storage.materialise import materialise_epoch
-from storage.memory import aligned_rows, as_bytes
+from tailrace.storage.activation_cache import CacheSplit
+from tailrace.storage.materialise import materialise_epoch
+from tailrace.storage.memory import aligned_rows, as_bytes
 
 BATCH_ROWS = 4096
 BLOCK_ROWS = 8192

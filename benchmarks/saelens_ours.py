@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.harness import warm_cache
 from benchmarks.made_up_rows import CONTEXT_LENGTH, RowPool, fill_unit, publish_rows, write_units
-from storage.activation_cache import open_cache
-from storage.cache_format import CacheFormat, Site
-from storage.cache_writer import UnitBuffer
-from storage.materialise import materialise_epoch
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.cache_format import CacheFormat, Site
+from tailrace.storage.cache_writer import UnitBuffer
+from tailrace.storage.materialise import materialise_epoch
 
 KEY = "layer8/in"
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.harness import Contender, Work, measure
 from benchmarks.report import Report, parse_arguments
-from storage.shuffle import EpochPlan, default_bucket_rows
+from tailrace.storage.shuffle import EpochPlan, default_bucket_rows
 
 SHARD_ROWS = 262_144
 SIZES = {"1M": 10**6, "60M": 6 * 10**7, "1G": 10**9}

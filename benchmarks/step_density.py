@@ -1,7 +1,7 @@
 """Claim: the sparse step costs little more than its one matrix product, until a few per cent of features fire.
 
 One core; TopK with k from 16 to 2048, so that density is set; the dense step of the same transcoder beside it, and the
-encoder's product alone as the floor. Where the two steps cross is where `training.kernels.adaptive` switches.
+encoder's product alone as the floor. Where the two steps cross is where `tailrace.training.kernels.adaptive` switches.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from benchmarks.harness import Contender, measure, processor_time
 from benchmarks.planted_rows import Planted, Problem, plant
 from benchmarks.report import Report, parse_arguments
 from benchmarks.train_step_ours import statistics_of
-from storage.cache_format import Site
-from training.architectures import TopK
-from training.kernels.adaptive import DENSE_ABOVE, SPARSE_BELOW, KernelKind
-from training.kernels.kernel import Precision
-from training.loop.build import build_run
-from training.loop.run import TrainingRun
-from training.loop.settings import TrainSettings
-from training.rows.batches import Batch
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures import TopK
+from tailrace.training.kernels.adaptive import DENSE_ABOVE, SPARSE_BELOW, KernelKind
+from tailrace.training.kernels.kernel import Precision
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import Batch
 
 L0S = (16, 32, 64, 128, 256, 512, 1024, 2048)
 Step = Callable[[], None]

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.harness import warm_cache
 from benchmarks.made_up_rows import cache_format, write_cache
 from benchmarks.report import Report, parse_arguments, scratch_folder
-from training.loop.settings import TrainSettings
+from tailrace.training.loop.settings import TrainSettings
 
 N_RUNS = 8
 K = (16, 32, 64, 128)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from benchmarks.made_up_rows import SITE
-from pipeline.cli import main
-from pipeline.train.sources import CacheSource
-from storage import orders
-from training.kernels.adaptive import resolve_precision
-from training.loop.build import build_run
-from training.loop.settings import TrainSettings
+from tailrace.pipeline.cli import main
+from tailrace.pipeline.train.sources import CacheSource
+from tailrace.storage import orders
+from tailrace.training.kernels.adaptive import resolve_precision
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.settings import TrainSettings
 
 
 class ReadCount:

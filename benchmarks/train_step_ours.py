@@ -11,13 +11,13 @@ import torch
 
 from benchmarks.planted_rows import Planted
 from benchmarks.step_server import LEARNING_RATE, Task, serve
-from storage.cache_format import Site
-from storage.statistics import SiteStatistics
-from training.kernels.adaptive import resolve_precision
-from training.loop.build import build_run
-from training.loop.run import TrainingRun
-from training.loop.settings import TrainSettings
-from training.rows.batches import Batch
+from tailrace.storage.cache_format import Site
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.kernels.adaptive import resolve_precision
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import Batch
 
 N_STEPS = 10**6
 SITE = "planted"

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analysis.weights.extremes import products
-from analysis.weights.heads import HeadReader
-from analysis.weights.model_weights import AttentionWeights, LayerWeights, ModelWeights, Norm
-from analysis.weights.stream import write_point
-from analysis.weights.unembedding import token_effects
 from benchmarks.harness import Contender, Work, measure
 from benchmarks.report import Report, parse_arguments
+from tailrace.analysis.weights.extremes import products
+from tailrace.analysis.weights.heads import HeadReader
+from tailrace.analysis.weights.model_weights import AttentionWeights, LayerWeights, ModelWeights, Norm
+from tailrace.analysis.weights.stream import write_point
+from tailrace.analysis.weights.unembedding import token_effects
 
 D_MODEL, D_HEAD, N_HEADS, N_LAYERS, D_VOCAB = 768, 64, 12, 12, 50_257
 

@@ -23,9 +23,9 @@ import zarr
 from benchmarks.harness import Contender, Work, measure
 from benchmarks.made_up_rows import RowPool, cache_format, fill_unit, write_units
 from benchmarks.report import Report, parse_arguments, scratch_folder
-from storage.cache_format import CacheFormat
-from storage.cache_writer import UnitBuffer
-from storage.memory import aligned_rows, as_bytes
+from tailrace.storage.cache_format import CacheFormat
+from tailrace.storage.cache_writer import UnitBuffer
+from tailrace.storage.memory import aligned_rows, as_bytes
 
 _BLOCK_BYTES = 8 << 20
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import click
 from click.shell_completion import CompletionItem
 
-from storage.errors import ActionableError
+from tailrace.storage.errors import ActionableError
 
 
 class Command(NamedTuple):
@@ -21,27 +21,41 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "cache": Command("pipeline.cache.command", "Text in, a shuffled on-disk cache of MLP inputs and outputs out."),
-    "extend": Command("pipeline.cache.command_extend", "Add rows to a cache."),
-    "widen": Command("pipeline.cache.command_widen", "Add layers to a cache, for the same rows."),
-    "shuffle": Command("pipeline.cache.command_shuffle", "Write one epoch's order as sequential shards (optional)."),
-    "verify": Command("pipeline.cache.command_verify", "Check bytes, pairs and shuffle of a cache."),
-    "info": Command("pipeline.artifacts.info_command", "Show any artifact at a glance."),
-    "train": Command("pipeline.train.command", "Train a transcoder from a cache, without the language model."),
-    "analyze": Command("pipeline.analyze.command", "Turn a transcoder into tables of features and examples."),
-    "evaluate": Command("pipeline.evaluate.command", "Run the language model with transcoders in place of its MLPs."),
-    "pareto": Command("pipeline.evaluate.command_pareto", "Draw L0 against FVU or CE recovered of many transcoders."),
-    "export": Command("pipeline.formats.command_export", "Write transcoders and tables in the formats of other tools."),
-    "import": Command("pipeline.formats.command_import", "Take over a transcoder that another tool made."),
-    "blind": Command("pipeline.blind.command", "Judge features without knowing whose they are."),
-    "query": Command("pipeline.query.command", "Ask tables, a sweep or an evaluation in SQL."),
-    "score": Command("pipeline.score.command", "Show what features make of a text, token by token."),
-    "circuit": Command("pipeline.circuit.command", "Explain a feature or a predicted token on one prompt."),
-    "task": Command("pipeline.task.command", "Find the features that do a task, from prompts with answers."),
-    "circuits-model": Command("pipeline.train.command_layer_set", "Train a transcoder for every layer of a model."),
-    "dashboard": Command("pipeline.dashboard.command", "Write a static site of feature pages."),
-    "serve": Command("pipeline.dashboard.command_serve", "Show a dashboard over HTTP, or tables without making one."),
-    "demo": Command("pipeline.demo.command", "Run everything on a small real model and show the result."),
+    "cache": Command(
+        "tailrace.pipeline.cache.command", "Text in, a shuffled on-disk cache of MLP inputs and outputs out."
+    ),
+    "extend": Command("tailrace.pipeline.cache.command_extend", "Add rows to a cache."),
+    "widen": Command("tailrace.pipeline.cache.command_widen", "Add layers to a cache, for the same rows."),
+    "shuffle": Command(
+        "tailrace.pipeline.cache.command_shuffle", "Write one epoch's order as sequential shards (optional)."
+    ),
+    "verify": Command("tailrace.pipeline.cache.command_verify", "Check bytes, pairs and shuffle of a cache."),
+    "info": Command("tailrace.pipeline.artifacts.info_command", "Show any artifact at a glance."),
+    "train": Command("tailrace.pipeline.train.command", "Train a transcoder from a cache, without the language model."),
+    "analyze": Command("tailrace.pipeline.analyze.command", "Turn a transcoder into tables of features and examples."),
+    "evaluate": Command(
+        "tailrace.pipeline.evaluate.command", "Run the language model with transcoders in place of its MLPs."
+    ),
+    "pareto": Command(
+        "tailrace.pipeline.evaluate.command_pareto", "Draw L0 against FVU or CE recovered of many transcoders."
+    ),
+    "export": Command(
+        "tailrace.pipeline.formats.command_export", "Write transcoders and tables in the formats of other tools."
+    ),
+    "import": Command("tailrace.pipeline.formats.command_import", "Take over a transcoder that another tool made."),
+    "blind": Command("tailrace.pipeline.blind.command", "Judge features without knowing whose they are."),
+    "query": Command("tailrace.pipeline.query.command", "Ask tables, a sweep or an evaluation in SQL."),
+    "score": Command("tailrace.pipeline.score.command", "Show what features make of a text, token by token."),
+    "circuit": Command("tailrace.pipeline.circuit.command", "Explain a feature or a predicted token on one prompt."),
+    "task": Command("tailrace.pipeline.task.command", "Find the features that do a task, from prompts with answers."),
+    "circuits-model": Command(
+        "tailrace.pipeline.train.command_layer_set", "Train a transcoder for every layer of a model."
+    ),
+    "dashboard": Command("tailrace.pipeline.dashboard.command", "Write a static site of feature pages."),
+    "serve": Command(
+        "tailrace.pipeline.dashboard.command_serve", "Show a dashboard over HTTP, or tables without making one."
+    ),
+    "demo": Command("tailrace.pipeline.demo.command", "Run everything on a small real model and show the result."),
 }
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from storage.artifact import read_json, read_manifest, read_sealed
-from storage.cache_format import (
+from tailrace.storage.artifact import read_json, read_manifest, read_sealed
+from tailrace.storage.cache_format import (
     KIND,
     PROVENANCE,
     VOCABULARY,
@@ -26,14 +26,14 @@ from storage.cache_format import (
     split_path,
     superseded_path,
 )
-from storage.encodings import Side
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
-from storage.layout import ArraySpec
-from storage.names import folder_problem, inside
-from storage.orders import Read
-from storage.shard import read_rows
-from storage.statistics import SiteStatistics
-from storage.stream import RowStream, StreamSource
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.storage.layout import ArraySpec
+from tailrace.storage.names import folder_problem, inside
+from tailrace.storage.orders import Read
+from tailrace.storage.shard import read_rows
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.storage.stream import RowStream, StreamSource
 
 
 def open_cache(path: Path | str, generation: int | None = None) -> ActivationCache:

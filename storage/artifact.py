@@ -1,8 +1,8 @@
 """A published directory is complete or absent: manifests, checksums, atomic files.
 
 ``manifest.json`` is written last, so its presence is the one sign that an artifact is complete. Until then the
-directory is a draft (``storage.draft``): it holds ``request.json`` (what was asked for) and whatever is finished so
-far, and only the process that holds its lock may write to it.
+directory is a draft (``tailrace.storage.draft``): it holds ``request.json`` (what was asked for) and whatever is
+finished so far, and only the process that holds its lock may write to it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 
 import xxhash
 
-from storage.errors import (
+from tailrace.storage.errors import (
     ArtifactCorrupt,
     ArtifactIncomplete,
     ArtifactMismatch,
     ArtifactMissing,
     StorageFull,
 )
-from storage.formats import refuse_newer
-from storage.names import inside, temporary_path
-from storage.names import is_plural as _is_plural
-from storage.names import one_of as _one
+from tailrace.storage.formats import refuse_newer
+from tailrace.storage.names import inside, temporary_path
+from tailrace.storage.names import is_plural as _is_plural
+from tailrace.storage.names import one_of as _one
 
 JSON = Any
 """A value that ``json`` can write: null, bool, number, string, list or string-keyed mapping of these."""

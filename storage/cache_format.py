@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from storage.encodings import Encoding, Side
-from storage.formats import ARTIFACT_FORMATS
-from storage.layout import ArraySpec, Compression
+from tailrace.storage.encodings import Encoding, Side
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.layout import ArraySpec, Compression
 
 KIND = "activation-cache"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

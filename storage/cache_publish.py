@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from storage.activation_cache import ActivationCache, CacheSplit
-from storage.artifact import (
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit
+from tailrace.storage.artifact import (
     MANIFEST,
     describe_files,
     digest,
@@ -27,7 +27,7 @@ from storage.artifact import (
     sync_directory,
     write_atomically,
 )
-from storage.cache_format import (
+from tailrace.storage.cache_format import (
     FORMAT_VERSION,
     KIND,
     VOCABULARY,
@@ -40,8 +40,8 @@ from storage.cache_format import (
     superseded_path,
     unit_record_name,
 )
-from storage.layout import ArraySpec, array_metadata, group_metadata, small_array_files
-from storage.shuffle import default_bucket_rows
+from tailrace.storage.layout import ArraySpec, array_metadata, group_metadata, small_array_files
+from tailrace.storage.shuffle import default_bucket_rows
 
 Change = Literal["create", "extend", "widen"]
 

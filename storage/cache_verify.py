@@ -9,12 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache, read_settled
-from storage.artifact import MANIFEST, check_files, check_request, read_manifest, verify_artifact
-from storage.cache_format import EPOCHS, SPLITS, CacheFormat, manifest_name, superseded_path, unit_record_name
-from storage.errors import ArtifactCorrupt
-from storage.layout import ArraySpec, array_metadata
-from storage.orders import EPOCH_KIND
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache, read_settled
+from tailrace.storage.artifact import MANIFEST, check_files, check_request, read_manifest, verify_artifact
+from tailrace.storage.cache_format import EPOCHS, SPLITS, CacheFormat, manifest_name, superseded_path, unit_record_name
+from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.storage.layout import ArraySpec, array_metadata
+from tailrace.storage.orders import EPOCH_KIND
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just checked."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from storage.artifact import canonical_json, make_directory, sync_directory, write_atomically
-from storage.cache_format import (
+from tailrace.storage.artifact import canonical_json, make_directory, sync_directory, write_atomically
+from tailrace.storage.cache_format import (
     EPOCHS,
     PROVENANCE,
     CacheFormat,
@@ -23,14 +23,14 @@ from storage.cache_format import (
     split_path,
     unit_record_name,
 )
-from storage.errors import NonFiniteActivation
-from storage.layout import ArraySpec
-from storage.memory import aligned_rows
-from storage.names import remove_temporary
-from storage.randomness import invert
-from storage.shard import WrittenShard, write_shard
-from storage.shuffle import unit_permutation
-from storage.statistics import SiteStatistics
+from tailrace.storage.errors import NonFiniteActivation
+from tailrace.storage.layout import ArraySpec
+from tailrace.storage.memory import aligned_rows
+from tailrace.storage.names import remove_temporary
+from tailrace.storage.randomness import invert
+from tailrace.storage.shard import WrittenShard, write_shard
+from tailrace.storage.shuffle import unit_permutation
+from tailrace.storage.statistics import SiteStatistics
 
 _THREADS = 2
 _PIECE_ROWS = 2048

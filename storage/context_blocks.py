@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.artifact import read_json
-from storage.cache_format import CONTEXT_ARRAYS, CacheFormat, block_record_name, split_path, superseded_path
-from storage.cache_writer import write_context_block
-from storage.layout import ArraySpec
-from storage.shard import read_rows
+from tailrace.storage.artifact import read_json
+from tailrace.storage.cache_format import CONTEXT_ARRAYS, CacheFormat, block_record_name, split_path, superseded_path
+from tailrace.storage.cache_writer import write_context_block
+from tailrace.storage.layout import ArraySpec
+from tailrace.storage.shard import read_rows
 
 _BLOCKS_KEPT = 4
 

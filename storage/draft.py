@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from storage.artifact import (
+from tailrace.storage.artifact import (
     JSON,
     MANIFEST,
     REQUEST,
@@ -29,10 +29,10 @@ from storage.artifact import (
     sync_files,
     write_atomically,
 )
-from storage.differences import list_differences
-from storage.errors import ArtifactBusy, ArtifactMismatch
-from storage.formats import refuse_newer
-from storage.names import is_plural, is_temporary, one_of, remove_temporary
+from tailrace.storage.differences import list_differences
+from tailrace.storage.errors import ArtifactBusy, ArtifactMismatch
+from tailrace.storage.formats import refuse_newer
+from tailrace.storage.names import is_plural, is_temporary, one_of, remove_temporary
 
 LOCK = ".lock"
 _TRIES = 100

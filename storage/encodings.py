@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from storage.layout import ArraySpec, Compression
-from storage.memory import aligned_rows
+from tailrace.storage.layout import ArraySpec, Compression
+from tailrace.storage.memory import aligned_rows
 
 Side = Literal["in", "out"]
 

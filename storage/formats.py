@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from storage.errors import ArtifactMismatch
+from tailrace.storage.errors import ArtifactMismatch
 
 ARTIFACT_FORMATS = {
     "activation-cache": 1,

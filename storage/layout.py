@@ -18,8 +18,8 @@ import zarr.codecs
 from numcodecs.abc import Codec
 from zarr.storage import MemoryStore
 
-from storage.bfloat16 import BFloat16
-from storage.settings import Settings
+from tailrace.storage.bfloat16 import BFloat16
+from tailrace.storage.settings import Settings
 
 Compression = Literal["none", "lz4", "zstd", "gzip", "blosc-zstd"]
 """Lossless codecs of the Zarr v3 core; ``lz4`` and ``blosc-zstd`` are blosc with bit shuffling."""
@@ -137,7 +137,7 @@ def _zarr_codecs(spec: ArraySpec) -> list[Any]:
 
 
 def array_metadata(spec: ArraySpec, n_rows: int, attributes: dict[str, Any]) -> bytes:
-    """Return the ``zarr.json`` of an array whose shards ``storage.shard`` writes."""
+    """Return the ``zarr.json`` of an array whose shards ``tailrace.storage.shard`` writes."""
     store = MemoryStore()
     zarr.create_array(
         store,

@@ -11,17 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from storage.activation_cache import CacheSplit, open_cache
-from storage.artifact import read_json
-from storage.cache_publish import write_file
-from storage.cache_writer import remove_temporary_files, sync_shards, write_record
-from storage.draft import Draft
-from storage.errors import SettingsError
-from storage.layout import ArraySpec, array_metadata, group_metadata
-from storage.memory import aligned_rows
-from storage.orders import EPOCH_KIND, GatheredOrder, epoch_path, epoch_request
-from storage.shard import write_shard
-from storage.shuffle import EpochPlan
+from tailrace.storage.activation_cache import CacheSplit, open_cache
+from tailrace.storage.artifact import read_json
+from tailrace.storage.cache_publish import write_file
+from tailrace.storage.cache_writer import remove_temporary_files, sync_shards, write_record
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.layout import ArraySpec, array_metadata, group_metadata
+from tailrace.storage.memory import aligned_rows
+from tailrace.storage.orders import EPOCH_KIND, GatheredOrder, epoch_path, epoch_request
+from tailrace.storage.shard import write_shard
+from tailrace.storage.shuffle import EpochPlan
 
 RunTasks = Callable[[Callable[[int], None], Iterable[int]], None]
 """Calls a function with every id; how (in turn, on workers) is the caller's business."""

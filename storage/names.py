@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from storage.errors import ArtifactCorrupt
+from tailrace.storage.errors import ArtifactCorrupt
 
 _TEMPORARY = re.compile(r"\..+\.tmp-[^/]+-\d+-\d+")
 

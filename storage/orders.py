@@ -11,12 +11,12 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from storage.artifact import MANIFEST, read_manifest
-from storage.cache_format import EPOCHS
-from storage.layout import ArraySpec
-from storage.scatter import read_run, read_sequential
-from storage.shard import open_shard, read_zarr, shard_errors
-from storage.shuffle import EpochPlan, Run
+from tailrace.storage.artifact import MANIFEST, read_manifest
+from tailrace.storage.cache_format import EPOCHS
+from tailrace.storage.layout import ArraySpec
+from tailrace.storage.scatter import read_run, read_sequential
+from tailrace.storage.shard import open_shard, read_zarr, shard_errors
+from tailrace.storage.shuffle import EpochPlan, Run
 
 EPOCH_KIND = "shuffled-epoch"
 

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from storage.memory import as_bytes
+from tailrace.storage.memory import as_bytes
 
 _ROWS_PER_CALL = 1024
 """IOV_MAX on Linux and macOS: the most pieces one call may fill."""

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError
 
 _UNITS = {
     "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12,

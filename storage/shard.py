@@ -28,12 +28,12 @@ import xxhash
 import zarr
 from zarr.storage import LocalStore
 
-from storage.artifact import discard, is_disk_refusal, make_directory, storage_refused
-from storage.errors import ArtifactCorrupt
-from storage.layout import ArraySpec, codec_of
-from storage.memory import PAGE, aligned_rows, as_bytes
-from storage.names import temporary_path
-from storage.scatter import read_sequential
+from tailrace.storage.artifact import discard, is_disk_refusal, make_directory, storage_refused
+from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.storage.layout import ArraySpec, codec_of
+from tailrace.storage.memory import PAGE, aligned_rows, as_bytes
+from tailrace.storage.names import temporary_path
+from tailrace.storage.scatter import read_sequential
 
 _BLOCK_BYTES = 8 << 20
 _EMPTY_CHUNK = 2**64 - 1

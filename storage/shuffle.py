@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from storage.randomness import invert, philox, random_permutation
+from tailrace.storage.randomness import invert, philox, random_permutation
 
 _NUMPY_POPULATION_LIMIT = 10**9
 """Generator.multivariate_hypergeometric refuses populations of this size or more."""

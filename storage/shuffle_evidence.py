@@ -15,9 +15,17 @@ from fractions import Fraction
 
 import numpy as np
 
-from storage.errors import ArtifactCorrupt, SettingsError
-from storage.null_laws import Groups, Null, pair_moments, pearson_null, poisson_null, student_null, table_skewness
-from storage.randomness import philox
+from tailrace.storage.errors import ArtifactCorrupt, SettingsError
+from tailrace.storage.null_laws import (
+    Groups,
+    Null,
+    pair_moments,
+    pearson_null,
+    poisson_null,
+    student_null,
+    table_skewness,
+)
+from tailrace.storage.randomness import philox
 
 SAMPLED_ROWS = 1 << 20
 """Statistics whose law must be simulated look at evenly spread batches of about this many rows in all."""

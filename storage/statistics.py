@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from storage.bfloat16 import bits_to_float32
-from storage.row_sums import RowSums, sum_rows
+from tailrace.storage.bfloat16 import bits_to_float32
+from tailrace.storage.row_sums import RowSums, sum_rows
 
 MASSIVE_SHARE = 0.25
 """Activations are called massive if the longest 1 % of rows hold more than this share of the squared norms."""

@@ -18,12 +18,12 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from storage.encodings import Encoding
-from storage.errors import SettingsError
-from storage.layout import ArraySpec
-from storage.memory import aligned_rows
-from storage.orders import GatheredOrder, MaterialisedOrder, OrderedSplit, find_materialised
-from storage.shuffle import EpochPlan, sample_prefix
+from tailrace.storage.encodings import Encoding
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.layout import ArraySpec
+from tailrace.storage.memory import aligned_rows
+from tailrace.storage.orders import GatheredOrder, MaterialisedOrder, OrderedSplit, find_materialised
+from tailrace.storage.shuffle import EpochPlan, sample_prefix
 
 ORDERS = ("auto", "gathered", "materialised")
 

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.artifact import is_disk_refusal, refuse_replacing, storage_refused, sync_directory
-from storage.errors import ArtifactCorrupt, ArtifactMissing
-from storage.names import inside, temporary_path
+from tailrace.storage.artifact import is_disk_refusal, refuse_replacing, storage_refused, sync_directory
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
+from tailrace.storage.names import inside, temporary_path
 
 ROW_GROUP_ROWS = 65_536
 """Rows of a row group unless the table says otherwise: the least a reader must decompress."""

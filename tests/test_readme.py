@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 import pytest
 
-from pipeline.cache import stage as cache
-from pipeline.cache.settings import CacheSettings
-from pipeline.cli import COMMANDS, cli
-from pipeline.samples.bundled_models import bundled_model
-from pipeline.train import stage as train
+from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.cli import COMMANDS, cli
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.train import stage as train
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.paths import SPEECHES
-from training.loop.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

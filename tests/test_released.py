@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline.circuit import stage as circuit
-from pipeline.dashboard import serve
-from pipeline.evaluate import stage as evaluate
-from pipeline.query import stage as query
-from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, read_json
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.dashboard import serve
+from tailrace.pipeline.evaluate import stage as evaluate
+from tailrace.pipeline.query import stage as query
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import MANIFEST, read_json
+from tailrace.training.architectures.transcoder import read_transcoder_manifest
 from tests.released.recipe import STEPS, Step
 from tests.released.runner import run
 from tests.released.values import VALUES, Values, artifacts, is_inside, read_values
-from training.architectures.transcoder import read_transcoder_manifest
 
 RELEASES = sorted(path.parent for path in Path(__file__).parent.glob(f"released/*/{VALUES}"))
 ROUNDING = 1e-3

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.blind.ledger import Ledger
-from pipeline.blind.study import LEDGER, BlindStudy
-from pipeline.cli import main
-from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, REQUEST, canonical_json, read_json, read_manifest, seal
-from storage.draft import Draft
-from storage.errors import ArtifactMismatch
-from storage.formats import ARTIFACT_FORMATS
+from tailrace.pipeline.blind.ledger import Ledger
+from tailrace.pipeline.blind.study import LEDGER, BlindStudy
+from tailrace.pipeline.cli import main
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json, read_manifest, seal
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.formats import ARTIFACT_FORMATS
 from tests.released.values import artifacts, served_rows
 
 RELEASED = Path(__file__).parent / "released" / "d14043a"

@@ -1,7 +1,7 @@
-"""The built wheel works outside the checkout: its names are its own, and files beside the user cannot replace them.
+"""Installed from a wheel or in place, everything lies below one name, and a user's own files keep theirs.
 
-The wheel is installed in an environment of its own. Its dependencies are links to the ones installed here, without
-this checkout's own editable install, so nothing is downloaded and nothing but the wheel can provide our packages.
+Each install has an environment of its own. Its dependencies are links to the ones installed here, without this
+checkout's own editable install, so nothing is downloaded and nothing but that install can provide our package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("analysis", "pipeline", "storage", "training")
+FOLDERS = ("analysis", "pipeline", "storage", "training")
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -32,15 +32,19 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build from a copy, so that no stale ``build/`` gets in and the checkout stays as it is."""
-    source = tmp_path_factory.mktemp("source")
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", *PACKAGES, cwd=ROOT)
-    names = [*listed.splitlines(), "pyproject.toml", "LICENSE", "README.md"]
-    for name in names:
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, source / name)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, so that no stale ``build/`` gets in and the checkout stays as it is."""
+    copied = tmp_path_factory.mktemp("source")
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "tailrace", *FOLDERS, cwd=ROOT)
+    for name in [*listed.splitlines(), "pyproject.toml", "setup.py", "LICENSE", "README.md"]:
+        if (ROOT / name).exists():
+            (copied / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copied / name, follow_symlinks=False)
+    return copied
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out))
     run(sys.executable, "-m", "pip", "wheel", *options, str(source), cwd=out)
@@ -51,19 +55,28 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment that holds the wheel, and links to everything else installed here."""
-    root = tmp_path_factory.mktemp("environment")
+    return make_environment(tmp_path_factory.mktemp("environment"), str(wheel))
+
+
+@pytest.fixture(scope="module")
+def editable(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment in which the copy of the checkout is installed in place."""
+    return make_environment(tmp_path_factory.mktemp("editable"), "--no-build-isolation", "--editable", str(source))
+
+
+def make_environment(root: Path, *what: str) -> Path:
     venv.create(root, with_pip=False, symlinks=True)
-    run(
-        *(sys.executable, "-m", "pip", "--python", root / "bin" / "python"),
-        *("install", "--quiet", "--no-deps", "--no-index", wheel),
-        cwd=root,
-    )
     links = root / "dependencies"
     links.mkdir()
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if "tailrace" not in entry.name and entry.suffix != ".pth":
             (links / entry.name).symlink_to(entry)
     (site_packages(root) / "dependencies.pth").write_text(f"{links}\n")
+    run(
+        *(sys.executable, "-m", "pip", "--python", root / "bin" / "python"),
+        *("install", "--quiet", "--no-deps", "--no-index", *what),
+        cwd=root,
+    )
     return root
 
 
@@ -73,57 +86,71 @@ def site_packages(environment: Path) -> Path:
 
 
 @pytest.fixture
-def hostile_directory(tmp_path: Path) -> Path:
-    """A user's directory with files that carry our packages' names and must never be imported."""
-    for package in PACKAGES:
-        (tmp_path / f"{package}.py").write_text(f"raise SystemExit('{package}.py beside the user was imported')\n")
+def own_files(tmp_path: Path) -> Path:
+    """A researcher's directory: modules, and a package, that carry the names of our folders."""
+    for folder in ("analysis", "pipeline", "storage"):
+        (tmp_path / f"{folder}.py").write_text("mine = True\n")
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "__init__.py").write_text("mine = True\n")
+    (tmp_path / "training" / "transcoder.py").write_text("mine = True\n")
     return tmp_path
 
 
-def test_wheel_holds_every_tracked_file_of_the_packages(wheel: Path) -> None:
-    tracked = run("git", "ls-files", *PACKAGES, cwd=ROOT).splitlines()
-    missing = {name for name in tracked if (ROOT / name).is_file()} - set(zipfile.ZipFile(wheel).namelist())
-    assert missing == set()
+def test_wheel_holds_every_tracked_file_of_the_folders_once_below_the_one_name(wheel: Path) -> None:
+    tracked = run("git", "ls-files", *FOLDERS, cwd=ROOT).splitlines()
+    wanted = sorted(f"tailrace/{name}" for name in tracked if (ROOT / name).is_file())
+    held = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    own = ["tailrace/__init__.py", "tailrace/__main__.py", "tailrace/py.typed"]
+    assert sorted(held) == sorted([*own, *wanted])
 
 
-def test_wheel_holds_only_the_four_packages(wheel: Path) -> None:
-    top_level = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {name for name in top_level if not name.endswith(".dist-info")} == set(PACKAGES)
-
-
-def test_packages_import_from_the_wheel(environment: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("install", ["environment", "editable"])
+def test_files_of_the_same_names_change_nothing_and_are_not_shadowed(
+    install: str, own_files: Path, request: pytest.FixtureRequest
+) -> None:
+    environment = request.getfixturevalue(install)
     program = (
-        f"import importlib, json; print(json.dumps([importlib.import_module(name).__file__ for name in {PACKAGES}]))"
+        "import analysis, pipeline, storage, training.transcoder\n"
+        "assert all(module.mine for module in (analysis, pipeline, storage, training, training.transcoder))\n"
+        "import sys, tailrace.storage.artifact, tailrace.training.rows.batches\n"
+        "files = [module.__file__ for name, module in sys.modules.items() if name.startswith('tailrace') "
+        "and getattr(module, '__file__', None)]\n"
+        "import os; assert len({os.path.realpath(file) for file in files}) == len(files), 'a module was loaded twice'\n"
+        "print(tailrace.storage.artifact.checksum_file.__module__)"
     )
-    files = json.loads(run(environment / "bin" / "python", "-c", program, cwd=tmp_path))
-    assert files == [str(site_packages(environment) / package / "__init__.py") for package in PACKAGES]
+    assert run(environment / "bin" / "python", "-c", program, cwd=own_files) == "tailrace.storage.artifact\n"
 
 
-def test_no_other_distribution_provides_our_package_names(environment: Path, tmp_path: Path) -> None:
-    program = "import importlib.metadata, json; print(json.dumps(importlib.metadata.packages_distributions()))"
-    providers = json.loads(run(environment / "bin" / "python", "-c", program, cwd=tmp_path))
-    assert {package: providers[package] for package in PACKAGES} == {package: ["tailrace"] for package in PACKAGES}
-
-
-def test_our_package_names_are_not_of_the_standard_library() -> None:
-    assert set(PACKAGES) & set(sys.stdlib_module_names) == set()
-
-
-def test_command_ignores_files_with_our_names_beside_the_user(environment: Path, hostile_directory: Path) -> None:
-    printed = run(environment / "bin" / "pipeline", "--help", cwd=hostile_directory)
+@pytest.mark.parametrize("install", ["environment", "editable"])
+@pytest.mark.parametrize("command", [("bin/pipeline",), ("bin/tailrace",), ("bin/python", "-m", "tailrace")])
+def test_the_command_works_beside_such_files_by_each_of_its_names(
+    install: str, command: tuple[str, ...], own_files: Path, request: pytest.FixtureRequest
+) -> None:
+    environment = request.getfixturevalue(install)
+    printed = run(environment / command[0], *command[1:], "--help", cwd=own_files)
     assert printed.startswith("Usage: pipeline")
 
 
-def test_safe_path_ignores_files_with_our_names_beside_the_user(environment: Path, hostile_directory: Path) -> None:
-    program = f"import {', '.join(PACKAGES)}; print('ours')"
-    assert run(environment / "bin" / "python", "-P", "-c", program, cwd=hostile_directory) == "ours\n"
+@pytest.mark.parametrize("install", ["environment", "editable"])
+def test_the_folders_have_no_names_of_their_own(install: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    program = f"import importlib.util as u; print([u.find_spec(name) for name in {FOLDERS}])"
+    environment = request.getfixturevalue(install)
+    assert run(environment / "bin" / "python", "-c", program, cwd=tmp_path) == f"{[None] * 4}\n"
 
 
-def test_without_safe_path_a_file_beside_the_user_wins(environment: Path, hostile_directory: Path) -> None:
-    """Python's rule for ``python -c`` and ``-m``, which no package can change; it shows that the files are hostile."""
-    command: list[str | Path] = [environment / "bin" / "python", "-c", "import storage"]
-    done = subprocess.run(command, cwd=hostile_directory, capture_output=True, text=True)
-    assert "storage.py beside the user was imported" in done.stderr
+def test_a_folder_on_the_path_is_refused_with_the_name_to_import() -> None:
+    done = subprocess.run([sys.executable, "-c", "import storage"], cwd=ROOT, capture_output=True, text=True)
+    assert "ImportError: import tailrace.storage: this folder has no import name of its own" in done.stderr
+
+
+def test_a_copy_that_lost_its_links_says_so(source: Path, tmp_path: Path) -> None:
+    """Some archives and file systems turn a link into a small file that holds its target's name."""
+    shutil.copytree(source / "tailrace", tmp_path / "tailrace", symlinks=True)
+    for folder in FOLDERS:
+        (tmp_path / "tailrace" / folder).unlink()
+        (tmp_path / "tailrace" / folder).write_text(f"../{folder}")
+    done = subprocess.run([sys.executable, "-S", "-c", "import tailrace"], cwd=tmp_path, capture_output=True, text=True)
+    assert "this copy of the repository lost its links; clone it with git" in done.stderr
 
 
 BITS = [0x3F80, 0x4000, 0xBF80, 0x0000]
@@ -150,7 +177,7 @@ def bfloat16_group(tmp_path: Path) -> Path:
     return tmp_path
 
 
-NEVER_IMPORTED = "import sys, zarr; assert not any(name.split('.')[0] == 'storage' for name in sys.modules)\n"
+NEVER_IMPORTED = "import sys, zarr; assert not any(name.split('.')[0] == 'tailrace' for name in sys.modules)\n"
 
 
 @pytest.mark.parametrize("opened", ["zarr.open_group('group', mode='r')", "zarr.open('group', mode='r')"])

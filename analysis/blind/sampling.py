@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.errors import SettingsError
-from storage.randomness import philox, random_permutation
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.randomness import philox, random_permutation
 
 
 @dataclass(frozen=True)

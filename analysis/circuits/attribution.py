@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.circuits.nodes import Kind, NodeColumns, columns_of, joined_columns
-from analysis.circuits.operators import pull_norm, read_heads, unmix
-from analysis.circuits.run import ActiveFeatures, LinearisedRun, Part, Probe
-from analysis.weights.model_weights import Norm
-from training.kernels.pairs import Pairs
+from tailrace.analysis.circuits.nodes import Kind, NodeColumns, columns_of, joined_columns
+from tailrace.analysis.circuits.operators import pull_norm, read_heads, unmix
+from tailrace.analysis.circuits.run import ActiveFeatures, LinearisedRun, Part, Probe
+from tailrace.analysis.weights.model_weights import Norm
+from tailrace.training.kernels.pairs import Pairs
 
 FEW_ROOTS = 16
 """Up to here a compiled loop over pairs is faster than gathering the decoder rows of each token for a product: 0.25 ms

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.circuits.attribution import Sources, attribute, list_sources
-from analysis.circuits.influence import Pruned, influences, prune, shares
-from analysis.circuits.nodes import Kind, Node, NodeColumns, node_columns
-from analysis.circuits.readers import feature_probe
-from analysis.circuits.roots import Root
-from analysis.circuits.run import LinearisedRun, Probe
+from tailrace.analysis.circuits.attribution import Sources, attribute, list_sources
+from tailrace.analysis.circuits.influence import Pruned, influences, prune, shares
+from tailrace.analysis.circuits.nodes import Kind, Node, NodeColumns, node_columns
+from tailrace.analysis.circuits.readers import feature_probe
+from tailrace.analysis.circuits.roots import Root
+from tailrace.analysis.circuits.run import LinearisedRun, Probe
 
 
 @dataclass(frozen=True)

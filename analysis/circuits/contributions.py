@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.circuits.nodes import Kind, NodeColumns, columns_of, joined_columns
-from analysis.circuits.operators import head_contributions, pull_norm
-from analysis.circuits.readers import written_direction
-from analysis.circuits.run import LinearisedRun, Part, Probe
+from tailrace.analysis.circuits.nodes import Kind, NodeColumns, columns_of, joined_columns
+from tailrace.analysis.circuits.operators import head_contributions, pull_norm
+from tailrace.analysis.circuits.readers import written_direction
+from tailrace.analysis.circuits.run import LinearisedRun, Part, Probe
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.circuits.attribution_graph import AttributionGraph
-from analysis.circuits.contributions import Terms
-from analysis.circuits.influence import Pruned
-from analysis.circuits.nodes import KINDS, Kind, Node
-from analysis.circuits.path_graph import PathGraph
-from analysis.circuits.path_text import show_path
-from analysis.circuits.paths import Path
-from analysis.circuits.roots import Root
+from tailrace.analysis.circuits.attribution_graph import AttributionGraph
+from tailrace.analysis.circuits.contributions import Terms
+from tailrace.analysis.circuits.influence import Pruned
+from tailrace.analysis.circuits.nodes import KINDS, Kind, Node
+from tailrace.analysis.circuits.path_graph import PathGraph
+from tailrace.analysis.circuits.path_text import show_path
+from tailrace.analysis.circuits.paths import Path
+from tailrace.analysis.circuits.roots import Root
 
 JSON = dict[str, Any]
 

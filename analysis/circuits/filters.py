@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.circuits.nodes import KINDS, Kind, Node, NodeColumns, node_columns
-from storage.errors import SettingsError
+from tailrace.analysis.circuits.nodes import KINDS, Kind, Node, NodeColumns, node_columns
+from tailrace.storage.errors import SettingsError
 
 FIELDS = ("kind", "layer", "token", "head", "feature", "place")
 COMPARATORS: dict[str, Callable[[Any, Any], Any]] = {

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from analysis.circuits.nodes import Node
+from tailrace.analysis.circuits.nodes import Node
 
 
 class Column(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analysis.weights.model_weights import AttentionWeights, Norm
+from tailrace.analysis.weights.model_weights import AttentionWeights, Norm
 
 
 def norm_scale(norm: Norm, x: Tensor) -> Tensor:

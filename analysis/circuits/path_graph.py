@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from analysis.circuits.contributions import contributions
-from analysis.circuits.nodes import Kind, Node
-from analysis.circuits.paths import Path, refuse_capped
-from analysis.circuits.run import LinearisedRun, Probe
+from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.circuits.paths import Path, refuse_capped
+from tailrace.analysis.circuits.run import LinearisedRun, Probe
 
 Edge = tuple[Node, Node]
 """(child, parent): the child contributes to the parent."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.circuits.paths import Path
+from tailrace.analysis.circuits.paths import Path
 
 
 def show_path(path: Path, *, with_values: bool = True) -> str:

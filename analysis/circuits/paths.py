@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.circuits.contributions import Terms, contributions
-from analysis.circuits.filters import NodeFilter, has_infix, has_suffix
-from analysis.circuits.nodes import EXTENDABLE, Kind, Node
-from analysis.circuits.readers import feature_probe, head_probe, skip_probe, written_direction
-from analysis.circuits.roots import Root
-from analysis.circuits.run import LinearisedRun, Part, Probe
+from tailrace.analysis.circuits.contributions import Terms, contributions
+from tailrace.analysis.circuits.filters import NodeFilter, has_infix, has_suffix
+from tailrace.analysis.circuits.nodes import EXTENDABLE, Kind, Node
+from tailrace.analysis.circuits.readers import feature_probe, head_probe, skip_probe, written_direction
+from tailrace.analysis.circuits.roots import Root
+from tailrace.analysis.circuits.run import LinearisedRun, Part, Probe
 
 SEARCHED = (Kind.FEATURE, Kind.HEAD, Kind.SKIP, Kind.EMBEDDING, Kind.POSITION, Kind.MLP)
 """Kinds a path may go through or end in; errors and biases are added to graphs of paths, not searched."""

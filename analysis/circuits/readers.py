@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from analysis.circuits.operators import pull_norm, read_heads
-from analysis.circuits.run import ActiveFeatures, LinearisedRun, Part, Probe
-from analysis.weights.model_weights import Norm
+from tailrace.analysis.circuits.operators import pull_norm, read_heads
+from tailrace.analysis.circuits.run import ActiveFeatures, LinearisedRun, Part, Probe
+from tailrace.analysis.weights.model_weights import Norm
 
 
 def feature_probe(run: LinearisedRun, layer: int, token: int, feature: int, gain: float = 1.0) -> Probe:

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.circuits.operators import apply_norm, mix, norm_scale, write_heads
-from analysis.circuits.run import ActiveFeatures, LayerRecord, LinearisedRun
-from analysis.splice.hook_points import name_problem, observed
-from analysis.weights.model_weights import AttentionWeights, ModelWeights, Norm
-from storage.cache_format import Site
-from storage.errors import ModelError
-from storage.hook_names import HookName
-from training.architectures.transcoder import Transcoder
+from tailrace.analysis.circuits.operators import apply_norm, mix, norm_scale, write_heads
+from tailrace.analysis.circuits.run import ActiveFeatures, LayerRecord, LinearisedRun
+from tailrace.analysis.splice.hook_points import name_problem, observed
+from tailrace.analysis.weights.model_weights import AttentionWeights, ModelWeights, Norm
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError
+from tailrace.storage.hook_names import HookName
+from tailrace.training.architectures.transcoder import Transcoder
 
 _TOLERANCES = {torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """Of a token's norm, for a part put together from its pieces; room for the rounding of a whole sublayer."""

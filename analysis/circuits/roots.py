@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analysis.circuits.nodes import Kind, Node
-from analysis.circuits.readers import decoder_probe, feature_probe, final_probe
-from analysis.circuits.run import LinearisedRun, Part, Probe
-from storage.errors import SettingsError
+from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.circuits.readers import decoder_probe, feature_probe, final_probe
+from tailrace.analysis.circuits.run import LinearisedRun, Part, Probe
+from tailrace.storage.errors import SettingsError
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from analysis.circuits.operators import apply_norm
-from analysis.weights.model_weights import LayerWeights, ModelWeights
-from training.architectures.transcoder import Transcoder
-from training.cross_layer.layers import StackedLayer
+from tailrace.analysis.circuits.operators import apply_norm
+from tailrace.analysis.weights.model_weights import LayerWeights, ModelWeights
+from tailrace.training.architectures.transcoder import Transcoder
+from tailrace.training.cross_layer.layers import StackedLayer
 
 
 class Part(StrEnum):

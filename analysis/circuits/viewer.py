@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.circuits.attribution_graph import AttributionGraph
-from analysis.circuits.influence import Pruned
-from analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.circuits.attribution_graph import AttributionGraph
+from tailrace.analysis.circuits.influence import Pruned
+from tailrace.analysis.circuits.nodes import Kind, Node
 
 JSON = dict[str, Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from analysis.dashboards.rounding import rounded
-from analysis.dashboards.vocabulary import Vocabulary
+from tailrace.analysis.dashboards.rounding import rounded
+from tailrace.analysis.dashboards.vocabulary import Vocabulary
 
 Row = dict[str, Any]
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.dashboards.feature_tables import feature_slices
-from analysis.dashboards.rounding import rounded_list
-from analysis.dashboards.vocabulary import Vocabulary
+from tailrace.analysis.dashboards.feature_tables import feature_slices
+from tailrace.analysis.dashboards.rounding import rounded_list
+from tailrace.analysis.dashboards.vocabulary import Vocabulary
 
 COLUMNS = (
     *("feature", "kind", "band", "activation", "document", "context", "position"),

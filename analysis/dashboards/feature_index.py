@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis.dashboards.example_lines import top_tokens
-from analysis.dashboards.feature_tables import FeatureTables
-from analysis.dashboards.histograms import first_bin, shared_axis, sparkline
-from analysis.dashboards.rounding import rounded_list
-from analysis.dashboards.vocabulary import Vocabulary
+from tailrace.analysis.dashboards.example_lines import top_tokens
+from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.analysis.dashboards.histograms import first_bin, shared_axis, sparkline
+from tailrace.analysis.dashboards.rounding import rounded_list
+from tailrace.analysis.dashboards.vocabulary import Vocabulary
 
 TOKENS_SHOWN = 8
 """Distinct tokens listed per feature, and as many that it promotes."""

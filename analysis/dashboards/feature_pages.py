@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.dashboards.bands import bands_of
-from analysis.dashboards.connection_lists import connection_lists
-from analysis.dashboards.example_lines import COLUMNS, example_lines
-from analysis.dashboards.feature_tables import FeatureTables, feature_slices
-from analysis.dashboards.histograms import page_histogram
-from analysis.dashboards.rounding import rounded, rounded_list
-from analysis.dashboards.vocabulary import Vocabulary
+from tailrace.analysis.dashboards.bands import bands_of
+from tailrace.analysis.dashboards.connection_lists import connection_lists
+from tailrace.analysis.dashboards.example_lines import COLUMNS, example_lines
+from tailrace.analysis.dashboards.feature_tables import FeatureTables, feature_slices
+from tailrace.analysis.dashboards.histograms import page_histogram
+from tailrace.analysis.dashboards.rounding import rounded, rounded_list
+from tailrace.analysis.dashboards.vocabulary import Vocabulary
 
 STATISTICS = (
     *("frequency", "frequency_low", "frequency_high", "n_active", "mean", "std", "max", "p10", "p50", "p90", "p99"),

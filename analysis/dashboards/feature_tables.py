@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from analysis.tables_artifact import TABLES_KIND
-from storage.artifact import read_manifest
-from storage.names import inside
-from storage.tables import read_schema, read_table
-from training.artifact_kinds import FOR_ONE_LAYER_ONLY
+from tailrace.analysis.tables_artifact import TABLES_KIND
+from tailrace.storage.artifact import read_manifest
+from tailrace.storage.names import inside
+from tailrace.storage.tables import read_schema, read_table
+from tailrace.training.artifact_kinds import FOR_ONE_LAYER_ONLY
 
 KIND = TABLES_KIND
 """The kind of artifact read."""

@@ -1,7 +1,7 @@
 """Histograms of many fine bins, drawn with fewer: neighbouring bins joined, on a common axis or each on its own.
 
-Bins of `analysis.harvest.histogram` are the same for every feature, so any of them are found on one axis by their
-edges.
+Bins of `tailrace.analysis.harvest.histogram` are the same for every feature, so any of them are found on one axis by
+their edges.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.harvest.histogram import EDGES, N_BINS
+from tailrace.analysis.harvest.histogram import EDGES, N_BINS
 
 SPARK_BINS = 28
 """Bars of a sparkline at most."""
@@ -21,7 +21,7 @@ _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def first_bin(edges: Sequence[float]) -> int:
-    """Return the place, among the bins of `analysis.harvest.histogram`, of a histogram's first bin."""
+    """Return the place, among the bins of `tailrace.analysis.harvest.histogram`, of a histogram's first bin."""
     return int(np.searchsorted(EDGES, np.float32(edges[0])))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.dashboards.visible import visible_token
+from tailrace.analysis.dashboards.visible import visible_token
 
 
 class Vocabulary:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from analysis.evaluate.next_tokens import pattern_divergences
-from storage.cache_format import Site
-from storage.hook_names import HookName
+from tailrace.analysis.evaluate.next_tokens import pattern_divergences
+from tailrace.storage.cache_format import Site
+from tailrace.storage.hook_names import HookName
 
 _QUERIES_OR_KEYS = re.compile(r"(blocks\.\d+\.attn)\.(?:hook_(?:rot_)?[qk]|[qk]\.hook_out)")
 

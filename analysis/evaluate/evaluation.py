@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.evaluate.attention_patterns import SitePattern, pattern_of
-from analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
-from analysis.evaluate.splice_scores import Outcome, SpliceScore
-from analysis.splice.hook_points import observed
-from analysis.splice.in_place import InPlaceCoder, InPlaceSums, Measured
-from analysis.splice.replacement import MeanAblated, Substitute, ZeroAblated, run_replaced
-from storage.cache_format import Site
-from storage.errors import NonFiniteActivation
+from tailrace.analysis.evaluate.attention_patterns import SitePattern, pattern_of
+from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
+from tailrace.analysis.evaluate.splice_scores import Outcome, SpliceScore
+from tailrace.analysis.splice.hook_points import observed
+from tailrace.analysis.splice.in_place import InPlaceCoder, InPlaceSums, Measured
+from tailrace.analysis.splice.replacement import MeanAblated, Substitute, ZeroAblated, run_replaced
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import NonFiniteActivation
 
 ALL_SITES = "all sites"
 """Name of the set of every site; no site can be called that, since names have no spaces."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from analysis.splice.in_place import InPlaceScore
+from tailrace.analysis.splice.in_place import InPlaceScore
 
 
 @dataclass(frozen=True)

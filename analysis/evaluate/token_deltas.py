@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from analysis.evaluate.evaluation import TokenDeltas
-from analysis.harvest.table import record_batch
-from storage.tables import column
+from tailrace.analysis.evaluate.evaluation import TokenDeltas
+from tailrace.analysis.harvest.table import record_batch
+from tailrace.storage.tables import column
 
 SCHEMA = pa.schema(
     [

@@ -13,12 +13,12 @@ from typing import Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.harvest import loops
-from analysis.harvest.block import Block, FeaturePairs
-from analysis.harvest.one_pass import Plan, Subject
-from analysis.harvest.rows import RowBlock
-from analysis.harvest.scratch_files import Spool
-from analysis.harvest.table import feature_ranges
+from tailrace.analysis.harvest import loops
+from tailrace.analysis.harvest.block import Block, FeaturePairs
+from tailrace.analysis.harvest.one_pass import Plan, Subject
+from tailrace.analysis.harvest.rows import RowBlock
+from tailrace.analysis.harvest.scratch_files import Spool
+from tailrace.analysis.harvest.table import feature_ranges
 
 RECORD: Final = np.dtype([("row", np.uint32), ("feature", np.uint32), ("activation", np.float32)])
 LAST_ROW: Final = 2**32 - 1

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.harvest.encoding import Coder, Encoded, Encoder
-from analysis.harvest.rows import RowBlock
-from training.kernels.pairs import Pairs
+from tailrace.analysis.harvest.encoding import Coder, Encoded, Encoder
+from tailrace.analysis.harvest.rows import RowBlock
+from tailrace.training.kernels.pairs import Pairs
 
 __all__ = ["Block", "Coder", "FeaturePairs"]
 

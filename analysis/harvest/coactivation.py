@@ -14,9 +14,9 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.harvest import loops
-from analysis.harvest.activations import FeatureLists, KeptPairs
-from training.kernels.threads import over_ranges
+from tailrace.analysis.harvest import loops
+from tailrace.analysis.harvest.activations import FeatureLists, KeptPairs
+from tailrace.training.kernels.threads import over_ranges
 
 N_TOP: Final = 10
 """Others named for each feature."""

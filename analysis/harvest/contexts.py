@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.harvest.rows import TokenOrderSplit
+from tailrace.analysis.harvest.rows import TokenOrderSplit
 
 
 def tokens_of(split: TokenOrderSplit, contexts: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -1,9 +1,9 @@
 """From a block's inputs to its active pairs and predictions, by whichever way is the faster.
 
 *Sparse*: one matrix product that says which pairs may be active, in bfloat16 where the processor multiplies it; those
-few are computed exactly and the choice is made among them (``training.kernels.select``), so no rows × d_sae matrix of
-float32 exists. *Dense*: all activations of a few rows at a time; for devices other than the CPU, for coders without a
-selection known here, and where many features fire.
+few are computed exactly and the choice is made among them (``tailrace.training.kernels.select``), so no rows × d_sae
+matrix of float32 exists. *Dense*: all activations of a few rows at a time; for devices other than the CPU, for coders
+without a selection known here, and where many features fire.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.architectures.base import Transcoder
-from training.architectures.entries import LargestPerRow, Selection
-from training.kernels.adaptive import resolve_precision
-from training.kernels.pairs import Pairs, SparseEntries
-from training.kernels.select import Selector
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.entries import LargestPerRow, Selection
+from tailrace.training.kernels.adaptive import resolve_precision
+from tailrace.training.kernels.pairs import Pairs, SparseEntries
+from tailrace.training.kernels.select import Selector
 
 DENSE_BYTES = 128 << 20
 """Memory of one piece of dense activations."""

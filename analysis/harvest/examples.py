@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.harvest import loops
-from analysis.harvest.block import Block
-from analysis.harvest.one_pass import Plan, Subject
+from tailrace.analysis.harvest import loops
+from tailrace.analysis.harvest.block import Block
+from tailrace.analysis.harvest.one_pass import Plan, Subject
 
 
 class Examples(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.harvest import loops
-from analysis.harvest.block import Block
-from analysis.harvest.histogram import BIN_OF_CELL, HIGH_EDGE, N_BINS
-from analysis.harvest.one_pass import Plan, Subject
-from analysis.harvest.sums import OrderedSum
+from tailrace.analysis.harvest import loops
+from tailrace.analysis.harvest.block import Block
+from tailrace.analysis.harvest.histogram import BIN_OF_CELL, HIGH_EDGE, N_BINS
+from tailrace.analysis.harvest.one_pass import Plan, Subject
+from tailrace.analysis.harvest.sums import OrderedSum
 
 N_POSITION_BINS: Final = 16
 """Equal parts of a context that firing is counted in."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.compiled import compiled_loop
+from tailrace.storage.compiled import compiled_loop
 
 
 @compiled_loop()
@@ -203,8 +203,8 @@ def pick_by_hash(
 ) -> None:
     """Write each feature's pairs of smallest hash: ``n_band`` of every band, then ``n_random`` of all; −1 for none.
 
-    A pair's hash is ``analysis.harvest.sampled_examples.mixed(keys[feature] + row)``. Band b holds the values in
-    (maximum · b / n_bands, maximum · (b + 1) / n_bands]. ``hashes`` (as long as a row of ``picks``) is overwritten.
+    A pair's hash is ``tailrace.analysis.harvest.sampled_examples.mixed(keys[feature] + row)``. Band b holds the values
+    in (maximum · b / n_bands, maximum · (b + 1) / n_bands]. ``hashes`` (as long as a row of ``picks``) is overwritten.
     """
     filled = np.zeros(n_bands + 1, np.int64)
     for feature in range(len(offsets) - 1):

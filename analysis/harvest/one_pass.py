@@ -17,12 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.harvest.block import Block
-from analysis.harvest.encoding import Coder, DenseEncoder, Encoder, expected_density, open_encoder, selection_in_use
-from analysis.harvest.rows import RowBlock, TokenOrderSplit, iter_blocks
-from analysis.weights.unembedding import TokenEffects
-from storage.errors import ActionableError
-from training.rows.batches import as_tensor
+from tailrace.analysis.harvest.block import Block
+from tailrace.analysis.harvest.encoding import (
+    Coder,
+    DenseEncoder,
+    Encoder,
+    expected_density,
+    open_encoder,
+    selection_in_use,
+)
+from tailrace.analysis.harvest.rows import RowBlock, TokenOrderSplit, iter_blocks
+from tailrace.analysis.weights.unembedding import TokenEffects
+from tailrace.storage.errors import ActionableError
+from tailrace.training.rows.batches import as_tensor
 
 PROBE_ROWS: Final = 1024
 """Rows on which the share of active pairs is measured."""

@@ -7,11 +7,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.harvest import loops
-from analysis.harvest.block import Block
-from analysis.harvest.one_pass import Plan, Subject
-from analysis.harvest.sums import OrderedSum
-from storage.errors import NonFiniteActivation
+from tailrace.analysis.harvest import loops
+from tailrace.analysis.harvest.block import Block
+from tailrace.analysis.harvest.one_pass import Plan, Subject
+from tailrace.analysis.harvest.sums import OrderedSum
+from tailrace.storage.errors import NonFiniteActivation
 
 
 class RowTotals:

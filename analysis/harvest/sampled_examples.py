@@ -12,11 +12,11 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.harvest import loops
-from analysis.harvest.activations import RowPlaces
-from analysis.harvest.block import FeaturePairs
-from analysis.harvest.examples import Examples
-from analysis.harvest.one_pass import Plan
+from tailrace.analysis.harvest import loops
+from tailrace.analysis.harvest.activations import RowPlaces
+from tailrace.analysis.harvest.block import FeaturePairs
+from tailrace.analysis.harvest.examples import Examples
+from tailrace.analysis.harvest.one_pass import Plan
 
 _GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.artifact import is_disk_refusal, make_directory, storage_refused
+from tailrace.storage.artifact import is_disk_refusal, make_directory, storage_refused
 
 
 class Spool:

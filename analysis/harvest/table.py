@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.harvest.one_pass import Accumulator, Harvest, Plan, Subject
-from storage.artifact import make_directory
-from storage.tables import ROW_GROUP_ROWS, describe, write_table
+from tailrace.analysis.harvest.one_pass import Accumulator, Harvest, Plan, Subject
+from tailrace.storage.artifact import make_directory
+from tailrace.storage.tables import ROW_GROUP_ROWS, describe, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -152,9 +152,9 @@ _INTRODUCTION = """\
 # Tables
 
 `pipeline analyze` reads a split of a cache once ([how](analyze.md)) and writes these Parquet files as one artifact.
-This page is made from their schemas by `python -m analysis.tables docs/tables.md`, and a test compares the two; the
-same sentences lie in the files themselves (`storage.tables.describe`). `pipeline query "SELECT …"` runs SQL over them,
-one view per table.
+This page is made from their schemas by `python -m tailrace.analysis.tables docs/tables.md`, and a test compares the
+two; the same sentences lie in the files themselves (`tailrace.storage.tables.describe`). `pipeline query "SELECT …"`
+runs SQL over them, one view per table.
 
 A feature is *active* on a row if its activation there is above zero. Rows are numbered from 0 in the split's token
 order (by context, then position), so `row` means the same row in every table made from the same cache, generation and

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from analysis.harvest import loops
-from analysis.harvest.activations import KeptPairs, RowPlaces
-from analysis.harvest.contexts import tokens_at
-from analysis.harvest.one_pass import Harvest, Subject
+from tailrace.analysis.harvest import loops
+from tailrace.analysis.harvest.activations import KeptPairs, RowPlaces
+from tailrace.analysis.harvest.contexts import tokens_at
+from tailrace.analysis.harvest.one_pass import Harvest, Subject
 
 
 class TokenDiversity:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.token_text import has_bytes, join_characters
+from tailrace.storage.token_text import has_bytes, join_characters
 
 MOST_KEPT = 1 << 14
 """Runs that are kept before all are forgotten: 50 MB if each fills a window. Some texts have no end of them."""

@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.interventions.forward import forward
-from analysis.interventions.metrics import Metric
-from analysis.interventions.patching import Patch
-from analysis.interventions.prompts import Prompts
-from analysis.splice.hook_points import name_problem
-from analysis.splice.replacement import Substitute
-from storage.cache_format import Site
-from storage.errors import ModelError, TextError
-from storage.hook_names import HookName
+from tailrace.analysis.interventions.forward import forward
+from tailrace.analysis.interventions.metrics import Metric
+from tailrace.analysis.interventions.patching import Patch
+from tailrace.analysis.interventions.prompts import Prompts
+from tailrace.analysis.splice.hook_points import name_problem
+from tailrace.analysis.splice.replacement import Substitute
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError, TextError
+from tailrace.storage.hook_names import HookName
 
 
 class PatchPlace(NamedTuple):
     """Where to patch."""
 
     hook: str
-    """``NAME`` or ``NAME[head]``; see ``analysis.interventions.patching.hook_of``."""
+    """``NAME`` or ``NAME[head]``; see ``tailrace.analysis.interventions.patching.hook_of``."""
     position: int | None = None
     """Position in every prompt, negative ones from its end; None: all of them."""
     also: tuple[str, ...] = ()

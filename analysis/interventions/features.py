@@ -16,11 +16,11 @@ from typing import Any, Literal, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from analysis.splice.in_place import InPlaceCoder
-from analysis.splice.passes import PassTokens
-from analysis.splice.replacement import Substitute, weights_dtype, width_problems
-from storage.cache_format import Site
-from storage.errors import SettingsError
+from tailrace.analysis.splice.in_place import InPlaceCoder
+from tailrace.analysis.splice.passes import PassTokens
+from tailrace.analysis.splice.replacement import Substitute, weights_dtype, width_problems
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import SettingsError
 
 
 class FeatureCoder(InPlaceCoder, Protocol):

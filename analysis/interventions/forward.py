@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.interventions.patching import Patch, patched
-from analysis.interventions.prompts import Prompts
-from analysis.splice.hook_points import name_problem, observed
-from analysis.splice.passes import check_whole
-from analysis.splice.replacement import Substitute, replaced, silent_sites_problem, tensor_in
-from storage.cache_format import Site
-from storage.errors import ModelError
+from tailrace.analysis.interventions.patching import Patch, patched
+from tailrace.analysis.interventions.prompts import Prompts
+from tailrace.analysis.splice.hook_points import name_problem, observed
+from tailrace.analysis.splice.passes import check_whole
+from tailrace.analysis.splice.replacement import Substitute, replaced, silent_sites_problem, tensor_in
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,8 @@ def forward(
     """Run ``prompts`` with ``substitutes`` and ``patches`` in place; patches act on what substitutes left.
 
     ``hooks`` are looked at last, so they hold what the model went on with. ``where`` is that of
-    ``analysis.splice.replacement.replaced``. Raises ModelError for unknown hooks, and for a hook that never fired.
+    ``tailrace.analysis.splice.replacement.replaced``. Raises ModelError for unknown hooks, and for a hook that never
+    fired.
     """
     points: Mapping[str, Any] = bridge.hook_dict
     names = list(dict.fromkeys(hooks))

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from analysis.interventions.forward import ForwardPass
-from analysis.splice.replacement import weights_dtype
-from storage.cache_format import Site
-from storage.errors import ModelError
-from storage.hook_names import HookName
+from tailrace.analysis.interventions.forward import ForwardPass
+from tailrace.analysis.splice.replacement import weights_dtype
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError
+from tailrace.storage.hook_names import HookName
 
 
 class Metric(ABC):

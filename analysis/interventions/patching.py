@@ -2,7 +2,7 @@
 
 Both runs must be of the same model. Inside a replacement that means the same replacement: taking values from the plain
 model and putting them into a replaced one measures the difference of the two models as well, which is why
-``analysis.interventions.experiment`` runs both sides itself.
+``tailrace.analysis.interventions.experiment`` runs both sides itself.
 
 Heads are counted at the hook. Where query heads share keys and values (grouped-query attention), ``hook_k`` and
 ``hook_v`` have fewer heads than ``hook_q`` and ``hook_z``, and patching one of them changes every query head that reads
@@ -19,11 +19,11 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from analysis.splice.hook_points import HookFunction, hooked, name_problem
-from analysis.splice.passes import Passes, PassTokens, following_passes
-from analysis.splice.replacement import tensor_in
-from storage.errors import ModelError
-from storage.hook_names import HookName
+from tailrace.analysis.splice.hook_points import HookFunction, hooked, name_problem
+from tailrace.analysis.splice.passes import Passes, PassTokens, following_passes
+from tailrace.analysis.splice.replacement import tensor_in
+from tailrace.storage.errors import ModelError
+from tailrace.storage.hook_names import HookName
 
 PlaceKind = Literal["resid_pre", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from storage.errors import TextError
+from tailrace.storage.errors import TextError
 
 
 @dataclass(frozen=True, eq=False)

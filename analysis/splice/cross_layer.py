@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from storage.errors import ModelError
-from training.cross_layer.stack import CrossLayerTranscoder
+from tailrace.storage.errors import ModelError
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 
 
 class LayerInPlace:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.splice.passes import PassTokens
-from analysis.splice.replacement import Substitute, weights_dtype, width_problems
-from storage.cache_format import Site
+from tailrace.analysis.splice.passes import PassTokens
+from tailrace.analysis.splice.replacement import Substitute, weights_dtype, width_problems
+from tailrace.storage.cache_format import Site
 
 
 class InPlaceCoder(Protocol):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.errors import ModelError
+from tailrace.storage.errors import ModelError
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from analysis.splice.hook_points import HookFunction, hooked, name_problem
-from analysis.splice.passes import Passes, PassTokens, check_whole, following_passes
-from storage.cache_format import Site
-from storage.errors import ModelError
-from storage.hook_names import HookName
+from tailrace.analysis.splice.hook_points import HookFunction, hooked, name_problem
+from tailrace.analysis.splice.passes import Passes, PassTokens, check_whole, following_passes
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError
+from tailrace.storage.hook_names import HookName
 
 EVERY_POSITION = torch.ones(1, 1, dtype=torch.bool)
 """For ``where``: replace at all positions, the BOS included."""

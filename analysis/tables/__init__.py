@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from analysis.harvest.table import Table, TableDescription
-from analysis.tables import activations, coactivation, connections, examples, features, layers, rows
+from tailrace.analysis.harvest.table import Table, TableDescription
+from tailrace.analysis.tables import activations, coactivation, connections, examples, features, layers, rows
 
 TABLES: tuple[Table, ...] = (
     features.TABLE,

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from analysis.harvest.activations import KeptPairs
-from analysis.harvest.one_pass import Harvest, Plan, Subject
-from analysis.harvest.table import Rows, Table, feature_ranges, record_batch
-from storage.tables import column
+from tailrace.analysis.harvest.activations import KeptPairs
+from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
+from tailrace.analysis.harvest.table import Rows, Table, feature_ranges, record_batch
+from tailrace.storage.tables import column
 
 ROW_GROUP_ROWS = 16_384
 """About 200 KB before compression: what is read for a feature that fires seldom."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from analysis.harvest.activations import KeptPairs
-from analysis.harvest.coactivation import FEWEST_ROWS, N_TOP, count_coactivation, rows_counted
-from analysis.harvest.one_pass import Harvest, Plan, Subject
-from analysis.harvest.table import Rows, Table, record_batch
-from analysis.tables.activations import are_kept
-from storage.tables import column
+from tailrace.analysis.harvest.activations import KeptPairs
+from tailrace.analysis.harvest.coactivation import FEWEST_ROWS, N_TOP, count_coactivation, rows_counted
+from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
+from tailrace.analysis.harvest.table import Rows, Table, record_batch
+from tailrace.analysis.tables.activations import are_kept
+from tailrace.storage.tables import column
 
 SCHEMA = pa.schema(
     [

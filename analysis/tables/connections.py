@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.harvest.table import TableDescription, feature_ranges, record_batch
-from analysis.weights.extremes import BothEnds, Ends, blocks, both_ends, ends_of_products, largest
-from analysis.weights.heads import HeadReader
-from analysis.weights.model_weights import ModelWeights
-from analysis.weights.stream import StreamPoint, layers_attending_before
-from storage.tables import column
+from tailrace.analysis.harvest.table import TableDescription, feature_ranges, record_batch
+from tailrace.analysis.weights.extremes import BothEnds, Ends, blocks, both_ends, ends_of_products, largest
+from tailrace.analysis.weights.heads import HeadReader
+from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.analysis.weights.stream import StreamPoint, layers_attending_before
+from tailrace.storage.tables import column
 
 N_TOKENS = 10
 """Tokens at either end of a de-embedding, and through a head the largest alone."""

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from analysis.harvest.activations import KeptPairs, RowPlaces
-from analysis.harvest.contexts import documents_at, tokens_of
-from analysis.harvest.examples import Examples, TopExamples, rank_in_group
-from analysis.harvest.features import FeatureTotals
-from analysis.harvest.one_pass import Harvest, Plan, Subject
-from analysis.harvest.sampled_examples import sample_examples
-from analysis.harvest.table import Table, feature_ranges, list_array, record_batch
-from analysis.harvest.window_texts import WindowTexts
-from analysis.tables.activations import are_kept
-from storage.tables import column
+from tailrace.analysis.harvest.activations import KeptPairs, RowPlaces
+from tailrace.analysis.harvest.contexts import documents_at, tokens_of
+from tailrace.analysis.harvest.examples import Examples, TopExamples, rank_in_group
+from tailrace.analysis.harvest.features import FeatureTotals
+from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
+from tailrace.analysis.harvest.sampled_examples import sample_examples
+from tailrace.analysis.harvest.table import Table, feature_ranges, list_array, record_batch
+from tailrace.analysis.harvest.window_texts import WindowTexts
+from tailrace.analysis.tables.activations import are_kept
+from tailrace.storage.tables import column
 
 KINDS = ("top", "band", "random")
 """In the order of a feature's rows."""

@@ -9,21 +9,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.harvest.activations import KeptPairs, RowPlaces
-from analysis.harvest.contexts import tokens_at
-from analysis.harvest.examples import Examples, TopExamples
-from analysis.harvest.features import N_POSITION_BINS, FeatureTotals
-from analysis.harvest.frequency import wilson_interval
-from analysis.harvest.histogram import BINS_PER_OCTAVE, EDGES, QUANTILE_RELATIVE_ERROR, quantiles
-from analysis.harvest.one_pass import Harvest, Plan, Subject
-from analysis.harvest.reconstruction import RowTotals
-from analysis.harvest.table import Table, feature_ranges, list_array, record_batch
-from analysis.harvest.token_diversity import TokenDiversity
-from analysis.tables.activations import are_kept
-from analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
-from analysis.tables.weight_columns import NOTE as WEIGHT_NOTE
-from analysis.tables.weight_columns import WeightColumns
-from storage.tables import column
+from tailrace.analysis.harvest.activations import KeptPairs, RowPlaces
+from tailrace.analysis.harvest.contexts import tokens_at
+from tailrace.analysis.harvest.examples import Examples, TopExamples
+from tailrace.analysis.harvest.features import N_POSITION_BINS, FeatureTotals
+from tailrace.analysis.harvest.frequency import wilson_interval
+from tailrace.analysis.harvest.histogram import BINS_PER_OCTAVE, EDGES, QUANTILE_RELATIVE_ERROR, quantiles
+from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
+from tailrace.analysis.harvest.reconstruction import RowTotals
+from tailrace.analysis.harvest.table import Table, feature_ranges, list_array, record_batch
+from tailrace.analysis.harvest.token_diversity import TokenDiversity
+from tailrace.analysis.tables.activations import are_kept
+from tailrace.analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
+from tailrace.analysis.tables.weight_columns import NOTE as WEIGHT_NOTE
+from tailrace.analysis.tables.weight_columns import WeightColumns
+from tailrace.storage.tables import column
 
 DENSE_FREQUENCY = 0.1
 """Above this share of rows a feature is called dense."""

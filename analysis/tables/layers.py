@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from analysis.harvest.features import FeatureTotals
-from analysis.harvest.one_pass import Harvest, Plan, Subject
-from analysis.harvest.reconstruction import RowTotals
-from analysis.harvest.table import Table, record_batch
-from analysis.tables.features import DENSE_FREQUENCY
-from storage.tables import column
+from tailrace.analysis.harvest.features import FeatureTotals
+from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
+from tailrace.analysis.harvest.reconstruction import RowTotals
+from tailrace.analysis.harvest.table import Table, record_batch
+from tailrace.analysis.tables.features import DENSE_FREQUENCY
+from tailrace.storage.tables import column
 
 SCHEMA = pa.schema(
     [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from analysis.harvest.activations import RowPlaces
-from analysis.harvest.contexts import documents_at, tokens_at
-from analysis.harvest.one_pass import Harvest, Plan, Subject
-from analysis.harvest.table import Rows, Table, record_batch
-from analysis.tables.activations import are_kept
-from storage.tables import column
+from tailrace.analysis.harvest.activations import RowPlaces
+from tailrace.analysis.harvest.contexts import documents_at, tokens_at
+from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
+from tailrace.analysis.harvest.table import Rows, Table, record_batch
+from tailrace.analysis.tables.activations import are_kept
+from tailrace.storage.tables import column
 
 ROWS_PER_BATCH = 1 << 18
 

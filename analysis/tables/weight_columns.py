@@ -10,11 +10,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.harvest.table import list_array
-from analysis.weights.extremes import Ends
-from analysis.weights.neighbours import N_NEAREST, nearest_decoders
-from analysis.weights.unembedding import N_BINS, N_TOKENS, TokenEffects
-from storage.tables import column
+from tailrace.analysis.harvest.table import list_array
+from tailrace.analysis.weights.extremes import Ends
+from tailrace.analysis.weights.neighbours import N_NEAREST, nearest_decoders
+from tailrace.analysis.weights.unembedding import N_BINS, N_TOKENS, TokenEffects
+from tailrace.storage.tables import column
 
 _EFFECT = "logit per activation"
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from analysis.interventions.forward import ForwardPass
-from analysis.interventions.metrics import Metric
-from storage.errors import TextError
+from tailrace.analysis.interventions.forward import ForwardPass
+from tailrace.analysis.interventions.metrics import Metric
+from tailrace.storage.errors import TextError
 
 
 def answer_probabilities(logits: Tensor, answers: Tensor) -> Tensor:

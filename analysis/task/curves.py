@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.interventions.features import Ablate, Edit, EditedFeatures, EditedNeurons, FeatureCoder, KeepOnly
-from analysis.interventions.forward import forward
-from analysis.interventions.prompts import Prompts
-from analysis.splice.replacement import Substitute
-from analysis.task.answers import CorrectMinusIncorrect
-from storage.cache_format import Site
+from tailrace.analysis.interventions.features import Ablate, Edit, EditedFeatures, EditedNeurons, FeatureCoder, KeepOnly
+from tailrace.analysis.interventions.forward import forward
+from tailrace.analysis.interventions.prompts import Prompts
+from tailrace.analysis.splice.replacement import Substitute
+from tailrace.analysis.task.answers import CorrectMinusIncorrect
+from tailrace.storage.cache_format import Site
 
 
 class Task:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from analysis.weights.model_weights import ModelWeights
+from tailrace.analysis.weights.model_weights import ModelWeights
 
 
 def logit_effects(decoder_rows: Tensor, weights: ModelWeights, tokens: Sequence[int]) -> Tensor:

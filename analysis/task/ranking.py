@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.interventions.forward import forward
-from analysis.interventions.prompts import Prompts
-from analysis.splice.in_place import InPlaceCoder
-from analysis.splice.replacement import weights_dtype
-from storage.cache_format import Site
-from storage.errors import TextError
-from storage.hook_names import HookName
+from tailrace.analysis.interventions.forward import forward
+from tailrace.analysis.interventions.prompts import Prompts
+from tailrace.analysis.splice.in_place import InPlaceCoder
+from tailrace.analysis.splice.replacement import weights_dtype
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import TextError
+from tailrace.storage.hook_names import HookName
 
 
 @dataclass(frozen=True, eq=False)

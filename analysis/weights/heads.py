@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.weights.extremes import Ends, blocks, largest
-from analysis.weights.model_weights import AttentionWeights, LayerWeights, ModelWeights
-from analysis.weights.stream import carry_back
+from tailrace.analysis.weights.extremes import Ends, blocks, largest
+from tailrace.analysis.weights.model_weights import AttentionWeights, LayerWeights, ModelWeights
+from tailrace.analysis.weights.stream import carry_back
 
 
 @dataclass(frozen=True)

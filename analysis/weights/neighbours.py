@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analysis.weights.extremes import Ends, blocks, largest
+from tailrace.analysis.weights.extremes import Ends, blocks, largest
 
 N_NEAREST = 10
 """Neighbours kept of every feature."""

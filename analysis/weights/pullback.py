@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.weights.stream import StreamPoint
+from tailrace.analysis.weights.stream import StreamPoint
 
 
 def pullback(decoder: Tensor, writes: StreamPoint, direction: Tensor) -> Tensor:

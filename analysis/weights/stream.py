@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.weights.model_weights import IDENTITY, LayerWeights, ModelWeights, Norm
-from storage.hook_names import HookName
+from tailrace.analysis.weights.model_weights import IDENTITY, LayerWeights, ModelWeights, Norm
+from tailrace.storage.hook_names import HookName
 
 _BLOCK_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 

@@ -1,10 +1,10 @@
 """Which tokens a feature makes likelier or less likely by what it writes straight to the unembedding.
 
-The effect of feature i on the logits is W_dec[i] carried to the residual stream (``analysis.weights.stream``) and
-through the linear part of the final norm, times W_U: the final norm's gain counts, as W_U reads behind it, and what the
-norm divides by does not, as it depends on the text. So numbers are logits per activation up to a positive factor of the
-position, and a model with folded weights gives the same tokens as the raw one. Later layers are not seen: this is the
-direct path alone.
+The effect of feature i on the logits is W_dec[i] carried to the residual stream (``tailrace.analysis.weights.stream``)
+and through the linear part of the final norm, times W_U: the final norm's gain counts, as W_U reads behind it, and what
+the norm divides by does not, as it depends on the text. So numbers are logits per activation up to a positive factor of
+the position, and a model with folded weights gives the same tokens as the raw one. Later layers are not seen: this is
+the direct path alone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.weights.extremes import Ends, largest, products, smallest
-from analysis.weights.model_weights import ModelWeights
-from analysis.weights.stream import StreamPoint, carry_forth
-from storage.compiled import compiled_loop
-from storage.errors import ModelError
+from tailrace.analysis.weights.extremes import Ends, largest, products, smallest
+from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.analysis.weights.stream import StreamPoint, carry_forth
+from tailrace.storage.compiled import compiled_loop
+from tailrace.storage.errors import ModelError
 
 N_TOKENS = 10
 """Tokens kept at either end."""

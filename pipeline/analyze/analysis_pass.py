@@ -19,18 +19,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from analysis.harvest.activations import SPOOLED_BYTES
-from analysis.harvest.one_pass import Harvest, Plan, Subject, find_density, gather, measure_density, refuse_empty
-from analysis.harvest.table import accumulators
-from analysis.tables import TABLES
-from analysis.weights.unembedding import TokenEffects
-from pipeline.analyze.coders import AnalysedCoder
-from pipeline.cache.shown_rows import ShownRows, cached_rows
-from pipeline.shared.worker_processes import open_workers
-from storage.activation_cache import open_cache
-from storage.artifact import make_directory
-from storage.errors import SettingsError
-from training.architectures.transcoder import Transcoder
+from tailrace.analysis.harvest.activations import SPOOLED_BYTES
+from tailrace.analysis.harvest.one_pass import (
+    Harvest,
+    Plan,
+    Subject,
+    find_density,
+    gather,
+    measure_density,
+    refuse_empty,
+)
+from tailrace.analysis.harvest.table import accumulators
+from tailrace.analysis.tables import TABLES
+from tailrace.analysis.weights.unembedding import TokenEffects
+from tailrace.pipeline.analyze.coders import AnalysedCoder
+from tailrace.pipeline.cache.shown_rows import ShownRows, cached_rows
+from tailrace.pipeline.shared.worker_processes import open_workers
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import make_directory
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.transcoder import Transcoder
 
 logger = logging.getLogger(__name__)
 

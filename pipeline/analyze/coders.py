@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.kinds import is_cross_layer
-from storage.errors import SettingsError
-from training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
-from training.cross_layer.artifact import read_cross_layer_manifest, sites_of
-from training.cross_layer.summed import load_summed_layer
+from tailrace.pipeline.artifacts.kinds import is_cross_layer
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from tailrace.training.cross_layer.artifact import read_cross_layer_manifest, sites_of
+from tailrace.training.cross_layer.summed import load_summed_layer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class AnalysedCoder:
     def read_manifest(self) -> dict[str, Any]:
         """Return the transcoder's manifest, of a cross-layer one with ``site`` of the layer.
 
-        The errors are those of ``storage.artifact.read_manifest``.
+        The errors are those of ``tailrace.storage.artifact.read_manifest``.
         """
         if self.layer is None:
             return read_transcoder_manifest(self.path)

@@ -8,16 +8,16 @@ from typing import Any
 
 import click
 
-from pipeline.analyze import many as analyze_each
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
-from pipeline.artifacts.folders import artifacts_inside, each_artifact, unfinished_inside
-from pipeline.artifacts.kinds import is_cross_layer
-from pipeline.live.token_order import FreshText
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, read_settings_together, settings_options
-from storage.errors import SettingsError
-from training.architectures.transcoder import KIND
+from tailrace.pipeline.analyze import many as analyze_each
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
+from tailrace.pipeline.artifacts.folders import artifacts_inside, each_artifact, unfinished_inside
+from tailrace.pipeline.artifacts.kinds import is_cross_layer
+from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, read_settings_together, settings_options
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.transcoder import KIND
 
 
 @click.command("analyze")

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from pipeline.analyze.analysis_pass import check_workers
-from pipeline.analyze.coders import AnalysedCoder, analysed_coders
-from pipeline.analyze.stage import (
+from tailrace.pipeline.analyze.analysis_pass import check_workers
+from tailrace.pipeline.analyze.coders import AnalysedCoder, analysed_coders
+from tailrace.pipeline.analyze.stage import (
     AnalyzeResult,
     AnalyzeSettings,
     PlannedTables,
@@ -26,14 +26,20 @@ from pipeline.analyze.stage import (
     read_result,
     refuse_unused_model,
 )
-from pipeline.analyze.weight_tables import SharedWeights, later_problems
-from pipeline.live.token_order import FreshText
-from pipeline.model.language_model import LanguageModel
-from pipeline.shared.device import open_device
-from storage.artifact import MANIFEST, REQUEST
-from storage.draft import LOCK
-from storage.errors import ActionableError, ArtifactCorrupt, ArtifactMismatch, NonFiniteActivation, SettingsError
-from storage.names import folder_problem
+from tailrace.pipeline.analyze.weight_tables import SharedWeights, later_problems
+from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.shared.device import open_device
+from tailrace.storage.artifact import MANIFEST, REQUEST
+from tailrace.storage.draft import LOCK
+from tailrace.storage.errors import (
+    ActionableError,
+    ArtifactCorrupt,
+    ArtifactMismatch,
+    NonFiniteActivation,
+    SettingsError,
+)
+from tailrace.storage.names import folder_problem
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +63,10 @@ def run(
     """Publish tables of every one of ``transcoders`` at ``output/<its folder's name>``; those that are there stay.
 
     A cross-layer transcoder is given alone; each of its layers gets tables at ``output/<its site's name>``. The other
-    arguments are those of ``pipeline.analyze.stage.run``; ``announce`` hears the size of the first only, and
+    arguments are those of ``tailrace.pipeline.analyze.stage.run``; ``announce`` hears the size of the first only, and
     ``finished`` is told each result when it is there. A transcoder that gives a number that is not finite is told at
     the end, after the others. Raises SettingsError, ArtifactMismatch or another ArtifactError, with every problem of
-    every transcoder and before anything is computed, and what ``pipeline.analyze.stage.run`` raises.
+    every transcoder and before anything is computed, and what ``tailrace.pipeline.analyze.stage.run`` raises.
     """
     coders = analysed_coders(transcoders)
     outputs = _outputs(coders, output)

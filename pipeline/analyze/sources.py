@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
-from pipeline.cache.recorded_model import open_recorded_model
-from pipeline.cache.shown_rows import ShownRows, cached_rows
-from pipeline.live.token_order import FreshText, fresh_rows
-from pipeline.model.language_model import LanguageModel
-from storage.activation_cache import ActivationCache
-from storage.cache_format import Site
+from tailrace.pipeline.cache.recorded_model import open_recorded_model
+from tailrace.pipeline.cache.shown_rows import ShownRows, cached_rows
+from tailrace.pipeline.live.token_order import FreshText, fresh_rows
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.cache_format import Site
 
 
 class Source(Protocol):

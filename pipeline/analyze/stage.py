@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from analysis.harvest.activations import LAST_ROW, SPOOLED_BYTES
-from analysis.harvest.one_pass import Plan, Subject
-from analysis.harvest.table import Written, write_tables
-from analysis.tables import TABLES
-from analysis.tables_artifact import TABLES_KIND
-from pipeline.analyze.analysis_pass import (
+from tailrace.analysis.harvest.activations import LAST_ROW, SPOOLED_BYTES
+from tailrace.analysis.harvest.one_pass import Plan, Subject
+from tailrace.analysis.harvest.table import Written, write_tables
+from tailrace.analysis.tables import TABLES
+from tailrace.analysis.tables_artifact import TABLES_KIND
+from tailrace.pipeline.analyze.analysis_pass import (
     KEPT_BYTES,
     AnalysisPass,
     check_workers,
@@ -32,30 +32,30 @@ from pipeline.analyze.analysis_pass import (
     scratch_folder,
     with_density,
 )
-from pipeline.analyze.coders import AnalysedCoder
-from pipeline.analyze.sources import CacheSource, FreshSource, Source
-from pipeline.analyze.weight_tables import (
+from tailrace.pipeline.analyze.coders import AnalysedCoder
+from tailrace.pipeline.analyze.sources import CacheSource, FreshSource, Source
+from tailrace.pipeline.analyze.weight_tables import (
     CONNECTIONS,
     FromWeights,
     SharedWeights,
     check_downstream,
     write_weight_tables,
 )
-from pipeline.artifacts.kinds import is_cross_layer
-from pipeline.live.token_order import FreshText
-from pipeline.model.of_transcoders import open_transcoder_model
-from pipeline.model.same_model import list_model_differences
-from pipeline.shared.device import limited_threads, open_device
-from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import MANIFEST, read_manifest
-from storage.differences import list_differences
-from storage.draft import Draft
-from storage.errors import ArtifactMismatch, SettingsError
-from storage.formats import ARTIFACT_FORMATS
-from storage.names import remove_temporary
-from storage.settings import Quantity, Settings
-from storage.tables import read_table
-from training.architectures.transcoder import Transcoder
+from tailrace.pipeline.artifacts.kinds import is_cross_layer
+from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.model.of_transcoders import open_transcoder_model
+from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.artifact import MANIFEST, read_manifest
+from tailrace.storage.differences import list_differences
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.names import remove_temporary
+from tailrace.storage.settings import Quantity, Settings
+from tailrace.storage.tables import read_table
+from tailrace.training.architectures.transcoder import Transcoder
 
 KIND = TABLES_KIND
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -173,7 +173,7 @@ def run(
     if is_cross_layer(transcoder):
         raise ArtifactMismatch(
             f"{transcoder}: is a cross-layer transcoder, which gets tables of each of its layers; use "
-            "pipeline.analyze.many.run, as the command does"
+            "tailrace.pipeline.analyze.many.run, as the command does"
         )
     on = open_device(device)
     check_workers(workers, on, is_live=live is not None)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
-from storage.tables import read_table
+from tailrace.storage.tables import read_table
 
 _SHORTEST_WORD = 4
 _FAMILY_SHARE = (0.2, 0.8)

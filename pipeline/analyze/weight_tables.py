@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from analysis.tables.connections import ROW_GROUP_ROWS, SCHEMA, Connected, Later, connection_rows
-from analysis.weights.model_weights import ModelWeights
-from analysis.weights.stream import read_point, write_point
-from analysis.weights.unembedding import TokenEffects, token_effects
-from pipeline.artifacts.kinds import is_cross_layer
-from pipeline.model.language_model import LanguageModel
-from pipeline.model.same_model import list_model_differences
-from pipeline.model.weights import read_weights
-from storage.errors import ActionableError, ArtifactMismatch, SettingsError
-from storage.tables import write_table
-from training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from tailrace.analysis.tables.connections import ROW_GROUP_ROWS, SCHEMA, Connected, Later, connection_rows
+from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.analysis.weights.stream import read_point, write_point
+from tailrace.analysis.weights.unembedding import TokenEffects, token_effects
+from tailrace.pipeline.artifacts.kinds import is_cross_layer
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.model.weights import read_weights
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, SettingsError
+from tailrace.storage.tables import write_table
+from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 CONNECTIONS = "connections.parquet"
 

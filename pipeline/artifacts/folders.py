@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from storage.artifact import MANIFEST, REQUEST, read_json
-from storage.errors import ArtifactMismatch
+from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
+from tailrace.storage.errors import ArtifactMismatch
 
 RUNS = "runs"
 """Folder in which a sweep keeps its transcoders; spelled out, because the module that makes it loads torch."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.artifacts import info_stage as info
+from tailrace.pipeline.artifacts import info_stage as info
 
 
 @click.command("info")

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.info_summaries import GLANCES, hooks_of
-from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import MANIFEST, REQUEST, read_json, read_sealed
-from storage.cache_format import KIND, PROVENANCE, SPLITS
-from storage.errors import ArtifactMissing
+from tailrace.pipeline.artifacts.info_summaries import GLANCES, hooks_of
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.artifact import MANIFEST, REQUEST, read_json, read_sealed
+from tailrace.storage.cache_format import KIND, PROVENANCE, SPLITS
+from tailrace.storage.errors import ArtifactMissing
 
 
 def glance(path: Path) -> dict[str, Any]:
@@ -50,8 +50,10 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _progress(draft: Path) -> dict[str, int]:
     """Return how far an unfinished cache or training run has come; nothing for what is made in one go."""
-    from training.architectures.transcoder import CHECKPOINTS
-    from training.loop.checkpoint import Checkpoints  # loads torch, which no finished artifact needs to be shown
+    from tailrace.training.architectures.transcoder import CHECKPOINTS
+    from tailrace.training.loop.checkpoint import (
+        Checkpoints,  # loads torch, which no finished artifact needs to be shown
+    )
 
     if (draft / CHECKPOINTS).is_dir():
         return {"steps kept": max(Checkpoints(draft / CHECKPOINTS).steps(), default=0)}

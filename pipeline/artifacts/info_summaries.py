@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from storage.cache_format import Site
+from tailrace.storage.cache_format import Site
 
 
 def hooks_of(site: Site) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from storage.artifact import MANIFEST, read_json
-from training.architectures.transcoder import read_transcoder_manifest
-from training.cross_layer.artifact import KIND, read_cross_layer_manifest
+from tailrace.storage.artifact import MANIFEST, read_json
+from tailrace.training.architectures.transcoder import read_transcoder_manifest
+from tailrace.training.cross_layer.artifact import KIND, read_cross_layer_manifest
 
 
 def is_cross_layer(path: Path) -> bool:
@@ -18,7 +18,7 @@ def is_cross_layer(path: Path) -> bool:
 
 
 def read_either_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a transcoder of either kind; the errors are those of ``storage.artifact.read_manifest``.
+    """Return the manifest of a transcoder of either kind; the errors are those of ``read_manifest``.
 
     Both say ``model``, ``d_sae`` and ``digest``; one of several layers has ``sites`` in place of ``site``.
     """

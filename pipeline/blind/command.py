@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from analysis.blind.tally import Comparison, Share
-from pipeline.blind import draw as draw_stage
-from pipeline.blind import tally as tally_stage
-from pipeline.blind.command_study import study
-from pipeline.blind.draw import FORM, DrawSettings
-from pipeline.blind.tally import TallyResult
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, settings_options
+from tailrace.analysis.blind.tally import Comparison, Share
+from tailrace.pipeline.blind import draw as draw_stage
+from tailrace.pipeline.blind import tally as tally_stage
+from tailrace.pipeline.blind.command_study import study
+from tailrace.pipeline.blind.draw import FORM, DrawSettings
+from tailrace.pipeline.blind.tally import TallyResult
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, settings_options
 
 
 @click.group("blind")

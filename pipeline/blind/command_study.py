@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 import click
 
-from analysis.blind.withholding import Mode, Source
-from pipeline.blind.study import OUTCOMES, BlindStudy, Outcome
-from pipeline.shared import run_options as options
-from storage.errors import SettingsError
+from tailrace.analysis.blind.withholding import Mode, Source
+from tailrace.pipeline.blind.study import OUTCOMES, BlindStudy, Outcome
+from tailrace.pipeline.shared import run_options as options
+from tailrace.storage.errors import SettingsError
 
 DIRECTORY = click.argument("directory", metavar="DIR", type=options.ARTIFACT)
 
@@ -44,7 +44,7 @@ def study() -> None:
 )
 def begin(directory: Path, tables: Path, feature: int | None, seed: int, mode: Mode) -> None:
     """Open a ledger at DIR, with the evidence that tables hold."""
-    from pipeline.blind.table_evidence import begin_from_tables
+    from tailrace.pipeline.blind.table_evidence import begin_from_tables
 
     begun = begin_from_tables(directory, tables, feature=feature, mode=mode, seed=seed)
     subject = begun.entries()[0]["subject"]

@@ -13,20 +13,20 @@ import numpy as np
 import pyarrow.compute as pc
 from pydantic import Field
 
-from analysis.blind.sampling import Drawn, LiveRule, draw
-from pipeline.analyze import stage as analyze
-from pipeline.blind import ratings
-from pipeline.blind.sealed import seal
-from pipeline.dashboard.blind import write_blind_page
-from pipeline.model.same_model import without_versions
-from storage.artifact import make_directory, read_manifest, write_atomically
-from storage.differences import list_differences
-from storage.draft import Draft
-from storage.errors import SettingsError
-from storage.formats import ARTIFACT_FORMATS
-from storage.randomness import philox, random_permutation
-from storage.settings import Settings
-from storage.tables import read_table
+from tailrace.analysis.blind.sampling import Drawn, LiveRule, draw
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.blind import ratings
+from tailrace.pipeline.blind.sealed import seal
+from tailrace.pipeline.dashboard.blind import write_blind_page
+from tailrace.pipeline.model.same_model import without_versions
+from tailrace.storage.artifact import make_directory, read_manifest, write_atomically
+from tailrace.storage.differences import list_differences
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.settings import Settings
+from tailrace.storage.tables import read_table
 
 KIND = "blind-comparison"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

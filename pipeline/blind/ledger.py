@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from storage.artifact import is_disk_refusal, make_directory, storage_refused
-from storage.errors import ArtifactCorrupt, ArtifactMissing
-from storage.formats import refuse_newer
+from tailrace.storage.artifact import is_disk_refusal, make_directory, storage_refused
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
+from tailrace.storage.formats import refuse_newer
 
 KIND = "blind-study"
 """What a ledger is the record of; its first entry says in which format, if not the first."""

@@ -7,9 +7,9 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from analysis.blind.tally import VERDICTS, Rating
-from storage.artifact import write_atomically
-from storage.errors import ArtifactMissing, SettingsError
+from tailrace.analysis.blind.tally import VERDICTS, Rating
+from tailrace.storage.artifact import write_atomically
+from tailrace.storage.errors import ArtifactMissing, SettingsError
 
 FILE = "ratings.csv"
 COLUMNS = ("item", "interpretable", "context_free", "note")

@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from storage.artifact import write_atomically
-from storage.errors import ArtifactCorrupt, ArtifactMissing
+from tailrace.storage.artifact import write_atomically
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 
 _WARNING = "The answers, encoded so that they are not read by accident. `pipeline blind tally` opens them after rating."
 

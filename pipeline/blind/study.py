@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from analysis.blind.withholding import Mode, Source, withhold
-from pipeline.blind.ledger import Clock, Entry, Ledger, utc_now
-from pipeline.blind.sealed import seal, unseal
-from storage.errors import ArtifactMismatch, SettingsError
+from tailrace.analysis.blind.withholding import Mode, Source, withhold
+from tailrace.pipeline.blind.ledger import Clock, Entry, Ledger, utc_now
+from tailrace.pipeline.blind.sealed import seal, unseal
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
 
 LEDGER = "ledger.jsonl"
 

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
-from analysis.blind.sampling import LiveRule, draw
-from analysis.blind.withholding import Mode, Source
-from pipeline.analyze import stage as analyze
-from pipeline.blind.study import BlindStudy
-from storage.artifact import read_manifest
-from storage.errors import SettingsError
-from storage.tables import read_schema, read_table
+from tailrace.analysis.blind.sampling import LiveRule, draw
+from tailrace.analysis.blind.withholding import Mode, Source
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.blind.study import BlindStudy
+from tailrace.storage.artifact import read_manifest
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.tables import read_schema, read_table
 
 LIVE = LiveRule(min_log10_frequency=-4.0, min_active=4)
 """Features among which a random one is drawn."""

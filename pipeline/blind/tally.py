@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.blind.tally import Tally, tally
-from pipeline.blind import ratings
-from pipeline.blind.draw import KEY, KIND
-from pipeline.blind.sealed import unseal
-from storage.artifact import canonical_json, read_manifest, write_atomically
+from tailrace.analysis.blind.tally import Tally, tally
+from tailrace.pipeline.blind import ratings
+from tailrace.pipeline.blind.draw import KEY, KIND
+from tailrace.pipeline.blind.sealed import unseal
+from tailrace.storage.artifact import canonical_json, read_manifest, write_atomically
 
 FILE = "tally.json"
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.cache.plan import choose_rows, row_bytes_of
-from pipeline.cache.settings import CacheSettings
-from pipeline.cache.stage import check_context_length, row_mask_of
-from pipeline.model.language_model import LanguageModel, load_language_model
-from pipeline.model.sites import SiteHooks
-from pipeline.shared.device import limited_threads
-from pipeline.text.dataset import open_documents
-from pipeline.text.holdout import HoldoutRule
-from pipeline.text.packing import ContextSource
-from storage.cache_format import Site
-from storage.errors import TextError
+from tailrace.pipeline.cache.plan import choose_rows, row_bytes_of
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.cache.stage import check_context_length, row_mask_of
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.pipeline.shared.device import limited_threads
+from tailrace.pipeline.text.dataset import open_documents
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.packing import ContextSource
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import TextError
 
 STORAGE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 _PROBE_SECONDS = 10.0

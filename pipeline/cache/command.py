@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from pipeline.cache import stage as cache
-from pipeline.cache.budget import STORAGE_DTYPES, Budget, plan_budget
-from pipeline.cache.settings import CacheSettings
-from pipeline.cache.workers import Workers
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, settings_options
-from storage.cache_format import SPLITS
+from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.cache.budget import STORAGE_DTYPES, Budget, plan_budget
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.cache.workers import Workers
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.storage.cache_format import SPLITS
 
 
 @click.command("cache")

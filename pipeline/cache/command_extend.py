@@ -7,10 +7,10 @@ from typing import Literal
 
 import click
 
-from pipeline.cache import grow
-from pipeline.cache.command import show_result
-from pipeline.shared import run_options as options
-from storage.settings import parse_quantity
+from tailrace.pipeline.cache import grow
+from tailrace.pipeline.cache.command import show_result
+from tailrace.pipeline.shared import run_options as options
+from tailrace.storage.settings import parse_quantity
 
 
 @click.command("extend")

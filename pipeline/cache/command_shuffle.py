@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from pipeline.cache import shuffle
-from pipeline.shared import run_options as options
+from tailrace.pipeline.cache import shuffle
+from tailrace.pipeline.shared import run_options as options
 
 
 @click.command("shuffle")

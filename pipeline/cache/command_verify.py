@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from pipeline.cache import verify
-from pipeline.shared import run_options as options
-from storage.artifact import MANIFEST, read_sealed, verify_artifact
-from storage.cache_format import KIND
-from storage.shuffle_evidence import ShuffleEvidence
+from tailrace.pipeline.cache import verify
+from tailrace.pipeline.shared import run_options as options
+from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
+from tailrace.storage.cache_format import KIND
+from tailrace.storage.shuffle_evidence import ShuffleEvidence
 
 
 @click.command("verify")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.cache import grow
-from pipeline.cache.command import show_result
-from pipeline.shared import run_options as options
+from tailrace.pipeline.cache import grow
+from tailrace.pipeline.cache.command import show_result
+from tailrace.pipeline.shared import run_options as options
 
 
 @click.command("widen")

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.rows import RowMask
-from pipeline.text.packing import ContextSource
-from storage.cache_format import CacheFormat
-from storage.cache_publish import write_file
-from storage.context_blocks import ContextBlocks
+from tailrace.pipeline.cache.rows import RowMask
+from tailrace.pipeline.text.packing import ContextSource
+from tailrace.storage.cache_format import CacheFormat
+from tailrace.storage.cache_publish import write_file
+from tailrace.storage.context_blocks import ContextBlocks
 
 CHECKPOINT = "draft/packing.npz"
 

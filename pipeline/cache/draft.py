@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.context_packing import CHECKPOINT, ContextPacker, PackingProgress
-from pipeline.cache.plan import CachePlan, refuse_other_inputs
-from pipeline.cache.rows import RowProducer, UnitTask
-from pipeline.cache.unit_writer import UnitWriter
-from pipeline.model.sites import SiteHooks
-from pipeline.shared.progress import RowProgress
-from pipeline.text.packing import ContextSource
-from storage.artifact import REQUEST, canonical_json, read_json, sync_directory
-from storage.cache_format import CacheFormat, unit_record_name
-from storage.cache_publish import write_file
-from storage.draft import LOCK
-from storage.errors import ArtifactMismatch
+from tailrace.pipeline.cache.context_packing import CHECKPOINT, ContextPacker, PackingProgress
+from tailrace.pipeline.cache.plan import CachePlan, refuse_other_inputs
+from tailrace.pipeline.cache.rows import RowProducer, UnitTask
+from tailrace.pipeline.cache.unit_writer import UnitWriter
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.pipeline.shared.progress import RowProgress
+from tailrace.pipeline.text.packing import ContextSource
+from tailrace.storage.artifact import REQUEST, canonical_json, read_json, sync_directory
+from tailrace.storage.cache_format import CacheFormat, unit_record_name
+from tailrace.storage.cache_publish import write_file
+from tailrace.storage.draft import LOCK
+from tailrace.storage.errors import ArtifactMismatch
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.cache.context_packing import ContextPacker, PackingProgress
-from pipeline.cache.draft import (
+from tailrace.pipeline.cache.context_packing import ContextPacker, PackingProgress
+from tailrace.pipeline.cache.draft import (
     PackingThread,
     UnitPlanner,
     begin_draft,
@@ -28,7 +28,7 @@ from pipeline.cache.draft import (
     recall_plan,
     write_units,
 )
-from pipeline.cache.plan import (
+from tailrace.pipeline.cache.plan import (
     CachePlan,
     choose_dtypes,
     choose_scales,
@@ -37,9 +37,9 @@ from pipeline.cache.plan import (
     probe_batches,
     refuse_other_inputs,
 )
-from pipeline.cache.rows import RowMask, RowProducer
-from pipeline.cache.settings import CacheSettings
-from pipeline.cache.stage import (
+from tailrace.pipeline.cache.rows import RowMask, RowProducer
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.cache.stage import (
     CacheResult,
     check_enough_rows,
     check_pairing,
@@ -51,20 +51,20 @@ from pipeline.cache.stage import (
     row_mask_of,
     unchanged,
 )
-from pipeline.model.language_model import LanguageModel, load_language_model
-from pipeline.model.sites import SiteHooks
-from pipeline.shared.device import limited_threads
-from pipeline.shared.progress import RowProgress
-from pipeline.text.dataset import open_documents
-from pipeline.text.holdout import HoldoutRule
-from pipeline.text.packing import ContextSource
-from storage.activation_cache import ActivationCache, open_cache
-from storage.cache_format import CacheFormat, Site
-from storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
-from storage.cache_writer import remove_temporary_files
-from storage.context_blocks import ContextBlocks
-from storage.draft import Lock
-from storage.errors import ArtifactMismatch, SettingsError, TextError
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.pipeline.shared.device import limited_threads
+from tailrace.pipeline.shared.progress import RowProgress
+from tailrace.pipeline.text.dataset import open_documents
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.packing import ContextSource
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.cache_format import CacheFormat, Site
+from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
+from tailrace.storage.cache_writer import remove_temporary_files
+from tailrace.storage.context_blocks import ContextBlocks
+from tailrace.storage.draft import Lock
+from tailrace.storage.errors import ArtifactMismatch, SettingsError, TextError
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def extend(path: Path, tokens: int | Literal["all"], place: Place | None = None)
     """Add training rows to a cache until it holds ``tokens``; held-out rows stay as they are.
 
     Raises SettingsError if it holds more already, ArtifactMismatch for another model or text, and what
-    ``pipeline.cache.stage.run`` raises.
+    ``tailrace.pipeline.cache.stage.run`` raises.
     """
     with _locked(path) as cache:
         n_rows = cache.split("train").n_rows

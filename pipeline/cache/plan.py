@@ -9,14 +9,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from pipeline.cache.settings import CacheSettings
-from pipeline.model.language_model import LanguageModel
-from pipeline.model.same_model import list_model_differences
-from pipeline.model.sites import SiteHooks
-from storage.cache_format import PROVENANCE, CacheFormat, Site
-from storage.differences import list_differences
-from storage.encodings import column_scale_of
-from storage.errors import ArtifactMismatch, NonFiniteActivation
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.storage.cache_format import PROVENANCE, CacheFormat, Site
+from tailrace.storage.differences import list_differences
+from tailrace.storage.encodings import column_scale_of
+from tailrace.storage.errors import ArtifactMismatch, NonFiniteActivation
 
 CHUNK_ROWS = 4096
 LARGEST_SHARD_ROWS = 262_144

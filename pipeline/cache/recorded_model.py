@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.evaluate.evaluation import ContextBatch
-from pipeline.cache.settings import CacheSettings
-from pipeline.cache.stage import row_mask_of
-from pipeline.model.capture import explained_failures, without_padding_advice
-from pipeline.model.language_model import LanguageModel, load_language_model
-from pipeline.model.recorded_place import recorded_place
-from pipeline.model.same_model import list_model_differences
-from storage.activation_cache import ActivationCache, CacheSplit
-from storage.errors import ArtifactMismatch, OutOfMemoryError
-from storage.randomness import philox
+from tailrace.analysis.evaluate.evaluation import ContextBatch
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.cache.stage import row_mask_of
+from tailrace.pipeline.model.capture import explained_failures, without_padding_advice
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.recorded_place import recorded_place
+from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit
+from tailrace.storage.errors import ArtifactMismatch, OutOfMemoryError
+from tailrace.storage.randomness import philox
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from pydantic import NonNegativeInt
 
-from storage.errors import SettingsError
-from storage.settings import Settings
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Settings
 
 
 class RowFilter(Settings):

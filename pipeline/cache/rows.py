@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.model.language_model import LanguageModel
-from pipeline.model.sites import SiteHooks
-from storage.cache_format import CacheFormat
-from storage.context_blocks import ContextBlocks
-from storage.errors import ActivationOverflow
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.storage.cache_format import CacheFormat
+from tailrace.storage.context_blocks import ContextBlocks
+from tailrace.storage.errors import ActivationOverflow
 
 RowMask = Callable[[np.ndarray], np.ndarray]
 """Token ids (contexts, context_length) → which positions become rows, bool of the same shape."""

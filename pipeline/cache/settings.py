@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from pipeline.cache.row_filter import RowFilter
-from pipeline.model.language_model import ModelSettings
-from pipeline.text.dataset import TextSettings
-from pipeline.text.holdout import HoldoutRule
-from storage.errors import SettingsError
-from storage.layout import CacheLayout
-from storage.settings import Quantity, Settings
+from tailrace.pipeline.cache.row_filter import RowFilter
+from tailrace.pipeline.model.language_model import ModelSettings
+from tailrace.pipeline.text.dataset import TextSettings
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.layout import CacheLayout
+from tailrace.storage.settings import Quantity, Settings
 
 
 def _as_text(value: Any) -> Any:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.harvest.rows import TokenOrderSplit
-from storage.activation_cache import ActivationCache
+from tailrace.analysis.harvest.rows import TokenOrderSplit
+from tailrace.storage.activation_cache import ActivationCache
 
 
 @dataclass(frozen=True)

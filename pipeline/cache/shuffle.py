@@ -9,12 +9,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.cache.plan import row_bytes_of
-from pipeline.shared.worker_processes import completed, open_workers
-from storage.activation_cache import CacheSplit, open_cache
-from storage.errors import StorageFull
-from storage.materialise import materialise_epoch, plan_epoch
-from storage.orders import epoch_path, find_materialised
+from tailrace.pipeline.cache.plan import row_bytes_of
+from tailrace.pipeline.shared.worker_processes import completed, open_workers
+from tailrace.storage.activation_cache import CacheSplit, open_cache
+from tailrace.storage.errors import StorageFull
+from tailrace.storage.materialise import materialise_epoch, plan_epoch
+from tailrace.storage.orders import epoch_path, find_materialised
 
 
 def run(

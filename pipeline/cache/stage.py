@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cache.context_packing import ContextPacker, PackingProgress
-from pipeline.cache.draft import (
+from tailrace.pipeline.cache.context_packing import ContextPacker, PackingProgress
+from tailrace.pipeline.cache.draft import (
     PackingThread,
     UnitPlanner,
     begin_draft,
@@ -31,7 +31,7 @@ from pipeline.cache.draft import (
     recall_plan,
     write_units,
 )
-from pipeline.cache.plan import (
+from tailrace.pipeline.cache.plan import (
     CachePlan,
     choose_dtypes,
     choose_scales,
@@ -41,26 +41,26 @@ from pipeline.cache.plan import (
     probe,
     probe_batches,
 )
-from pipeline.cache.row_filter import RowFilter
-from pipeline.cache.rows import RowMask, RowProducer
-from pipeline.cache.settings import CacheSettings, CapturedContexts
-from pipeline.cache.workers import WorkerJob, Workers, write_units_on_workers
-from pipeline.model.language_model import LanguageModel, load_language_model
-from pipeline.model.sites import SiteHooks
-from pipeline.shared.device import limited_threads
-from pipeline.shared.progress import RowProgress
-from pipeline.text.dataset import open_documents
-from pipeline.text.holdout import HoldoutRule
-from pipeline.text.packing import ContextSource
-from pipeline.text.stream import DocumentStream
-from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import canonical_json, read_json
-from storage.cache_format import KIND, SPLITS, VOCABULARY
-from storage.cache_publish import Generation, SplitSize, publish_generation
-from storage.cache_writer import remove_temporary_files
-from storage.context_blocks import ContextBlocks
-from storage.draft import Draft
-from storage.errors import ArtifactMismatch, ModelError, OutOfMemoryError, TextError
+from tailrace.pipeline.cache.row_filter import RowFilter
+from tailrace.pipeline.cache.rows import RowMask, RowProducer
+from tailrace.pipeline.cache.settings import CacheSettings, CapturedContexts
+from tailrace.pipeline.cache.workers import WorkerJob, Workers, write_units_on_workers
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.pipeline.shared.device import limited_threads
+from tailrace.pipeline.shared.progress import RowProgress
+from tailrace.pipeline.text.dataset import open_documents
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.packing import ContextSource
+from tailrace.pipeline.text.stream import DocumentStream
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.artifact import canonical_json, read_json
+from tailrace.storage.cache_format import KIND, SPLITS, VOCABULARY
+from tailrace.storage.cache_publish import Generation, SplitSize, publish_generation
+from tailrace.storage.cache_writer import remove_temporary_files
+from tailrace.storage.context_blocks import ContextBlocks
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMismatch, ModelError, OutOfMemoryError, TextError
 
 logger = logging.getLogger(__name__)
 

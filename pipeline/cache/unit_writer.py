@@ -15,9 +15,9 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.cache.rows import Rows, UnitTask
-from storage.cache_format import CacheFormat
-from storage.cache_writer import UnitBuffer
+from tailrace.pipeline.cache.rows import Rows, UnitTask
+from tailrace.storage.cache_format import CacheFormat
+from tailrace.storage.cache_writer import UnitBuffer
 
 _BATCHES_WAITING = 4
 

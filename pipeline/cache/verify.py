@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.cache.recorded_model import RecordedModel, open_recorded_model
-from pipeline.model.language_model import PairingCheck
-from pipeline.model.sites import SiteHooks
-from pipeline.shared.device import limited_threads
-from storage.activation_cache import CacheSplit, open_cache
-from storage.cache_format import Site
-from storage.cache_verify import total_bytes, verify_bytes
-from storage.encodings import RELATIVE_ERROR, Side
-from storage.errors import ActionableError
-from storage.randomness import philox
-from storage.shuffle_evidence import ShuffleEvidence, shuffle_evidence
-from storage.statistics import as_float32
+from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_model
+from tailrace.pipeline.model.language_model import PairingCheck
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.pipeline.shared.device import limited_threads
+from tailrace.storage.activation_cache import CacheSplit, open_cache
+from tailrace.storage.cache_format import Site
+from tailrace.storage.cache_verify import total_bytes, verify_bytes
+from tailrace.storage.encodings import RELATIVE_ERROR, Side
+from tailrace.storage.errors import ActionableError
+from tailrace.storage.randomness import philox
+from tailrace.storage.shuffle_evidence import ShuffleEvidence, shuffle_evidence
+from tailrace.storage.statistics import as_float32
 
 MODEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-7}
 """Relative error allowed between two runs of the model, on top of what storing rounds: sums come out in another order

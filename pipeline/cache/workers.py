@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cache.draft import UnitPlanner, missing_tasks
-from pipeline.cache.plan import CachePlan
-from pipeline.cache.rows import RowProducer, UnitTask
-from pipeline.cache.settings import CacheSettings
-from pipeline.model.language_model import load_language_model
-from pipeline.shared.progress import RowProgress
-from pipeline.shared.worker_processes import completed, open_workers
-from storage.cache_format import SPLITS
-from storage.cache_writer import UnitBuffer, remove_temporary_files
-from storage.context_blocks import ContextBlocks
+from tailrace.pipeline.cache.draft import UnitPlanner, missing_tasks
+from tailrace.pipeline.cache.plan import CachePlan
+from tailrace.pipeline.cache.rows import RowProducer, UnitTask
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.shared.progress import RowProgress
+from tailrace.pipeline.shared.worker_processes import completed, open_workers
+from tailrace.storage.cache_format import SPLITS
+from tailrace.storage.cache_writer import UnitBuffer, remove_temporary_files
+from tailrace.storage.context_blocks import ContextBlocks
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from analysis.dashboards.visible import visible_token
-from analysis.tables_artifact import TABLES_KIND
-from pipeline.artifacts.folders import artifacts_inside
-from storage.artifact import read_manifest
-from storage.errors import ArtifactMismatch
-from storage.tables import read_table
+from tailrace.analysis.dashboards.visible import visible_token
+from tailrace.analysis.tables_artifact import TABLES_KIND
+from tailrace.pipeline.artifacts.folders import artifacts_inside
+from tailrace.storage.artifact import read_manifest
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.tables import read_table
 
 N_EXAMPLES = 4
 _CONTEXT = 12

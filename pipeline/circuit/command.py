@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import click
 
-from analysis.circuits.path_text import show_value
-from pipeline.circuit import stage as circuit
-from pipeline.circuit.question import Question, parse_feature
-from pipeline.circuit.stage import PAGE, CircuitResult, CircuitSettings
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, settings_options
+from tailrace.analysis.circuits.path_text import show_value
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.circuit.question import Question, parse_feature
+from tailrace.pipeline.circuit.stage import PAGE, CircuitResult, CircuitSettings
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, settings_options
 
 
 @click.command("circuit")

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from analysis.circuits.documents import read_node
-from analysis.circuits.layout import height_of, place_nodes, squeezed, strength
-from analysis.circuits.nodes import Kind, Node
-from analysis.dashboards.visible import visible_token
+from tailrace.analysis.circuits.documents import read_node
+from tailrace.analysis.circuits.layout import height_of, place_nodes, squeezed, strength
+from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.dashboards.visible import visible_token
 
 JSON = dict[str, Any]
-_TEMPLATE = files("pipeline.circuit") / "page_files"
+_TEMPLATE = files("tailrace.pipeline.circuit") / "page_files"
 _OUTPUT = re.compile(r'Output "(.*)" \(p=.*\)', re.DOTALL)
 """What the viewers call a token that may come next; at a node there is room for the token alone."""
 

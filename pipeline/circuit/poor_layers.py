@@ -8,9 +8,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.circuit.question import Question
-from pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers
-from storage.tables import read_schema
+from tailrace.pipeline.circuit.question import Question
+from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers
+from tailrace.storage.tables import read_schema
 
 POOR_FVU = 0.9
 """Above this share of variance left unexplained, a transcoder is told of; 1 is as good as always the mean."""

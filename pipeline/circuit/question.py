@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from analysis.circuits.record import mlp_layer
-from pipeline.model.language_model import LanguageModel
-from storage.cache_format import Site
-from storage.errors import SettingsError
-from training.architectures.transcoder import read_transcoder_manifest
+from tailrace.analysis.circuits.record import mlp_layer
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.transcoder import read_transcoder_manifest
 
 
 @dataclass(frozen=True)

@@ -16,37 +16,37 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from analysis.circuits import documents
-from analysis.circuits.attribution_graph import AttributionGraph, GraphSettings, build_graph, top_logits
-from analysis.circuits.contributions import contributions
-from analysis.circuits.filters import NodeFilter
-from analysis.circuits.influence import Pruned
-from analysis.circuits.path_graph import completed, graph_of_paths
-from analysis.circuits.paths import Path as CircuitPath
-from analysis.circuits.paths import SearchSettings, search_paths
-from analysis.circuits.record import record_run
-from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
-from analysis.circuits.run import LinearisedRun
-from analysis.circuits.viewer import viewer_document
-from analysis.dashboards.visible import PART
-from analysis.tables_artifact import TABLES_KIND
-from pipeline.artifacts.folders import each_artifact
-from pipeline.cache.recorded_model import explained_passes
-from pipeline.circuit.cards import open_tables, read_cards
-from pipeline.circuit.page import features_shown, render_page
-from pipeline.circuit.poor_layers import warn_of_poor_layers
-from pipeline.circuit.question import Question, check_askable, prompt_tokens, token_ids
-from pipeline.circuit.traced import TracedLayers, traced_layers
-from pipeline.model.language_model import LanguageModel
-from pipeline.model.of_transcoders import open_transcoder_model
-from pipeline.model.weights import read_weights
-from pipeline.shared.device import limited_threads, open_device
-from storage.artifact import MANIFEST, read_manifest, write_atomically
-from storage.draft import Draft
-from storage.formats import ARTIFACT_FORMATS
-from storage.settings import Settings
-from storage.token_text import join_characters
-from training.architectures.transcoder import KIND as TRANSCODER_KIND
+from tailrace.analysis.circuits import documents
+from tailrace.analysis.circuits.attribution_graph import AttributionGraph, GraphSettings, build_graph, top_logits
+from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.filters import NodeFilter
+from tailrace.analysis.circuits.influence import Pruned
+from tailrace.analysis.circuits.path_graph import completed, graph_of_paths
+from tailrace.analysis.circuits.paths import Path as CircuitPath
+from tailrace.analysis.circuits.paths import SearchSettings, search_paths
+from tailrace.analysis.circuits.record import record_run
+from tailrace.analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
+from tailrace.analysis.circuits.run import LinearisedRun
+from tailrace.analysis.circuits.viewer import viewer_document
+from tailrace.analysis.dashboards.visible import PART
+from tailrace.analysis.tables_artifact import TABLES_KIND
+from tailrace.pipeline.artifacts.folders import each_artifact
+from tailrace.pipeline.cache.recorded_model import explained_passes
+from tailrace.pipeline.circuit.cards import open_tables, read_cards
+from tailrace.pipeline.circuit.page import features_shown, render_page
+from tailrace.pipeline.circuit.poor_layers import warn_of_poor_layers
+from tailrace.pipeline.circuit.question import Question, check_askable, prompt_tokens, token_ids
+from tailrace.pipeline.circuit.traced import TracedLayers, traced_layers
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.of_transcoders import open_transcoder_model
+from tailrace.pipeline.model.weights import read_weights
+from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.storage.artifact import MANIFEST, read_manifest, write_atomically
+from tailrace.storage.draft import Draft
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.settings import Settings
+from tailrace.storage.token_text import join_characters
+from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
 
 KIND = "circuit"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.circuits.record import mlp_layer
-from pipeline.artifacts.kinds import is_cross_layer
-from pipeline.circuit.question import transcoder_sites
-from storage.cache_format import Site
-from storage.errors import SettingsError
-from training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
-from training.cross_layer.artifact import read_cross_layer_manifest, sites_of
-from training.cross_layer.layers import load_layers
+from tailrace.analysis.circuits.record import mlp_layer
+from tailrace.pipeline.artifacts.kinds import is_cross_layer
+from tailrace.pipeline.circuit.question import transcoder_sites
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from tailrace.training.cross_layer.artifact import read_cross_layer_manifest, sites_of
+from tailrace.training.cross_layer.layers import load_layers
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.dashboards.visible import visible_token
-from storage.artifact import write_atomically
+from tailrace.analysis.dashboards.visible import visible_token
+from tailrace.storage.artifact import write_atomically
 
 SITE = Path(__file__).parent / "site"
 N_SHADES = 20

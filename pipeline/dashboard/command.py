@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from analysis.tables_artifact import TABLES_KIND
-from pipeline.artifacts.folders import refuse_folder
-from pipeline.dashboard import stage as dashboard
-from pipeline.dashboard.stage import DashboardSettings
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, settings_options
+from tailrace.analysis.tables_artifact import TABLES_KIND
+from tailrace.pipeline.artifacts.folders import refuse_folder
+from tailrace.pipeline.dashboard import stage as dashboard
+from tailrace.pipeline.dashboard.stage import DashboardSettings
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, settings_options
 
 
 @click.command("dashboard")

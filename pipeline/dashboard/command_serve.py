@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from analysis.tables_artifact import TABLES_KIND
-from pipeline.artifacts.folders import refuse_folder
-from pipeline.dashboard import serve
-from pipeline.dashboard.stage import KIND as DASHBOARD
-from pipeline.shared import run_options as options
+from tailrace.analysis.tables_artifact import TABLES_KIND
+from tailrace.pipeline.artifacts.folders import refuse_folder
+from tailrace.pipeline.dashboard import serve
+from tailrace.pipeline.dashboard.stage import KIND as DASHBOARD
+from tailrace.pipeline.shared import run_options as options
 
 
 @click.command("serve")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError
 
 _PART = re.compile(r"(\d+)\s*(?:-\s*(\d+))?")
 _SHOWN = 5

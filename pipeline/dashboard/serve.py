@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from analysis.dashboards.feature_tables import KIND as TABLES
-from analysis.dashboards.feature_tables import FeatureTables
-from pipeline.dashboard.site_data import INDEX, SiteData
-from pipeline.dashboard.stage import KIND, SITE, DashboardSettings
-from storage.artifact import MANIFEST, read_manifest, read_sealed
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
-from storage.names import inside
+from tailrace.analysis.dashboards.feature_tables import KIND as TABLES
+from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
+from tailrace.pipeline.dashboard.stage import KIND, SITE, DashboardSettings
+from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
+from tailrace.storage.names import inside
 
 PAGES_KEPT = 64
 """Files of pages kept in memory once made, some 10 MB."""

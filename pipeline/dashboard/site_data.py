@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from analysis.dashboards.feature_index import feature_index
-from analysis.dashboards.feature_pages import FeaturePages
-from analysis.dashboards.feature_tables import FeatureTables
-from analysis.dashboards.rounding import rounded
-from analysis.dashboards.vocabulary import Vocabulary
-from pipeline.dashboard.packing import pack
+from tailrace.analysis.dashboards.feature_index import feature_index
+from tailrace.analysis.dashboards.feature_pages import FeaturePages
+from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.analysis.dashboards.rounding import rounded
+from tailrace.analysis.dashboards.vocabulary import Vocabulary
+from tailrace.pipeline.dashboard.packing import pack
 
 FEATURES_PER_FILE = 32
 """Features whose pages share a file; see docs/dashboard.md for the measurement."""

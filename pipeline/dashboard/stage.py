@@ -15,14 +15,14 @@ from typing import Any
 from pydantic import Field
 from tqdm import tqdm
 
-from analysis.dashboards.feature_tables import FeatureTables
-from pipeline.dashboard.blind import write_blind_page
-from pipeline.dashboard.feature_selection import FeatureSelection, parse_features
-from pipeline.dashboard.site_data import INDEX, SiteData
-from storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
-from storage.draft import Draft
-from storage.formats import ARTIFACT_FORMATS
-from storage.settings import Settings
+from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.pipeline.dashboard.blind import write_blind_page
+from tailrace.pipeline.dashboard.feature_selection import FeatureSelection, parse_features
+from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
+from tailrace.storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
+from tailrace.storage.draft import Draft
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.settings import Settings
 
 KIND = "dashboard"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

@@ -10,9 +10,9 @@ from typing import get_args
 
 import click
 
-from pipeline.analyze.summary import FeatureLine, summary
-from pipeline.demo import stage as demo
-from pipeline.shared import run_options as options
+from tailrace.pipeline.analyze.summary import FeatureLine, summary
+from tailrace.pipeline.demo import stage as demo
+from tailrace.pipeline.shared import run_options as options
 
 
 @click.command("demo")

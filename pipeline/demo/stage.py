@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
-from pipeline.cache import stage as cache
-from pipeline.cache import verify
-from pipeline.cache.settings import CacheSettings
-from pipeline.dashboard import stage as dashboard
-from pipeline.dashboard.stage import DashboardSettings
-from pipeline.samples.bundled_models import bundled_model
-from pipeline.samples.smollm2 import fetch_smollm2
-from pipeline.samples.speeches import fetch_sotu
-from pipeline.train import stage as train
-from storage.errors import ArtifactCorrupt
-from training.loop.settings import TrainSettings
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
+from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.cache import verify
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.dashboard import stage as dashboard
+from tailrace.pipeline.dashboard.stage import DashboardSettings
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.samples.smollm2 import fetch_smollm2
+from tailrace.pipeline.samples.speeches import fetch_sotu
+from tailrace.pipeline.train import stage as train
+from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.training.loop.settings import TrainSettings
 
 DemoModel = Literal["tiny", "smollm2"]
 Say = Callable[[str], None]

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from analysis.evaluate.splice_scores import SpliceScore
-from pipeline.evaluate import stage as evaluate
-from pipeline.evaluate.stage import EvaluateSettings
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, settings_options
+from tailrace.analysis.evaluate.splice_scores import SpliceScore
+from tailrace.pipeline.evaluate import stage as evaluate
+from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, settings_options
 
 
 @click.command("evaluate")

@@ -9,9 +9,9 @@ from typing import get_args
 
 import click
 
-from pipeline.evaluate import pareto, pareto_plot
-from pipeline.evaluate.pareto import Measure
-from pipeline.shared import run_options as options
+from tailrace.pipeline.evaluate import pareto, pareto_plot
+from tailrace.pipeline.evaluate.pareto import Measure
+from tailrace.pipeline.shared import run_options as options
 
 
 @click.command("pareto")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from analysis.evaluate.evaluation import SplicedSite
-from analysis.splice.cross_layer import layers_in_place
-from pipeline.analyze.stage import check_same_site
-from pipeline.cache.recorded_model import RecordedModel
-from storage.activation_cache import ActivationCache
-from storage.errors import ArtifactMismatch
-from training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest, sites_of
+from tailrace.analysis.evaluate.evaluation import SplicedSite
+from tailrace.analysis.splice.cross_layer import layers_in_place
+from tailrace.pipeline.analyze.stage import check_same_site
+from tailrace.pipeline.cache.recorded_model import RecordedModel
+from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest, sites_of
 
 
 def check_cross_layer(cache: ActivationCache, path: Path) -> dict[str, Any]:

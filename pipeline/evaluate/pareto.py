@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.evaluate.stage import KIND as EVALUATION
-from pipeline.train import sweep
-from pipeline.train.runs_table import FINISHED
-from storage.artifact import MANIFEST, read_manifest, read_sealed
-from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from training.architectures.transcoder import KIND as TRANSCODER
-from training.architectures.transcoder import read_transcoder_manifest
+from tailrace.pipeline.evaluate.stage import KIND as EVALUATION
+from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.runs_table import FINISHED
+from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
+from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.training.architectures.transcoder import KIND as TRANSCODER
+from tailrace.training.architectures.transcoder import read_transcoder_manifest
 
 logger = logging.getLogger(__name__)
 

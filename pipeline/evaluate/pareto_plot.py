@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluate.pareto import Measure, Point, front
-from storage.artifact import make_directory, write_atomically
-from storage.errors import SettingsError
+from tailrace.pipeline.evaluate.pareto import Measure, Point, front
+from tailrace.storage.artifact import make_directory, write_atomically
+from tailrace.storage.errors import SettingsError
 
 SUFFIXES = (".png", ".svg", ".html")
 TITLES = {"fvu": "held-out FVU (lower is better)", "ce_recovered": "CE recovered (higher is better)"}
@@ -39,7 +39,7 @@ def check_output(path: Path) -> None:
 
 
 def write_plot(path: Path, groups: Mapping[str, Sequence[Point]], measure: Measure) -> None:
-    """Draw the groups of ``pipeline.evaluate.pareto.lines`` into ``path``. Raises SettingsError, or StorageFull."""
+    """Draw the groups of ``pareto.lines`` into ``path``. Raises SettingsError, or StorageFull."""
     check_output(path)
     kind = path.suffix.lower().removeprefix(".")
     content = _page(groups, measure) if kind == "html" else _draw(groups, measure, kind)

@@ -17,24 +17,24 @@ import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
-from analysis.evaluate.evaluation import ContextBatch, Evaluation, SplicedSite
-from analysis.evaluate.splice_scores import SpliceScore
-from analysis.evaluate.token_deltas import SCHEMA, token_rows
-from pipeline.analyze.stage import check_same_site
-from pipeline.artifacts.folders import each_artifact
-from pipeline.artifacts.kinds import is_cross_layer
-from pipeline.cache.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
-from pipeline.evaluate.cross_layer_sites import check_cross_layer, open_spliced_layers
-from pipeline.shared.device import limited_threads, open_device
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from storage.artifact import read_manifest
-from storage.draft import Draft
-from storage.errors import ArtifactMismatch, SettingsError
-from storage.formats import ARTIFACT_FORMATS
-from storage.settings import Quantity, Settings
-from storage.tables import write_table
-from training.architectures.transcoder import KIND as TRANSCODER_KIND
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.analysis.evaluate.evaluation import ContextBatch, Evaluation, SplicedSite
+from tailrace.analysis.evaluate.splice_scores import SpliceScore
+from tailrace.analysis.evaluate.token_deltas import SCHEMA, token_rows
+from tailrace.pipeline.analyze.stage import check_same_site
+from tailrace.pipeline.artifacts.folders import each_artifact
+from tailrace.pipeline.artifacts.kinds import is_cross_layer
+from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
+from tailrace.pipeline.evaluate.cross_layer_sites import check_cross_layer, open_spliced_layers
+from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.artifact import read_manifest
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.settings import Quantity, Settings
+from tailrace.storage.tables import write_table
+from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 KIND = "evaluation"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

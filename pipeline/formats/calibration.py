@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.formats.jump_form import JumpForm, jump_form
-from storage.activation_cache import ActivationCache
-from storage.cache_format import Site
-from training.architectures.base import Transcoder
-from training.loop.evaluate import Predictor, evaluate, predictor
-from training.rows.batches import iter_once
+from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
+from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.loop.evaluate import Predictor, evaluate, predictor
+from tailrace.training.rows.batches import iter_once
 
 BLOCK_ROWS = 1024
 """Rows encoded at once: memory is this times d_sae times 4 bytes, three times over."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
 
 _NUMBER_TYPES = (np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType)
 _NUMBERS: dict[str, Any] = {

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from pipeline.formats.foreign import Foreign, check_names, jsonable, log_threshold, read_tensors
-from storage.errors import ArtifactMismatch
-from storage.settings import load_yaml
-from training.architectures import JumpReLU, ReLU
+from tailrace.pipeline.formats.foreign import Foreign, check_names, jsonable, log_threshold, read_tensors
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.settings import load_yaml
+from tailrace.training.architectures import JumpReLU, ReLU
 
 _LAYER = re.compile(r"layer_(\d+)\.safetensors")
 _THRESHOLD = "activation_function.threshold"

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from pipeline.formats.conversion import Converted, Written
-from pipeline.formats.subjects import Subject
-from pipeline.formats.tensor_files import present, write_tensors
-from storage.artifact import write_atomically
+from tailrace.pipeline.formats.conversion import Converted, Written
+from tailrace.pipeline.formats.subjects import Subject
+from tailrace.pipeline.formats.tensor_files import present, write_tensors
+from tailrace.storage.artifact import write_atomically
 
 CONFIG = "config.yaml"
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from pipeline.formats import export
-from pipeline.formats.export import FORMATS, ExportSettings
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.formats import export
+from tailrace.pipeline.formats.export import FORMATS, ExportSettings
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, settings_options
 
 
 class _ListsFormats(click.Command):

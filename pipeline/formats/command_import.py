@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from pipeline.formats import import_cross_layer, import_transcoder
-from pipeline.formats.import_transcoder import ORIGINS, ImportSettings
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.formats import import_cross_layer, import_transcoder
+from tailrace.pipeline.formats.import_transcoder import ORIGINS, ImportSettings
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, settings_options
 
 
 class _ListsOrigins(click.Command):

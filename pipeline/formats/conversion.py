@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from analysis.weights.model_weights import ModelWeights
-from pipeline.analyze.stage import check_same_site
-from pipeline.formats import calibration as calibrations
-from pipeline.formats.hooks import MLP_IN, MLP_OUT, NORMALISED_IN, STREAM_OUT, layer_hooks
-from pipeline.formats.jump_form import JumpForm, jump_form
-from pipeline.formats.subjects import Subject
-from storage.activation_cache import ActivationCache, open_cache
-from storage.errors import ArtifactMismatch, SettingsError
+from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.pipeline.analyze.stage import check_same_site
+from tailrace.pipeline.formats import calibration as calibrations
+from tailrace.pipeline.formats.hooks import MLP_IN, MLP_OUT, NORMALISED_IN, STREAM_OUT, layer_hooks
+from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
+from tailrace.pipeline.formats.subjects import Subject
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
 
 
 @dataclass(frozen=True)

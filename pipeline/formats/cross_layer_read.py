@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline.formats.foreign import jsonable, log_threshold, read_tensors
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
-from storage.settings import load_yaml
-from training.architectures.jumprelu import JumpReLU
-from training.architectures.relu import ReLU
-from training.cross_layer.stack import CrossLayerTranscoder
+from tailrace.pipeline.formats.foreign import jsonable, log_threshold, read_tensors
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
+from tailrace.storage.settings import load_yaml
+from tailrace.training.architectures.jumprelu import JumpReLU
+from tailrace.training.architectures.relu import ReLU
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 
 CONFIG, MODEL_KIND = "config.yaml", "cross_layer_transcoder"
 _WEIGHTS = re.compile(r"W_(?:enc|dec)_(\d+)\.safetensors")

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from analysis.weights.model_weights import ModelWeights
-from pipeline.artifacts.kinds import is_cross_layer
-from pipeline.formats.circuit_tracer_write import CONFIG, layer_problems, unlike_layers, write_config
-from pipeline.formats.conversion import folding_problems
-from pipeline.formats.hooks import NORMALISED_IN, STREAM_OUT
-from pipeline.formats.jump_form import JumpForm
-from pipeline.formats.subjects import Subject
-from pipeline.formats.tensor_files import present, write_tensors
-from storage.errors import SettingsError
-from training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
-from training.cross_layer.stack import CrossLayerTranscoder
+from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.pipeline.artifacts.kinds import is_cross_layer
+from tailrace.pipeline.formats.circuit_tracer_write import CONFIG, layer_problems, unlike_layers, write_config
+from tailrace.pipeline.formats.conversion import folding_problems
+from tailrace.pipeline.formats.hooks import NORMALISED_IN, STREAM_OUT
+from tailrace.pipeline.formats.jump_form import JumpForm
+from tailrace.pipeline.formats.subjects import Subject
+from tailrace.pipeline.formats.tensor_files import present, write_tensors
+from tailrace.storage.errors import SettingsError
+from tailrace.training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 
 FORMAT = "circuit-tracer"
 """The one format that has cross-layer transcoders."""

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.analyze import stage as analyze
-from pipeline.formats.hooks import module_of
-from pipeline.formats.tensor_files import write_json, write_tensors
-from storage.activation_cache import CacheSplit, open_cache
-from storage.artifact import make_directory, read_manifest
-from storage.differences import list_differences
-from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from storage.names import folder_problem
-from storage.tables import read_table
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.formats.hooks import module_of
+from tailrace.pipeline.formats.tensor_files import write_json, write_tensors
+from tailrace.storage.activation_cache import CacheSplit, open_cache
+from tailrace.storage.artifact import make_directory, read_manifest
+from tailrace.storage.differences import list_differences
+from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.storage.names import folder_problem
+from tailrace.storage.tables import read_table
 
 FOLDER, CONFIG = "latents", "config.json"
 _LARGEST_HALF = float(np.finfo(np.float16).max)

@@ -13,11 +13,18 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.formats.checkpoint import load_checkpoint
-from pipeline.formats.foreign import Foreign, check_names, jsonable, log_threshold, read_config, without_input_bias
-from storage.errors import ArtifactMismatch
-from training.architectures import BatchTopK, JumpReLU, ReLU, TopK
-from training.architectures.base import Architecture
+from tailrace.pipeline.formats.checkpoint import load_checkpoint
+from tailrace.pipeline.formats.foreign import (
+    Foreign,
+    check_names,
+    jsonable,
+    log_threshold,
+    read_config,
+    without_input_bias,
+)
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.training.architectures import BatchTopK, JumpReLU, ReLU, TopK
+from tailrace.training.architectures.base import Architecture
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from storage.errors import ArtifactCorrupt, ArtifactMissing
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 
 _COLUMNS = (
     "feature", "kind", "band", "rank", "activation", "position", "window_start", "window_tokens", "window_activations",

@@ -15,24 +15,24 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from analysis.weights.model_weights import ModelWeights
-from pipeline.analyze.stage import KIND as TABLES_KIND
-from pipeline.artifacts.folders import each_artifact
-from pipeline.formats import circuit_tracer_write as circuit_tracer
-from pipeline.formats import cross_layer_write as cross_layer
-from pipeline.formats import delphi, viewer_features
-from pipeline.formats import saelens_write as saelens
-from pipeline.formats import sparsify_write as sparsify
-from pipeline.formats.conversion import Converted, convert
-from pipeline.formats.hooks import NORMALISED_IN, normalised_note
-from pipeline.formats.subjects import Subject, open_subjects
-from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, read_manifest, read_sealed
-from storage.draft import Draft
-from storage.errors import ArtifactMissing, SettingsError
-from storage.formats import ARTIFACT_FORMATS
-from storage.settings import Quantity, Settings
-from training.architectures.transcoder import KIND as TRANSCODER_KIND
+from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.pipeline.analyze.stage import KIND as TABLES_KIND
+from tailrace.pipeline.artifacts.folders import each_artifact
+from tailrace.pipeline.formats import circuit_tracer_write as circuit_tracer
+from tailrace.pipeline.formats import cross_layer_write as cross_layer
+from tailrace.pipeline.formats import delphi, viewer_features
+from tailrace.pipeline.formats import saelens_write as saelens
+from tailrace.pipeline.formats import sparsify_write as sparsify
+from tailrace.pipeline.formats.conversion import Converted, convert
+from tailrace.pipeline.formats.hooks import NORMALISED_IN, normalised_note
+from tailrace.pipeline.formats.subjects import Subject, open_subjects
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMissing, SettingsError
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.settings import Quantity, Settings
+from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
 
 KIND = "export"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -114,7 +114,7 @@ def run(
     ``sources`` are transcoders, or artifacts of tables for ``TABLE_FORMATS``, or folders that hold some. ``cache``
     gives the rows on which thresholds are calibrated, or the contexts of tables. ``model`` says where the language
     model lies if it moved, for ``fold_norm``. Raises SettingsError with every reason why the format cannot hold what
-    was given, and the errors of opening sources and of ``storage.artifact.Draft``.
+    was given, and the errors of opening sources and of ``tailrace.storage.artifact.Draft``.
     """
     if problems := settings.given_for_others(to):
         raise SettingsError("\n".join(problems))
@@ -253,8 +253,8 @@ class _Job:
         """Return the language model's weights where a norm has to be folded in."""
         if not self._settings.fold_norm:
             return None
-        from pipeline.model.of_transcoders import open_transcoder_model
-        from pipeline.model.weights import read_weights  # loads TransformerLens, which nothing else here needs
+        from tailrace.pipeline.model.of_transcoders import open_transcoder_model
+        from tailrace.pipeline.model.weights import read_weights  # loads TransformerLens, which nothing else here needs
 
         return read_weights(open_transcoder_model(transcoders, model=self._model, device=self._device))
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
-from training.architectures.base import Architecture, Transcoder
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
+from tailrace.training.architectures.base import Architecture, Transcoder
 
 SMALLEST_THRESHOLD = torch.finfo(torch.float32).tiny
 """Stands for a threshold of zero, whose logarithm we could not keep."""

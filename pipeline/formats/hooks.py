@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from storage.hook_names import HookName
+from tailrace.storage.hook_names import HookName
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.([^\[\]]+)")
 

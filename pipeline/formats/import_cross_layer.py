@@ -13,19 +13,25 @@ from typing import Any
 
 import torch
 
-from analysis.circuits.record import mlp_layer
-from pipeline.formats.cross_layer_read import ForeignLayers, inspect_folder
-from pipeline.formats.import_transcoder import POOR_FVU, ImportSettings, note_other_name, sites_of
-from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import checksum_file
-from storage.cache_format import Site
-from storage.draft import Draft
-from storage.errors import ArtifactMismatch, SettingsError
-from training.architectures.transcoder import WEIGHTS, describe_versions, save_weights
-from training.cross_layer.artifact import FORMAT_VERSION, KIND, read_cross_layer_manifest, rows_at_once, score_layers
-from training.cross_layer.stack import CrossLayerTranscoder
-from training.cross_layer.units import JoinedRows, LayerUnits
-from training.rows.batches import iter_sites_once
+from tailrace.analysis.circuits.record import mlp_layer
+from tailrace.pipeline.formats.cross_layer_read import ForeignLayers, inspect_folder
+from tailrace.pipeline.formats.import_transcoder import POOR_FVU, ImportSettings, note_other_name, sites_of
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.artifact import checksum_file
+from tailrace.storage.cache_format import Site
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.training.architectures.transcoder import WEIGHTS, describe_versions, save_weights
+from tailrace.training.cross_layer.artifact import (
+    FORMAT_VERSION,
+    KIND,
+    read_cross_layer_manifest,
+    rows_at_once,
+    score_layers,
+)
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
+from tailrace.training.cross_layer.units import JoinedRows, LayerUnits
+from tailrace.training.rows.batches import iter_sites_once
 
 ORIGIN = "circuit-tracer"
 """The format such folders are in."""

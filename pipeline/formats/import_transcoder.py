@@ -15,20 +15,20 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pipeline.formats import circuit_tracer_read as circuit_tracer
-from pipeline.formats import dictionary_learning, reference
-from pipeline.formats import saelens_read as saelens
-from pipeline.formats import sparsify_read as sparsify
-from pipeline.formats.foreign import Foreign
-from pipeline.formats.hooks import hooked_transformer_name
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from storage.artifact import checksum_file
-from storage.cache_format import Site
-from storage.draft import Draft
-from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from storage.settings import Quantity, Settings
-from training.architectures.base import Transcoder
-from training.architectures.transcoder import (
+from tailrace.pipeline.formats import circuit_tracer_read as circuit_tracer
+from tailrace.pipeline.formats import dictionary_learning, reference
+from tailrace.pipeline.formats import saelens_read as saelens
+from tailrace.pipeline.formats import sparsify_read as sparsify
+from tailrace.pipeline.formats.foreign import Foreign
+from tailrace.pipeline.formats.hooks import hooked_transformer_name
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.artifact import checksum_file
+from tailrace.storage.cache_format import Site
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.storage.settings import Quantity, Settings
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.transcoder import (
     FORMAT_VERSION,
     KIND,
     WEIGHTS,
@@ -37,8 +37,8 @@ from training.architectures.transcoder import (
     read_transcoder_manifest,
     save_weights,
 )
-from training.loop.evaluate import HeldoutScore, evaluate, predictor
-from training.rows.batches import iter_once
+from tailrace.training.loop.evaluate import HeldoutScore, evaluate, predictor
+from tailrace.training.rows.batches import iter_once
 
 Origin = Literal["saelens", "circuit-tracer", "sparsify", "dictionary-learning", "reference"]
 ORIGINS: dict[Origin, str] = {

@@ -3,7 +3,7 @@
 Every architecture but TopK is of this form exactly. A gated feature's magnitude is m = exp(r) π + b_mag of its gate π,
 so the gate is open (π > 0) just where m > b_mag, and the feature is JumpReLU of m with the threshold max(b_mag, 0)
 (Rajamanoharan et al. 2024, "Jumping ahead", section 2). TopK compares features of a row with each other, which no
-threshold does: it needs some that stand in for k (``pipeline.formats.calibration``).
+threshold does: it needs some that stand in for k (``tailrace.pipeline.formats.calibration``).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.weights.model_weights import Norm
-from training.architectures.base import Transcoder
-from training.architectures.batch_topk import BatchTopKTranscoder
-from training.architectures.gated import GatedTranscoder
-from training.architectures.jumprelu import JumpReLUTranscoder
-from training.architectures.relu import ReLUTranscoder
-from training.architectures.topk import TopKTranscoder
+from tailrace.analysis.weights.model_weights import Norm
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.batch_topk import BatchTopKTranscoder
+from tailrace.training.architectures.gated import GatedTranscoder
+from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
+from tailrace.training.architectures.relu import ReLUTranscoder
+from tailrace.training.architectures.topk import TopKTranscoder
 
 
 @dataclass(frozen=True)

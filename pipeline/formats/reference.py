@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.formats.checkpoint import Bag, load_checkpoint
-from pipeline.formats.foreign import Foreign, check_names, jsonable, without_input_bias
-from storage.errors import ArtifactMismatch
-from training.architectures import ReLU
+from tailrace.pipeline.formats.checkpoint import Bag, load_checkpoint
+from tailrace.pipeline.formats.foreign import Foreign, check_names, jsonable, without_input_bias
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.training.architectures import ReLU
 
 _CONFIGURATION = re.compile(r"(?:.*\.)?(?:sae_training|sae_lens)(?:\.[A-Za-z_0-9]+)*\.[A-Za-z_0-9]*Config")
 _WANTED = ["W_enc", "b_enc", "W_dec", "b_dec"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.formats.foreign import (
+from tailrace.pipeline.formats.foreign import (
     Foreign,
     check_names,
     jsonable,
@@ -16,9 +16,9 @@ from pipeline.formats.foreign import (
     read_tensors,
     without_input_bias,
 )
-from storage.errors import ArtifactMismatch
-from training.architectures import JumpReLU, ReLU, TopK
-from training.architectures.base import Architecture
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.training.architectures import JumpReLU, ReLU, TopK
+from tailrace.training.architectures.base import Architecture
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.formats.conversion import Converted, Written
-from pipeline.formats.hooks import MLP_IN, MLP_OUT, NORMALISED_IN, hooked_transformer_name, why_unnamed
-from pipeline.formats.jump_form import JumpForm, jump_form
-from pipeline.formats.subjects import Subject
-from pipeline.formats.tensor_files import present, write_json, write_tensors
+from tailrace.pipeline.formats.conversion import Converted, Written
+from tailrace.pipeline.formats.hooks import MLP_IN, MLP_OUT, NORMALISED_IN, hooked_transformer_name, why_unnamed
+from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
+from tailrace.pipeline.formats.subjects import Subject
+from tailrace.pipeline.formats.tensor_files import present, write_json, write_tensors
 
 FORMAT_OF = "6.54.12"
 """The release of SAELens whose reader this was written for and tested with."""

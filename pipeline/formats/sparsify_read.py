@@ -10,9 +10,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.formats.foreign import Foreign, check_names, jsonable, read_config, read_tensors, without_input_bias
-from storage.errors import ArtifactMismatch
-from training.architectures import TopK
+from tailrace.pipeline.formats.foreign import (
+    Foreign,
+    check_names,
+    jsonable,
+    read_config,
+    read_tensors,
+    without_input_bias,
+)
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.training.architectures import TopK
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _MLP = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)\.mlp")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.formats.hooks import module_of
-from pipeline.formats.subjects import Subject
-from pipeline.formats.tensor_files import present, write_json, write_tensors
-from storage.names import folder_problem
+from tailrace.pipeline.formats.hooks import module_of
+from tailrace.pipeline.formats.subjects import Subject
+from tailrace.pipeline.formats.tensor_files import present, write_json, write_tensors
+from tailrace.storage.names import folder_problem
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 

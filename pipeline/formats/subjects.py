@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.formats.hooks import LayerHooks, layer_hooks
-from storage.errors import SettingsError
-from training.architectures.base import Transcoder
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.pipeline.formats.hooks import LayerHooks, layer_hooks
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from storage.artifact import write_atomically
-from training.architectures.transcoder import write_tensors
+from tailrace.storage.artifact import write_atomically
+from tailrace.training.architectures.transcoder import write_tensors
 
 __all__ = ["write_json", "write_tensors"]
 

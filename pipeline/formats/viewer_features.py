@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.analyze import stage as analyze
-from pipeline.formats.example_groups import example_groups
-from pipeline.formats.hooks import layer_hooks
-from pipeline.model.same_model import list_model_differences
-from storage.artifact import make_directory, read_manifest, storage_refused, write_atomically
-from storage.errors import ArtifactCorrupt, SettingsError
-from storage.names import temporary_path
-from storage.tables import read_schema, read_table
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.formats.example_groups import example_groups
+from tailrace.pipeline.formats.hooks import layer_hooks
+from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.storage.artifact import make_directory, read_manifest, storage_refused, write_atomically
+from tailrace.storage.errors import ArtifactCorrupt, SettingsError
+from tailrace.storage.names import temporary_path
+from tailrace.storage.tables import read_schema, read_table
 
 FOLDER, INDEX = "features", "index.json.gz"
 N_BINS = 50

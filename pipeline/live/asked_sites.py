@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from pipeline.cache.settings import CapturedSites
-from pipeline.model.sites import resolve_sites
-from storage.errors import ModelError
+from tailrace.pipeline.cache.settings import CapturedSites
+from tailrace.pipeline.model.sites import resolve_sites
+from tailrace.storage.errors import ModelError
 
 _MOST_LAYERS = 10_000
 

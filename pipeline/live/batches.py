@@ -17,26 +17,26 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pipeline.cache.stage import check_context_length, row_mask_of
-from pipeline.live.contexts import ContextBatches
-from pipeline.live.heldout import HeldoutRows, compute_heldout_rows, read_heldout_contexts
-from pipeline.live.mixing import Mixing, choose_block_rows
-from pipeline.live.opening import Opening, choose_sites, refuse_other_origin
-from pipeline.live.producer import BlockProducer, BlockStart
-from pipeline.live.rows import RowMaker
-from pipeline.live.settings import LiveSettings
-from pipeline.live.stages import StageMemory
-from pipeline.model.language_model import LanguageModel, load_language_model
-from pipeline.model.same_model import without_versions
-from pipeline.text.dataset import open_documents
-from pipeline.text.holdout import HoldoutRule
-from pipeline.text.packing import HELDOUT, TRAIN, ContextSource
-from storage.artifact import JSON, digest
-from storage.cache_format import Site
-from storage.encodings import Side
-from storage.errors import SettingsError
-from storage.statistics import SiteStatistics
-from training.rows.batches import Batch
+from tailrace.pipeline.cache.stage import check_context_length, row_mask_of
+from tailrace.pipeline.live.contexts import ContextBatches
+from tailrace.pipeline.live.heldout import HeldoutRows, compute_heldout_rows, read_heldout_contexts
+from tailrace.pipeline.live.mixing import Mixing, choose_block_rows
+from tailrace.pipeline.live.opening import Opening, choose_sites, refuse_other_origin
+from tailrace.pipeline.live.producer import BlockProducer, BlockStart
+from tailrace.pipeline.live.rows import RowMaker
+from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.live.stages import StageMemory
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.same_model import without_versions
+from tailrace.pipeline.text.dataset import open_documents
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.packing import HELDOUT, TRAIN, ContextSource
+from tailrace.storage.artifact import JSON, digest
+from tailrace.storage.cache_format import Site
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.rows.batches import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.text.packing import TRAIN, ContextSource, PackedContexts
-from storage.artifact import JSON
-from storage.errors import TextError
+from tailrace.pipeline.text.packing import TRAIN, ContextSource, PackedContexts
+from tailrace.storage.artifact import JSON
+from tailrace.storage.errors import TextError
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.rows import RowMask
-from pipeline.live.rows import RowMaker
-from pipeline.text.holdout import HoldoutRule
-from pipeline.text.packing import HELDOUT, ContextSource
-from storage.errors import TextError
-from storage.randomness import philox, random_permutation
-from training.rows.batches import EVALUATION_SEED
+from tailrace.pipeline.cache.rows import RowMask
+from tailrace.pipeline.live.rows import RowMaker
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.packing import HELDOUT, ContextSource
+from tailrace.storage.errors import TextError
+from tailrace.storage.randomness import philox, random_permutation
+from tailrace.training.rows.batches import EVALUATION_SEED
 
 logger = logging.getLogger(__name__)
 

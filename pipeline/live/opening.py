@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
-from pipeline.cache.plan import PROBE_BATCHES, Probe, choose_dtypes, fixed_dtype
-from pipeline.cache.rows import RowMask
-from pipeline.cache.stage import check_pairing
-from pipeline.live.contexts import ContextBatches
-from pipeline.live.rows import RowMaker
-from pipeline.live.settings import LiveSettings
-from pipeline.model.language_model import LanguageModel
-from pipeline.model.sites import SiteHooks
-from storage.cache_format import Site
-from storage.differences import list_differences
-from storage.encodings import Side
-from storage.errors import ArtifactMismatch
-from storage.statistics import SiteStatistics
+from tailrace.pipeline.cache.plan import PROBE_BATCHES, Probe, choose_dtypes, fixed_dtype
+from tailrace.pipeline.cache.rows import RowMask
+from tailrace.pipeline.cache.stage import check_pairing
+from tailrace.pipeline.live.contexts import ContextBatches
+from tailrace.pipeline.live.rows import RowMaker
+from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.storage.cache_format import Site
+from tailrace.storage.differences import list_differences
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.statistics import SiteStatistics
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from pipeline.live.contexts import ContextBatches, TextPosition
-from pipeline.live.mixing import Mixing
-from pipeline.live.rows import RowMaker, as_array
-from pipeline.live.stages import StageMemory
-from storage.statistics import SiteStatistics
+from tailrace.pipeline.live.contexts import ContextBatches, TextPosition
+from tailrace.pipeline.live.mixing import Mixing
+from tailrace.pipeline.live.rows import RowMaker, as_array
+from tailrace.pipeline.live.stages import StageMemory
+from tailrace.storage.statistics import SiteStatistics
 
 
 @dataclass(frozen=True)

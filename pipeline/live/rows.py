@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.rows import RowMask, provenance_of
-from pipeline.model.language_model import LanguageModel
-from pipeline.model.sites import SiteHooks
-from storage.cache_format import Site
-from storage.errors import ActivationOverflow, NonFiniteActivation
+from tailrace.pipeline.cache.rows import RowMask, provenance_of
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ActivationOverflow, NonFiniteActivation
 
 _NUMPY_BITS = {torch.bfloat16: torch.uint16}
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.cache.settings import CapturedContexts, CapturedSites
-from pipeline.model.language_model import ModelSettings
-from pipeline.text.dataset import TextSettings
-from storage.settings import Quantity
+from tailrace.pipeline.cache.settings import CapturedContexts, CapturedSites
+from tailrace.pipeline.model.language_model import ModelSettings
+from tailrace.pipeline.text.dataset import TextSettings
+from tailrace.storage.settings import Quantity
 
 
 # As for a cache: pydantic lists the fields of the last base first.

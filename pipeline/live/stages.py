@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.live.mixing import STAGES_IN_MEMORY, Places
-from pipeline.live.rows import torch_dtype
-from storage.cache_format import Site
+from tailrace.pipeline.live.mixing import STAGES_IN_MEMORY, Places
+from tailrace.pipeline.live.rows import torch_dtype
+from tailrace.storage.cache_format import Site
 
 
 class StageMemory:

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.recorded_model import explained_passes
-from pipeline.cache.settings import CapturedContexts
-from pipeline.cache.shown_rows import ShownRows
-from pipeline.cache.stage import check_context_length, row_mask_of
-from pipeline.live.rows import RowMaker, as_array
-from pipeline.model.language_model import LanguageModel
-from pipeline.text.dataset import TextSettings, open_documents
-from pipeline.text.holdout import HoldoutRule
-from pipeline.text.packing import TRAIN, ContextSource
-from storage.cache_format import Site
-from storage.errors import TextError
+from tailrace.pipeline.cache.recorded_model import explained_passes
+from tailrace.pipeline.cache.settings import CapturedContexts
+from tailrace.pipeline.cache.shown_rows import ShownRows
+from tailrace.pipeline.cache.stage import check_context_length, row_mask_of
+from tailrace.pipeline.live.rows import RowMaker, as_array
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.text.dataset import TextSettings, open_documents
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.packing import TRAIN, ContextSource
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import TextError
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.model.sites import SiteHooks, head_problem
-from storage.errors import ModelError, OutOfMemoryError
-from storage.hook_names import HookName
+from tailrace.pipeline.model.sites import SiteHooks, head_problem
+from tailrace.storage.errors import ModelError, OutOfMemoryError
+from tailrace.storage.hook_names import HookName
 
 _HOOK_LEVEL = 712_349  # tells our hooks from anybody else's when they are taken away; any number no one uses
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")

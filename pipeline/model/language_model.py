@@ -15,15 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.model import capture as activation_capture
-from pipeline.model import sites
-from pipeline.model.capture import PairingCheck
-from pipeline.model.loading import Checkpoint, boot, choose_dtype, compile_mlps, open_checkpoint, parse_device
-from pipeline.model.sites import SiteHooks
-from pipeline.model.tokenizer import ModelTokenizer, open_tokenizer
-from storage.artifact import JSON, checksum_file, digest
-from storage.errors import ModelError
-from storage.settings import Settings
+from tailrace.pipeline.model import capture as activation_capture
+from tailrace.pipeline.model import sites
+from tailrace.pipeline.model.capture import PairingCheck
+from tailrace.pipeline.model.loading import Checkpoint, boot, choose_dtype, compile_mlps, open_checkpoint, parse_device
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.pipeline.model.tokenizer import ModelTokenizer, open_tokenizer
+from tailrace.storage.artifact import JSON, checksum_file, digest
+from tailrace.storage.errors import ModelError
+from tailrace.storage.settings import Settings
 
 __all__ = ["LanguageModel", "ModelSettings", "PairingCheck", "SiteHooks", "load_language_model"]
 
@@ -118,7 +118,7 @@ class LanguageModel:
         return self._tokenizer.vocabulary()
 
     def resolve_sites(self, layers: str | None, hooks: Sequence[str] = ()) -> list[SiteHooks]:
-        """Return the sites of ``layers`` (``"0,3,8-11"``, ``"all"``) and ``hooks``; see ``pipeline.model.sites``."""
+        """Return the sites of ``layers`` (``"0,3,8-11"``, ``"all"``) and ``hooks``; see ``sites.resolve_sites``."""
         return sites.resolve_sites(
             layers, hooks, n_layers=self.n_layers, hook_names=self._points, count_heads=self._count_heads
         )

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.model.own_code import own_code_refused, refuse_own_class
-from storage.errors import ModelError
+from tailrace.pipeline.model.own_code import own_code_refused, refuse_own_class
+from tailrace.storage.errors import ModelError
 
 logger = logging.getLogger(__name__)
 

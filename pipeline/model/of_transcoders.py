@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.kinds import read_either_manifest
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.model.recorded_place import recorded_place
-from pipeline.model.same_model import list_model_differences
-from storage.errors import ArtifactMismatch, ModelError, SettingsError
+from tailrace.pipeline.artifacts.kinds import read_either_manifest
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.recorded_place import recorded_place
+from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
 
 _NAMED = 3
 """Transcoders whose paths a message names where many have the same fault."""

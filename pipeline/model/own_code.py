@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from storage.errors import ModelError
+from tailrace.storage.errors import ModelError
 
 
 @contextlib.contextmanager

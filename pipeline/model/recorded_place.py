@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.samples.bundled_models import bundled_model
-from storage.errors import ModelError
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.storage.errors import ModelError
 
 
 def recorded_place(identity: Mapping[str, Any], place: str, artifact: Path) -> str:

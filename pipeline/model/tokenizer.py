@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from pipeline.model.loading import Checkpoint, quiet, read_checkpoint_json
-from pipeline.model.own_code import refuse_own_class
-from storage.artifact import JSON, digest
-from storage.errors import ModelError
-from storage.token_text import text_of_bytes
+from tailrace.pipeline.model.loading import Checkpoint, quiet, read_checkpoint_json
+from tailrace.pipeline.model.own_code import refuse_own_class
+from tailrace.storage.artifact import JSON, digest
+from tailrace.storage.errors import ModelError
+from tailrace.storage.token_text import text_of_bytes
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space at the start of a token
@@ -64,8 +64,8 @@ class ModelTokenizer:
     def vocabulary(self) -> list[str]:
         """Return each token id's text, for every id the model has.
 
-        Bytes that are no whole UTF-8 character are shown as ``<0xE6>`` (see storage.token_text); an id without a
-        token, as some models have to round their embedding up, as ``<unused 50300>``.
+        Bytes that are no whole UTF-8 character are shown as ``<0xE6>`` (see tailrace.storage.token_text); an id without
+        a token, as some models have to round their embedding up, as ``<unused 50300>``.
         """
         n_tokens = min(len(self._tokenizer), self._d_vocab)
         raw: list[str | None] = self._tokenizer.convert_ids_to_tokens(list(range(n_tokens)))

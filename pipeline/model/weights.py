@@ -12,10 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.weights.model_weights import IDENTITY, AttentionWeights, LayerWeights, ModelWeights, Norm, NormKind
-from pipeline.model.language_model import LanguageModel
-from pipeline.model.sites import SiteHooks
-from storage.errors import ModelError
+from tailrace.analysis.weights.model_weights import (
+    IDENTITY,
+    AttentionWeights,
+    LayerWeights,
+    ModelWeights,
+    Norm,
+    NormKind,
+)
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.storage.errors import ModelError
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Of the largest entry: room for the rounding of one norm or one product in the model's dtype."""

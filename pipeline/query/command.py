@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from pipeline.query import saved as queries
-from pipeline.query import stage as query
-from pipeline.query.views import Tables, find_views, parse_tables
-from storage.errors import SettingsError
+from tailrace.pipeline.query import saved as queries
+from tailrace.pipeline.query import stage as query
+from tailrace.pipeline.query.views import Tables, find_views, parse_tables
+from tailrace.storage.errors import SettingsError
 
 
 @click.command("query")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pipeline.query.saved import SavedQuery, saved_queries, shown
+from tailrace.pipeline.query.saved import SavedQuery, saved_queries, shown
 
 _INTRODUCTION = """\
 # Queries
 
 `pipeline query` answers SQL over published tables, in DuckDB's dialect. Every Parquet file, and every folder of them,
 is a view under its own name: those of `pipeline analyze` ([tables](tables.md)), `runs` of a sweep, `tokens` of an
-evaluation. This page is made from the query files by `python -m pipeline.query docs/queries.md`, and a test
+evaluation. This page is made from the query files by `python -m tailrace.pipeline.query docs/queries.md`, and a test
 compares the two.
 
 ```bash

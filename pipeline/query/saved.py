@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError
 
 Value = str | int | float
 

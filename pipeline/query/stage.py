@@ -16,12 +16,12 @@ from typing import Any, Literal
 import duckdb
 import pyarrow as pa
 
-from pipeline.query.render import MAX_SHOWN_ROWS, render
-from pipeline.query.saved import MADE_BY
-from pipeline.query.views import Tables, View, find_views, open_views
-from storage.artifact import write_atomically
-from storage.errors import ActionableError
-from storage.tables import write_table
+from tailrace.pipeline.query.render import MAX_SHOWN_ROWS, render
+from tailrace.pipeline.query.saved import MADE_BY
+from tailrace.pipeline.query.views import Tables, View, find_views, open_views
+from tailrace.storage.artifact import write_atomically
+from tailrace.storage.errors import ActionableError
+from tailrace.storage.tables import write_table
 
 Format = Literal["table", "csv", "json", "parquet"]
 

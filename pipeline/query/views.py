@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import duckdb
 
-from pipeline.artifacts.folders import artifacts_inside
-from storage.artifact import MANIFEST, read_manifest, read_sealed
-from storage.errors import ArtifactMismatch, SettingsError
-from storage.names import inside
-from storage.tables import Column, describe, read_schema
+from tailrace.pipeline.artifacts.folders import artifacts_inside
+from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.storage.names import inside
+from tailrace.storage.tables import Column, describe, read_schema
 
 KINDS = ("tables", "sweep", "evaluation", "task", "transcoders")
 """What has Parquet tables: those of ``pipeline analyze``, ``runs`` of a sweep, ``tokens`` of an evaluation, ``curves``

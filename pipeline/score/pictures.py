@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from analysis.dashboards.visible import PART, visible_token
-from pipeline.score.stage import ScoredText, Scores
-from pipeline.score.text import as_json, feature_note
-from storage.artifact import make_directory, write_atomically
-from storage.errors import SettingsError
+from tailrace.analysis.dashboards.visible import PART, visible_token
+from tailrace.pipeline.score.stage import ScoredText, Scores
+from tailrace.pipeline.score.text import as_json, feature_note
+from tailrace.storage.artifact import make_directory, write_atomically
+from tailrace.storage.errors import SettingsError
 
 SUFFIXES = (".html", ".png", ".json")
 POSITIVE, NEGATIVE = (255, 140, 0), (86, 160, 233)

@@ -20,17 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.tables_artifact import TABLES_KIND
-from analysis.text_scores import feature_scores, strongest_features
-from pipeline.model.language_model import LanguageModel, SiteHooks
-from pipeline.model.of_transcoders import open_transcoder_model
-from pipeline.shared.device import limited_threads, open_device
-from storage.artifact import read_manifest
-from storage.errors import ArtifactMismatch, SettingsError, TextError
-from storage.tables import read_schema, read_table
-from storage.token_text import join_characters
-from training.architectures.base import Transcoder
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.analysis.tables_artifact import TABLES_KIND
+from tailrace.analysis.text_scores import feature_scores, strongest_features
+from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks
+from tailrace.pipeline.model.of_transcoders import open_transcoder_model
+from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.storage.artifact import read_manifest
+from tailrace.storage.errors import ArtifactMismatch, SettingsError, TextError
+from tailrace.storage.tables import read_schema, read_table
+from tailrace.storage.token_text import join_characters
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 CONTEXT_LENGTH = 1024
 """Tokens of a context unless asked otherwise: attention patterns take memory by the square of it."""

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from analysis.dashboards.visible import visible_token
-from pipeline.score.stage import ScoredText, Scores
+from tailrace.analysis.dashboards.visible import visible_token
+from tailrace.pipeline.score.stage import ScoredText, Scores
 
 _BAR = 24
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError
 
 
 def open_device(name: str) -> torch.device:

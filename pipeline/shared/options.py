@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from storage.errors import SettingsError
-from storage.settings import Settings, load_yaml
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Settings, load_yaml
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Read = TypeVar("Read", bound=Settings)

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError
 
 ATTEMPTS = 3
 """How many workers a task may cost before it is given up."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, settings_options
-from pipeline.task import stage as task
-from pipeline.task.stage import TaskSettings
-from pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER, Curve, Ranked
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.task import stage as task
+from tailrace.pipeline.task.stage import TaskSettings
+from tailrace.pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER, Curve, Ranked
 
 
 @click.command("task")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.task.answers import answer_problems
-from storage.errors import TextError
+from tailrace.analysis.task.answers import answer_problems
+from tailrace.storage.errors import TextError
 
 _KEYS = {"prompt", "correct", "incorrect"}
 

@@ -18,21 +18,21 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.interventions.prompts import pad_prompts
-from analysis.splice.replacement import Transcoded
-from analysis.task.answers import CorrectMinusIncorrect
-from analysis.task.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
-from analysis.task.logit_lens import logit_effects
-from analysis.task.ranking import last_activations, last_neurons, rank_by_variance
-from analysis.weights.model_weights import ModelWeights
-from pipeline.artifacts.folders import each_artifact
-from pipeline.model.language_model import LanguageModel
-from pipeline.model.of_transcoders import open_transcoder_model
-from pipeline.model.sites import SiteHooks
-from pipeline.model.weights import read_weights
-from pipeline.shared.device import limited_threads, open_device
-from pipeline.task.prompts import TaskPrompts, read_lines, tokenized
-from pipeline.task.tables import (
+from tailrace.analysis.interventions.prompts import pad_prompts
+from tailrace.analysis.splice.replacement import Transcoded
+from tailrace.analysis.task.answers import CorrectMinusIncorrect
+from tailrace.analysis.task.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
+from tailrace.analysis.task.logit_lens import logit_effects
+from tailrace.analysis.task.ranking import last_activations, last_neurons, rank_by_variance
+from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.pipeline.artifacts.folders import each_artifact
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.of_transcoders import open_transcoder_model
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.pipeline.model.weights import read_weights
+from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.task.prompts import TaskPrompts, read_lines, tokenized
+from tailrace.pipeline.task.tables import (
     CURVES,
     FEATURES,
     MODEL,
@@ -47,15 +47,15 @@ from pipeline.task.tables import (
     ranking_batch,
     schema_of,
 )
-from storage.artifact import MANIFEST, digest, read_manifest
-from storage.cache_format import Site
-from storage.draft import Draft
-from storage.errors import SettingsError
-from storage.formats import ARTIFACT_FORMATS
-from storage.settings import Settings
-from storage.tables import read_table, write_table
-from training.architectures.transcoder import KIND as TRANSCODER_KIND
-from training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from tailrace.storage.artifact import MANIFEST, digest, read_manifest
+from tailrace.storage.cache_format import Site
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.settings import Settings
+from tailrace.storage.tables import read_table, write_table
+from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
+from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 KIND = "task"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from storage.tables import column
+from tailrace.storage.tables import column
 
 PROMPTS, CURVES, RANKING = "prompts", "curves", "ranking"
 MODEL, TRANSCODER, FEATURES, NEURONS = "model", "transcoder", "features", "neurons"

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from storage.errors import TextError
+from tailrace.storage.errors import TextError
 
 logger = logging.getLogger(__name__)
 

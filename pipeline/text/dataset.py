@@ -12,14 +12,14 @@ from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from pipeline.text.columns import Column, choose_column, infer_schema
-from pipeline.text.examples import UNREADABLE, TextExamples, describe_failure
-from pipeline.text.files import TextFiles, find_text_files, load_text_files, looks_local
-from pipeline.text.hub import find_commit, load_hub_dataset
-from pipeline.text.stream import MIN_WINDOW, Document, DocumentReader, DocumentStream, empty_dataset
-from storage.artifact import JSON
-from storage.errors import TextError
-from storage.settings import Quantity, Settings
+from tailrace.pipeline.text.columns import Column, choose_column, infer_schema
+from tailrace.pipeline.text.examples import UNREADABLE, TextExamples, describe_failure
+from tailrace.pipeline.text.files import TextFiles, find_text_files, load_text_files, looks_local
+from tailrace.pipeline.text.hub import find_commit, load_hub_dataset
+from tailrace.pipeline.text.stream import MIN_WINDOW, Document, DocumentReader, DocumentStream, empty_dataset
+from tailrace.storage.artifact import JSON
+from tailrace.storage.errors import TextError
+from tailrace.storage.settings import Quantity, Settings
 
 __all__ = ["Document", "DocumentReader", "DocumentStream", "TextSettings", "open_documents"]
 

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from pipeline.text.files import TextFiles
-from pipeline.text.retry import HTTP_ERROR, READ_DELAYS_SECONDS, is_transient
-from storage.artifact import JSON
-from storage.errors import TextError
+from tailrace.pipeline.text.files import TextFiles
+from tailrace.pipeline.text.retry import HTTP_ERROR, READ_DELAYS_SECONDS, is_transient
+from tailrace.storage.artifact import JSON
+from tailrace.storage.errors import TextError
 
 logger = logging.getLogger(__name__)
 

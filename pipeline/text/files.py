@@ -16,8 +16,8 @@ from typing import IO, Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from storage.artifact import checksum_file
-from storage.errors import TextError
+from tailrace.storage.artifact import checksum_file
+from tailrace.storage.errors import TextError
 
 Format = Literal["text", "json", "parquet"]
 

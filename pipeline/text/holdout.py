@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from storage.errors import SettingsError, TextError
+from tailrace.storage.errors import SettingsError, TextError
 
 FIRST_DOCUMENTS = 16
 """Documents at the start of the stream among which one is surely held out and another one surely trained on."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from pipeline.text.examples import describe_failure
-from pipeline.text.files import near_paths, offer_zstandard
-from pipeline.text.retry import HTTP_ERROR, retry_opening
-from storage.errors import TextError
+from tailrace.pipeline.text.examples import describe_failure
+from tailrace.pipeline.text.files import near_paths, offer_zstandard
+from tailrace.pipeline.text.retry import HTTP_ERROR, retry_opening
+from tailrace.storage.errors import TextError
 
 OPENING_FAILURES = (OSError, HTTP_ERROR, ValueError, RuntimeError, NotImplementedError)
 """What looking up or opening a hub dataset raises: no network, no such name, split or configuration, not streamable."""

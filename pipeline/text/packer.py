@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage.artifact import JSON
-from storage.errors import TextError
+from tailrace.storage.artifact import JSON
+from tailrace.storage.errors import TextError
 
 _LARGEST_TOKEN_ID = int(np.iinfo(np.int32).max)
 

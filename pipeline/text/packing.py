@@ -19,11 +19,11 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.text.holdout import FIRST_DOCUMENTS, FirstChoices, HoldoutRule
-from pipeline.text.packer import NOTHING, Contexts, DocumentTokens, Packer, Partial, check_token_ids
-from pipeline.text.stream import Document
-from storage.artifact import JSON
-from storage.errors import SettingsError, TextError
+from tailrace.pipeline.text.holdout import FIRST_DOCUMENTS, FirstChoices, HoldoutRule
+from tailrace.pipeline.text.packer import NOTHING, Contexts, DocumentTokens, Packer, Partial, check_token_ids
+from tailrace.pipeline.text.stream import Document
+from tailrace.storage.artifact import JSON
+from tailrace.storage.errors import SettingsError, TextError
 
 TRAIN = "train"
 HELDOUT = "heldout"

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from pipeline.text.examples import END, TextExamples
-from pipeline.text.files import describe_text_files
-from storage.artifact import JSON
-from storage.errors import TextError
-from storage.randomness import philox, random_permutation
+from tailrace.pipeline.text.examples import END, TextExamples
+from tailrace.pipeline.text.files import describe_text_files
+from tailrace.storage.artifact import JSON
+from tailrace.storage.errors import TextError
+from tailrace.storage.randomness import philox, random_permutation
 
 MIN_WINDOW = 16
 """Documents that a window holds at least, however long they are."""

@@ -10,20 +10,20 @@ from typing import Any
 
 import click
 
-from pipeline.live.settings import LiveSettings
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings_together, setting_fields, settings_options
-from pipeline.train import cross_layer, sweep
-from pipeline.train import stage as train
-from pipeline.train.grid import Point, expand, read_grid
-from pipeline.train.model_scores import ModelScoreSettings
-from pipeline.train.runs_table import FINISHED, RUNS_TABLE, RunOutcome
-from pipeline.train.sweep import SweepResult
-from storage.errors import SettingsError
-from storage.settings import Settings
-from training.cross_layer.artifact import read_cross_layer_manifest
-from training.loop.loggers import build_loggers
-from training.loop.settings import TrainSettings
+from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings_together, setting_fields, settings_options
+from tailrace.pipeline.train import cross_layer, sweep
+from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train.grid import Point, expand, read_grid
+from tailrace.pipeline.train.model_scores import ModelScoreSettings
+from tailrace.pipeline.train.runs_table import FINISHED, RUNS_TABLE, RunOutcome
+from tailrace.pipeline.train.sweep import SweepResult
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Settings
+from tailrace.training.cross_layer.artifact import read_cross_layer_manifest
+from tailrace.training.loop.loggers import build_loggers
+from tailrace.training.loop.settings import TrainSettings
 
 YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 

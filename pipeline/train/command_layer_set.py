@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from pipeline.shared import run_options as options
-from pipeline.shared.options import read_settings, settings_options
-from pipeline.train import layer_set as circuits_model
-from pipeline.train.layer_set import TOGETHER_BYTES, CircuitsModelSettings, model_place
-from pipeline.train.layer_set_scores import LAYERS, LayerOutcome
+from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.train import layer_set as circuits_model
+from tailrace.pipeline.train.layer_set import TOGETHER_BYTES, CircuitsModelSettings, model_place
+from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome
 
 
 @click.command("circuits-model")

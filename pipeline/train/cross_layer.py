@@ -1,6 +1,7 @@
 """The stage ``pipeline train --cross-layer``: one transcoder over several layers of a published cache.
 
-The loop, its checkpoints and logs are those of every transcoder (``training.loop.session``); only the rows are joined.
+The loop, its checkpoints and logs are those of every transcoder (``tailrace.training.loop.session``); only the rows are
+joined.
 """
 
 from __future__ import annotations
@@ -15,26 +16,32 @@ from typing import Any
 
 import torch
 
-from analysis.circuits.record import mlp_layer
-from pipeline.shared.device import limited_threads, open_device
-from pipeline.train.sources import CachedRows, CacheSource, unknown_site
-from pipeline.train.stage import TrainResult, discard_draft, nothing_left_if_refused
-from storage.activation_cache import ActivationCache, CacheSplit
-from storage.cache_format import Site
-from storage.draft import Draft
-from storage.errors import SettingsError
-from training.architectures.transcoder import CHECKPOINTS, describe_versions
-from training.cross_layer.artifact import FORMAT_VERSION, KIND, read_cross_layer_manifest, rows_at_once, score_layers
-from training.cross_layer.run import CrossLayerBuild, build_cross_layer, cross_layer_problems
-from training.cross_layer.units import JoinedBatches, JoinedRows
-from training.kernels.adaptive import resolve_precision
-from training.loop.checkpoint import Checkpoints
-from training.loop.loggers import Logger
-from training.loop.session import HeldoutBatches, Session
-from training.loop.settings import TrainSettings
-from training.loop.sweep import Member, train_together
-from training.rows.batches import Batch, SiteBatches, iter_sites_once
-from training.rows.ordinary_rows import massive_warning
+from tailrace.analysis.circuits.record import mlp_layer
+from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.train.sources import CachedRows, CacheSource, unknown_site
+from tailrace.pipeline.train.stage import TrainResult, discard_draft, nothing_left_if_refused
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit
+from tailrace.storage.cache_format import Site
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.transcoder import CHECKPOINTS, describe_versions
+from tailrace.training.cross_layer.artifact import (
+    FORMAT_VERSION,
+    KIND,
+    read_cross_layer_manifest,
+    rows_at_once,
+    score_layers,
+)
+from tailrace.training.cross_layer.run import CrossLayerBuild, build_cross_layer, cross_layer_problems
+from tailrace.training.cross_layer.units import JoinedBatches, JoinedRows
+from tailrace.training.kernels.adaptive import resolve_precision
+from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.loggers import Logger
+from tailrace.training.loop.session import HeldoutBatches, Session
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.sweep import Member, train_together
+from tailrace.training.rows.batches import Batch, SiteBatches, iter_sites_once
+from tailrace.training.rows.ordinary_rows import massive_warning
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +62,7 @@ def run(
 
     An unfinished run there with the same settings is continued, a finished one returned as it is; ``fresh`` throws an
     unfinished one away first. Raises SettingsError with every problem of settings and cache, and the errors of
-    ``storage.artifact.Draft`` and of opening the cache.
+    ``tailrace.storage.artifact.Draft`` and of opening the cache.
     """
     on = open_device(device)
     if fresh:

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from pipeline.shared.options import flat_values, setting_fields
-from storage.artifact import digest
-from storage.errors import SettingsError
-from training.loop.settings import TrainSettings
+from tailrace.pipeline.shared.options import flat_values, setting_fields
+from tailrace.storage.artifact import digest
+from tailrace.storage.errors import SettingsError
+from tailrace.training.loop.settings import TrainSettings
 
 SHARED = ("batch_rows", "order_seed")
 """Settings that decide the stream, which all runs read together."""

@@ -18,29 +18,34 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveFloat
 
-from pipeline.cache import stage as cache
-from pipeline.cache.budget import Budget, plan_budget
-from pipeline.cache.settings import CacheSettings
-from pipeline.samples.smollm2 import fetch_smollm2
-from pipeline.samples.speeches import fetch_sotu
-from pipeline.shared.device import limited_threads, open_device
-from pipeline.train.layer_set_cost import CACHE_DTYPE, TrainingCost, disk_problem, training_cost
-from pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
-from pipeline.train.model_scores import ModelScores, ModelScoreSettings
-from pipeline.train.run_set import OpenRun, Origins, train_drafts
-from pipeline.train.sources import CacheSource
-from pipeline.train.sweep import MARK
-from storage.activation_cache import ActivationCache
-from storage.artifact import MANIFEST, canonical_json, read_json, read_manifest, write_atomically
-from storage.draft import Draft
-from storage.errors import NonFiniteActivation, SettingsError, StorageFull
-from storage.formats import ARTIFACT_FORMATS
-from storage.names import inside
-from storage.settings import Quantity, Settings
-from training.architectures.transcoder import CHECKPOINTS, describe_versions, load_transcoder, read_transcoder_manifest
-from training.architectures.transcoder import KIND as TRANSCODER
-from training.loop.checkpoint import Checkpoints
-from training.loop.settings import TrainSettings
+from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.cache.budget import Budget, plan_budget
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.samples.smollm2 import fetch_smollm2
+from tailrace.pipeline.samples.speeches import fetch_sotu
+from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.train.layer_set_cost import CACHE_DTYPE, TrainingCost, disk_problem, training_cost
+from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
+from tailrace.pipeline.train.model_scores import ModelScores, ModelScoreSettings
+from tailrace.pipeline.train.run_set import OpenRun, Origins, train_drafts
+from tailrace.pipeline.train.sources import CacheSource
+from tailrace.pipeline.train.sweep import MARK
+from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.artifact import MANIFEST, canonical_json, read_json, read_manifest, write_atomically
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import NonFiniteActivation, SettingsError, StorageFull
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.names import inside
+from tailrace.storage.settings import Quantity, Settings
+from tailrace.training.architectures.transcoder import (
+    CHECKPOINTS,
+    describe_versions,
+    load_transcoder,
+    read_transcoder_manifest,
+)
+from tailrace.training.architectures.transcoder import KIND as TRANSCODER
+from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.settings import TrainSettings
 
 KIND = "transcoders"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

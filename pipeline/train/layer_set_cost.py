@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from pydantic import BaseModel
 
-from pipeline.cache.budget import Budget
-from pipeline.shared.device import limited_threads
-from training.kernels.adaptive import resolve_precision
+from tailrace.pipeline.cache.budget import Budget
+from tailrace.pipeline.shared.device import limited_threads
+from tailrace.training.kernels.adaptive import resolve_precision
 
 CACHE_DTYPE = "bfloat16"
 """What activations of every layer are stored in: half of float32, with the range that massive activations need."""

@@ -15,14 +15,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from storage.activation_cache import ActivationCache
-from storage.encodings import Side
-from storage.statistics import MASSIVE_SHARE, SiteStatistics
-from storage.tables import column, read_table, write_table
-from training.architectures.transcoder import Transcoder
-from training.loop.evaluate import evaluate, predictor
-from training.rows.batches import iter_once
-from training.rows.ordinary_rows import OrdinaryRows
+from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.encodings import Side
+from tailrace.storage.statistics import MASSIVE_SHARE, SiteStatistics
+from tailrace.storage.tables import column, read_table, write_table
+from tailrace.training.architectures.transcoder import Transcoder
+from tailrace.training.loop.evaluate import evaluate, predictor
+from tailrace.training.rows.batches import iter_once
+from tailrace.training.rows.ordinary_rows import OrdinaryRows
 
 LAYERS = "layers.parquet"
 ORDINARY_NORMS = 10.0

@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
-from pipeline.live.asked_sites import names_asked_for
-from pipeline.live.batches import LiveBatches
-from pipeline.live.mixing import buffer_rows_problem
-from pipeline.live.opening import Opening
-from pipeline.live.settings import LiveSettings
-from pipeline.text.holdout import HoldoutRule
-from storage.artifact import canonical_json, make_directory, read_json, write_atomically
-from storage.cache_format import Site
-from storage.encodings import Side
-from storage.errors import ArtifactCorrupt
-from storage.statistics import SiteStatistics
-from training.architectures.transcoder import CHECKPOINTS
-from training.dead_features.resampling import NoResampling
-from training.loop.session import HeldoutBatches
-from training.loop.settings import TrainSettings
+from tailrace.pipeline.live.asked_sites import names_asked_for
+from tailrace.pipeline.live.batches import LiveBatches
+from tailrace.pipeline.live.mixing import buffer_rows_problem
+from tailrace.pipeline.live.opening import Opening
+from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.storage.artifact import canonical_json, make_directory, read_json, write_atomically
+from tailrace.storage.cache_format import Site
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.architectures.transcoder import CHECKPOINTS
+from tailrace.training.dead_features.resampling import NoResampling
+from tailrace.training.loop.session import HeldoutBatches
+from tailrace.training.loop.settings import TrainSettings
 
 OPENING = "opening.json"
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.evaluate.evaluation import ContextBatch, refuse_nonfinite
-from analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
-from analysis.evaluate.splice_scores import recovered
-from analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
-from pipeline.cache.recorded_model import RecordedModel, explained_passes, sample_contexts
-from storage.cache_format import Site
-from storage.errors import SettingsError
-from training.architectures.base import Transcoder
+from tailrace.analysis.evaluate.evaluation import ContextBatch, refuse_nonfinite
+from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
+from tailrace.analysis.evaluate.splice_scores import recovered
+from tailrace.analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
+from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, sample_contexts
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.base import Transcoder
 
 
 class SplicedLoss:

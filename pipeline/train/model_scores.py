@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.train.sources import CacheSource, TrainingSource
-from storage.cache_format import Site
-from storage.errors import SettingsError
-from storage.settings import Quantity, Settings
-from training.dead_features.resampling.settings import RowScorer
-from training.loop.settings import TrainSettings
-from training.loop.trainer import PeriodicHook
+from tailrace.pipeline.train.sources import CacheSource, TrainingSource
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Quantity, Settings
+from tailrace.training.dead_features.resampling.settings import RowScorer
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.trainer import PeriodicHook
 
 if TYPE_CHECKING:
-    from pipeline.cache.recorded_model import RecordedModel
+    from tailrace.pipeline.cache.recorded_model import RecordedModel
 
 
 class ModelScoreSettings(Settings):
@@ -54,7 +54,7 @@ class ModelScores:
         if every is None:
             return []
         if site.name not in self._hooks:
-            from pipeline.train.loss_hooks import SplicedLoss
+            from tailrace.pipeline.train.loss_hooks import SplicedLoss
 
             self._hooks[site.name] = SplicedLoss(
                 self.recorded(), site.name, n_contexts=self._settings.evaluate_model_contexts
@@ -70,7 +70,7 @@ class ModelScores:
             self._source, CacheSource
         ):
             return None
-        from pipeline.train.loss_hooks import LossIncrease
+        from tailrace.pipeline.train.loss_hooks import LossIncrease
 
         return LossIncrease(self.recorded(), site.name)
 
@@ -78,7 +78,7 @@ class ModelScores:
         """Return the cache and its language model."""
         if self._recorded is None:
             # Loaded by whoever asks: training does without a language model, and without the libraries it needs.
-            from pipeline.cache.recorded_model import open_recorded_model
+            from tailrace.pipeline.cache.recorded_model import open_recorded_model
 
             assert isinstance(self._source, CacheSource)
             self._recorded = open_recorded_model(self._source.cache, model=self._model, device=self._device)

@@ -16,25 +16,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pipeline.train.model_scores import ModelScores
-from pipeline.train.sources import TrainingRows, TrainingSource, choose_site
-from pipeline.train.warm_start import WarmStart
-from storage.cache_format import Site
-from storage.draft import Draft
-from storage.errors import NonFiniteActivation, SettingsError
-from training.architectures.transcoder import CHECKPOINTS, FORMAT_VERSION, describe_versions
-from training.kernels.adaptive import resolve_precision
-from training.loop.broadcast_run import follow_first
-from training.loop.build import build_run
-from training.loop.checkpoint import Checkpoints
-from training.loop.distributed import Group, RankBatches
-from training.loop.loggers import Logger
-from training.loop.run import TrainingRun
-from training.loop.session import Session
-from training.loop.settings import TrainSettings
-from training.loop.sweep import Member, train_together
-from training.loop.trainer import PeriodicHook
-from training.rows.ordinary_rows import massive_warning
+from tailrace.pipeline.train.model_scores import ModelScores
+from tailrace.pipeline.train.sources import TrainingRows, TrainingSource, choose_site
+from tailrace.pipeline.train.warm_start import WarmStart
+from tailrace.storage.cache_format import Site
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import NonFiniteActivation, SettingsError
+from tailrace.training.architectures.transcoder import CHECKPOINTS, FORMAT_VERSION, describe_versions
+from tailrace.training.kernels.adaptive import resolve_precision
+from tailrace.training.loop.broadcast_run import follow_first
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.distributed import Group, RankBatches
+from tailrace.training.loop.loggers import Logger
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.session import Session
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.sweep import Member, train_together
+from tailrace.training.loop.trainer import PeriodicHook
+from tailrace.training.rows.ordinary_rows import massive_warning
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pyarrow as pa
 from pydantic.fields import FieldInfo
 
-from pipeline.shared.options import flat_values, setting_fields
-from storage.tables import column, write_table
-from training.loop.settings import TrainSettings
+from tailrace.pipeline.shared.options import flat_values, setting_fields
+from tailrace.storage.tables import column, write_table
+from tailrace.training.loop.settings import TrainSettings
 
 RUNS_TABLE = "runs.parquet"
 FINISHED = "finished"

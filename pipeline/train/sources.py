@@ -14,15 +14,15 @@ from typing import Any, Protocol
 
 import torch
 
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from storage.cache_format import Site
-from storage.encodings import Side
-from storage.errors import SettingsError
-from storage.statistics import SiteStatistics
-from training.loop.session import HeldoutBatches
-from training.loop.settings import TrainSettings
-from training.rows.batches import BatchStream, CacheBatches, iter_once
-from training.rows.row_source import CacheRows, RowSource
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.cache_format import Site
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.loop.session import HeldoutBatches
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import BatchStream, CacheBatches, iter_once
+from tailrace.training.rows.row_source import CacheRows, RowSource
 
 logger = logging.getLogger(__name__)
 

@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 
-from pipeline.live.settings import LiveSettings
-from pipeline.shared.device import limited_threads, open_device
-from pipeline.train.model_scores import ModelScores, ModelScoreSettings
-from pipeline.train.run_set import Origins, train_beside, train_drafts
-from pipeline.train.sources import CacheSource, TrainingSource
-from pipeline.train.warm_start import WarmStart
-from storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
-from storage.draft import LOCK, Draft, Lock
-from storage.errors import ArtifactMismatch, SettingsError
-from training.architectures.transcoder import CHECKPOINTS, KIND, read_transcoder_manifest
-from training.loop.checkpoint import Checkpoints
-from training.loop.distributed import open_group
-from training.loop.loggers import Logger
-from training.loop.settings import TrainSettings
-from training.loop.trainer import PeriodicHook
+from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.train.model_scores import ModelScores, ModelScoreSettings
+from tailrace.pipeline.train.run_set import Origins, train_beside, train_drafts
+from tailrace.pipeline.train.sources import CacheSource, TrainingSource
+from tailrace.pipeline.train.warm_start import WarmStart
+from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
+from tailrace.storage.draft import LOCK, Draft, Lock
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.training.architectures.transcoder import CHECKPOINTS, KIND, read_transcoder_manifest
+from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.distributed import open_group
+from tailrace.training.loop.loggers import Logger
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.trainer import PeriodicHook
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run(
     throws an unfinished one away first. ``hooks`` are (every so many steps, hook). ``start_from`` is a transcoder to
     start from. ``model`` says where the cache's language model lies if it moved, for ``model_scores``. ``loggers``
     makes a run's loggers, besides ``metrics.jsonl``. Raises SettingsError with every problem of the settings, and the
-    errors of ``storage.artifact.Draft`` and of opening what is given.
+    errors of ``tailrace.storage.artifact.Draft`` and of opening what is given.
 
     Started by torchrun, several processes train the transcoder of a cache together; the first one writes its files.
     """
@@ -118,7 +118,7 @@ def open_source(
     if cache is not None:
         yield CacheSource(cache, batch_rows=settings.batch_rows, order_seed=settings.order_seed, device=device)
         return
-    from pipeline.train.live_source import LiveSource  # seconds, which training from a cache does not need
+    from tailrace.pipeline.train.live_source import LiveSource  # seconds, which training from a cache does not need
 
     assert live is not None
     with closing(LiveSource(live, output, batch_rows=settings.batch_rows, device=device)) as source:

@@ -15,27 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.live.settings import LiveSettings
-from pipeline.shared.device import limited_threads, open_device
-from pipeline.train.grid import SHARED
-from pipeline.train.model_scores import ModelScores, ModelScoreSettings
-from pipeline.train.run_set import OpenRun, Origins, train_drafts
-from pipeline.train.runs_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
-from pipeline.train.sources import TrainingSource, known_problems
-from pipeline.train.stage import discard_draft, nothing_left_if_refused, open_source
-from pipeline.train.warm_start import WarmStart
-from storage.artifact import MANIFEST, REQUEST, canonical_json, read_json, read_manifest, write_atomically
-from storage.cache_format import Site
-from storage.draft import Draft
-from storage.errors import NonFiniteActivation, SettingsError
-from storage.formats import ARTIFACT_FORMATS
-from storage.names import inside
-from training.architectures.transcoder import CHECKPOINTS, describe_versions, read_transcoder_manifest
-from training.architectures.transcoder import KIND as TRANSCODER
-from training.loop.checkpoint import Checkpoints
-from training.loop.loggers import Logger
-from training.loop.settings import TrainSettings
-from training.loop.trainer import PeriodicHook
+from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.train.grid import SHARED
+from tailrace.pipeline.train.model_scores import ModelScores, ModelScoreSettings
+from tailrace.pipeline.train.run_set import OpenRun, Origins, train_drafts
+from tailrace.pipeline.train.runs_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
+from tailrace.pipeline.train.sources import TrainingSource, known_problems
+from tailrace.pipeline.train.stage import discard_draft, nothing_left_if_refused, open_source
+from tailrace.pipeline.train.warm_start import WarmStart
+from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json, read_manifest, write_atomically
+from tailrace.storage.cache_format import Site
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import NonFiniteActivation, SettingsError
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.names import inside
+from tailrace.training.architectures.transcoder import CHECKPOINTS, describe_versions, read_transcoder_manifest
+from tailrace.training.architectures.transcoder import KIND as TRANSCODER
+from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.loggers import Logger
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.trainer import PeriodicHook
 
 KIND = "sweep"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -74,9 +74,9 @@ def run(
 ) -> SweepResult:
     """Train ``runs``, by name, on the same batches and publish the sweep at ``output``.
 
-    The other arguments are those of ``pipeline.train.stage.run``, for all runs. Raises SettingsError with every problem
-    of every run before anything is written, NonFiniteActivation if all runs diverge, and what
-    ``pipeline.train.stage.run`` does.
+    The other arguments are those of ``tailrace.pipeline.train.stage.run``, for all runs. Raises SettingsError with
+    every problem of every run before anything is written, NonFiniteActivation if all runs diverge, and what
+    ``tailrace.pipeline.train.stage.run`` does.
     """
     check_shared(runs)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

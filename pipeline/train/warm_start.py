@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from storage.cache_format import Site
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
-from training.loop.run import TrainingRun
-from training.loop.settings import TrainSettings
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.settings import TrainSettings
 
 
 class WarmStart:

@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 
-from pipeline import cli
-from storage.cache_verify import verify_bytes
-from storage.errors import ArtifactMissing
+from tailrace.pipeline import cli
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.errors import ArtifactMissing
 from tests.support.cache_jobs import (
     Answer,
     Job,
@@ -229,7 +229,7 @@ def test_an_error_is_one_message_and_its_traceback_is_shown_on_request(
 def test_a_bug_of_ours_keeps_its_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.artifacts.info_stage.describe", lambda _: 1 / 0)
+    monkeypatch.setattr("tailrace.pipeline.artifacts.info_stage.describe", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command(capsys, "info", tmp_path)
 
@@ -291,7 +291,9 @@ def test_the_shell_completes_commands_options_and_values(
 def test_completing_a_command_loads_none_of_them() -> None:
     import subprocess
 
-    program = "import sys\nfrom pipeline.cli import main\ntry: main([])\nfinally: assert 'torch' not in sys.modules"
+    program = (
+        "import sys\nfrom tailrace.pipeline.cli import main\ntry: main([])\nfinally: assert 'torch' not in sys.modules"
+    )
     found = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "_PIPELINE_COMPLETE": "zsh_complete", "COMP_WORDS": "pipeline ", "COMP_CWORD": "1"},

@@ -9,14 +9,14 @@ from typing import Any
 import click
 import pytest
 
-from pipeline.analyze.stage import AnalyzeSettings
-from pipeline.cache.settings import CacheSettings
-from pipeline.shared.device import open_device
-from pipeline.shared.options import read_settings, settings_options
-from storage.errors import SettingsError
-from storage.settings import Settings
+from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.shared.device import open_device
+from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Settings
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import command
-from training.loop.settings import TrainSettings
 
 
 def given(settings: type[Settings], *arguments: str) -> dict[str, Any]:

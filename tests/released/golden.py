@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from storage.artifact import checksum_file
+from tailrace.storage.artifact import checksum_file
 from tests.released.recipe import STEPS
 from tests.released.runner import run_step, write_inputs
 

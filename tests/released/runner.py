@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.cli import main
+from tailrace.pipeline.cli import main
 from tests.released.recipe import MODEL, STEPS, TASK, TEXT, Step
 from tests.support.cache_jobs import Kill, die_at, speech_texts
 from tests.support.tiny_models import save_tiny_model

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.blind.draw import KEY
-from pipeline.blind.sealed import unseal
-from pipeline.circuit import stage as circuit
-from pipeline.query import stage as query
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from storage.artifact import MANIFEST, read_manifest
-from storage.cache_format import PROVENANCE
-from storage.statistics import as_float32
-from storage.tables import read_schema, read_table
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
-from training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
+from tailrace.pipeline.blind.draw import KEY
+from tailrace.pipeline.blind.sealed import unseal
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.query import stage as query
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.artifact import MANIFEST, read_manifest
+from tailrace.storage.cache_format import PROVENANCE
+from tailrace.storage.statistics import as_float32
+from tailrace.storage.tables import read_schema, read_table
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
 
 VALUES = "values.json"
 Values = dict[str, dict[str, Any]]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from storage.artifact import (
+from tailrace.storage.artifact import (
     MANIFEST,
     REQUEST,
     canonical_json,
@@ -24,8 +24,8 @@ from storage.artifact import (
     verify_artifact,
     write_atomically,
 )
-from storage.draft import LOCK, Draft
-from storage.errors import (
+from tailrace.storage.draft import LOCK, Draft
+from tailrace.storage.errors import (
     ArtifactBusy,
     ArtifactCorrupt,
     ArtifactIncomplete,
@@ -33,7 +33,7 @@ from storage.errors import (
     ArtifactMissing,
     StorageFull,
 )
-from storage.materialise import materialise_epoch
+from tailrace.storage.materialise import materialise_epoch
 from tests.support.paths import ROOT
 from tests.support.synthetic_cache import write_synthetic_cache
 
@@ -143,7 +143,7 @@ def test_a_draft_killed_while_its_request_was_written_starts_again(tmp_path: Pat
 HOLD = """
 import sys
 from pathlib import Path
-from storage.draft import LOCK, Draft
+from tailrace.storage.draft import LOCK, Draft
 with Draft(Path(sys.argv[1]), "table", {}):
     print("held", flush=True)
     sys.stdin.read()
@@ -271,10 +271,10 @@ FILL = """
 import os, sys
 import numpy as np
 from pathlib import Path
-from storage.artifact import write_atomically
-from storage.errors import StorageFull
-from storage.layout import ArraySpec
-from storage.shard import write_shard
+from tailrace.storage.artifact import write_atomically
+from tailrace.storage.errors import StorageFull
+from tailrace.storage.layout import ArraySpec
+from tailrace.storage.shard import write_shard
 
 disk = Path(sys.argv[1])
 spec = ArraySpec("rows", "float32", 1024, 1024, 256)

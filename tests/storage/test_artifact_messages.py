@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.artifact import read_manifest
-from storage.draft import Draft
-from storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
+from tailrace.storage.artifact import read_manifest
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
 
 
 def publish(path: Path) -> None:

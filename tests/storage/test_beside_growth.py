@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import activation_cache
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from storage.artifact import read_manifest
-from storage.cache_format import manifest_name
-from storage.cache_publish import keep_superseded
-from storage.cache_verify import verify_bytes
-from storage.context_blocks import ContextBlocks
-from storage.layout import Compression
-from storage.materialise import materialise_epoch
-from storage.memory import aligned_rows
-from storage.orders import EPOCH_KIND
-from storage.shard import write_shard
+from tailrace.storage import activation_cache
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.artifact import read_manifest
+from tailrace.storage.cache_format import manifest_name
+from tailrace.storage.cache_publish import keep_superseded
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.context_blocks import ContextBlocks
+from tailrace.storage.layout import Compression
+from tailrace.storage.materialise import materialise_epoch
+from tailrace.storage.memory import aligned_rows
+from tailrace.storage.orders import EPOCH_KIND
+from tailrace.storage.shard import write_shard
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, write_synthetic_cache
 
 KEYS = ["layer0/in", "layer0/out", "token_id", "context", "position"]

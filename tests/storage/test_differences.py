@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.artifact import digest
-from storage.differences import list_differences
+from tailrace.storage.artifact import digest
+from tailrace.storage.differences import list_differences
 
 
 def layers(n: int, **changes: Any) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.artifact import MANIFEST, REQUEST, canonical_json, write_atomically
-from storage.draft import LOCK, Draft, Lock
-from storage.errors import ActionableError, ArtifactBusy, ArtifactMismatch, StorageFull
-from storage.names import temporary_path
+from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, write_atomically
+from tailrace.storage.draft import LOCK, Draft, Lock
+from tailrace.storage.errors import ActionableError, ArtifactBusy, ArtifactMismatch, StorageFull
+from tailrace.storage.names import temporary_path
 
 
 def names(place: Path) -> list[str]:

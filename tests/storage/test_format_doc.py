@@ -13,14 +13,14 @@ import pytest
 import xxhash
 import zarr
 
-from pipeline.cache.context_packing import CHECKPOINT
-from pipeline.cache.draft import BEGUN, LOG, PLAN
-from pipeline.cache.stage import packing_state_name
-from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import canonical_json
-from storage.draft import LOCK
-from storage.layout import ArraySpec, Compression, array_metadata
-from storage.materialise import materialise_epoch
+from tailrace.pipeline.cache.context_packing import CHECKPOINT
+from tailrace.pipeline.cache.draft import BEGUN, LOG, PLAN
+from tailrace.pipeline.cache.stage import packing_state_name
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.artifact import canonical_json
+from tailrace.storage.draft import LOCK
+from tailrace.storage.layout import ArraySpec, Compression, array_metadata
+from tailrace.storage.materialise import materialise_epoch
 from tests.support.paths import DOCS
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.activation_cache import ActivationCache, open_cache
-from storage.cache_publish import keep_superseded
-from storage.cache_verify import verify_bytes
-from storage.errors import ArtifactMissing, SettingsError
-from storage.layout import Compression
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.cache_publish import keep_superseded
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.errors import ArtifactMissing, SettingsError
+from tailrace.storage.layout import Compression
 from tests.support.synthetic_cache import (
     expected_rows,
     extend_in_steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from storage.hook_names import HookName
+from tailrace.storage.hook_names import HookName
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from storage.memory import PAGE, aligned_rows, as_bytes
+from tailrace.storage.memory import PAGE, aligned_rows, as_bytes
 from tests.support.paths import ROOT
 
 
@@ -32,7 +32,7 @@ def test_bytes_are_a_view() -> None:
 FORK = """
 import os
 import numpy as np
-from storage.memory import aligned_rows
+from tailrace.storage.memory import aligned_rows
 rows = aligned_rows(1, 4, np.dtype(np.int32))
 child = os.fork()
 if child == 0:

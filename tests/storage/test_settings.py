@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from storage.errors import SettingsError
-from storage.settings import Quantity, Settings, load_yaml, parse_quantity
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Quantity, Settings, load_yaml, parse_quantity
 
 
 class Example(Settings):

@@ -18,13 +18,13 @@ import tensorstore
 import zarr
 from zarr.storage import LocalStore
 
-from storage import shard
-from storage.artifact import checksum_file
-from storage.bfloat16 import float32_to_bits
-from storage.errors import ArtifactCorrupt, StorageFull
-from storage.layout import ArraySpec, Compression, array_metadata, group_metadata
-from storage.memory import aligned_rows
-from storage.shard import open_shard, read_rows, read_zarr, shard_footer, write_shard
+from tailrace.storage import shard
+from tailrace.storage.artifact import checksum_file
+from tailrace.storage.bfloat16 import float32_to_bits
+from tailrace.storage.errors import ArtifactCorrupt, StorageFull
+from tailrace.storage.layout import ArraySpec, Compression, array_metadata, group_metadata
+from tailrace.storage.memory import aligned_rows
+from tailrace.storage.shard import open_shard, read_rows, read_zarr, shard_footer, write_shard
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 COMPRESSIONS: tuple[Compression, ...] = ("none", "lz4", "zstd", "gzip", "blosc-zstd")

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from storage import shuffle_evidence as module
-from storage.errors import ArtifactCorrupt, SettingsError
-from storage.null_laws import Groups, pair_moments, pearson_null, poisson_null, student_null
-from storage.shuffle import EpochPlan, unit_permutation
-from storage.shuffle_evidence import (
+from tailrace.storage import shuffle_evidence as module
+from tailrace.storage.errors import ArtifactCorrupt, SettingsError
+from tailrace.storage.null_laws import Groups, pair_moments, pearson_null, poisson_null, student_null
+from tailrace.storage.shuffle import EpochPlan, unit_permutation
+from tailrace.storage.shuffle_evidence import (
     EvidenceStatistic,
     ShuffleEvidence,
     autocorrelation_z,

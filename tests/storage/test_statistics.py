@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.artifact import canonical_json
-from storage.bfloat16 import bits_to_float32, float32_to_bits
-from storage.statistics import SiteStatistics
+from tailrace.storage.artifact import canonical_json
+from tailrace.storage.bfloat16 import bits_to_float32, float32_to_bits
+from tailrace.storage.statistics import SiteStatistics
 
 BLOCK_ERROR = 128 * 2.0**-24
 """Relative error of a block's float32 sum, of the mean magnitude of what is summed (module docstring)."""

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from storage.bfloat16 import bits_to_float32
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
-from storage.layout import Compression
-from storage.materialise import materialise_epoch
-from storage.stream import RowStream
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.bfloat16 import bits_to_float32
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
+from tailrace.storage.layout import Compression
+from tailrace.storage.materialise import materialise_epoch
+from tailrace.storage.stream import RowStream
 from tests.support.synthetic_cache import expected_rows, memory_directory, store_as, write_synthetic_cache
 
 KEYS = ["layer0/in", "layer0/out", "token_id", "context", "position", "document"]

@@ -7,8 +7,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
-from storage.tables import column, describe, read_schema, read_table, write_table
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
+from tailrace.storage.tables import column, describe, read_schema, read_table, write_table
 
 SCHEMA = pa.schema(
     [

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.harvest import window_texts
-from analysis.harvest.window_texts import WindowTexts
-from storage.token_text import has_bytes, join_characters, text_of_bytes
+from tailrace.analysis.harvest import window_texts
+from tailrace.analysis.harvest.window_texts import WindowTexts
+from tailrace.storage.token_text import has_bytes, join_characters, text_of_bytes
 
 
 @pytest.mark.parametrize(

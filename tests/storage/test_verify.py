@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, REQUEST, seal
-from storage.cache_format import VOCABULARY
-from storage.cache_verify import total_bytes, verify_bytes
-from storage.cache_writer import remove_temporary_files
-from storage.draft import LOCK
-from storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
-from storage.materialise import materialise_epoch
-from storage.names import temporary_path
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import MANIFEST, REQUEST, seal
+from tailrace.storage.cache_format import VOCABULARY
+from tailrace.storage.cache_verify import total_bytes, verify_bytes
+from tailrace.storage.cache_writer import remove_temporary_files
+from tailrace.storage.draft import LOCK
+from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
+from tailrace.storage.materialise import materialise_epoch
+from tailrace.storage.names import temporary_path
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache
 
 

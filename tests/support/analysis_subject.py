@@ -14,7 +14,7 @@ import torch
 from numpy.random import Generator, Philox
 from torch import Tensor
 
-from analysis.harvest.one_pass import Subject
+from tailrace.analysis.harvest.one_pass import Subject
 
 CONTEXT_LENGTH = 8
 SITE = "layer0"

@@ -24,12 +24,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import cli
-from pipeline.cache import grow, shuffle
-from pipeline.cache import plan as cache_plan
-from pipeline.cache import stage as cache
-from pipeline.cache.settings import CacheSettings
-from storage.artifact import MANIFEST, canonical_json, checksum_file, describe_files, read_json, seal
+from tailrace.pipeline import cli
+from tailrace.pipeline.cache import grow, shuffle
+from tailrace.pipeline.cache import plan as cache_plan
+from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.storage.artifact import MANIFEST, canonical_json, checksum_file, describe_files, read_json, seal
 from tests.support.paths import SPEECHES
 from tests.support.tiny_models import save_tiny_model
 

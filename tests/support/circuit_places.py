@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from pipeline import cli
-from pipeline.circuit import stage as circuit
-from pipeline.circuit.question import Question
-from pipeline.circuit.stage import CircuitSettings
-from pipeline.model.language_model import ModelSettings, load_language_model
-from storage.draft import Draft
+from tailrace.pipeline import cli
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.circuit.question import Question
+from tailrace.pipeline.circuit.stage import CircuitSettings
+from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.storage.draft import Draft
+from tailrace.training.architectures import TopK
+from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 from tests.support.circuit_runs import mlp_site, random_transcoder
 from tests.support.tiny_models import BOS, save_tiny_model
-from training.architectures import TopK
-from training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 
 PROMPT = "the man was with her and then they said what"
 SMALL = CircuitSettings(iterations=2, branches=4, max_features=40)

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.circuits.nodes import Kind, Node
-from analysis.circuits.operators import apply_norm, norm_scale
-from analysis.circuits.paths import Path as CircuitPath
-from analysis.circuits.paths import Step
-from analysis.circuits.record import record_run
-from analysis.circuits.run import LinearisedRun, Part, Probe
-from analysis.splice.hook_points import hooked, observed
-from analysis.weights.model_weights import ModelWeights, Norm
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.model.weights import read_weights
-from storage.cache_format import Site
+from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.circuits.operators import apply_norm, norm_scale
+from tailrace.analysis.circuits.paths import Path as CircuitPath
+from tailrace.analysis.circuits.paths import Step
+from tailrace.analysis.circuits.record import record_run
+from tailrace.analysis.circuits.run import LinearisedRun, Part, Probe
+from tailrace.analysis.splice.hook_points import hooked, observed
+from tailrace.analysis.weights.model_weights import ModelWeights, Norm
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.weights import read_weights
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures import Gated, JumpReLU, ReLU, TopK
+from tailrace.training.architectures.base import Architecture, Transcoder
 from tests.support.tiny_models import save_tiny_model
-from training.architectures import Gated, JumpReLU, ReLU, TopK
-from training.architectures.base import Architecture, Transcoder
 
 WIDTH = 16
 D_SAE = 24

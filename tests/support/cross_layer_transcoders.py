@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from storage.cache_format import Site
-from storage.draft import Draft
+from tailrace.storage.cache_format import Site
+from tailrace.storage.draft import Draft
+from tailrace.training.architectures import JumpReLU
+from tailrace.training.architectures.transcoder import WEIGHTS, save_weights
+from tailrace.training.cross_layer.artifact import FORMAT_VERSION, KIND
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tests.support.layered_transcoders import MODEL, WIDTH, mlp_site
-from training.architectures import JumpReLU
-from training.architectures.transcoder import WEIGHTS, save_weights
-from training.cross_layer.artifact import FORMAT_VERSION, KIND
-from training.cross_layer.stack import CrossLayerTranscoder
 
 N_LAYERS, D_SAE = 3, 24
 INPUTS = torch.randn(200, N_LAYERS * WIDTH, generator=torch.Generator().manual_seed(5))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
-from pipeline.dashboard import stage as dashboard
-from pipeline.dashboard.stage import DashboardSettings
+from tailrace.pipeline.dashboard import stage as dashboard
+from tailrace.pipeline.dashboard.stage import DashboardSettings
 from tests.support.browsers import open_browser, watched_page
 from tests.support.dashboard_tables import MadeTables, make_tables
 from tests.support.dashboard_visits import open_list

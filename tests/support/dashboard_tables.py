@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analysis.harvest.histogram import EDGES, find_bins
-from storage.cache_format import Site
-from storage.draft import Draft
+from tailrace.analysis.harvest.histogram import EDGES, find_bins
+from tailrace.storage.cache_format import Site
+from tailrace.storage.draft import Draft
 
 WORDS = (
     *(" March", " April", " May", " the", " of", "ing", " King", "\n", " ", "  ", "\t"),

@@ -11,22 +11,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tailrace.training.architectures import Architecture, BatchTopK, JumpReLU, Matryoshka
+from tailrace.training.architectures.objectives import VarianceObjective
+from tailrace.training.dead_features.auxiliary import AuxK, Ghost
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.kernels.adaptive import AdaptiveStep
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.kernel import ExtraLoss, StepKernel
+from tailrace.training.kernels.sparse import SparseStep
+from tailrace.training.loop.broadcast_run import follow_first
+from tailrace.training.loop.distributed import DistributedStep, Group, RankBatches, open_group
+from tailrace.training.loop.optim import BlockedAdam
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.weight_average import WeightAverage
+from tailrace.training.rows.batches import Batch, BatchStream, SiteBatches
 from tests.training.kernels.test_kernels import ARCHITECTURES, cast, random_batch, random_transcoder
 from tests.training.loop.test_trainer import SITE, PlantedRows, build
-from training.architectures import Architecture, BatchTopK, JumpReLU, Matryoshka
-from training.architectures.objectives import VarianceObjective
-from training.dead_features.auxiliary import AuxK, Ghost
-from training.dead_features.record import FiringRecord
-from training.kernels.adaptive import AdaptiveStep
-from training.kernels.dense import DenseStep
-from training.kernels.kernel import ExtraLoss, StepKernel
-from training.kernels.sparse import SparseStep
-from training.loop.broadcast_run import follow_first
-from training.loop.distributed import DistributedStep, Group, RankBatches, open_group
-from training.loop.optim import BlockedAdam
-from training.loop.run import TrainingRun
-from training.loop.weight_average import WeightAverage
-from training.rows.batches import Batch, BatchStream, SiteBatches
 
 N_ROWS = 601
 """Odd, so that slices differ."""

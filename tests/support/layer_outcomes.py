@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.train.layer_set_scores import LayerOutcome
+from tailrace.pipeline.train.layer_set_scores import LayerOutcome
 
 
 def layer_outcome(layer: int, fvu: float | None, fvu_ordinary: float | None) -> LayerOutcome:

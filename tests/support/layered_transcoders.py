@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage.artifact import canonical_json
-from storage.cache_format import VOCABULARY, CacheFormat, Site
-from storage.cache_publish import Generation, SplitSize, publish_generation
-from storage.cache_writer import UnitBuffer
-from storage.draft import Draft
+from tailrace.storage.artifact import canonical_json
+from tailrace.storage.cache_format import VOCABULARY, CacheFormat, Site
+from tailrace.storage.cache_publish import Generation, SplitSize, publish_generation
+from tailrace.storage.cache_writer import UnitBuffer
+from tailrace.storage.draft import Draft
+from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 from tests.support.training_caches import random_rows
-from training.architectures.base import Architecture, Transcoder
-from training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 
 WIDTH = 8
 CONTEXT_LENGTH = 8

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analysis.weights.model_weights import AttentionWeights, LayerWeights, ModelWeights, Norm, NormKind
+from tailrace.analysis.weights.model_weights import AttentionWeights, LayerWeights, ModelWeights, Norm, NormKind
 
 D_MODEL = 6
 D_HEAD = 3

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pipeline.text.holdout import HoldoutRule
-from pipeline.text.packing import ContextSource, PackedContexts
-from pipeline.text.stream import Document
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.packing import ContextSource, PackedContexts
+from tailrace.pipeline.text.stream import Document
 
 BOS, EOS = 99, 98
 

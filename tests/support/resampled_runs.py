@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.cache_format import Site
-from storage.statistics import SiteStatistics
-from training.dead_features.resampling.settings import RowScorer
-from training.loop.build import build_run
-from training.loop.run import TrainingRun
-from training.loop.settings import TrainSettings
-from training.rows.batches import Batch
-from training.rows.row_source import RowSource, SampledRows
+from tailrace.storage.cache_format import Site
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.dead_features.resampling.settings import RowScorer
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.row_source import RowSource, SampledRows
 
 D_IN, D_OUT, N_PLANTED = 12, 10, 24
 SITE = Site("planted", "hook_in", "hook_out", D_IN, D_OUT, "float32")

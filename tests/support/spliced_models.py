@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.splice.replacement import Substitute, run_replaced
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from storage.activation_cache import ActivationCache
-from storage.cache_format import Site
-from storage.draft import Draft
+from tailrace.analysis.splice.replacement import Substitute, run_replaced
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.cache_format import Site
+from tailrace.storage.draft import Draft
+from tailrace.training.architectures import TopK, Transcoder
+from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 from tests.support.tiny_models import save_tiny_model
-from training.architectures import TopK, Transcoder
-from training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 
 WIDTH = 16
 D_HEAD = 4

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import REQUEST, canonical_json, write_atomically
-from storage.bfloat16 import float32_to_bits
-from storage.cache_format import SPLITS, VOCABULARY, CacheFormat, Site, pieces
-from storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
-from storage.cache_writer import UnitBuffer, write_context_block
-from storage.encodings import column_scale_of
-from storage.layout import Compression
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.artifact import REQUEST, canonical_json, write_atomically
+from tailrace.storage.bfloat16 import float32_to_bits
+from tailrace.storage.cache_format import SPLITS, VOCABULARY, CacheFormat, Site, pieces
+from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
+from tailrace.storage.cache_writer import UnitBuffer, write_context_block
+from tailrace.storage.encodings import column_scale_of
+from tailrace.storage.layout import Compression
 
 Rows = Callable[[np.ndarray, str], np.ndarray]
 """(row identity (n, 3) = split, context, position; key) → float32 rows (n, width)."""

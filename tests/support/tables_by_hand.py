@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from storage.draft import Draft
-from storage.tables import write_table
+from tailrace.storage.draft import Draft
+from tailrace.storage.tables import write_table
 
 FEATURES = pa.schema(
     [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.text.dataset import DocumentStream, TextSettings, open_documents
+from tailrace.pipeline.text.dataset import DocumentStream, TextSettings, open_documents
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.artifact import canonical_json
-from storage.cache_format import VOCABULARY, CacheFormat, Site
-from storage.cache_publish import Generation, SplitSize, publish_generation
-from storage.cache_writer import UnitBuffer
+from tailrace.storage.artifact import canonical_json
+from tailrace.storage.cache_format import VOCABULARY, CacheFormat, Site
+from tailrace.storage.cache_publish import Generation, SplitSize, publish_generation
+from tailrace.storage.cache_writer import UnitBuffer
 
 CONTEXT_LENGTH = 8
 SHARD_ROWS = 256

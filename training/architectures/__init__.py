@@ -6,13 +6,13 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from training.architectures.base import Architecture, Transcoder
-from training.architectures.batch_topk import BatchTopK
-from training.architectures.gated import Gated
-from training.architectures.jumprelu import JumpReLU
-from training.architectures.matryoshka import Matryoshka
-from training.architectures.relu import ReLU
-from training.architectures.topk import TopK
+from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures.batch_topk import BatchTopK
+from tailrace.training.architectures.gated import Gated
+from tailrace.training.architectures.jumprelu import JumpReLU
+from tailrace.training.architectures.matryoshka import Matryoshka
+from tailrace.training.architectures.relu import ReLU
+from tailrace.training.architectures.topk import TopK
 
 __all__ = [
     "ARCHITECTURES",

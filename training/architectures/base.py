@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from storage.settings import Settings
-from training.architectures.entries import Above, Entries, Selection
-from training.architectures.objectives import Objective
-from training.rows.batches import Batch
-from training.rows.normalisation import Normalisation
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.storage.settings import Settings
+from tailrace.training.architectures.entries import Above, Entries, Selection
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.normalisation import Normalisation
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 SMALLEST_NORM = 1e-12
 """A decoder row below this has no direction; it is left as it is rather than divided by zero."""
@@ -272,7 +272,7 @@ class Architecture(Settings, ABC):
 
     @abstractmethod
     def build(self, d_in: int, d_out: int, d_sae: int) -> Transcoder:
-        """Return the module with all weights zero; ``training.loop.initialise`` fills them."""
+        """Return the module with all weights zero; ``tailrace.training.loop.initialise`` fills them."""
 
     def problems(self, d_sae: int) -> list[str]:  # noqa: ARG002
         """Return a sentence for every setting that does not fit ``d_sae`` features."""

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from training.architectures.base import Transcoder
-from training.architectures.entries import Above, Entries, LargestOfBatch
-from training.architectures.topk import SelectsLargest
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.entries import Above, Entries, LargestOfBatch
+from tailrace.training.architectures.topk import SelectsLargest
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 THRESHOLD_RATE = 0.1
 """Share of the newest batch in the running mean of the threshold.

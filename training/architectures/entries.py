@@ -14,7 +14,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.architectures.base import Architecture, Trace, Transcoder, exact
-from training.architectures.entries import Entries
-from training.architectures.objectives import Objective
-from training.architectures.relu import total
-from training.architectures.schedule import warmed_up
-from training.rows.batches import Batch
+from tailrace.training.architectures.base import Architecture, Trace, Transcoder, exact
+from tailrace.training.architectures.entries import Entries
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.architectures.relu import total
+from tailrace.training.architectures.schedule import warmed_up
+from tailrace.training.rows.batches import Batch
 
 
 class GatedTranscoder(Transcoder):

@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.architectures.base import Architecture, Transcoder
-from training.architectures.entries import Above, Entries
-from training.architectures.relu import total
-from training.architectures.schedule import warmed_up
+from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures.entries import Above, Entries
+from tailrace.training.architectures.relu import total
+from tailrace.training.architectures.schedule import warmed_up
 
 
 class _Jump(torch.autograd.Function):

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from training.architectures.base import Trace, exact
-from training.architectures.batch_topk import BatchTopKTranscoder
-from training.architectures.entries import Entries
-from training.architectures.objectives import Objective
-from training.architectures.topk import SelectsLargest
-from training.rows.batches import Batch
+from tailrace.training.architectures.base import Trace, exact
+from tailrace.training.architectures.batch_topk import BatchTopKTranscoder
+from tailrace.training.architectures.entries import Entries
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.architectures.topk import SelectsLargest
+from tailrace.training.rows.batches import Batch
 
 
 class MatryoshkaTranscoder(BatchTopKTranscoder):

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from training.architectures.base import Architecture, Transcoder
-from training.architectures.entries import Entries
-from training.architectures.schedule import warmed_up
+from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures.entries import Entries
+from tailrace.training.architectures.schedule import warmed_up
 
 
 class ReLUTranscoder(Transcoder):

@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from training.architectures.base import Architecture, Transcoder
-from training.architectures.entries import Entries, LargestPerRow, restrict
+from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures.entries import Entries, LargestPerRow, restrict
 
 
 class TopKTranscoder(Transcoder):

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storage.artifact import read_manifest, sync_directory
-from storage.errors import ArtifactCorrupt, StorageFull
-from storage.formats import ARTIFACT_FORMATS
-from training.architectures import AnyArchitecture
-from training.architectures.base import Architecture, Transcoder
-from training.artifact_kinds import FOR_ONE_LAYER_ONLY
+from tailrace.storage.artifact import read_manifest, sync_directory
+from tailrace.storage.errors import ArtifactCorrupt, StorageFull
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.training.architectures import AnyArchitecture
+from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.artifact_kinds import FOR_ONE_LAYER_ONLY
 
 __all__ = ["KIND", "WEIGHTS", "Transcoder", "load_transcoder", "read_transcoder_manifest", "save_weights"]
 
@@ -68,7 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_transcoder_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a transcoder; the errors are those of ``storage.artifact.read_manifest``."""
+    """Return the manifest of a transcoder; the errors are those of ``tailrace.storage.artifact.read_manifest``."""
     return read_manifest(path, KIND, FOR_ONE_LAYER_ONLY)
 
 

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from storage.artifact import read_manifest
-from storage.cache_format import Site
-from storage.formats import ARTIFACT_FORMATS
-from training.architectures.transcoder import WEIGHTS, weights_as_described
-from training.artifact_kinds import CROSS_LAYER_KIND
-from training.cross_layer.stack import CrossLayerTranscoder
-from training.cross_layer.units import JoinedRows
-from training.loop.evaluate import FitSums, HeldoutScore, OrdinaryScore
-from training.rows.batches import SiteBatches
+from tailrace.storage.artifact import read_manifest
+from tailrace.storage.cache_format import Site
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.training.architectures.transcoder import WEIGHTS, weights_as_described
+from tailrace.training.artifact_kinds import CROSS_LAYER_KIND
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
+from tailrace.training.cross_layer.units import JoinedRows
+from tailrace.training.loop.evaluate import FitSums, HeldoutScore, OrdinaryScore
+from tailrace.training.rows.batches import SiteBatches
 
 KIND = CROSS_LAYER_KIND
 """The artifact's kind."""
@@ -31,7 +31,7 @@ SCORED_ACTIVATIONS = 1 << 26
 
 
 def read_cross_layer_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest; the errors are those of ``storage.artifact.read_manifest``."""
+    """Return the manifest; the errors are those of ``tailrace.storage.artifact.read_manifest``."""
     return read_manifest(path, KIND)
 
 

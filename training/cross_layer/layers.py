@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
-from training.cross_layer.stack import CrossLayerTranscoder
-from training.cross_layer.weights_file import open_weights
+from tailrace.training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
+from tailrace.training.cross_layer.weights_file import open_weights
 
 _LATER = "later_"
 

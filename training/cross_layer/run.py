@@ -8,28 +8,28 @@ from typing import assert_never, cast
 
 import torch
 
-from storage.cache_format import Site
-from storage.encodings import Side
-from storage.errors import SettingsError
-from storage.statistics import SiteStatistics
-from training.architectures.batch_topk import BatchTopK
-from training.architectures.jumprelu import JumpReLU
-from training.architectures.objectives import build_objective
-from training.architectures.relu import ReLU
-from training.cross_layer.sparse import SparseStackStep
-from training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
-from training.cross_layer.units import JOINED, JoinedRows, LayerUnits
-from training.kernels.adaptive import AdaptiveStep, KernelKind
-from training.kernels.dense import DenseStep
-from training.kernels.kernel import Precision, StepKernel
-from training.loop.initialise import random_directions
-from training.loop.optim import build_optimiser
-from training.loop.run import TrainingRun
-from training.loop.settings import TrainSettings
-from training.loop.weight_average import WeightAverage
-from training.rows.normalisation import Normalisation, build_normalisation, check_statistics
-from training.rows.ordinary_rows import OrdinaryRows
-from training.rows.row_source import RowSource
+from tailrace.storage.cache_format import Site
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.architectures.batch_topk import BatchTopK
+from tailrace.training.architectures.jumprelu import JumpReLU
+from tailrace.training.architectures.objectives import build_objective
+from tailrace.training.architectures.relu import ReLU
+from tailrace.training.cross_layer.sparse import SparseStackStep
+from tailrace.training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
+from tailrace.training.cross_layer.units import JOINED, JoinedRows, LayerUnits
+from tailrace.training.kernels.adaptive import AdaptiveStep, KernelKind
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.kernel import Precision, StepKernel
+from tailrace.training.loop.initialise import random_directions
+from tailrace.training.loop.optim import build_optimiser
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.weight_average import WeightAverage
+from tailrace.training.rows.normalisation import Normalisation, build_normalisation, check_statistics
+from tailrace.training.rows.ordinary_rows import OrdinaryRows
+from tailrace.training.rows.row_source import RowSource
 
 CrossLayerArchitecture = BatchTopK | JumpReLU | ReLU
 """The architectures whose features fire by a threshold in use, which is what a published stack has."""

@@ -1,8 +1,8 @@
 """The step of a stack at active pairs only: one screening product a layer, everything else over the few that fire.
 
-As for one layer (``training.kernels.sparse``), and as exact. Pairs lie layer after layer, sorted by row in each, so
-that what belongs to a layer is a slice. A feature's decoder row is wide, one width for each layer it writes to, and is
-read only where the feature fires.
+As for one layer (``tailrace.training.kernels.sparse``), and as exact. Pairs lie layer after layer, sorted by row in
+each, so that what belongs to a layer is a slice. A feature's decoder row is wide, one width for each layer it writes
+to, and is read only where the feature fires.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.architectures.base import Transcoder
-from training.architectures.entries import Above, LargestOfBatch
-from training.architectures.objectives import Objective
-from training.cross_layer.stack import Stack, StackedEntries
-from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
-from training.kernels.pairs import Pairs, decode_pairs, sum_by_row
-from training.kernels.select import Selector, keep_largest
-from training.kernels.sparse import clear_gradients
-from training.rows.batches import Batch
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.entries import Above, LargestOfBatch
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.cross_layer.stack import Stack, StackedEntries
+from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
+from tailrace.training.kernels.pairs import Pairs, decode_pairs, sum_by_row
+from tailrace.training.kernels.select import Selector, keep_largest
+from tailrace.training.kernels.sparse import clear_gradients
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 
 class _Layer(NamedTuple):

@@ -16,15 +16,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from training.architectures.base import SMALLEST_NORM, Trace, Transcoder, exact
-from training.architectures.batch_topk import BatchTopK, BatchTopKTranscoder
-from training.architectures.entries import Entries, LargestOfBatch
-from training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
-from training.architectures.objectives import Objective
-from training.architectures.relu import ReLU, ReLUTranscoder
-from training.cross_layer.units import LayerUnits
-from training.rows.batches import Batch
-from training.rows.normalisation import Normalisation
+from tailrace.training.architectures.base import SMALLEST_NORM, Trace, Transcoder, exact
+from tailrace.training.architectures.batch_topk import BatchTopK, BatchTopKTranscoder
+from tailrace.training.architectures.entries import Entries, LargestOfBatch
+from tailrace.training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.architectures.relu import ReLU, ReLUTranscoder
+from tailrace.training.cross_layer.units import LayerUnits
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.normalisation import Normalisation
 
 DECODER = "W_dec_"
 """Decoders are called this and the number of the layer they read."""
@@ -153,7 +153,7 @@ class Stack(Transcoder):
         """Return (d_sae,): above which pre-activation a feature fires in use."""
 
     def folded(self, normalisation: Normalisation) -> Self:  # noqa: ARG002 - rows came normalised
-        """Raise AssertionError: what is published is another class (``training.cross_layer.run``)."""
+        """Raise AssertionError: what is published is another class (``tailrace.training.cross_layer.run``)."""
         raise AssertionError("a stack is folded by fold()")
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
-from training.cross_layer.weights_file import open_weights
+from tailrace.training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
+from tailrace.training.cross_layer.weights_file import open_weights
 
 
 @torch.no_grad()

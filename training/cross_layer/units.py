@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.cache_format import Site
-from storage.errors import SettingsError
-from training.rows.batches import Batch, BatchStream, SiteBatches
-from training.rows.normalisation import Normalisation
-from training.rows.ordinary_rows import OrdinaryRows
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import SettingsError
+from tailrace.training.rows.batches import Batch, BatchStream, SiteBatches
+from tailrace.training.rows.normalisation import Normalisation
+from tailrace.training.rows.ordinary_rows import OrdinaryRows
 
 JOINED = "all layers"
 """What the joined rows are called among the batches of sites."""

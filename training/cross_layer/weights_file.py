@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from storage.cache_format import Site
-from training.architectures.jumprelu import JumpReLUTranscoder
-from training.architectures.transcoder import WEIGHTS, weights_as_described
-from training.cross_layer.artifact import read_cross_layer_manifest, sites_of
-from training.cross_layer.stack import DECODER
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
+from tailrace.training.architectures.transcoder import WEIGHTS, weights_as_described
+from tailrace.training.cross_layer.artifact import read_cross_layer_manifest, sites_of
+from tailrace.training.cross_layer.stack import DECODER
 
 
 class WeightsFile:

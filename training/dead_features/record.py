@@ -1,7 +1,7 @@
 """Which features have gone quiet while training.
 
 This counts optimiser steps, on batches that differ; the share of dead features that runs are compared by is the
-held-out one (``training.loop.evaluate``).
+held-out one (``tailrace.training.loop.evaluate``).
 """
 
 from __future__ import annotations

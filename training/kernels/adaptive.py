@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from training.architectures.base import Transcoder
-from training.architectures.entries import Above
-from training.architectures.objectives import Objective
-from training.kernels.dense import DenseStep
-from training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
-from training.kernels.sparse import SparseStep
-from training.rows.batches import Batch
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.entries import Above
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
+from tailrace.training.kernels.sparse import SparseStep
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from training.architectures.base import Trace, Transcoder
-from training.architectures.entries import DenseEntries
-from training.architectures.objectives import Objective
-from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
-from training.rows.batches import Batch
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.architectures.base import Trace, Transcoder
+from tailrace.training.architectures.entries import DenseEntries
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 Forward = Callable[[Transcoder, Batch, Objective, WholeBatch], tuple[DenseEntries, Trace]]
 

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from training.architectures.base import Trace, Transcoder, exact
-from training.architectures.entries import Entries
-from training.architectures.objectives import Objective
-from training.rows.batches import Batch
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.architectures.base import Trace, Transcoder, exact
+from tailrace.training.architectures.entries import Entries
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 Precision = Literal["float32", "bfloat16"]
 

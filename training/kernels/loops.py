@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.compiled import compiled_loop
+from tailrace.storage.compiled import compiled_loop
 
 
 @compiled_loop("reassoc", "contract", "nsz")

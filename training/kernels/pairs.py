@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.architectures.entries import Entries
-from training.kernels import loops
-from training.kernels.threads import over_ranges
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.architectures.entries import Entries
+from tailrace.training.kernels import loops
+from tailrace.training.kernels.threads import over_ranges
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 
 class Pairs:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection
-from training.kernels import loops
-from training.kernels.pairs import Pairs
-from training.kernels.threads import over_ranges
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection
+from tailrace.training.kernels import loops
+from tailrace.training.kernels.pairs import Pairs
+from tailrace.training.kernels.threads import over_ranges
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 CHUNK_BYTES = 12 << 20
 """Size of the buffer of screened numbers, which should stay in the processor's cache: 256 rows of 24,576 bfloat16."""

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-from training.architectures.base import Transcoder
-from training.architectures.objectives import Objective
-from training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
-from training.kernels.pairs import SparseEntries
-from training.kernels.select import Selector
-from training.rows.batches import Batch
-from training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
+from tailrace.training.kernels.pairs import SparseEntries
+from tailrace.training.kernels.select import Selector
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 
 class SparseStep:

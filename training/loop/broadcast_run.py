@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from training.loop.distributed import Group
-from training.loop.run import TrainingRun
-from training.rows.batches import BatchStream
+from tailrace.training.loop.distributed import Group
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.rows.batches import BatchStream
 
 
 def follow_first(group: Group, run: TrainingRun, stream: BatchStream) -> None:

@@ -6,26 +6,26 @@ from collections.abc import Mapping
 
 import torch
 
-from storage.cache_format import Site
-from storage.encodings import Side
-from storage.errors import SettingsError
-from storage.statistics import SiteStatistics
-from training.architectures.base import Transcoder
-from training.architectures.objectives import build_objective
-from training.dead_features.record import FiringRecord
-from training.dead_features.resampling.settings import RowScorer, Surroundings
-from training.kernels.adaptive import build_kernel
-from training.kernels.kernel import Precision
-from training.loop.distributed import DistributedStep, Group
-from training.loop.initialise import Centres, data_directions, initialise, medians
-from training.loop.optim import build_optimiser
-from training.loop.run import TrainingRun
-from training.loop.settings import TrainSettings
-from training.loop.weight_average import WeightAverage
-from training.rows.batches import Batch
-from training.rows.normalisation import Normalisation, build_normalisation, check_statistics
-from training.rows.ordinary_rows import OrdinaryRows
-from training.rows.row_source import RowSource
+from tailrace.storage.cache_format import Site
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.objectives import build_objective
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.dead_features.resampling.settings import RowScorer, Surroundings
+from tailrace.training.kernels.adaptive import build_kernel
+from tailrace.training.kernels.kernel import Precision
+from tailrace.training.loop.distributed import DistributedStep, Group
+from tailrace.training.loop.initialise import Centres, data_directions, initialise, medians
+from tailrace.training.loop.optim import build_optimiser
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.weight_average import WeightAverage
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.normalisation import Normalisation, build_normalisation, check_statistics
+from tailrace.training.rows.ordinary_rows import OrdinaryRows
+from tailrace.training.rows.row_source import RowSource
 
 
 def build_run(

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from storage.errors import ArtifactCorrupt
-from training.architectures.transcoder import write_tensors
+from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.training.architectures.transcoder import write_tensors
 
 KEPT = 2
 """Newest checkpoints kept, so that a damaged last one costs only its interval."""

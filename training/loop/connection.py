@@ -13,11 +13,11 @@ from pydantic import Field, NonNegativeFloat
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from storage.errors import SettingsError
-from storage.settings import Settings
-from training.architectures.base import Trace, Transcoder
-from training.architectures.transcoder import WEIGHTS, read_transcoder_manifest
-from training.rows.batches import Batch
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Settings
+from tailrace.training.architectures.base import Trace, Transcoder
+from tailrace.training.architectures.transcoder import WEIGHTS, read_transcoder_manifest
+from tailrace.training.rows.batches import Batch
 
 Matrix = Literal["encoder", "decoder"]
 

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from storage.errors import SettingsError
-from training.architectures.base import Transcoder
-from training.architectures.objectives import Objective
-from training.kernels.kernel import ExtraLoss, PerRow, StatefulKernel, StepKernel, StepResult
-from training.rows.batches import Batch, BatchStream
-from training.rows.whole_batch import ALONE, Cut, WholeBatch
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.kernels.kernel import ExtraLoss, PerRow, StatefulKernel, StepKernel, StepResult
+from tailrace.training.rows.batches import Batch, BatchStream
+from tailrace.training.rows.whole_batch import ALONE, Cut, WholeBatch
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others, one of which may be scoring held-out rows."""

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from training.architectures.base import Transcoder
-from training.loop.firing_frequency import histogram, log10_frequency
-from training.loop.l0_distribution import l0_quantiles
-from training.rows.batches import Batch
-from training.rows.ordinary_rows import OrdinaryRows
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.loop.firing_frequency import histogram, log10_frequency
+from tailrace.training.loop.l0_distribution import l0_quantiles
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.ordinary_rows import OrdinaryRows
 
 FREQUENT = {"1_percent": 0.01, "10_percent": 0.1}
 """Frequencies above which a feature counts as frequent, by the ending of the metric's name."""
@@ -51,7 +51,7 @@ class HeldoutScore:
     """``freq_over_…``: share of features that fire on more than 1 or 10 percent of rows; ``normalized_freq_over_…``:
     the share of all firings that are theirs. The names are those of SAEBench."""
     log10_frequency: dict[str, Any]
-    """Histogram over features of log10(frequency + 1e-10), in fixed bins (``training.loop.firing_frequency``)."""
+    """Histogram over features of log10(frequency + 1e-10), in the fixed bins of ``firing_frequency``."""
     ordinary: OrdinaryScore | None = None
     """That of the ordinary rows alone, if they were told apart and there are any."""
 

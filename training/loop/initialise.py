@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.randomness import philox
-from training.architectures.base import Transcoder
-from training.rows.batches import Batch
-from training.rows.geometric_median import geometric_median
+from tailrace.storage.randomness import philox
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.geometric_median import geometric_median
 
 logger = logging.getLogger(__name__)
 

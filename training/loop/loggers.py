@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 

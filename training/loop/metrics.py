@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from storage.artifact import is_disk_refusal, storage_refused
-from storage.errors import NonFiniteActivation
+from tailrace.storage.artifact import is_disk_refusal, storage_refused
+from tailrace.storage.errors import NonFiniteActivation
 
 
 class JsonLines:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from storage.errors import SettingsError
-from training.architectures.base import Transcoder
-from training.kernels import loops
-from training.kernels.threads import over_ranges
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.kernels import loops
+from tailrace.training.kernels.threads import over_ranges
 
 OptimiserKind = Literal["adam", "adamw", "muon"]
 

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.errors import NonFiniteActivation, SettingsError
-from training.architectures.base import Transcoder
-from training.architectures.objectives import Objective
-from training.architectures.schedule import Schedule
-from training.dead_features.record import FiringRecord
-from training.dead_features.resampling.settings import Resampler
-from training.kernels.kernel import ExtraLoss, StatefulKernel, StepKernel, StepResult
-from training.loop.optim import Optimiser
-from training.loop.weight_average import WeightAverage
-from training.rows.batches import Batch, SiteBatches
-from training.rows.normalisation import Normalisation
-from training.rows.ordinary_rows import OrdinaryRows
+from tailrace.storage.errors import NonFiniteActivation, SettingsError
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.architectures.schedule import Schedule
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.dead_features.resampling.settings import Resampler
+from tailrace.training.kernels.kernel import ExtraLoss, StatefulKernel, StepKernel, StepResult
+from tailrace.training.loop.optim import Optimiser
+from tailrace.training.loop.weight_average import WeightAverage
+from tailrace.training.rows.batches import Batch, SiteBatches
+from tailrace.training.rows.normalisation import Normalisation
+from tailrace.training.rows.ordinary_rows import OrdinaryRows
 
 CHECK_EVERY = 50
 """Steps between looks at the loss on a device where looking makes the host wait."""

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.architectures.transcoder import METRICS, TIMING
-from training.loop.firing_frequency import EDGES
-from training.loop.loggers import Logger, Loggers
-from training.loop.metrics import JsonLines
+from tailrace.training.architectures.transcoder import METRICS, TIMING
+from tailrace.training.loop.firing_frequency import EDGES
+from tailrace.training.loop.loggers import Logger, Loggers
+from tailrace.training.loop.metrics import JsonLines
 
 
 class RunLog:

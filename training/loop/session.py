@@ -16,19 +16,26 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from storage.errors import SettingsError
-from training.architectures.transcoder import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS, save_weights, write_tensors
-from training.loop.checkpoint import Checkpoint, Checkpoints
-from training.loop.checkpoint_clock import CheckpointClock
-from training.loop.evaluate import HeldoutScore, evaluate
-from training.loop.firing_frequency import LOG_SPARSITY, FiringWindow
-from training.loop.loggers import Logger
-from training.loop.run import TrainingRun
-from training.loop.run_log import RunLog
-from training.loop.settings import TrainSettings
-from training.loop.step_metrics import native_metrics, reference_metrics
-from training.loop.trainer import Duty, PeriodicHook, every
-from training.rows.batches import Batch, BatchStream
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.transcoder import (
+    CHECKPOINTS,
+    METRICS,
+    SNAPSHOTS,
+    WEIGHTS,
+    save_weights,
+    write_tensors,
+)
+from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
+from tailrace.training.loop.checkpoint_clock import CheckpointClock
+from tailrace.training.loop.evaluate import HeldoutScore, evaluate
+from tailrace.training.loop.firing_frequency import LOG_SPARSITY, FiringWindow
+from tailrace.training.loop.loggers import Logger
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.run_log import RunLog
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.step_metrics import native_metrics, reference_metrics
+from tailrace.training.loop.trainer import Duty, PeriodicHook, every
+from tailrace.training.rows.batches import Batch, BatchStream
 
 logger = logging.getLogger(__name__)
 

@@ -6,17 +6,17 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from storage.settings import Quantity, Settings
-from training.architectures import AnyArchitecture, BatchTopK
-from training.architectures.objectives import ObjectiveKind
-from training.architectures.schedule import Schedule, ScheduleKind
-from training.dead_features.auxiliary import AnyAuxiliary, NoAuxiliary
-from training.dead_features.resampling import AnyResampling, NoResampling
-from training.kernels.adaptive import KernelKind
-from training.loop.connection import AnyConnection, NoConnection
-from training.loop.initialise import BiasInit, DecoderInit, EncoderInit
-from training.loop.optim import OptimiserKind
-from training.rows.normalisation import NormalisationKind
+from tailrace.storage.settings import Quantity, Settings
+from tailrace.training.architectures import AnyArchitecture, BatchTopK
+from tailrace.training.architectures.objectives import ObjectiveKind
+from tailrace.training.architectures.schedule import Schedule, ScheduleKind
+from tailrace.training.dead_features.auxiliary import AnyAuxiliary, NoAuxiliary
+from tailrace.training.dead_features.resampling import AnyResampling, NoResampling
+from tailrace.training.kernels.adaptive import KernelKind
+from tailrace.training.loop.connection import AnyConnection, NoConnection
+from tailrace.training.loop.initialise import BiasInit, DecoderInit, EncoderInit
+from tailrace.training.loop.optim import OptimiserKind
+from tailrace.training.rows.normalisation import NormalisationKind
 
 
 class TrainSettings(Settings):

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from training.dead_features.record import FiringRecord
-from training.kernels.kernel import PerRow, StepResult
-from training.loop.firing_frequency import FiringWindow
-from training.loop.l0_distribution import l0_quantiles
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.kernels.kernel import PerRow, StepResult
+from tailrace.training.loop.firing_frequency import FiringWindow
+from tailrace.training.loop.l0_distribution import l0_quantiles
 
 RARE = {"sparsity/below_1e-5": 1e-5, "sparsity/below_1e-6": 1e-6}
 """Frequencies below which features are counted, by the metric's name."""

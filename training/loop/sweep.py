@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from storage.errors import NonFiniteActivation
-from training.loop.checkpoint import Checkpoints
-from training.loop.checkpoint_clock import CheckpointClock
-from training.loop.run import TrainingRun
-from training.loop.session import Session
-from training.loop.trainer import Duty, Lane, train
-from training.rows.batches import BatchStream
+from tailrace.storage.errors import NonFiniteActivation
+from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.checkpoint_clock import CheckpointClock
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.session import Session
+from tailrace.training.loop.trainer import Duty, Lane, train
+from tailrace.training.rows.batches import BatchStream
 
 
 def newest_common_step(steps: Iterable[Iterable[int]]) -> int | None:

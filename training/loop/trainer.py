@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from storage.errors import NonFiniteActivation
-from training.architectures.base import Transcoder
-from training.rows.batches import BatchStream, SiteBatches
+from tailrace.storage.errors import NonFiniteActivation
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.rows.batches import BatchStream, SiteBatches
 
 
 class Run(Protocol):

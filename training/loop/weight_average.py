@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from training.architectures.base import Transcoder
+from tailrace.training.architectures.base import Transcoder
 
 
 class WeightAverage:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.activation_cache import CacheSplit
-from storage.cache_format import Site
-from storage.stream import RowStream
+from tailrace.storage.activation_cache import CacheSplit
+from tailrace.storage.cache_format import Site
+from tailrace.storage.stream import RowStream
 
 EVALUATION_SEED = 0
 """Decides which rows a partial held-out evaluation reads; the same for every run, so that runs compare."""

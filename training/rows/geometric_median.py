@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.compiled import compiled_loop
-from storage.errors import NonFiniteActivation
+from tailrace.storage.compiled import compiled_loop
+from tailrace.storage.errors import NonFiniteActivation
 
 
 class GeometricMedian(NamedTuple):

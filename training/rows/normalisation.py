@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.encodings import Side
-from storage.errors import NonFiniteActivation, SettingsError
-from storage.statistics import SiteStatistics
-from training.rows.batches import Batch
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import NonFiniteActivation, SettingsError
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.rows.batches import Batch
 
 CONSTANT = 1e-5
 """Variance over mean square below which rows count as equal: the cache sums squares in float32 blocks of 128 rows, so

@@ -14,11 +14,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from storage.encodings import Side
-from storage.errors import SettingsError
-from storage.statistics import SiteStatistics
-from training.rows.batches import Batch
-from training.rows.row_source import RowSource, SampledRows
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.row_source import RowSource, SampledRows
 
 STATISTICS_ROWS = 65_536
 """Rows drawn for the mean and variance of ordinary rows: their standard error is 0.4 % of a deviation."""

@@ -15,13 +15,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from storage.activation_cache import CacheSplit
-from storage.cache_format import Site
-from storage.memory import aligned_rows
-from storage.orders import GatheredOrder
-from storage.randomness import invert, philox, random_permutation
-from storage.shuffle import EpochPlan, Run, deal, sample_prefix
-from training.rows.batches import Batch, as_tensor, keys_of
+from tailrace.storage.activation_cache import CacheSplit
+from tailrace.storage.cache_format import Site
+from tailrace.storage.memory import aligned_rows
+from tailrace.storage.orders import GatheredOrder
+from tailrace.storage.randomness import invert, philox, random_permutation
+from tailrace.storage.shuffle import EpochPlan, Run, deal, sample_prefix
+from tailrace.training.rows.batches import Batch, as_tensor, keys_of
 
 _PURPOSE = "train/fresh rows"
 _PROVENANCE = ("context", "position")

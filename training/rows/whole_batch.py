@@ -2,7 +2,7 @@
 
 Almost everything in a step is a mean over rows, and slices of a mean combine by themselves. The few things that do not
 (the largest activations *of the batch*, a penalty on the *mean* L0, the smallest activation) ask this object. By itself
-it is the case of one process, in which nothing needs to be asked; ``training.loop.distributed`` has the other.
+it is the case of one process, in which nothing needs to be asked; ``tailrace.training.loop.distributed`` has the other.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from analysis.blind.sampling import LiveRule, draw
-from analysis.blind.tally import Rating, compare, difference_interval, permutation_p_value, share, tally
-from storage.errors import SettingsError
+from tailrace.analysis.blind.sampling import LiveRule, draw
+from tailrace.analysis.blind.tally import Rating, compare, difference_interval, permutation_p_value, share, tally
+from tailrace.storage.errors import SettingsError
 
 RULE = LiveRule(min_log10_frequency=-4, min_active=4)
 

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.circuits.attribution import attribute, list_sources
-from analysis.circuits.contributions import contributions
-from analysis.circuits.nodes import Kind, Node
-from analysis.circuits.paths import SearchSettings, extensions, root_step
-from analysis.circuits.record import record_run
-from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
-from analysis.circuits.run import LinearisedRun
-from analysis.splice.cross_layer import layers_in_place
-from analysis.splice.hook_points import observed
-from storage.cache_format import Site
-from storage.errors import ModelError
+from tailrace.analysis.circuits.attribution import attribute, list_sources
+from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.circuits.paths import SearchSettings, extensions, root_step
+from tailrace.analysis.circuits.record import record_run
+from tailrace.analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
+from tailrace.analysis.circuits.run import LinearisedRun
+from tailrace.analysis.splice.cross_layer import layers_in_place
+from tailrace.analysis.splice.hook_points import observed
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError
+from tailrace.training.cross_layer.layers import split_layers
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tests.support.circuit_runs import (
     D_SAE,
     TOKENS,
@@ -33,8 +35,6 @@ from tests.support.circuit_runs import (
     recorded_pass,
     tiny_model,
 )
-from training.cross_layer.layers import split_layers
-from training.cross_layer.stack import CrossLayerTranscoder
 
 EXACT = 1e-9
 """Of Σ|terms|, in float64."""

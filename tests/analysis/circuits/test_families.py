@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 
-from analysis.circuits.attribution import attribute
-from analysis.circuits.contributions import contributions
-from analysis.circuits.record import record_run
-from analysis.circuits.roots import feature_root, logit_root
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.model.weights import read_weights
-from storage.errors import ModelError
+from tailrace.analysis.circuits.attribution import attribute
+from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.record import record_run
+from tailrace.analysis.circuits.roots import feature_root, logit_root
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.weights import read_weights
+from tailrace.storage.errors import ModelError
 from tests.support.circuit_runs import TOKENS, mixed_transcoders
 from tests.support.tiny_models import EOS, UNKNOWN, WORDS, save_tiny_tokenizer
 

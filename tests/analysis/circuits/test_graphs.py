@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from analysis.circuits.attribution import attribute, list_sources
-from analysis.circuits.attribution_graph import AttributionGraph, GraphSettings, build_graph, top_logits
-from analysis.circuits.contributions import contributions
-from analysis.circuits.influence import influences, prune, shares
-from analysis.circuits.layout import height_of, place_nodes, squeezed, strength
-from analysis.circuits.nodes import Kind, Node
-from analysis.circuits.path_graph import (
+from tailrace.analysis.circuits.attribution import attribute, list_sources
+from tailrace.analysis.circuits.attribution_graph import AttributionGraph, GraphSettings, build_graph, top_logits
+from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.influence import influences, prune, shares
+from tailrace.analysis.circuits.layout import height_of, place_nodes, squeezed, strength
+from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.circuits.path_graph import (
     GraphNode,
     PathGraph,
     completed,
@@ -21,10 +21,10 @@ from analysis.circuits.path_graph import (
     summed_over_tokens,
     with_values_in_graph,
 )
-from analysis.circuits.paths import Path, SearchSettings, search_paths
-from analysis.circuits.readers import feature_probe
-from analysis.circuits.roots import centred_logit_roots, feature_root, logit_root
-from analysis.circuits.run import LinearisedRun
+from tailrace.analysis.circuits.paths import Path, SearchSettings, search_paths
+from tailrace.analysis.circuits.readers import feature_probe
+from tailrace.analysis.circuits.roots import centred_logit_roots, feature_root, logit_root
+from tailrace.analysis.circuits.run import LinearisedRun
 from tests.support.circuit_runs import ROOT, A, B, H, first_active, path, tiny_model, tiny_run
 
 

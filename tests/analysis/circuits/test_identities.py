@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.circuits.attribution import FEW_ROOTS, attribute, list_sources
-from analysis.circuits.contributions import contributions
-from analysis.circuits.nodes import Kind, Node
-from analysis.circuits.operators import (
+from tailrace.analysis.circuits.attribution import FEW_ROOTS, attribute, list_sources
+from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.circuits.operators import (
     head_contributions,
     norm_scale,
     pull_attention,
@@ -22,11 +22,18 @@ from analysis.circuits.operators import (
     push_attention,
     push_norm,
 )
-from analysis.circuits.paths import SearchSettings, extensions, root_step
-from analysis.circuits.roots import Root, centred_logit_roots, decoder_root, direction_root, feature_root, logit_root
-from analysis.circuits.run import LinearisedRun, Part
-from analysis.splice.hook_points import hooked, observed
-from analysis.weights.model_weights import IDENTITY, AttentionWeights, Norm
+from tailrace.analysis.circuits.paths import SearchSettings, extensions, root_step
+from tailrace.analysis.circuits.roots import (
+    Root,
+    centred_logit_roots,
+    decoder_root,
+    direction_root,
+    feature_root,
+    logit_root,
+)
+from tailrace.analysis.circuits.run import LinearisedRun, Part
+from tailrace.analysis.splice.hook_points import hooked, observed
+from tailrace.analysis.weights.model_weights import IDENTITY, AttentionWeights, Norm
 from tests.support.circuit_runs import CASES, D_SAE, TOKENS, frozen_pass, recorded_pass, tiny_model, tiny_run
 
 EXACT = 1e-9

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.circuits.contributions import contributions
-from analysis.circuits.filters import COMPARATORS, Condition, NodeFilter
-from analysis.circuits.nodes import Kind, Node, node_columns
-from analysis.circuits.operators import pull_norm
-from analysis.circuits.path_graph import graph_of_paths
-from analysis.circuits.path_text import show_path, show_rounds
-from analysis.circuits.paths import (
+from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.filters import COMPARATORS, Condition, NodeFilter
+from tailrace.analysis.circuits.nodes import Kind, Node, node_columns
+from tailrace.analysis.circuits.operators import pull_norm
+from tailrace.analysis.circuits.path_graph import graph_of_paths
+from tailrace.analysis.circuits.path_text import show_path, show_rounds
+from tailrace.analysis.circuits.paths import (
     SearchSettings,
     Step,
     extensions,
@@ -25,9 +25,9 @@ from analysis.circuits.paths import (
     select_paths,
     top_ends,
 )
-from analysis.circuits.record import record_run
-from analysis.circuits.roots import decoder_root, direction_root, feature_root, logit_root
-from storage.errors import ModelError, SettingsError
+from tailrace.analysis.circuits.record import record_run
+from tailrace.analysis.circuits.roots import decoder_root, direction_root, feature_root, logit_root
+from tailrace.storage.errors import ModelError, SettingsError
 from tests.support.circuit_runs import (
     ROOT,
     TOKENS,
@@ -127,7 +127,7 @@ def test_a_cap_is_the_smallest_value_of_any_feature_on_the_path_not_the_last() -
 
 
 def test_a_cap_bounds_only_what_acts_the_same_way() -> None:
-    from analysis.circuits.paths import _capped
+    from tailrace.analysis.circuits.paths import _capped
 
     steps = path((ROOT, 3.0), (A, -2.0), (B, -0.5), (H, 0.1))
     values, is_capped = _capped(np.array([-9.0, -0.4, 0.3, 9.0]), steps)
@@ -239,7 +239,7 @@ def test_roots_that_do_not_exist_are_refused(ask, complaint: str) -> None:
 
 def test_errors_come_from_the_recorded_pass_even_where_the_mlp_is_replaced() -> None:
     """D-48: the error called whatever MLP the model had at the moment, with whatever input."""
-    from analysis.splice.replacement import ZeroAblated, replaced
+    from tailrace.analysis.splice.replacement import ZeroAblated, replaced
 
     model, weights = tiny_model("gpt2", double=True)
     run = tiny_run("gpt2")

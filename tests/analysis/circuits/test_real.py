@@ -7,21 +7,21 @@ import json
 import pytest
 import torch
 
-from analysis.circuits.attribution import attribute
-from analysis.circuits.attribution_graph import GraphSettings, build_graph, top_logits
-from analysis.circuits.contributions import contributions
-from analysis.circuits.record import record_run
-from analysis.circuits.roots import centred_logit_roots, decoder_root, feature_root, logit_root
-from analysis.circuits.run import LinearisedRun
-from pipeline.circuit.question import prompt_tokens
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.model.weights import read_weights
-from pipeline.samples.bundled_models import bundled_model
-from pipeline.samples.smollm2 import fetch_smollm2
-from storage.cache_format import Site
+from tailrace.analysis.circuits.attribution import attribute
+from tailrace.analysis.circuits.attribution_graph import GraphSettings, build_graph, top_logits
+from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.record import record_run
+from tailrace.analysis.circuits.roots import centred_logit_roots, decoder_root, feature_root, logit_root
+from tailrace.analysis.circuits.run import LinearisedRun
+from tailrace.pipeline.circuit.question import prompt_tokens
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.weights import read_weights
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.samples.smollm2 import fetch_smollm2
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures import TopK
 from tests.support.circuit_runs import random_transcoder
 from tests.support.paths import ROOT, SPEECHES
-from training.architectures import TopK
 
 
 def run_with_random_transcoders(model: LanguageModel, n_tokens: int, d_sae: int) -> LinearisedRun:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.evaluate import next_tokens
-from analysis.evaluate.next_tokens import next_token_divergences, next_token_losses, pattern_divergences
-from analysis.evaluate.splice_scores import recovered
-from analysis.splice.in_place import InPlaceSums
+from tailrace.analysis.evaluate import next_tokens
+from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_token_losses, pattern_divergences
+from tailrace.analysis.evaluate.splice_scores import recovered
+from tailrace.analysis.splice.in_place import InPlaceSums
 
 
 def logits_of(probabilities: list[list[list[float]]]) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.evaluate.evaluation import ALL_SITES, ContextBatch, Evaluation, SplicedSite, TokenDeltas
-from analysis.evaluate.splice_scores import SpliceScore
-from analysis.evaluate.token_deltas import token_rows
-from analysis.splice.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
-from pipeline.model.language_model import ModelSettings, load_language_model
-from storage.cache_format import Site
-from storage.errors import ModelError, NonFiniteActivation
+from tailrace.analysis.evaluate.evaluation import ALL_SITES, ContextBatch, Evaluation, SplicedSite, TokenDeltas
+from tailrace.analysis.evaluate.splice_scores import SpliceScore
+from tailrace.analysis.evaluate.token_deltas import token_rows
+from tailrace.analysis.splice.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
+from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError, NonFiniteActivation
 from tests.support.spliced_models import (
     D_HEAD,
     N_LAYERS,

@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis.harvest import activations as module
-from analysis.harvest.activations import KeptPairs, RowPlaces, rows_within
-from analysis.harvest.one_pass import Plan, gather
-from analysis.harvest.rows import RowBlock
-from analysis.harvest.table import FEATURES_PER_BATCH
-from analysis.tables import activations as table
+from tailrace.analysis.harvest import activations as module
+from tailrace.analysis.harvest.activations import KeptPairs, RowPlaces, rows_within
+from tailrace.analysis.harvest.one_pass import Plan, gather
+from tailrace.analysis.harvest.rows import RowBlock
+from tailrace.analysis.harvest.table import FEATURES_PER_BATCH
+from tailrace.analysis.tables import activations as table
 from tests.support.analysis_subject import FakeCoder, FakeSplit, activations, split_of, subject
 
 

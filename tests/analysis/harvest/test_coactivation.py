@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis.harvest.activations import KeptPairs
-from analysis.harvest.coactivation import FEWEST_ROWS, count_coactivation, rows_counted
-from analysis.harvest.one_pass import Plan, gather
-from analysis.tables import coactivation as table
+from tailrace.analysis.harvest.activations import KeptPairs
+from tailrace.analysis.harvest.coactivation import FEWEST_ROWS, count_coactivation, rows_counted
+from tailrace.analysis.harvest.one_pass import Plan, gather
+from tailrace.analysis.tables import coactivation as table
 from tests.support.analysis_subject import FakeCoder, FakeSplit, activations, subject
 
 PLAN = Plan(block_rows=40, activation_rows=10**6)

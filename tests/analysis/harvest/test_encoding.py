@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.harvest.encoding import DenseEncoder, SparseEncoder, expected_density, open_encoder
+from tailrace.analysis.harvest.encoding import DenseEncoder, SparseEncoder, expected_density, open_encoder
+from tailrace.training.architectures import ARCHITECTURES, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
+from tailrace.training.kernels.pairs import Pairs
 from tests.support.analysis_subject import FakeCoder, random
-from training.architectures import ARCHITECTURES, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from training.kernels.pairs import Pairs
 
 D_IN, D_OUT, D_SAE, ROWS = 16, 12, 96, 70
 SETTINGS = {
@@ -74,7 +74,7 @@ def test_pairs_values_and_predictions_are_those_of_the_transcoder(kind, scale):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_dense_way_is_the_transcoder_a_piece_at_a_time(kind, monkeypatch):
     made, inputs = transcoder_of(kind), rows()
-    monkeypatch.setattr("analysis.harvest.encoding.DENSE_BYTES", 4 * D_SAE * 16)  # pieces of 16 rows
+    monkeypatch.setattr("tailrace.analysis.harvest.encoding.DENSE_BYTES", 4 * D_SAE * 16)  # pieces of 16 rows
     with torch.inference_mode():
         found = DenseEncoder(made)(inputs)
         acts = made.encode(inputs).numpy()

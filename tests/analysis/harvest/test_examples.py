@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.harvest.examples import TopExamples, rank_in_group
-from analysis.harvest.one_pass import Plan, gather
-from analysis.tables import examples as table
+from tailrace.analysis.harvest.examples import TopExamples, rank_in_group
+from tailrace.analysis.harvest.one_pass import Plan, gather
+from tailrace.analysis.tables import examples as table
 from tests.support.analysis_subject import CONTEXT_LENGTH, FakeCoder, FakeSplit, activations, split_of, subject
 
 

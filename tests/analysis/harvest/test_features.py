@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis.harvest.frequency import wilson_interval
-from analysis.harvest.histogram import QUANTILE_RELATIVE_ERROR
-from analysis.harvest.one_pass import Plan, gather
-from analysis.harvest.table import accumulators
-from analysis.tables import TABLES, examples, features, layers
-from analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
+from tailrace.analysis.harvest.frequency import wilson_interval
+from tailrace.analysis.harvest.histogram import QUANTILE_RELATIVE_ERROR
+from tailrace.analysis.harvest.one_pass import Plan, gather
+from tailrace.analysis.harvest.table import accumulators
+from tailrace.analysis.tables import TABLES, examples, features, layers
+from tailrace.analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
 from tests.support.analysis_subject import FakeCoder, FakeSplit, activations, split_of, subject
 
 PLAN = Plan(n_examples=4, block_rows=15, activation_rows=420)

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from analysis.harvest.one_pass import Plan, gather
-from analysis.harvest.sums import OrderedSum
-from analysis.harvest.table import accumulators
-from analysis.tables import TABLES
-from storage.bfloat16 import float32_to_bits
-from storage.errors import ActionableError, NonFiniteActivation
+from tailrace.analysis.harvest.one_pass import Plan, gather
+from tailrace.analysis.harvest.sums import OrderedSum
+from tailrace.analysis.harvest.table import accumulators
+from tailrace.analysis.tables import TABLES
+from tailrace.storage.bfloat16 import float32_to_bits
+from tailrace.storage.errors import ActionableError, NonFiniteActivation
 from tests.support.analysis_subject import FakeCoder, FakeSplit, subject
 
 PLAN = Plan(n_examples=3, block_rows=20, window_before=3, window_after=3, activation_rows=200)

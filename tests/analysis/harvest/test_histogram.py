@@ -3,7 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.harvest.histogram import BINS_PER_OCTAVE, EDGES, N_BINS, QUANTILE_RELATIVE_ERROR, find_bins, quantiles
+from tailrace.analysis.harvest.histogram import (
+    BINS_PER_OCTAVE,
+    EDGES,
+    N_BINS,
+    QUANTILE_RELATIVE_ERROR,
+    find_bins,
+    quantiles,
+)
 from tests.support.analysis_subject import random
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.harvest.rows import RowBlock, block_edges, iter_blocks
+from tailrace.analysis.harvest.rows import RowBlock, block_edges, iter_blocks
 from tests.support.analysis_subject import FakeSplit
 
 

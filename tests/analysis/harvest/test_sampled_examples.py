@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.harvest.one_pass import Plan, gather
-from analysis.tables import examples as table
+from tailrace.analysis.harvest.one_pass import Plan, gather
+from tailrace.analysis.tables import examples as table
 from tests.support.analysis_subject import CONTEXT_LENGTH, FakeSplit, activations, split_of, subject
 
 PLAN = Plan(

@@ -8,9 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.interventions.features import Ablate, Add, Clamp, Edit, EditedFeatures, EditedNeurons, KeepOnly, Scale
-from analysis.splice.replacement import EVERY_POSITION, Transcoded, replaced
-from storage.errors import ModelError, SettingsError
+from tailrace.analysis.interventions.features import (
+    Ablate,
+    Add,
+    Clamp,
+    Edit,
+    EditedFeatures,
+    EditedNeurons,
+    KeepOnly,
+    Scale,
+)
+from tailrace.analysis.splice.replacement import EVERY_POSITION, Transcoded, replaced
+from tailrace.storage.errors import ModelError, SettingsError
 from tests.support.spliced_models import (
     TOKENS,
     autoencoder_site,

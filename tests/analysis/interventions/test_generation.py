@@ -12,18 +12,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.interventions.features import Ablate, Add, Clamp, Edit, EditedFeatures, EditedNeurons, KeepOnly, Scale
-from analysis.interventions.patching import Patch, patched
-from analysis.splice.cross_layer import layers_in_place
-from analysis.splice.hook_points import hooked, observed
-from analysis.splice.in_place import InPlaceSums, Measured
-from analysis.splice.replacement import EVERY_POSITION, MeanAblated, Substitute, Transcoded, ZeroAblated, replaced
-from pipeline.model.language_model import ModelSettings, load_language_model
-from pipeline.samples.bundled_models import bundled_model
-from pipeline.samples.smollm2 import fetch_smollm2
-from storage.cache_format import Site
-from storage.errors import ModelError
-from storage.hook_names import HookName
+from tailrace.analysis.interventions.features import (
+    Ablate,
+    Add,
+    Clamp,
+    Edit,
+    EditedFeatures,
+    EditedNeurons,
+    KeepOnly,
+    Scale,
+)
+from tailrace.analysis.interventions.patching import Patch, patched
+from tailrace.analysis.splice.cross_layer import layers_in_place
+from tailrace.analysis.splice.hook_points import hooked, observed
+from tailrace.analysis.splice.in_place import InPlaceSums, Measured
+from tailrace.analysis.splice.replacement import (
+    EVERY_POSITION,
+    MeanAblated,
+    Substitute,
+    Transcoded,
+    ZeroAblated,
+    replaced,
+)
+from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.samples.smollm2 import fetch_smollm2
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError
+from tailrace.storage.hook_names import HookName
 from tests.support.cross_layer_transcoders import random_cross_layer
 from tests.support.paths import ROOT
 from tests.support.spliced_models import (

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.interventions.experiment import PatchPlace, patching_effects
-from analysis.interventions.features import Clamp, EditedFeatures
-from analysis.interventions.forward import forward
-from analysis.interventions.metrics import LogitDifference
-from analysis.interventions.patching import Patch, head_hooks, hook_of, patched
-from analysis.interventions.prompts import Prompts, pad_prompts
-from analysis.splice.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
-from storage.cache_format import Site
-from storage.errors import ModelError, TextError
+from tailrace.analysis.interventions.experiment import PatchPlace, patching_effects
+from tailrace.analysis.interventions.features import Clamp, EditedFeatures
+from tailrace.analysis.interventions.forward import forward
+from tailrace.analysis.interventions.metrics import LogitDifference
+from tailrace.analysis.interventions.patching import Patch, head_hooks, hook_of, patched
+from tailrace.analysis.interventions.prompts import Prompts, pad_prompts
+from tailrace.analysis.splice.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError, TextError
 from tests.support.spliced_models import (
     D_HEAD,
     N_LAYERS,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from analysis.interventions.forward import forward
-from analysis.interventions.metrics import FeaturePreActivation, LastLogits, LogitDifference
-from analysis.interventions.prompts import pad_prompts
-from analysis.splice.replacement import Transcoded
-from storage.errors import ModelError, TextError
+from tailrace.analysis.interventions.forward import forward
+from tailrace.analysis.interventions.metrics import FeaturePreActivation, LastLogits, LogitDifference
+from tailrace.analysis.interventions.prompts import pad_prompts
+from tailrace.analysis.splice.replacement import Transcoded
+from tailrace.storage.errors import ModelError, TextError
 from tests.support.spliced_models import mlp_site, random_transcoder, tiny_model
 
 LISTS = [[2, 9, 17, 33, 40, 11], [2, 21, 8], [2, 60, 61, 62]]

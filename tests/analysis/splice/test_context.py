@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.splice.replacement import (
+from tailrace.analysis.splice.replacement import (
     EVERY_POSITION,
     MeanAblated,
     Substitute,
@@ -19,8 +19,8 @@ from analysis.splice.replacement import (
     ZeroAblated,
     replaced,
 )
-from storage.cache_format import Site
-from storage.errors import ModelError
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError
 from tests.support.spliced_models import (
     D_HEAD,
     N_LAYERS,

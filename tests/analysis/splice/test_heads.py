@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.splice.hook_points import name_problem, observed
-from analysis.splice.replacement import EVERY_POSITION, ZeroAblated
+from tailrace.analysis.splice.hook_points import name_problem, observed
+from tailrace.analysis.splice.replacement import EVERY_POSITION, ZeroAblated
 from tests.support.spliced_models import (
     D_HEAD,
     TOKENS,

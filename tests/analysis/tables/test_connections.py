@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from analysis.tables import connections
-from analysis.tables.connections import SCHEMA, Connected, Later, connection_rows
-from analysis.weights import extremes
-from analysis.weights.model_weights import ModelWeights
-from analysis.weights.stream import read_point, write_point
+from tailrace.analysis.tables import connections
+from tailrace.analysis.tables.connections import SCHEMA, Connected, Later, connection_rows
+from tailrace.analysis.weights import extremes
+from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.analysis.weights.stream import read_point, write_point
 from tests.support.made_up_weights import D_MODEL, D_VOCAB, N_HEADS, gradient, made_up_weights, normalised, through_head
 
 D_SAE = 7
@@ -59,7 +59,7 @@ def weights() -> ModelWeights:
 def rows(weights: ModelWeights) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extremes, "NUMBERS_AT_ONCE", 100)
-        patch.setattr("analysis.harvest.table.FEATURES_PER_BATCH", 3)
+        patch.setattr("tailrace.analysis.harvest.table.FEATURES_PER_BATCH", 3)
         return rows_of(connected(weights))
 
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from analysis.harvest.one_pass import Plan, gather
-from analysis.harvest.table import FEATURES_PER_BATCH, accumulators, tables_page
-from analysis.tables import EVERY_TABLE, TABLES, examples, features
-from storage.tables import describe
+from tailrace.analysis.harvest.one_pass import Plan, gather
+from tailrace.analysis.harvest.table import FEATURES_PER_BATCH, accumulators, tables_page
+from tailrace.analysis.tables import EVERY_TABLE, TABLES, examples, features
+from tailrace.storage.tables import describe
 from tests.support.analysis_subject import FakeCoder, FakeSplit, subject
 from tests.support.paths import DOCS
 
@@ -13,7 +13,7 @@ PAGE = DOCS / "tables.md"
 
 
 def test_the_page_of_tables_is_in_step_with_the_schemas():
-    assert PAGE.read_text() == tables_page(EVERY_TABLE), "run: python -m analysis.tables docs/tables.md"
+    assert PAGE.read_text() == tables_page(EVERY_TABLE), "run: python -m tailrace.analysis.tables docs/tables.md"
 
 
 def test_names_of_tables_are_distinct():

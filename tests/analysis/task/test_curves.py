@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.interventions.forward import ForwardPass, forward
-from analysis.interventions.prompts import pad_prompts
-from analysis.splice.replacement import Transcoded, ZeroAblated
-from analysis.task.answers import (
+from tailrace.analysis.interventions.forward import ForwardPass, forward
+from tailrace.analysis.interventions.prompts import pad_prompts
+from tailrace.analysis.splice.replacement import Transcoded, ZeroAblated
+from tailrace.analysis.task.answers import (
     CorrectMinusIncorrect,
     answer_probabilities,
     divergences,
     neighbour_difference,
     probability_above_minus_below,
 )
-from analysis.task.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
-from analysis.task.logit_lens import logit_effects
-from analysis.task.ranking import last_activations, last_neurons, rank_by_variance
-from analysis.weights.model_weights import ModelWeights, Norm
-from storage.errors import TextError
+from tailrace.analysis.task.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
+from tailrace.analysis.task.logit_lens import logit_effects
+from tailrace.analysis.task.ranking import last_activations, last_neurons, rank_by_variance
+from tailrace.analysis.weights.model_weights import ModelWeights, Norm
+from tailrace.storage.errors import TextError
 from tests.support.spliced_models import autoencoder_site, mlp_site, random_transcoder, tiny_model
 
 LISTS = [[2, 9, 17, 33, 40, 11], [2, 21, 8], [2, 60, 61, 62]]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.weights.model_weights import AttentionWeights, ModelWeights, Norm
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.model.weights import read_weights
-from storage.errors import ModelError
+from tailrace.analysis.weights.model_weights import AttentionWeights, ModelWeights, Norm
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.weights import read_weights
+from tailrace.storage.errors import ModelError
 from tests.support.tiny_models import FAMILIES, save_tiny_model
 
 N_TOKENS = 7

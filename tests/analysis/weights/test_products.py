@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.weights import extremes, unembedding
-from analysis.weights.model_weights import Norm
-from analysis.weights.neighbours import nearest_decoders
-from analysis.weights.pullback import mean_input_gradient, overlap, pullback
-from analysis.weights.stream import write_point
-from analysis.weights.unembedding import N_BINS, token_effects
-from storage.errors import ModelError
+from tailrace.analysis.weights import extremes, unembedding
+from tailrace.analysis.weights.model_weights import Norm
+from tailrace.analysis.weights.neighbours import nearest_decoders
+from tailrace.analysis.weights.pullback import mean_input_gradient, overlap, pullback
+from tailrace.analysis.weights.stream import write_point
+from tailrace.analysis.weights.unembedding import N_BINS, token_effects
+from tailrace.storage.errors import ModelError
 from tests.support.made_up_weights import D_MODEL, D_VOCAB, made_up_weights, normalised
 
 

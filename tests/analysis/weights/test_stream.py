@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from analysis.weights.heads import HeadReader, through_head
-from analysis.weights.stream import layers_attending_before, read_point, write_point
+from tailrace.analysis.weights.heads import HeadReader, through_head
+from tailrace.analysis.weights.stream import layers_attending_before, read_point, write_point
 from tests.support.made_up_weights import D_HEAD, D_MODEL, N_HEADS, gradient, made_up_weights, normalised
 from tests.support.made_up_weights import through_head as head_forwards
 

@@ -14,27 +14,27 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from pipeline.analyze import many as analyze_each
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
-from pipeline.circuit import stage as circuit
-from pipeline.circuit.cards import open_tables, read_cards
-from pipeline.circuit.question import Question
-from pipeline.circuit.stage import CircuitSettings
-from pipeline.circuit.traced import traced_layers
-from pipeline.live.token_order import FreshText
-from storage.activation_cache import open_cache
-from storage.artifact import read_manifest, verify_artifact
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, NonFiniteActivation, SettingsError
-from storage.tables import read_table
+from tailrace.pipeline.analyze import many as analyze_each
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.circuit.cards import open_tables, read_cards
+from tailrace.pipeline.circuit.question import Question
+from tailrace.pipeline.circuit.stage import CircuitSettings
+from tailrace.pipeline.circuit.traced import traced_layers
+from tailrace.pipeline.live.token_order import FreshText
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import read_manifest, verify_artifact
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, NonFiniteActivation, SettingsError
+from tailrace.storage.tables import read_table
+from tailrace.training.architectures.transcoder import load_transcoder
+from tailrace.training.cross_layer.artifact import load_cross_layer
+from tailrace.training.cross_layer.layers import load_layers, split_layers
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
+from tailrace.training.cross_layer.summed import load_summed_layer
 from tests.support.cache_jobs import CONTEXT_LENGTH, command, differing, model_folder, run_cache, text_file, tree
 from tests.support.cross_layer_transcoders import D_SAE, publish_cross_layer, random_cross_layer
 from tests.support.spliced_models import WIDTH, publish_transcoder, random_transcoder
-from training.architectures.transcoder import load_transcoder
-from training.cross_layer.artifact import load_cross_layer
-from training.cross_layer.layers import load_layers, split_layers
-from training.cross_layer.stack import CrossLayerTranscoder
-from training.cross_layer.summed import load_summed_layer
 
 SETTINGS = AnalyzeSettings(split="train", examples=2)
 NAMES = ("layer0", "layer1")

@@ -10,15 +10,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.analyze import many as analyze_each
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.command import command
-from pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
-from pipeline.live.token_order import FreshText
-from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, read_manifest
-from storage.draft import Draft
-from storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
+from tailrace.pipeline.analyze import many as analyze_each
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.command import command
+from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
+from tailrace.pipeline.live.token_order import FreshText
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import MANIFEST, read_manifest
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
 from tests.support.cache_jobs import CONTEXT_LENGTH, model_folder, run_cache, text_file
 from tests.support.spliced_models import publish_transcoder, random_transcoder
 
@@ -71,7 +71,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> list
 def test_each_gets_the_tables_it_would_get_alone_from_a_model_that_is_opened_once(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = count_calls(monkeypatch, "pipeline.analyze.sources", "open_recorded_model")
+    opened = count_calls(monkeypatch, "tailrace.pipeline.analyze.sources", "open_recorded_model")
     told: list[Path] = []
     heard: list[str] = []
     results = run(made, tmp_path / "t", finished=lambda one: told.append(one.path), announce=heard.append)
@@ -158,7 +158,7 @@ def test_transcoders_that_read_earlier_than_some_are_told_before_anything_is_mad
 def test_fresh_text_is_read_with_one_model_for_all(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = FreshText.read({"dataset": str(text_file()), "context_length": CONTEXT_LENGTH, "contexts_per_batch": 4}, {})
     fresh: dict[str, Any] = {"cache": None, "live": text, "model": str(model_folder())}
-    opened = count_calls(monkeypatch, "pipeline.analyze.stage", "open_transcoder_model")
+    opened = count_calls(monkeypatch, "tailrace.pipeline.analyze.stage", "open_transcoder_model")
     run(made, tmp_path / "t", **fresh)
     assert len(opened) == 1
     alone = tmp_path / "alone" / "layer1"

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.command import command
-from pipeline.analyze.stage import AnalyzeSettings
-from pipeline.live.token_order import FreshText
-from pipeline.train import stage as train
-from storage.artifact import verify_artifact
-from storage.errors import ActionableError, ModelError, SettingsError, TextError
-from storage.tables import read_table
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.command import command
+from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.train import stage as train
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import ActionableError, ModelError, SettingsError, TextError
+from tailrace.storage.tables import read_table
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import CONTEXT_LENGTH, model_folder, run_cache, text_file
-from training.loop.settings import TrainSettings
 
 TEXT: dict[str, Any] = {"context_length": CONTEXT_LENGTH, "contexts_per_batch": 4}
 SETTINGS: dict[str, Any] = {"rows": 450, "examples": 3, "window_before": 3, "window_after": 3, "block_rows": 64}
@@ -59,7 +59,7 @@ def test_tables_of_fresh_text_have_the_bytes_of_a_caches(
     made: Path, tmp_path: Path, unit_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the unit that a row is stored in, and rounding of sums where units are cut elsewhere."""
-    monkeypatch.setattr("pipeline.live.token_order.UNIT_ROWS", unit_rows)
+    monkeypatch.setattr("tailrace.pipeline.live.token_order.UNIT_ROWS", unit_rows)
     from_text(made, tmp_path / "live")
     settings = AnalyzeSettings.read(SETTINGS, {"split": "train"})
     cached: dict[str, Any] = {"cache": made / "cache", "transcoder": made / "transcoder", "model": str(model_folder())}

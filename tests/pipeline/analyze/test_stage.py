@@ -14,21 +14,27 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.stage import AnalyzeSettings
-from pipeline.analyze.summary import summary
-from pipeline.query import stage as query
-from pipeline.train import stage as train
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.draft import Draft
-from storage.errors import ActionableError, ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError
-from storage.names import temporary_path
-from storage.tables import read_table
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.summary import summary
+from tailrace.pipeline.query import stage as query
+from tailrace.pipeline.train import stage as train
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import (
+    ActionableError,
+    ArtifactIncomplete,
+    ArtifactMismatch,
+    ArtifactMissing,
+    SettingsError,
+)
+from tailrace.storage.names import temporary_path
+from tailrace.storage.tables import read_table
+from tailrace.training.architectures import TopK
+from tailrace.training.architectures.transcoder import load_transcoder
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.synthetic_cache import write_synthetic_cache
-from training.architectures import TopK
-from training.architectures.transcoder import load_transcoder
-from training.loop.settings import TrainSettings
 
 SETTINGS = AnalyzeSettings(examples=5, window_before=4, window_after=2, block_rows=50, without_model=True)
 FILES = [f"{name}.parquet" for name in ("features", "examples", "rows", "coactivation", "layers")]

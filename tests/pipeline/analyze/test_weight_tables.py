@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.weights.stream import write_point
-from analysis.weights.unembedding import token_effects
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.stage import AnalyzeSettings
-from pipeline.analyze.weight_tables import SharedWeights, write_weight_tables
-from pipeline.cache.recorded_model import open_recorded_model
-from pipeline.model.language_model import ModelSettings, load_language_model
-from pipeline.model.weights import read_weights
-from pipeline.query import stage as query
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.errors import ArtifactMismatch, ModelError, SettingsError
-from storage.tables import read_table
+from tailrace.analysis.weights.stream import write_point
+from tailrace.analysis.weights.unembedding import token_effects
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.weight_tables import SharedWeights, write_weight_tables
+from tailrace.pipeline.cache.recorded_model import open_recorded_model
+from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.model.weights import read_weights
+from tailrace.pipeline.query import stage as query
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
+from tailrace.storage.tables import read_table
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 from tests.support.cache_jobs import model_folder, run_cache
 from tests.support.spliced_models import D_HEAD, WIDTH, publish_transcoder, random_transcoder, tiny_model
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 N_HEADS = 4
 HOOKS = ("blocks.0.attn.hook_z[2]", "blocks.0.attn.hook_q")

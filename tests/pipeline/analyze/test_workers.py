@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.stage import AnalyzeSettings
-from pipeline.train import stage as train
-from storage.errors import SettingsError
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.train import stage as train
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures import BatchTopK
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.synthetic_cache import write_synthetic_cache
-from training.architectures import BatchTopK
-from training.loop.settings import TrainSettings
 
 SETTINGS = AnalyzeSettings(examples=5, window_before=4, window_after=2, block_rows=50, without_model=True)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.artifacts.folders import each_artifact, refuse_folder, unfinished_inside
-from pipeline.dashboard import command as dashboard
-from pipeline.dashboard import command_serve as serve
-from storage.draft import Draft
-from storage.errors import ArtifactMismatch
+from tailrace.pipeline.artifacts.folders import each_artifact, refuse_folder, unfinished_inside
+from tailrace.pipeline.dashboard import command as dashboard
+from tailrace.pipeline.dashboard import command_serve as serve
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMismatch
 
 
 def publish(path: Path, kind: str) -> Path:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.blind.study import BlindStudy
-from pipeline.cache import grow
-from pipeline.train import stage as train
-from storage.artifact import REQUEST
-from storage.draft import LOCK
-from storage.errors import ActionableError, ArtifactMissing, SettingsError
+from tailrace.pipeline.blind.study import BlindStudy
+from tailrace.pipeline.cache import grow
+from tailrace.pipeline.train import stage as train
+from tailrace.storage.artifact import REQUEST
+from tailrace.storage.draft import LOCK
+from tailrace.storage.errors import ActionableError, ArtifactMissing, SettingsError
+from tailrace.training.architectures import TopK
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import PLACE, command, model_folder, run_cache, text_file
 from tests.support.dashboard_tables import make_tables
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
-from training.architectures import TopK
-from training.loop.settings import TrainSettings
 
 TRAINING = TrainSettings(architecture=TopK(k=3), site="layer0", d_sae=24, steps=2, batch_rows=32)
 Snapshot = dict[str, tuple[int, bytes | None]]

@@ -12,32 +12,40 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from analysis.dashboards.feature_tables import FeatureTables
-from pipeline.analyze import many as analyze_each
-from pipeline.analyze.stage import AnalyzeSettings
-from pipeline.dashboard import stage as dashboard
-from pipeline.dashboard.serve import PublishedSite
-from pipeline.dashboard.stage import DashboardSettings
-from pipeline.evaluate import pareto
-from pipeline.formats import export
-from pipeline.formats.delphi import LatentTables, open_tables
-from pipeline.formats.export import ExportSettings
-from pipeline.query import stage as query
-from pipeline.train import sweep
-from storage.activation_cache import open_cache
-from storage.artifact import MANIFEST, checksum_file, describe_files, read_sealed, seal, sync_files, verify_artifact
-from storage.cache_verify import verify_bytes
-from storage.draft import Draft
-from storage.errors import ActionableError, ArtifactCorrupt, SettingsError
-from storage.materialise import materialise_epoch
-from storage.names import inside
-from storage.tables import read_table, write_table
+from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.pipeline.analyze import many as analyze_each
+from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.dashboard import stage as dashboard
+from tailrace.pipeline.dashboard.serve import PublishedSite
+from tailrace.pipeline.dashboard.stage import DashboardSettings
+from tailrace.pipeline.evaluate import pareto
+from tailrace.pipeline.formats import export
+from tailrace.pipeline.formats.delphi import LatentTables, open_tables
+from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.query import stage as query
+from tailrace.pipeline.train import sweep
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import (
+    MANIFEST,
+    checksum_file,
+    describe_files,
+    read_sealed,
+    seal,
+    sync_files,
+    verify_artifact,
+)
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ActionableError, ArtifactCorrupt, SettingsError
+from tailrace.storage.materialise import materialise_epoch
+from tailrace.storage.names import inside
+from tailrace.storage.tables import read_table, write_table
+from tailrace.training.architectures import TopK
 from tests.support.cache_jobs import command
 from tests.support.dashboard_tables import make_tables
 from tests.support.layered_transcoders import mlp_site, publish_transcoder, random_transcoder
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
-from training.architectures import TopK
 
 HOSTILE = (
     *("/etc/passwd", "/dev/zero", "../secret", "a/../../secret", "a//secret", "./rows", ""),

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts.info_stage import glance
-from pipeline.artifacts.info_summaries import GLANCES
-from pipeline.dashboard import stage as dashboard
-from pipeline.dashboard.stage import DashboardSettings
-from storage.draft import Draft
+from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.artifacts.info_summaries import GLANCES
+from tailrace.pipeline.dashboard import stage as dashboard
+from tailrace.pipeline.dashboard.stage import DashboardSettings
+from tailrace.storage.draft import Draft
 from tests.support.dashboard_tables import make_tables
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
 

@@ -8,12 +8,12 @@ import re
 
 import pytest
 
-from pipeline import cli
-from pipeline.blind import draw, tally
-from pipeline.blind.draw import DrawSettings
-from pipeline.blind.sealed import seal, unseal
-from storage.artifact import verify_artifact
-from storage.errors import ArtifactCorrupt, ArtifactMissing, SettingsError
+from tailrace.pipeline import cli
+from tailrace.pipeline.blind import draw, tally
+from tailrace.pipeline.blind.draw import DrawSettings
+from tailrace.pipeline.blind.sealed import seal, unseal
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing, SettingsError
 from tests.support.tables_by_hand import SETTINGS, dead_row, example_row, feature_row, publish_tables
 
 N = 6

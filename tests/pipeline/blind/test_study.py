@@ -9,15 +9,15 @@ from itertools import count
 import pyarrow as pa
 import pytest
 
-from analysis.blind.withholding import WITHHELD, withhold
-from analysis.circuits.documents import describe_node
-from analysis.circuits.nodes import Kind, Node
-from pipeline import cli
-from pipeline.blind.ledger import Ledger
-from pipeline.blind.study import BlindStudy
-from pipeline.blind.table_evidence import begin_from_tables
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
-from storage.tables import write_table
+from tailrace.analysis.blind.withholding import WITHHELD, withhold
+from tailrace.analysis.circuits.documents import describe_node
+from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.pipeline import cli
+from tailrace.pipeline.blind.ledger import Ledger
+from tailrace.pipeline.blind.study import BlindStudy
+from tailrace.pipeline.blind.table_evidence import begin_from_tables
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.storage.tables import write_table
 from tests.support.tables_by_hand import dead_row, example_row, feature_row, publish_tables
 
 PATHS = [

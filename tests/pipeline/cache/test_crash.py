@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.artifact import MANIFEST
-from storage.cache_verify import verify_bytes
+from tailrace.storage.artifact import MANIFEST
+from tailrace.storage.cache_verify import verify_bytes
 from tests.support.cache_jobs import Job, Kill, count_renames, differing, kill_until_done, run_cache, run_job, tree
 
 KILLED = -signal.SIGKILL

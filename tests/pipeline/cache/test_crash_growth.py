@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage.cache_verify import verify_bytes
+from tailrace.storage.cache_verify import verify_bytes
 from tests.support.cache_jobs import Job, Kill, copy_cache, count_renames, differing, kill_until_done, run_cache, tree
 
 KILLED = -signal.SIGKILL

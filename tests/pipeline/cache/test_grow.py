@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache import grow
-from storage.activation_cache import ActivationCache, open_cache
-from storage.cache_verify import verify_bytes
-from storage.errors import ArtifactBusy, ArtifactMismatch, ModelError, SettingsError, TextError
+from tailrace.pipeline.cache import grow
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.errors import ArtifactBusy, ArtifactMismatch, ModelError, SettingsError, TextError
 from tests.support.cache_jobs import (
     PLACE,
     Job,
@@ -217,7 +217,7 @@ def test_growing_refuses_another_model_another_text_and_a_busy_cache(small: Path
     other.write_text(text_file().read_text().replace("Fellow", "Dear"))
     with pytest.raises(ArtifactMismatch, match=r"text\.files: there it is"):
         grow.extend(small, 900, grow.Place(threads=1, quiet=True, dataset=str(other)))
-    from storage.draft import Lock
+    from tailrace.storage.draft import Lock
 
     lock = Lock(small)
     try:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import grow
-from storage.activation_cache import open_cache
-from storage.cache_verify import verify_bytes
-from storage.errors import ArtifactMismatch, TextError
+from tailrace.pipeline.cache import grow
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.errors import ArtifactMismatch, TextError
 from tests.support.cache_jobs import PLACE, Job, Kill, command, copy_cache, run_cache, run_job, small_blocks
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache import grow, verify
-from pipeline.model.language_model import ModelSettings, load_language_model
-from storage.activation_cache import ActivationCache, open_cache
-from storage.artifact import read_json
-from storage.cache_verify import verify_bytes
-from storage.errors import ArtifactMismatch, ModelError
+from tailrace.pipeline.cache import grow, verify
+from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.artifact import read_json
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.errors import ArtifactMismatch, ModelError
+from tailrace.training.architectures.transcoder import load_transcoder
 from tests.support.cache_jobs import (
     PLACE,
     command,
@@ -27,7 +28,6 @@ from tests.support.cache_jobs import (
     tree,
 )
 from tests.support.paths import DOCS
-from training.architectures.transcoder import load_transcoder
 
 Z = "blocks.1.attn.hook_z"
 HOOKS = {

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.model.language_model import LanguageModel, SiteHooks
-from storage.activation_cache import ActivationCache
-from storage.cache_verify import verify_bytes
-from storage.errors import ActivationOverflow, NonFiniteActivation, OutOfMemoryError
+from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks
+from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.errors import ActivationOverflow, NonFiniteActivation, OutOfMemoryError
 from tests.support.cache_jobs import differing, model_folder, run_cache, tree
 
 BAD_CONTEXT, BAD_POSITION = 21, 3

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-import storage.shard
-from pipeline.cache import stage as cache
-from storage.activation_cache import open_cache
-from storage.cache_verify import verify_bytes
-from storage.draft import Lock
-from storage.errors import (
+import tailrace.storage.shard
+from tailrace.pipeline.cache import stage as cache
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.draft import Lock
+from tailrace.storage.errors import (
     ArtifactBusy,
     ArtifactCorrupt,
     ArtifactIncomplete,
@@ -219,7 +219,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     place.mkdir()
     mounted = os.geteuid() == 0 and mount(place, "size=300k")
     if not mounted:
-        write, written = storage.shard._write_file, [0]
+        write, written = tailrace.storage.shard._write_file, [0]
 
         def full(*arguments: Any) -> Any:
             written[0] += 1
@@ -227,7 +227,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
                 raise OSError(errno.ENOSPC, "injected")
             return write(*arguments)
 
-        monkeypatch.setattr(storage.shard, "_write_file", full)
+        monkeypatch.setattr(tailrace.storage.shard, "_write_file", full)
     yield place
     if mounted:
         subprocess.run(["umount", place], check=True)

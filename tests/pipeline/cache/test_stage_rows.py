@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.settings import CacheSettings
-from storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from storage.cache_verify import verify_bytes
-from storage.encodings import RELATIVE_ERROR
-from storage.layout import Compression
-from storage.memory import aligned_rows
-from storage.statistics import as_float32
+from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.encodings import RELATIVE_ERROR
+from tailrace.storage.layout import Compression
+from tailrace.storage.memory import aligned_rows
+from tailrace.storage.statistics import as_float32
 from tests.support.cache_jobs import (
     CONTEXT_LENGTH,
     differing,
@@ -225,7 +225,7 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             sizes.append(rows.nbytes)
         return rows
 
-    monkeypatch.setattr("storage.cache_writer.aligned_rows", counted)
+    monkeypatch.setattr("tailrace.storage.cache_writer.aligned_rows", counted)
     return sizes
 
 
@@ -242,8 +242,8 @@ def test_shards_and_chunks_are_chosen_to_fit_the_cache(tmp_path: Path) -> None:
     chosen = run_cache(tmp_path / "cache", shard_rows="auto", chunk_rows="auto").cache.layout
     assert (chosen.shard_rows, chosen.chunk_rows) == (4096, 4096)
     whole = CacheSettings.read(settings().model_dump(), {"shard_rows": "auto", "chunk_rows": "auto"})
-    from pipeline.cache.plan import choose_rows
-    from storage.cache_format import Site
+    from tailrace.pipeline.cache.plan import choose_rows
+    from tailrace.storage.cache_format import Site
 
     wide = Site("layer8", "a", "b", 768, 768, "bfloat16")
     assert choose_rows(whole, [wide], 60_000_000) == (262_144, 4096)

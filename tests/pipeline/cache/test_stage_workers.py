@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.cache import shuffle
-from pipeline.cache import stage as cache
-from pipeline.cache.workers import Workers
-from storage.activation_cache import open_cache
+from tailrace.pipeline.cache import shuffle
+from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.cache.workers import Workers
+from tailrace.storage.activation_cache import open_cache
 from tests.support.cache_jobs import copy_cache, differing, run_cache, settings, small_blocks, tree
 
 
@@ -97,7 +97,7 @@ def test_materialising_needs_room_only_for_what_is_missing(
 ) -> None:
     from types import SimpleNamespace
 
-    from storage.errors import StorageFull
+    from tailrace.storage.errors import StorageFull
 
     path = copy_cache(finished, tmp_path / "cache")
     with monkeypatch.context() as patched:

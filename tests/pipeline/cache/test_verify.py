@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache import grow, verify
-from storage.activation_cache import open_cache
-from storage.cache_verify import verify_bytes
-from storage.errors import ArtifactMismatch
+from tailrace.pipeline.cache import grow, verify
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.errors import ArtifactMismatch
 from tests.support.cache_jobs import PLACE, command, copy_cache, model_folder, reseal, run_cache, small_blocks
 
 WIDTH = 16

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.circuit import stage as circuit
-from pipeline.circuit.question import Question, parse_feature, prompt_tokens
-from pipeline.train.layer_set_scores import LAYERS, write_layers
-from storage.errors import SettingsError
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.circuit.question import Question, parse_feature, prompt_tokens
+from tailrace.pipeline.train.layer_set_scores import LAYERS, write_layers
+from tailrace.storage.errors import SettingsError
 from tests.support.circuit_places import PROMPT, SMALL, Place, given, run_command
 from tests.support.layer_outcomes import layer_outcome
 from tests.support.tiny_models import BOS

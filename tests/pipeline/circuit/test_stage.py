@@ -11,20 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.circuits.documents import describe_node, read_node
-from analysis.circuits.nodes import Kind, Node
-from analysis.circuits.path_text import show_value
-from pipeline.circuit import stage as circuit
-from pipeline.circuit.cards import open_tables, read_cards
-from pipeline.circuit.question import Question, parse_feature, prompt_tokens
-from pipeline.circuit.traced import traced_layers
-from pipeline.model.language_model import ModelSettings, load_language_model
-from storage.artifact import read_manifest
-from storage.draft import Draft
-from storage.errors import ArtifactMismatch
+from tailrace.analysis.circuits.documents import describe_node, read_node
+from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.circuits.path_text import show_value
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.circuit.cards import open_tables, read_cards
+from tailrace.pipeline.circuit.question import Question, parse_feature, prompt_tokens
+from tailrace.pipeline.circuit.traced import traced_layers
+from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.storage.artifact import read_manifest
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.training.architectures.transcoder import KIND
 from tests.support.circuit_places import PROMPT, SMALL, Place, given, run_command
 from tests.support.tiny_models import BOS, EOS, save_tiny_model
-from training.architectures.transcoder import KIND
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import environment
-from pipeline.circuit import stage as circuit
-from pipeline.circuit.question import Question
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.circuit.question import Question
 from tests.pipeline.formats.test_interop_packages import CIRCUIT_TRACER
 from tests.support.circuit_places import PROMPT, SMALL, Place
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from analysis.dashboards.visible import visible_token
-from pipeline.dashboard.blind import HOT_SHADE, N_SHADES, shade_of, write_blind_page
+from tailrace.analysis.dashboards.visible import visible_token
+from tailrace.pipeline.dashboard.blind import HOT_SHADE, N_SHADES, shade_of, write_blind_page
 
 
 def example(

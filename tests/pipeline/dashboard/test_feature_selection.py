@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.dashboard.feature_selection import parse_features
-from pipeline.dashboard.stage import DashboardSettings
-from pipeline.shared.options import read_settings
-from storage.errors import SettingsError
+from tailrace.pipeline.dashboard.feature_selection import parse_features
+from tailrace.pipeline.dashboard.stage import DashboardSettings
+from tailrace.pipeline.shared.options import read_settings
+from tailrace.storage.errors import SettingsError
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
-from pipeline.dashboard import site_data
-from pipeline.dashboard import stage as dashboard
-from pipeline.dashboard.packing import pack, unpack
-from pipeline.dashboard.site_data import FEATURES_PER_FILE
-from pipeline.dashboard.stage import SITE, DashboardSettings
-from storage.artifact import verify_artifact
-from storage.errors import ArtifactMismatch, ArtifactMissing
+from tailrace.pipeline import cli
+from tailrace.pipeline.dashboard import site_data
+from tailrace.pipeline.dashboard import stage as dashboard
+from tailrace.pipeline.dashboard.packing import pack, unpack
+from tailrace.pipeline.dashboard.site_data import FEATURES_PER_FILE
+from tailrace.pipeline.dashboard.stage import SITE, DashboardSettings
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing
 from tests.support.dashboard_tables import WORDS, MadeTables, make_tables
 
 SCRIPTS = sorted(SITE.glob("*.js"))

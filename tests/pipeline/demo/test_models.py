@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.samples import smollm2
-from pipeline.samples import speeches as demo_text
-from pipeline.samples.bundled_models import bundled_model
-from pipeline.samples.package_download import downloaded_wheel
-from storage.errors import ActionableError, ModelError, TextError
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.samples import smollm2
+from tailrace.pipeline.samples import speeches as demo_text
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.samples.package_download import downloaded_wheel
+from tailrace.storage.errors import ActionableError, ModelError, TextError
 from tests.support.paths import SPEECHES
 
 

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.evaluate.evaluation import ALL_SITES
-from pipeline.cache.recorded_model import sample_contexts
-from pipeline.circuit import stage as circuit
-from pipeline.circuit.question import Question
-from pipeline.circuit.stage import CircuitSettings
-from pipeline.evaluate import stage as evaluate
-from pipeline.evaluate.stage import EvaluateSettings
-from pipeline.train import cross_layer
-from storage.activation_cache import open_cache
-from storage.errors import ArtifactMismatch, SettingsError
+from tailrace.analysis.evaluate.evaluation import ALL_SITES
+from tailrace.pipeline.cache.recorded_model import sample_contexts
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.circuit.question import Question
+from tailrace.pipeline.circuit.stage import CircuitSettings
+from tailrace.pipeline.evaluate import stage as evaluate
+from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.train import cross_layer
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.training.cross_layer.artifact import load_cross_layer
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import CONTEXT_LENGTH, model_folder, run_cache
 from tests.support.spliced_models import WIDTH, publish_transcoder, random_transcoder
 from tests.support.training_caches import publish_cache, random_rows
-from training.cross_layer.artifact import load_cross_layer
-from training.loop.settings import TrainSettings
 
 SETTINGS = EvaluateSettings(contexts=3, contexts_per_batch=2)
 N_LAYERS = 2

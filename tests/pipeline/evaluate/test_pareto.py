@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate import pareto
-from pipeline.evaluate import stage as evaluate
-from pipeline.evaluate.pareto import Point, as_json, collect, front, lines
-from pipeline.evaluate.pareto_plot import COLOURS, style, table, write_plot
-from pipeline.evaluate.stage import EvaluateSettings
-from pipeline.train import stage as train
-from pipeline.train import sweep
-from pipeline.train.grid import expand, read_grid
-from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.pipeline.evaluate import pareto
+from tailrace.pipeline.evaluate import stage as evaluate
+from tailrace.pipeline.evaluate.pareto import Point, as_json, collect, front, lines
+from tailrace.pipeline.evaluate.pareto_plot import COLOURS, style, table, write_plot
+from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.grid import expand, read_grid
+from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import command, run_cache
-from training.loop.settings import TrainSettings
 
 BASE: dict[str, Any] = {"d_sae": 24, "steps": 6, "batch_rows": 64, "lr": 1e-2, "architecture": {"kind": "topk", "k": 2}}
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.evaluate.evaluation import ALL_SITES
-from pipeline.artifacts.info_stage import glance
-from pipeline.cache.recorded_model import open_recorded_model, sample_contexts
-from pipeline.evaluate import stage as evaluate
-from pipeline.evaluate.stage import EvaluateSettings
-from pipeline.query import stage as query
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.errors import ArtifactMismatch, SettingsError
-from storage.tables import describe, read_schema, read_table
+from tailrace.analysis.evaluate.evaluation import ALL_SITES
+from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.cache.recorded_model import open_recorded_model, sample_contexts
+from tailrace.pipeline.evaluate import stage as evaluate
+from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.query import stage as query
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.storage.tables import describe, read_schema, read_table
+from tailrace.training.architectures.transcoder import load_transcoder
 from tests.support.cache_jobs import CONTEXT_LENGTH, command, model_folder, run_cache
 from tests.support.spliced_models import WIDTH, publish_transcoder, random_transcoder
-from training.architectures.transcoder import load_transcoder
 
 SETTINGS = EvaluateSettings(contexts=3, contexts_per_batch=2)
 
@@ -155,7 +155,7 @@ def test_a_cut_short_evaluation_is_run_again_and_ends_with_the_same_bytes(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.evaluate.stage.token_rows", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("tailrace.pipeline.evaluate.stage.token_rows", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(made, tmp_path / "e")
     run(made, tmp_path / "e")

@@ -12,13 +12,15 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.formats import export
-from pipeline.formats.export import ExportResult, ExportSettings, Format
-from pipeline.formats.tensor_files import write_tensors
-from pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
-from storage.artifact import verify_artifact
-from storage.cache_format import Site
-from storage.errors import ArtifactIncomplete, ArtifactMismatch, SettingsError, StorageFull
+from tailrace.pipeline.formats import export
+from tailrace.pipeline.formats.export import ExportResult, ExportSettings, Format
+from tailrace.pipeline.formats.tensor_files import write_tensors
+from tailrace.pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, SettingsError, StorageFull
+from tailrace.training.architectures import JumpReLU
+from tailrace.training.architectures.transcoder import read_transcoder_manifest
 from tests.support.cache_jobs import command
 from tests.support.cross_layer_transcoders import (
     D_SAE,
@@ -30,8 +32,6 @@ from tests.support.cross_layer_transcoders import (
 )
 from tests.support.layered_transcoders import MODEL, WIDTH, mlp_site, publish_transcoder, random_transcoder
 from tests.support.tiny_models import save_tiny_model
-from training.architectures import JumpReLU
-from training.architectures.transcoder import read_transcoder_manifest
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # one rounding of float32 per product of width 8 and 24
 
@@ -143,7 +143,7 @@ def test_an_interrupted_export_is_nothing_to_its_reader_and_is_finished_by_the_n
             raise StorageFull("full")
         write_tensors(path, tensors)
 
-    monkeypatch.setattr("pipeline.formats.cross_layer_write.write_tensors", fail_at_the_second)
+    monkeypatch.setattr("tailrace.pipeline.formats.cross_layer_write.write_tensors", fail_at_the_second)
     with pytest.raises(StorageFull):
         write("circuit-tracer", [tmp_path / "t"], tmp_path / "out")
     assert not (tmp_path / "out/config.yaml").exists()

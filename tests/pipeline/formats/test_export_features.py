@@ -11,11 +11,11 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline.formats import export
-from pipeline.formats.export import ExportSettings
-from pipeline.formats.viewer_features import N_BINS, equal_bins, feature_json
-from storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from storage.tables import write_table
+from tailrace.pipeline.formats import export
+from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.viewer_features import N_BINS, equal_bins, feature_json
+from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.storage.tables import write_table
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tables_by_hand import dead_row, example_row, feature_row, publish_tables
 

@@ -7,14 +7,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.formats import export
-from pipeline.formats.export import ExportSettings
-from pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
-from storage.cache_format import Site
-from storage.errors import SettingsError
+from tailrace.pipeline.formats import export
+from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures import JumpReLU, ReLU
 from tests.support.layered_transcoders import publish_transcoder, random_transcoder
 from tests.support.tiny_models import save_tiny_model
-from training.architectures import JumpReLU, ReLU
 
 D_MODEL = 16
 

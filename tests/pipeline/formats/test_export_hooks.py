@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.formats.hooks import hooked_transformer_name
-from pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
+from tailrace.pipeline.formats.hooks import hooked_transformer_name
+from tailrace.pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
 from tests.support.tiny_models import FAMILIES, save_tiny_model
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from analysis.weights.model_weights import Norm
-from pipeline.formats.calibration import calibrate, thresholds
-from pipeline.formats.jump_form import jump_form
-from storage.activation_cache import open_cache
+from tailrace.analysis.weights.model_weights import Norm
+from tailrace.pipeline.formats.calibration import calibrate, thresholds
+from tailrace.pipeline.formats.jump_form import jump_form
+from tailrace.storage.activation_cache import open_cache
+from tailrace.training.architectures import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
+from tailrace.training.loop.evaluate import evaluate, predictor
+from tailrace.training.rows.batches import iter_once
 from tests.support.layered_transcoders import mlp_site, publish_site_cache, random_transcoder
-from training.architectures import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from training.loop.evaluate import evaluate, predictor
-from training.rows.batches import iter_once
 
 SITE = mlp_site(0, d_in=8, d_out=5)
 INPUTS = torch.randn(500, 8, generator=torch.Generator().manual_seed(3)) * 2

@@ -10,12 +10,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.formats import export
-from pipeline.formats.export import ExportSettings
-from pipeline.formats.tensor_files import write_tensors
-from storage.artifact import verify_artifact
-from storage.cache_format import Site
-from storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull
+from tailrace.pipeline.formats import export
+from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.tensor_files import write_tensors
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull
+from tailrace.training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from tests.support.layered_transcoders import (
     MODEL,
     mlp_site,
@@ -24,7 +25,6 @@ from tests.support.layered_transcoders import (
     random_transcoder,
     sae_site,
 )
-from training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 INPUTS = torch.randn(200, 8, generator=torch.Generator().manual_seed(5))
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # one rounding of float32 per product of width 8 and 24
@@ -149,7 +149,7 @@ def test_what_saelens_does_not_do_with_a_transcoder_is_told_with_its_releases(tm
 def test_an_export_whose_hooks_saelens_passes_over_is_not_taken_for_one_of_today(tmp_path, monkeypatch):
     path, _ = published(tmp_path / "t", ReLU(), mlp_site(0))
     with monkeypatch.context() as earlier:
-        earlier.setattr("pipeline.formats.saelens_write.hook_names", lambda _, hooks: list(hooks))
+        earlier.setattr("tailrace.pipeline.formats.saelens_write.hook_names", lambda _, hooks: list(hooks))
         write("saelens", [path], tmp_path / "out")
     with pytest.raises(ArtifactMismatch, match="hook_mlp_out"):
         write("saelens", [path], tmp_path / "out")
@@ -290,7 +290,7 @@ def test_an_interrupted_export_is_nothing_to_its_reader_and_is_finished_by_the_n
             raise StorageFull("full")
         write_tensors(path, tensors)
 
-    monkeypatch.setattr("pipeline.formats.circuit_tracer_write.write_tensors", fail_at_the_second)
+    monkeypatch.setattr("tailrace.pipeline.formats.circuit_tracer_write.write_tensors", fail_at_the_second)
     with pytest.raises(StorageFull):
         write("circuit-tracer", paths, tmp_path / "out")
     assert not (tmp_path / "out/config.yaml").exists()

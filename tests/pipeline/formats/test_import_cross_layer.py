@@ -11,20 +11,22 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifacts.info_stage import glance
-from pipeline.circuit import stage as circuit
-from pipeline.circuit.question import Question
-from pipeline.circuit.stage import CircuitSettings
-from pipeline.evaluate import stage as evaluate
-from pipeline.evaluate.stage import EvaluateSettings
-from pipeline.formats import export, import_cross_layer
-from pipeline.formats.export import ExportSettings
-from pipeline.formats.import_cross_layer import CrossLayerImport
-from pipeline.formats.import_transcoder import ImportSettings
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.cache_format import Site
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.circuit.question import Question
+from tailrace.pipeline.circuit.stage import CircuitSettings
+from tailrace.pipeline.evaluate import stage as evaluate
+from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.formats import export, import_cross_layer
+from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.import_cross_layer import CrossLayerImport
+from tailrace.pipeline.formats.import_transcoder import ImportSettings
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
+from tailrace.training.rows.batches import iter_sites_once
 from tests.support.cache_jobs import command, model_folder, run_cache
 from tests.support.cross_layer_transcoders import (
     D_SAE,
@@ -35,8 +37,6 @@ from tests.support.cross_layer_transcoders import (
     random_cross_layer,
 )
 from tests.support.layered_transcoders import MODEL, mlp_site, publish_site_cache
-from training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
-from training.rows.batches import iter_sites_once
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 SITES = [mlp_site(layer) for layer in range(N_LAYERS)]

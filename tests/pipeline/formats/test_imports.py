@@ -14,15 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.stage import AnalyzeSettings
-from pipeline.formats import export, import_transcoder
-from pipeline.formats.export import ExportSettings
-from pipeline.formats.import_transcoder import ImportSettings
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.cache_format import Site
-from storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.formats import export, import_transcoder
+from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.import_transcoder import ImportSettings
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.training.architectures import BatchTopK, JumpReLU, ReLU, TopK
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.loop.evaluate import evaluate, predictor
+from tailrace.training.rows.batches import iter_once
 from tests.support.layered_transcoders import (
     MODEL,
     mlp_site,
@@ -32,10 +36,6 @@ from tests.support.layered_transcoders import (
     sae_site,
 )
 from tests.support.synthetic_cache import write_synthetic_cache
-from training.architectures import BatchTopK, JumpReLU, ReLU, TopK
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
-from training.loop.evaluate import evaluate, predictor
-from training.rows.batches import iter_once
 
 INPUTS = torch.randn(200, 8, generator=torch.Generator().manual_seed(5))
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}

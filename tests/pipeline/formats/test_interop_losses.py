@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from analysis.splice.replacement import EVERY_POSITION, Transcoded, replaced
-from pipeline.formats import export
-from pipeline.formats.export import ExportSettings
-from pipeline.formats.hooks import hooked_transformer_name
-from pipeline.model.language_model import LanguageModel, ModelSettings, SiteHooks, load_language_model
-from storage.cache_format import Site
+from tailrace.analysis.splice.replacement import EVERY_POSITION, Transcoded, replaced
+from tailrace.pipeline.formats import export
+from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.hooks import hooked_transformer_name
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, SiteHooks, load_language_model
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures import JumpReLU, ReLU, TopK
 from tests.pipeline.formats.test_interop_packages import SAELENS, run_in
 from tests.support.layered_transcoders import publish_transcoder, random_transcoder
 from tests.support.tiny_models import save_tiny_model
-from training.architectures import JumpReLU, ReLU, TopK
 
 pytestmark = pytest.mark.slow
 

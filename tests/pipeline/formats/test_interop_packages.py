@@ -16,10 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import environment
-from pipeline.formats import export, import_cross_layer, import_transcoder
-from pipeline.formats.export import ExportSettings
-from pipeline.formats.import_transcoder import ImportSettings
-from storage.cache_format import Site
+from tailrace.pipeline.formats import export, import_cross_layer, import_transcoder
+from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.import_transcoder import ImportSettings
+from tailrace.storage.cache_format import Site
+from tailrace.training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from tailrace.training.architectures.transcoder import load_transcoder
+from tailrace.training.cross_layer.artifact import load_cross_layer
 from tests.support.cross_layer_transcoders import INPUTS as LAYERED_INPUTS
 from tests.support.cross_layer_transcoders import N_LAYERS, publish_cross_layer, random_cross_layer
 from tests.support.layered_transcoders import (
@@ -31,9 +34,6 @@ from tests.support.layered_transcoders import (
     sae_site,
 )
 from tests.support.tables_by_hand import dead_row, example_row, feature_row, publish_tables
-from training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from training.architectures.transcoder import load_transcoder
-from training.cross_layer.artifact import load_cross_layer
 
 pytestmark = pytest.mark.slow
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.live.mixing import Mixing
-from pipeline.live.opening import Opening
-from pipeline.model.language_model import LanguageModel
-from pipeline.text import packing
-from storage.activation_cache import ActivationCache, open_cache
-from storage.errors import ArtifactMismatch
-from storage.statistics import SiteStatistics
+from tailrace.pipeline.live.mixing import Mixing
+from tailrace.pipeline.live.opening import Opening
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.text import packing
+from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.statistics import SiteStatistics
 from tests.support.cache_jobs import run_cache
 from tests.support.live_runs import BATCH_ROWS, assert_equal, copied, open_live, take
 

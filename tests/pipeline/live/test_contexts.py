@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.live.contexts import ContextBatch, ContextBatches, TextPosition
-from pipeline.live.heldout import count_listed, read_heldout_contexts
-from pipeline.text import packing
-from pipeline.text.holdout import HoldoutRule
-from storage.errors import TextError
+from tailrace.pipeline.live.contexts import ContextBatch, ContextBatches, TextPosition
+from tailrace.pipeline.live.heldout import count_listed, read_heldout_contexts
+from tailrace.pipeline.text import packing
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.storage.errors import TextError
 from tests.support.packing_streams import TokenDocuments, all_but_bos, as_json, contexts_of, make_source
 
 LENGTHS = (7, 3, 11, 1, 0, 9, 5, 13, 2, 8)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from pipeline.live.mixing import Mixing, choose_block_rows
-from storage.errors import SettingsError
-from storage.randomness import philox, random_permutation
-from storage.shuffle_evidence import same_document_pairs
+from tailrace.pipeline.live.mixing import Mixing, choose_block_rows
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle_evidence import same_document_pairs
 
 
 def served_rows(mixing: Mixing, n_blocks: int) -> np.ndarray:

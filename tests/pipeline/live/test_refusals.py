@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.live.rows import to_buffer
-from pipeline.live.settings import LiveSettings
-from storage.errors import ActivationOverflow, ModelError, NonFiniteActivation, SettingsError, TextError
+from tailrace.pipeline.live.rows import to_buffer
+from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.storage.errors import ActivationOverflow, ModelError, NonFiniteActivation, SettingsError, TextError
 from tests.support.live_runs import open_live, take
 from tests.support.tiny_models import WORDS, save_tiny_model
 

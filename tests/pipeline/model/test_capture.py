@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.model.sites import SiteHooks
-from storage.errors import ModelError, OutOfMemoryError
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.storage.errors import ModelError, OutOfMemoryError
 from tests.support.tiny_models import FAMILIES, save_tiny_model
 
 N_LAYERS = 3

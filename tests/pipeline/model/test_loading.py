@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.model.tokenizer import ModelTokenizer
-from storage.errors import ModelError
-from storage.token_text import has_bytes, join_characters
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.tokenizer import ModelTokenizer
+from tailrace.storage.errors import ModelError
+from tailrace.storage.token_text import has_bytes, join_characters
 from tests.support.tiny_models import save_tiny_model, save_tiny_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -115,7 +115,7 @@ def test_a_configuration_without_dtype_leaves_it_to_the_weights(tmp_path: Path) 
 def test_a_cpu_that_emulates_bfloat16_is_told_of_the_faster_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, emulates: bool, n_warnings: int
 ) -> None:
-    monkeypatch.setattr("pipeline.model.loading._emulates_bfloat16", lambda: emulates)
+    monkeypatch.setattr("tailrace.pipeline.model.loading._emulates_bfloat16", lambda: emulates)
     load(save_tiny_model(tmp_path / "m", dtype=torch.bfloat16))
     assert [record.levelname for record in caplog.records] == ["WARNING"] * n_warnings
     assert ("--model-dtype float32" in caplog.text) is emulates

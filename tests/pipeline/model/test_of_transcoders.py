@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.model.language_model import ModelSettings, load_language_model
-from pipeline.model.of_transcoders import open_transcoder_model
-from pipeline.model.recorded_place import recorded_place
-from pipeline.samples.bundled_models import bundled_model
-from storage.artifact import digest
-from storage.errors import ArtifactMismatch, ModelError, SettingsError
+from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.model.of_transcoders import open_transcoder_model
+from tailrace.pipeline.model.recorded_place import recorded_place
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.storage.artifact import digest
+from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
 from tests.support.spliced_models import WIDTH, mlp_site, publish_transcoder_of, random_transcoder
 from tests.support.tiny_models import save_tiny_model
 

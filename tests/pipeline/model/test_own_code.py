@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import cli
-from pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from pipeline.model.of_transcoders import open_transcoder_model
-from storage.errors import ModelError
+from tailrace.pipeline import cli
+from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.of_transcoders import open_transcoder_model
+from tailrace.storage.errors import ModelError
 from tests.support.cache_jobs import text_file
 from tests.support.spliced_models import mlp_site, publish_transcoder_of, random_transcoder
 from tests.support.tiny_models import save_tiny_model

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.analyze import stage as analyze
-from pipeline.analyze.stage import AnalyzeSettings
-from pipeline.evaluate import stage as evaluate
-from pipeline.evaluate.stage import EvaluateSettings
-from pipeline.formats import export
-from pipeline.formats.export import ExportSettings
-from pipeline.model.same_model import list_model_differences
-from storage.activation_cache import open_cache
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.evaluate import stage as evaluate
+from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.formats import export
+from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.storage.activation_cache import open_cache
 from tests.support.cache_jobs import run_cache
 from tests.support.paths import ROOT
 from tests.support.spliced_models import publish_transcoder, random_transcoder

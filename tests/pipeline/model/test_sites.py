@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from pipeline.model.sites import SiteHooks, layer_site, resolve_sites
-from storage.errors import ModelError
+from tailrace.pipeline.model.sites import SiteHooks, layer_site, resolve_sites
+from tailrace.storage.errors import ModelError
 
 N_LAYERS = 12
 PARTS = ("hook_resid_pre", "attn.hook_z", "ln2.hook_normalized", "mlp.hook_in", "mlp.hook_out", "hook_mlp_out")

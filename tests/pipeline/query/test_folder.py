@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.query import stage as query
-from storage.errors import ArtifactMissing
+from tailrace.pipeline.query import stage as query
+from tailrace.storage.errors import ArtifactMissing
 from tests.support.cache_jobs import command
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
 

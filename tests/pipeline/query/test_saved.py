@@ -10,16 +10,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from analysis.evaluate.token_deltas import SCHEMA as TOKENS
-from analysis.tables import EVERY_TABLE
-from pipeline import cli
-from pipeline.query import saved as queries
-from pipeline.query import stage as query
-from pipeline.query.page import queries_page
-from pipeline.query.views import find_views
-from storage.draft import Draft
-from storage.errors import ActionableError, SettingsError
-from storage.tables import column, write_table
+from tailrace.analysis.evaluate.token_deltas import SCHEMA as TOKENS
+from tailrace.analysis.tables import EVERY_TABLE
+from tailrace.pipeline import cli
+from tailrace.pipeline.query import saved as queries
+from tailrace.pipeline.query import stage as query
+from tailrace.pipeline.query.page import queries_page
+from tailrace.pipeline.query.views import find_views
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ActionableError, SettingsError
+from tailrace.storage.tables import column, write_table
 from tests.support.paths import DOCS
 
 PAGE = DOCS / "queries.md"
@@ -275,7 +275,7 @@ def test_every_ready_query_fits_the_tables_as_they_are_made(tmp_path: Path, name
 
 
 def test_the_page_of_queries_is_in_step_with_their_files() -> None:
-    assert PAGE.read_text() == queries_page(), "run: python -m pipeline.query.saved docs/queries.md"
+    assert PAGE.read_text() == queries_page(), "run: python -m tailrace.pipeline.query.saved docs/queries.md"
 
 
 def test_every_query_says_what_it_is_for_and_what_it_needs() -> None:

@@ -13,21 +13,21 @@ import pyarrow as pa
 import pytest
 import torch
 
-from analysis import text_scores
-from pipeline import cli
-from pipeline.model.language_model import LanguageModel
-from pipeline.score import pictures as score_pictures
-from pipeline.score import stage as score
-from pipeline.score.stage import ScoredText, Scores
-from pipeline.score.text import as_json, show
-from storage.activation_cache import open_cache
-from storage.draft import Draft
-from storage.errors import ArtifactMismatch, ModelError, SettingsError, TextError
-from storage.tables import write_table
+from tailrace.analysis import text_scores
+from tailrace.pipeline import cli
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.score import pictures as score_pictures
+from tailrace.pipeline.score import stage as score
+from tailrace.pipeline.score.stage import ScoredText, Scores
+from tailrace.pipeline.score.text import as_json, show
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError, TextError
+from tailrace.storage.tables import write_table
+from tailrace.training.architectures import ReLU
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 from tests.support.cache_jobs import model_folder, run_cache
 from tests.support.spliced_models import publish_transcoder, random_transcoder
-from training.architectures import ReLU
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 LAYER = 1
 

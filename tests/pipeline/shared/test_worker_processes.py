@@ -12,15 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.cache import shuffle
-from pipeline.shared.worker_processes import completed, open_workers
-from storage.errors import SettingsError
+from tailrace.pipeline.cache import shuffle
+from tailrace.pipeline.shared.worker_processes import completed, open_workers
+from tailrace.storage.errors import SettingsError
 from tests.support.cache_jobs import run_cache
 from tests.support.paths import ROOT
 
 PARENT = """
 import time
-from pipeline.shared.worker_processes import completed, open_workers
+from tailrace.pipeline.shared.worker_processes import completed, open_workers
 
 if __name__ == "__main__":
     with open_workers(2) as submit:

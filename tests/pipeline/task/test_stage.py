@@ -11,17 +11,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from analysis.interventions.prompts import pad_prompts
-from analysis.splice.replacement import Transcoded
-from analysis.task.answers import CorrectMinusIncorrect
-from analysis.task.curves import Task
-from pipeline.task import stage as task
-from pipeline.task.command import command
-from pipeline.task.stage import TaskSettings
-from pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER
-from storage.artifact import verify_artifact
-from storage.errors import SettingsError, TextError
-from storage.tables import describe, read_schema, read_table
+from tailrace.analysis.interventions.prompts import pad_prompts
+from tailrace.analysis.splice.replacement import Transcoded
+from tailrace.analysis.task.answers import CorrectMinusIncorrect
+from tailrace.analysis.task.curves import Task
+from tailrace.pipeline.task import stage as task
+from tailrace.pipeline.task.command import command
+from tailrace.pipeline.task.stage import TaskSettings
+from tailrace.pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import SettingsError, TextError
+from tailrace.storage.tables import describe, read_schema, read_table
 from tests.support.spliced_models import mlp_site, publish_transcoder, random_transcoder, tiny_model
 
 LINES: list[dict[str, Any]] = [

@@ -1,8 +1,8 @@
 import pyarrow as pa
 import pytest
 
-from pipeline.text.columns import Column, choose_column
-from storage.errors import TextError
+from tailrace.pipeline.text.columns import Column, choose_column
+from tailrace.storage.errors import TextError
 from tests.support.text_files_written import open_text, texts_of, write_jsonl
 
 

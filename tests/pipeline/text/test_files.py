@@ -4,10 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.text.dataset import TextSettings
-from pipeline.text.files import find_text_files
-from storage.artifact import checksum_file
-from storage.errors import SettingsError, TextError
+from tailrace.pipeline.text.dataset import TextSettings
+from tailrace.pipeline.text.files import find_text_files
+from tailrace.storage.artifact import checksum_file
+from tailrace.storage.errors import SettingsError, TextError
 from tests.support.text_files_written import COMPRESSORS, open_text, texts_of, write_jsonl, write_texts, zstandard
 
 PROSE = "one a\none b\n\ntwo\n"

@@ -14,10 +14,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipeline.text.dataset import TextSettings, open_documents
-from pipeline.text.files import looks_local
-from pipeline.text.retry import HTTP_ERROR, is_transient
-from storage.errors import TextError
+from tailrace.pipeline.text.dataset import TextSettings, open_documents
+from tailrace.pipeline.text.files import looks_local
+from tailrace.pipeline.text.retry import HTTP_ERROR, is_transient
+from tailrace.storage.errors import TextError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from pipeline.text.holdout import HoldoutRule
-from storage.errors import SettingsError, TextError
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.storage.errors import SettingsError, TextError
 
 
 def listed(text, n=60):

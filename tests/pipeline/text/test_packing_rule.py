@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from pipeline.cache.row_filter import RowFilter
-from pipeline.text.packer import NOTHING, DocumentTokens, Packer, Partial, check_token_ids
-from storage.errors import SettingsError, TextError
+from tailrace.pipeline.cache.row_filter import RowFilter
+from tailrace.pipeline.text.packer import NOTHING, DocumentTokens, Packer, Partial, check_token_ids
+from tailrace.storage.errors import SettingsError, TextError
 from tests.support.packing_streams import contexts_of, documents_of, make_source
 
 GOLDEN = [[1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15, 15, 15]]

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.text.packing
-from pipeline.text.holdout import HoldoutRule
-from pipeline.text.packing import PackedContexts
-from storage.errors import TextError
+import tailrace.pipeline.text.packing
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.packing import PackedContexts
+from tailrace.storage.errors import TextError
 from tests.support.packing_streams import (
     EOS,
     TokenDocuments,
@@ -33,7 +33,7 @@ row_targets = st.integers(1, 60)
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Several batches in a corpus of a few documents."""
-    monkeypatch.setattr(pipeline.text.packing, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(tailrace.pipeline.text.packing, "BATCH_DOCUMENTS", 3)
 
 
 def run(source):

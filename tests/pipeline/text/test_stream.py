@@ -5,11 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import pipeline.text.stream
-from pipeline.text.columns import Column
-from pipeline.text.examples import TextExamples
-from pipeline.text.stream import DocumentStream
-from storage.errors import TextError
+import tailrace.pipeline.text.stream
+from tailrace.pipeline.text.columns import Column
+from tailrace.pipeline.text.examples import TextExamples
+from tailrace.pipeline.text.stream import DocumentStream
+from tailrace.storage.errors import TextError
 from tests.support.text_files_written import open_text, texts_of, write_jsonl, write_texts
 
 
@@ -46,11 +46,11 @@ def test_seed_alone_decides_the_order(tmp_path):
 
 
 def test_long_documents_end_a_window_early_but_not_below_its_minimum(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.text.stream, "WINDOW_CHARACTERS", 200)
+    monkeypatch.setattr(tailrace.pipeline.text.stream, "WINDOW_CHARACTERS", 200)
     order = indices(open_text(three_files(tmp_path), shuffle_window=1000))
     # "document 0" … "document 9" have 10 characters, the others 11: 10·10 + 9·11 = 199, so the twentieth passes 200.
     assert sorted(order[:20]) == list(range(20))
-    monkeypatch.setattr(pipeline.text.stream, "WINDOW_CHARACTERS", 1)
+    monkeypatch.setattr(tailrace.pipeline.text.stream, "WINDOW_CHARACTERS", 1)
     order = indices(open_text(tmp_path, shuffle_window=1000))
     assert sorted(order[:16]) == list(range(16))
 
@@ -74,7 +74,7 @@ def lines(folder):
 )
 @pytest.mark.parametrize("shuffle_window", [0, 16, 10_000])
 def test_resumes_exactly_at_every_state(tmp_path, monkeypatch, make, settings, shuffle_window):
-    monkeypatch.setattr(pipeline.text.stream, "UNSHUFFLED_BLOCK", 7)
+    monkeypatch.setattr(tailrace.pipeline.text.stream, "UNSHUFFLED_BLOCK", 7)
     path = make(tmp_path)
 
     def fresh():

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train import stage as train
+from tailrace.pipeline.train import stage as train
+from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import CHECKPOINT_STEPS, SETTINGS, results
 from tests.support.cache_jobs import Kill, count_renames, die_at, differing
 from tests.support.training_caches import small_cache
-from training.loop.settings import TrainSettings
 
 N_KILLS = 3
 

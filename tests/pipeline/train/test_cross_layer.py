@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.artifacts.info_stage import glance
-from pipeline.train import cross_layer
-from pipeline.train import stage as train
-from pipeline.train.stage import TrainResult
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.errors import ArtifactMismatch, SettingsError
+from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.train import cross_layer
+from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train.stage import TrainResult
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.training.architectures.transcoder import load_transcoder
+from tailrace.training.cross_layer import artifact
+from tailrace.training.cross_layer.artifact import load_cross_layer
+from tailrace.training.cross_layer.stack import Stack
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import command
 from tests.support.training_caches import publish_cache, random_rows
-from training.architectures.transcoder import load_transcoder
-from training.cross_layer import artifact
-from training.cross_layer.artifact import load_cross_layer
-from training.cross_layer.stack import Stack
-from training.loop.settings import TrainSettings
 
 N_TRAIN, N_HELDOUT = 1280, 192
 SETTINGS: dict[str, Any] = {
@@ -149,7 +149,7 @@ def test_features_that_write_to_later_layers_explain_what_a_layer_alone_cannot(
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(cache: Path, trained: TrainResult, tmp_path: Path) -> None:
-    from training.cross_layer.run import CrossLayerRun
+    from tailrace.training.cross_layer.run import CrossLayerRun
 
     class Interrupted(Exception):
         pass

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train.layer_set_scores import LayerOutcome, massive_note, read_layers, score_layer, write_layers
-from storage.activation_cache import open_cache
-from storage.statistics import MASSIVE_SHARE, SiteStatistics
+from tailrace.pipeline.train.layer_set_scores import LayerOutcome, massive_note, read_layers, score_layer, write_layers
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.statistics import MASSIVE_SHARE, SiteStatistics
 from tests.support.spliced_models import random_transcoder
 from tests.support.training_caches import publish_cache, random_rows
 

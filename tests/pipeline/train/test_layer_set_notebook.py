@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.samples.bundled_models import bundled_model
-from pipeline.train import layer_set as circuits_model
-from pipeline.train.layer_set import CircuitsModelSettings
+from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.train import layer_set as circuits_model
+from tailrace.pipeline.train.layer_set import CircuitsModelSettings
 from tests.support.paths import ROOT, SPEECHES
 
 NOTEBOOK = ROOT / "docs" / "notebooks" / "one_circuit.ipynb"

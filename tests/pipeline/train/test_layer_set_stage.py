@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline.train import layer_set as circuits_model
-from pipeline.train import layer_set_cost as circuits_cost
-from pipeline.train.command_layer_set import command
-from pipeline.train.layer_set import CircuitsModelSettings, fitting_together
-from pipeline.train.layer_set_scores import LAYERS
-from pipeline.train.run_set import train_drafts
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.errors import NonFiniteActivation, SettingsError, StorageFull
-from storage.tables import describe, read_schema
+from tailrace.pipeline.train import layer_set as circuits_model
+from tailrace.pipeline.train import layer_set_cost as circuits_cost
+from tailrace.pipeline.train.command_layer_set import command
+from tailrace.pipeline.train.layer_set import CircuitsModelSettings, fitting_together
+from tailrace.pipeline.train.layer_set_scores import LAYERS
+from tailrace.pipeline.train.run_set import train_drafts
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import NonFiniteActivation, SettingsError, StorageFull
+from tailrace.storage.tables import describe, read_schema
+from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 from tests.support.cache_jobs import differing, model_folder, text_file, tree
-from training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 SETTINGS = CircuitsModelSettings(
     model=str(model_folder()),
@@ -113,7 +113,7 @@ def test_interrupted_and_run_again_in_other_groups_it_ends_with_the_same_bytes(
 def test_a_layer_that_diverges_is_marked_and_the_others_are_published(
     made: circuits_model.CircuitsModelResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.loop.run import TrainingRun
+    from tailrace.training.loop.run import TrainingRun
 
     state_tensors = TrainingRun.state_tensors
 
@@ -136,7 +136,7 @@ def test_a_layer_that_diverges_is_marked_and_the_others_are_published(
 def test_a_disk_that_is_too_small_is_refused_with_what_would_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.cache import budget
+    from tailrace.pipeline.cache import budget
 
     monkeypatch.setattr(budget, "_free_bytes", lambda _: 100_000)
     with pytest.raises(StorageFull, match=r"needs 0\.0 GB more .* and 0\.0 GB are free; free some space"):

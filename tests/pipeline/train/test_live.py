@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.recorded_model import open_recorded_model
-from pipeline.live.batches import LiveBatches
-from pipeline.train import stage as train
-from pipeline.train import sweep
-from pipeline.train.loss_hooks import SplicedLoss
-from pipeline.train.model_scores import ModelScoreSettings
-from pipeline.train.stage import TrainResult
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.errors import ArtifactMismatch, SettingsError
+from tailrace.pipeline.cache.recorded_model import open_recorded_model
+from tailrace.pipeline.live.batches import LiveBatches
+from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.loss_hooks import SplicedLoss
+from tailrace.pipeline.train.model_scores import ModelScoreSettings
+from tailrace.pipeline.train.stage import TrainResult
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.training.architectures import Transcoder
+from tailrace.training.architectures.transcoder import load_transcoder
+from tailrace.training.kernels.adaptive import resolve_precision
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import command, differing, model_folder, run_cache, text_file
 from tests.support.live_runs import live_settings
-from training.architectures import Transcoder
-from training.architectures.transcoder import load_transcoder
-from training.kernels.adaptive import resolve_precision
-from training.loop.build import build_run
-from training.loop.settings import TrainSettings
 
 BASE: dict[str, Any] = {
     "architecture": {"kind": "topk", "k": 4},

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.live.asked_sites import names_asked_for
-from pipeline.train import stage as train
-from pipeline.train import sweep
-from storage.errors import SettingsError, TextError
+from tailrace.pipeline.live.asked_sites import names_asked_for
+from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train import sweep
+from tailrace.storage.errors import SettingsError, TextError
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.live_runs import live_settings
-from training.loop.settings import TrainSettings
 
 BASE: dict[str, Any] = {"architecture": {"kind": "topk", "k": 4}, "d_sae": 32, "steps": 1, "batch_rows": 32}
 
@@ -26,7 +26,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         pytest.fail("the language model was loaded")
 
-    monkeypatch.setattr("pipeline.live.batches.load_language_model", load)
+    monkeypatch.setattr("tailrace.pipeline.live.batches.load_language_model", load)
 
 
 def refused(output: Path, live: dict[str, Any] | None = None, **changes: Any) -> list[str]:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.evaluate.evaluation import Evaluation, SplicedSite
-from pipeline.cache.recorded_model import RecordedModel, open_recorded_model, sample_contexts
-from pipeline.train.loss_hooks import LossIncrease, SplicedLoss
-from storage.activation_cache import open_cache
-from storage.errors import NonFiniteActivation, OutOfMemoryError, SettingsError
+from tailrace.analysis.evaluate.evaluation import Evaluation, SplicedSite
+from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_model, sample_contexts
+from tailrace.pipeline.train.loss_hooks import LossIncrease, SplicedLoss
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.errors import NonFiniteActivation, OutOfMemoryError, SettingsError
+from tailrace.training.loop.trainer import PeriodicHook
 from tests.support.cache_jobs import CONTEXT_LENGTH, run_cache
 from tests.support.spliced_models import random_transcoder
-from training.loop.trainer import PeriodicHook
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train.stage import run
-from storage.artifact import MANIFEST
-from storage.errors import ArtifactCorrupt
+from tailrace.pipeline.train.stage import run
+from tailrace.storage.artifact import MANIFEST
+from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.training.architectures import Transcoder
+from tailrace.training.architectures.transcoder import CHECKPOINTS
+from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.paths import ROOT
 from tests.support.training_caches import small_cache
-from training.architectures import Transcoder
-from training.architectures.transcoder import CHECKPOINTS
-from training.loop.checkpoint import Checkpoint, Checkpoints
-from training.loop.settings import TrainSettings
 
 N_STEPS = 40
 CHECKPOINT_STEPS = 6
@@ -38,9 +38,9 @@ SETTINGS = {
 CHILD = f"""
 import os, signal, sys
 from pathlib import Path
-import training.architectures.transcoder
-from pipeline.train.stage import run
-from training.loop.settings import TrainSettings
+import tailrace.training.architectures.transcoder
+from tailrace.pipeline.train.stage import run
+from tailrace.training.loop.settings import TrainSettings
 
 cache, output, kill_step, kill_checkpoint = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 
@@ -48,7 +48,7 @@ def kill(step, transcoder):
     if step == kill_step:
         os.kill(os.getpid(), signal.SIGKILL)
 
-save_file = training.architectures.transcoder.save_file
+save_file = tailrace.training.architectures.transcoder.save_file
 
 def save_half(tensors, path, metadata):
     save_file(tensors, path, metadata)
@@ -56,7 +56,7 @@ def save_half(tensors, path, metadata):
         os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-training.architectures.transcoder.save_file = save_half
+tailrace.training.architectures.transcoder.save_file = save_half
 settings = TrainSettings.read({SETTINGS!r})
 run(settings, cache=cache, output=output, quiet=True, checkpoint_steps={CHECKPOINT_STEPS}, hooks=[(1, kill)])
 strangers = {{"transformers", "transformer_lens", "datasets"}} & sys.modules.keys()

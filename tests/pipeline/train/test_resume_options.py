@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.train.stage import run
+from tailrace.pipeline.train.stage import run
+from tailrace.training.architectures import ARCHITECTURES, Transcoder
+from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.training_caches import small_cache
-from training.architectures import ARCHITECTURES, Transcoder
-from training.loop.settings import TrainSettings
 
 N_STEPS = 23
 EVERYTHING: dict[str, Any] = {

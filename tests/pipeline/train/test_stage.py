@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.artifacts.info_stage import glance
-from pipeline.train.stage import TrainResult, run
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.errors import (
+from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.train.stage import TrainResult, run
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import (
     ArtifactCorrupt,
     ArtifactIncomplete,
     ArtifactMismatch,
@@ -24,12 +24,12 @@ from storage.errors import (
     SettingsError,
     StorageFull,
 )
+from tailrace.training.architectures import Transcoder
+from tailrace.training.architectures.transcoder import load_transcoder, write_tensors
+from tailrace.training.loop.evaluate import evaluate, predictor
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import iter_once
 from tests.support.training_caches import publish_cache, random_rows, small_cache
-from training.architectures import Transcoder
-from training.architectures.transcoder import load_transcoder, write_tensors
-from training.loop.evaluate import evaluate, predictor
-from training.loop.settings import TrainSettings
-from training.rows.batches import iter_once
 
 QUICK: dict[str, Any] = {
     "architecture": {"kind": "topk", "k": 2},

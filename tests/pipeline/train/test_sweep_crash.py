@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train import sweep
-from pipeline.train.grid import expand
-from storage.errors import NonFiniteActivation
+from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.grid import expand
+from tailrace.storage.errors import NonFiniteActivation
+from tailrace.training.architectures import Transcoder
+from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
+from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import Kill, count_renames, die_at, differing
 from tests.support.training_caches import small_cache
-from training.architectures import Transcoder
-from training.loop.checkpoint import Checkpoint, Checkpoints
-from training.loop.settings import TrainSettings
 
 CHECKPOINT_STEPS = 4
 BASE: dict[str, Any] = {

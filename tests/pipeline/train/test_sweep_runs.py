@@ -10,23 +10,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts.info_stage import describe as describe_artifact
-from pipeline.artifacts.info_stage import glance
-from pipeline.query import stage as query
-from pipeline.train import stage as train
-from pipeline.train import sweep
-from pipeline.train.grid import expand, read_grid
-from pipeline.train.sweep import SweepResult
-from storage import orders
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
-from storage.tables import describe, read_schema, read_table
+from tailrace.pipeline.artifacts.info_stage import describe as describe_artifact
+from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.query import stage as query
+from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.grid import expand, read_grid
+from tailrace.pipeline.train.sweep import SweepResult
+from tailrace.storage import orders
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
+from tailrace.storage.tables import describe, read_schema, read_table
+from tailrace.training.architectures.transcoder import load_transcoder
+from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import command
 from tests.support.training_caches import publish_cache, random_rows, small_cache
-from training.architectures.transcoder import load_transcoder
-from training.loop.settings import TrainSettings
 
 BASE: dict[str, Any] = {
     "architecture": {"kind": "topk", "k": 3},

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from tailrace.training.architectures.transcoder import read_transcoder_manifest
 from tests.support.training_caches import small_cache
-from training.architectures.transcoder import read_transcoder_manifest
 
 PIPELINE = Path(sys.executable).parent / "pipeline"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

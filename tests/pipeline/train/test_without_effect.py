@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.train import stage as train
+from tailrace.pipeline.train import stage as train
+from tailrace.training.loop.settings import TrainSettings
 from tests.support.training_caches import small_cache
-from training.loop.settings import TrainSettings
 
 
 def sentences(**settings: object) -> str:

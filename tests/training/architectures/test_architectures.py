@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.architectures import (
+from tailrace.training.architectures import (
     ARCHITECTURES,
     Architecture,
     BatchTopK,
@@ -20,16 +20,16 @@ from training.architectures import (
     TopK,
     Transcoder,
 )
-from training.architectures.batch_topk import BatchTopKTranscoder
-from training.architectures.entries import DenseEntries
-from training.architectures.gated import GatedTranscoder
-from training.architectures.jumprelu import JumpReLUTranscoder
-from training.architectures.objectives import Objective, ReferenceObjective, VarianceObjective
-from training.architectures.relu import ReLUTranscoder
-from training.kernels.dense import DenseStep
-from training.loop.initialise import initialise, random_directions
-from training.rows.batches import Batch
-from training.rows.normalisation import Normalisation
+from tailrace.training.architectures.batch_topk import BatchTopKTranscoder
+from tailrace.training.architectures.entries import DenseEntries
+from tailrace.training.architectures.gated import GatedTranscoder
+from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
+from tailrace.training.architectures.objectives import Objective, ReferenceObjective, VarianceObjective
+from tailrace.training.architectures.relu import ReLUTranscoder
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.loop.initialise import initialise, random_directions
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.normalisation import Normalisation
 
 SMALL: dict[str, Architecture] = {
     "relu": ReLU(l1=0.3),

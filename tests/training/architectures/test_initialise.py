@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError
+from tailrace.training.rows.geometric_median import geometric_median
 from tests.support.resampled_runs import D_IN, D_OUT, SAE_SITE, PlantedSource, build, planted_rows, statistics_of
-from training.rows.geometric_median import geometric_median
 
 RELU = {"kind": "relu", "input_bias": True}
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.architectures.batch_topk import BatchTopK
-from training.architectures.jumprelu import JumpReLU
-from training.architectures.objectives import VarianceObjective
-from training.architectures.relu import ReLU
-from training.cross_layer.sparse import SparseStackStep
-from training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
-from training.cross_layer.units import LayerUnits
-from training.kernels.dense import DenseStep
-from training.kernels.kernel import Precision
-from training.loop.optim import BlockedAdam, Optimiser, TorchOptimiser
-from training.rows.batches import Batch
-from training.rows.normalisation import Normalisation
+from tailrace.training.architectures.batch_topk import BatchTopK
+from tailrace.training.architectures.jumprelu import JumpReLU
+from tailrace.training.architectures.objectives import VarianceObjective
+from tailrace.training.architectures.relu import ReLU
+from tailrace.training.cross_layer.sparse import SparseStackStep
+from tailrace.training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
+from tailrace.training.cross_layer.units import LayerUnits
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.kernel import Precision
+from tailrace.training.loop.optim import BlockedAdam, Optimiser, TorchOptimiser
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.normalisation import Normalisation
 
 N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES, N_ROWS = 3, 4, 5, 6, 40
 SIZES = (N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES)

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tailrace.training.architectures import TopK, Transcoder
+from tailrace.training.architectures.objectives import VarianceObjective
+from tailrace.training.dead_features.auxiliary import Auxiliary, AuxK, Ghost
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.sparse import SparseStep
+from tailrace.training.rows.batches import Batch
 from tests.training.architectures.test_architectures import random_tensor, random_transcoder
 from tests.training.dead_features.test_auxiliary_losses import build, record, trace_of
-from training.architectures import TopK, Transcoder
-from training.architectures.objectives import VarianceObjective
-from training.dead_features.auxiliary import Auxiliary, AuxK, Ghost
-from training.kernels.dense import DenseStep
-from training.kernels.sparse import SparseStep
-from training.rows.batches import Batch
 
 N_ROWS, D_IN, D_OUT, D_SAE = 101, 6, 5, 64
 DEAD = [*range(0, D_SAE, 3), 1, 2]
@@ -40,8 +40,10 @@ def computed(
     monkeypatch: pytest.MonkeyPatch, *, rows_per_block: int = N_ROWS, element_size: int = 8, pairs_above: int
 ) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr("training.dead_features.auxiliary.term.BLOCK_BYTES", rows_per_block * len(DEAD) * element_size)
-        patch.setattr("training.dead_features.auxiliary.auxk.PAIRS_ABOVE", pairs_above)
+        patch.setattr(
+            "tailrace.training.dead_features.auxiliary.term.BLOCK_BYTES", rows_per_block * len(DEAD) * element_size
+        )
+        patch.setattr("tailrace.training.dead_features.auxiliary.auxk.PAIRS_ABOVE", pairs_above)
         yield
 
 

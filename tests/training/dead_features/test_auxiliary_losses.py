@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures import ReLU, TopK, Transcoder
+from tailrace.training.architectures.base import Trace
+from tailrace.training.architectures.entries import DenseEntries
+from tailrace.training.architectures.objectives import Objective, ReferenceObjective, VarianceObjective
+from tailrace.training.dead_features.auxiliary import Auxiliary, AuxK, Ghost
+from tailrace.training.dead_features.auxiliary.auxk import AuxKLoss
+from tailrace.training.dead_features.auxiliary.ghost import GhostLoss, Rescale
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.kernel import ExtraLoss
+from tailrace.training.kernels.sparse import SparseStep
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import Batch
 from tests.training.architectures.test_architectures import (
     GOLDEN,
     SMALL,
@@ -19,19 +32,6 @@ from tests.training.architectures.test_architectures import (
     random_transcoder,
     reference_transcoder,
 )
-from training.architectures import ReLU, TopK, Transcoder
-from training.architectures.base import Trace
-from training.architectures.entries import DenseEntries
-from training.architectures.objectives import Objective, ReferenceObjective, VarianceObjective
-from training.dead_features.auxiliary import Auxiliary, AuxK, Ghost
-from training.dead_features.auxiliary.auxk import AuxKLoss
-from training.dead_features.auxiliary.ghost import GhostLoss, Rescale
-from training.dead_features.record import FiringRecord
-from training.kernels.dense import DenseStep
-from training.kernels.kernel import ExtraLoss
-from training.kernels.sparse import SparseStep
-from training.loop.settings import TrainSettings
-from training.rows.batches import Batch
 
 BOTH: list[Auxiliary] = [Ghost(), Ghost(ghost_rescale="elementwise"), AuxK(aux_k=2), AuxK()]
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage.errors import NonFiniteActivation, SettingsError
+from tailrace.storage.errors import NonFiniteActivation, SettingsError
+from tailrace.training.dead_features.resampling.draw import draw_distinct, draw_repeated
+from tailrace.training.dead_features.resampling.resampler import PeriodicResampler
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.row_source import SampledRows
 from tests.support.resampled_runs import D_IN, SAE_SITE, PlantedSource, build, kill, take_steps
 from tests.training.architectures.test_architectures import SMALL
-from training.dead_features.resampling.draw import draw_distinct, draw_repeated
-from training.dead_features.resampling.resampler import PeriodicResampler
-from training.loop.run import TrainingRun
-from training.loop.settings import TrainSettings
-from training.rows.row_source import SampledRows
 
 ANTHROPIC = {"kind": "anthropic", "resample_every": 10, "resample_window": 5, "resample_rows": 300}
 L2 = {**ANTHROPIC, "kind": "l2"}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from storage.activation_cache import open_cache
+from tailrace.storage.activation_cache import open_cache
+from tailrace.training.rows.batches import CacheBatches
+from tailrace.training.rows.row_source import CacheRows
 from tests.support.training_caches import CONTEXT_LENGTH, publish_cache, small_cache
-from training.rows.batches import CacheBatches
-from training.rows.row_source import CacheRows
 
 N_ROWS = 640
 """Two full units of 256 rows and a short one."""

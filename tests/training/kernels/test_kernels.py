@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK, Transcoder
-from training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection, restrict
-from training.architectures.objectives import VarianceObjective
-from training.kernels.adaptive import AdaptiveStep
-from training.kernels.dense import DenseStep
-from training.kernels.kernel import Precision
-from training.kernels.select import Selector, round_rows
-from training.kernels.sparse import SparseStep
-from training.loop.optim import BlockedAdam, Optimiser, TorchOptimiser, build_optimiser
-from training.loop.weight_average import WeightAverage
-from training.rows.batches import Batch
+from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK, Transcoder
+from tailrace.training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection, restrict
+from tailrace.training.architectures.objectives import VarianceObjective
+from tailrace.training.kernels.adaptive import AdaptiveStep
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.kernel import Precision
+from tailrace.training.kernels.select import Selector, round_rows
+from tailrace.training.kernels.sparse import SparseStep
+from tailrace.training.loop.optim import BlockedAdam, Optimiser, TorchOptimiser, build_optimiser
+from tailrace.training.loop.weight_average import WeightAverage
+from tailrace.training.rows.batches import Batch
 
 D_IN, D_OUT, D_SAE, ROWS = 24, 20, 300, 700
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.train import sweep
+from tailrace.pipeline.train import sweep
+from tailrace.training.architectures import Transcoder
+from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
+from tailrace.training.loop.checkpoint_clock import CHECKPOINT_SECONDS, LARGEST_SHARE, CheckpointClock
+from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import differing
 from tests.support.training_caches import small_cache
-from training.architectures import Transcoder
-from training.loop.checkpoint import Checkpoint, Checkpoints
-from training.loop.checkpoint_clock import CHECKPOINT_SECONDS, LARGEST_SHARE, CheckpointClock
-from training.loop.settings import TrainSettings
 
 NEVER = 10**9
 
@@ -138,7 +138,9 @@ def test_runs_side_by_side_share_one_clock_and_end_with_the_same_bytes_whenever_
         save(self, checkpoint)
 
     monkeypatch.setattr(Checkpoints, "save", slow)
-    monkeypatch.setattr("training.loop.sweep.CheckpointClock", lambda steps: CheckpointClock(steps, now=seconds))
+    monkeypatch.setattr(
+        "tailrace.training.loop.sweep.CheckpointClock", lambda steps: CheckpointClock(steps, now=seconds)
+    )
     with pytest.raises(KeyboardInterrupt):
         train(cache, tmp_path / "sweep", seconds, stop_at=30)
     # The minute is over in step 4, at 70 s. Three checkpoints took 15 s, so the next are due at 370 s, in step 20.

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from storage.errors import ArtifactMissing, SettingsError
+from tailrace.storage.errors import ArtifactMissing, SettingsError
+from tailrace.training.architectures import TopK, Transcoder
+from tailrace.training.architectures.objectives import VarianceObjective
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.sparse import SparseStep
+from tailrace.training.loop.connection import ConnectionLoss, SparseConnection
+from tailrace.training.rows.batches import Batch
 from tests.support.resampled_runs import D_OUT, build, take_steps
 from tests.training.architectures.test_architectures import random_tensor, random_transcoder
-from training.architectures import TopK, Transcoder
-from training.architectures.objectives import VarianceObjective
-from training.kernels.dense import DenseStep
-from training.kernels.sparse import SparseStep
-from training.loop.connection import ConnectionLoss, SparseConnection
-from training.rows.batches import Batch
 
 WIDTH, N = 3, 7
 
@@ -54,7 +54,7 @@ def test_the_value_by_hand(tmp_path: Path) -> None:
 def test_sparse_and_dense_steps_add_its_gradient_to_the_decoders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_numbers: int
 ) -> None:
-    monkeypatch.setattr("training.loop.connection._BLOCK_NUMBERS", block_numbers)
+    monkeypatch.setattr("tailrace.training.loop.connection._BLOCK_NUMBERS", block_numbers)
     path, objective = reference(tmp_path), VarianceObjective(2.0)
     rows = random_tensor(5, N, WIDTH)
     batch = Batch(random_tensor(40, 20, 4), random_tensor(41, 20, WIDTH))

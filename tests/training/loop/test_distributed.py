@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.loop.distributed import RankBatches, SharedBatch, open_group
+from tailrace.training.rows.whole_batch import ALONE
 from tests.support.distributed_children import KERNELS, WHOLE_RUNS, cases, load_results, take_step, train_planted
 from tests.support.paths import ROOT
 from tests.training.loop.test_trainer import PlantedRows
-from training.kernels.dense import DenseStep
-from training.loop.distributed import RankBatches, SharedBatch, open_group
-from training.rows.whole_batch import ALONE
 
 WORLD = 2
 

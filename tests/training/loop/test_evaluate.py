@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage.activation_cache import open_cache
-from storage.bfloat16 import float32_to_bits
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.bfloat16 import float32_to_bits
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.loop.evaluate import evaluate
+from tailrace.training.rows.batches import Batch, CacheBatches, as_tensor, iter_once
 from tests.support.training_caches import publish_cache, random_rows, small_cache
-from training.dead_features.record import FiringRecord
-from training.loop.evaluate import evaluate
-from training.rows.batches import Batch, CacheBatches, as_tensor, iter_once
 
 
 def predict_zero(inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from storage.cache_format import Site
-from storage.errors import SettingsError
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import SettingsError
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.firing_frequency import EDGES
+from tailrace.training.loop.loggers import Logger, Loggers, TensorBoardLogger, WandbLogger, build_loggers
+from tailrace.training.loop.run_log import RunLog
+from tailrace.training.loop.session import Session
+from tailrace.training.loop.settings import TrainSettings
 from tests.training.loop.test_trainer import PlantedRows, statistics_of
-from training.loop.build import build_run
-from training.loop.firing_frequency import EDGES
-from training.loop.loggers import Logger, Loggers, TensorBoardLogger, WandbLogger, build_loggers
-from training.loop.run_log import RunLog
-from training.loop.session import Session
-from training.loop.settings import TrainSettings
 
 SITE = Site("planted", "hook", "hook", 16, 16, "float32")
 

@@ -8,17 +8,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from training.architectures import ReLU
-from training.architectures.objectives import ReferenceObjective
-from training.dead_features.record import FiringRecord
-from training.kernels.dense import DenseStep
-from training.kernels.kernel import PerRow, StepResult
-from training.kernels.sparse import SparseStep
-from training.loop.firing_frequency import EDGES, FiringWindow, histogram, log10_frequency
-from training.loop.l0_distribution import l0_quantiles
-from training.loop.session import snapshot_steps
-from training.loop.step_metrics import native_metrics, quality, reference_metrics
-from training.rows.batches import Batch
+from tailrace.training.architectures import ReLU
+from tailrace.training.architectures.objectives import ReferenceObjective
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.kernel import PerRow, StepResult
+from tailrace.training.kernels.sparse import SparseStep
+from tailrace.training.loop.firing_frequency import EDGES, FiringWindow, histogram, log10_frequency
+from tailrace.training.loop.l0_distribution import l0_quantiles
+from tailrace.training.loop.session import snapshot_steps
+from tailrace.training.loop.step_metrics import native_metrics, quality, reference_metrics
+from tailrace.training.rows.batches import Batch
 
 # Four rows; errors per row 1, 0, 4, 1. The mean is (1, 1), the squared distances from it 2, 2, 2, 2.
 TARGETS = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])

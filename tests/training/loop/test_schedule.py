@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from storage.errors import SettingsError
-from training.architectures.schedule import Schedule
-from training.loop.settings import TrainSettings
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.schedule import Schedule
+from tailrace.training.loop.settings import TrainSettings
 
 
 def factors(schedule: Schedule, n: int) -> list[float]:

@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.train.stage import TrainResult, run
-from storage.activation_cache import open_cache
-from storage.artifact import verify_artifact
-from storage.errors import SettingsError
+from tailrace.pipeline.train.stage import TrainResult, run
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures import TopK
+from tailrace.training.architectures.transcoder import load_transcoder
+from tailrace.training.dead_features.resampling.settings import ResampledRun
+from tailrace.training.loop.evaluate import evaluate, predictor
+from tailrace.training.loop.session import N_RESAMPLED, Session, log_sparsity_name
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import iter_once
 from tests.support import resampled_runs
 from tests.support.training_caches import publish_cache, random_rows, small_cache
 from tests.training.loop.test_trainer import PlantedRows, build
-from training.architectures import TopK
-from training.architectures.transcoder import load_transcoder
-from training.dead_features.resampling.settings import ResampledRun
-from training.loop.evaluate import evaluate, predictor
-from training.loop.session import N_RESAMPLED, Session, log_sparsity_name
-from training.loop.settings import TrainSettings
-from training.rows.batches import iter_once
 
 QUICK: dict[str, Any] = {
     "architecture": {"kind": "relu", "l1": 0.02},

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage.cache_format import Site
-from storage.errors import NonFiniteActivation, SettingsError
-from storage.statistics import SiteStatistics
-from training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from training.kernels.adaptive import resolve_precision
-from training.loop.build import build_run
-from training.loop.metrics import JsonLines
-from training.loop.run import TrainingRun
-from training.loop.session import snapshot_steps
-from training.loop.settings import TrainSettings
-from training.loop.trainer import Duty, Lane, every, train
-from training.rows.batches import Batch
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import NonFiniteActivation, SettingsError
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
+from tailrace.training.kernels.adaptive import resolve_precision
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.metrics import JsonLines
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.session import snapshot_steps
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.trainer import Duty, Lane, every, train
+from tailrace.training.rows.batches import Batch
 
 WIDTH = 16
 N_PLANTED = 32

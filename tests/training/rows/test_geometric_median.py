@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from storage.errors import NonFiniteActivation
-from training.rows.geometric_median import geometric_median
+from tailrace.storage.errors import NonFiniteActivation
+from tailrace.training.rows.geometric_median import geometric_median
 
 GOLDEN = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
 

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train.stage import TrainResult, run
-from storage.activation_cache import open_cache
-from storage.cache_format import Site
-from storage.encodings import Side
-from storage.errors import SettingsError
-from storage.statistics import SiteStatistics
+from tailrace.pipeline.train.stage import TrainResult, run
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.cache_format import Site
+from tailrace.storage.encodings import Side
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.loop.build import build_run
+from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.ordinary_rows import OrdinaryRows
+from tailrace.training.rows.row_source import CacheRows, SampledRows
 from tests.support.training_caches import publish_cache, random_rows
-from training.loop.build import build_run
-from training.loop.run import TrainingRun
-from training.loop.settings import TrainSettings
-from training.rows.batches import Batch
-from training.rows.ordinary_rows import OrdinaryRows
-from training.rows.row_source import CacheRows, SampledRows
 
 N_TRAIN, N_HELDOUT = 640, 96
 IS_MASSIVE = slice(None, None, 80)
@@ -156,7 +156,7 @@ def test_ordinary_rows_are_learnt_where_massive_ones_would_decide_everything(
     assert manifest["learnt_from"]["longest_out"] < 1000
     assert json.loads((whole / "manifest.json").read_text())["learnt_from"] is None
     # Without the setting the same rows are predicted worse than by their mean: FVU from its definition, in float64.
-    from training.architectures.transcoder import load_transcoder
+    from tailrace.training.architectures.transcoder import load_transcoder
 
     inputs, outputs = (np.delete(side, np.arange(N_HELDOUT)[IS_MASSIVE], axis=0) for side in rows(2, N_HELDOUT))
     spread = ((outputs - outputs.mean(axis=0, dtype=np.float64)) ** 2).sum()

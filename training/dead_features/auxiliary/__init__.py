@@ -6,10 +6,10 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from training.dead_features.auxiliary.auxk import AuxK
-from training.dead_features.auxiliary.ghost import Ghost
-from training.dead_features.auxiliary.none import NoAuxiliary
-from training.dead_features.auxiliary.term import Auxiliary
+from tailrace.training.dead_features.auxiliary.auxk import AuxK
+from tailrace.training.dead_features.auxiliary.ghost import Ghost
+from tailrace.training.dead_features.auxiliary.none import NoAuxiliary
+from tailrace.training.dead_features.auxiliary.term import Auxiliary
 
 __all__ = ["AUXILIARIES", "AnyAuxiliary", "AuxK", "Auxiliary", "Ghost", "NoAuxiliary"]
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from training.architectures.base import Trace, Transcoder
-from training.architectures.objectives import Objective
-from training.dead_features.auxiliary.term import Auxiliary, DeadFeatureTerm, DeadWeights, write_in_blocks
-from training.dead_features.record import FiringRecord
-from training.kernels.kernel import ExtraLoss
-from training.kernels.pairs import Pairs, SparseEntries
-from training.rows.batches import Batch
+from tailrace.training.architectures.base import Trace, Transcoder
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.dead_features.auxiliary.term import Auxiliary, DeadFeatureTerm, DeadWeights, write_in_blocks
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.kernels.kernel import ExtraLoss
+from tailrace.training.kernels.pairs import Pairs, SparseEntries
+from tailrace.training.rows.batches import Batch
 
 PAIRS_ABOVE = 3
 """On a CPU, with more than so many times k dead features, products at the chosen pairs alone beat matrix products over

@@ -10,12 +10,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from training.architectures.base import Trace, Transcoder, exact
-from training.architectures.objectives import EPSILON, Objective
-from training.dead_features.auxiliary.term import Auxiliary, DeadFeatureTerm, row_norms, write_in_blocks
-from training.dead_features.record import FiringRecord
-from training.kernels.kernel import ExtraLoss
-from training.rows.batches import Batch
+from tailrace.training.architectures.base import Trace, Transcoder, exact
+from tailrace.training.architectures.objectives import EPSILON, Objective
+from tailrace.training.dead_features.auxiliary.term import Auxiliary, DeadFeatureTerm, row_norms, write_in_blocks
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.kernels.kernel import ExtraLoss
+from tailrace.training.rows.batches import Batch
 
 Rescale = Literal["scalar", "elementwise"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from training.architectures.objectives import Objective
-from training.dead_features.auxiliary.term import Auxiliary
-from training.dead_features.record import FiringRecord
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.dead_features.auxiliary.term import Auxiliary
+from tailrace.training.dead_features.record import FiringRecord
 
 
 class NoAuxiliary(Auxiliary):

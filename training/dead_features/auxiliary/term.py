@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from storage.settings import Settings
-from training.architectures.base import Trace, Transcoder, exact
-from training.architectures.objectives import Objective
-from training.dead_features.record import FiringRecord
-from training.kernels.kernel import ExtraLoss
-from training.rows.batches import Batch
+from tailrace.storage.settings import Settings
+from tailrace.training.architectures.base import Trace, Transcoder, exact
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.dead_features.record import FiringRecord
+from tailrace.training.kernels.kernel import ExtraLoss
+from tailrace.training.rows.batches import Batch
 
 BLOCK_BYTES = 1 << 27
 """What the pre-activations of dead features, (rows, n_dead), may take at a time: 128 MB. Up to three such tensors exist

@@ -6,10 +6,10 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from training.dead_features.resampling.anthropic import Anthropic
-from training.dead_features.resampling.l2 import L2
-from training.dead_features.resampling.none import NoResampling
-from training.dead_features.resampling.settings import Resampling
+from tailrace.training.dead_features.resampling.anthropic import Anthropic
+from tailrace.training.dead_features.resampling.l2 import L2
+from tailrace.training.dead_features.resampling.none import NoResampling
+from tailrace.training.dead_features.resampling.settings import Resampling
 
 __all__ = ["L2", "RESAMPLINGS", "Anthropic", "AnyResampling", "NoResampling", "Resampling"]
 

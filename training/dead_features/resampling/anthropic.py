@@ -11,19 +11,19 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from storage.errors import SettingsError
-from storage.settings import Quantity
-from training.dead_features.resampling.draw import draw_distinct
-from training.dead_features.resampling.resampler import PeriodicResampler, squared_losses
-from training.dead_features.resampling.settings import (
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Quantity
+from tailrace.training.dead_features.resampling.draw import draw_distinct
+from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, squared_losses
+from tailrace.training.dead_features.resampling.settings import (
     PeriodicResampling,
     ResampledRun,
     Resampler,
     RowScorer,
     Surroundings,
 )
-from training.rows.batches import Batch
-from training.rows.row_source import SampledRows
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.row_source import SampledRows
 
 _ROWS_BY_LOSS = 32_768
 _ROWS_BY_MODEL_LOSS = 2048

@@ -7,12 +7,17 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from storage.settings import Quantity
-from training.dead_features.resampling.draw import draw_repeated
-from training.dead_features.resampling.resampler import PeriodicResampler, squared_losses
-from training.dead_features.resampling.settings import PeriodicResampling, ResampledRun, Resampler, Surroundings
-from training.rows.batches import Batch
-from training.rows.row_source import SampledRows
+from tailrace.storage.settings import Quantity
+from tailrace.training.dead_features.resampling.draw import draw_repeated
+from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, squared_losses
+from tailrace.training.dead_features.resampling.settings import (
+    PeriodicResampling,
+    ResampledRun,
+    Resampler,
+    Surroundings,
+)
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.row_source import SampledRows
 
 _SMALLEST_LOSS = 1e-6
 """Squared error of the worst row below which nothing is left for a new feature to learn."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from training.dead_features.resampling.settings import Resampling
+from tailrace.training.dead_features.resampling.settings import Resampling
 
 
 class NoResampling(Resampling):

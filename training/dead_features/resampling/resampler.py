@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.errors import NonFiniteActivation
-from storage.randomness import philox
-from training.dead_features.resampling.settings import PeriodicResampling, ResampledRun, Surroundings
-from training.rows.batches import Batch
-from training.rows.row_source import SampledRows
+from tailrace.storage.errors import NonFiniteActivation
+from tailrace.storage.randomness import philox
+from tailrace.training.dead_features.resampling.settings import PeriodicResampling, ResampledRun, Surroundings
+from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.row_source import SampledRows
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import numpy as np
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from storage.errors import SettingsError
-from storage.settings import Quantity, Settings
-from training.architectures.base import Transcoder
-from training.kernels.kernel import StepResult
-from training.rows.normalisation import Normalisation
-from training.rows.row_source import RowSource
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Quantity, Settings
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.kernels.kernel import StepResult
+from tailrace.training.rows.normalisation import Normalisation
+from tailrace.training.rows.row_source import RowSource
 
 DecoderFrom = Literal["error", "target"]
 
