@@ -328,7 +328,8 @@ def test_a_layer_that_is_not_finite_is_named_and_keeps_no_other_from_its_tables(
 
 
 def test_what_is_for_one_layer_says_where_to_go(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ArtifactMismatch, match=r"clt: is a cross-layer transcoder.*use tailrace\.pipeline\.analyze\.many\.run"):
+    advice = r"clt: is a cross-layer transcoder.*use tailrace\.pipeline\.analyze\.many\.run"
+    with pytest.raises(ArtifactMismatch, match=advice):
         analyze.run(SETTINGS, transcoder=made / "clt", cache=made / "cache", output=tmp_path / "t", quiet=True)
     refused = command(capsys, "score", "some text", "--transcoder", made / "clt")
     assert refused.code != 0
