@@ -110,5 +110,6 @@ def load(folder: Path) -> tuple[Planted, Problem]:
     """Read what ``save`` wrote."""
     sizes = json.loads((folder / "problem.json").read_text())
     threshold = sizes.pop("threshold")
-    arrays = [torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("inputs", "outputs", "encoder", "decoder")]
-    return Planted(*arrays, threshold), Problem(**sizes)
+    names = ("inputs", "outputs", "encoder", "decoder")
+    inputs, outputs, encoder, decoder = (torch.from_numpy(np.load(folder / f"{name}.npy")) for name in names)
+    return Planted(inputs, outputs, encoder, decoder, threshold), Problem(**sizes)

@@ -48,7 +48,7 @@ QUICK_MODES = {
 }
 OFFERED = {"sparsify": "float32", "dictionary_learning": "float32"}
 """What a side runs on a CPU by itself, where its fastest mode is one it was given here."""
-TARGETS = {
+TARGETS: dict[str, dict[str, float | None]] = {
     "topk": {"SAELens": 4, "sparsify": 2.5, "dictionary_learning": 5},
     "batch_topk": {"SAELens": 5, "dictionary_learning": 5},
     "jumprelu": {"SAELens": 5, "dictionary_learning": 5},

@@ -60,6 +60,8 @@ def checksum_file(path: Path) -> str:
 def storage_refused(error: OSError, path: Path) -> StorageFull:
     """Turn an OSError of a write into the error a user can act on."""
     reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return StorageFull(f"{path}: cannot be written ({reason}); choose another path")
     return StorageFull(
         f"{path}: cannot be written ({reason}). Everything finished so far is kept: "
         "free some space or fix the permissions, then run the same command again to continue"

@@ -30,7 +30,7 @@ from tailrace.storage.artifact import (
     write_atomically,
 )
 from tailrace.storage.differences import list_differences
-from tailrace.storage.errors import ArtifactBusy, ArtifactMismatch
+from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.names import is_plural, is_temporary, one_of, remove_temporary
 
@@ -62,10 +62,10 @@ class Lock:
 
     def _take(self) -> bool:
         """Lock the file; tell whether it still is the one of that name: whoever is refused takes its own away."""
-        self._made += make_directory(self._path.parent)
         try:
+            self._made += make_directory(self._path.parent)
             self._file, is_new = _open(self._path)
-        except FileNotFoundError:
+        except FileNotFoundError:  # someone else took back what was there a moment ago
             return False
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,8 +138,8 @@ class Draft:
     def _look(self) -> None:
         """Find out how far it is; raise ArtifactMismatch if something else lies there."""
         try:
-            self.resumed = (self.path / REQUEST).exists()
             self.published = (self.path / MANIFEST).exists()
+            self.resumed = self.published or _is_request(self.path / REQUEST)
             if self.resumed:
                 self._refuse_other_request()
             elif foreign := _foreign(self.path):
@@ -212,6 +212,17 @@ def _foreign(directory: Path) -> list[str]:
     if not directory.is_dir():
         return []
     return sorted(entry.name for entry in directory.iterdir() if not _is_own(entry))
+
+
+def _is_request(path: Path) -> bool:
+    """Tell whether a file is a draft's request; other programs have files of that name too."""
+    if not path.exists():
+        return False
+    try:
+        request = read_json(path)
+    except ArtifactCorrupt:
+        return False
+    return isinstance(request, dict) and canonical_json(request) == path.read_bytes()
 
 
 def _is_own(entry: Path) -> bool:

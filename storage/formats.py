@@ -38,7 +38,7 @@ def refuse_newer(path: Path, kind: str, record: Mapping[str, Any]) -> None:
     """
     newest = ARTIFACT_FORMATS.get(kind)
     found = record.get("format_version", record.get("format", 1))
-    if newest is None or found in range(1, newest + 1):
+    if newest is None or not isinstance(found, int) or found <= newest:
         return
     writer = (record.get("versions") or {}).get("tailrace")
     raise ArtifactMismatch(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tailrace.storage.errors import ArtifactCorrupt
 
-_TEMPORARY = re.compile(r"\..+\.tmp-[^/]+-\d+-\d+")
+_TEMPORARY = re.compile(r"\..+(\.tmp-[^/]+-\d+-\d+|\.parquet\.tmp\d+|\.tmp-records)")
+"""Names of ``temporary_path``, and the two forms that release 0.1 gave its tables and records."""
 
 
 def one_of(kind: str) -> str:
@@ -32,7 +33,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Tell whether a file has a name that ``temporary_path`` gives."""
+    """Tell whether a file has a name that files have while they are written."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -51,8 +52,8 @@ def inside(root: Path, name: str) -> Path:
     """
     if (problem := name_problem(name) or _file_problem(root, name)) is not None:
         raise ArtifactCorrupt(
-            f"{root}: names the file {name!r}, which {problem}; an artifact names files of its own folder only, so do "
-            "not use this one, or restore it"
+            f"{root}: names the file {name!r}, which {problem}; an artifact names files of its own folder only. If you "
+            "trust it, copy it with what its links lead to (cp -rL); else do not use it"
         )
     return root / name
 

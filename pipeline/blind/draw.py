@@ -18,7 +18,7 @@ from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.blind import ratings
 from tailrace.pipeline.blind.sealed import seal
 from tailrace.pipeline.dashboard.blind import write_blind_page
-from tailrace.pipeline.model.same_model import without_versions
+from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.storage.artifact import make_directory, read_manifest, write_atomically
 from tailrace.storage.differences import list_differences
 from tailrace.storage.draft import Draft
@@ -120,7 +120,8 @@ def _check(tables: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
     first, second = manifests
     if first["digest"] == second["digest"]:
         raise SettingsError(f"{tables[0]} and {tables[1]} are the same tables; give two different ones")
-    if differences := list_differences(_seen(first), _seen(second)):
+    models = list_model_differences(first["model"], second["model"])
+    if differences := [*list_differences(_seen(first), _seen(second)), *(f"model.{line}" for line in models)]:
         raise SettingsError(
             f"{tables[0]} and {tables[1]}: were not made in the same way, so that pages would tell which dictionary an "
             "item is from; analyze both with the same settings over the same cache or text ('there' is the first):\n"
@@ -134,12 +135,7 @@ def _seen(manifest: dict[str, Any]) -> dict[str, Any]:
     inputs = manifest["inputs"]
     if "cache" in inputs:
         return {**settings, "cache": inputs["cache"]["cache_id"]}
-    return {
-        **settings,
-        "live": inputs["live"],
-        "text": inputs.get("text"),
-        "model": without_versions(manifest["model"]),
-    }
+    return {**settings, "live": inputs["live"], "text": inputs.get("text")}
 
 
 def _draw_items(settings: DrawSettings, tables: Sequence[Path]) -> list[_Item]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tailrace.pipeline.model.own_code import own_code_refused, refuse_own_class
-from tailrace.storage.errors import ModelError
+from tailrace.storage.errors import ModelError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +146,16 @@ def _boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> A
             "code when it is opened, which is never done; get the checkpoint again, or one with model.safetensors "
             "(where the model was made, model.save_pretrained(FOLDER) writes it)"
         ) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemoryError(
+            f"model {checkpoint.name}: does not fit into the memory of {device}; use --model-dtype bfloat16, or "
+            "another --device"
+        ) from error
     except Exception as error:  # the readers and the classes raise whatever the files lead them to
         _refuse_own_model_class(checkpoint)
-        raise ModelError(f"model {checkpoint.name}: cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(
+            f"model {checkpoint.name}: cannot be loaded: {_first_line(error)} (`pipeline --debug …` shows where)"
+        ) from error
 
 
 def _refuse_own_model_class(checkpoint: Checkpoint) -> None:

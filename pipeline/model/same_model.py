@@ -31,9 +31,16 @@ def list_model_differences(
     """
     if recorded.get("files_digest") and recorded["files_digest"] == found.get("files_digest"):
         ignored = {*ignored, "name"}
-    compared = without_versions(recorded).keys() & found.keys() - set(ignored)
-    lines = list_differences(*({key: side[key] for key in compared} for side in (recorded, found)))
-    return [_explained(line) for line in lines]
+    left_out = {"versions", *ignored}
+    left, right = ({key: value for key, value in side.items() if key not in left_out} for side in (recorded, found))
+    return [_explained(line) for line in list_differences(_shared(left, right), _shared(right, left))]
+
+
+def _shared(one: Any, other: Any) -> Any:
+    """Return ``one`` without the keys, at any depth, that ``other`` does not have."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return one
+    return {key: _shared(value, other[key]) for key, value in one.items() if key in other}
 
 
 def without_versions(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class WorkerProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._is_killed = False
+        self._exit_code: int | None = None
         self._start()
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -130,8 +131,16 @@ class WorkerProcess:
                 raise error
             return result
         raise SettingsError(
-            f"--workers: {ATTEMPTS} worker processes in a row were lost on the same task; most often the system ends "
-            "them because memory runs out: use fewer workers"
+            f"--workers: {ATTEMPTS} worker processes in a row were lost on the same task, the last with exit code "
+            f"{self._exit_code}. {self._advice()}; what is finished is kept"
+        )
+
+    def _advice(self) -> str:
+        if self._exit_code == -signal.SIGKILL:
+            return "Most often the system ends them because memory runs out: use fewer workers, and run the same again"
+        return (
+            'What they wrote above says why. A script that starts workers needs `if __name__ == "__main__":` before '
+            "its calls, since each worker imports it"
         )
 
     def kill(self) -> None:
@@ -150,6 +159,7 @@ class WorkerProcess:
             if self._is_killed:
                 raise SettingsError("the workers were told to end")
             self.close()
+            self._exit_code = self._process.exitcode
             self._start()
 
     def _start(self) -> None:
@@ -160,16 +170,31 @@ class WorkerProcess:
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._process.start()
+            with _one_thread_each():
+                self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
 
 
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Have processes that start inside begin with one thread: they share the cores, and a task may set more.
+
+    A process reads it as it imports the user's script, and torch with it, before anything of ours runs there.
+    """
+    name, given = "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
+    os.environ[name] = given or "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
+
+
 def _serve(pipe: Connection) -> None:
     """Run the tasks that come through a pipe until its other end is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; a task that wants more threads sets them
     while True:
         try:
             task = pipe.recv_bytes()
@@ -191,6 +216,18 @@ def _outcome(task: bytes) -> bytes:
     try:
         function, arguments = pickle.loads(task)
         return pickle.dumps((function(*arguments), None))
-    except Exception as error:
-        error.add_note(f"In a worker process:\n{traceback.format_exc()}")
-        return pickle.dumps((None, error))
+    except BaseException as error:  # an interrupt of a task is not one of the command
+        return pickle.dumps((None, _sendable(error)))
+
+
+def _sendable(error: BaseException) -> Exception:
+    """Return an error that arrives whole: itself, or a RuntimeError with its traceback if pickling would lose it."""
+    trace = f"In a worker process:\n{traceback.format_exc()}"
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class makes of it
+        return RuntimeError(trace)
+    if not isinstance(error, Exception):
+        return RuntimeError(trace)
+    error.add_note(trace)
+    return error

@@ -28,10 +28,18 @@ def test_a_refused_draft_leaves_neither_lock_nor_request(tmp_path: Path, holds: 
     assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == holds
 
 
+@pytest.mark.parametrize("text", ['{"format": "json", "url": "x"}', "[1]\n", "no JSON"])
+def test_another_programs_request_is_no_draft(tmp_path: Path, text: str) -> None:
+    (tmp_path / REQUEST).write_text(text)
+    with pytest.raises(ArtifactMismatch, match=r"is not empty \(holds request.json\) and is no table"):
+        Draft(tmp_path, "table", {"rows": 1})
+
+
 def test_only_what_a_killed_draft_of_the_same_request_left_half_written_is_deleted(tmp_path: Path) -> None:
     theirs = [".notes.tmp-1", ".rows.tmp", ".rows.tmp123", ".a.tmp-host-1"]
     with Draft(tmp_path, "table", {"rows": 1}):
-        for path in [*map(tmp_path.joinpath, theirs), temporary_path(tmp_path / "rows")]:
+        of_release_01 = [tmp_path / ".rows.parquet.tmp123", tmp_path / ".rows.tmp-records"]
+        for path in [*map(tmp_path.joinpath, theirs), temporary_path(tmp_path / "rows"), *of_release_01]:
             path.write_bytes(b"half")
     before = names(tmp_path)
     with pytest.raises(ArtifactMismatch):

@@ -20,7 +20,13 @@ from tests.support.cache_jobs import run_cache
 from tests.support.paths import ROOT
 from tests.support.spliced_models import publish_transcoder, random_transcoder
 
-FOLDER = {"name": "tiny", "files_digest": "sha256:1", "d_model": 8, "versions": {"torch": "2.13.0"}}
+FOLDER = {
+    "name": "tiny",
+    "files_digest": "sha256:1",
+    "d_model": 8,
+    "tokenizer": {"digest": "sha256:3"},
+    "versions": {"torch": "2.13.0"},
+}
 HUB = {"name": "gpt2", "files_digest": None, "revision": "abc", "d_model": 8, "versions": {"torch": "2.13.0"}}
 
 
@@ -30,6 +36,7 @@ HUB = {"name": "gpt2", "files_digest": None, "revision": "abc", "d_model": 8, "v
         (FOLDER, {"versions": {"torch": "2.14.0"}}),
         (FOLDER, {"name": "renamed"}),
         (FOLDER, {"recorded_by_a_later_release": 1}),
+        (FOLDER, {"tokenizer": {"digest": "sha256:3", "recorded_by_a_later_release": 1}}),
         (HUB, {"versions": {}}),
     ],
 )

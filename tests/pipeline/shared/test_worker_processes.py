@@ -55,8 +55,39 @@ def test_nothing_listens_while_workers_run(tmp_path: Path) -> None:
 
 
 def test_a_task_that_costs_every_worker_it_gets_ends_as_one_sentence() -> None:
-    with pytest.raises(SettingsError, match="3 worker processes in a row were lost"), open_workers(1) as submit:
+    with (
+        pytest.raises(SettingsError, match="3 worker processes in a row .*code 1.*__main__"),
+        open_workers(1) as submit,
+    ):
         submit(os._exit, 1).result()
+    with pytest.raises(SettingsError, match="memory runs out: use fewer workers"), open_workers(1) as submit:
+        submit(signal.raise_signal, signal.SIGKILL).result()
+
+
+class TwoArguments(Exception):
+    """Pickles, and cannot be unpickled."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(one)
+
+
+def fail(how: str) -> None:
+    if how == "unpicklable":
+        raise TwoArguments(1, 2)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["unpicklable", "interrupt"])
+def test_an_error_that_cannot_be_sent_arrives_as_its_traceback(how: str) -> None:
+    with pytest.raises(RuntimeError, match=r"In a worker process:[\s\S]*in fail"), open_workers(1) as submit:
+        submit(fail, how).result()
+
+
+def test_workers_begin_with_one_thread_and_the_command_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    with open_workers(1) as submit:
+        assert submit(os.getenv, "OMP_NUM_THREADS").result() == "1"
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
 def test_workers_that_end_while_idle_are_replaced() -> None:
