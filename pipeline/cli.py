@@ -93,7 +93,8 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, command.line) for name, command in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+# help is as wide as the terminal: click would stop at 80
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": sys.maxsize})
 @click.version_option(package_name="tailrace", prog_name="pipeline")
 @click.option("--debug", is_flag=True, help="Show tracebacks and debugging output.")
 @click.option("--log-level", default="warning", type=click.Choice(["debug", "info", "warning", "error"]))

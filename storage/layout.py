@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numcodecs
 import numpy as np
@@ -81,6 +81,8 @@ class ArraySpec:
 
 class CacheLayout(Settings):
     """How activations lie on disk."""
+
+    help_sections: ClassVar = {"storage_dtype": "On disk"}
 
     storage_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     """Stored dtype. auto: bfloat16 for a bfloat16 model; otherwise float16 where a probe of the first batches stays

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -54,6 +54,11 @@ class Settings(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,  # no setting means anything then, and JSON cannot hold it
     )
+
+    help_sections: ClassVar[Mapping[str, str]] = {}
+    """Headings of a command's help, each by the setting that it begins at; the settings below that one belong to it."""
+    help_basics: ClassVar[tuple[str, ...]] = ()
+    """Settings that people change first: they come before all headings."""
 
     @classmethod
     def read(cls, *sources: Mapping[str, Any], where: str = "settings") -> Self:

@@ -16,11 +16,12 @@ from tailrace.pipeline.artifacts.kinds import is_cross_layer
 from tailrace.pipeline.live.token_order import FreshText
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, read_settings_together, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand, running
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.transcoder import KIND
 
 
-@click.command("analyze")
+@click.command("analyze", cls=SectionCommand)
 @click.argument("transcoders", metavar="TRANSCODER...", nargs=-1, required=True, type=options.ARTIFACT)
 @click.option("--cache", type=options.ARTIFACT, help="Cache to read.")
 @click.option("--live", is_flag=True, help="Read no cache: run the language model over --dataset for --rows rows.")
@@ -34,7 +35,7 @@ from tailrace.training.architectures.transcoder import KIND
 )
 @settings_options(
     AnalyzeSettings,
-    also={"with --live: ": FreshText},
+    also={"with --live": FreshText},
     notes={
         "split": "With --live: the split of a hub dataset.",
         "seed": "With --live: the order of documents too.",
@@ -47,8 +48,9 @@ from tailrace.training.architectures.transcoder import KIND
     multiple=True,
     help="Transcoder of a later layer of the same model, to tell connections to its features; may be repeated.",
 )
-@click.option(
+@running(
     "--workers",
+    metavar="N",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,

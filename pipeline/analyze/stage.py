@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -65,6 +65,18 @@ logger = logging.getLogger(__name__)
 
 class AnalyzeSettings(Settings):
     """What to count, over which rows."""
+
+    help_sections: ClassVar = {
+        "split": "What to read",
+        "examples": "Examples",
+        "activations": "What to count",
+        "window_before": "Examples",
+        "without_model": "What to count",
+    }
+    help_basics: ClassVar = (
+        *("split", "rows", "examples", "random_examples", "activations"),
+        *("window_before", "window_after", "without_model", "seed"),
+    )
 
     split: Literal["heldout", "train"] = "heldout"
     """Rows to read: heldout (documents the transcoder never saw) or train."""

@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from tailrace.pipeline.artifacts import info_stage as info
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-@click.command("info")
+@click.command("info", cls=SectionCommand)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, which has everything.")
 def command(path: Path, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from tailrace.pipeline.blind.draw import FORM, DrawSettings
 from tailrace.pipeline.blind.tally import TallyResult
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
 @click.group("blind")
@@ -25,7 +26,7 @@ def command() -> None:
 command.add_command(study)
 
 
-@command.command("draw", short_help="Put features of two dictionaries on pages to be rated.")
+@command.command("draw", cls=SectionCommand, short_help="Put features of two dictionaries on pages to be rated.")
 @click.option("--tables", "tables", type=options.ARTIFACT, multiple=True, required=True, help="Tables; give it twice.")
 @options.out
 @settings_options(DrawSettings)

@@ -13,20 +13,21 @@ from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.cache.workers import Workers
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand, running
 from tailrace.storage.cache_format import SPLITS
 
 
-@click.command("cache")
+@click.command("cache", cls=SectionCommand)
 @options.out
 @settings_options(CacheSettings)
 @click.option("--dry-run", is_flag=True, help="Measure for a moment, print rows, bytes and hours, and write nothing.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="Worker processes; 0 runs in this one.")
-@click.option(
+@running("--workers", metavar="N", type=click.IntRange(min=0), default=0, help="Worker processes; 0 runs in this one.")
+@running(
     "--scheduler",
     help="Address of a Dask scheduler to use instead of --workers; it must be your own and secured (tls://...), since "
     "whoever reaches it runs code as you.",
 )
-@click.option("--compile", "compile_model", is_flag=True, help="Compile the model's MLPs with torch.compile.")
+@running("--compile", "compile_model", is_flag=True, help="Compile the model's MLPs with torch.compile.")
 @options.device
 @options.threads
 @options.quiet

@@ -10,10 +10,11 @@ import click
 from tailrace.pipeline.cache import grow
 from tailrace.pipeline.cache.command import show_result
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.sections import SectionCommand
 from tailrace.storage.settings import parse_quantity
 
 
-@click.command("extend")
+@click.command("extend", cls=SectionCommand)
 @click.argument("cache", type=options.ARTIFACT)
 @click.option(
     "--tokens",

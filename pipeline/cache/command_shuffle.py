@@ -8,9 +8,10 @@ import click
 
 from tailrace.pipeline.cache import shuffle
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-@click.command("shuffle")
+@click.command("shuffle", cls=SectionCommand)
 @click.argument("cache", type=options.ARTIFACT)
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch whose order is written.")
 @click.option("--seed", type=int, help="Seed of the epochs; by default the cache's.")

@@ -9,12 +9,13 @@ import click
 
 from tailrace.pipeline.cache import verify
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.sections import SectionCommand
 from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
 from tailrace.storage.cache_format import KIND
 from tailrace.storage.shuffle_evidence import ShuffleEvidence
 
 
-@click.command("verify")
+@click.command("verify", cls=SectionCommand)
 @click.argument("path", type=options.ARTIFACT)
 @click.option("--checksums/--no-checksums", default=True, help="Re-read every byte. [default: yes]")
 @click.option(

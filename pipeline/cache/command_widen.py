@@ -9,9 +9,10 @@ import click
 from tailrace.pipeline.cache import grow
 from tailrace.pipeline.cache.command import show_result
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-@click.command("widen")
+@click.command("widen", cls=SectionCommand)
 @click.argument("cache", type=options.ARTIFACT)
 @click.option("--layers", help="Layers to add, such as 4,5 or all.")
 @click.option("--hooks", multiple=True, help="Sites to add by hook names, as of pipeline cache. May be repeated.")

@@ -7,7 +7,7 @@ than elsewhere and the same in every context.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import NonNegativeInt
@@ -18,6 +18,8 @@ from tailrace.storage.settings import Settings
 
 class RowFilter(Settings):
     """Which token positions are cached."""
+
+    help_sections: ClassVar = {"exclude": "Which rows"}
 
     exclude: Literal["bos", "special", "none"] = "bos"
     """Tokens left out: the BOS that begins each context, every special token (BOS, separators, …), or none."""

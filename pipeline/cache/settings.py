@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -28,6 +28,8 @@ def _at_least_1(value: int) -> int:
 
 class CapturedSites(Settings):
     """Which hooks of the model rows are taken from."""
+
+    help_sections: ClassVar = {"layers": "Which rows"}
 
     layers: Annotated[str | None, BeforeValidator(_as_text)] = None
     """Layers whose MLPs' inputs and outputs are taken, such as 8, 0,3,8-11 or all."""
@@ -85,6 +87,8 @@ class CapturedContexts(RowFilter):
 class WantedRows(Settings):
     """How many rows to write."""
 
+    help_sections: ClassVar = {"tokens": "Which rows"}
+
     tokens: Quantity | Literal["all"]
     """Training rows to write, such as 60M: one row per token that is kept; ``all`` takes the whole dataset. May be
     changed until the cache is finished; afterwards ``pipeline extend`` adds rows."""
@@ -93,6 +97,11 @@ class WantedRows(Settings):
 # Pydantic lists the fields of the last base first. What every command line has comes first in the help.
 class CacheSettings(CacheLayout, CapturedContexts, CapturedSites, WantedRows, TextSettings, ModelSettings):
     """Which model's activations on which text, and how they lie on disk."""
+
+    help_basics: ClassVar = (
+        *("model", "dataset", "tokens", "layers", "hooks"),
+        *("context_length", "exclude", "holdout", "storage_dtype", "seed"),
+    )
 
     @field_validator("tokens", "shard_rows", "chunk_rows", "bucket_rows")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,22 +14,30 @@ from tailrace.pipeline.circuit.question import Question, parse_feature
 from tailrace.pipeline.circuit.stage import PAGE, CircuitResult, CircuitSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand, option
+
+asked = partial(option, section="What to explain")
 
 
-@click.command("circuit")
+@click.command("circuit", cls=SectionCommand)
 @click.argument("prompt")
 @click.option(
     "--transcoders", multiple=True, required=True, type=options.ARTIFACT,
     help="Transcoder of one layer, to be given again for each; folder that holds those of layers; a cross-layer one.",
 )  # fmt: skip
-@click.option("--feature", metavar="LAYER:INDEX", help="Explain why this feature fires.")
-@click.option(
+@asked("--feature", metavar="LAYER:INDEX", help="Explain why this feature fires.")
+@asked(
     "--direction", type=click.Choice(["encoder", "decoder"]), default="encoder", show_default=True,
     help="Of the feature: encoder for its activation, decoder for what its MLP writes along its decoder direction.",
 )  # fmt: skip
-@click.option("--logit", metavar="TEXT", help="Explain why this token is predicted.")
-@click.option("--logit-difference", nargs=2, metavar="TEXT TEXT", help="Explain the first's logit less the second's.")
-@click.option(
+@asked("--logit", metavar="TEXT", help="Explain why this token is predicted.")
+@asked(
+    "--logit-difference",
+    nargs=2,
+    metavar="TEXT TEXT",
+    help="Explain the first's logit less the second's.",
+)
+@asked(
     "--token", type=int, default=-1, show_default=True,
     help="Position to explain: the BOS is 0, the last token -1.",
 )  # fmt: skip

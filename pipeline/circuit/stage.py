@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -62,6 +62,13 @@ N_LIKELY = 5
 
 class CircuitSettings(Settings):
     """How to look for a circuit, and how much of it to keep."""
+
+    help_sections: ClassVar = {
+        "iterations": "Search for paths",
+        "missing_layers": "What the model computes",
+        "max_features": "Attribution graph",
+        "dtype": "What the model computes",
+    }
 
     iterations: int = Field(default=3, ge=1)
     """Rounds of the search for paths: steps behind the root."""

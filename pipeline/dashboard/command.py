@@ -13,9 +13,10 @@ from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.stage import DashboardSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-@click.command("dashboard")
+@click.command("dashboard", cls=SectionCommand)
 @click.argument("tables", type=options.ARTIFACT)
 @options.out
 @settings_options(DashboardSettings)

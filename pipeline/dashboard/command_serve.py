@@ -12,9 +12,10 @@ from tailrace.pipeline.artifacts.folders import refuse_folder
 from tailrace.pipeline.dashboard import serve
 from tailrace.pipeline.dashboard.stage import KIND as DASHBOARD
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-@click.command("serve")
+@click.command("serve", cls=SectionCommand)
 @click.argument("artifact", metavar="DASHBOARD_OR_TABLES", type=options.ARTIFACT)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Another address lets other machines look, too.")

@@ -13,9 +13,10 @@ import click
 from tailrace.pipeline.analyze.summary import FeatureLine, summary
 from tailrace.pipeline.demo import stage as demo
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-@click.command("demo")
+@click.command("demo", cls=SectionCommand)
 @click.option("--model", type=click.Choice(get_args(demo.DemoModel)), default="tiny", show_default=True)
 @click.option("--out", "output", type=options.ARTIFACT, default="demo", show_default=True, help="Directory to write.")
 @click.option("--layer", type=click.IntRange(min=0), help="Layer to transcode, instead of the recipe's.")

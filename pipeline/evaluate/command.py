@@ -12,9 +12,10 @@ from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.stage import EvaluateSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=SectionCommand)
 @click.argument("transcoders", metavar="TRANSCODER...", type=options.ARTIFACT, nargs=-1, required=True)
 @click.option("--cache", required=True, type=options.ARTIFACT, help="Cache whose contexts the model is run on.")
 @options.out

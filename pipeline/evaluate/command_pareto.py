@@ -12,9 +12,10 @@ import click
 from tailrace.pipeline.evaluate import pareto, pareto_plot
 from tailrace.pipeline.evaluate.pareto import Measure
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-@click.command("pareto")
+@click.command("pareto", cls=SectionCommand)
 @click.argument("artifacts", metavar="SWEEP_OR_TRANSCODER...", type=options.ARTIFACT, nargs=-1, required=True)
 @click.option(
     "--out", "output", type=click.Path(dir_okay=False, path_type=Path), help="Picture to write: .png, .svg or .html."

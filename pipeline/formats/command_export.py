@@ -11,9 +11,10 @@ from tailrace.pipeline.formats import export
 from tailrace.pipeline.formats.export import FORMATS, ExportSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-class _ListsFormats(click.Command):
+class _ListsFormats(SectionCommand):
     """Writes the formats as a list of their own: what goes in and what comes out is the first thing to know."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -11,9 +11,10 @@ from tailrace.pipeline.formats import import_cross_layer, import_transcoder
 from tailrace.pipeline.formats.import_transcoder import ORIGINS, ImportSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand
 
 
-class _ListsOrigins(click.Command):
+class _ListsOrigins(SectionCommand):
     """Writes the formats as a list of their own, with what to give for each."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

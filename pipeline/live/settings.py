@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ from tailrace.storage.settings import Quantity
 # As for a cache: pydantic lists the fields of the last base first.
 class LiveSettings(CapturedContexts, CapturedSites, TextSettings, ModelSettings):
     """Which model's activations on which text, and how they are mixed in memory. No row is written to disk."""
+
+    help_sections: ClassVar = {"storage_dtype": "Buffer"}
 
     storage_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """How activations are kept in the buffer; auto is what a cache would be stored as."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ _LIBRARIES = ("torch", "transformer_lens", "transformers", "tokenizers")
 
 class ModelSettings(Settings):
     """Which language model, and in what form."""
+
+    help_sections: ClassVar = {"model": "Language model"}
 
     model: str
     """Language model: a name on the Hugging Face hub, or a folder in its format."""

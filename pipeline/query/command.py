@@ -10,10 +10,11 @@ import click
 from tailrace.pipeline.query import saved as queries
 from tailrace.pipeline.query import stage as query
 from tailrace.pipeline.query.views import Tables, find_views, parse_tables
+from tailrace.pipeline.shared.sections import SectionCommand
 from tailrace.storage.errors import SettingsError
 
 
-@click.command("query")
+@click.command("query", cls=SectionCommand)
 @click.argument("sql", required=False)
 @click.option(
     "--tables",

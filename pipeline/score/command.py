@@ -11,10 +11,11 @@ from tailrace.pipeline.score import pictures as score_pictures
 from tailrace.pipeline.score import stage as score
 from tailrace.pipeline.score.text import show
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.sections import SectionCommand
 from tailrace.training.architectures.transcoder import read_transcoder_manifest
 
 
-@click.command("score")
+@click.command("score", cls=SectionCommand)
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @click.option("--transcoder", required=True, type=options.ARTIFACT, help="Transcoder whose features are asked.")
 @click.option(

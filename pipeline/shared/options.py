@@ -6,9 +6,9 @@ A flag that is not given is not passed on: defaults stay with the settings class
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from tailrace.pipeline.shared.sections import option
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Settings, load_yaml
 
@@ -33,20 +34,22 @@ def settings_options(
 ) -> Callable[[Command], Command]:
     """Return a decorator that adds ``--config`` and a flag per setting; values arrive in the argument ``given``.
 
-    ``also`` has further classes by what their flags' help begins with. A name in several is one flag for all of them.
-    ``notes`` has what a command adds to the help of a setting, by its name.
+    ``also`` has further classes by when they count, such as ``with --live``. A name in several is one flag for all of
+    them. ``notes`` has what a command adds to the help of a setting, by its name. The flags' headings are those of the
+    classes' ``help_sections``; those of ``help_basics`` come first and have none.
     """
-    flags = list(_flags(settings, required))
-    for beginning, further in (also or {}).items():
-        known = {flag.names[-1] for flag in flags}
-        flags += [flag.explained(beginning) for flag in _flags(further, ()) if flag.names[-1] not in known]
-    flags = [flag.explained(after=(notes or {}).get(flag.names[-1], "")) for flag in flags]
+    flags = {flag.name: flag for flag in _flags(settings, required)}
+    for when, further in (also or {}).items():
+        flags |= {flag.name: flag for flag in _flags(further, (), when) if flag.name not in flags}
+    flags = {name: flags[name] for name in dict.fromkeys([*settings.help_basics, *flags])}
 
     def decorate(command: Command) -> Command:
-        for flag in reversed(flags):
-            command = click.option(*flag.names, **flag.attributes)(command)
+        for name, flag in reversed(flags.items()):
+            section = None if name in settings.help_basics else flag.section
+            more = (notes or {}).get(name, "")
+            command = option(*flag.names, section=section, help=flag.explained(more), **flag.attributes)(command)
         file = click.Path(dir_okay=False, path_type=Path)
-        return click.option("--config", type=file, help="YAML file of settings; flags override it.")(command)
+        return option("--config", type=file, help="YAML file of settings; flags override it.")(command)
 
     return decorate
 
@@ -128,46 +131,69 @@ class _Listed(click.Choice[str]):
         return value
 
 
+@dataclass(frozen=True)
 class _Flag:
-    def __init__(self, name: str, attributes: dict[str, Any]) -> None:
-        dashed = name.replace("_", "-")
-        self.names = [f"--{dashed}/--no-{dashed}" if attributes.get("is_flag") else f"--{dashed}", name]
-        self.attributes = {"default": None, **attributes}
+    name: str
+    about: str
+    facts: str
+    """Whether it is required, and what its default is."""
+    type: dict[str, Any]
+    section: str | None = None
 
-    def explained(self, before: str = "", after: str = "") -> _Flag:
-        """Return the flag with more to its help."""
-        flag = copy.copy(self)
-        flag.attributes = {**self.attributes, "help": f"{before}{self.attributes['help']} {after}".rstrip()}
-        return flag
+    @property
+    def names(self) -> list[str]:
+        dashed = self.name.replace("_", "-")
+        return [f"--{dashed}/--no-{dashed}" if self.type.get("is_flag") else f"--{dashed}", self.name]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"default": None, **self.type}
+
+    def explained(self, more: str = "") -> str:
+        """Return the help, with ``more`` to it."""
+        facts = f"[{self.facts}]" if self.facts else ""
+        return " ".join(part for part in (self.about, more, facts) if part)
 
 
-def _flags(settings: type[Settings], required: tuple[str, ...]) -> Iterator[_Flag]:
+def _flags(settings: type[Settings], required: tuple[str, ...], when: str = "") -> Iterator[_Flag]:
+    """Yield the flags of all settings, with the headings under which they stand."""
+    begins = {name: heading for kind in settings.__mro__[::-1] for name, heading in _own_sections(kind).items()}
+    section = None
     for name, field in settings.model_fields.items():
-        variants = _variants(field)
-        if variants:
-            yield from _variant_flags(name, field, variants)
-        else:
-            yield _Flag(name, {**_type_of(field.annotation), "help": _help(field, name in required)})
+        section = begins.get(name, section)
+        heading = f"{when.capitalize()}: {section.lower()}" if section and when else section
+        for flag in _flags_of(name, field, name in required, when):
+            yield replace(flag, section=heading)
 
 
-def _variant_flags(name: str, field: FieldInfo, variants: dict[str, type[Settings]]) -> Iterator[_Flag]:
-    """One flag chooses the kind; every setting of every kind is a flag of its own."""
-    yield _Flag(name, {"type": _Listed(list(variants)), "help": _help(field, required=False)})
+def _own_sections(kind: type) -> Mapping[str, str]:
+    sections: Mapping[str, str] = vars(kind).get("help_sections", {})
+    return sections
+
+
+def _flags_of(name: str, field: FieldInfo, required: bool, when: str) -> Iterator[_Flag]:
+    """Yield a setting's flag; of a choice, one for the kind, and one for every setting of every kind."""
+    variants = _variants(field)
+    if not variants:
+        yield _Flag(name, _about(field), _facts(field, required, when), _type_of(field.annotation))
+        return
+    yield _Flag(name, _about(field), _facts(field, required, when), {"type": _Listed(list(variants))})
     for inner in dict.fromkeys(inner for kind in variants.values() for inner in kind.model_fields if inner != _TAG):
-        holders = {kind: settings for kind, settings in variants.items() if inner in settings.model_fields}
-        about = next(iter(holders.values())).model_fields[inner]
+        holders = {kind: one.model_fields[inner] for kind, one in variants.items() if inner in one.model_fields}
+        about = next(iter(holders.values()))
         whose = "" if len(holders) == len(variants) else f"{'/'.join(holders)}: "
-        text = f"{whose}{_help(about, required=False)}{_other_defaults(inner, holders)}"
-        yield _Flag(inner, {**_type_of(about.annotation), "help": text})
+        facts = _facts(about, False, f"with {' or '.join(holders)}") + _other_defaults(holders)
+        yield _Flag(inner, f"{whose}{_about(about)}", facts, _type_of(about.annotation))
 
 
-def _other_defaults(name: str, holders: Mapping[str, type[Settings]]) -> str:
-    """Return what the default is for the kinds that have another one than the first, to go after its help."""
-    first, *others = [(kind, holder.model_fields[name].default) for kind, holder in holders.items()]
-    different = [
-        f"{kind}: {default}" for kind, default in others if None not in (default, first[1]) and default != first[1]
-    ]
-    return f" [default of {', '.join(different)}]" if different else ""
+def _other_defaults(holders: Mapping[str, FieldInfo]) -> str:
+    """Return the defaults of the kinds that have another one than the first, to go after that."""
+    first, *others = [(kind, field.default) for kind, field in holders.items()]
+    different = {kind: default for kind, default in others if None not in (default, first[1]) and default != first[1]}
+    if not different:
+        return ""
+    own = "default: off" if first[1] is False else ""  # which is not told by itself
+    return "; ".join([own, *(f"with {kind}: {_shown(default)}" for kind, default in different.items())])
 
 
 def _merge_variant(
@@ -219,14 +245,26 @@ def _type_of(annotation: Any) -> dict[str, Any]:
     return {"type": str, "metavar": metavar}
 
 
-def _help(field: FieldInfo, required: bool) -> str:
-    text = " ".join((field.description or "").split()).replace("``", "")
+def _about(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split()).replace("``", "")
+
+
+def _facts(field: FieldInfo, required: bool, when: str) -> str:
+    """Return whether a setting is required, and when, or its default. That a switch is off goes without saying."""
     if required or field.is_required():
-        return f"{text} [required]"
-    default = field.default
-    if default is None or default == () or isinstance(default, Settings):
-        if isinstance(default, Settings):
-            return f"{text} [default: {getattr(default, _TAG)}]"
-        return text
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return f"{text} [default: {shown}]"
+        return f"required {when}".rstrip()
+    shown = "" if field.default is False else _shown(field.default)
+    return f"default: {shown}" if shown else ""
+
+
+def _shown(default: Any) -> str:
+    """Return a default as it would be typed; nothing where there is none."""
+    if isinstance(default, Settings):
+        return str(getattr(default, _TAG))
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
+    if isinstance(default, int):
+        return f"{default:_}" if default >= 10_000 else str(default)
+    return "" if default is None else str(default)

@@ -10,12 +10,13 @@ import click
 
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand
 from tailrace.pipeline.task import stage as task
 from tailrace.pipeline.task.stage import TaskSettings
 from tailrace.pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER, Curve, Ranked
 
 
-@click.command("task")
+@click.command("task", cls=SectionCommand)
 @click.argument("prompts", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--transcoder",

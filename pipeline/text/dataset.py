@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -26,6 +26,8 @@ __all__ = ["Document", "DocumentReader", "DocumentStream", "TextSettings", "open
 
 class TextSettings(Settings):
     """Which text is read, and in which order."""
+
+    help_sections: ClassVar = {"dataset": "Text"}
 
     dataset: str
     """Name of a dataset on the Hugging Face hub, or a local file, folder or quoted pattern of .txt, .jsonl, .json or

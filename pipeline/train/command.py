@@ -13,6 +13,7 @@ import click
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings_together, setting_fields, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand, option, running
 from tailrace.pipeline.train import cross_layer, sweep
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train.grid import Point, expand, read_grid
@@ -25,26 +26,29 @@ from tailrace.training.cross_layer.artifact import read_cross_layer_manifest
 from tailrace.training.loop.loggers import build_loggers
 from tailrace.training.loop.settings import TrainSettings
 
+other_way = partial(option, section="Other ways to train")
+logged = partial(option, section="Logging and scoring")
 YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.command("train")
+@click.command("train", cls=SectionCommand)
 @click.argument("cache", type=options.ARTIFACT, required=False)
 @options.out
+@other_way("--live", is_flag=True, help="Train on rows straight from --model on --dataset, without a CACHE.")
+@other_way("--sweep", "sweeps", multiple=True, metavar="NAME=VALUE,…", help="Train a run per value. Repeatable.")
+@other_way("--sweep-file", type=YAML_FILE, help="YAML: settings with lists of values, or a list of runs.")
+@other_way("--from", "start_from", type=options.ARTIFACT, help="Transcoder to start from, of the same shape.")
 @settings_options(
     TrainSettings,
-    also={"": ModelScoreSettings, "with --live: ": LiveSettings},
+    also={"": ModelScoreSettings, "with --live": LiveSettings},
     notes={"model": "With a CACHE: where its model lies now, if one is needed and it moved."},
 )
-@click.option("--live", is_flag=True, help="Train on rows straight from --model on --dataset, without a CACHE.")
-@click.option("--sweep", "sweeps", multiple=True, metavar="NAME=VALUE,…", help="Train a run per value. Repeatable.")
-@click.option("--sweep-file", type=YAML_FILE, help="YAML: settings with lists of values, or a list of runs.")
-@click.option("--from", "start_from", type=options.ARTIFACT, help="Transcoder to start from, of the same shape.")
-@click.option("--tensorboard", is_flag=True, help="Log to tensorboard/ in --out as well.")
-@click.option("--wandb", "wandb_project", metavar="PROJECT", help="Log to a project of Weights & Biases as well.")
-@click.option("--fresh", is_flag=True, help="Throw an unfinished run at --out away instead of continuing it.")
-@click.option(
+@logged("--tensorboard", is_flag=True, help="Log to tensorboard/ in --out as well.")
+@logged("--wandb", "wandb_project", metavar="PROJECT", help="Log to a project of Weights & Biases as well.")
+@running("--fresh", is_flag=True, help="Throw an unfinished run at --out away instead of continuing it.")
+@running(
     "--checkpoint-steps",
+    metavar="N",
     type=click.IntRange(min=1),
     default=1000,
     show_default=True,

@@ -11,16 +11,18 @@ import click
 
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.shared.sections import SectionCommand, running
 from tailrace.pipeline.train import layer_set as circuits_model
 from tailrace.pipeline.train.layer_set import TOGETHER_BYTES, CircuitsModelSettings, model_place
 from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome
 
 
-@click.command("circuits-model")
+@click.command("circuits-model", cls=SectionCommand)
 @click.option("--out", "output", type=options.ARTIFACT, default="demo", show_default=True, help="Directory to write.")
 @settings_options(CircuitsModelSettings)
-@click.option(
+@running(
     "--together",
+    metavar="N",
     type=click.IntRange(min=1),
     help=f"Transcoders trained side by side; by default as many as {TOGETHER_BYTES >> 30} GiB holds.",
 )

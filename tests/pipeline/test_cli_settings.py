@@ -43,18 +43,19 @@ def test_help_lists_every_setting_with_its_description_and_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, settings: type[Settings]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    answer = command(capsys, name, "--help")
+    answer = command(capsys, name, "--help-all")
     text = " ".join(answer.out.split())
     assert answer.code == 0
     for field, about in settings.model_fields.items():
         described = " ".join((about.description or "").split()).replace("``", "")
         assert described, f"{field} has no description"
-        assert f"--{field.replace('_', '-')} " in text
+        flag = f"--[no-]{field}" if about.annotation is bool else f"--{field}"
+        assert f"{flag.replace('_', '-')} " in text
         assert described.split(". ")[0].rstrip(".") in text, field
         if about.is_required():
             assert re.search(rf"--{field.replace('_', '-')} \S+ [^\[]*\[required\]", text), field
         elif isinstance(about.default, int | float) and not isinstance(about.default, bool):
-            assert f"[default: {about.default}]" in text
+            assert f"[default: {about.default}]" in text or f"[default: {about.default:_}]" in text
 
 
 def test_several_default_values_are_shown_as_they_are_given(
@@ -68,11 +69,11 @@ def test_settings_of_every_architecture_are_flags_that_say_whose_they_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    text = " ".join(command(capsys, "train", "--help").out.split())
+    text = " ".join(command(capsys, "train", "--help-all").out.split())
     assert "--architecture [topk|batch_topk|jumprelu|relu|gated|matryoshka" in text
     assert re.search(r"--k N [^-]*topk[^:]*: ", text)
-    assert "--skip / --no-skip Add a linear path" in text  # every architecture has it
-    assert re.search(r"--input-bias [^\[]*\[default: False\] \[default of relu: True\]", text)
+    assert "--[no-]skip Add a linear path" in text  # every architecture has it
+    assert "(it is folded into the encoder when the transcoder is saved). [default: off; with relu: on]" in text
     settings = read(TrainSettings, "--architecture", "topk", "--k", "7", "--steps", "1e3")
     assert (settings.architecture.kind, settings.architecture.k, settings.steps) == ("topk", 7, 1000)
     assert read(TrainSettings, "--k", "7").architecture.k == 7
@@ -94,8 +95,8 @@ def test_help_of_train_says_what_a_model_is_beside_a_cache(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    text = " ".join(command(capsys, "train", "--help").out.split())
-    assert re.search(r"--model TEXT with --live: [^-]*\[required\] With a CACHE: where its model lies now", text)
+    text = " ".join(command(capsys, "train", "--help-all").out.split())
+    assert re.search(r"--model TEXT [^-]* With a CACHE: where its model lies now[^\[]*\[required with --live\]", text)
 
 
 REQUIRED = ["--model", "gpt2", "--dataset", "text.jsonl", "--layers", "8", "--tokens"]
@@ -115,7 +116,7 @@ REQUIRED = ["--model", "gpt2", "--dataset", "text.jsonl", "--layers", "8", "--to
 def test_what_rows_from_a_model_need_comes_before_what_may_be_left_out(
     capsys: pytest.CaptureFixture[str], name: str, needed: list[str], others: list[str]
 ) -> None:
-    flags = re.findall(r"^  (--[a-z-]+)", command(capsys, name, "--help").out, re.M)
+    flags = re.findall(r"^  (--[a-z-]+)", command(capsys, name, "--help-all").out, re.M)
     assert [flag for flag in flags if flag in needed] == needed
     assert flags.index("--hooks") < min(flags.index(flag) for flag in others)
 

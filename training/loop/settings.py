@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -21,6 +21,25 @@ from tailrace.training.rows.normalisation import NormalisationKind
 
 class TrainSettings(Settings):
     """Settings of ``pipeline train``."""
+
+    help_sections: ClassVar = {
+        "site": "What to learn",
+        "epochs": "How long",
+        "lr": "Optimiser",
+        "normalisation": "Rows and loss",
+        "bias_init": "First weights",
+        "auxiliary": "Dead features",
+        "connection": "Connections",
+        "kernel": "Speed",
+        "log_every": "Logging and scoring",
+        "dead_after_steps": "Dead features",
+        "keep_best": "Logging and scoring",
+        "seed": "Random numbers",
+    }
+    help_basics: ClassVar = (
+        *("site", "architecture", "k", "expansion", "d_sae"),
+        *("epochs", "rows", "batch_rows", "lr", "auxiliary"),
+    )
 
     site: str | None = None
     """Site of the cache to train on, e.g. layer8; may be left out if the cache has only one."""
