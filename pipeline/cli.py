@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import sys
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import click
 from click.shell_completion import CompletionItem
 
+from tailrace.pipeline.shared.sections import write_sections
 from tailrace.storage.errors import ActionableError
 
 
@@ -20,50 +22,72 @@ class Command(NamedTuple):
     line: str
 
 
-COMMANDS = {
-    "cache": Command(
-        "tailrace.pipeline.cache.command", "Text in, a shuffled on-disk cache of MLP inputs and outputs out."
-    ),
-    "extend": Command("tailrace.pipeline.cache.command_extend", "Add rows to a cache."),
-    "widen": Command("tailrace.pipeline.cache.command_widen", "Add layers to a cache, for the same rows."),
-    "shuffle": Command(
-        "tailrace.pipeline.cache.command_shuffle", "Write one epoch's order as sequential shards (optional)."
-    ),
-    "verify": Command("tailrace.pipeline.cache.command_verify", "Check bytes, pairs and shuffle of a cache."),
-    "info": Command("tailrace.pipeline.artifacts.info_command", "Show any artifact at a glance."),
-    "train": Command("tailrace.pipeline.train.command", "Train a transcoder from a cache, without the language model."),
-    "analyze": Command("tailrace.pipeline.analyze.command", "Turn a transcoder into tables of features and examples."),
-    "evaluate": Command(
-        "tailrace.pipeline.evaluate.command", "Run the language model with transcoders in place of its MLPs."
-    ),
-    "pareto": Command(
-        "tailrace.pipeline.evaluate.command_pareto", "Draw L0 against FVU or CE recovered of many transcoders."
-    ),
-    "export": Command(
-        "tailrace.pipeline.formats.command_export", "Write transcoders and tables in the formats of other tools."
-    ),
-    "import": Command("tailrace.pipeline.formats.command_import", "Take over a transcoder that another tool made."),
-    "blind": Command("tailrace.pipeline.blind.command", "Judge features without knowing whose they are."),
-    "query": Command("tailrace.pipeline.query.command", "Ask tables, a sweep or an evaluation in SQL."),
-    "score": Command("tailrace.pipeline.score.command", "Show what features make of a text, token by token."),
-    "circuit": Command("tailrace.pipeline.circuit.command", "Explain a feature or a predicted token on one prompt."),
-    "task": Command("tailrace.pipeline.task.command", "Find the features that do a task, from prompts with answers."),
-    "circuits-model": Command(
-        "tailrace.pipeline.train.command_layer_set", "Train a transcoder for every layer of a model."
-    ),
-    "dashboard": Command("tailrace.pipeline.dashboard.command", "Write a static site of feature pages."),
-    "serve": Command(
-        "tailrace.pipeline.dashboard.command_serve", "Show a dashboard over HTTP, or tables without making one."
-    ),
-    "demo": Command("tailrace.pipeline.demo.command", "Run everything on a small real model and show the result."),
+GROUPS = {
+    "Data": {
+        "cache": Command(
+            "tailrace.pipeline.cache.command", "Text in, a shuffled on-disk cache of MLP inputs and outputs out."
+        ),
+        "extend": Command("tailrace.pipeline.cache.command_extend", "Add rows to a cache."),
+        "widen": Command("tailrace.pipeline.cache.command_widen", "Add layers to a cache, for the same rows."),
+        "shuffle": Command(
+            "tailrace.pipeline.cache.command_shuffle", "Write one epoch's order as sequential shards (optional)."
+        ),
+        "verify": Command("tailrace.pipeline.cache.command_verify", "Check bytes, pairs and shuffle of a cache."),
+        "info": Command("tailrace.pipeline.artifacts.info_command", "Show any artifact at a glance."),
+    },
+    "Train": {
+        "train": Command(
+            "tailrace.pipeline.train.command", "Train a transcoder from a cache, without the language model."
+        ),
+        "circuits-model": Command(
+            "tailrace.pipeline.train.command_layer_set", "Train a transcoder for every layer of a model."
+        ),
+    },
+    "Look": {
+        "analyze": Command(
+            "tailrace.pipeline.analyze.command", "Turn a transcoder into tables of features and examples."
+        ),
+        "query": Command("tailrace.pipeline.query.command", "Ask tables, a sweep or an evaluation in SQL."),
+        "dashboard": Command("tailrace.pipeline.dashboard.command", "Write a static site of feature pages."),
+        "serve": Command(
+            "tailrace.pipeline.dashboard.command_serve", "Show a dashboard over HTTP, or tables without making one."
+        ),
+        "score": Command("tailrace.pipeline.score.command", "Show what features make of a text, token by token."),
+    },
+    "Explain": {
+        "evaluate": Command(
+            "tailrace.pipeline.evaluate.command", "Run the language model with transcoders in place of its MLPs."
+        ),
+        "pareto": Command(
+            "tailrace.pipeline.evaluate.command_pareto", "Draw L0 against FVU or CE recovered of many transcoders."
+        ),
+        "circuit": Command(
+            "tailrace.pipeline.circuit.command", "Explain a feature or a predicted token on one prompt."
+        ),
+        "task": Command(
+            "tailrace.pipeline.task.command", "Find the features that do a task, from prompts with answers."
+        ),
+        "blind": Command("tailrace.pipeline.blind.command", "Judge features without knowing whose they are."),
+    },
+    "Exchange": {
+        "export": Command(
+            "tailrace.pipeline.formats.command_export", "Write transcoders and tables in the formats of other tools."
+        ),
+        "import": Command("tailrace.pipeline.formats.command_import", "Take over a transcoder that another tool made."),
+    },
+    "Try": {
+        "demo": Command("tailrace.pipeline.demo.command", "Run everything on a small real model and show the result."),
+    },
 }
+"""Every command, under the heading that it stands under."""
+COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 
 
 class LazyGroup(click.Group):
     """Loads a command's module only when the command is used: `pipeline query` needs no torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Return the commands in the order data flows through them."""
+        """Return the commands in the order of their groups."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
@@ -76,7 +100,7 @@ class LazyGroup(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Find the command that was typed; a wrong name is answered with the right ones."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise click.UsageError(f"no command {args[0]!r}; there are {', '.join(COMMANDS)}", ctx)
+            raise click.UsageError(_no_command(args[0]), ctx)
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -89,8 +113,15 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Write the list of commands without loading any."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, command.line) for name, command in COMMANDS.items()])
+        lines = {group: [(name, one.line) for name, one in commands.items()] for group, commands in GROUPS.items()}
+        write_sections(lines, formatter)
+
+
+def _no_command(typed: str) -> str:
+    """Return what to say to a name that no command has: the nearest ones, then all."""
+    near = " or ".join(difflib.get_close_matches(typed, COMMANDS, n=2))
+    lines = [f"  {group}: {', '.join(commands)}" for group, commands in GROUPS.items()]
+    return "\n".join([f"no command {typed!r}; {f'did you mean {near}? There' if near else 'there'} are", *lines])
 
 
 # help is as wide as the terminal: click would stop at 80

@@ -1,4 +1,4 @@
-"""Help: what people change first, all else under headings, as wide as the terminal."""
+"""Help: what people change first, all else under headings, as wide as the terminal; commands in groups."""
 
 from __future__ import annotations
 
@@ -146,3 +146,27 @@ def test_help_is_as_wide_as_the_terminal(
     monkeypatch.setenv("COLUMNS", str(columns))
     options = command(capsys, "cache", "--help").out.partition("Basics:")[2]
     assert least <= max(map(len, options.splitlines())) <= columns
+
+
+def test_the_list_of_commands_is_in_groups_that_hold_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    text = command(capsys, "--help").out
+    assert re.findall(r"^(\w+):", text, re.M)[2:] == list(cli.GROUPS)
+    assert re.findall(r"^  ([a-z][\w-]*)  ", text, re.M) == list(cli.COMMANDS)
+    assert sum(map(len, cli.GROUPS.values())) == len(cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("trian", "no command 'trian'; did you mean train? There are\n  Data: cache, extend, "),
+        ("evalute", "did you mean evaluate?"),
+        ("xyz", "no command 'xyz'; there are\n  Data: cache, "),
+    ],
+)
+def test_a_mistyped_command_is_answered_with_the_nearest_one(
+    capsys: pytest.CaptureFixture[str], typed: str, said: str
+) -> None:
+    answer = command(capsys, typed)
+    assert answer.code == 2
+    assert said in answer.err
+    assert all(name in answer.err for name in cli.COMMANDS)
