@@ -56,7 +56,7 @@ def test_nothing_listens_while_workers_run(tmp_path: Path) -> None:
 
 def test_a_task_that_costs_every_worker_it_gets_ends_as_one_sentence() -> None:
     with (
-        pytest.raises(SettingsError, match="3 worker processes in a row .*code 1.*__main__"),
+        pytest.raises(SettingsError, match=r"3 worker processes in a row .*code 1.*__main__"),
         open_workers(1) as submit,
     ):
         submit(os._exit, 1).result()
