@@ -1,4 +1,4 @@
-"""Which format of each kind of artifact this version writes, and the refusal of what later versions write.
+"""Kinds of artifacts, the format of each that this version writes, and the refusal of what later versions write.
 
 A format is raised when the readers of the one before could not read the new one; see *Versions* in docs/format.md.
 """
@@ -29,6 +29,19 @@ ARTIFACT_FORMATS = {
     "export": 1,
 }
 """The newest format of each kind, which is written; every one that a release wrote is read."""
+
+TABLES_KIND = "tables"
+"""What ``pipeline analyze`` publishes. Its readers need no torch, which making it does."""
+CROSS_LAYER_KIND = "cross_layer_transcoder"
+"""One transcoder over several layers."""
+FOR_ONE_LAYER_ONLY = {
+    CROSS_LAYER_KIND: (
+        "tables, scores and tasks are of one layer each; pipeline analyze makes tables of every layer of a cross-layer "
+        "transcoder, which can also be given to pipeline evaluate, pipeline circuit, and pipeline export --to "
+        "circuit-tracer"
+    )
+}
+"""What to say, by the kind that was given, where a transcoder of one layer, or tables, are wanted."""
 
 
 def refuse_newer(path: Path, kind: str, record: Mapping[str, Any]) -> None:

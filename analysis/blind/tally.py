@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from tailrace.analysis.harvest.frequency import wilson_interval
+from tailrace.analysis.harvest.histogram import wilson_interval
 
 Verdict = Literal["yes", "maybe", "no"]
 VERDICTS: tuple[Verdict, ...] = ("yes", "maybe", "no")

@@ -17,8 +17,7 @@ from tailrace.analysis.circuits.contributions import Terms
 from tailrace.analysis.circuits.influence import Pruned
 from tailrace.analysis.circuits.nodes import KINDS, Kind, Node
 from tailrace.analysis.circuits.path_graph import PathGraph
-from tailrace.analysis.circuits.path_text import show_path
-from tailrace.analysis.circuits.paths import Path
+from tailrace.analysis.circuits.paths import Path, show_path
 from tailrace.analysis.circuits.roots import Root
 
 JSON = dict[str, Any]

@@ -14,8 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tailrace.analysis.dashboards.feature_tables import feature_slices
-from tailrace.analysis.dashboards.rounding import rounded_list
-from tailrace.analysis.dashboards.vocabulary import Vocabulary
+from tailrace.analysis.dashboards.values import Vocabulary, rounded_list
 
 COLUMNS = (
     *("feature", "kind", "band", "activation", "document", "context", "position"),

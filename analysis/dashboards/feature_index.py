@@ -12,8 +12,7 @@ import pyarrow.compute as pc
 from tailrace.analysis.dashboards.example_lines import top_tokens
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.analysis.dashboards.histograms import first_bin, shared_axis, sparkline
-from tailrace.analysis.dashboards.rounding import rounded_list
-from tailrace.analysis.dashboards.vocabulary import Vocabulary
+from tailrace.analysis.dashboards.values import Vocabulary, rounded_list
 
 TOKENS_SHOWN = 8
 """Distinct tokens listed per feature, and as many that it promotes."""

@@ -5,20 +5,17 @@ A part that the tables do not have is None in the record, and its section is lef
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tailrace.analysis.dashboards.bands import bands_of
-from tailrace.analysis.dashboards.connection_lists import connection_lists
 from tailrace.analysis.dashboards.example_lines import COLUMNS, example_lines
 from tailrace.analysis.dashboards.feature_tables import FeatureTables, feature_slices
-from tailrace.analysis.dashboards.histograms import page_histogram
-from tailrace.analysis.dashboards.rounding import rounded, rounded_list
-from tailrace.analysis.dashboards.vocabulary import Vocabulary
+from tailrace.analysis.dashboards.histograms import bands_of, page_histogram
+from tailrace.analysis.dashboards.values import Vocabulary, rounded, rounded_list
 
 STATISTICS = (
     *("frequency", "frequency_low", "frequency_high", "n_active", "mean", "std", "max", "p10", "p50", "p90", "p99"),
@@ -156,3 +153,56 @@ def _logits(row: Row, vocabulary: Vocabulary) -> dict[str, Any] | None:
     if row.get("logit_histogram") is not None:
         histogram = {"counts": row["logit_histogram"], "edges": rounded_list(row["logit_histogram_edges"])}
     return {**ends, "histogram": histogram}
+
+
+def connection_lists(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the lists of one feature, from its rows of the table ``connections``.
+
+    ``tokens``: ``top`` and ``bottom`` de-embeddings, each [token, weight]; ``heads``: [layer, head, norm], the
+    strongest first; ``head_tokens``: ``top`` de-embeddings through a ``layer`` and ``head``; ``later``: by ``layer``
+    and ``site``, ``top`` and ``bottom`` features that it writes to, each [feature, weight].
+    """
+    heads = sorted(_of(rows, "head"), key=_rank)
+    strength = {(row["layer"], row["head"]): row["rank"] for row in heads}
+    through = _grouped(_of(rows, "head_token"), "layer", "head")
+    later = _grouped(_of(rows, "feature"), "layer", "site")
+    return {
+        "tokens": _ends(_of(rows, "token"), lambda row: _place(row, vocabulary)),
+        "heads": [[row["layer"], row["head"], rounded(row["weight"])] for row in heads],
+        "head_tokens": [
+            {"layer": layer, "head": head, "top": _ends(own, lambda row: _place(row, vocabulary))["top"]}
+            for (layer, head), own in sorted(through.items(), key=lambda entry: strength[entry[0]])
+        ],
+        "later": [
+            {"layer": layer, "site": site, **_ends(own, lambda row: row["other"])}
+            for (layer, site), own in sorted(later.items())
+        ],
+    }
+
+
+def _of(rows: Sequence[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def _grouped(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in keys), []).append(row)
+    return found
+
+
+def _rank(row: Row) -> int:
+    return int(row["rank"])
+
+
+def _place(row: Row, vocabulary: Vocabulary) -> int:
+    return vocabulary.place(row["token"] or "")
+
+
+def _ends(rows: Sequence[Row], name: Callable[[Row], int]) -> dict[str, list[list[Any]]]:
+    """Split rows by rank: those from 0 on fall from the largest weight, those from -1 down rise from the least."""
+    top = sorted((row for row in rows if row["rank"] >= 0), key=_rank)
+    bottom = sorted((row for row in rows if row["rank"] < 0), key=_rank, reverse=True)
+    return {
+        end: [[name(row), rounded(row["weight"])] for row in own] for end, own in (("top", top), ("bottom", bottom))
+    }

@@ -17,11 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tailrace.analysis.tables_artifact import TABLES_KIND
 from tailrace.storage.artifact import read_manifest
+from tailrace.storage.formats import FOR_ONE_LAYER_ONLY, TABLES_KIND
 from tailrace.storage.names import inside
 from tailrace.storage.tables import read_schema, read_table
-from tailrace.training.artifact_kinds import FOR_ONE_LAYER_ONLY
 
 KIND = TABLES_KIND
 """The kind of artifact read."""

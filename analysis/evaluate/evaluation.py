@@ -10,26 +10,48 @@ ablating every head where the site is one of them, gives numbers that look like 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tailrace.analysis.evaluate.attention_patterns import SitePattern, pattern_of
-from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
+from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_token_losses, pattern_divergences
 from tailrace.analysis.evaluate.splice_scores import Outcome, SpliceScore
+from tailrace.analysis.harvest.table import record_batch
 from tailrace.analysis.splice.hook_points import observed
 from tailrace.analysis.splice.in_place import InPlaceCoder, InPlaceSums, Measured
 from tailrace.analysis.splice.replacement import MeanAblated, Substitute, ZeroAblated, run_replaced
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import NonFiniteActivation
+from tailrace.storage.hook_names import HookName
+from tailrace.storage.tables import column
 
 ALL_SITES = "all sites"
 """Name of the set of every site; no site can be called that, since names have no spaces."""
+
+_QUERIES_OR_KEYS = re.compile(r"(blocks\.\d+\.attn)\.(?:hook_(?:rot_)?[qk]|[qk]\.hook_out)")
+TOKEN_SCHEMA = pa.schema(
+    [
+        column("sites", pa.string(), "the site that is replaced, or 'all sites' for all of them together"),
+        column("context", pa.uint32(), "context of the cache's split"),
+        column("position", pa.int32(), "position the prediction is made at, within the context", unit="tokens"),
+        column("token_id", pa.int32(), "token at that position"),
+        column("next_token_id", pa.int32(), "token at the next position, the one to be predicted"),
+        column(
+            "replaced", pa.bool_(), "whether outputs at this position are replaced; elsewhere only earlier ones are"
+        ),
+        column("ce_original", pa.float64(), "−log p(next token) of the model itself", unit="nats"),
+        column("ce_spliced", pa.float64(), "−log p(next token) with transcoders in place", unit="nats"),
+        column("delta", pa.float64(), "ce_spliced − ce_original", unit="nats"),
+        column("kl", pa.float64(), "KL(original ‖ spliced) of the distributions of the next token", unit="nats"),
+    ]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +96,10 @@ class Evaluation:
 
     def __init__(self, bridge: Any, spliced: Sequence[SplicedSite], *, only_together: bool = False) -> None:
         self._bridge = bridge
-        self._patterns: dict[str, SitePattern] = {
-            one.site.name: pattern for one in spliced if (pattern := pattern_of(one.site, bridge.hook_dict)) is not None
+        self._patterns: dict[str, _SitePattern] = {
+            one.site.name: pattern
+            for one in spliced
+            if (pattern := _pattern_of(one.site, bridge.hook_dict)) is not None
         }
         self._sets = [] if only_together else [_SetSums(one.site.name, [one]) for one in spliced]
         if len(spliced) > 1:
@@ -212,3 +236,47 @@ def _deltas(name: str, batch: ContextBatch, before: Tensor, after: Tensor, diver
         ce_spliced=after.numpy().ravel(),
         kl=divergences.numpy().ravel(),
     )
+
+
+class _SitePattern(NamedTuple):
+    """The attention pattern that a site's queries or keys decide."""
+
+    hook: str
+    """Where it passes, (contexts, heads, destinations, sources)."""
+    point: str
+    """The site's own hook point, (contexts, positions, heads, d_head)."""
+    head: int | None
+
+    @property
+    def hooks(self) -> tuple[str, str]:
+        """What to observe in a run."""
+        return self.hook, self.point
+
+    def divergences(self, original: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Tensor:
+        """Return KL(original ‖ changed), float64 (contexts, heads, destinations), of the heads that the site serves.
+
+        Both hold what ``hooks`` saw. That is the site's own head, or the group that shares its keys, or all of them.
+        """
+        before, after = original[self.hook], changed[self.hook]
+        if self.head is not None:
+            # Keys of grouped attention have fewer heads than patterns: each serves as many, side by side.
+            served = before.shape[1] // original[self.point].shape[2]
+            heads = slice(self.head * served, (self.head + 1) * served)
+            before, after = before[:, heads], after[:, heads]
+        return pattern_divergences(before, after)
+
+
+def _pattern_of(site: Site, points: Mapping[str, Any]) -> _SitePattern | None:
+    """Return the pattern that ``site`` writes to; None unless its output hook holds queries or keys."""
+    hook = HookName.parse(site.hook_out)
+    match = _QUERIES_OR_KEYS.fullmatch(hook.point)
+    if match is None or f"{match[1]}.hook_pattern" not in points:
+        return None
+    return _SitePattern(f"{match[1]}.hook_pattern", hook.point, hook.head)
+
+
+def token_rows(deltas: TokenDeltas) -> pa.RecordBatch:
+    """Return the rows of a batch, context by context and position by position."""
+    columns = {**deltas._asdict(), "delta": deltas.ce_spliced - deltas.ce_original}
+    columns["sites"] = np.full(len(deltas.context), deltas.sites)
+    return record_batch(TOKEN_SCHEMA, columns)

@@ -7,8 +7,10 @@ sorting: 12 bytes for each of ``SORTED_PAIRS`` pairs. Scratch space: 16 bytes a 
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
-from typing import Final, NamedTuple, Self
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +19,8 @@ from tailrace.analysis.harvest import loops
 from tailrace.analysis.harvest.block import Block, FeaturePairs
 from tailrace.analysis.harvest.one_pass import Plan, Subject
 from tailrace.analysis.harvest.rows import RowBlock
-from tailrace.analysis.harvest.scratch_files import Spool
 from tailrace.analysis.harvest.table import feature_ranges
+from tailrace.storage.artifact import is_disk_refusal, make_directory, storage_refused
 
 RECORD: Final = np.dtype([("row", np.uint32), ("feature", np.uint32), ("activation", np.float32)])
 LAST_ROW: Final = 2**32 - 1
@@ -44,7 +46,7 @@ class FeatureLists(NamedTuple):
 class KeptPairs:
     """Accumulator of the pairs of the first ``n_rows`` rows, short of a context that does not end there."""
 
-    def __init__(self, d_sae: int, n_rows: int, spool: Spool) -> None:
+    def __init__(self, d_sae: int, n_rows: int, spool: _Spool) -> None:
         self._limit = min(n_rows, LAST_ROW)
         self._spools = [spool]
         self.n_rows = 0
@@ -55,7 +57,7 @@ class KeptPairs:
     @classmethod
     def start(cls, subject: Subject, plan: Plan, first_unit: int) -> Self:  # noqa: ARG003 - an accumulator's signature
         """Return an empty accumulator."""
-        return cls(subject.coder.d_sae, plan.activation_rows, Spool(subject.scratch))
+        return cls(subject.coder.d_sae, plan.activation_rows, _Spool(subject.scratch))
 
     def add(self, block: Block) -> None:
         """Put a block's pairs aside. Raises StorageFull if the disk refuses."""
@@ -190,3 +192,45 @@ def _of_first_rows(pairs: FeaturePairs, n_rows: int, of_rows: int) -> FeaturePai
 
 def _name(features: range) -> str:
     return f"pairs-{features.start:06}"
+
+
+class _Spool:
+    """Named sequences of items that only grow. Each spool has files of its own, even two of the same work.
+
+    They lie in a folder, which the pages of the system's file cache serve; or in memory where no folder is given. A
+    spool that was pickled still reads what it wrote, as long as its folder is there.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = None if folder is None else folder / uuid.uuid4().hex
+        self._in_memory: dict[str, list[NDArray[Any]]] = {}
+
+    def append(self, name: str, items: NDArray[Any]) -> None:
+        """Add items at the end of ``name``. Raises StorageFull if the disk refuses."""
+        if self._folder is None:
+            self._in_memory.setdefault(name, []).append(items.copy())
+            return
+        if not len(items):
+            return
+        path = self._folder / name
+        make_directory(self._folder)
+        try:
+            # opened anew for every block, some seconds apart: no file is left open by whatever ends the pass
+            with path.open("ab") as file:
+                file.write(np.ascontiguousarray(items).view(np.uint8).data)
+        except OSError as error:
+            if is_disk_refusal(error):
+                raise storage_refused(error, path) from error
+            raise
+
+    def read(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return all items of ``name``, none if nothing was ever added; not to be written to."""
+        if self._folder is None:
+            parts = self._in_memory.get(name, [])
+            found = np.concatenate(parts) if parts else np.empty(0, dtype)
+        elif (path := self._folder / name).exists() and path.stat().st_size:
+            found = np.asarray(np.memmap(path, dtype, mode="r"))
+        else:
+            found = np.empty(0, dtype)
+        found.flags.writeable = False  # whatever it comes from, so that loops are compiled for one kind of array
+        return found

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tailrace.analysis.harvest import loops
 from tailrace.analysis.harvest.activations import FeatureLists, KeptPairs
-from tailrace.training.kernels.threads import over_ranges
+from tailrace.training.kernels.loops import over_ranges
 
 N_TOP: Final = 10
 """Others named for each feature."""

@@ -32,6 +32,9 @@ BIN_OF_CELL: Final = np.searchsorted(_INNER, np.nan_to_num(_CELL_STARTS, nan=np.
 HIGH_EDGE: Final[NDArray[np.float32]] = np.append(_INNER, np.float32(np.inf))
 """(bins,) the high edge of each bin, infinity for the last, which values beyond the range count in."""
 
+_Z_95: Final = 1.959963984540054
+"""The standard normal's 97.5th percentile."""
+
 
 def find_bins(values: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the bin of every (positive, finite) value.
@@ -62,3 +65,20 @@ def quantiles(
         alive = totals > 0
         found[alive, index] = np.minimum(middles[bins[alive]], largest[alive])
     return found
+
+
+def wilson_interval(
+    n_hits: NDArray[np.int64], n_trials: int, z: float = _Z_95
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return both ends (n,) of the Wilson score interval of shares ``n_hits`` (n,) / ``n_trials``.
+
+    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), from Wilson 1927; unlike the plain one it is sensible for
+    shares near 0. Trials are taken as independent, which neighbouring tokens are not: it is a lower bound of doubt.
+    """
+    share = n_hits / n_trials
+    center = share + z * z / (2 * n_trials)
+    spread = z * np.sqrt(share * (1 - share) / n_trials + (z / (2 * n_trials)) ** 2)
+    scale = 1 + z * z / n_trials
+    low = np.where(n_hits == 0, 0.0, (center - spread) / scale)
+    high = np.where(n_hits == n_trials, 1.0, (center + spread) / scale)
+    return low, high

@@ -203,7 +203,7 @@ def pick_by_hash(
 ) -> None:
     """Write each feature's pairs of smallest hash: ``n_band`` of every band, then ``n_random`` of all; −1 for none.
 
-    A pair's hash is ``tailrace.analysis.harvest.sampled_examples.mixed(keys[feature] + row)``. Band b holds the values
+    A pair's hash is ``tailrace.analysis.harvest.examples.mixed(keys[feature] + row)``. Band b holds the values
     in (maximum · b / n_bands, maximum · (b + 1) / n_bands]. ``hashes`` (as long as a row of ``picks``) is overwritten.
     """
     filled = np.zeros(n_bands + 1, np.int64)

@@ -10,11 +10,14 @@ long pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tailrace.storage.activation_cache import ActivationCache
 
 
 class TokenOrderSplit(Protocol):
@@ -193,3 +196,44 @@ def block_edges(contexts: NDArray[np.generic], block_rows: int) -> list[int]:
         last_fitting_end = np.searchsorted(ends, edges[-1] + block_rows, side="right") - 1
         edges.append(int(ends[max(first_end, last_fitting_end)]))
     return edges
+
+
+def tokens_of(split: TokenOrderSplit, contexts: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return (n, context_length) the token ids of contexts, which may repeat."""
+    distinct, place = np.unique(contexts, return_inverse=True)
+    return split.context_tokens(distinct)[place]
+
+
+def tokens_at(split: TokenOrderSplit, contexts: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return (n,) the token id at each position."""
+    distinct, place = np.unique(contexts, return_inverse=True)
+    return split.context_tokens(distinct)[place, positions]
+
+
+def documents_at(
+    split: TokenOrderSplit, contexts: NDArray[np.int64], positions: NDArray[np.int64]
+) -> NDArray[np.uint32]:
+    """Return (n,) the id of the document that the token at each position comes from."""
+    distinct, place = np.unique(contexts, return_inverse=True)
+    return split.context_documents(distinct)[place, positions]
+
+
+@dataclass(frozen=True)
+class ShownRows:
+    """Rows of one site in token order, and what tables say of them."""
+
+    split: TokenOrderSplit
+    split_name: str
+    site: str
+    output_mean: NDArray[np.float64]
+    """(d_out,) roughly the mean output."""
+    vocabulary: Sequence[str]
+    """Token id → its text."""
+    cache: ActivationCache | None = None
+    """Where other processes find them; None for rows that only this one has."""
+
+
+def cached_rows(cache: ActivationCache, split_name: str, site: str) -> ShownRows:
+    """Return the rows of a cache's split. Raises ArtifactMismatch if the cache has no such split."""
+    split = cache.split(split_name)
+    return ShownRows(split, split_name, site, split.statistics(site, "out").mean, cache.vocabulary(), cache)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from torch import Tensor
 
+from tailrace.analysis.harvest import loops
 from tailrace.analysis.harvest.activations import KeptPairs, RowPlaces
-from tailrace.analysis.harvest.contexts import tokens_at
 from tailrace.analysis.harvest.examples import Examples, TopExamples
 from tailrace.analysis.harvest.features import N_POSITION_BINS, FeatureTotals
-from tailrace.analysis.harvest.frequency import wilson_interval
-from tailrace.analysis.harvest.histogram import BINS_PER_OCTAVE, EDGES, QUANTILE_RELATIVE_ERROR, quantiles
+from tailrace.analysis.harvest.histogram import (
+    BINS_PER_OCTAVE,
+    EDGES,
+    QUANTILE_RELATIVE_ERROR,
+    quantiles,
+    wilson_interval,
+)
 from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
 from tailrace.analysis.harvest.reconstruction import RowTotals
+from tailrace.analysis.harvest.rows import tokens_at
 from tailrace.analysis.harvest.table import Table, feature_ranges, list_array, record_batch
-from tailrace.analysis.harvest.token_diversity import TokenDiversity
 from tailrace.analysis.tables.activations import are_kept
-from tailrace.analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
-from tailrace.analysis.tables.weight_columns import NOTE as WEIGHT_NOTE
-from tailrace.analysis.tables.weight_columns import WeightColumns
+from tailrace.analysis.weights.extremes import N_NEAREST, Ends, nearest_decoders
+from tailrace.analysis.weights.unembedding import N_BINS, N_TOKENS, TokenEffects
 from tailrace.storage.tables import column
 
 DENSE_FREQUENCY = 0.1
@@ -30,6 +35,56 @@ DENSE_FREQUENCY = 0.1
 
 _PERCENTS = (10, 50, 90, 99)
 _ACTIVATION = "activation"
+
+_EFFECT = "logit per activation"
+
+_WEIGHT_NOTE = (
+    "Effects on the logits are those of the decoder row alone, on its direct path to the unembedding: through the gain "
+    "of the final norm but not through what the norm divides by, which depends on the text. So they compare within a "
+    "feature, and up to a positive factor with what the model's logits move by. They are null where the tables were "
+    "made without the model, and for transcoders whose output is not added to the residual stream.\n\n"
+    "Of a feature of a cross-layer transcoder, the decoder row is the sum of what it writes to its own and all later "
+    "layers, which is what it adds to the residual stream in the end; where a family has a norm behind the MLP, that "
+    "of the feature's own layer is taken for all. So `decoder_norm` is not one: it is small where a feature takes back "
+    "later what it wrote."
+)
+"""For the table's page."""
+
+
+def _tokens(name: str, which: str, order: str) -> tuple[pa.Field, ...]:
+    tokens = f"the {N_TOKENS} tokens whose logits it {which} most, {order}"
+    return (
+        column(f"{name}_token_ids", pa.list_(pa.int32()), tokens, nullable=True),
+        column(f"{name}_tokens", pa.list_(pa.string()), "texts of these tokens", nullable=True),
+        column(f"{name}_logits", pa.list_(pa.float32()), "what it adds to their logits", unit=_EFFECT, nullable=True),
+    )
+
+
+WEIGHT_COLUMNS: tuple[pa.Field, ...] = (
+    column(
+        "nearest_features",
+        pa.list_(pa.int32()),
+        f"the {N_NEAREST} other features whose decoder rows have the largest cosine with its own, nearest first",
+    ),
+    column("nearest_cosines", pa.list_(pa.float32()), "these cosines"),
+    *_tokens("promoted", "raises", "highest first"),
+    *_tokens("suppressed", "lowers", "lowest first"),
+    column(
+        "logit_histogram",
+        pa.list_(pa.int32()),
+        f"tokens of the vocabulary per bin of the effect on their logits, {N_BINS} bins from the least effect to the "
+        "largest",
+        unit="tokens",
+        nullable=True,
+    ),
+    column(
+        "logit_histogram_edges",
+        pa.list_(pa.float32()),
+        "edges of these bins, one more than bins; a bin holds its low edge, the last one its high edge too",
+        unit=_EFFECT,
+        nullable=True,
+    ),
+)
 
 SCHEMA = pa.schema(
     [
@@ -109,8 +164,8 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
     low, high = wilson_interval(totals.n_active, n_rows)
     statistics |= {"frequency_low": low, "frequency_high": high}
     profile = totals.position_frequency()
-    diversity = TokenDiversity(harvest, subject) if are_kept(plan) else None
-    from_weights = WeightColumns(subject.coder.W_dec, subject.effects, subject.vocabulary)
+    diversity = _TokenDiversity(harvest, subject) if are_kept(plan) else None
+    from_weights = _WeightColumns(subject.coder.W_dec, subject.effects, subject.vocabulary)
     for features in feature_ranges(subject.coder.d_sae):
         chosen = slice(features.start, features.stop)
         n_active, counts = totals.n_active[chosen], totals.histogram[chosen]
@@ -130,7 +185,7 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
             "is_dead": is_dead,
             "is_dense": frequency > DENSE_FREQUENCY,
             **_top_tokens(examples, features, subject),
-            **(diversity.of(features) if diversity is not None else TokenDiversity.nulls(len(features))),
+            **(diversity.of(features) if diversity is not None else _TokenDiversity.nulls(len(features))),
             "position_frequency": _profiles(profile[chosen]),
             **from_weights.of(features),
         }
@@ -206,6 +261,69 @@ def _position_edges(harvest: Harvest, subject: Subject, plan: Plan) -> dict[str,
     }
 
 
+class _TokenDiversity:
+    """The columns ``n_token_ids`` and ``token_id_share``, exact over the rows whose pairs are kept."""
+
+    def __init__(self, harvest: Harvest, subject: Subject) -> None:
+        places = harvest[RowPlaces]
+        self._kept = harvest[KeptPairs]
+        self._token_of_row = tokens_at(subject.split, places.contexts, places.positions)
+        self._seen = np.full(int(self._token_of_row.max(initial=0)) + 1, -1, np.int64)
+        self._n_ids = len(np.unique(self._token_of_row))
+
+    def of(self, features: range) -> dict[str, Any]:
+        """Return the values of one of ``feature_ranges``."""
+        counts = np.empty(len(features), np.int64)
+        for pairs in self._kept.sorted_pairs(features):
+            own = counts[pairs.features.start - features.start : pairs.features.stop - features.start]
+            loops.count_distinct(pairs.offsets, pairs.row, self._token_of_row, pairs.first_feature, self._seen, own)
+        # with no row kept there is nothing to have a share of
+        return {
+            "n_token_ids": counts,
+            "token_id_share": counts / self._n_ids if self._n_ids else np.full(len(counts), np.nan),
+        }
+
+    @staticmethod
+    def nulls(n: int) -> dict[str, Any]:
+        """Return the values of ``n`` features where no pairs were kept."""
+        return {"n_token_ids": pa.nulls(n, pa.int32()), "token_id_share": pa.nulls(n, pa.float64())}
+
+
+class _WeightColumns:
+    """The values of ``WEIGHT_COLUMNS`` for every feature of a decoder (d_sae, d_out), to be taken a run at a time."""
+
+    def __init__(self, decoder: Tensor, effects: TokenEffects | None, vocabulary: Sequence[str]) -> None:
+        self._nearest = nearest_decoders(decoder)
+        self._effects = effects
+        self._vocabulary = pa.array(vocabulary, pa.string())
+
+    def of(self, features: range) -> dict[str, Any]:
+        """Return one Arrow array per column."""
+        chosen = slice(features.start, features.stop)
+        columns = {
+            "nearest_features": _lists(self._nearest.indices[chosen]),
+            "nearest_cosines": _lists(self._nearest.values[chosen]),
+        }
+        if self._effects is None:
+            return columns | {
+                field.name: pa.nulls(len(features), field.type) for field in WEIGHT_COLUMNS if field.nullable
+            }
+        ends: dict[str, Ends] = {"promoted": self._effects.promoted, "suppressed": self._effects.suppressed}
+        for name, end in ends.items():
+            ids = _lists(end.indices[chosen])
+            columns[f"{name}_token_ids"] = ids
+            columns[f"{name}_tokens"] = pa.ListArray.from_arrays(ids.offsets, self._vocabulary.take(ids.values))
+            columns[f"{name}_logits"] = _lists(end.values[chosen])
+        columns["logit_histogram"] = _lists(self._effects.histogram[chosen])
+        columns["logit_histogram_edges"] = _lists(self._effects.histogram_edges[chosen])
+        return columns
+
+
+def _lists(rows: NDArray[np.generic]) -> pa.ListArray:
+    """Turn an array (n, width) into n lists."""
+    return list_array(pa.array(np.ascontiguousarray(rows).reshape(-1)), np.full(len(rows), rows.shape[1]))
+
+
 TABLE = Table(
     name="features",
     meaning=(
@@ -215,7 +333,7 @@ TABLE = Table(
         f"{EDGES[0]:.3g} and {EDGES[-1]:.0f}: each is within {QUANTILE_RELATIVE_ERROR:.1%} of the exact nearest-rank "
         "value (`quantile_relative_error` in the file's metadata). Activations outside that range count in the "
         "outermost bins, where the bound does not hold. Bin edges are the same for all features and all "
-        f"transcoders, so histograms can be added.\n\n{WEIGHT_NOTE}"
+        f"transcoders, so histograms can be added.\n\n{_WEIGHT_NOTE}"
     ),
     schema=SCHEMA,
     needs=(FeatureTotals, RowTotals, TopExamples, KeptPairs, RowPlaces),

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from tailrace.analysis.harvest.activations import RowPlaces
-from tailrace.analysis.harvest.contexts import documents_at, tokens_at
 from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
+from tailrace.analysis.harvest.rows import documents_at, tokens_at
 from tailrace.analysis.harvest.table import Rows, Table, record_batch
 from tailrace.analysis.tables.activations import are_kept
 from tailrace.storage.tables import column

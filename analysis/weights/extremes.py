@@ -16,6 +16,10 @@ from torch import Tensor
 NUMBERS_AT_ONCE = 1 << 24
 """Products held at a time: 64 MB of float32, a few times over while they are looked through."""
 
+N_NEAREST = 10
+"""Neighbours kept of every feature."""
+_SMALLEST_NORM = 1e-12
+
 
 class Ends(NamedTuple):
     """The largest, or the smallest, entries of each row, the most extreme first."""
@@ -81,3 +85,20 @@ def products(rows: Tensor, columns: Tensor, carry: Callable[[Tensor], Tensor] | 
     for block in blocks(len(rows), columns.shape[1]):
         chosen = rows[block].float()
         yield (chosen if carry is None else carry(chosen)) @ columns
+
+
+def nearest_decoders(decoder: Tensor, n: int = N_NEAREST) -> Ends:
+    """Return for each row of ``decoder`` (d_sae, d_out) the ``n`` others of largest cosine with it, nearest first.
+
+    A row of zeros has no direction and cosine 0 with all. Memory: the rows once more, and a few blocks of 64 MB.
+    """
+    rows = decoder.float()
+    unit = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(_SMALLEST_NORM)
+    n_features = len(unit)
+    parts = []
+    for block in blocks(n_features, n_features):
+        cosines = unit[block] @ unit.T
+        own = torch.arange(block.start, block.stop, device=cosines.device)
+        cosines[own - block.start, own] = -torch.inf  # itself, which is never among the others
+        parts.append(largest(cosines, min(n, n_features - 1)))
+    return Ends.joined(parts)

@@ -9,7 +9,7 @@ the direct path alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,3 +98,19 @@ def _count_into_bins(scores: NDArray[np.float32], edges: NDArray[np.float32], co
             while place < n_bins - 1 and value >= edges[row, place + 1]:
                 place += 1
             counts[row, place] += 1
+
+
+def logit_effects(decoder_rows: Tensor, weights: ModelWeights, tokens: Sequence[int]) -> Tensor:
+    """Return (features, tokens) float32: W_dec[i] · W_U of chosen tokens, less the mean over the whole vocabulary.
+
+    ``decoder_rows`` (features, d_model). The final norm's gain is applied, and for a layer norm the mean taken off; its
+    scale, which depends on the prompt and is the same for all tokens, is not. A number for every token changes no
+    probability, so the mean goes; what is left compares between features and tokens.
+    """
+    rows = decoder_rows.float()
+    if weights.final_norm.kind == "layer":
+        rows = rows - rows.mean(1, keepdim=True)
+    rows = weights.final_norm.pull_back_gain(rows)
+    unembedding = weights.W_U.float().to(rows.device)
+    chosen = unembedding[:, torch.tensor(list(tokens), device=rows.device)]
+    return rows @ (chosen - unembedding.mean(1, keepdim=True))

@@ -29,11 +29,11 @@ from tailrace.analysis.harvest.one_pass import (
     measure_density,
     refuse_empty,
 )
+from tailrace.analysis.harvest.rows import ShownRows, cached_rows
 from tailrace.analysis.harvest.table import accumulators
 from tailrace.analysis.tables import TABLES
 from tailrace.analysis.weights.unembedding import TokenEffects
 from tailrace.pipeline.analyze.coders import AnalysedCoder
-from tailrace.pipeline.cache.shown_rows import ShownRows, cached_rows
 from tailrace.pipeline.shared.worker_processes import open_workers
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import make_directory

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailrace.pipeline.artifacts.kinds import is_cross_layer
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
-from tailrace.training.cross_layer.artifact import read_cross_layer_manifest, sites_of
-from tailrace.training.cross_layer.summed import load_summed_layer
+from tailrace.training.cross_layer.artifact import is_cross_layer, read_cross_layer_manifest, sites_of
+from tailrace.training.cross_layer.layers import load_summed_layer
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from tailrace.pipeline.analyze import many as analyze_each
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
 from tailrace.pipeline.artifacts.folders import artifacts_inside, each_artifact, unfinished_inside
-from tailrace.pipeline.artifacts.kinds import is_cross_layer
 from tailrace.pipeline.live.token_order import FreshText
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, read_settings_together, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.transcoder import KIND
+from tailrace.training.cross_layer.artifact import is_cross_layer
 
 
 @click.command("analyze", cls=SectionCommand)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
+from tailrace.analysis.harvest.rows import ShownRows, cached_rows
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
-from tailrace.pipeline.cache.shown_rows import ShownRows, cached_rows
 from tailrace.pipeline.live.token_order import FreshText, fresh_rows
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.storage.activation_cache import ActivationCache

@@ -22,7 +22,6 @@ from tailrace.analysis.harvest.activations import LAST_ROW, SPOOLED_BYTES
 from tailrace.analysis.harvest.one_pass import Plan, Subject
 from tailrace.analysis.harvest.table import Written, write_tables
 from tailrace.analysis.tables import TABLES
-from tailrace.analysis.tables_artifact import TABLES_KIND
 from tailrace.pipeline.analyze.analysis_pass import (
     KEPT_BYTES,
     AnalysisPass,
@@ -41,7 +40,6 @@ from tailrace.pipeline.analyze.weight_tables import (
     check_downstream,
     write_weight_tables,
 )
-from tailrace.pipeline.artifacts.kinds import is_cross_layer
 from tailrace.pipeline.live.token_order import FreshText
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.same_model import list_model_differences
@@ -51,11 +49,12 @@ from tailrace.storage.artifact import MANIFEST, read_manifest
 from tailrace.storage.differences import list_differences
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
-from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
 from tailrace.storage.names import remove_temporary
 from tailrace.storage.settings import Quantity, Settings
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures.transcoder import Transcoder
+from tailrace.training.cross_layer.artifact import is_cross_layer
 
 KIND = TABLES_KIND
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

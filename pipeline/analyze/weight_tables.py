@@ -21,13 +21,13 @@ from tailrace.analysis.tables.connections import ROW_GROUP_ROWS, SCHEMA, Connect
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.analysis.weights.stream import read_point, write_point
 from tailrace.analysis.weights.unembedding import TokenEffects, token_effects
-from tailrace.pipeline.artifacts.kinds import is_cross_layer
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, SettingsError
 from tailrace.storage.tables import write_table
 from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from tailrace.training.cross_layer.artifact import is_cross_layer
 
 CONNECTIONS = "connections.parquet"
 

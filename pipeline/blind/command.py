@@ -9,10 +9,8 @@ import click
 
 from tailrace.analysis.blind.tally import Comparison, Share
 from tailrace.pipeline.blind import draw as draw_stage
-from tailrace.pipeline.blind import tally as tally_stage
 from tailrace.pipeline.blind.command_study import study
-from tailrace.pipeline.blind.draw import FORM, DrawSettings
-from tailrace.pipeline.blind.tally import TallyResult
+from tailrace.pipeline.blind.draw import FORM, DrawSettings, TallyResult
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
@@ -48,7 +46,7 @@ def draw(tables: tuple[Path, ...], output: Path, config: Path | None, quiet: boo
 @click.option("--ratings", type=click.Path(dir_okay=False, path_type=Path), help="[default: ratings.csv in DIR]")
 def tally(drawn: Path, ratings: Path | None) -> None:
     """Open the key of DIR and count its ratings, once every item is rated."""
-    result = tally_stage.run(drawn, ratings_file=ratings)
+    result = draw_stage.tally_ratings(drawn, ratings_file=ratings)
     for line in show_tally(result):
         click.echo(line)
     click.echo(f"{result.path}: written")

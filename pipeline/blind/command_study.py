@@ -44,7 +44,7 @@ def study() -> None:
 )
 def begin(directory: Path, tables: Path, feature: int | None, seed: int, mode: Mode) -> None:
     """Open a ledger at DIR, with the evidence that tables hold."""
-    from tailrace.pipeline.blind.table_evidence import begin_from_tables
+    from tailrace.pipeline.blind.study import begin_from_tables
 
     begun = begin_from_tables(directory, tables, feature=feature, mode=mode, seed=seed)
     subject = begun.entries()[0]["subject"]

@@ -1,11 +1,11 @@
-"""The stage ``pipeline blind draw``: features of two dictionaries on pages that do not tell which is whose."""
+"""The stages ``pipeline blind draw`` and ``tally``: features of two dictionaries on pages that hide which is whose."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from tailrace.analysis.blind.sampling import Drawn, LiveRule, draw
+from tailrace.analysis.blind.tally import Tally, tally
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.blind import ratings
-from tailrace.pipeline.blind.sealed import seal
+from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.model.same_model import list_model_differences
-from tailrace.storage.artifact import make_directory, read_manifest, write_atomically
+from tailrace.storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
 from tailrace.storage.differences import list_differences
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import SettingsError
@@ -34,6 +35,8 @@ KEY, FORM, ITEMS = "key.sealed", "rate.html", "items"
 SITE = Path(__file__).parent / "site"
 _UNSEEN = ("coactivation_floor", "without_model")
 """Settings of tables that change nothing a page shows."""
+
+TALLY = "tally.json"
 
 logger = logging.getLogger(__name__)
 
@@ -205,3 +208,45 @@ def _write_form(path: Path, n_items: int, commitment: str) -> None:
     }.items():
         page = page.replace(f"%{name}%", content)
     write_atomically(path, page.encode())
+
+
+@dataclass(frozen=True)
+class TallyResult:
+    """The ratings of two dictionaries, counted."""
+
+    path: Path
+    """File with everything: counts, and of each item whose it is and what was said of it."""
+    names: tuple[str, str]
+    tally: Tally
+
+
+def tally_ratings(draw: Path, *, ratings_file: Path | None = None) -> TallyResult:
+    """Count the ratings of a published draw and write ``tally.json`` beside it.
+
+    Ratings are read from ``ratings.csv`` of the draw unless told otherwise, and all of them must be there before the
+    key is opened. Raises SettingsError with everything that is wrong with them, ArtifactCorrupt for another key.
+    """
+    manifest = read_manifest(draw, KIND)
+    rated = ratings.read_ratings(ratings_file or draw / ratings.FILE, manifest["n_items"])
+    key = unseal(draw / KEY, manifest["commitment"])
+    by_dictionary = [[rated[item["item"]] for item in key["items"] if item["dictionary"] == place] for place in (0, 1)]
+    counted = tally(*by_dictionary)
+    names = (key["tables"][0]["name"], key["tables"][1]["name"])
+    items = [{**item, **asdict(rated[item["item"]])} for item in key["items"]]
+    write_atomically(draw / TALLY, canonical_json(_tally_record(names, counted, key, items)))
+    return TallyResult(draw / TALLY, names, counted)
+
+
+def _tally_record(
+    names: tuple[str, str], counted: Tally, key: dict[str, Any], items: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "dictionaries": key["tables"],
+        "comparisons": [
+            {**asdict(one), "difference": one.difference, "first": asdict(one.first), "second": asdict(one.second)}
+            for one in counted.comparisons
+        ],
+        "mean_score": dict(zip(names, counted.mean_score, strict=True)),
+        "p_value": counted.p_value,
+        "items": items,
+    }

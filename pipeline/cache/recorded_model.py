@@ -15,7 +15,7 @@ from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.cache.stage import row_mask_of
 from tailrace.pipeline.model.capture import explained_failures, without_padding_advice
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
-from tailrace.pipeline.model.recorded_place import recorded_place
+from tailrace.pipeline.model.of_transcoders import recorded_place
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit
 from tailrace.storage.errors import ArtifactMismatch, OutOfMemoryError

@@ -41,9 +41,8 @@ from tailrace.pipeline.cache.plan import (
     probe,
     probe_batches,
 )
-from tailrace.pipeline.cache.row_filter import RowFilter
 from tailrace.pipeline.cache.rows import RowMask, RowProducer
-from tailrace.pipeline.cache.settings import CacheSettings, CapturedContexts
+from tailrace.pipeline.cache.settings import CacheSettings, CapturedContexts, RowFilter
 from tailrace.pipeline.cache.workers import WorkerJob, Workers, write_units_on_workers
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.sites import SiteHooks

@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from tailrace.analysis.dashboards.visible import visible_token
-from tailrace.analysis.tables_artifact import TABLES_KIND
+from tailrace.analysis.dashboards.values import visible_token
 from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.storage.artifact import read_manifest
 from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.tables import read_table
 
 N_EXAMPLES = 4

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from tailrace.analysis.circuits.path_text import show_value
+from tailrace.analysis.circuits.paths import show_value
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question, parse_feature
 from tailrace.pipeline.circuit.stage import PAGE, CircuitResult, CircuitSettings

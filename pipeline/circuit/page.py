@@ -2,26 +2,32 @@
 
 The data lies in the file as JSON in which every ``<`` is escaped, and the script writes it into the page as text, so
 nothing of a prompt or a token can become markup or code.
+
+In the picture layers run upwards and tokens to the right. A token's column is as wide as its fullest layer; nodes that
+share a cell stand side by side in it, in the order given: the same every time, whatever the values.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from tailrace.analysis.circuits.documents import read_node
-from tailrace.analysis.circuits.layout import height_of, place_nodes, squeezed, strength
 from tailrace.analysis.circuits.nodes import Kind, Node
-from tailrace.analysis.dashboards.visible import visible_token
+from tailrace.analysis.dashboards.values import visible_token
 
 JSON = dict[str, Any]
 _TEMPLATE = files("tailrace.pipeline.circuit") / "page_files"
 _OUTPUT = re.compile(r'Output "(.*)" \(p=.*\)', re.DOTALL)
 """What the viewers call a token that may come next; at a node there is room for the token alone."""
+
+_EMPTY_LAYER = 0.15
+"""Height of a layer in which nothing lies, of that of any other."""
 
 
 def render_page(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
@@ -123,3 +129,69 @@ def _drawn(title: str, graph: JSON, cards: Mapping[tuple[int, int], JSON]) -> JS
         ],
         "top": max(levels.values(), default=0.0),
     }
+
+
+class Column(NamedTuple):
+    """The column of a token; of nodes without one for None."""
+
+    token: int | None
+    start: float
+    width: float
+
+
+class Layout(NamedTuple):
+    """Places (x, y) of nodes in units of one node's width and one layer, and the columns of tokens."""
+
+    places: dict[Node, tuple[float, float]]
+    columns: list[Column]
+
+
+def height_of(node: Node) -> float:
+    """Return the place along the layers: L before attention of layer L, L + 0.5 at its MLP.
+
+    What lies beside a node is a quarter of a layer before it.
+    """
+    if node.of is not None:
+        return height_of(node.of) - 0.25
+    layer = float(node.layer or 0)
+    return layer + 0.5 if node.reads_at != "resid_pre" else layer
+
+
+def squeezed(heights: Iterable[float]) -> dict[float, float]:
+    """Return where each height is drawn, from 0: what spans empty layers is short, so that what matters is large.
+
+    Order is kept, and heights at most one layer apart keep their distance.
+    """
+    levels = sorted(set(heights))
+    drawn = dict.fromkeys(levels[:1], 0.0)
+    for below, here in itertools.pairwise(levels):
+        gap = here - below
+        drawn[here] = drawn[below] + min(gap, 1 + _EMPTY_LAYER * (gap - 1))
+    return drawn
+
+
+def place_nodes(nodes: Iterable[Node]) -> Layout:
+    """Return places for any number of nodes, one or none included."""
+    cells: dict[tuple[int | None, float], list[Node]] = {}
+    for node in nodes:
+        token = node.token if node.of is None else node.of.token
+        cells.setdefault((token, height_of(node)), []).append(node)
+    widths: dict[int | None, int] = {}
+    for (token, _), members in cells.items():
+        widths[token] = max(widths.get(token, 0), len(members))
+    columns, start = [], 0.0
+    for token in sorted(widths, key=lambda one: -1 if one is None else one):
+        columns.append(Column(token, start, float(widths[token])))
+        start += widths[token]
+    middle = {column.token: column.start + column.width / 2 for column in columns}
+    places = {
+        node: (middle[token] + place - (len(members) - 1) / 2, height)
+        for (token, height), members in cells.items()
+        for place, node in enumerate(members)
+    }
+    return Layout(places, columns)
+
+
+def strength(value: float, largest: float) -> float:
+    """Return a value from −1 to 1 relative to the largest in size; what inhibits is negative, never merely small."""
+    return value / largest if largest > 0 else 0.0

@@ -28,22 +28,20 @@ from tailrace.analysis.circuits.record import record_run
 from tailrace.analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
 from tailrace.analysis.circuits.run import LinearisedRun
 from tailrace.analysis.circuits.viewer import viewer_document
-from tailrace.analysis.dashboards.visible import PART
-from tailrace.analysis.tables_artifact import TABLES_KIND
+from tailrace.analysis.dashboards.values import PART
 from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.cache.recorded_model import explained_passes
 from tailrace.pipeline.circuit.cards import open_tables, read_cards
 from tailrace.pipeline.circuit.page import features_shown, render_page
-from tailrace.pipeline.circuit.poor_layers import warn_of_poor_layers
 from tailrace.pipeline.circuit.question import Question, check_askable, prompt_tokens, token_ids
-from tailrace.pipeline.circuit.traced import TracedLayers, traced_layers
+from tailrace.pipeline.circuit.traced import TracedLayers, traced_layers, warn_of_poor_layers
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.storage.artifact import MANIFEST, read_manifest, write_atomically
 from tailrace.storage.draft import Draft
-from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
 from tailrace.storage.settings import Settings
 from tailrace.storage.token_text import join_characters
 from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND

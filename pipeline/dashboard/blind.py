@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tailrace.analysis.dashboards.visible import visible_token
+from tailrace.analysis.dashboards.values import visible_token
 from tailrace.storage.artifact import write_atomically
 
 SITE = Path(__file__).parent / "site"

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from tailrace.analysis.tables_artifact import TABLES_KIND
 from tailrace.pipeline.artifacts.folders import refuse_folder
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.stage import DashboardSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
+from tailrace.storage.formats import TABLES_KIND
 
 
 @click.command("dashboard", cls=SectionCommand)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from tailrace.analysis.tables_artifact import TABLES_KIND
 from tailrace.pipeline.artifacts.folders import refuse_folder
 from tailrace.pipeline.dashboard import serve
 from tailrace.pipeline.dashboard.stage import KIND as DASHBOARD
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
+from tailrace.storage.formats import TABLES_KIND
 
 
 @click.command("serve", cls=SectionCommand)

@@ -1,10 +1,17 @@
 """The data files of a site: one for the list of features, and one for every run of features' pages.
 
 They are made one by one from tables, so that the stage can write all of them and a server only what is asked for.
+
+Data is handed over as scripts: a page opened from disk may load a script of its folder, but may not fetch a file. A
+file is one call with a name and a string, gzip in base64, which every browser of 2023 or later unpacks by itself. So
+nothing in it is ever read as markup, and it has a third of the bytes of the same JSON (docs/dashboard.md).
 """
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -12,9 +19,7 @@ from typing import Any
 from tailrace.analysis.dashboards.feature_index import feature_index
 from tailrace.analysis.dashboards.feature_pages import FeaturePages
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
-from tailrace.analysis.dashboards.rounding import rounded
-from tailrace.analysis.dashboards.vocabulary import Vocabulary
-from tailrace.pipeline.dashboard.packing import pack
+from tailrace.analysis.dashboards.values import Vocabulary, rounded
 
 FEATURES_PER_FILE = 32
 """Features whose pages share a file; see docs/dashboard.md for the measurement."""
@@ -23,6 +28,9 @@ FEATURES_READ = 1024
 
 INDEX = "index"
 _LAYER = ("split", "n_rows", "d_sae", "l0_mean", "fvu", "n_dead", "n_dense")
+
+_FUNCTION = "dashboardData"
+"""What `site/data.js` defines to receive the data."""
 
 
 class SiteData:
@@ -79,3 +87,16 @@ class SiteData:
 def file_name(first: int) -> str:
     """Return the name of the file with the pages from feature ``first`` on; `site/data.js` makes the same."""
     return f"features-{first:06d}"
+
+
+def pack(name: str, value: Any) -> bytes:
+    """Return the script that hands ``value`` over under ``name``; the same value gives the same bytes."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    packed = base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
+    return f'{_FUNCTION}("{name}", "{packed}");\n'.encode()
+
+
+def unpack(script: bytes) -> Any:
+    """Return what was packed."""
+    packed = script.decode().rpartition(', "')[2].removesuffix('");\n')
+    return json.loads(gzip.decompress(base64.b64decode(packed)))

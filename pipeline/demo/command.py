@@ -10,8 +10,8 @@ from typing import get_args
 
 import click
 
-from tailrace.pipeline.analyze.summary import FeatureLine, summary
 from tailrace.pipeline.demo import stage as demo
+from tailrace.pipeline.demo.stage import FeatureLine, summary
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
 

@@ -17,14 +17,12 @@ import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
-from tailrace.analysis.evaluate.evaluation import ContextBatch, Evaluation, SplicedSite
+from tailrace.analysis.evaluate.evaluation import TOKEN_SCHEMA, ContextBatch, Evaluation, SplicedSite, token_rows
 from tailrace.analysis.evaluate.splice_scores import SpliceScore
-from tailrace.analysis.evaluate.token_deltas import SCHEMA, token_rows
+from tailrace.analysis.splice.in_place import layers_in_place
 from tailrace.pipeline.analyze.stage import check_same_site
 from tailrace.pipeline.artifacts.folders import each_artifact
-from tailrace.pipeline.artifacts.kinds import is_cross_layer
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
-from tailrace.pipeline.evaluate.cross_layer_sites import check_cross_layer, open_spliced_layers
 from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.artifact import read_manifest
@@ -35,6 +33,7 @@ from tailrace.storage.settings import Quantity, Settings
 from tailrace.storage.tables import write_table
 from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
 from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.cross_layer.artifact import is_cross_layer, load_cross_layer, read_cross_layer_manifest, sites_of
 
 KIND = "evaluation"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -99,7 +98,7 @@ def run(
             recorded = open_recorded_model(opened, model=model, device=device)
             evaluation = Evaluation(recorded.bridge, given.open(recorded), only_together=given.only_together)
             rows = _evaluate(evaluation, recorded, split, settings, quiet)
-            n_rows = write_table(output / TOKENS, SCHEMA, rows)
+            n_rows = write_table(output / TOKENS, TOKEN_SCHEMA, rows)
             draft.publish(
                 {
                     "format": FORMAT_VERSION,
@@ -146,11 +145,11 @@ def _check_given(cache: ActivationCache, paths: Sequence[Path]) -> _Given:
         raise SettingsError(
             f"{across[0]}: is a cross-layer transcoder, which stands in for several MLPs together; evaluate it alone"
         )
-    made_of = check_cross_layer(cache, across[0])
+    made_of = _check_cross_layer(cache, across[0])
     return _Given(
         {"cross-layer": {"digest": made_of["digest"]}},
         {site["name"]: site for site in made_of["sites"]},
-        lambda recorded: open_spliced_layers(recorded, across[0]),
+        lambda recorded: _open_spliced_layers(recorded, across[0]),
         only_together=True,
     )
 
@@ -203,3 +202,28 @@ def _evaluate(
             for one in deltas:
                 yield token_rows(one)
             bar.update(len(batch.contexts))
+
+
+def _check_cross_layer(cache: ActivationCache, path: Path) -> dict[str, Any]:
+    """Return the manifest of a cross-layer transcoder; raise ArtifactMismatch unless the cache has all its sites."""
+    made_of = read_cross_layer_manifest(path)
+    problems = []
+    for site in made_of["sites"]:
+        try:
+            check_same_site(cache, cache.path, {"site": site, "model": made_of["model"]}, path)
+        except ArtifactMismatch as error:
+            problems.append(str(error))
+    if problems:
+        raise ArtifactMismatch("\n".join(dict.fromkeys(problems)))
+    return made_of
+
+
+def _open_spliced_layers(recorded: RecordedModel, path: Path) -> list[SplicedSite]:
+    """Load a cross-layer transcoder beside the model, with each site's mean output for ablation."""
+    transcoder = load_cross_layer(path).to(recorded.model.device)
+    train = recorded.cache.split("train")
+    sites = sites_of(read_cross_layer_manifest(path))
+    return [
+        SplicedSite(recorded.cache.sites[site.name], part, train.statistics(site.name, "out").mean)
+        for site, part in zip(sites, layers_in_place(transcoder), strict=True)
+    ]

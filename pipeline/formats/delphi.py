@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.formats.hooks import module_of
-from tailrace.pipeline.formats.tensor_files import write_json, write_tensors
+from tailrace.pipeline.formats.subjects import write_json
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import make_directory, read_manifest
 from tailrace.storage.differences import list_differences
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.names import folder_problem
 from tailrace.storage.tables import read_table
+from tailrace.training.architectures.transcoder import write_tensors
 
 FOLDER, CONFIG = "latents", "config.json"
 _LARGEST_HALF = float(np.finfo(np.float16).max)

@@ -18,11 +18,7 @@ from pydantic import Field
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.pipeline.analyze.stage import KIND as TABLES_KIND
 from tailrace.pipeline.artifacts.folders import each_artifact
-from tailrace.pipeline.formats import circuit_tracer_write as circuit_tracer
-from tailrace.pipeline.formats import cross_layer_write as cross_layer
-from tailrace.pipeline.formats import delphi, viewer_features
-from tailrace.pipeline.formats import saelens_write as saelens
-from tailrace.pipeline.formats import sparsify_write as sparsify
+from tailrace.pipeline.formats import circuit_tracer, cross_layer, delphi, saelens, sparsify, viewer_features
 from tailrace.pipeline.formats.conversion import Converted, convert
 from tailrace.pipeline.formats.hooks import NORMALISED_IN, normalised_note
 from tailrace.pipeline.formats.subjects import Subject, open_subjects

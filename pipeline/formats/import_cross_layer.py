@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tailrace.analysis.circuits.record import mlp_layer
-from tailrace.pipeline.formats.cross_layer_read import ForeignLayers, inspect_folder
+from tailrace.pipeline.formats.cross_layer import ForeignLayers, inspect_folder
 from tailrace.pipeline.formats.import_transcoder import POOR_FVU, ImportSettings, note_other_name, sites_of
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import checksum_file

@@ -15,10 +15,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from tailrace.pipeline.formats import circuit_tracer_read as circuit_tracer
-from tailrace.pipeline.formats import dictionary_learning, reference
-from tailrace.pipeline.formats import saelens_read as saelens
-from tailrace.pipeline.formats import sparsify_read as sparsify
+from tailrace.pipeline.formats import circuit_tracer, dictionary_learning, reference, saelens, sparsify
 from tailrace.pipeline.formats.foreign import Foreign
 from tailrace.pipeline.formats.hooks import hooked_transformer_name
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache

@@ -1,13 +1,20 @@
-"""The transcoders to be written in another format, by what their manifests say; weights are loaded one at a time."""
+"""The transcoders to be written in another format, by what their manifests say, and how files of an export are written.
+
+Weights are loaded one at a time; a file is there whole or not at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tailrace.pipeline.formats.hooks import LayerHooks, layer_hooks
+from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
@@ -75,3 +82,14 @@ def open_subjects(paths: Sequence[Path]) -> list[Subject]:
     if not paths:
         raise SettingsError("nothing to export; give the path of at least one transcoder")
     return [Subject(path, read_transcoder_manifest(path)) for path in paths]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, keys in the order given. Raises StorageFull if the disk refuses."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def present(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the tensors there are."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

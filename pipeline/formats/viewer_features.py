@@ -12,18 +12,19 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.formats.example_groups import example_groups
 from tailrace.pipeline.formats.hooks import layer_hooks
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.storage.artifact import make_directory, read_manifest, storage_refused, write_atomically
-from tailrace.storage.errors import ArtifactCorrupt, SettingsError
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing, SettingsError
 from tailrace.storage.names import temporary_path
 from tailrace.storage.tables import read_schema, read_table
 
@@ -33,6 +34,10 @@ _LENGTH = struct.Struct("<I")
 _STATISTICS = ("feature", "frequency", "max", "histogram", "histogram_edges")
 _LOGITS = ("promoted_tokens", "suppressed_tokens")
 _KINDS = {"top": 0, "band": 1, "random": 2}
+
+_COLUMNS = (
+    "feature", "kind", "band", "rank", "activation", "position", "window_start", "window_tokens", "window_activations",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def _records(tables: LayerTables) -> Iterator[bytes]:
     names = set(read_schema(path).names)
     columns = [*_STATISTICS, *(name for name in _LOGITS if name in names)]
     features = read_table(path, columns).to_pylist()
-    groups = example_groups(tables.path / "examples.parquet")
+    groups = _example_groups(tables.path / "examples.parquet")
     waiting = next(groups, None)
     for place, row in enumerate(features):
         if row["feature"] != place:
@@ -211,3 +216,25 @@ def _example(example: Mapping[str, Any]) -> dict[str, Any]:
 def _compress(content: Any) -> bytes:
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return gzip.compress(text.encode(), mtime=0)  # no time of day: equal tables give equal bytes
+
+
+def _example_groups(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield each feature that has examples, ascending, with its rows of the table ``examples`` as dictionaries.
+
+    Raises ArtifactMissing, or ArtifactCorrupt if features are not in order.
+    """
+    previous = -1
+    for feature, rows in groupby(_rows(path), key=itemgetter("feature")):
+        if feature <= previous:
+            raise ArtifactCorrupt(f"{path}: is not sorted by feature; make the tables again")
+        previous = feature
+        yield feature, list(rows)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        raise ArtifactMissing(f"{path}: there is no such table; run pipeline analyze")
+    with pq.ParquetFile(path) as file:
+        columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=4096, columns=columns):
+            yield from batch.to_pylist()

@@ -22,10 +22,9 @@ from tailrace.pipeline.live.contexts import ContextBatches
 from tailrace.pipeline.live.heldout import HeldoutRows, compute_heldout_rows, read_heldout_contexts
 from tailrace.pipeline.live.mixing import Mixing, choose_block_rows
 from tailrace.pipeline.live.opening import Opening, choose_sites, refuse_other_origin
-from tailrace.pipeline.live.producer import BlockProducer, BlockStart
+from tailrace.pipeline.live.producer import BlockProducer, BlockStart, StageMemory
 from tailrace.pipeline.live.rows import RowMaker
 from tailrace.pipeline.live.settings import LiveSettings
-from tailrace.pipeline.live.stages import StageMemory
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.same_model import without_versions
 from tailrace.pipeline.text.dataset import open_documents

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tailrace.analysis.harvest.rows import ShownRows
 from tailrace.pipeline.cache.recorded_model import explained_passes
 from tailrace.pipeline.cache.settings import CapturedContexts
-from tailrace.pipeline.cache.shown_rows import ShownRows
 from tailrace.pipeline.cache.stage import check_context_length, row_mask_of
 from tailrace.pipeline.live.rows import RowMaker, as_array
 from tailrace.pipeline.model.language_model import LanguageModel

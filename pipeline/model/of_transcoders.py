@@ -3,6 +3,9 @@
 No cache is needed, so a transcoder can be tried on any text. A model from a folder is recorded by the folder's name and
 a digest of its files, never by a path: where it lies has to be said, unless it is in the current directory or comes
 with this package.
+
+A model from the hub is opened by its name. One from a folder is not asked for there, not even if the hub has a model of
+that name: its files could not be those recorded.
 """
 
 from __future__ import annotations
@@ -11,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tailrace.pipeline.artifacts.kinds import read_either_manifest
 from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
-from tailrace.pipeline.model.recorded_place import recorded_place
 from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
+from tailrace.training.cross_layer.artifact import read_either_manifest
 
 _NAMED = 3
 """Transcoders whose paths a message names where many have the same fault."""
@@ -87,3 +90,21 @@ def _given_bos(recorded: Mapping[str, Any]) -> int | None:
     """Return the BOS if it was a setting; a tokenizer's own is found again."""
     tokenizer = recorded.get("tokenizer") or {}
     return None if tokenizer.get("bos_source") in ("bos", "eos") else tokenizer.get("bos_token_id")
+
+
+def recorded_place(identity: Mapping[str, Any], place: str, artifact: Path) -> str:
+    """Return ``place``, the hub's name or the folder recorded by ``artifact``; or this package's own copy of the model.
+
+    Raises ModelError for a folder that is not there.
+    """
+    folder = Path(place).expanduser()
+    if identity.get("files_digest") is None or folder.is_dir():
+        return place
+    try:
+        return str(bundled_model(str(identity["name"])))
+    except ModelError:
+        gone = "is gone" if folder.is_absolute() else "is not in the current directory"
+        raise ModelError(
+            f"{artifact}: its language model was read from a folder, {place}, which {gone}; "
+            "say where it lies with --model"
+        ) from None

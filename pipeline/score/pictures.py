@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tailrace.analysis.dashboards.visible import PART, visible_token
+from tailrace.analysis.dashboards.values import PART, visible_token
 from tailrace.pipeline.score.stage import ScoredText, Scores
 from tailrace.pipeline.score.text import as_json, feature_note
 from tailrace.storage.artifact import make_directory, write_atomically

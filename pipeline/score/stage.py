@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tailrace.analysis.tables_artifact import TABLES_KIND
 from tailrace.analysis.text_scores import feature_scores, strongest_features
 from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.storage.artifact import read_manifest
 from tailrace.storage.errors import ArtifactMismatch, SettingsError, TextError
+from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.tables import read_schema, read_table
 from tailrace.storage.token_text import join_characters
 from tailrace.training.architectures.base import Transcoder

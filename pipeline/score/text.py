@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tailrace.analysis.dashboards.visible import visible_token
+from tailrace.analysis.dashboards.values import visible_token
 from tailrace.pipeline.score.stage import ScoredText, Scores
 
 _BAR = 24

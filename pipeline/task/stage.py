@@ -22,9 +22,9 @@ from tailrace.analysis.interventions.prompts import pad_prompts
 from tailrace.analysis.splice.replacement import Transcoded
 from tailrace.analysis.task.answers import CorrectMinusIncorrect
 from tailrace.analysis.task.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
-from tailrace.analysis.task.logit_lens import logit_effects
 from tailrace.analysis.task.ranking import last_activations, last_neurons, rank_by_variance
 from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.analysis.weights.unembedding import logit_effects
 from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model

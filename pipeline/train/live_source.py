@@ -6,23 +6,24 @@ that continuing it does not compute the first block of rows for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tailrace.pipeline.live.asked_sites import names_asked_for
+from tailrace.pipeline.cache.settings import CapturedSites
 from tailrace.pipeline.live.batches import LiveBatches
 from tailrace.pipeline.live.mixing import buffer_rows_problem
 from tailrace.pipeline.live.opening import Opening
 from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.model.sites import resolve_sites
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.storage.artifact import canonical_json, make_directory, read_json, write_atomically
 from tailrace.storage.cache_format import Site
 from tailrace.storage.encodings import Side
-from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.storage.errors import ArtifactCorrupt, ModelError
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.architectures.transcoder import CHECKPOINTS
 from tailrace.training.dead_features.resampling import NoResampling
@@ -30,6 +31,8 @@ from tailrace.training.loop.session import HeldoutBatches
 from tailrace.training.loop.settings import TrainSettings
 
 OPENING = "opening.json"
+
+_MOST_LAYERS = 10_000
 
 
 class LiveSource:
@@ -165,3 +168,34 @@ class LiveRows:
     def fresh_rows(self, site: Site, seed: int) -> None:  # noqa: ARG002
         """Return nothing: the text is read once, in its order."""
         return
+
+
+class _AnyName(Collection[str]):
+    """Stands for the hooks of a model that is not there: it has every one that is asked for."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+
+def names_asked_for(settings: CapturedSites) -> list[str] | None:
+    """Return the names of the sites asked for; None where the model must be asked, or will refuse them."""
+    if settings.layers is not None and settings.layers.strip().lower() == "all":
+        return None
+    try:
+        sites = resolve_sites(
+            settings.layers, settings.hooks, n_layers=_MOST_LAYERS, hook_names=_AnyName(), count_heads=_no_heads
+        )
+    except ModelError:  # told when the model is loaded, together with what only it knows
+        return None
+    return [site.name for site in sites]
+
+
+def _no_heads(hooks: Sequence[str]) -> Mapping[str, int]:  # noqa: ARG001
+    """Return nothing: hooks that are left out are not judged."""
+    return {}

@@ -24,7 +24,6 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.training.architectures.transcoder import CHECKPOINTS, FORMAT_VERSION, describe_versions
 from tailrace.training.kernels.adaptive import resolve_precision
-from tailrace.training.loop.broadcast_run import follow_first
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.distributed import Group, RankBatches
@@ -32,7 +31,7 @@ from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.session import Session
 from tailrace.training.loop.settings import TrainSettings
-from tailrace.training.loop.sweep import Member, train_together
+from tailrace.training.loop.sweep import Member, follow_first, train_together
 from tailrace.training.loop.trainer import PeriodicHook
 from tailrace.training.rows.ordinary_rows import massive_warning
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailrace.analysis.harvest import window_texts
-from tailrace.analysis.harvest.window_texts import WindowTexts
+from tailrace.analysis.tables import examples
+from tailrace.analysis.tables.examples import WindowTexts
 from tailrace.storage.token_text import has_bytes, join_characters, text_of_bytes
 
 
@@ -70,7 +70,7 @@ def test_windows_are_joined_each_by_itself() -> None:
 
 
 def test_runs_that_were_put_together_are_forgotten_before_they_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_texts, "MOST_KEPT", 2)
+    monkeypatch.setattr(examples, "MOST_KEPT", 2)
     texts = WindowTexts(["the", "<0xE6><0x97>", "<0xA5>"])
     for tokens in ([1, 2], [1], [2], [1, 2], [2, 2], [1, 2]):
         made = texts.of(np.array(tokens), np.array([len(tokens)]))

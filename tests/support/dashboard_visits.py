@@ -7,7 +7,7 @@ from typing import Any
 
 from playwright.sync_api import Page, expect
 
-from tailrace.pipeline.dashboard.packing import unpack
+from tailrace.pipeline.dashboard.site_data import unpack
 
 
 def open_list(page: Page, site: Path, choice: str = "") -> None:

@@ -19,10 +19,10 @@ from tailrace.training.kernels.adaptive import AdaptiveStep
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import ExtraLoss, StepKernel
 from tailrace.training.kernels.sparse import SparseStep
-from tailrace.training.loop.broadcast_run import follow_first
 from tailrace.training.loop.distributed import DistributedStep, Group, RankBatches, open_group
 from tailrace.training.loop.optim import BlockedAdam
 from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.sweep import follow_first
 from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch, BatchStream, SiteBatches
 from tests.training.kernels.test_kernels import ARCHITECTURES, cast, random_batch, random_transcoder

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from tailrace.storage.artifact import read_manifest, sync_directory
 from tailrace.storage.errors import ArtifactCorrupt, StorageFull
-from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.formats import ARTIFACT_FORMATS, FOR_ONE_LAYER_ONLY
 from tailrace.training.architectures import AnyArchitecture
 from tailrace.training.architectures.base import Architecture, Transcoder
-from tailrace.training.artifact_kinds import FOR_ONE_LAYER_ONLY
 
 __all__ = ["KIND", "WEIGHTS", "Transcoder", "load_transcoder", "read_transcoder_manifest", "save_weights"]
 

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tailrace.storage.artifact import read_manifest
+from tailrace.storage.artifact import MANIFEST, read_json, read_manifest
 from tailrace.storage.cache_format import Site
-from tailrace.storage.formats import ARTIFACT_FORMATS
-from tailrace.training.architectures.transcoder import WEIGHTS, weights_as_described
-from tailrace.training.artifact_kinds import CROSS_LAYER_KIND
+from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
+from tailrace.training.architectures.transcoder import WEIGHTS, read_transcoder_manifest, weights_as_described
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.cross_layer.units import JoinedRows
 from tailrace.training.loop.evaluate import FitSums, HeldoutScore, OrdinaryScore
@@ -87,3 +86,18 @@ def score_layers(
         replace(one.score(), ordinary=OrdinaryScore(part.n_rows, part.fvu) if 0 < part.n_rows < one.n_rows else None)
         for one, part in zip(sums, ordinary, strict=True)
     ]
+
+
+def is_cross_layer(path: Path) -> bool:
+    """Return whether a published cross-layer transcoder lies at ``path``."""
+    manifest = path / MANIFEST
+    content = read_json(manifest) if manifest.is_file() else None
+    return isinstance(content, dict) and content.get("kind") == KIND
+
+
+def read_either_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a transcoder of either kind; the errors are those of ``read_manifest``.
+
+    Both say ``model``, ``d_sae`` and ``digest``; one of several layers has ``sites`` in place of ``site``.
+    """
+    return read_cross_layer_manifest(path) if is_cross_layer(path) else read_transcoder_manifest(path)

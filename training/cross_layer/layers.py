@@ -1,16 +1,26 @@
-"""One layer of a cross-layer transcoder as a transcoder of its own, for what looks at a model layer by layer."""
+"""One layer of a cross-layer transcoder as a transcoder of its own, for what looks at a model layer by layer.
+
+Summed over what its features write, a layer is for statistics and weights of features one at a time: what they fire on,
+and what they add to the residual stream. Only what is asked for is read from disk, so a layer takes no more memory the
+more layers there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from tailrace.storage.cache_format import Site
 from tailrace.training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
-from tailrace.training.cross_layer.stack import CrossLayerTranscoder
-from tailrace.training.cross_layer.weights_file import open_weights
+from tailrace.training.architectures.transcoder import WEIGHTS, weights_as_described
+from tailrace.training.cross_layer.artifact import read_cross_layer_manifest, sites_of
+from tailrace.training.cross_layer.stack import DECODER, CrossLayerTranscoder
 
 _LATER = "later_"
 
@@ -79,3 +89,62 @@ def load_layers(path: Path | str, layers: Sequence[int]) -> list[StackedLayer]:
             layer.take_writes(file.writes(place, target) for target in range(place, len(file.sites)))
             found.append(layer.eval().requires_grad_(False))
     return found
+
+
+class WeightsFile:
+    """Parts of the weights, on the CPU. Layers are places in the transcoder, from 0 for its lowest."""
+
+    def __init__(self, file: Any, sites: list[Site], d_sae: int) -> None:
+        self._file = file
+        self.sites = sites
+        """Lowest layer first."""
+        self.d_sae = d_sae
+        """Features that read one layer."""
+
+    @torch.no_grad()
+    def fill(self, layer: JumpReLUTranscoder, place: int) -> None:
+        """Give ``layer`` what the features of layer ``place`` read, and that layer's output bias; not their decoder."""
+        assert 0 <= place < len(self.sites), f"{place} is a layer of the transcoder"
+        d_out = self.sites[place].d_out
+        for name in ("W_enc", "b_enc", "log_threshold"):
+            getattr(layer, name).copy_(self._file.get_slice(name)[place * self.d_sae : (place + 1) * self.d_sae])
+        layer.b_dec_out.copy_(self._file.get_slice("b_dec_out")[place * d_out : (place + 1) * d_out])
+
+    def writes(self, source: int, target: int) -> Tensor:
+        """Return (d_sae, d_out): what features that read layer ``source`` write to layer ``target``, no lower one."""
+        d_out = self.sites[target].d_out
+        start = (target - source) * d_out
+        written: Tensor = self._file.get_slice(f"{DECODER}{source}")[:, start : start + d_out]
+        return written
+
+
+@contextmanager
+def open_weights(path: Path | str) -> Iterator[WeightsFile]:
+    """Open the weights at ``path``. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
+
+    The last also for what is read inside and is not there.
+    """
+    path = Path(path)
+    manifest = read_cross_layer_manifest(path)
+    with weights_as_described(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file:
+        yield WeightsFile(file, sites_of(manifest), int(manifest["d_sae"]))
+
+
+@torch.no_grad()
+def load_summed_layer(path: Path | str, place: int) -> JumpReLUTranscoder:
+    """Return the features that read layer ``place``, counted from the transcoder's lowest, on the CPU.
+
+    ``encode`` is ``CrossLayerTranscoder.encode_layer``. ``W_dec`` (d_sae, d_out) is Σ_m W_dec_{place→m}, the sum of
+    what a feature writes to its own and all later layers: what it adds to the residual stream in the end, added up in
+    float64. Its rows have any length. ``decode`` is therefore no prediction of any layer's output; ``b_dec_out`` is the
+    layer's own. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
+    """
+    with open_weights(path) as file:
+        site = file.sites[place]
+        layer = JumpReLUTranscoder(site.d_in, site.d_out, file.d_sae, settings=JumpReLU())
+        file.fill(layer, place)
+        total = torch.zeros(file.d_sae, site.d_out, dtype=torch.float64)
+        for target in range(place, len(file.sites)):
+            total += file.writes(place, target)
+        layer.W_dec.copy_(total)
+    return layer.eval().requires_grad_(False)

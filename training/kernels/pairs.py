@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tailrace.training.architectures.entries import Entries
 from tailrace.training.kernels import loops
-from tailrace.training.kernels.threads import over_ranges
+from tailrace.training.kernels.loops import over_ranges
 from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 

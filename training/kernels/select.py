@@ -22,8 +22,8 @@ from torch import Tensor
 
 from tailrace.training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection
 from tailrace.training.kernels import loops
+from tailrace.training.kernels.loops import over_ranges
 from tailrace.training.kernels.pairs import Pairs
-from tailrace.training.kernels.threads import over_ranges
 from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 CHUNK_BYTES = 12 << 20

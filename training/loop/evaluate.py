@@ -11,17 +11,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.firing_frequency import histogram, log10_frequency
-from tailrace.training.loop.l0_distribution import l0_quantiles
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.ordinary_rows import OrdinaryRows
 
 FREQUENT = {"1_percent": 0.01, "10_percent": 0.1}
 """Frequencies above which a feature counts as frequent, by the ending of the metric's name."""
+
+_SHARES = {"l0_min": 0.0, "l0_p05": 0.05, "l0_p25": 0.25, "l0_p50": 0.5, "l0_p75": 0.75, "l0_p95": 0.95, "l0_max": 1.0}
+"""Name and share of each quantile."""
 
 
 class Predictor(Protocol):
@@ -170,3 +173,9 @@ def predictor(transcoder: Transcoder) -> Predictor:
         return transcoder.decode(activations, inputs), activations > 0
 
     return predict
+
+
+def l0_quantiles(l0: Tensor) -> dict[str, int]:
+    """Return nearest-rank quantiles of ``l0`` (rows,) by name: the ⌈q · rows⌉-th smallest, a number some row has."""
+    found = np.quantile(l0.cpu().numpy(), list(_SHARES.values()), method="inverted_cdf")
+    return dict(zip(_SHARES, map(int, found), strict=True))

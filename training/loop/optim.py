@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.kernels import loops
-from tailrace.training.kernels.threads import over_ranges
+from tailrace.training.kernels.loops import over_ranges
 
 OptimiserKind = Literal["adam", "adamw", "muon"]
 

@@ -25,8 +25,7 @@ from tailrace.training.architectures.transcoder import (
     save_weights,
     write_tensors,
 )
-from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
-from tailrace.training.loop.checkpoint_clock import CheckpointClock
+from tailrace.training.loop.checkpoint import Checkpoint, CheckpointClock, Checkpoints
 from tailrace.training.loop.evaluate import HeldoutScore, evaluate
 from tailrace.training.loop.firing_frequency import LOG_SPARSITY, FiringWindow
 from tailrace.training.loop.loggers import Logger

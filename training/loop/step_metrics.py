@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tailrace.training.dead_features.record import FiringRecord
 from tailrace.training.kernels.kernel import PerRow, StepResult
+from tailrace.training.loop.evaluate import l0_quantiles
 from tailrace.training.loop.firing_frequency import FiringWindow
-from tailrace.training.loop.l0_distribution import l0_quantiles
 
 RARE = {"sparsity/below_1e-5": 1e-5, "sparsity/below_1e-6": 1e-6}
 """Frequencies below which features are counted, by the metric's name."""

@@ -18,8 +18,8 @@ from tailrace.analysis.circuits.paths import SearchSettings, extensions, root_st
 from tailrace.analysis.circuits.record import record_run
 from tailrace.analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
 from tailrace.analysis.circuits.run import LinearisedRun
-from tailrace.analysis.splice.cross_layer import layers_in_place
 from tailrace.analysis.splice.hook_points import observed
+from tailrace.analysis.splice.in_place import layers_in_place
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ModelError
 from tailrace.training.cross_layer.layers import split_layers

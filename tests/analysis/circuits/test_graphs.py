@@ -11,7 +11,6 @@ from tailrace.analysis.circuits.attribution import attribute, list_sources
 from tailrace.analysis.circuits.attribution_graph import AttributionGraph, GraphSettings, build_graph, top_logits
 from tailrace.analysis.circuits.contributions import contributions
 from tailrace.analysis.circuits.influence import influences, prune, shares
-from tailrace.analysis.circuits.layout import height_of, place_nodes, squeezed, strength
 from tailrace.analysis.circuits.nodes import Kind, Node
 from tailrace.analysis.circuits.path_graph import (
     GraphNode,
@@ -25,6 +24,7 @@ from tailrace.analysis.circuits.paths import Path, SearchSettings, search_paths
 from tailrace.analysis.circuits.readers import feature_probe
 from tailrace.analysis.circuits.roots import centred_logit_roots, feature_root, logit_root
 from tailrace.analysis.circuits.run import LinearisedRun
+from tailrace.pipeline.circuit.page import height_of, place_nodes, squeezed, strength
 from tests.support.circuit_runs import ROOT, A, B, H, first_active, path, tiny_model, tiny_run
 
 

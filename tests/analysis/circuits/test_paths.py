@@ -14,7 +14,6 @@ from tailrace.analysis.circuits.filters import COMPARATORS, Condition, NodeFilte
 from tailrace.analysis.circuits.nodes import Kind, Node, node_columns
 from tailrace.analysis.circuits.operators import pull_norm
 from tailrace.analysis.circuits.path_graph import graph_of_paths
-from tailrace.analysis.circuits.path_text import show_path, show_rounds
 from tailrace.analysis.circuits.paths import (
     SearchSettings,
     Step,
@@ -23,6 +22,8 @@ from tailrace.analysis.circuits.paths import (
     root_step,
     search_paths,
     select_paths,
+    show_path,
+    show_rounds,
     top_ends,
 )
 from tailrace.analysis.circuits.record import record_run

@@ -10,16 +10,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tailrace.analysis.dashboards.bands import band_edges, bands_of, count_in_bands, estimate_bands
-from tailrace.analysis.dashboards.connection_lists import connection_lists
 from tailrace.analysis.dashboards.example_lines import example_lines, top_tokens
 from tailrace.analysis.dashboards.feature_index import TOKENS_SHOWN, feature_index
-from tailrace.analysis.dashboards.feature_pages import FeaturePages
+from tailrace.analysis.dashboards.feature_pages import FeaturePages, connection_lists
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
-from tailrace.analysis.dashboards.histograms import Axis, first_bin, page_histogram, shared_axis, sparkline
-from tailrace.analysis.dashboards.rounding import rounded, rounded_list, significant
-from tailrace.analysis.dashboards.visible import visible_token
-from tailrace.analysis.dashboards.vocabulary import Vocabulary
+from tailrace.analysis.dashboards.histograms import (
+    Axis,
+    band_edges,
+    bands_of,
+    count_in_bands,
+    estimate_bands,
+    first_bin,
+    page_histogram,
+    shared_axis,
+    sparkline,
+)
+from tailrace.analysis.dashboards.values import Vocabulary, rounded, rounded_list, significant, visible_token
 from tailrace.analysis.harvest.histogram import EDGES, find_bins
 from tests.support.dashboard_tables import CONTEXT, DEAD, DENSE, N_BANDS, WORDS, MadeTables, make_tables
 

@@ -8,9 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tailrace.analysis.evaluate.evaluation import ALL_SITES, ContextBatch, Evaluation, SplicedSite, TokenDeltas
+from tailrace.analysis.evaluate.evaluation import (
+    ALL_SITES,
+    ContextBatch,
+    Evaluation,
+    SplicedSite,
+    TokenDeltas,
+    token_rows,
+)
 from tailrace.analysis.evaluate.splice_scores import SpliceScore
-from tailrace.analysis.evaluate.token_deltas import token_rows
 from tailrace.analysis.splice.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
 from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
 from tailrace.storage.cache_format import Site

@@ -7,12 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tailrace.analysis.harvest.frequency import wilson_interval
-from tailrace.analysis.harvest.histogram import QUANTILE_RELATIVE_ERROR
+from tailrace.analysis.harvest.histogram import QUANTILE_RELATIVE_ERROR, wilson_interval
 from tailrace.analysis.harvest.one_pass import Plan, gather
 from tailrace.analysis.harvest.table import accumulators
 from tailrace.analysis.tables import TABLES, examples, features, layers
-from tailrace.analysis.tables.weight_columns import COLUMNS as WEIGHT_COLUMNS
+from tailrace.analysis.tables.features import WEIGHT_COLUMNS
 from tests.support.analysis_subject import FakeCoder, FakeSplit, activations, split_of, subject
 
 PLAN = Plan(n_examples=4, block_rows=15, activation_rows=420)

@@ -23,9 +23,8 @@ from tailrace.analysis.interventions.features import (
     Scale,
 )
 from tailrace.analysis.interventions.patching import Patch, patched
-from tailrace.analysis.splice.cross_layer import layers_in_place
 from tailrace.analysis.splice.hook_points import hooked, observed
-from tailrace.analysis.splice.in_place import InPlaceSums, Measured
+from tailrace.analysis.splice.in_place import InPlaceSums, Measured, layers_in_place
 from tailrace.analysis.splice.replacement import (
     EVERY_POSITION,
     MeanAblated,

@@ -20,9 +20,9 @@ from tailrace.analysis.task.answers import (
     probability_above_minus_below,
 )
 from tailrace.analysis.task.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
-from tailrace.analysis.task.logit_lens import logit_effects
 from tailrace.analysis.task.ranking import last_activations, last_neurons, rank_by_variance
 from tailrace.analysis.weights.model_weights import ModelWeights, Norm
+from tailrace.analysis.weights.unembedding import logit_effects
 from tailrace.storage.errors import TextError
 from tests.support.spliced_models import autoencoder_site, mlp_site, random_transcoder, tiny_model
 

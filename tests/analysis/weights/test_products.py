@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tailrace.analysis.weights import extremes, unembedding
+from tailrace.analysis.weights.extremes import nearest_decoders
 from tailrace.analysis.weights.model_weights import Norm
-from tailrace.analysis.weights.neighbours import nearest_decoders
 from tailrace.analysis.weights.pullback import mean_input_gradient, overlap, pullback
 from tailrace.analysis.weights.stream import write_point
 from tailrace.analysis.weights.unembedding import N_BINS, token_effects

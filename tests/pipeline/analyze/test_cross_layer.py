@@ -29,9 +29,8 @@ from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, NonFinite
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures.transcoder import load_transcoder
 from tailrace.training.cross_layer.artifact import load_cross_layer
-from tailrace.training.cross_layer.layers import load_layers, split_layers
+from tailrace.training.cross_layer.layers import load_layers, load_summed_layer, split_layers
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
-from tailrace.training.cross_layer.summed import load_summed_layer
 from tests.support.cache_jobs import CONTEXT_LENGTH, command, differing, model_folder, run_cache, text_file, tree
 from tests.support.cross_layer_transcoders import D_SAE, publish_cross_layer, random_cross_layer
 from tests.support.spliced_models import WIDTH, publish_transcoder, random_transcoder

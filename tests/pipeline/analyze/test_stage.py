@@ -16,7 +16,7 @@ import torch
 
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.stage import AnalyzeSettings
-from tailrace.pipeline.analyze.summary import summary
+from tailrace.pipeline.demo.stage import summary
 from tailrace.pipeline.query import stage as query
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.activation_cache import open_cache

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tailrace.pipeline.artifacts.info_stage import glance
-from tailrace.pipeline.artifacts.info_summaries import GLANCES
+from tailrace.pipeline.artifacts.info_stage import GLANCES, glance
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.stage import DashboardSettings
 from tailrace.storage.draft import Draft

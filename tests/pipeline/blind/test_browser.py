@@ -7,7 +7,7 @@ import csv
 import pytest
 from playwright.sync_api import expect
 
-from tailrace.pipeline.blind import draw, tally
+from tailrace.pipeline.blind import draw
 from tailrace.pipeline.blind.draw import DrawSettings
 from tests.support.browsers import accessibility_problems, open_browser, watched_page
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
@@ -58,7 +58,7 @@ def test_ratings_made_in_the_browser_are_those_the_tally_counts(browser, drawn, 
         download.value.save_as(tmp_path / "ratings.csv")
     rows = list(csv.reader((tmp_path / "ratings.csv").read_text().splitlines()))
     assert rows[2] == ["2", "maybe", "yes", 'odd, "very" odd']
-    counted = tally.run(drawn, ratings_file=tmp_path / "ratings.csv").tally
+    counted = draw.tally_ratings(drawn, ratings_file=tmp_path / "ratings.csv").tally
     assert sum(one.first.count + one.second.count for one in counted.comparisons if one.name == "yes") == 2
 
 

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from tailrace.pipeline import cli
-from tailrace.pipeline.blind import draw, tally
+from tailrace.pipeline.blind import draw
 from tailrace.pipeline.blind.draw import DrawSettings
 from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.storage.artifact import verify_artifact
@@ -114,7 +114,7 @@ def test_a_tally_counts_each_dictionary_s_own_items(drawn, tmp_path):
         # every feature of the first dictionary is interpretable; of the second, features below 10 maybe, others not
         verdict = "yes" if item["dictionary"] == 0 else "maybe" if item["feature"] < 10 else "No"
         rows.append([item["item"], verdict, "yes" if item["dictionary"] else "", 'a "note", with commas'])
-    result = tally.run(drawn.path, ratings_file=rate(drawn, tmp_path / "r.csv", rows))
+    result = draw.tally_ratings(drawn.path, ratings_file=rate(drawn, tmp_path / "r.csv", rows))
     below = sum(item["feature"] < 10 for item in key_of(drawn)["items"] if item["dictionary"] == 1)
     counts = {one.name: (one.first.count, one.second.count) for one in result.tally.comparisons}
     assert result.names == ("small", "large")
@@ -132,7 +132,7 @@ def test_everything_wrong_with_ratings_is_told_at_once_and_the_key_stays_closed(
         [4, "", "", ""], *([item, "no", "no", ""] for item in range(6, 2 * N + 1)),
     ]  # fmt: skip
     with pytest.raises(SettingsError) as refused:
-        tally.run(drawn.path, ratings_file=rate(drawn, tmp_path / "r.csv", rows))
+        draw.tally_ratings(drawn.path, ratings_file=rate(drawn, tmp_path / "r.csv", rows))
     for reason in (
         "line 3: item 1 was rated in line 2 already",
         "line 4: interpretable is 'perhaps', wanted yes, maybe, no",
@@ -146,12 +146,12 @@ def test_everything_wrong_with_ratings_is_told_at_once_and_the_key_stays_closed(
 
 def test_an_unfilled_or_missing_or_foreign_ratings_file_is_refused(drawn, tmp_path):
     with pytest.raises(SettingsError, match="item 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12: is not rated"):
-        tally.run(drawn.path, ratings_file=drawn.path / "ratings.csv")
+        draw.tally_ratings(drawn.path, ratings_file=drawn.path / "ratings.csv")
     with pytest.raises(ArtifactMissing, match="there are no ratings"):
-        tally.run(drawn.path, ratings_file=tmp_path / "none.csv")
+        draw.tally_ratings(drawn.path, ratings_file=tmp_path / "none.csv")
     (tmp_path / "other.csv").write_text("a;b\n")
     with pytest.raises(SettingsError, match="wanted the columns item,interpretable,context_free,note"):
-        tally.run(drawn.path, ratings_file=tmp_path / "other.csv")
+        draw.tally_ratings(drawn.path, ratings_file=tmp_path / "other.csv")
 
 
 def test_a_key_that_was_changed_or_lost_is_noticed(tmp_path):

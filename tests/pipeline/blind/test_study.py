@@ -14,8 +14,7 @@ from tailrace.analysis.circuits.documents import describe_node
 from tailrace.analysis.circuits.nodes import Kind, Node
 from tailrace.pipeline import cli
 from tailrace.pipeline.blind.ledger import Ledger
-from tailrace.pipeline.blind.study import BlindStudy
-from tailrace.pipeline.blind.table_evidence import begin_from_tables
+from tailrace.pipeline.blind.study import BlindStudy, begin_from_tables
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.tables import write_table
 from tests.support.tables_by_hand import dead_row, example_row, feature_row, publish_tables

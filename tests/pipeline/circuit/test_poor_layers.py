@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from tailrace.pipeline.circuit.poor_layers import warn_of_poor_layers
 from tailrace.pipeline.circuit.question import Question
+from tailrace.pipeline.circuit.traced import warn_of_poor_layers
 from tailrace.pipeline.train.layer_set_scores import LAYERS, write_layers
 from tailrace.storage.tables import write_table
 from tests.support.layer_outcomes import layer_outcome

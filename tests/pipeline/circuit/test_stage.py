@@ -13,7 +13,7 @@ import pytest
 
 from tailrace.analysis.circuits.documents import describe_node, read_node
 from tailrace.analysis.circuits.nodes import Kind, Node
-from tailrace.analysis.circuits.path_text import show_value
+from tailrace.analysis.circuits.paths import show_value
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.cards import open_tables, read_cards
 from tailrace.pipeline.circuit.question import Question, parse_feature, prompt_tokens

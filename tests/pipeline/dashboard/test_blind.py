@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tailrace.analysis.dashboards.visible import visible_token
+from tailrace.analysis.dashboards.values import visible_token
 from tailrace.pipeline.dashboard.blind import HOT_SHADE, N_SHADES, shade_of, write_blind_page
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tailrace.pipeline.dashboard.packing import pack
+from tailrace.pipeline.dashboard.site_data import pack
 from tests.support import dashboard_fixtures
 from tests.support.browsers import watched_page
 from tests.support.dashboard_fixtures import D_SAE

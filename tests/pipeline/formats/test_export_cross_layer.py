@@ -14,13 +14,12 @@ from torch import Tensor
 
 from tailrace.pipeline.formats import export
 from tailrace.pipeline.formats.export import ExportResult, ExportSettings, Format
-from tailrace.pipeline.formats.tensor_files import write_tensors
 from tailrace.pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, SettingsError, StorageFull
 from tailrace.training.architectures import JumpReLU
-from tailrace.training.architectures.transcoder import read_transcoder_manifest
+from tailrace.training.architectures.transcoder import read_transcoder_manifest, write_tensors
 from tests.support.cache_jobs import command
 from tests.support.cross_layer_transcoders import (
     D_SAE,
@@ -143,7 +142,7 @@ def test_an_interrupted_export_is_nothing_to_its_reader_and_is_finished_by_the_n
             raise StorageFull("full")
         write_tensors(path, tensors)
 
-    monkeypatch.setattr("tailrace.pipeline.formats.cross_layer_write.write_tensors", fail_at_the_second)
+    monkeypatch.setattr("tailrace.pipeline.formats.cross_layer.write_tensors", fail_at_the_second)
     with pytest.raises(StorageFull):
         write("circuit-tracer", [tmp_path / "t"], tmp_path / "out")
     assert not (tmp_path / "out/config.yaml").exists()

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from tailrace.pipeline.formats import export
 from tailrace.pipeline.formats.export import ExportSettings
-from tailrace.pipeline.formats.tensor_files import write_tensors
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull
 from tailrace.training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from tailrace.training.architectures.transcoder import write_tensors
 from tests.support.layered_transcoders import (
     MODEL,
     mlp_site,
@@ -149,7 +149,7 @@ def test_what_saelens_does_not_do_with_a_transcoder_is_told_with_its_releases(tm
 def test_an_export_whose_hooks_saelens_passes_over_is_not_taken_for_one_of_today(tmp_path, monkeypatch):
     path, _ = published(tmp_path / "t", ReLU(), mlp_site(0))
     with monkeypatch.context() as earlier:
-        earlier.setattr("tailrace.pipeline.formats.saelens_write.hook_names", lambda _, hooks: list(hooks))
+        earlier.setattr("tailrace.pipeline.formats.saelens.hook_names", lambda _, hooks: list(hooks))
         write("saelens", [path], tmp_path / "out")
     with pytest.raises(ArtifactMismatch, match="hook_mlp_out"):
         write("saelens", [path], tmp_path / "out")
@@ -290,7 +290,7 @@ def test_an_interrupted_export_is_nothing_to_its_reader_and_is_finished_by_the_n
             raise StorageFull("full")
         write_tensors(path, tensors)
 
-    monkeypatch.setattr("tailrace.pipeline.formats.circuit_tracer_write.write_tensors", fail_at_the_second)
+    monkeypatch.setattr("tailrace.pipeline.formats.circuit_tracer.write_tensors", fail_at_the_second)
     with pytest.raises(StorageFull):
         write("circuit-tracer", paths, tmp_path / "out")
     assert not (tmp_path / "out/config.yaml").exists()

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tailrace.analysis.evaluate.token_deltas import SCHEMA as TOKENS
+from tailrace.analysis.evaluate.evaluation import TOKEN_SCHEMA as TOKENS
 from tailrace.analysis.tables import EVERY_TABLE
 from tailrace.pipeline import cli
 from tailrace.pipeline.query import saved as queries
 from tailrace.pipeline.query import stage as query
-from tailrace.pipeline.query.page import queries_page
+from tailrace.pipeline.query.__main__ import queries_page
 from tailrace.pipeline.query.views import find_views
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ActionableError, SettingsError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from tailrace.pipeline.query.render import render_table
+from tailrace.pipeline.query.stage import render_table
 
 
 @pytest.mark.parametrize(

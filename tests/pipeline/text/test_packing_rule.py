@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tailrace.pipeline.cache.row_filter import RowFilter
+from tailrace.pipeline.cache.settings import RowFilter
 from tailrace.pipeline.text.packer import NOTHING, DocumentTokens, Packer, Partial, check_token_ids
 from tailrace.storage.errors import SettingsError, TextError
 from tests.support.packing_streams import contexts_of, documents_of, make_source

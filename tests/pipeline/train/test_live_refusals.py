@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tailrace.pipeline.live.asked_sites import names_asked_for
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.live_source import names_asked_for
 from tailrace.storage.errors import SettingsError, TextError
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.live_runs import live_settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tailrace.pipeline.artifacts.info_summaries import GLANCES
+from tailrace.pipeline.artifacts.info_stage import GLANCES
 from tailrace.pipeline.train.command import show_metrics
 
 HELDOUT = {"n_rows": 96, "fvu": 0.25, "l0": 31.96, "dead_fraction": 0.125}

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
-from tailrace.training.dead_features.resampling.draw import draw_distinct, draw_repeated
-from tailrace.training.dead_features.resampling.resampler import PeriodicResampler
+from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, draw_distinct, draw_repeated
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.row_source import SampledRows

@@ -8,8 +8,13 @@ import pytest
 
 from tailrace.pipeline.train import sweep
 from tailrace.training.architectures import Transcoder
-from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
-from tailrace.training.loop.checkpoint_clock import CHECKPOINT_SECONDS, LARGEST_SHARE, CheckpointClock
+from tailrace.training.loop.checkpoint import (
+    CHECKPOINT_SECONDS,
+    LARGEST_SHARE,
+    Checkpoint,
+    CheckpointClock,
+    Checkpoints,
+)
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import differing

@@ -14,8 +14,8 @@ from tailrace.training.dead_features.record import FiringRecord
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import PerRow, StepResult
 from tailrace.training.kernels.sparse import SparseStep
+from tailrace.training.loop.evaluate import l0_quantiles
 from tailrace.training.loop.firing_frequency import EDGES, FiringWindow, histogram, log10_frequency
-from tailrace.training.loop.l0_distribution import l0_quantiles
 from tailrace.training.loop.session import snapshot_steps
 from tailrace.training.loop.step_metrics import native_metrics, quality, reference_metrics
 from tailrace.training.rows.batches import Batch

@@ -17,8 +17,8 @@ from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run
-from tailrace.training.loop.metrics import JsonLines
 from tailrace.training.loop.run import TrainingRun
+from tailrace.training.loop.run_log import JsonLines
 from tailrace.training.loop.session import snapshot_steps
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.trainer import Duty, Lane, every, train

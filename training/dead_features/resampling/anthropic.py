@@ -13,8 +13,7 @@ from pydantic import Field
 
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Quantity
-from tailrace.training.dead_features.resampling.draw import draw_distinct
-from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, squared_losses
+from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, draw_distinct, squared_losses
 from tailrace.training.dead_features.resampling.settings import (
     PeriodicResampling,
     ResampledRun,

@@ -8,8 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from tailrace.storage.settings import Quantity
-from tailrace.training.dead_features.resampling.draw import draw_repeated
-from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, squared_losses
+from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, draw_repeated, squared_losses
 from tailrace.training.dead_features.resampling.settings import (
     PeriodicResampling,
     ResampledRun,

@@ -18,10 +18,22 @@ import torch
 from torch import Tensor
 
 from tailrace.pipeline.formats.conversion import Converted, Written
+from tailrace.pipeline.formats.foreign import (
+    Foreign,
+    check_names,
+    jsonable,
+    log_threshold,
+    read_config,
+    read_tensors,
+    without_input_bias,
+)
 from tailrace.pipeline.formats.hooks import MLP_IN, MLP_OUT, NORMALISED_IN, hooked_transformer_name, why_unnamed
 from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
-from tailrace.pipeline.formats.subjects import Subject
-from tailrace.pipeline.formats.tensor_files import present, write_json, write_tensors
+from tailrace.pipeline.formats.subjects import Subject, present, write_json
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.training.architectures import JumpReLU, ReLU, TopK
+from tailrace.training.architectures.base import Architecture
+from tailrace.training.architectures.transcoder import write_tensors
 
 FORMAT_OF = "6.54.12"
 """The release of SAELens whose reader this was written for and tested with."""
@@ -31,6 +43,9 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 _COMPATIBILITY = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 """What ``HookedTransformer`` did to a model's weights by default, and what our ``compatibility`` stands for."""
+
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+AUTOENCODERS = ("standard", "jumprelu", "topk")
 
 
 def problems(subjects: Sequence[Subject]) -> list[str]:
@@ -147,3 +162,62 @@ def _metadata(subject: Subject, hooks: tuple[str, str], model_name: str) -> dict
         "hook_head_index": None,
         "prepend_bos": True,
     }
+
+
+def read(folder: Path) -> Foreign:
+    """Read a folder of release 6 or later.
+
+    Raises ArtifactMissing, ArtifactCorrupt, or ArtifactMismatch with everything in it that has no counterpart here.
+    """
+    config = read_config(folder / CONFIG)
+    kind = str(config.get("architecture"))
+    metadata = config.get("metadata") or {}
+    if problems := _config_problems(kind, config, metadata):
+        raise ArtifactMismatch(f"{folder / CONFIG}: cannot be imported: {'; '.join(problems)}")
+    jumps, skips = "jumprelu" in kind, "skip" in kind
+    wanted = ["W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] if jumps else []), *(["W_skip"] if skips else [])]
+    tensors = read_tensors(folder / WEIGHTS)
+    check_names(folder / WEIGHTS, tensors, wanted)
+    W_enc, b_enc, W_dec = tensors["W_enc"].T.contiguous(), tensors["b_enc"], tensors["W_dec"]
+    # Its default for autoencoders is to subtract the output bias from the input; transcoders never do.
+    if config.get("apply_b_dec_to_input", True) and kind in AUTOENCODERS:
+        b_enc = without_input_bias(W_enc, b_enc, tensors["b_dec"])
+    if config.get("rescale_acts_by_decoder_norm"):
+        # It ranks and shows activations times the decoder norm, and divides again before decoding.
+        norms = W_dec.norm(dim=1)
+        W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
+    weights: dict[str, Tensor] = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec_out": tensors["b_dec"]}
+    if jumps:
+        weights["log_threshold"] = log_threshold(folder, tensors["threshold"])
+    if skips:
+        weights["W_skip"] = tensors["W_skip"]
+    hook_in = metadata.get("hook_name")
+    return Foreign(
+        architecture=_architecture(jumps, skips, config),
+        weights=weights,
+        hook_in=hook_in,
+        hook_out=metadata.get("hook_name_out") if kind in TRANSCODERS else hook_in,
+        model_name=metadata.get("model_name"),
+        facts=jsonable(config),
+    )
+
+
+def _config_problems(kind: str, config: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
+    known = (*TRANSCODERS, *AUTOENCODERS)
+    problems = [] if kind in known else [f"architecture {kind!r} is none of {', '.join(known)}"]
+    for name in ("normalize_activations", "reshape_activations"):
+        if (value := config.get(name, "none")) != "none":
+            problems.append(f"{name} is {value!r}, which has to be folded into the weights in SAELens first")
+    if metadata.get("hook_head_index") is not None:
+        problems.append(f"it reads head {metadata['hook_head_index']} only, which a site names as HOOK[HEAD]")
+    if kind in TRANSCODERS and config.get("apply_b_dec_to_input", False):
+        problems.append("apply_b_dec_to_input is true, which SAELens itself refuses for transcoders")
+    return problems
+
+
+def _architecture(jumps: bool, skips: bool, config: dict[str, Any]) -> Architecture:
+    if jumps:
+        return JumpReLU(skip=skips)
+    if config["architecture"] == "topk":
+        return TopK(k=config["k"])
+    return ReLU(input_bias=False, skip=skips)
