@@ -1,4 +1,4 @@
-"""The repository keeps what its documents promise: file sizes, docstrings, folder map, pins, no machine's paths."""
+"""The repository keeps what its documents promise: sizes of files, docstrings, folder map, pins, no machine's paths."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.house import crumbs, modules
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pipeline", "analysis", "training", "storage")
 MODULES = sorted(module for package in PACKAGES for module in (ROOT / package).rglob("*.py"))
-MAX_LINES = 400
+MAX_LINES = 600
+
+CRUMBS: list[str] = []
+"""Modules under 60 lines with one importer, plug-ins and commands aside. Only ever shorten this list."""
 
 # Put together from pieces, so that this file does not hold what it forbids.
 MACHINE_PATHS = re.compile(
@@ -55,7 +60,14 @@ def pins() -> dict[str, str]:
 
 def test_every_module_fits_the_line_budget() -> None:
     lengths = {str(module.relative_to(ROOT)): len(module.read_text().splitlines()) for module in MODULES}
-    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+    too_long = {name: length for name, length in lengths.items() if length > MAX_LINES}
+    assert too_long == {}, f"modules past {MAX_LINES} lines; split them where their subject changes"
+
+
+def test_no_module_is_a_crumb() -> None:
+    found = crumbs(modules())
+    assert sorted(set(found) - set(CRUMBS)) == [], "crumbs: fold each into the one module that imports it"
+    assert sorted(set(CRUMBS) - set(found)) == [], "no crumbs any more: take them off the list"
 
 
 def test_every_module_says_what_it_is_for() -> None:
