@@ -10,15 +10,13 @@ import click
 
 from tailrace.pipeline.analyze import many as analyze_each
 from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
+from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings, read_flat
 from tailrace.pipeline.artifacts.folders import artifacts_inside, each_artifact, unfinished_inside
 from tailrace.pipeline.live.token_order import FreshText
 from tailrace.pipeline.shared import run_options as options
-from tailrace.pipeline.shared.options import read_settings, read_settings_together, settings_options
+from tailrace.pipeline.shared.options import settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
-from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.transcoder import KIND
-from tailrace.training.cross_layer.artifact import is_cross_layer
 
 
 @click.command("analyze", cls=SectionCommand)
@@ -91,7 +89,7 @@ def command(
 
     So does each layer of a cross-layer transcoder, which is given alone.
     """
-    settings, text = _read(config, given, is_live=live)
+    settings, text = read_flat(given, config, is_live=live)
     arguments: dict[str, Any] = {
         "cache": cache,
         "live": text,
@@ -105,10 +103,10 @@ def command(
         "announce": _say_nothing if quiet else partial(click.echo, err=True),
     }
     say = _say_nothing if quiet else click.echo
-    inside = [one for path in transcoders for one in artifacts_inside(path, KIND)]
-    if len(transcoders) == 1 and not inside and not is_cross_layer(transcoders[0]):
+    if len(transcoders) == 1 and not analyze_each.stands_for_many(transcoders[0]):
         say(_line(analyze.run(settings, transcoder=transcoders[0], **arguments)))
         return
+    inside = [one for path in transcoders for one in artifacts_inside(path, KIND)]
     for path in transcoders:
         if unfinished := unfinished_inside(path) if inside else []:
             click.echo(f"{path}: left out, as never finished: {', '.join(one.name for one in unfinished)}", err=True)
@@ -127,20 +125,3 @@ def _line(result: AnalyzeResult) -> str:
 
 def _say_nothing(_: str) -> None:
     """Leave out what --quiet leaves out."""
-
-
-def _read(config: Path | None, given: dict[str, Any], *, is_live: bool) -> tuple[AnalyzeSettings, FreshText | None]:
-    """Read the settings, and those of the text; a hub dataset's split is not the cache's."""
-    given = {name: value for name, value in given.items() if value is not None and value != ()}
-    own = AnalyzeSettings.model_fields
-    if not is_live:
-        if misplaced := [f"--{name.replace('_', '-')}" for name in given if name not in own]:
-            raise SettingsError(
-                f"{', '.join(misplaced)}: only with --live; a cache has decided it already. Leave it out"
-            )
-        return read_settings(AnalyzeSettings, config, given), None
-    split = {"split": given.pop("split")} if "split" in given else {}
-    settings, text = read_settings_together([AnalyzeSettings, FreshText], config, given)
-    assert isinstance(settings, AnalyzeSettings)
-    assert isinstance(text, FreshText)
-    return settings, FreshText.read(text.model_dump(), split, where="the settings")

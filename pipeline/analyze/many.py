@@ -27,6 +27,7 @@ from tailrace.pipeline.analyze.stage import (
     refuse_unused_model,
 )
 from tailrace.pipeline.analyze.weight_tables import SharedWeights, later_problems
+from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.pipeline.live.token_order import FreshText
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.shared.device import open_device
@@ -40,6 +41,8 @@ from tailrace.storage.errors import (
     SettingsError,
 )
 from tailrace.storage.names import folder_problem
+from tailrace.training.architectures.transcoder import KIND
+from tailrace.training.cross_layer.artifact import is_cross_layer
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +102,11 @@ def run(
         finished(results[-1])
     _raise_together(problems)
     return results
+
+
+def stands_for_many(transcoder: Path) -> bool:
+    """Return whether a path is a folder of transcoders or a cross-layer one, and so gets tables of each."""
+    return bool(artifacts_inside(transcoder, KIND)) or is_cross_layer(transcoder)
 
 
 def _outputs(coders: Sequence[AnalysedCoder], output: Path) -> list[Path]:

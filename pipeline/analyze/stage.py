@@ -44,6 +44,7 @@ from tailrace.pipeline.live.token_order import FreshText
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.shared.options import read_settings, read_settings_together, setting_fields
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import MANIFEST, read_manifest
 from tailrace.storage.differences import list_differences
@@ -141,6 +142,22 @@ class AnalyzeSettings(Settings):
                 return 0
             case n_rows:
                 return n_rows
+
+
+def read_flat(
+    given: Mapping[str, Any], config: Path | None = None, *, is_live: bool
+) -> tuple[AnalyzeSettings, FreshText | None]:
+    """Read settings by the names of their flags, and those of the text; a hub dataset's split is not the cache's."""
+    given = {name: value for name, value in given.items() if value is not None and value != ()}
+    if not is_live:
+        text = setting_fields(FreshText).keys() - AnalyzeSettings.model_fields
+        if flags := ", ".join(f"--{name.replace('_', '-')}" for name in given if name in text):
+            raise SettingsError(f"{flags}: only with --live; a cache has decided it already. Leave it out")
+        return read_settings(AnalyzeSettings, config, given), None
+    split = {"split": given.pop("split")} if "split" in given else {}
+    settings, fresh = read_settings_together([AnalyzeSettings, FreshText], config, given)
+    assert isinstance(settings, AnalyzeSettings)
+    return settings, FreshText.read(fresh.model_dump(), split, where="the settings")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ import click
 from tailrace.pipeline.cache import verify
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
-from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
 from tailrace.storage.cache_format import KIND
 from tailrace.storage.shuffle_evidence import ShuffleEvidence
 
@@ -45,40 +44,46 @@ def command(
     Every artifact's bytes are compared with their checksums. Of a cache, some recorded contexts are also run through
     the language model again and compared with their stored rows.
     """
-    kind = read_sealed(path / MANIFEST)["kind"] if (path / MANIFEST).exists() else KIND
-    if kind != KIND:
+    if (kind := verify.kind_of(path)) != KIND:
         click.echo(f"{path}: comparing every file of the {kind} with its checksum")
-        _finish(verify_artifact(path, kind))
-        return
-    problems: list[str] = []
-    if checksums:
-        problems += verify.check_bytes(path, quiet=quiet)
-        found = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "every byte as written"
-        _say(not problems, f"checksums: {found}")
-    if pairs and not problems:
-        problems += _check_pairs(path, pairs, model, device, threads)
-    if shuffle and not problems:
-        evidence = verify.check_shuffle(path, batch_rows=batch_rows, epoch=epoch)
-        show_evidence(evidence)
-        if not evidence.passed:
-            problems.append("the order does not look like a uniformly random permutation")
+    done = verify.run(
+        path,
+        checksums=checksums,
+        pairs=pairs,
+        shuffle=shuffle,
+        batch_rows=batch_rows,
+        epoch=epoch,
+        model=model,
+        device=device,
+        threads=threads,
+        quiet=quiet,
+        finished=show,
+    )
+    problems = [*done.damage, *(_line(report) for report in done.pairs if not report.passed)]
+    if done.shuffle is not None and not done.shuffle.passed:
+        problems.append("the order does not look like a uniformly random permutation")
     _finish(problems)
 
 
-def _check_pairs(path: Path, n_contexts: int, model: str | None, device: str, threads: int | None) -> list[str]:
-    problems = []
-    for report in verify.check_pairs(path, n_contexts=n_contexts, model=model, device=device, threads=threads):
-        mlp = "" if report.is_mlp else ", pairing check not applicable"
-        if report.mlp_relative_error is not None:
-            mlp = f", MLP(in) against out {report.mlp_relative_error:.1e}"
-        line = (
-            f"pairs: {report.split} {report.site}/{report.side}, {report.n_rows:,} rows against the model run again: "
-            f"relative error {report.relative_error:.1e} (at most {report.tolerance:.1e} expected){mlp}"
-        )
-        _say(report.passed, line)
-        if not report.passed:
-            problems.append(line)
-    return problems
+def show(found: verify.Verification) -> None:
+    """Print what one check of a cache found."""
+    for report in found.pairs:
+        _say(report.passed, _line(report))
+    if found.shuffle is not None:
+        show_evidence(found.shuffle)
+    if not found.pairs and found.shuffle is None:
+        n_problems = f"{len(found.damage)} problem{'s' if len(found.damage) > 1 else ''}"
+        _say(not found.damage, f"checksums: {n_problems if found.damage else 'every byte as written'}")
+
+
+def _line(report: verify.PairingReport) -> str:
+    mlp = "" if report.is_mlp else ", pairing check not applicable"
+    if report.mlp_relative_error is not None:
+        mlp = f", MLP(in) against out {report.mlp_relative_error:.1e}"
+    return (
+        f"pairs: {report.split} {report.site}/{report.side}, {report.n_rows:,} rows against the model run again: "
+        f"relative error {report.relative_error:.1e} (at most {report.tolerance:.1e} expected){mlp}"
+    )
 
 
 def show_evidence(evidence: ShuffleEvidence) -> None:

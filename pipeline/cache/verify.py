@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from tailrace.pipeline.model.language_model import PairingCheck
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.shared.device import limited_threads
 from tailrace.storage.activation_cache import CacheSplit, open_cache
-from tailrace.storage.cache_format import Site
+from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
+from tailrace.storage.cache_format import KIND, Site
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
 from tailrace.storage.encodings import RELATIVE_ERROR, Side
 from tailrace.storage.errors import ActionableError
@@ -48,6 +50,64 @@ class PairingReport:
     def passed(self) -> bool:
         """Whether the error is within what the dtypes explain."""
         return self.relative_error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of an artifact, and what was wrong."""
+
+    path: Path
+    damage: list[str] = field(default_factory=list)
+    """A sentence for every file that is not as it was written."""
+    pairs: list[PairingReport] = field(default_factory=list)
+    """Of a cache, for every split, site and side."""
+    shuffle: ShuffleEvidence | None = None
+    """Of a cache, if it was asked for."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was wrong."""
+        is_shuffled = self.shuffle is None or self.shuffle.passed
+        return not self.damage and all(report.passed for report in self.pairs) and is_shuffled
+
+
+def kind_of(path: Path) -> str:
+    """Return the kind of the artifact at ``path``; a cache's where none is, for opening it to say so."""
+    return str(read_sealed(path / MANIFEST)["kind"]) if (path / MANIFEST).exists() else KIND
+
+
+def run(
+    path: Path,
+    *,
+    checksums: bool = True,
+    pairs: int = 8,
+    shuffle: bool = False,
+    batch_rows: int | None = None,
+    epoch: int = 0,
+    model: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = False,
+    finished: Callable[[Verification], object] = lambda _: None,
+) -> Verification:
+    """Check the artifact at ``path``: bytes; of a cache also ``pairs`` contexts, and the order with ``shuffle``.
+
+    Where one check finds something wrong, the next are left out. ``finished`` is told what each check of a cache
+    alone found. The other arguments are those of ``check_pairs`` and ``check_shuffle``, and so are the errors.
+    """
+    if (kind := kind_of(path)) != KIND:
+        return Verification(path, verify_artifact(path, kind))
+    done = Verification(path)
+    if checksums:
+        done = Verification(path, check_bytes(path, quiet=quiet))
+        finished(done)
+    if pairs and done.passed:
+        done = replace(done, pairs=check_pairs(path, n_contexts=pairs, model=model, device=device, threads=threads))
+        finished(replace(done, damage=[]))
+    if shuffle and done.passed:
+        done = replace(done, shuffle=check_shuffle(path, batch_rows=batch_rows, epoch=epoch))
+        finished(replace(done, damage=[], pairs=[]))
+    return done
 
 
 def check_bytes(path: Path, *, quiet: bool = True) -> list[str]:

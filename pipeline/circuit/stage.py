@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -109,7 +109,7 @@ class CircuitResult:
     """A published circuit."""
 
     path: Path
-    document: dict[str, Any]
+    document: dict[str, Any] = field(repr=False)
     """What ``circuit.json`` holds."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,14 @@ import click
 
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared import run_options as options
-from tailrace.pipeline.shared.options import read_settings_together, setting_fields, settings_options
+from tailrace.pipeline.shared.options import settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, option, running
-from tailrace.pipeline.train import cross_layer, sweep
-from tailrace.pipeline.train import stage as train
-from tailrace.pipeline.train.grid import Point, expand, read_grid
+from tailrace.pipeline.train.from_flags import train_one, train_sweep
+from tailrace.pipeline.train.grid import read_grid
 from tailrace.pipeline.train.model_scores import ModelScoreSettings
 from tailrace.pipeline.train.runs_table import FINISHED, RUNS_TABLE, RunOutcome
 from tailrace.pipeline.train.sweep import SweepResult
-from tailrace.storage.errors import SettingsError
-from tailrace.storage.settings import Settings
-from tailrace.training.cross_layer.artifact import read_cross_layer_manifest
+from tailrace.training.cross_layer.artifact import is_cross_layer, read_cross_layer_manifest
 from tailrace.training.loop.loggers import build_loggers
 from tailrace.training.loop.settings import TrainSettings
 
@@ -85,26 +82,12 @@ def command(
     Continues where it stopped if it was interrupted. From a cache, no language model is loaded, unless it is to
     score the transcoder (--evaluate-model-every) or rows (--resample-by model_loss).
     """
-    given = {name: value for name, value in given.items() if value is not None and value != ()}
     if live == (cache is not None):
         raise click.UsageError("give --live or CACHE, not both" if live else "give CACHE, or --live with a --model")
-    # beside a cache, --model is no setting: it says where the model lies that the cache was made with
-    model = None if live else given.pop("model", None)
-    if not live:
-        refuse_live_settings(given)
-    classes: list[type[Settings]] = [TrainSettings, ModelScoreSettings, *([LiveSettings] if live else [])]
-
-    def read(point: Point) -> tuple[Any, ...]:
-        return tuple(read_settings_together(classes, config, {**given, **point}))
-
-    is_sweep = bool(sweeps or sweep_file)
-    points = read_grid(sweeps, sweep_file) if is_sweep else [{}]
-    # before anything else is read, so that the problems of all runs are told and not the first run's alone
-    runs = expand(points, lambda point: read(point)[0]) if is_sweep else {}
-    own, *shared = read(points[0])
-    place: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "cache": cache,
-        "live": shared[1] if live else None,
+        "live": live,
+        "config": config,
         "output": output,
         "device": device,
         "threads": threads,
@@ -112,53 +95,22 @@ def command(
         "fresh": fresh,
         "checkpoint_steps": checkpoint_steps,
         "start_from": start_from,
-        "model_scores": shared[0],
-        "model": model,
         "loggers": partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb_project),
     }
-    if is_sweep and (across := [name for name, settings in runs.items() if settings.cross_layer]):
-        raise SettingsError(f"--cross-layer: is trained alone, not in a sweep, as {', '.join(across)} would be")
-    if own.cross_layer:
-        place = for_cross_layer(place)
-    if is_sweep:
-        swept = sweep.run(runs, **place)
+    if sweeps or sweep_file:
+        swept = train_sweep(read_grid(sweeps, sweep_file), given, **arguments)
         if not quiet:
             show_sweep(swept)
         return
-    result = cross_layer.run(own, **place) if own.cross_layer else train.run(own, **place)
+    result = train_one(given, **arguments)
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        told = show_layers(read_cross_layer_manifest(result.path)) if own.cross_layer else ""
+        told = show_layers(read_cross_layer_manifest(result.path)) if is_cross_layer(result.path) else ""
         click.echo(f"{result.path}: {told or show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and (score.get("fvu_ordinary", score["fvu"]) or 0) > 1:
             click.echo(
                 "warning: FVU above 1 is worse than always predicting the mean; train for longer, or with a lower --lr",
                 err=True,
             )
-
-
-def for_cross_layer(place: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that training over several layers takes; raise SettingsError for what it cannot do."""
-    problems = []
-    if place["live"] is not None:
-        problems.append("--live: a cross-layer transcoder is trained from a cache")
-    if place["start_from"] is not None:
-        problems.append("--from: a cross-layer transcoder begins with weights of its own")
-    if place["model_scores"] != ModelScoreSettings():
-        problems.append("--evaluate-model-every: score it afterwards, with pipeline evaluate")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append("torchrun: one process trains a cross-layer transcoder")
-    if problems:
-        raise SettingsError("--cross-layer does not go together with\n" + "\n".join(f"  {one}" for one in problems))
-    left_out = ("live", "start_from", "model_scores", "model")
-    return {name: value for name, value in place.items() if name not in left_out}
-
-
-def refuse_live_settings(given: Collection[str]) -> None:
-    """Raise SettingsError for flags that mean something with ``--live`` only."""
-    others = setting_fields(TrainSettings).keys() | ModelScoreSettings.model_fields.keys()
-    if misplaced := [name for name in LiveSettings.model_fields if name in given and name not in others]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in misplaced)
-        raise SettingsError(f"{flags}: only with --live; a cache has decided it already. Leave it out")
 
 
 def show_metrics(metrics: dict[str, Any]) -> str:

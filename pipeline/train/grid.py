@@ -31,12 +31,23 @@ def read_grid(sweeps: Sequence[str], file: Path | None) -> list[Point]:
     """
     problems: list[str] = []
     lists = _read_flags(sweeps, problems)
-    points = _read_file(file, lists, problems) if file is not None else [{}]
-    names = list(dict.fromkeys(name for point in [*points, lists] for name in point))
+    points = _points(_load(file), str(file)) if file is not None else [{}]
+    twice = sorted({name for point in points for name in point} & lists.keys())
+    problems += [f"{name}: is swept by {file} and by --sweep; leave one out" for name in twice]
+    return _checked([{**point, **chosen} for point in points for chosen in _product(lists)], problems)
+
+
+def grid_of(over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Return the runs of what ``read_grid`` has in a file. Raises SettingsError with every problem of names."""
+    return _checked(_points(over, "over"), [])
+
+
+def _checked(points: list[Point], problems: list[str]) -> list[Point]:
+    names = list(dict.fromkeys(name for point in points for name in point))
     problems += [problem for name in names if (problem := _problem(name)) is not None]
     if problems:
         raise SettingsError("this sweep cannot be run:\n" + "\n".join(f"  {line}" for line in problems))
-    return [{**point, **chosen} for point in points for chosen in _product(lists)]
+    return points
 
 
 def _read_flags(sweeps: Sequence[str], problems: list[str]) -> dict[str, list[Any]]:
@@ -54,26 +65,32 @@ def _read_flags(sweeps: Sequence[str], problems: list[str]) -> dict[str, list[An
     return lists
 
 
-def _read_file(path: Path, flags: Mapping[str, Any], problems: list[str]) -> list[Point]:
+def _load(path: Path) -> Any:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SettingsError(f"{path}: there is no such file; check the path of the sweep") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
-    if isinstance(loaded, dict) and loaded and all(isinstance(value, list) and value for value in loaded.values()):
-        points = list(_product(loaded))
-    elif isinstance(loaded, list) and loaded and all(isinstance(run, dict) and run for run in loaded):
-        points = loaded
+
+
+def _points(content: Any, where: str) -> list[Point]:
+    """Return the runs of a mapping of lists or a list of mappings, by the names of flags."""
+    points: Iterable[Point]
+    if isinstance(content, dict) and content and all(_is_filled(value) for value in content.values()):
+        points = _product(content)
+    elif isinstance(content, list | tuple) and content and all(isinstance(run, dict) and run for run in content):
+        points = content
     else:
         raise SettingsError(
-            f"{path}: holds neither a mapping of settings to lists of values (all combinations are run) nor a list of "
+            f"{where}: holds neither a mapping of settings to lists of values (all combinations are run) nor a list of "
             "mappings of settings to values (one for each run)"
         )
-    flat = [flat_values(TrainSettings, {str(name): value for name, value in point.items()}) for point in points]
-    twice = sorted({name for point in flat for name in point} & flags.keys())
-    problems += [f"{name}: is swept by {path} and by --sweep; leave one out" for name in twice]
-    return flat
+    return [flat_values(TrainSettings, {str(name): value for name, value in point.items()}) for point in points]
+
+
+def _is_filled(values: Any) -> bool:
+    return isinstance(values, list | tuple | range) and len(values) > 0
 
 
 def _product(lists: Mapping[str, Sequence[Any]]) -> Iterable[Point]:

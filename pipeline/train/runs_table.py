@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -30,9 +30,9 @@ class RunOutcome:
     """``finished`` or ``diverged``."""
     path: str
     """Its folder, inside the sweep."""
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(repr=False)
     """All of them, as recorded."""
-    metrics: dict[str, Any]
+    metrics: dict[str, Any] = field(repr=False)
     """``steps``, ``rows``, the last ``train`` losses, and the ``heldout`` and ``model`` scores if there are any."""
 
     def row(self) -> dict[str, Any]:

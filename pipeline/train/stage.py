@@ -40,6 +40,11 @@ class TrainResult:
     metrics: dict[str, Any]
     """``steps``, ``rows``, the last ``train`` losses and the ``heldout`` score over all held-out rows."""
 
+    def __repr__(self) -> str:
+        score = self.metrics.get("heldout") or {}
+        shown = {"steps": self.metrics["steps"], **{name: score[name] for name in ("fvu", "l0") if name in score}}
+        return f"TrainResult({str(self.path)!r}, {', '.join(f'{name}={value}' for name, value in shown.items())})"
+
 
 def run(
     settings: TrainSettings,

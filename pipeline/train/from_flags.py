@@ -1,0 +1,105 @@
+"""Settings by the names of their flags, and what is trained of them: one transcoder, a cross-layer one or a sweep.
+
+``pipeline train`` and ``tailrace.train`` have their settings read and their stage chosen here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.shared.options import read_settings_together, setting_fields
+from tailrace.pipeline.train import cross_layer, stage, sweep
+from tailrace.pipeline.train.grid import Point, expand
+from tailrace.pipeline.train.model_scores import ModelScoreSettings
+from tailrace.pipeline.train.stage import TrainResult
+from tailrace.pipeline.train.sweep import SweepResult
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Settings
+from tailrace.training.loop.settings import TrainSettings
+
+Given = Mapping[str, Any]
+"""Values of settings by the names of their flags; None and () are not given."""
+
+
+def train_one(
+    given: Given, *, cache: Path | None, live: bool = False, config: Path | None = None, **arguments: Any
+) -> TrainResult:
+    """Train one transcoder, of several layers with ``cross_layer``.
+
+    ``arguments`` are the others of ``tailrace.pipeline.train.stage.run``, whose errors these are. Raises SettingsError
+    for settings that the rows, or a cross-layer transcoder, do not go together with.
+    """
+    asked = _Asked(given, config, cache, is_live=live)
+    own, shared = asked.read({})
+    if own.cross_layer:
+        return cross_layer.run(own, **for_cross_layer(shared | arguments))
+    return stage.run(own, **shared, **arguments)
+
+
+def train_sweep(
+    points: Sequence[Point],
+    given: Given,
+    *,
+    cache: Path | None,
+    live: bool = False,
+    config: Path | None = None,
+    **arguments: Any,
+) -> SweepResult:
+    """Train a run for each of ``points``, side by side; the other arguments are those of ``train_one``."""
+    asked = _Asked(given, config, cache, is_live=live)
+    # before anything else is read, so that the problems of all runs are told and not the first run's alone
+    runs = expand(points, lambda point: asked.read(point)[0])
+    _, shared = asked.read(points[0])
+    if across := [name for name, settings in runs.items() if settings.cross_layer]:
+        raise SettingsError(f"--cross-layer: is trained alone, not in a sweep, as {', '.join(across)} would be")
+    return sweep.run(runs, **shared, **arguments)
+
+
+class _Asked:
+    """What was given, read as the settings classes that know each name."""
+
+    def __init__(self, given: Given, config: Path | None, cache: Path | None, *, is_live: bool) -> None:
+        if is_live == (cache is not None):
+            raise SettingsError("train on a cache, or live with a model and a dataset: give one of them")
+        self._given = {name: value for name, value in given.items() if value is not None and value != ()}
+        self._config = config
+        # beside a cache, model is no setting: it says where the model lies that the cache was made with
+        self._rows = {"cache": cache, "model": None if is_live else self._given.pop("model", None)}
+        if not is_live:
+            refuse_live_settings(self._given)
+        self._classes: list[type[Settings]] = [TrainSettings, ModelScoreSettings, *([LiveSettings] if is_live else [])]
+
+    def read(self, point: Point) -> tuple[TrainSettings, dict[str, Any]]:
+        """Return the settings of a run that changes ``point``, and the arguments that the others make."""
+        own, scores, *live = read_settings_together(self._classes, self._config, {**self._given, **point})
+        assert isinstance(own, TrainSettings)
+        return own, {**self._rows, "model_scores": scores, "live": live[0] if live else None}
+
+
+def for_cross_layer(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that training over several layers takes; raise SettingsError for what it cannot do."""
+    problems = []
+    if arguments["live"] is not None:
+        problems.append("--live: a cross-layer transcoder is trained from a cache")
+    if arguments.get("start_from") is not None:
+        problems.append("--from: a cross-layer transcoder begins with weights of its own")
+    if arguments["model_scores"] != ModelScoreSettings():
+        problems.append("--evaluate-model-every: score it afterwards, with pipeline evaluate")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("torchrun: one process trains a cross-layer transcoder")
+    if problems:
+        raise SettingsError("--cross-layer does not go together with\n" + "\n".join(f"  {one}" for one in problems))
+    left_out = ("live", "start_from", "model_scores", "model")
+    return {name: value for name, value in arguments.items() if name not in left_out}
+
+
+def refuse_live_settings(given: Collection[str]) -> None:
+    """Raise SettingsError for flags that mean something with ``--live`` only."""
+    others = setting_fields(TrainSettings).keys() | ModelScoreSettings.model_fields.keys()
+    if misplaced := [name for name in LiveSettings.model_fields if name in given and name not in others]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in misplaced)
+        raise SettingsError(f"{flags}: only with --live; a cache has decided it already. Leave it out")
