@@ -100,7 +100,7 @@ def test_wheel_holds_every_tracked_file_of_the_folders_once_below_the_one_name(w
     tracked = run("git", "ls-files", *FOLDERS, cwd=ROOT).splitlines()
     wanted = sorted(f"tailrace/{name}" for name in tracked if (ROOT / name).is_file())
     held = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    own = ["tailrace/__init__.py", "tailrace/__main__.py", "tailrace/py.typed"]
+    own = [f"tailrace/{name}" for name in ("__init__.py", "__main__.py", "circuits.py", "py.typed")]
     assert sorted(held) == sorted([*own, *wanted])
 
 

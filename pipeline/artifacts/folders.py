@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
-from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
 
+if TYPE_CHECKING:
+    from tailrace.storage.cache_format import Site
+    from tailrace.training.architectures.base import Transcoder
+
+PathLike = str | os.PathLike[str]
+"""A path, as a string or a ``Path``."""
+Paths = PathLike | Sequence[PathLike]
+"""One path or several."""
 RUNS = "runs"
 """Folder in which a sweep keeps its transcoders; spelled out, because the module that makes it loads torch."""
 _NAMED = 40
 """Artifacts whose names a message lists."""
+
+
+def as_paths(paths: Paths) -> list[Path]:
+    """Return one path or several as a list."""
+    return [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
 
 
 def each_artifact(paths: Sequence[Path], kind: str) -> list[Path]:
@@ -25,6 +40,25 @@ def each_artifact(paths: Sequence[Path], kind: str) -> list[Path]:
     for path in paths:
         found += artifacts_inside(path, kind) or [path]
     return found
+
+
+def load_transcoders(paths: Paths) -> dict[Site, Transcoder]:
+    """Return transcoders of one layer each by their sites, as ``replaced`` and circuits take them.
+
+    A folder stands for the transcoders in it. Raises SettingsError for two of one site, and ArtifactError.
+
+    ``((site, transcoder),) = tailrace.load_transcoders("transcoders/gpt2").items()``
+    """
+    from tailrace.storage.cache_format import Site
+    from tailrace.training.architectures.transcoder import KIND, load_transcoder, read_transcoder_manifest  # torch
+
+    by_site: dict[Site, Path] = {}
+    for path in each_artifact(as_paths(paths), KIND):
+        site = Site(**read_transcoder_manifest(path)["site"])
+        if site in by_site:
+            raise SettingsError(f"{by_site[site]} and {path} are both of site {site.name}; give one of them")
+        by_site[site] = path
+    return {site: load_transcoder(path) for site, path in by_site.items()}
 
 
 def artifacts_inside(path: Path, kind: str) -> list[Path]:

@@ -10,14 +10,17 @@ that name: its files could not be those recorded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_paths, each_artifact
 from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
+from tailrace.training.architectures.transcoder import KIND
 from tailrace.training.cross_layer.artifact import read_either_manifest
 
 _NAMED = 3
@@ -61,6 +64,20 @@ def open_transcoder_model(
             f"('there' is the transcoder's, 'asked for' the model opened):\n{lines}"
         )
     return loaded
+
+
+def open_model(
+    transcoders: Paths, *, model: PathLike | None = None, device: str = "cpu", dtype: str | None = None
+) -> LanguageModel:
+    """Return the language model that transcoders were trained on; its ``bridge`` is TransformerLens' model.
+
+    ``model`` says where it lies, if not under the name that the transcoders record; ``dtype`` computes in another
+    precision. Raises ArtifactError if it is another model, and ModelError if it cannot be loaded.
+
+    ``tailrace.open_model("transcoders/gpt2").tokenize(["some text"])``
+    """
+    paths = each_artifact(as_paths(transcoders), KIND)
+    return open_transcoder_model(paths, model=None if model is None else os.fspath(model), device=device, dtype=dtype)
 
 
 def _common_model(transcoders: Sequence[Path]) -> Mapping[str, Any]:

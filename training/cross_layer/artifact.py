@@ -5,6 +5,7 @@ Weights on disk are folded: they take the language model's own activations and g
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 from tailrace.storage.artifact import MANIFEST, read_json, read_manifest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import WEIGHTS, read_transcoder_manifest, weights_as_described
+from tailrace.training.architectures.transcoder import load_transcoder as load_of_one_layer
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.cross_layer.units import JoinedRows
 from tailrace.training.loop.evaluate import FitSums, HeldoutScore, OrdinaryScore
@@ -101,3 +104,15 @@ def read_either_manifest(path: Path) -> dict[str, Any]:
     Both say ``model``, ``d_sae`` and ``digest``; one of several layers has ``sites`` in place of ``site``.
     """
     return read_cross_layer_manifest(path) if is_cross_layer(path) else read_transcoder_manifest(path)
+
+
+def load_transcoder(path: str | os.PathLike[str], weights: str = WEIGHTS) -> Transcoder:
+    """Return a published transcoder of one layer or a cross-layer one, on the CPU, in evaluation mode.
+
+    ``encode`` takes MLP inputs (…, d_in) in the model's own units to activations (…, d_sae), ``decode`` these to MLP
+    outputs (…, d_out); a cross-layer one has ``encode_layer``. ``weights`` may name a snapshot. Raises ArtifactError.
+
+    ``tailrace.load_transcoder("transcoders/gpt2").encode(mlp_in)``
+    """
+    path = Path(path)
+    return load_cross_layer(path, weights) if is_cross_layer(path) else load_of_one_layer(path, weights)

@@ -1,0 +1,398 @@
+"""The functions of ``import tailrace``: the main commands as calls, with their flags as keywords.
+
+A setting's keyword is its flag's name with ``_`` for ``-``, and is read by the code that reads the flag: ``k="32"``,
+``k=32`` and ``--k 32`` are one setting, ``tokens="1M"`` is ``tokens=1_000_000``. ``config`` takes a file of settings
+too. Nothing is printed; ``quiet=False`` shows progress. An error that a user can act on is an ``ActionableError``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Number
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, overload
+
+from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_paths, each_artifact
+from tailrace.pipeline.shared.options import flat_values, read_settings, setting_fields
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.settings import Settings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tailrace.pipeline.analyze.stage import AnalyzeResult
+    from tailrace.pipeline.cache.stage import CacheResult
+    from tailrace.pipeline.cache.verify import Verification
+    from tailrace.pipeline.circuit.stage import CircuitResult
+    from tailrace.pipeline.evaluate.stage import EvaluateResult
+    from tailrace.pipeline.train.stage import TrainResult
+    from tailrace.pipeline.train.sweep import SweepResult
+    from tailrace.training.loop.loggers import Logger
+
+Read = TypeVar("Read", bound=Settings)
+
+
+def cache(
+    *,
+    out: PathLike,
+    config: PathLike | None = None,
+    workers: int = 0,
+    scheduler: str | None = None,
+    compile: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> CacheResult:
+    """Run a language model over text and publish its MLP inputs and outputs as a cache at ``out``.
+
+    ``settings`` are those of `pipeline cache`, of which ``model``, ``dataset``, ``layers`` and ``tokens`` are needed.
+    An unfinished cache is continued, a finished one returned as it is. Raises SettingsError, TextError, ModelError,
+    ArtifactError, NonFiniteActivation, ActivationOverflow or StorageFull.
+
+    ``tailrace.cache(model="gpt2", dataset="text.jsonl", layers="3", tokens="1M", out="caches/gpt2")``
+    """
+    from tailrace.pipeline.cache import stage
+    from tailrace.pipeline.cache.settings import CacheSettings
+    from tailrace.pipeline.cache.workers import Workers
+
+    return stage.run(
+        _read(CacheSettings, config, settings),
+        output=Path(out),
+        device=device,
+        threads=threads,
+        compile_model=compile,
+        workers=Workers(workers, scheduler, threads) if workers or scheduler else None,
+        quiet=quiet,
+    )
+
+
+def train(
+    cache: PathLike | None = None,
+    *,
+    out: PathLike,
+    live: bool = False,
+    config: PathLike | None = None,
+    start_from: PathLike | None = None,
+    fresh: bool = False,
+    checkpoint_steps: int = 1000,
+    tensorboard: bool = False,
+    wandb: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> TrainResult:
+    """Train a transcoder on a cache, or with ``live`` straight from ``model`` on ``dataset``, and publish it.
+
+    ``settings`` are those of `pipeline train`, an architecture's beside its name: ``architecture="topk", k=32``;
+    ``start_from`` is ``--from``. ``cross_layer=True`` trains one transcoder over several layers. An unfinished run with
+    the same settings is continued, a finished one returned as it is. Raises SettingsError with every problem of the
+    settings, ArtifactError, NonFiniteActivation or StorageFull.
+
+    ``tailrace.train("caches/gpt2", out="transcoders/gpt2", k=32, d_sae=4096, steps=500)``
+    """
+    from tailrace.pipeline.train.from_flags import train_one
+
+    return train_one(
+        _train_settings(settings),
+        config=_path(config),
+        cache=_path(cache),
+        live=live,
+        output=Path(out),
+        start_from=_path(start_from),
+        fresh=fresh,
+        checkpoint_steps=checkpoint_steps,
+        loggers=_loggers(tensorboard, wandb),
+        device=device,
+        threads=threads,
+        quiet=quiet,
+    )
+
+
+def sweep(
+    cache: PathLike | None = None,
+    *,
+    over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]],
+    out: PathLike,
+    live: bool = False,
+    config: PathLike | None = None,
+    start_from: PathLike | None = None,
+    fresh: bool = False,
+    checkpoint_steps: int = 1000,
+    tensorboard: bool = False,
+    wandb: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> SweepResult:
+    """Train transcoders of many settings side by side, from one reading of the rows, and publish the sweep at ``out``.
+
+    ``over`` has lists of values by setting, all combinations of which are run, or a list of runs, each with what it
+    changes. All else is as for ``train``. Raises NonFiniteActivation if every run diverges.
+
+    ``tailrace.sweep("caches/gpt2", over={"k": [16, 32], "lr": [1e-3, 2e-3]}, out="sweeps/gpt2", steps=500)``
+    """
+    from tailrace.pipeline.train.from_flags import train_sweep
+    from tailrace.pipeline.train.grid import grid_of
+
+    return train_sweep(
+        [_train_settings(point) for point in grid_of(over)],
+        _train_settings(settings),
+        config=_path(config),
+        cache=_path(cache),
+        live=live,
+        output=Path(out),
+        start_from=_path(start_from),
+        fresh=fresh,
+        checkpoint_steps=checkpoint_steps,
+        loggers=_loggers(tensorboard, wandb),
+        device=device,
+        threads=threads,
+        quiet=quiet,
+    )
+
+
+@overload
+def analyze(
+    transcoder: PathLike, *, out: PathLike, cache: PathLike | None = None, live: bool = False, **keywords: Any
+) -> AnalyzeResult: ...
+@overload
+def analyze(
+    transcoder: Sequence[PathLike], *, out: PathLike, cache: PathLike | None = None, live: bool = False, **keywords: Any
+) -> list[AnalyzeResult]: ...
+def analyze(
+    transcoder: Paths,
+    *,
+    out: PathLike,
+    cache: PathLike | None = None,
+    live: bool = False,
+    config: PathLike | None = None,
+    model: PathLike | None = None,
+    downstream: Paths = (),
+    workers: int = 1,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> AnalyzeResult | list[AnalyzeResult]:
+    """Turn a transcoder into tables of features, examples and activations over ``cache``, published at ``out``.
+
+    Of a list of transcoders, which may be folders of them or one cross-layer transcoder, each gets tables in a folder
+    of its name inside ``out``, and a list of results is returned. ``settings`` are those of `pipeline analyze`;
+    ``live=True`` reads ``rows`` rows of the text ``dataset`` instead of a cache. Raises SettingsError, ArtifactError,
+    ModelError or NonFiniteActivation.
+
+    ``tailrace.analyze("transcoders/gpt2", cache="caches/gpt2", out="tables/gpt2")``
+    """
+    from tailrace.pipeline.analyze import many, stage
+    from tailrace.pipeline.live.token_order import FreshText
+    from tailrace.training.architectures.transcoder import KIND
+
+    given = _as_typed((stage.AnalyzeSettings, FreshText), settings)
+    analysis, text = stage.read_flat(given, _path(config), is_live=live)
+    arguments: dict[str, Any] = {
+        "cache": _path(cache),
+        "live": text,
+        "output": Path(out),
+        "device": device,
+        "threads": threads,
+        "quiet": quiet,
+        "model": _text(model),
+        "downstream": as_paths(downstream),
+        "workers": workers,
+    }
+    if not isinstance(transcoder, str | os.PathLike):
+        return many.run(analysis, transcoders=each_artifact(as_paths(transcoder), KIND), **arguments)
+    if many.stands_for_many(Path(transcoder)):
+        raise SettingsError(f"{transcoder}: gets tables of each transcoder, or layer, in it; give it in a list")
+    return stage.run(analysis, transcoder=Path(transcoder), **arguments)
+
+
+def evaluate(
+    transcoders: Paths,
+    *,
+    cache: PathLike,
+    out: PathLike,
+    config: PathLike | None = None,
+    model: PathLike | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> EvaluateResult:
+    """Run the language model with transcoders in place of its MLPs, on contexts of ``cache``; publish it at ``out``.
+
+    ``settings`` are those of `pipeline evaluate`; a folder stands for the transcoders in it. Cross entropies are in
+    nats per token. Raises SettingsError, ArtifactError or ModelError.
+
+    ``tailrace.evaluate("transcoders/gpt2", cache="caches/gpt2", out="evaluations/gpt2").scores``
+    """
+    from tailrace.pipeline.evaluate import stage
+
+    return stage.run(
+        _read(stage.EvaluateSettings, config, settings),
+        transcoders=as_paths(transcoders),
+        cache=Path(cache),
+        output=Path(out),
+        device=device,
+        threads=threads,
+        quiet=quiet,
+        model=_text(model),
+    )
+
+
+def circuit(
+    prompt: str,
+    *,
+    transcoders: Paths,
+    out: PathLike,
+    feature: tuple[int, int] | str | None = None,
+    direction: Literal["encoder", "decoder"] = "encoder",
+    logit: str | None = None,
+    logit_difference: tuple[str, str] | None = None,
+    token: int = -1,
+    tables: Paths = (),
+    config: PathLike | None = None,
+    model: PathLike | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    **settings: Any,
+) -> CircuitResult:
+    """Explain a feature's activation, or a predicted token, on ``prompt`` by features, heads and tokens before it.
+
+    One of ``feature`` (layer and index), ``logit`` and ``logit_difference`` says what is explained, at position
+    ``token``, the BOS being 0. ``settings`` are those of `pipeline circuit`. Raises SettingsError, ArtifactError or
+    ModelError.
+
+    ``tailrace.circuit("The capital of France is", logit=" Paris", transcoders="transcoders", out="circuits/paris")``
+    """
+    from tailrace.pipeline.circuit import stage
+    from tailrace.pipeline.circuit.question import Question, parse_feature
+
+    asked = parse_feature(feature) if isinstance(feature, str) else feature
+    return stage.run(
+        _read(stage.CircuitSettings, config, settings),
+        Question(prompt, token, asked, direction, logit, logit_difference),
+        transcoders=as_paths(transcoders),
+        output=Path(out),
+        tables=as_paths(tables),
+        model=_text(model),
+        device=device,
+        threads=threads,
+    )
+
+
+def query(sql: str, tables: Paths | Mapping[str, PathLike], values: Mapping[str, Any] | None = None) -> pa.Table:
+    """Return the answer to one SELECT over tables, a sweep's runs or an evaluation's tokens, as an Arrow table.
+
+    Tables by name are ``name.features`` in the SQL, which is DuckDB's; ``values`` has those of ``$name`` in it.
+    ``.to_pandas()`` makes a data frame. Raises SettingsError, ArtifactError, and ActionableError with DuckDB's message.
+
+    ``tailrace.query("SELECT feature, top_token FROM features WHERE frequency > $rare", "tables/gpt2", {"rare": 0.01})``
+    """
+    from tailrace.pipeline.query.stage import select
+
+    if not isinstance(tables, Mapping):
+        return select(sql, as_paths(tables), values)
+    return select(sql, {name: Path(path) for name, path in tables.items()}, values)
+
+
+def verify(
+    path: PathLike,
+    *,
+    checksums: bool = True,
+    pairs: int = 8,
+    shuffle: bool = False,
+    batch_rows: int | None = None,
+    epoch: int = 0,
+    model: PathLike | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = True,
+) -> Verification:
+    """Check an artifact's bytes; of a cache, ``pairs`` contexts against the model too, and with ``shuffle`` the order.
+
+    What is wrong is in the result, whose ``passed`` is then False. Raises ArtifactError for what is no artifact, and
+    ModelError if the model cannot be loaded.
+
+    ``assert tailrace.verify("caches/gpt2", shuffle=True).passed``
+    """
+    from tailrace.pipeline.cache.verify import run
+
+    return run(
+        Path(path),
+        checksums=checksums,
+        pairs=pairs,
+        shuffle=shuffle,
+        batch_rows=batch_rows,
+        epoch=epoch,
+        model=_text(model),
+        device=device,
+        threads=threads,
+        quiet=quiet,
+    )
+
+
+def info(path: PathLike) -> dict[str, Any]:
+    """Return what an artifact says of itself, finished or not, by name: what `pipeline info --json` prints.
+
+    Raises ArtifactMissing if nothing lies there.
+
+    ``tailrace.info("transcoders/gpt2")["metrics"]["heldout"]["fvu"]``
+    """
+    from tailrace.pipeline.artifacts.info_stage import describe
+
+    return describe(Path(path))
+
+
+def _read(settings: type[Read], config: PathLike | None, given: Mapping[str, Any]) -> Read:
+    return read_settings(settings, _path(config), _as_typed((settings,), given))
+
+
+def _train_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    from tailrace.pipeline.live.settings import LiveSettings
+    from tailrace.pipeline.train.model_scores import ModelScoreSettings
+    from tailrace.training.loop.settings import TrainSettings
+
+    return _as_typed((TrainSettings, ModelScoreSettings, LiveSettings), given)
+
+
+def _loggers(tensorboard: bool, wandb: str | None) -> Callable[[], list[Logger]]:
+    from tailrace.training.loop.loggers import build_loggers
+
+    return partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb)
+
+
+def _as_typed(classes: Sequence[type[Settings]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they are typed for flags: numbers and paths as text, nested settings beside their kind.
+
+    Several values are a flag given again where a setting has several, and else separated by commas (``layers=[0, 3]``).
+    """
+    fields = {name: field for settings in classes for name, field in setting_fields(settings).items()}
+    for settings in classes:
+        given = flat_values(settings, given)
+    typed: dict[str, Any] = {}
+    for name, value in given.items():
+        is_several = name in fields and get_origin(fields[name].annotation) is tuple
+        words = tuple(map(_word, value)) if isinstance(value, list | tuple | range) else _word(value)
+        typed[name] = ",".join(map(str, words)) if isinstance(words, tuple) and not is_several else words
+    return typed
+
+
+def _word(value: Any) -> Any:
+    """Return a number or path as text, and anything else as it is, for the settings to judge."""
+    if isinstance(value, bool):
+        return value
+    return str(value) if isinstance(value, Number | os.PathLike) else value
+
+
+def _path(path: PathLike | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _text(path: PathLike | None) -> str | None:
+    return None if path is None else os.fspath(path)
