@@ -6,8 +6,9 @@ with is written last: what is half-written looks like nothing to it.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +24,9 @@ from tailrace.pipeline.formats.conversion import Converted, convert
 from tailrace.pipeline.formats.hooks import NORMALISED_IN, normalised_note
 from tailrace.pipeline.formats.subjects import Subject, open_subjects
 from tailrace.storage.activation_cache import open_cache
-from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
+from tailrace.storage.artifact import MANIFEST, canonical_json, read_manifest, read_sealed
 from tailrace.storage.draft import Draft
-from tailrace.storage.errors import ArtifactMissing, SettingsError
+from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
@@ -126,6 +127,7 @@ def run(
         "cache": None if cache is None else open_cache(cache).reference,
         **job.renamed_hooks(),
     }
+    _refuse_former_names(output, request)
     with Draft(output, KIND, request) as draft:
         if not draft.published:
             files, record = job.write(output)
@@ -140,6 +142,18 @@ def read_result(path: Path) -> ExportResult:
     """Return what a published export says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
     manifest = read_manifest(path, KIND)
     return ExportResult(path, manifest["to"], sorted(manifest["files"]), list(manifest["notes"]))
+
+
+def _refuse_former_names(output: Path, request: Mapping[str, Any]) -> None:
+    """Raise ArtifactMismatch if the same export lies at ``output`` with hook names that SAELens passes over."""
+    if "hooks" not in request or not (output / MANIFEST).exists():
+        return
+    former = read_manifest(output, KIND)["request"]
+    if former == json.loads(canonical_json({key: value for key, value in request.items() if key != "hooks"})):
+        raise ArtifactMismatch(
+            f"{output}: holds this export as an earlier release wrote it, with hook names that SAELens passes over, "
+            "so that it attaches nowhere; delete it and run the same command again, or choose another path"
+        )
 
 
 def _digest(path: Path) -> str:
@@ -190,8 +204,9 @@ class _Job:
         return cross_layer.problems(self._cross_layer)
 
     def renamed_hooks(self) -> dict[str, list[str]]:
-        """Return the hooks that are written under another name, for the request: exports of earlier releases named them
-        as recorded, which SAELens passes over, and the same command must not take one of those for its own.
+        """Return the hooks' names if they are not the recorded ones, for the request.
+
+        Earlier releases wrote the recorded ones, and the same command must not take such an export for its own.
         """
         if self._to != "saelens" or self._settings.fold_norm:
             return {}

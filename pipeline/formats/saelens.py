@@ -27,7 +27,7 @@ from tailrace.pipeline.formats.foreign import (
     read_tensors,
     without_input_bias,
 )
-from tailrace.pipeline.formats.hooks import MLP_IN, MLP_OUT, NORMALISED_IN, hooked_transformer_name, why_unnamed
+from tailrace.pipeline.formats.hooks import MLP_IN, hooked_transformer_name, why_unnamed
 from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
 from tailrace.pipeline.formats.subjects import Subject, present, write_json
 from tailrace.storage.errors import ArtifactMismatch
@@ -104,15 +104,9 @@ def attaching(subject: Subject, hook_in: str, hook_out: str) -> list[str]:
         for hook, name in names.items()
         if name is None
     ]
-    if not subject.is_autoencoder:
-        notes.append(
-            f"attach it with SAELens from {ATTACHES_FROM} on; earlier releases put what a transcoder gives in place of "
-            "what it reads"
-        )
-    if names[hook_in] is not None and str(names[hook_in]).endswith(f".{MLP_IN}"):
-        foldable = subject.is_raw and subject.hooks is not None and subject.hooks[1:] == (MLP_IN, MLP_OUT)
-        both = f"; --fold-norm reads {NORMALISED_IN} instead, which both have" if foldable and names[hook_out] else ""
-        notes.append(f"HookedTransformer has no {hook_in}; HookedSAETransformer adds it (SAELens from 6.6 on){both}")
+    adds = f", which adds {hook_in}" if str(names[hook_in]).endswith(f".{MLP_IN}") else ""
+    if None not in names.values() and (adds or not subject.is_autoencoder):
+        notes.append(f"attach it in HookedSAETransformer of SAELens {ATTACHES_FROM} or later{adds} (docs/export.md)")
     if subject.skips:
         notes.append(
             f"SAELens, up to {FORMAT_OF} at least, leaves out the path past the features of a transcoder it attaches; "
