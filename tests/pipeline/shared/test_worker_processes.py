@@ -77,10 +77,11 @@ def fail(how: str) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("how", ["unpicklable", "interrupt"])
-def test_an_error_that_cannot_be_sent_arrives_as_its_traceback(how: str) -> None:
-    with pytest.raises(RuntimeError, match=r"In a worker process:[\s\S]*in fail"), open_workers(1) as submit:
-        submit(fail, how).result()
+def test_an_error_that_cannot_be_sent_arrives_as_its_traceback() -> None:
+    with open_workers(1) as submit:
+        for how in ("unpicklable", "interrupt"):
+            with pytest.raises(RuntimeError, match=r"In a worker process:[\s\S]*in fail"):
+                submit(fail, how).result()
 
 
 def test_workers_begin_with_one_thread_and_the_command_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def test_an_error_of_a_task_arrives_with_its_place() -> None:
     assert "In a worker process" in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_workers_end_silently_with_their_parent(tmp_path: Path, how: signal.Signals) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
