@@ -16,10 +16,8 @@ from benchmarks.report import Report, parse_arguments
 from tailrace.storage.cache_format import Site
 from tailrace.storage.encodings import Side
 from tailrace.storage.statistics import SiteStatistics
-from tailrace.training.cross_layer.run import build_cross_layer
-from tailrace.training.cross_layer.units import JOINED
 from tailrace.training.kernels.adaptive import KernelKind
-from tailrace.training.loop.build import build_run
+from tailrace.training.loop.build import build_cross_layer_run, build_run
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch, SiteBatches
 
@@ -86,17 +84,15 @@ def settings(n_features: int, kernel: KernelKind, *, across: bool) -> TrainSetti
 
 def cross_layer(sites: list[Site], rows: SiteBatches, n_features: int, kernel: KernelKind) -> Step:
     """Return a step over all layers; it has been taken twice."""
-    built = build_cross_layer(
+    run = build_cross_layer_run(
         settings(n_features, kernel, across=True),
         sites,
         {name: statistics_of(batch) for name, batch in rows.items()},
-        {},
         n_steps=10**6,
         device=torch.device("cpu"),
         precision="bfloat16",
     )
-    batch = {JOINED: built.rows(rows)}
-    return taken_twice(lambda: built.run.step(batch))
+    return taken_twice(lambda: run.step(rows))
 
 
 def apart(sites: list[Site], rows: SiteBatches, n_features: int) -> Step:

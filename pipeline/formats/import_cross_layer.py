@@ -22,15 +22,9 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.training.architectures.transcoder import WEIGHTS, describe_versions, save_weights
-from tailrace.training.cross_layer.artifact import (
-    FORMAT_VERSION,
-    KIND,
-    read_cross_layer_manifest,
-    rows_at_once,
-    score_layers,
-)
+from tailrace.training.cross_layer.artifact import FORMAT_VERSION, KIND, read_cross_layer_manifest
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
-from tailrace.training.cross_layer.units import JoinedRows, LayerUnits
+from tailrace.training.loop.evaluate import score_layers
 from tailrace.training.rows.batches import iter_sites_once
 
 ORIGIN = "circuit-tracer"
@@ -176,16 +170,12 @@ def _measure(
     batches = iter_sites_once(
         cache.split(split),
         sites,
-        batch_rows=rows_at_once(transcoder.d_sae, _BATCH_ROWS),
+        batch_rows=_BATCH_ROWS,
         device=transcoder.W_enc.device,
         max_rows=n_rows,
     )
-    every_row = JoinedRows(sites, LayerUnits([]), {})
-    scores = score_layers(transcoder, sites, batches, every_row)
-    return {
-        "split": split,
-        "layers": [{"site": site.name, **score.record()} for site, score in zip(sites, scores, strict=True)],
-    }
+    scores = score_layers(transcoder, [site.name for site in sites], batches)
+    return {"split": split, "layers": [{"site": name, **score.record()} for name, score in scores.items()]}
 
 
 def _note_poor(layers: Sequence[dict[str, Any]]) -> list[str]:

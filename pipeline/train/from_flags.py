@@ -1,18 +1,17 @@
-"""Settings by the names of their flags, and what is trained of them: one transcoder, a cross-layer one or a sweep.
+"""Settings by the names of their flags, and what is trained of them: one transcoder or a sweep.
 
 ``pipeline train`` and ``tailrace.train`` have their settings read and their stage chosen here.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.options import read_settings_together, setting_fields
-from tailrace.pipeline.train import cross_layer, stage, sweep
+from tailrace.pipeline.train import stage, sweep
 from tailrace.pipeline.train.grid import Point, expand
 from tailrace.pipeline.train.model_scores import ModelScoreSettings
 from tailrace.pipeline.train.stage import TrainResult
@@ -35,8 +34,6 @@ def train_one(
     """
     asked = _Asked(given, config, cache, is_live=live)
     own, shared = asked.read({})
-    if own.cross_layer:
-        return cross_layer.run(own, **for_cross_layer(shared | arguments))
     return stage.run(own, **shared, **arguments)
 
 
@@ -54,8 +51,6 @@ def train_sweep(
     # before anything else is read, so that the problems of all runs are told and not the first run's alone
     runs = expand(points, lambda point: asked.read(point)[0])
     _, shared = asked.read(points[0])
-    if across := [name for name, settings in runs.items() if settings.cross_layer]:
-        raise SettingsError(f"--cross-layer: is trained alone, not in a sweep, as {', '.join(across)} would be")
     return sweep.run(runs, **shared, **arguments)
 
 
@@ -78,23 +73,6 @@ class _Asked:
         own, scores, *live = read_settings_together(self._classes, self._config, {**self._given, **point})
         assert isinstance(own, TrainSettings)
         return own, {**self._rows, "model_scores": scores, "live": live[0] if live else None}
-
-
-def for_cross_layer(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that training over several layers takes; raise SettingsError for what it cannot do."""
-    problems = []
-    if arguments["live"] is not None:
-        problems.append("--live: a cross-layer transcoder is trained from a cache")
-    if arguments.get("start_from") is not None:
-        problems.append("--from: a cross-layer transcoder begins with weights of its own")
-    if arguments["model_scores"] != ModelScoreSettings():
-        problems.append("--evaluate-model-every: score it afterwards, with pipeline evaluate")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append("torchrun: one process trains a cross-layer transcoder")
-    if problems:
-        raise SettingsError("--cross-layer does not go together with\n" + "\n".join(f"  {one}" for one in problems))
-    left_out = ("live", "start_from", "model_scores", "model")
-    return {name: value for name, value in arguments.items() if name not in left_out}
 
 
 def refuse_live_settings(given: Collection[str]) -> None:

@@ -27,11 +27,10 @@ from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.pipeline.train.layer_set_cost import CACHE_DTYPE, TrainingCost, disk_problem, training_cost
 from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
 from tailrace.pipeline.train.model_scores import ModelScores, ModelScoreSettings
-from tailrace.pipeline.train.run_set import OpenRun, Origins, train_drafts
+from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ended, train_drafts
 from tailrace.pipeline.train.sources import CacheSource
-from tailrace.pipeline.train.sweep import MARK
 from tailrace.storage.activation_cache import ActivationCache
-from tailrace.storage.artifact import MANIFEST, canonical_json, read_json, read_manifest, write_atomically
+from tailrace.storage.artifact import MANIFEST, read_json, read_manifest
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError, StorageFull
 from tailrace.storage.formats import ARTIFACT_FORMATS
@@ -227,8 +226,8 @@ def _train(
     runs = {site: settings.training(site) for site in cached.sites}
     with limited_threads(threads), ExitStack() as stack:
         source = CacheSource(cached.path, batch_rows=settings.batch_rows, order_seed=settings.seed, device=on)
-        origins = Origins(on, ModelScores(ModelScoreSettings(), source, model=None, device=device))
-        requests = {site: origins.request(one, source) for site, one in runs.items()}
+        context = RunContext(on, ModelScores(ModelScoreSettings(), source, model=None, device=device))
+        requests = {site: context.request(one, source) for site, one in runs.items()}
         request = {"format": FORMAT_VERSION, "runs": requests}
         whole = stack.enter_context(Draft(output, KIND, request))
         if whole.published:
@@ -236,15 +235,15 @@ def _train(
         drafts = {
             site: stack.enter_context(Draft(output / site, TRANSCODER, request)) for site, request in requests.items()
         }
-        for group in _groups([site for site, draft in drafts.items() if not _has_ended(draft)], n_together):
+        for group in _groups([site for site, draft in drafts.items() if not has_ended(draft)], n_together):
             train_drafts(
                 source,
-                {site: (runs[site], cached.sites[site], drafts[site]) for site in group},
-                origins,
-                place=output,
+                {site: RunDraft(runs[site], [cached.sites[site]], drafts[site]) for site in group},
+                context,
+                output=output,
                 checkpoint_steps=checkpoint_steps,
                 quiet=quiet,
-                give_up=_mark_diverged,
+                others_go_on=True,
             )
         say("3/3 score: every transcoder on held-out rows, with and without massive activations")
         _publish(whole, cached, drafts, on)
@@ -280,16 +279,6 @@ def _groups(sites: Sequence[str], at_most: int) -> Iterator[Sequence[str]]:
     ends = [len(sites) * group // n_groups for group in range(n_groups + 1)] if n_groups else []
     for start, end in pairwise(ends):
         yield sites[start:end]
-
-
-def _has_ended(draft: Draft) -> bool:
-    return draft.published or (draft.path / MARK).exists()
-
-
-def _mark_diverged(one: OpenRun, error: NonFiniteActivation) -> None:
-    """Leave a mark that outlives this process: continued, the run would end here again."""
-    logger.warning("%s: %s; the other layers go on", one.name, error)
-    write_atomically(one.path / MARK, canonical_json({"reason": str(error), **one.session.summary()}))
 
 
 def _publish(whole: Draft, cached: ActivationCache, drafts: Mapping[str, Draft], device: torch.device) -> None:

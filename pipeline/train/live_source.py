@@ -155,11 +155,9 @@ class LiveRows:
         """Return those of the first block of training rows."""
         return self._live.statistics[site.name]
 
-    def heldout(self, site: Site) -> HeldoutBatches | None:
+    def heldout(self, sites: Sequence[Site]) -> HeldoutBatches | None:  # noqa: ARG002 - all sites are held
         """Return the held-out rows in memory."""
-        if not self._live.n_heldout_rows:
-            return None
-        return lambda max_rows: (batches[site.name] for batches in self._live.heldout(max_rows))
+        return self._live.heldout if self._live.n_heldout_rows else None
 
     def n_steps(self, settings: TrainSettings) -> int:
         """Return the number of steps; ``rows`` or ``steps`` is given."""

@@ -8,6 +8,7 @@ weights, mode and gradients as they were.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor
 from tailrace.analysis.evaluate.evaluation import ContextBatch, refuse_nonfinite
 from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
 from tailrace.analysis.evaluate.splice_scores import recovered
+from tailrace.analysis.splice.in_place import layers_in_place
 from tailrace.analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, sample_contexts
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 
 
 class SplicedLoss:
@@ -34,28 +37,28 @@ class SplicedLoss:
     def __init__(
         self,
         recorded: RecordedModel,
-        site: str,
+        sites: Sequence[str],
         *,
         split: str = "heldout",
         n_contexts: int = 16,
         contexts_per_batch: int = 8,
         seed: int = 0,
     ) -> None:
-        self._model = _SplicedModel(recorded, site)
+        self._model = _SplicedModel(recorded, sites)
         rows = recorded.cache.split(split)
         contexts = sample_contexts(rows, n_contexts, seed)
         self._batches = list(recorded.batches(rows, contexts, contexts_per_batch))
         self._original: list[Tensor] = []
         losses, zero = [], []
         for batch in self._batches:
-            logits, loss = self._model.run(batch, None)
+            logits, loss = self._model.run(batch, {})
             losses.append(loss)
-            zero.append(self._model.run(batch, ZeroAblated())[1])
+            zero.append(self._model.run(batch, dict.fromkeys(self._model.sites, ZeroAblated()))[1])
             self._original.append(logits.cpu())
         self.ce_original = float(torch.cat(losses).mean())
         """Mean over predictions of the model itself, in nats."""
         self.ce_zero = float(torch.cat(zero).mean())
-        """The same with the site's output set to zero."""
+        """The same with the sites' outputs set to zero."""
 
     def __call__(self, step: int, transcoder: Transcoder) -> dict[str, float]:  # noqa: ARG002 - a periodic hook's
         """Return ce_original, ce_spliced, ce_zero and kl, in nats, and ce_recovered, after ``step`` steps.
@@ -63,10 +66,10 @@ class SplicedLoss:
         ``ce_recovered`` is left out where zero ablation changes nothing. Raises NonFiniteActivation for a transcoder
         that makes the model's loss infinite or NaN.
         """
-        substitute = Transcoded(self._model.published_form(transcoder))
+        substitutes = self._model.in_place(transcoder)
         losses, divergences = [], []
         for batch, original in zip(self._batches, self._original, strict=True):
-            logits, loss = self._model.run(batch, substitute)
+            logits, loss = self._model.run(batch, substitutes)
             losses.append(loss)
             divergences.append(next_token_divergences(original, logits))
         ce_spliced = float(torch.cat(losses).mean())
@@ -87,8 +90,8 @@ class LossIncrease:
     by prediction: subtracting them from a batch's mean would favour rows that are easy to predict.
     """
 
-    def __init__(self, recorded: RecordedModel, site: str, *, contexts_per_batch: int = 8) -> None:
-        self._model = _SplicedModel(recorded, site)
+    def __init__(self, recorded: RecordedModel, sites: Sequence[str], *, contexts_per_batch: int = 8) -> None:
+        self._model = _SplicedModel(recorded, sites)
         self._recorded = recorded
         self._split = recorded.cache.split("train")
         self._contexts_per_batch = contexts_per_batch
@@ -101,12 +104,12 @@ class LossIncrease:
         """
         contexts, positions = np.asarray(contexts, np.int64), np.asarray(positions, np.int64)
         self._check(contexts, positions)
-        substitute = Transcoded(self._model.published_form(transcoder))
+        substitutes = self._model.in_place(transcoder)
         distinct, place = np.unique(contexts, return_inverse=True)
         increases = np.zeros((len(distinct), self._split.layout.context_length))
         done = 0
         for batch in self._recorded.batches(self._split, distinct, self._contexts_per_batch):
-            before, after = (self._model.run(batch, kind)[1] for kind in (None, substitute))
+            before, after = (self._model.run(batch, kind)[1] for kind in ({}, substitutes))
             increases[done : done + len(batch.contexts), :-1] = (after - before).numpy()
             done += len(batch.contexts)
         return np.asarray(np.maximum(increases[place, positions], 0.0))
@@ -130,25 +133,29 @@ class LossIncrease:
 
 
 class _SplicedModel:
-    """The model with one site that can be replaced."""
+    """The model with some sites that can be replaced: one, or those of a cross-layer transcoder, lowest first."""
 
-    def __init__(self, recorded: RecordedModel, site: str) -> None:
-        if site not in recorded.cache.sites:
+    def __init__(self, recorded: RecordedModel, sites: Sequence[str]) -> None:
+        if missing := [site for site in sites if site not in recorded.cache.sites]:
             raise SettingsError(
-                f"{recorded.cache.path}: has no site {site!r}, only {', '.join(recorded.cache.sites)}; choose one"
+                f"{recorded.cache.path}: has no site {', '.join(map(repr, missing))}, only "
+                f"{', '.join(recorded.cache.sites)}; choose of these"
             )
         self._recorded = recorded
-        self._site: Site = recorded.cache.sites[site]
+        self.sites: list[Site] = [recorded.cache.sites[site] for site in sites]
 
-    def run(self, batch: ContextBatch, substitute: Substitute | None) -> tuple[Tensor, Tensor]:
+    def run(self, batch: ContextBatch, substitutes: Mapping[Site, Substitute]) -> tuple[Tensor, Tensor]:
         """Return logits (contexts, positions, vocab) and losses (contexts, positions − 1)."""
-        substitutes = {} if substitute is None else {self._site: substitute}
         with torch.inference_mode(), explained_passes(len(batch.contexts)):
             logits = run_replaced(self._recorded.bridge, batch.tokens, substitutes, batch.where)
         losses = next_token_losses(logits, batch.tokens)
-        refuse_nonfinite(losses, self._site.name, batch.contexts)
+        refuse_nonfinite(losses, " and ".join(site.name for site in self.sites), batch.contexts)
         return logits, losses
 
-    def published_form(self, transcoder: Transcoder) -> Transcoder:
-        """Return a copy of a folded transcoder as it would be loaded, beside the model."""
-        return copy.deepcopy(transcoder).requires_grad_(False).eval().to(self._recorded.model.device)
+    def in_place(self, transcoder: Transcoder) -> dict[Site, Substitute]:
+        """Return what stands in for each site: copies of a folded transcoder as it would be loaded."""
+        published = copy.deepcopy(transcoder).requires_grad_(False).eval().to(self._recorded.model.device)
+        if isinstance(published, CrossLayerTranscoder):
+            return dict(zip(self.sites, map(Transcoded, layers_in_place(published)), strict=True))
+        (site,) = self.sites
+        return {site: Transcoded(published)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -11,8 +12,8 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.dead_features.resampling.settings import RowScorer
+from tailrace.training.loop.session import PeriodicHook
 from tailrace.training.loop.settings import TrainSettings
-from tailrace.training.loop.trainer import PeriodicHook
 
 if TYPE_CHECKING:
     from tailrace.pipeline.cache.recorded_model import RecordedModel
@@ -36,7 +37,7 @@ class ModelScores:
     def __init__(self, settings: ModelScoreSettings, source: TrainingSource, *, model: str | None, device: str) -> None:
         self._settings, self._source, self._model, self._device = settings, source, model, device
         self._recorded: RecordedModel | None = None
-        self._hooks: dict[str, PeriodicHook] = {}
+        self._hooks: dict[tuple[str, ...], PeriodicHook] = {}
         if settings.evaluate_model_every is not None and not isinstance(source, CacheSource):
             raise SettingsError(
                 "evaluate_model_every: contexts to run come from a cache, which live training has none of; leave it "
@@ -50,20 +51,19 @@ class ModelScores:
             return {}
         return {"model_scores": self._settings.model_dump(mode="json")}
 
-    def hooks(self, site: Site) -> list[tuple[int, PeriodicHook]]:
-        """Return (every so many steps, hook) for runs on ``site``; loads the model. Raises the errors of loading it."""
+    def hooks(self, sites: Sequence[Site]) -> list[tuple[int, PeriodicHook]]:
+        """Return (every so many steps, hook) for runs on ``sites``; load the model. Raises the errors of loading."""
         every = self._settings.evaluate_model_every
         if every is None:
             return []
-        if site.name not in self._hooks:
+        names = tuple(site.name for site in sites)
+        if names not in self._hooks:
             from tailrace.pipeline.train.loss_hooks import SplicedLoss
 
-            self._hooks[site.name] = SplicedLoss(
-                self.recorded(), site.name, n_contexts=self._settings.evaluate_model_contexts
-            )
-        return [(every, self._hooks[site.name])]
+            self._hooks[names] = SplicedLoss(self.recorded(), names, n_contexts=self._settings.evaluate_model_contexts)
+        return [(every, self._hooks[names])]
 
-    def row_scorer(self, settings: TrainSettings, site: Site) -> RowScorer | None:
+    def row_scorer(self, settings: TrainSettings, sites: Sequence[Site]) -> RowScorer | None:
         """Return what says how much rows cost the language model, for settings that resample by it; else None.
 
         None as well where there is no cache to find rows' contexts in.
@@ -74,7 +74,7 @@ class ModelScores:
             return None
         from tailrace.pipeline.train.loss_hooks import LossIncrease
 
-        return LossIncrease(self.recorded(), site.name)
+        return LossIncrease(self.recorded(), [site.name for site in sites])
 
     def recorded(self) -> RecordedModel:
         """Return the cache and its language model."""

@@ -1,12 +1,13 @@
 """Training and publishing transcoders that share one reading of their rows; a transcoder alone is the case of one.
 
-Each run has a draft of its own, and ends as the artifact it would be if it had been trained alone, byte for byte.
+Each run has a draft of its own, and ends as the artifact it would be if it had been trained alone, byte for byte. It
+has one site, or several if it is a cross-layer transcoder's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,32 +18,37 @@ import torch
 from tqdm import tqdm
 
 from tailrace.pipeline.train.model_scores import ModelScores
-from tailrace.pipeline.train.sources import TrainingRows, TrainingSource, choose_site
+from tailrace.pipeline.train.sources import TrainingRows, TrainingSource, choose_sites
 from tailrace.pipeline.train.warm_start import WarmStart
+from tailrace.storage.artifact import canonical_json, write_atomically
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
-from tailrace.training.architectures.transcoder import CHECKPOINTS, FORMAT_VERSION, describe_versions
+from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
+from tailrace.training.architectures.transcoder import CHECKPOINTS, KIND, describe_versions
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.kernels.adaptive import resolve_precision
-from tailrace.training.loop.build import build_run
+from tailrace.training.loop.build import build_cross_layer_run, build_run
 from tailrace.training.loop.checkpoint import Checkpoints
-from tailrace.training.loop.distributed import Group, RankBatches
+from tailrace.training.loop.distributed import Group, RankBatches, broadcast_run
+from tailrace.training.loop.evaluate import score_layers
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.run import TrainingRun
-from tailrace.training.loop.session import Session
+from tailrace.training.loop.session import PeriodicHook, Session
 from tailrace.training.loop.settings import TrainSettings
-from tailrace.training.loop.sweep import Member, follow_first, train_together
-from tailrace.training.loop.trainer import PeriodicHook
+from tailrace.training.loop.train_all import train_all
+from tailrace.training.rows.normalisation import JoinedNormalisation
 from tailrace.training.rows.ordinary_rows import massive_warning
+from tailrace.training.rows.row_source import RowSource
+
+MARK = "diverged.json"
+"""In the folder of a run that diverged: step, rows, scores and the reason."""
 
 logger = logging.getLogger(__name__)
 
-GiveUp = Callable[["OpenRun", NonFiniteActivation], None]
-"""Told of a run that left the others."""
-
 
 @dataclass(frozen=True)
-class Origins:
+class RunContext:
     """What the runs of one command have in common, besides their rows."""
 
     device: torch.device
@@ -65,30 +71,27 @@ class Origins:
         """Return the precision that the settings mean on this device."""
         return resolve_precision(settings.precision, self.device)
 
-    def site(self, settings: TrainSettings, source: TrainingSource) -> Site:
-        """Return the site to train on.
+    def sites(self, settings: TrainSettings, source: TrainingSource) -> list[Site]:
+        """Return the sites to train on, lowest layer first.
 
         Raises SettingsError listing every setting that fits neither the rows nor the weights to start from.
         """
-        site = choose_site(settings, source)
-        if self.start is not None and (problems := self.start.problems(settings, site)):
+        sites = choose_sites(settings, source)
+        if self.start is not None and (problems := self.start.problems(settings, sites)):
             raise SettingsError(
                 f"{self.start.path}: cannot be started from, a transcoder of another shape; use its settings:\n"
                 + "\n".join(f"  {line}" for line in problems)
             )
-        return site
+        return sites
 
 
-@dataclass
-class OpenRun:
-    """A draft that is being trained."""
+@dataclass(frozen=True)
+class RunDraft:
+    """An unpublished transcoder: what it is to be, and where it is written."""
 
-    name: str
     settings: TrainSettings
-    site: Site
+    sites: Sequence[Site]
     draft: Draft
-    run: TrainingRun
-    session: Session
 
     @property
     def path(self) -> Path:
@@ -96,40 +99,63 @@ class OpenRun:
         return self.draft.path
 
 
+def kind_of(settings: TrainSettings) -> str:
+    """Return the kind of artifact that a run of ``settings`` publishes."""
+    return CROSS_LAYER_KIND if settings.cross_layer else KIND
+
+
 def train_drafts(
     source: TrainingSource,
-    drafts: Mapping[str, tuple[TrainSettings, Site, Draft]],
-    origins: Origins,
+    drafts: Mapping[str, RunDraft],
+    context: RunContext,
     *,
-    place: Path,
+    output: Path,
     checkpoint_steps: int,
     quiet: bool,
-    give_up: GiveUp | None = None,
+    others_go_on: bool = False,
 ) -> None:
     """Train the unpublished drafts, by name, from where they were left, and publish each when it is done.
 
-    All have the same ``batch_rows`` and ``order_seed``. ``place`` is the artifact they belong to. With ``give_up``, a
-    run that stops being finite leaves the others to go on.
+    All have the same ``batch_rows`` and ``order_seed``. ``output`` is the artifact they belong to. With
+    ``others_go_on``, a run that stops being finite leaves a mark (``has_ended``) and not the others.
     """
-    sites = {site.name: site for _, site, _ in drafts.values()}
-    alone = len(drafts) == 1 and give_up is None
+    sites = {site.name: site for draft in drafts.values() for site in draft.sites}
+    alone = len(drafts) == 1 and not others_go_on
     with ExitStack() as stack:
-        rows: TrainingRows = stack.enter_context(source.open(list(sites.values()), place))
-        opened = []
-        for name, (settings, site, draft) in drafts.items():
-            one = _open_run(name, settings, site, draft, rows, origins, checkpoint_steps, quiet or not alone)
-            stack.enter_context(one.session)
-            opened.append(one)
-        members = [_member(one, source, origins, give_up) for one in opened]
-        stream, group = rows.stream, origins.group
-        ready = None
+        rows: TrainingRows = stack.enter_context(source.open(list(sites.values()), output))
+        sessions = []
+        for name, draft in drafts.items():
+            session = _open_session(name, draft, source, rows, context, checkpoint_steps, quiet or not alone)
+            sessions.append(stack.enter_context(session))
+        stream, group = rows.stream, context.group
+        before_first_step = None
         if group is not None:
-            (one,) = opened
+            (session,) = sessions
             stream = RankBatches(stream, group.rank, group.size)
-            ready = partial(follow_first, group, one.run, stream)
-        n_steps = max((one.session.n_steps for one in opened), default=0)
+            before_first_step = partial(broadcast_run, group, session.run, stream)
+        n_steps = max((session.n_steps for session in sessions), default=0)
         bar = stack.enter_context(_SharedBar(n_steps, hidden=quiet or alone))
-        train_together(stream, members, checkpoint_steps=checkpoint_steps, watch=bar, ready=ready)
+        train_all(
+            stream,
+            sessions,
+            checkpoint_steps=checkpoint_steps,
+            give_up=_mark_diverged if others_go_on else None,
+            after_step=bar,
+            before_first_step=before_first_step,
+        )
+
+
+def has_ended(draft: Draft) -> bool:
+    """Return whether the run of a draft is published or marked as diverged."""
+    return draft.published or (draft.path / MARK).exists()
+
+
+def _mark_diverged(session: Session, error: NonFiniteActivation) -> None:
+    """Leave a mark that outlives this process: continued, the run would end here again."""
+    name = session.run.name
+    reason = str(error) if str(error).startswith(name) else f"{name}: {error}"
+    logger.warning("%s; the other runs go on", reason)
+    write_atomically(session.directory / MARK, canonical_json({"reason": reason, **session.summary()}))
 
 
 class _SharedBar:
@@ -149,103 +175,127 @@ class _SharedBar:
         self._bar.close()
 
 
-def _open_run(
+def _open_session(
     name: str,
-    settings: TrainSettings,
-    site: Site,
-    draft: Draft,
+    draft: RunDraft,
+    source: TrainingSource,
     rows: TrainingRows,
-    origins: Origins,
+    context: RunContext,
     checkpoint_steps: int,
     quiet: bool,
-) -> OpenRun:
-    n_steps = rows.n_steps(settings)
-    massive = massive_warning(site.name, rows.statistics(site)[site.sides[-1]], settings.max_norm_multiple)
-    for sentence in [*settings.without_effect(n_steps), *([] if massive is None else [massive])]:
+) -> Session:
+    n_steps = rows.n_steps(draft.settings)
+    for sentence in [*draft.settings.without_effect(n_steps), *_massive(draft, rows)]:
         logger.warning("%s: %s", draft.path, sentence)
-    run = _build(name, settings, site, rows, origins)
     session = Session(
         draft.path,
-        run,
-        settings,
+        _build(name if len(draft.sites) == 1 else draft.path.name, draft.settings, draft.sites, rows, context),
+        draft.settings,
         n_steps=n_steps,
-        heldout=rows.heldout(site),
+        heldout=rows.heldout(draft.sites),
         checkpoint_steps=checkpoint_steps,
-        hooks=[*origins.scores.hooks(site), *origins.hooks],
-        loggers=origins.loggers(),
+        hooks=[*context.scores.hooks(draft.sites), *context.hooks],
+        loggers=context.loggers(),
         quiet=quiet,
+        finish=lambda: _publish(draft, session, source, rows, context),
     )
-    return OpenRun(name, settings, site, draft, run, session)
+    return session
 
 
-def _build(name: str, settings: TrainSettings, site: Site, rows: TrainingRows, origins: Origins) -> TrainingRun:
-    run = build_run(
-        settings,
-        site,
-        rows.statistics(site),
-        n_steps=rows.n_steps(settings),
-        device=origins.device,
-        precision=origins.precision(settings),
-        name=name,
-        row_source=rows.fresh_rows(site, settings.seed),
-        row_scorer=origins.scores.row_scorer(settings, site),
-        group=origins.group,
-    )
-    if origins.start is not None:
-        origins.start.apply(run)
+def _massive(draft: RunDraft, rows: TrainingRows) -> Iterator[str]:
+    for site in draft.sites:
+        outputs = rows.statistics(site)[site.sides[-1]]
+        if (sentence := massive_warning(site.name, outputs, draft.settings.max_norm_multiple)) is not None:
+            yield sentence
+
+
+def _build(
+    name: str, settings: TrainSettings, sites: Sequence[Site], rows: TrainingRows, context: RunContext
+) -> TrainingRun:
+    shared: dict[str, Any] = {
+        "n_steps": rows.n_steps(settings),
+        "device": context.device,
+        "precision": context.precision(settings),
+        "name": name,
+        "row_scorer": context.scores.row_scorer(settings, sites),
+        "group": context.group,
+    }
+    sources: dict[str, RowSource] = {}
+    for site in sites:
+        if (fresh := rows.fresh_rows(site, settings.seed)) is not None:
+            sources[site.name] = fresh
+    if settings.cross_layer:
+        statistics = {site.name: rows.statistics(site) for site in sites}
+        run = build_cross_layer_run(settings, sites, statistics, row_sources=sources or None, **shared)
+    else:
+        (site,) = sites
+        run = build_run(settings, site, rows.statistics(site), row_source=sources.get(site.name), **shared)
+    if context.start is not None:
+        context.start.apply(run)
     return run
 
 
-def train_beside(source: TrainingSource, settings: TrainSettings, origins: Origins, *, place: Path) -> None:
+def train_beside(source: TrainingSource, settings: TrainSettings, context: RunContext, *, output: Path) -> None:
     """Take the steps of a run whose files the first process of the group writes; nothing is written here."""
-    assert origins.group is not None, "only a process of a group trains beside another"
-    site = origins.site(settings, source)
+    assert context.group is not None, "only a process of a group trains beside another"
+    sites = context.sites(settings, source)
     with ExitStack() as stack:
-        rows: TrainingRows = stack.enter_context(source.open([site], place))
-        run = _build("transcoder", settings, site, rows, origins)
-        stream = RankBatches(rows.stream, origins.group.rank, origins.group.size)
-        follow_first(origins.group, run, stream)
+        rows: TrainingRows = stack.enter_context(source.open(sites, output))
+        run = _build("transcoder", settings, sites, rows, context)
+        stream = RankBatches(rows.stream, context.group.rank, context.group.size)
+        broadcast_run(context.group, run, stream)
         for _ in range(run.n_steps_done, rows.n_steps(settings)):
             run.step(stream.next_batch())
 
 
-def _member(one: OpenRun, source: TrainingSource, origins: Origins, give_up: GiveUp | None) -> Member:
-    scored_every = [one.settings.evaluate_every, *(n for n, _ in origins.scores.hooks(one.site))]
-    return Member(
-        one.run,
-        one.session,
-        Checkpoints(one.path / CHECKPOINTS),
-        scored_every,
-        finish=lambda: _publish(one, source, origins),
-        give_up=None if give_up is None else lambda error: give_up(one, error),
-    )
+def _publish(
+    draft: RunDraft, session: Session, source: TrainingSource, rows: TrainingRows, context: RunContext
+) -> None:
+    files = session.export()
+    draft.draft.publish(_describe(draft, session, source, rows, context), files)
+    Checkpoints(draft.path / CHECKPOINTS).discard_after(-1)
+    logger.info("%s: published after %d steps", draft.path, session.run.n_steps_done)
 
 
-def _publish(one: OpenRun, source: TrainingSource, origins: Origins) -> None:
-    files = one.session.export()
-    one.draft.publish(_describe(one, source, origins), files)
-    Checkpoints(one.path / CHECKPOINTS).discard_after(-1)
-    logger.info("%s: published after %d steps", one.path, one.run.n_steps_done)
-
-
-def _describe(one: OpenRun, source: TrainingSource, origins: Origins) -> dict[str, Any]:
+def _describe(
+    draft: RunDraft, session: Session, source: TrainingSource, rows: TrainingRows, context: RunContext
+) -> dict[str, Any]:
     """Return the manifest of a trained transcoder."""
-    described = source.description()
-    if origins.start is not None:
-        described["inputs"] = {**described["inputs"], "transcoder": origins.start.request["from"]}
+    described, settings, run = source.description(), draft.settings, session.run
+    if context.start is not None:
+        described["inputs"] = {**described["inputs"], "transcoder": context.start.request["from"]}
     return {
-        "format": FORMAT_VERSION,
+        "format": ARTIFACT_FORMATS[kind_of(settings)],
         **described,
-        "site": asdict(one.site),
-        "d_sae": one.run.transcoder.d_sae,
-        "architecture": one.settings.architecture.model_dump(mode="json"),
-        "normalisation": {
-            "kind": one.settings.normalisation,
-            "scale_in": one.run.normalisation.scale_in,
-            "scale_out": one.run.normalisation.scale_out,
-        },
-        "learnt_from": None if one.run.ordinary is None else asdict(one.run.ordinary),
-        "precision": origins.precision(one.settings),
-        "metrics": one.session.summary(),
+        **_described_sites(draft, run, rows),
+        "d_sae": settings.n_features(draft.sites[0].d_in),
+        "architecture": settings.architecture.model_dump(mode="json"),
+        "precision": context.precision(settings),
+        "metrics": session.summary(),
         "versions": describe_versions(),
+    }
+
+
+def _described_sites(draft: RunDraft, run: TrainingRun, rows: TrainingRows) -> dict[str, Any]:
+    """Return what a manifest says of the sites; of several, also the score of each layer's output on held-out rows."""
+    units, limits = run.normalisation, {name: asdict(rows) for name, rows in run.rows.ordinary.items()}
+    kind = draft.settings.normalisation
+    if not isinstance(units, JoinedNormalisation):
+        (site,) = draft.sites
+        return {
+            "site": asdict(site),
+            "normalisation": {"kind": kind, "scale_in": units.scale_in, "scale_out": units.scale_out},
+            "learnt_from": limits.get(site.name),
+        }
+    scales = [[layer.scale_in for layer in units.layers], [layer.scale_out for layer in units.layers]]
+    heldout, scores = rows.heldout(draft.sites), {}
+    if heldout is not None:
+        transcoder = run.folded().to(run.transcoder.W_enc.device)
+        assert isinstance(transcoder, CrossLayerTranscoder), "that is what a stack becomes"
+        scores = dict(score_layers(transcoder, run.rows.sites, heldout(None), run.rows.mask))
+    return {
+        "sites": [asdict(site) for site in draft.sites],
+        "normalisation": {"kind": kind, "scale_in": scales[0], "scale_out": scales[1]},
+        "learnt_from": limits or None,
+        "layers": [{"site": name, **score.record()} for name, score in scores.items()],
     }

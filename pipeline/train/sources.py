@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any, Protocol
 
 import torch
 
+from tailrace.analysis.circuits.record import mlp_layer
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.cache_format import Site
 from tailrace.storage.encodings import Side
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.loop.build import cross_layer_problems
 from tailrace.training.loop.session import HeldoutBatches
 from tailrace.training.loop.settings import TrainSettings
-from tailrace.training.rows.batches import BatchStream, CacheBatches, iter_once
+from tailrace.training.rows.batches import BatchStream, CacheBatches, iter_sites_once
 from tailrace.training.rows.row_source import CacheRows, RowSource
 
 logger = logging.getLogger(__name__)
@@ -39,8 +42,8 @@ class TrainingRows(Protocol):
         """Return what normalisation and initial weights are made from."""
         ...
 
-    def heldout(self, site: Site) -> HeldoutBatches | None:
-        """Return a source of held-out batches, or None without held-out rows."""
+    def heldout(self, sites: Sequence[Site]) -> HeldoutBatches | None:
+        """Return a source of held-out batches of ``sites``, or None without held-out rows."""
         ...
 
     def n_steps(self, settings: TrainSettings) -> int:
@@ -125,8 +128,8 @@ class CacheSource:
         return list(self.cache.sites)
 
     def decided(self, settings: TrainSettings) -> TrainSettings:
-        """Return settings that name their site; they are those of ``choose_site``."""
-        return settings.model_copy(update={"site": choose_site(settings, self).name})
+        """Return settings that name their sites; they are those of ``choose_sites``."""
+        return settings.model_copy(update={"site": ",".join(site.name for site in choose_sites(settings, self))})
 
     def problems(self, settings: TrainSettings) -> list[str]:  # noqa: ARG002
         """Return no problem: a cache honours every setting."""
@@ -173,19 +176,13 @@ class CachedRows:
             self._statistics[site.name] = {side: self._split.statistics(site.name, side) for side in site.sides}
         return self._statistics[site.name]
 
-    def heldout(self, site: Site) -> HeldoutBatches | None:
-        """Return the held-out rows, the same for every run."""
-        split = self.heldout_split()
-        if split is None:
-            return None
-        return lambda max_rows: iter_once(
-            split, site, batch_rows=self._batch_rows, device=self._device, max_rows=max_rows
-        )
-
-    def heldout_split(self) -> CacheSplit | None:
-        """Return the split of held-out rows; warn, once, if there are none."""
+    def heldout(self, sites: Sequence[Site]) -> HeldoutBatches | None:
+        """Return the held-out rows, the same for every run; warn, once, if there are none."""
         if "heldout" in self._cache.manifest["splits"]:
-            return self._cache.split("heldout")
+            split = self._cache.split("heldout")
+            return lambda max_rows: iter_sites_once(
+                split, sites, batch_rows=self._batch_rows, device=self._device, max_rows=max_rows
+            )
         if not self._has_warned:
             logger.warning(
                 "%s has no held-out rows: nothing will say how well the transcoder generalises", self._cache.path
@@ -202,49 +199,61 @@ class CachedRows:
         return CacheRows(self._split, site, seed=seed, device=self._device)
 
 
-def choose_site(settings: TrainSettings, source: TrainingSource) -> Site:
-    """Return the site to train on; raise SettingsError listing every setting that does not fit the source.
+def choose_sites(settings: TrainSettings, source: TrainingSource) -> list[Site]:
+    """Return the sites to train on, lowest layer first: one, or several of a cross-layer transcoder.
 
-    Where there are problems already, no language model is loaded to look for more.
+    Raises SettingsError listing every setting that does not fit the source. Where there are problems already, no
+    language model is loaded to look for more.
     """
     problems = known_problems(settings, source)
-    site = None
+    sites: list[Site] = []
     if source.is_loaded or not problems:
         if source.site_names is None:
-            problems += _site_problems(settings.site, list(source.sites))
-        name = settings.site or (next(iter(source.sites)) if len(source.sites) == 1 else "")
-        site = source.sites.get(name)
-    if site is not None:
-        if settings.d_sae is None:
-            problems += settings.architecture.problems(settings.n_features(site.d_in))
-        if settings.architecture.skip and site.hook_in == site.hook_out:
-            problems.append(
-                "architecture.skip: an autoencoder's outputs are its inputs, which a linear path would copy"
-            )
-    if problems or site is None:
-        raise SettingsError(f"{source.where}: cannot train on this:\n" + "\n".join(f"  {line}" for line in problems))
-    return site
+            problems += _site_problems(settings, list(source.sites))
+        names = _names(settings, list(source.sites))
+        sites = [source.sites[name] for name in dict.fromkeys(names) if name in source.sites]
+        if settings.cross_layer:
+            problems += _layer_problems(sites) + cross_layer_problems(settings, sites)
+        elif len(sites) == 1:
+            problems += _one_site_problems(settings, sites[0])
+    if problems:
+        made = "no cross-layer transcoder can be made of this" if settings.cross_layer else "cannot train on this"
+        raise SettingsError(f"{source.where}: {made}:\n" + "\n".join(f"  {line}" for line in problems))
+    return sorted(sites, key=lambda site: mlp_layer(site) or 0) if settings.cross_layer else sites
 
 
 def known_problems(settings: TrainSettings, source: TrainingSource) -> list[str]:
     """Return a sentence for each setting that does not fit the source, as far as that is known at no cost."""
     problems = source.problems(settings)
-    if settings.cross_layer:
-        problems.append("cross_layer: is trained alone, from a cache: not in a sweep, nor live")
     if source.site_names is not None:
-        problems += _site_problems(settings.site, source.site_names)
-    if settings.d_sae is not None:
+        problems += _site_problems(settings, source.site_names)
+    if settings.d_sae is not None and not settings.cross_layer:
         problems += settings.architecture.problems(settings.d_sae)
     return problems
 
 
-def _site_problems(chosen: str | None, names: Sequence[str]) -> list[str]:
-    if chosen is None:
-        return [f"site: there are {len(names)}; choose one of {', '.join(names)}"] if len(names) > 1 else []
-    return unknown_site(chosen, names)
+def _names(settings: TrainSettings, known: Sequence[str]) -> list[str]:
+    """Return the sites that the settings name, separated by commas; layer3-5 is a range, for numbers at the end."""
+    if settings.site is None or not settings.cross_layer:
+        return list(known) if settings.site is None else [settings.site]
+    names = []
+    for part in (part.strip() for part in settings.site.split(",")):
+        ends = re.fullmatch(r"(.*?)(\d+)-(.*?)(\d+)", part)
+        if part in known or ends is None or ends[3] not in ("", ends[1]):
+            names.append(part)
+        else:
+            names += [f"{ends[1]}{number}" for number in range(int(ends[2]), int(ends[4]) + 1)]
+    return names
 
 
-def unknown_site(chosen: str, names: Sequence[str]) -> list[str]:
+def _site_problems(settings: TrainSettings, known: Sequence[str]) -> list[str]:
+    if settings.site is None:
+        several = len(known) > 1 and not settings.cross_layer
+        return [f"site: there are {len(known)}; choose one of {', '.join(known)}"] if several else []
+    return [problem for name in _names(settings, known) for problem in _unknown_site(name, known)]
+
+
+def _unknown_site(chosen: str, names: Sequence[str]) -> list[str]:
     """Return a sentence with what may have been meant if ``chosen`` is none of ``names``."""
     if chosen in names:
         return []
@@ -253,6 +262,31 @@ def unknown_site(chosen: str, names: Sequence[str]) -> list[str]:
     near = difflib.get_close_matches(chosen, names)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     return [f"site: there is no {chosen!r}; {meant}there {_are(names)}"]
+
+
+def _layer_problems(sites: Sequence[Site]) -> list[str]:
+    """Return a sentence for each site whose layer is not known, or that is another's too."""
+    by_layer: dict[int | None, list[Site]] = {}
+    for site in sites:
+        by_layer.setdefault(mlp_layer(site), []).append(site)
+    unknown = by_layer.pop(None, [])
+    return [
+        *(f"site {site.name}: its hooks name no layer, or two ({site.hook_out})" for site in unknown),
+        *(
+            f"site: {' and '.join(site.name for site in own)} are of one layer; name one of them with --site"
+            for own in by_layer.values()
+            if len(own) > 1
+        ),
+    ]
+
+
+def _one_site_problems(settings: TrainSettings, site: Site) -> list[str]:
+    problems = []
+    if settings.d_sae is None:
+        problems += settings.architecture.problems(settings.n_features(site.d_in))
+    if settings.architecture.skip and site.hook_in == site.hook_out:
+        problems.append("architecture.skip: an autoencoder's outputs are its inputs, which a linear path would copy")
+    return problems
 
 
 def _are(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The stage ``pipeline train``: one transcoder from one site, of a published cache or live from the language model.
+"""The stage ``pipeline train``: one transcoder, of one site or across layers, from a published cache or live rows.
 
 From a cache it loads no language model. The precision that ``auto`` stands for is part of the request: a draft begun on
 a machine with bfloat16 instructions must not be finished in float32 on another.
@@ -18,18 +18,19 @@ import torch
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.pipeline.train.model_scores import ModelScores, ModelScoreSettings
-from tailrace.pipeline.train.run_set import Origins, train_beside, train_drafts
+from tailrace.pipeline.train.run_set import RunContext, RunDraft, kind_of, train_beside, train_drafts
 from tailrace.pipeline.train.sources import CacheSource, TrainingSource
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from tailrace.storage.draft import LOCK, Draft, Lock
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
-from tailrace.training.architectures.transcoder import CHECKPOINTS, KIND, read_transcoder_manifest
+from tailrace.training.architectures.transcoder import CHECKPOINTS
+from tailrace.training.cross_layer.artifact import read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.distributed import open_group
 from tailrace.training.loop.loggers import Logger
+from tailrace.training.loop.session import PeriodicHook
 from tailrace.training.loop.settings import TrainSettings
-from tailrace.training.loop.trainer import PeriodicHook
 
 
 @dataclass(frozen=True)
@@ -88,26 +89,27 @@ def run(
         source = stack.enter_context(open_source(cache, live, settings, output, on))
         scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
         start = None if start_from is None else WarmStart(start_from)
-        origins = Origins(on, scores, start, hooks, loggers, group)
+        context = RunContext(on, scores, start, hooks, loggers, group)
         if group is not None and not group.is_first:
             if group.share_first(None):
-                train_beside(source, settings, origins, place=output)
+                train_beside(source, settings, context, output=output)
             group.share_first(None)  # published
-            return TrainResult(output, read_transcoder_manifest(output)["metrics"])
+            return TrainResult(output, read_either_manifest(output)["metrics"])
         # What was begun is recognised, and what is published returned, before a language model is loaded for it.
         begun = (output / REQUEST).exists()
-        site = None if begun else origins.site(settings, source)
-        draft = stack.enter_context(Draft(output, KIND, origins.request(settings, source), discard_with="--fresh"))
+        sites = None if begun else context.sites(settings, source)
+        request = context.request(settings, source)
+        draft = stack.enter_context(Draft(output, kind_of(settings), request, discard_with="--fresh"))
         if group is not None:
             group.share_first(not draft.published)
         if not draft.published:
-            site = origins.site(settings, source) if site is None else site
-            drafts = {"transcoder": (settings, site, draft)}
-            train_drafts(source, drafts, origins, place=output, checkpoint_steps=checkpoint_steps, quiet=quiet)
+            chosen = context.sites(settings, source) if sites is None else sites
+            drafts = {"transcoder": RunDraft(settings, chosen, draft)}
+            train_drafts(source, drafts, context, output=output, checkpoint_steps=checkpoint_steps, quiet=quiet)
         if group is not None:
             group.share_first(None)
         Checkpoints(output / CHECKPOINTS).clear()
-    return TrainResult(output, read_transcoder_manifest(output)["metrics"])
+    return TrainResult(output, read_either_manifest(output)["metrics"])
 
 
 @contextmanager
@@ -134,15 +136,15 @@ def open_source(
 def nothing_left_if_refused(output: Path) -> Iterator[None]:
     """Delete a draft that was begun inside for settings that turn out wrong: it would refuse the right ones."""
     begun = (output / REQUEST).exists()
-    missing = [place for place in (output, *output.parents) if not place.exists()]
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         yield
     except SettingsError:
         if not begun:
             discard_draft(output)
-            for place in missing:
+            for folder in missing:
                 with suppress(OSError):
-                    place.rmdir()
+                    folder.rmdir()
         raise
 
 

@@ -19,30 +19,28 @@ from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.pipeline.train.grid import SHARED
 from tailrace.pipeline.train.model_scores import ModelScores, ModelScoreSettings
-from tailrace.pipeline.train.run_set import OpenRun, Origins, train_drafts
+from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ended, kind_of, train_drafts
 from tailrace.pipeline.train.runs_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
 from tailrace.pipeline.train.sources import TrainingSource, known_problems
 from tailrace.pipeline.train.stage import discard_draft, nothing_left_if_refused, open_source
 from tailrace.pipeline.train.warm_start import WarmStart
-from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json, read_manifest, write_atomically
+from tailrace.storage.artifact import MANIFEST, REQUEST, read_json, read_manifest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.names import inside
-from tailrace.training.architectures.transcoder import CHECKPOINTS, describe_versions, read_transcoder_manifest
-from tailrace.training.architectures.transcoder import KIND as TRANSCODER
+from tailrace.training.architectures.transcoder import CHECKPOINTS, describe_versions
+from tailrace.training.cross_layer.artifact import read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.loggers import Logger
+from tailrace.training.loop.session import PeriodicHook
 from tailrace.training.loop.settings import TrainSettings
-from tailrace.training.loop.trainer import PeriodicHook
 
 KIND = "sweep"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 RUNS = "runs"
 """Folder of the runs."""
-MARK = "diverged.json"
-"""In the folder of a run that diverged: step, rows, scores and the reason."""
 
 logger = logging.getLogger(__name__)
 
@@ -88,29 +86,29 @@ def run(
         stack.enter_context(limited_threads(threads))
         source = stack.enter_context(open_source(cache, live, next(iter(runs.values())), output, on))
         scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
-        origins = Origins(on, scores, None if start_from is None else WarmStart(start_from), hooks, loggers)
+        context = RunContext(on, scores, None if start_from is None else WarmStart(start_from), hooks, loggers)
         begun = (output / REQUEST).exists()
-        sites = None if begun else choose_sites(runs, origins, source)
-        requests = {name: origins.request(settings, source) for name, settings in runs.items()}
+        sites = None if begun else _choose_sites(runs, context, source)
+        requests = {name: context.request(settings, source) for name, settings in runs.items()}
         sweep = stack.enter_context(
             Draft(output, KIND, {"format": FORMAT_VERSION, "runs": requests}, discard_with="--fresh")
         )
         if not sweep.published:
             drafts = {
-                name: stack.enter_context(Draft(output / RUNS / name, TRANSCODER, request))
+                name: stack.enter_context(Draft(output / RUNS / name, kind_of(runs[name]), request))
                 for name, request in requests.items()
             }
-            unfinished = {name: draft for name, draft in drafts.items() if not _has_ended(draft)}
+            unfinished = {name: draft for name, draft in drafts.items() if not has_ended(draft)}
             if unfinished:
-                chosen = choose_sites(runs, origins, source) if sites is None else sites
+                chosen = _choose_sites(runs, context, source) if sites is None else sites
                 train_drafts(
                     source,
-                    {name: (runs[name], chosen[name], draft) for name, draft in unfinished.items()},
-                    origins,
-                    place=output,
+                    {name: RunDraft(runs[name], chosen[name], draft) for name, draft in unfinished.items()},
+                    context,
+                    output=output,
                     checkpoint_steps=checkpoint_steps,
                     quiet=quiet,
-                    give_up=_mark_diverged,
+                    others_go_on=True,
                 )
             _publish(sweep, drafts)
             for draft in drafts.values():
@@ -133,8 +131,10 @@ def check_shared(runs: Mapping[str, TrainSettings]) -> None:
         raise SettingsError("this sweep cannot be run:\n" + "\n".join(f"  {line}" for line in problems))
 
 
-def choose_sites(runs: Mapping[str, TrainSettings], origins: Origins, source: TrainingSource) -> dict[str, Site]:
-    """Return every run's site; raise SettingsError with every problem of every run."""
+def _choose_sites(
+    runs: Mapping[str, TrainSettings], context: RunContext, source: TrainingSource
+) -> dict[str, list[Site]]:
+    """Return every run's sites; raise SettingsError with every problem of every run."""
     if not source.is_loaded:
         early = [f"{name}: {line}" for name, settings in runs.items() for line in known_problems(settings, source)]
         if early:  # told before a language model is loaded for a run that is right
@@ -142,24 +142,12 @@ def choose_sites(runs: Mapping[str, TrainSettings], origins: Origins, source: Tr
     sites, problems = {}, []
     for name, settings in runs.items():
         try:
-            sites[name] = origins.site(settings, source)
+            sites[name] = context.sites(settings, source)
         except SettingsError as error:
             problems.append(f"{name}: {error}")
     if problems:
         raise SettingsError("\n".join(problems))
     return sites
-
-
-def _has_ended(draft: Draft) -> bool:
-    return draft.published or (draft.path / MARK).exists()
-
-
-def _mark_diverged(one: OpenRun, error: NonFiniteActivation) -> None:
-    """Leave a mark that outlives this process: continued, the run would end here again."""
-    reason = str(error) if str(error).startswith(one.name) else f"{one.name}: {error}"
-    logger.warning("%s; the other runs go on", reason)
-    mark = {"reason": reason, **one.session.summary()}
-    write_atomically(one.path / MARK, canonical_json(mark))
 
 
 def _publish(sweep: Draft, drafts: Mapping[str, Draft]) -> None:
@@ -172,7 +160,7 @@ def _publish(sweep: Draft, drafts: Mapping[str, Draft]) -> None:
         )
     write_runs(sweep.path / RUNS_TABLE, outcomes)
     digests = {
-        outcome.name: read_transcoder_manifest(sweep.path / outcome.path)["digest"]
+        outcome.name: read_either_manifest(sweep.path / outcome.path)["digest"]
         for outcome in outcomes
         if outcome.status == FINISHED
     }
@@ -198,7 +186,7 @@ def _publish(sweep: Draft, drafts: Mapping[str, Draft]) -> None:
 def _described(path: Path, outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
     """Return what the runs say of their common rows: the model is not loaded again for it."""
     finished = next(outcome for outcome in outcomes if outcome.status == FINISHED)
-    manifest = read_transcoder_manifest(path / finished.path)
+    manifest = read_either_manifest(path / finished.path)
     return {"inputs": manifest["inputs"], "model": manifest["model"]}
 
 
@@ -221,5 +209,6 @@ def _read_outcome(sweep: Path, recorded: Mapping[str, Any], settings: dict[str, 
     name, status, path = recorded["name"], recorded["status"], recorded["path"]
     if status == DIVERGED:
         return RunOutcome(name, status, path, settings, read_json(inside(sweep, f"{path}/{MARK}")))
-    made = read_transcoder_manifest(inside(sweep, f"{path}/{MANIFEST}").parent)
-    return RunOutcome(name, status, path, {**settings, "site": made["site"]["name"]}, made["metrics"])
+    made = read_either_manifest(inside(sweep, f"{path}/{MANIFEST}").parent)
+    sites = ",".join(site["name"] for site in made.get("sites") or [made["site"]])
+    return RunOutcome(name, status, path, {**settings, "site": sites}, made["metrics"])

@@ -19,14 +19,13 @@ from tailrace.training.kernels.adaptive import AdaptiveStep
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import ExtraLoss, StepKernel
 from tailrace.training.kernels.sparse import SparseStep
-from tailrace.training.loop.distributed import DistributedStep, Group, RankBatches, open_group
+from tailrace.training.loop.distributed import DistributedStep, Group, RankBatches, broadcast_run, open_group
 from tailrace.training.loop.optim import BlockedAdam
 from tailrace.training.loop.run import TrainingRun
-from tailrace.training.loop.sweep import follow_first
 from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch, BatchStream, SiteBatches
 from tests.training.kernels.test_kernels import ARCHITECTURES, cast, random_batch, random_transcoder
-from tests.training.loop.test_trainer import SITE, PlantedRows, build
+from tests.training.loop.test_train_all import SITE, PlantedRows, build
 
 N_ROWS = 601
 """Odd, so that slices differ."""
@@ -132,11 +131,10 @@ def doubled(run: TrainingRun, kernel: StepKernel) -> TrainingRun:
     return TrainingRun(
         transcoder,
         run.objective,
-        run.normalisation,
+        run.rows,
         kernel,
         BlockedAdam(transcoder),
         run.schedule,
-        site=run.site,
         lr=run.lr,
         average=WeightAverage(transcoder, 0.9),
     )
@@ -158,7 +156,7 @@ def train_planted(architecture: Architecture, group: Group | None) -> dict[str, 
     if group is not None:
         if not group.is_first:
             run, stream = begin()
-        follow_first(group, run, stream)
+        broadcast_run(group, run, stream)
     for _ in range(STEPS_AFTER):
         run.step(stream.next_batch())
     tensors = {name: value.detach().clone() for name, value in run.state_tensors().items()}

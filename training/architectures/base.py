@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from tailrace.storage.settings import Settings
 from tailrace.training.architectures.entries import Above, Entries, Selection
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.normalisation import Normalisation
+from tailrace.training.rows.normalisation import AnyNormalisation, Normalisation
 from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 SMALLEST_NORM = 1e-12
@@ -39,6 +39,23 @@ class Trace(NamedTuple):
     """Loss terms by name, scalars, already weighted; their sum is the loss."""
     whole: WholeBatch = ALONE
     """What the rows are part of."""
+
+
+class Block(NamedTuple):
+    """Features that read the same inputs and write to the same outputs, such as those of one layer of several."""
+
+    features: slice
+    inputs: slice
+    """The columns of a row of inputs that they read."""
+    W_dec: nn.Parameter
+    """(features, outputs): what they write."""
+    outputs: slice
+    """The columns of a row of outputs that they write to."""
+
+    def own(self, features: Tensor) -> Tensor:
+        """Return which of ``features`` (n,), by index, are of this block, bool (n,)."""
+        own: Tensor = (features >= self.features.start) & (features < self.features.stop)
+        return own
 
 
 class Transcoder(nn.Module, ABC):
@@ -150,9 +167,13 @@ class Transcoder(nn.Module, ABC):
     def restart_own(self, features: Tensor) -> None:
         """Give features (n,), by index, the first values of the parameters that only this architecture has."""
 
-    def feature_parameters(self) -> dict[str, nn.Parameter]:
-        """Return by name the parameters with a row, or a number, per feature."""
-        return {name: value for name, value in self.named_parameters() if name not in _NOT_PER_FEATURE}
+    def rows_of(self, features: Tensor) -> dict[str, Tensor]:
+        """Return, for each parameter with a row per feature, where it has those of features (n,), given by index."""
+        return {name: features for name, _ in self.named_parameters() if name not in _NOT_PER_FEATURE}
+
+    def blocks(self) -> list[Block]:
+        """Return the features in blocks that read the same inputs and write to the same outputs: here all are one."""
+        return [Block(slice(0, self.d_sae), slice(0, self.d_in), self.W_dec, slice(0, self.d_out))]
 
     def unit_rows(self) -> frozenset[str]:
         """Return the names of the parameters whose rows have unit norm: what each feature writes."""
@@ -206,12 +227,13 @@ class Transcoder(nn.Module, ABC):
         """Multiply by ``factor`` every parameter besides encoder and biases that counts in units of activations."""
 
     @torch.no_grad()
-    def folded(self, normalisation: Normalisation) -> Self:
+    def folded(self, normalisation: AnyNormalisation) -> Transcoder:
         """Return a copy on the CPU that takes raw inputs and gives raw outputs; computed in float64.
 
         The output scale goes into the encoder, which every activation that commutes with a positive factor allows,
         so decoder rows keep unit norm and an activation is the length of what the feature writes.
         """
+        assert isinstance(normalisation, Normalisation), "rows are those of one layer"
         raw = copy.deepcopy(self).cpu()
         exactly = normalisation.to(torch.device("cpu"), torch.float64)
         W_enc = raw.W_enc.double() * (exactly.scale_out / exactly.scale_in)
@@ -231,11 +253,12 @@ class Transcoder(nn.Module, ABC):
         return raw
 
     @torch.no_grad()
-    def take_folded(self, raw: Self, normalisation: Normalisation) -> None:
+    def take_folded(self, raw: Transcoder, normalisation: AnyNormalisation) -> None:
         """Take over the weights of a published transcoder of the same shape: the inverse of ``folded``.
 
         An input bias starts at zero, whatever it was before folding.
         """
+        assert isinstance(normalisation, Normalisation), "rows are those of one layer"
         exactly = normalisation.to(torch.device("cpu"), torch.float64)
         source = copy.deepcopy(raw).cpu()
         W_enc, b_dec_out = source.W_enc.double(), source.b_dec_out.double()

@@ -6,12 +6,10 @@ Weights on disk are folded: they take the language model's own activations and g
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from tailrace.storage.artifact import MANIFEST, read_json, read_manifest
@@ -21,15 +19,10 @@ from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import WEIGHTS, read_transcoder_manifest, weights_as_described
 from tailrace.training.architectures.transcoder import load_transcoder as load_of_one_layer
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
-from tailrace.training.cross_layer.units import JoinedRows
-from tailrace.training.loop.evaluate import FitSums, HeldoutScore, OrdinaryScore
-from tailrace.training.rows.batches import SiteBatches
 
 KIND = CROSS_LAYER_KIND
 """The artifact's kind."""
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
-SCORED_ACTIVATIONS = 1 << 26
-"""How many activations, those of all layers, are held at a time where rows are scored: 256 MB, and copies of them."""
 
 
 def read_cross_layer_manifest(path: Path) -> dict[str, Any]:
@@ -54,41 +47,6 @@ def load_cross_layer(path: Path | str, weights: str = WEIGHTS) -> CrossLayerTran
     with weights_as_described(path / weights):
         transcoder.load_state_dict(load_file(path / weights))
     return transcoder.eval().requires_grad_(False)
-
-
-def rows_at_once(d_sae: int, most: int) -> int:
-    """Return how many rows a batch that is scored may have, ``most`` or fewer; ``d_sae`` counts features of all layers.
-
-    A training step may hold active pairs alone; a score takes whole activations.
-    """
-    return min(most, max(1, SCORED_ACTIVATIONS // d_sae))
-
-
-@torch.no_grad()
-def score_layers(
-    transcoder: CrossLayerTranscoder, sites: Sequence[Site], batches: Iterable[SiteBatches], rows: JoinedRows
-) -> list[HeldoutScore]:
-    """Return a score for each layer's output: its FVU, and L0 of the features that read that layer.
-
-    ``batches`` are raw; those of their rows that ``rows`` calls ordinary are also scored apart, if not all are.
-    """
-    sums, ordinary = [FitSums() for _ in sites], [FitSums() for _ in sites]
-    for batch in batches:
-        inputs = torch.cat([batch[site.name].inputs for site in sites], 1)
-        activations = transcoder.encode(inputs)
-        outputs = transcoder.decode(activations)
-        mask = rows.mask(batch)
-        for layer, site in enumerate(sites):
-            own = slice(layer * transcoder.width_out, (layer + 1) * transcoder.width_out)
-            active = activations[:, transcoder.of_layer(layer)] > 0
-            targets = batch[site.name].outputs
-            sums[layer].add(targets, outputs[:, own], active)
-            if bool(mask.any()):
-                ordinary[layer].add(targets[mask], outputs[mask, own], active[mask])
-    return [
-        replace(one.score(), ordinary=OrdinaryScore(part.n_rows, part.fvu) if 0 < part.n_rows < one.n_rows else None)
-        for one, part in zip(sums, ordinary, strict=True)
-    ]
 
 
 def is_cross_layer(path: Path) -> bool:

@@ -18,7 +18,9 @@ from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.cross_layer.stack import Stack, StackedEntries
-from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
+from tailrace.training.kernels.adaptive import AdaptiveStep, KernelKind
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult, finish
 from tailrace.training.kernels.pairs import Pairs, decode_pairs, sum_by_row
 from tailrace.training.kernels.select import Selector, keep_largest
 from tailrace.training.kernels.sparse import clear_gradients
@@ -54,17 +56,16 @@ class SparseStackStep:
         whole: WholeBatch = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter and return the loss terms."""
-        assert whole is ALONE, "one process trains a stack"
         stack = cast("Stack", transcoder)
         inputs = batch.inputs.view(len(batch.inputs), stack.n_layers, stack.width_in).transpose(0, 1).contiguous()
-        layers, pre = self._select(stack, inputs)
+        layers, pre = self._select(stack, inputs, whole)
         clear_gradients(stack)
-        entries = SparseStackEntries(layers, pre, stack, inputs)
+        entries = SparseStackEntries(layers, pre, stack, inputs, whole)
         trace = stack.trace(entries, batch, objective)
         return finish(stack, entries, trace, batch, extra, per_row=per_row)
 
     @torch.no_grad()
-    def _select(self, stack: Stack, inputs: Tensor) -> tuple[list[Pairs], Tensor]:
+    def _select(self, stack: Stack, inputs: Tensor, whole: WholeBatch) -> tuple[list[Pairs], Tensor]:
         """Return the selected pairs of each layer of ``inputs`` (layers, rows, width_in), and their pre-activations."""
         if not self._selectors:
             own = torch.bfloat16 if self._precision == "bfloat16" else stack.W_enc.dtype
@@ -80,11 +81,11 @@ class SparseStackStep:
                 ]
                 return [pairs for pairs, _ in found], torch.cat([pre for _, pre in found])
             case LargestOfBatch(k):
-                return self._largest(layers, k * inputs.shape[1])
+                return self._largest(layers, k * whole.n_rows(inputs.shape[1]), whole)
             case _:
                 raise AssertionError(f"no stack selects like {selection}")
 
-    def _largest(self, layers: Sequence[_Layer], n_wanted: int) -> tuple[list[Pairs], Tensor]:
+    def _largest(self, layers: Sequence[_Layer], n_wanted: int, whole: WholeBatch) -> tuple[list[Pairs], Tensor]:
         """Return the ``n_wanted`` largest of all layers together, chosen among candidates above a guess."""
         if self._guess is None:
             k = max(1, n_wanted // sum(len(layer.inputs) for layer in layers))
@@ -93,7 +94,7 @@ class SparseStackStep:
         while True:
             found = [one.candidates(*layer, guess) for one, layer in zip(self._selectors, layers, strict=True)]
             pre = torch.cat([one.pre for one in found])
-            cut = ALONE.cut(pre, max(one.certain for one in found), n_wanted)
+            cut = whole.cut(pre, max(one.certain for one in found), n_wanted)
             if cut.is_complete:
                 break
             guess = guess / 2 if guess > max(one.smallest_guess for one in found) else 0.0
@@ -107,7 +108,10 @@ class SparseStackStep:
 class SparseStackEntries(StackedEntries):
     """Pre-activations at each layer's pairs; ``pre`` is their value, already computed, layer after layer."""
 
-    def __init__(self, layers: Sequence[Pairs], pre: Tensor, stack: Stack, inputs: Tensor) -> None:
+    def __init__(
+        self, layers: Sequence[Pairs], pre: Tensor, stack: Stack, inputs: Tensor, whole: WholeBatch = ALONE
+    ) -> None:
+        self.whole = whole
         self.n_rows = inputs.shape[1]
         self._layers = layers
         ends = np.cumsum([len(pairs) for pairs in layers]).tolist()
@@ -164,3 +168,11 @@ class _EncodeStack(torch.autograd.Function):
             pairs.add_outer(own, inputs[layer], per_layer[layer])
             of_bias.append(pairs.sums(own))
         return None, None, torch.cat(of_bias), None, None, None
+
+
+def build_stack_kernel(kind: KernelKind, precision: Precision, device: torch.device, *, name: str) -> StepKernel:
+    """Return the kernel of a run; auto is dense, and sparse not offered, on devices other than the CPU."""
+    if kind == "dense" or device.type != "cpu":
+        return DenseStep(precision)
+    sparse = SparseStackStep(precision)
+    return sparse if kind == "sparse" else AdaptiveStep(precision, name=name, sparse=sparse)

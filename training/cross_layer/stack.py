@@ -11,20 +11,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tailrace.training.architectures.base import SMALLEST_NORM, Trace, Transcoder, exact
+from tailrace.training.architectures.base import SMALLEST_NORM, Architecture, Block, Trace, Transcoder, exact
 from tailrace.training.architectures.batch_topk import BatchTopK, BatchTopKTranscoder
 from tailrace.training.architectures.entries import Entries, LargestOfBatch
 from tailrace.training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.architectures.relu import ReLU, ReLUTranscoder
-from tailrace.training.cross_layer.units import LayerUnits
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.normalisation import Normalisation
+from tailrace.training.rows.normalisation import AnyNormalisation, JoinedNormalisation, Normalisation
 
 DECODER = "W_dec_"
 """Decoders are called this and the number of the layer they read."""
@@ -119,9 +118,25 @@ class Stack(Transcoder):
         """Return the names of the decoders."""
         return frozenset(f"{DECODER}{layer}" for layer in range(self.n_layers))
 
-    def feature_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what has a row or a number for each feature of all layers; decoders have rows for one layer's."""
-        return {name: value for name, value in super().feature_parameters().items() if name not in self.unit_rows()}
+    def blocks(self) -> list[Block]:
+        """Return the features of each layer, which read it and write to it and to all later ones."""
+        return [
+            Block(
+                self.of_layer(layer),
+                slice(layer * self.width_in, (layer + 1) * self.width_in),
+                self.decoder(layer),
+                slice(layer * self.width_out, self.d_out),
+            )
+            for layer in range(self.n_layers)
+        ]
+
+    def rows_of(self, features: Tensor) -> dict[str, Tensor]:
+        """Return the same; a decoder has rows of its own layer's features alone."""
+        of_decoders = {
+            f"{DECODER}{layer}": features[block.own(features)] - block.features.start
+            for layer, block in enumerate(self.blocks())
+        }
+        return {**super().rows_of(features), **of_decoders}
 
     def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:
         """Return outputs and loss terms of a batch of normalised rows, from dense entries."""
@@ -152,9 +167,75 @@ class Stack(Transcoder):
     def thresholds(self) -> Tensor:
         """Return (d_sae,): above which pre-activation a feature fires in use."""
 
-    def folded(self, normalisation: Normalisation) -> Self:  # noqa: ARG002 - rows came normalised
-        """Raise AssertionError: what is published is another class (``tailrace.training.cross_layer.run``)."""
-        raise AssertionError("a stack is folded by fold()")
+    @torch.no_grad()
+    def folded(self, normalisation: AnyNormalisation) -> CrossLayerTranscoder:
+        """Return a copy on the CPU that takes and gives raw activations; computed in float64.
+
+        What a feature writes to layer m is multiplied by that layer's output scale; its length over all layers then
+        goes from the decoder into the encoder, so that decoder rows have unit norm again.
+        """
+        layers = _layers_of(normalisation)
+        raw = CrossLayerTranscoder(self.n_layers, self.width_in, self.width_out, self.features_per_layer)
+        scales = self._scales_out(layers)
+        thresholds = _exactly(self.thresholds())
+        for layer, units in enumerate(
+            layers
+        ):  # a layer at a time: here or on its device, a whole copy could be too much
+            own = self.of_layer(layer)
+            written = _exactly(self.decoder(layer)) * scales[layer * self.width_out :]
+            lengths = _lengths(written)
+            raw.decoder(layer).copy_(written / lengths[:, None])
+            W_enc = _exactly(self.W_enc[own]) * (lengths[:, None] / units.scale_in)
+            raw.W_enc[own] = W_enc.float()
+            raw.b_enc[own] = (_exactly(self.b_enc[own]) * lengths - W_enc @ _exactly(units.mean_in)).float()
+            raw.log_threshold[own] = (thresholds[own] * lengths).log().float()  # -inf for a threshold of zero
+        raw.b_dec_out.copy_(normalisation.restore(_exactly(self.b_dec_out)))
+        return raw.eval()
+
+    @torch.no_grad()
+    def take_folded(self, raw: Transcoder, normalisation: AnyNormalisation) -> None:
+        """Take over the weights of a published cross-layer transcoder of the same sizes: the inverse of ``folded``."""
+        assert isinstance(raw, CrossLayerTranscoder), "it was checked that both are of several layers"
+        layers = _layers_of(normalisation)
+        scales = self._scales_out(layers)
+        thresholds = _exactly(raw.thresholds())
+        for layer, units in enumerate(layers):
+            own = self.of_layer(layer)
+            written = _exactly(raw.decoder(layer)) / scales[layer * self.width_out :]
+            lengths = _lengths(written)
+            self.decoder(layer).copy_(written / lengths[:, None])
+            W_enc = _exactly(raw.W_enc[own])
+            b_enc = (_exactly(raw.b_enc[own]) + W_enc @ _exactly(units.mean_in)) * lengths
+            self.W_enc[own] = (W_enc * (lengths[:, None] * units.scale_in)).to(self.W_enc)
+            self.b_enc[own] = b_enc.to(self.b_enc)
+            thresholds[own] *= lengths
+        self.b_dec_out.copy_(normalisation.outputs(_exactly(raw.b_dec_out)))
+        self.take_thresholds(thresholds)
+
+    @abstractmethod
+    def take_thresholds(self, thresholds: Tensor) -> None:
+        """Set what ``thresholds`` returns, from float64 (d_sae,) on the CPU."""
+
+    def _scales_out(self, layers: Sequence[Normalisation]) -> Tensor:
+        """Return the output scale of every column of ``d_out``, float64."""
+        scales = torch.tensor([units.scale_out for units in layers], dtype=torch.float64)
+        return scales.repeat_interleave(self.width_out)
+
+
+def _layers_of(normalisation: AnyNormalisation) -> Sequence[Normalisation]:
+    assert isinstance(normalisation, JoinedNormalisation), "a stack learns from rows of several layers"
+    return normalisation.layers
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Return the norm of each row, 1 for one that has no direction."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    return torch.where(norms > SMALLEST_NORM, norms, torch.ones_like(norms))
+
+
+def _exactly(values: Tensor) -> Tensor:
+    """Return ``values`` on the CPU in float64."""
+    return values.detach().cpu().double()
 
 
 class _AddUp(torch.autograd.Function):
@@ -223,6 +304,10 @@ class CrossLayerTranscoder(Stack, JumpReLUTranscoder):
         """Return θ."""
         return self.threshold.detach()
 
+    def take_thresholds(self, thresholds: Tensor) -> None:
+        """Take them as they are."""
+        self.log_threshold.copy_(thresholds.log())
+
     def encode_layer(self, layer: int, inputs: Tensor) -> Tensor:
         """Return the activations (…, features_per_layer) of one layer's inputs (…, width_in)."""
         pre = self.layer_pre_activations(layer, inputs)
@@ -246,6 +331,10 @@ class BatchTopKStack(Stack, BatchTopKTranscoder):
         """Return the one learnt along."""
         return self.threshold.expand(self.d_sae)
 
+    def take_thresholds(self, thresholds: Tensor) -> None:
+        """Take their mean: those of a stack of this kind are one number to rounding."""
+        self.threshold.copy_(thresholds.mean())
+
 
 class ReLUStack(Stack, ReLUTranscoder):
     """Positive pre-activations, held sparse by a penalty.
@@ -265,32 +354,23 @@ class ReLUStack(Stack, ReLUTranscoder):
         """Return zeros."""
         return torch.zeros_like(self.b_enc)
 
-
-@torch.no_grad()
-def fold(stack: Stack, units: LayerUnits) -> CrossLayerTranscoder:
-    """Return a copy on the CPU that takes and gives raw activations; computed in float64.
-
-    What a feature writes to layer m is multiplied by that layer's output scale; its length over all layers then goes
-    from the decoder into the encoder, so that decoder rows have unit norm again.
-    """
-    n_layers, width_out = stack.n_layers, stack.width_out
-    raw = CrossLayerTranscoder(n_layers, stack.width_in, width_out, stack.features_per_layer)
-    scales = torch.tensor(units.scales_out, dtype=torch.float64).repeat_interleave(width_out)
-    thresholds = _exactly(stack.thresholds())
-    for layer in range(n_layers):  # a layer at a time: on its device or here, a whole copy could be too much
-        own = stack.of_layer(layer)
-        written = _exactly(stack.decoder(layer)) * scales[layer * width_out :]
-        lengths = torch.linalg.vector_norm(written, dim=1)
-        lengths = torch.where(lengths > SMALLEST_NORM, lengths, torch.ones_like(lengths))
-        raw.decoder(layer).copy_(written / lengths[:, None])
-        W_enc = _exactly(stack.W_enc[own]) * (lengths[:, None] / units.scales_in[layer])
-        raw.W_enc[own] = W_enc.float()
-        raw.b_enc[own] = (_exactly(stack.b_enc[own]) * lengths - W_enc @ units.means_in[layer]).float()
-        raw.log_threshold[own] = (thresholds[own] * lengths).log().float()  # -inf for a threshold of zero
-    raw.b_dec_out.copy_(units.restore(_exactly(stack.b_dec_out)))
-    return raw.eval()
+    def take_thresholds(self, thresholds: Tensor) -> None:
+        """Leave them out: there are none."""
 
 
-def _exactly(values: Tensor) -> Tensor:
-    """Return ``values`` on the CPU in float64."""
-    return values.detach().cpu().double()
+StackArchitecture = BatchTopK | JumpReLU | ReLU
+"""The architectures whose features fire by a threshold in use, which is what a published stack has."""
+
+
+def build_stack(architecture: Architecture, n_layers: int, width_in: int, width_out: int, d_sae: int) -> Stack:
+    """Return the stack of an architecture with all weights zero; ``d_sae`` features read each layer."""
+    sizes = (n_layers, width_in, width_out, d_sae)
+    match architecture:
+        case BatchTopK():
+            return BatchTopKStack(*sizes, settings=architecture)
+        case JumpReLU():
+            return CrossLayerTranscoder(*sizes, settings=architecture)
+        case ReLU():
+            return ReLUStack(*sizes, settings=architecture)
+        case _:
+            raise AssertionError(f"no stack is made of {architecture!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,21 +11,31 @@ from tailrace.storage.encodings import Side
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.architectures.base import Transcoder
-from tailrace.training.architectures.objectives import build_objective
+from tailrace.training.architectures.objectives import Objective, build_objective
+from tailrace.training.cross_layer.sparse import build_stack_kernel
+from tailrace.training.cross_layer.stack import StackArchitecture, build_stack
 from tailrace.training.dead_features.record import FiringRecord
 from tailrace.training.dead_features.resampling.settings import RowScorer, Surroundings
 from tailrace.training.kernels.adaptive import build_kernel
-from tailrace.training.kernels.kernel import Precision
+from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel
 from tailrace.training.loop.distributed import DistributedStep, Group
-from tailrace.training.loop.initialise import Centres, data_directions, initialise, medians
+from tailrace.training.loop.initialise import Centres, data_directions, initialise, initialise_stack, medians
 from tailrace.training.loop.optim import build_optimiser
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.normalisation import Normalisation, build_normalisation, check_statistics
+from tailrace.training.rows.learnt_rows import LearntRows
+from tailrace.training.rows.normalisation import (
+    JoinedNormalisation,
+    Normalisation,
+    build_normalisation,
+    check_statistics,
+)
 from tailrace.training.rows.ordinary_rows import OrdinaryRows
 from tailrace.training.rows.row_source import RowSource
+
+_FIRST_WEIGHTS = ("reconstruction", "bias_init", "bias_init_rows", "decoder_init", "encoder_init")
 
 
 def build_run(
@@ -48,14 +58,12 @@ def build_run(
     slices of those of all its processes. Raises NonFiniteActivation or
     SettingsError for activations that cannot be learnt from, SettingsError for a setting that cannot be honoured.
     """
-    ordinary = None
-    if settings.max_norm_multiple is not None:
-        ordinary = OrdinaryRows.within(settings.max_norm_multiple, statistics)
-        row_source = ordinary.draw(_needed(row_source, f"max_norm_multiple: {settings.max_norm_multiple:g}"))
-        statistics = ordinary.statistics(site.name, site.sides, row_source)
+    ordinary, statistics = _ordinary(settings, site, statistics, row_source)
     check_statistics(site.name, statistics)
     side_in, side_out = statistics["in"], statistics[site.sides[-1]]
     normalisation = build_normalisation(settings.normalisation, side_in, side_out)
+    rows = LearntRows([site.name], normalisation, {} if ordinary is None else {site.name: ordinary})
+    row_source = None if row_source is None else rows.source([row_source])
     objective = build_objective(settings.reconstruction, float(side_out.variance.sum()) / normalisation.scale_out**2)
     transcoder = settings.architecture.build(site.d_in, site.d_out, settings.n_features(site.d_in))
     transcoder.activation_unit = objective.activation_unit
@@ -63,30 +71,169 @@ def build_run(
         normalisation.inputs(torch.from_numpy(side_in.mean)), normalisation.outputs(torch.from_numpy(side_out.mean))
     )
     connection = settings.connection.build(site.d_out)
-    resampler = settings.resampling.build(
-        Surroundings(transcoder.d_sae, n_steps, settings.seed, means.inputs, means.outputs, row_source, row_scorer)
-    )
     _initialise(transcoder, settings, normalisation, means, row_source)
-    transcoder = transcoder.to(device)
-    firing = FiringRecord(transcoder.d_sae, device)
-    kernel = build_kernel(settings.kernel, precision, device, name=name)
+    return _assemble(
+        settings,
+        transcoder.to(device),
+        objective,
+        rows,
+        build_kernel(settings.kernel, precision, device, name=name),
+        means,
+        extra=[] if connection is None else [connection],
+        n_steps=n_steps,
+        name=name,
+        row_source=row_source,
+        row_scorer=row_scorer,
+        group=group,
+    )
+
+
+def build_cross_layer_run(
+    settings: TrainSettings,
+    sites: Sequence[Site],
+    statistics: Mapping[str, Mapping[Side, SiteStatistics]],
+    *,
+    n_steps: int,
+    device: torch.device,
+    precision: Precision,
+    name: str = "transcoder",
+    row_sources: Mapping[str, RowSource] | None = None,
+    row_scorer: RowScorer | None = None,
+    group: Group | None = None,
+) -> TrainingRun:
+    """Return a run of a transcoder of several layers; ``sites`` lowest first, ``statistics`` by site and side.
+
+    ``row_sources`` draw the same rows at each site. All else, and the errors, are those of ``build_run``; the settings
+    are known to have no ``cross_layer_problems``.
+    """
+    ordinary: dict[str, OrdinaryRows] = {}
+    seen: dict[str, Mapping[Side, SiteStatistics]] = {}
+    for site in sites:
+        source = None if row_sources is None else row_sources[site.name]
+        limits, seen[site.name] = _ordinary(settings, site, statistics[site.name], source)
+        if limits is not None:
+            ordinary[site.name] = limits
+    for site in sites:
+        check_statistics(site.name, seen[site.name])
+    outs = [seen[site.name]["out"] for site in sites]
+    layers = [
+        build_normalisation(settings.normalisation, seen[site.name]["in"], out)
+        for site, out in zip(sites, outs, strict=True)
+    ]
+    variances = [float(out.variance.sum()) / units.scale_out**2 for out, units in zip(outs, layers, strict=True)]
+    objective = build_objective(settings.reconstruction, sum(variances))
+    rows = LearntRows([site.name for site in sites], JoinedNormalisation(layers), ordinary)
+    stack = build_stack(
+        settings.architecture, len(sites), sites[0].d_in, sites[0].d_out, settings.n_features(sites[0].d_in)
+    )
+    stack.activation_unit = objective.activation_unit
+    means = Centres(
+        torch.cat(
+            [
+                units.inputs(torch.from_numpy(seen[site.name]["in"].mean))
+                for site, units in zip(sites, layers, strict=True)
+            ]
+        ),
+        torch.cat([units.outputs(torch.from_numpy(out.mean)) for out, units in zip(outs, layers, strict=True)]),
+    )
+    initialise_stack(stack, mean_out=means.outputs, encoder_scale=settings.encoder_scale, seed=settings.seed)
+    return _assemble(
+        settings,
+        stack.to(device),
+        objective,
+        rows,
+        build_stack_kernel(settings.kernel, precision, device, name=name),
+        means,
+        n_steps=n_steps,
+        name=name,
+        row_source=None if row_sources is None else rows.source([row_sources[site.name] for site in sites]),
+        row_scorer=row_scorer,
+        group=group,
+    )
+
+
+def _ordinary(
+    settings: TrainSettings, site: Site, statistics: Mapping[Side, SiteStatistics], row_source: RowSource | None
+) -> tuple[OrdinaryRows | None, Mapping[Side, SiteStatistics]]:
+    """Return which rows of ``site`` are learnt from, None for all, and their statistics."""
+    if settings.max_norm_multiple is None:
+        return None, statistics
+    limits = OrdinaryRows.within(settings.max_norm_multiple, statistics)
+    source = _needed(row_source, f"max_norm_multiple: {settings.max_norm_multiple:g}")
+    return limits, limits.statistics(site.name, site.sides, source)
+
+
+def _assemble(
+    settings: TrainSettings,
+    transcoder: Transcoder,
+    objective: Objective,
+    rows: LearntRows,
+    kernel: StepKernel,
+    means: Centres,
+    *,
+    extra: Sequence[ExtraLoss] = (),
+    n_steps: int,
+    name: str,
+    row_source: RowSource | None,
+    row_scorer: RowScorer | None,
+    group: Group | None,
+) -> TrainingRun:
+    """Return the run of a transcoder that has its first weights and lies on its device."""
+    firing = FiringRecord(transcoder.d_sae, transcoder.W_enc.device)
     auxiliary = settings.auxiliary.build(firing, objective, dead_after_steps=settings.dead_after_steps)
+    surroundings = Surroundings(
+        transcoder.d_sae, n_steps, settings.seed, means.inputs, means.outputs, row_source, row_scorer
+    )
     return TrainingRun(
         transcoder,
         objective,
-        normalisation,
+        rows,
         kernel if group is None else DistributedStep(kernel, group),
         build_optimiser(settings.optimiser, transcoder, lr=settings.lr, clip=settings.gradient_clip),
         settings.build_schedule(n_steps),
-        site=site.name,
         lr=settings.lr,
         firing=firing,
-        extra=[term for term in (auxiliary, connection) if term is not None],
-        resampler=resampler,
+        extra=[*([] if auxiliary is None else [auxiliary]), *extra],
+        resampler=settings.resampling.build(surroundings),
         average=None if settings.ema is None else WeightAverage(transcoder, settings.ema),
-        ordinary=ordinary,
         name=name,
     )
+
+
+def cross_layer_problems(settings: TrainSettings, sites: Sequence[Site]) -> list[str]:
+    """Return a sentence for every setting, and every site, of which no cross-layer transcoder can be made."""
+    problems = []
+    architecture = settings.architecture
+    if not isinstance(architecture, StackArchitecture):
+        problems.append(
+            f"architecture: {architecture.kind} features have no threshold in use; a cross-layer transcoder can be "
+            "batch_topk, jumprelu or relu"
+        )
+    if architecture.skip:
+        problems.append("architecture.skip: a cross-layer transcoder has no skip path; leave it out")
+    if settings.optimiser == "muon":
+        problems.append("optimiser: muon would mix encoders of layers that read different inputs; use adam or adamw")
+    if settings.kernel == "compiled":
+        problems.append("kernel: compiled is for transcoders of one layer; use auto, dense or sparse")
+    if settings.auxiliary.kind == "ghost":
+        problems.append("auxiliary: ghost is for transcoders of one layer; use auxk")
+    if settings.connection.kind != "none":
+        problems.append("connection: is for transcoders of one layer; leave it out")
+    plain = TrainSettings()
+    problems += [
+        f"{name}: a cross-layer transcoder is trained with {getattr(plain, name)!r} only; leave it out"
+        for name in _FIRST_WEIGHTS
+        if getattr(settings, name) != getattr(plain, name)
+    ]
+    if len(sites) < 2:
+        problems.append(f"a cross-layer transcoder takes at least two layers; got {len(sites)}")
+    if len({(site.d_in, site.d_out) for site in sites}) > 1:
+        widths = ", ".join(f"{site.name} {site.d_in} to {site.d_out}" for site in sites)
+        problems.append(f"layers of one width are wanted; the sites go from {widths}")
+    problems += [f"site {site.name}: is an autoencoder's" for site in sites if site.hook_in == site.hook_out]
+    if sites:
+        problems += architecture.problems(settings.n_features(sites[0].d_in))
+    return problems
 
 
 def _initialise(

@@ -21,6 +21,7 @@ from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.kernel import ExtraLoss, PerRow, StatefulKernel, StepKernel, StepResult
+from tailrace.training.loop.run import TrainingRun
 from tailrace.training.rows.batches import Batch, BatchStream
 from tailrace.training.rows.whole_batch import ALONE, Cut, WholeBatch
 
@@ -266,3 +267,28 @@ class DistributedStep:
         """Continue from ``state``."""
         if isinstance(self._kernel, StatefulKernel):
             self._kernel.load_state(state)
+
+
+def broadcast_run(group: Group, run: TrainingRun, stream: BatchStream) -> None:
+    """Copy weights, optimiser, firing record and positions of run and stream from the first process to the others.
+
+    To be called by all of them once, before the first step, after the first process has resumed.
+    """
+    tensors = run.state_tensors() if group.is_first else {}
+    sent: dict[str, Any] = group.share_first(
+        {
+            "shapes": {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()},
+            "state": run.state(),
+            "steps": run.n_steps_done,
+            "rows": run.n_rows_done,
+            "stream": stream.state_dict(),
+        }
+    )
+    received = {}
+    for name, (shape, dtype) in sent["shapes"].items():
+        own = tensors[name].detach().to(group.device).clone() if group.is_first else torch.empty(0)
+        values = own if group.is_first else torch.empty(shape, dtype=dtype, device=group.device)
+        received[name] = group.copy_first(values)
+    if not group.is_first:
+        run.load_state(received, sent["state"], n_steps_done=sent["steps"], n_rows_done=sent["rows"])
+        stream.load_state_dict(sent["stream"])

@@ -6,9 +6,8 @@ not an average of per-batch or per-row ratios, which would weigh rows with small
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +15,13 @@ import torch
 from torch import Tensor
 
 from tailrace.training.architectures.base import Transcoder
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.loop.firing_frequency import histogram, log10_frequency
-from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.batches import Batch, SiteBatches
 from tailrace.training.rows.ordinary_rows import OrdinaryRows
 
+SCORED_ACTIVATIONS = 1 << 26
+"""How many activations, those of all layers, are held at a time where rows are scored: 256 MB, and copies of them."""
 FREQUENT = {"1_percent": 0.01, "10_percent": 0.1}
 """Frequencies above which a feature counts as frequent, by the ending of the metric's name."""
 
@@ -152,7 +154,50 @@ def evaluate(predict: Predictor, batches: Iterable[Batch], ordinary: OrdinaryRow
             ordinary_sums.add(batch.outputs[mask], outputs[mask], active[mask])
     score = sums.score()
     ordinary_score = OrdinaryScore(ordinary_sums.n_rows, ordinary_sums.fvu) if ordinary_sums.n_rows else None
-    return dataclasses.replace(score, ordinary=ordinary_score)
+    return replace(score, ordinary=ordinary_score)
+
+
+@torch.no_grad()
+def score_layers(
+    transcoder: CrossLayerTranscoder,
+    sites: Sequence[str],
+    batches: Iterable[SiteBatches],
+    mask_of: Callable[[SiteBatches], Tensor | None] = lambda _: None,
+) -> Mapping[str, HeldoutScore]:
+    """Return by site a score of each layer's output: its FVU, and L0 of the features that read that layer.
+
+    ``transcoder`` is folded, ``sites`` lowest first and ``batches`` raw. The rows that ``mask_of`` tells, bool (rows,),
+    are also scored apart, if they are not all.
+    """
+    sums, ordinary = ({site: FitSums() for site in sites} for _ in range(2))
+    for batch in in_pieces(batches, transcoder.d_sae):
+        activations = transcoder.encode(torch.cat([batch[site].inputs for site in sites], 1))
+        outputs = transcoder.decode(activations)
+        mask = mask_of(batch)
+        for layer, (site, predicted) in enumerate(zip(sites, outputs.chunk(len(sites), 1), strict=True)):
+            active = activations[:, transcoder.of_layer(layer)] > 0
+            targets = batch[site].outputs
+            sums[site].add(targets, predicted, active)
+            if mask is not None and bool(mask.any()):
+                ordinary[site].add(targets[mask], predicted[mask], active[mask])
+    scores = {}
+    for site, all_rows in sums.items():
+        part = ordinary[site]
+        apart = OrdinaryScore(part.n_rows, part.fvu) if 0 < part.n_rows < all_rows.n_rows else None
+        scores[site] = replace(all_rows.score(), ordinary=apart)
+    return scores
+
+
+def in_pieces(batches: Iterable[SiteBatches], d_sae: int) -> Iterator[SiteBatches]:
+    """Yield the rows of ``batches``, no more at a time than their activations at ``d_sae`` features allow.
+
+    A training step may hold active pairs alone; a score takes all activations.
+    """
+    n_rows = max(1, SCORED_ACTIVATIONS // d_sae)
+    for batch in batches:
+        for start in range(0, len(next(iter(batch.values())).inputs), n_rows):
+            rows = slice(start, start + n_rows)
+            yield {site: Batch(part.inputs[rows], part.outputs[rows]) for site, part in batch.items()}
 
 
 def _frequent(n_active: Tensor, n_rows: int) -> dict[str, float]:

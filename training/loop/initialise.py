@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tailrace.storage.randomness import philox
 from tailrace.training.architectures.base import Transcoder
+from tailrace.training.cross_layer.stack import Stack
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.geometric_median import geometric_median
 
@@ -114,3 +115,23 @@ def initialise(
     if transcoder.b_dec is not None:
         transcoder.b_dec.copy_(mean_in)
     transcoder.initialise_own()
+
+
+@torch.no_grad()
+def initialise_stack(stack: Stack, *, mean_out: Tensor, encoder_scale: float, seed: int) -> None:
+    """Fill the weights: at first every feature writes a random direction to its own layer and nothing to later ones.
+
+    That is a transcoder for each layer, from which a feature learns to reach further where it pays. Encoder rows are
+    the same directions, of length ``encoder_scale``, where widths agree. Biases are ``mean_out``, the mean outputs of
+    all layers side by side.
+    """
+    n_features, width_out = stack.features_per_layer, stack.width_out
+    for layer in range(stack.n_layers):
+        written = random_directions(seed, f"initialise/decoder/{layer}", n_features, width_out)
+        stack.decoder(layer)[:, :width_out] = written
+        reads = written
+        if stack.width_in != width_out:
+            reads = random_directions(seed, f"initialise/encoder/{layer}", n_features, stack.width_in)
+        stack.W_enc[stack.of_layer(layer)] = reads * encoder_scale
+    stack.b_dec_out.copy_(mean_out)
+    stack.initialise_own()

@@ -68,13 +68,13 @@ class TorchOptimiser:
 
     def forget(self, features: Tensor) -> None:
         """Zero the moments of features in every parameter that has a row per feature."""
-        per_feature = self._transcoder.feature_parameters()
+        rows = self._transcoder.rows_of(features)
         for optimiser in self._optimisers:
             for parameter, state in optimiser.state.items():
-                if self._names[parameter] in per_feature:
+                if (own := rows.get(self._names[parameter])) is not None:
                     for value in state.values():
                         if value.shape == parameter.shape:
-                            value[features] = 0
+                            value[own] = 0
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return torch's state by kind and parameter."""
@@ -136,9 +136,9 @@ class BlockedAdam:
 
     def forget(self, features: Tensor) -> None:
         """Zero the moments of features in every parameter that has a row per feature."""
-        for name in self._transcoder.feature_parameters():
-            self._means[name][features] = 0
-            self._squares[name][features] = 0
+        for name, own in self._transcoder.rows_of(features).items():
+            self._means[name][own] = 0
+            self._squares[name][own] = 0
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the moments and the number of steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,19 @@ from tailrace.training.architectures.schedule import Schedule
 from tailrace.training.dead_features.record import FiringRecord
 from tailrace.training.dead_features.resampling.settings import Resampler
 from tailrace.training.kernels.kernel import ExtraLoss, StatefulKernel, StepKernel, StepResult
+from tailrace.training.loop.evaluate import HeldoutScore, evaluate, in_pieces, predictor
 from tailrace.training.loop.optim import Optimiser
 from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch, SiteBatches
-from tailrace.training.rows.normalisation import Normalisation
-from tailrace.training.rows.ordinary_rows import OrdinaryRows
+from tailrace.training.rows.learnt_rows import LearntRows
+from tailrace.training.rows.normalisation import AnyNormalisation
 
 CHECK_EVERY = 50
 """Steps between looks at the loss on a device where looking makes the host wait."""
 
 
 class TrainingRun:
-    """Trains one transcoder on the raw batches of one site.
+    """Trains one transcoder on the raw batches of its sites.
 
     The order inside a step is fixed: gradients, parallel part off, clipping, optimiser, unit norm, average, resampling.
     """
@@ -35,29 +36,24 @@ class TrainingRun:
         self,
         transcoder: Transcoder,
         objective: Objective,
-        normalisation: Normalisation,
+        rows: LearntRows,
         kernel: StepKernel,
         optimiser: Optimiser,
         schedule: Schedule,
         *,
-        site: str,
         lr: float,
         firing: FiringRecord | None = None,
         extra: Sequence[ExtraLoss] = (),
         resampler: Resampler | None = None,
         average: WeightAverage | None = None,
-        ordinary: OrdinaryRows | None = None,
         name: str = "transcoder",
     ) -> None:
         self.transcoder = transcoder
         self.objective = objective
-        self.normalisation = normalisation
+        self.rows = rows
         self.optimiser = optimiser
         self.schedule = schedule
-        self.site = site
         self.lr = lr
-        self.ordinary = ordinary
-        """The rows that are learnt from; None: all."""
         self.name = name
         self.n_steps_done = 0
         self.n_rows_done = 0
@@ -69,7 +65,7 @@ class TrainingRun:
         """After which steps (counted from 1) the latest result must have its ``per_row`` part."""
         device = transcoder.W_enc.device
         self.firing = FiringRecord(transcoder.d_sae, device) if firing is None else firing
-        self.on_device = normalisation.to(device, transcoder.W_enc.dtype)
+        self._rows_on_device = rows.to(device, transcoder.W_enc.dtype)
         self._kernel = kernel
         self._extra = extra
         self._resampler = resampler
@@ -79,7 +75,7 @@ class TrainingRun:
 
     def step(self, batches: SiteBatches) -> None:
         """Take one optimiser step on raw rows. Raises NonFiniteActivation before a bad loss reaches the weights."""
-        batch = self.on_device.apply(self._learnt_from(batches[self.site]))
+        batch = self._learnt_from(batches)
         self.transcoder.begin_step(self.n_steps_done)
         per_row = self.wants_rows(self.n_steps_done + 1)
         result = self._kernel(self.transcoder, batch, self.objective, self._extra, per_row=per_row)
@@ -96,16 +92,25 @@ class TrainingRun:
         if self._resampler is not None:
             self.latest_extras = self._resampler.after_step(self)
 
-    def _learnt_from(self, raw: Batch) -> Batch:
-        if self.ordinary is None:
-            return raw
-        batch = self.ordinary.of(raw)
+    def _learnt_from(self, raw: SiteBatches) -> Batch:
+        batch = self._rows_on_device(raw)
         if not len(batch.inputs):
+            n_rows = len(raw[self.rows.sites[0]].inputs)
             raise SettingsError(
-                f"{self.name}: max_norm_multiple leaves none of the {len(raw.inputs)} rows of step "
-                f"{self.n_steps_done + 1} to learn from; raise it, or batch_rows"
+                f"{self.name}: max_norm_multiple leaves none of the {n_rows} rows of step {self.n_steps_done + 1} to "
+                "learn from; raise it, or batch_rows"
             )
         return batch
+
+    @property
+    def normalisation(self) -> AnyNormalisation:
+        """From raw rows to normalised ones."""
+        return self.rows.normalisation
+
+    @property
+    def on_device(self) -> AnyNormalisation:
+        """The same, where the weights lie."""
+        return self._rows_on_device.normalisation
 
     @property
     def current_lr(self) -> float:
@@ -129,10 +134,19 @@ class TrainingRun:
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return predicted raw outputs of raw inputs, and which features fired, bool (rows, d_sae)."""
-        normalised = self.on_device.inputs(inputs)
-        activations = self.scored.encode(normalised)
-        outputs = self.scored.decode(activations, normalised)
-        return self.on_device.restore(outputs), activations > 0
+        outputs, active = predictor(self.scored)(self.on_device.inputs(inputs))
+        return self.on_device.restore(outputs), active
+
+    def score(self, batches: Iterable[SiteBatches]) -> HeldoutScore:
+        """Return the score on raw ``batches``; of several layers, on the rows that are learnt from, each in its units.
+
+        Layers differ in scale by orders of magnitude: in normalised units every one counts alike.
+        """
+        if len(self.rows.sites) == 1:
+            (site,) = self.rows.sites
+            return evaluate(self.predict, (batch[site] for batch in batches), self.rows.ordinary.get(site))
+        joined = map(self._rows_on_device, in_pieces(batches, self.scored.d_sae))
+        return evaluate(predictor(self.scored), (batch for batch in joined if len(batch.inputs)))
 
     def folded(self) -> Transcoder:
         """Return the transcoder as it would be published: raw inputs to raw outputs, on the CPU."""

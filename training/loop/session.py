@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from tqdm import tqdm
 
 from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import (
     CHECKPOINTS,
     METRICS,
@@ -26,15 +28,14 @@ from tailrace.training.architectures.transcoder import (
     write_tensors,
 )
 from tailrace.training.loop.checkpoint import Checkpoint, CheckpointClock, Checkpoints
-from tailrace.training.loop.evaluate import HeldoutScore, evaluate
+from tailrace.training.loop.evaluate import HeldoutScore
 from tailrace.training.loop.firing_frequency import LOG_SPARSITY, FiringWindow
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.run_log import RunLog
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.step_metrics import native_metrics, reference_metrics
-from tailrace.training.loop.trainer import Duty, PeriodicHook, every
-from tailrace.training.rows.batches import Batch, BatchStream
+from tailrace.training.rows.batches import BatchStream, SiteBatches
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,29 @@ SHOW_EVERY = 10
 N_RESAMPLED = "resampled_features"
 """What a resampler calls the number of features it has resampled since the start."""
 
-HeldoutBatches = Callable[[int | None], Iterable[Batch]]
+HeldoutBatches = Callable[[int | None], Iterable[SiteBatches]]
 """Given a largest number of rows (None: all), returns raw held-out batches."""
+
+
+class PeriodicHook(Protocol):
+    """What the caller wants done now and then, such as measuring the language model with the transcoder in place."""
+
+    def __call__(self, step: int, transcoder: Transcoder, /) -> Mapping[str, float] | None:
+        """Look at ``transcoder``, a folded copy as it would be published after ``step`` steps; return what to log."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepCallback:
+    """An action after the steps for which ``due`` holds; it gets the number of steps done."""
+
+    due: Callable[[int], bool]
+    action: Callable[[int], None]
+
+
+def every(n: int, last: int | None = None) -> Callable[[int], bool]:
+    """Return a rule that holds after every ``n``-th step, and after step ``last``."""
+    return lambda step: step % n == 0 or step == last
 
 
 class Session:
@@ -69,6 +91,7 @@ class Session:
         hooks: Sequence[tuple[int, PeriodicHook]] = (),
         loggers: Sequence[Logger] = (),
         quiet: bool = False,
+        finish: Callable[[], None] | None = None,
     ) -> None:
         if settings.keep_best and heldout is None:
             raise SettingsError(
@@ -77,8 +100,10 @@ class Session:
         self.run = run
         run.wants_rows = every(settings.log_every, n_steps)
         self.n_steps = n_steps
+        self.finish = finish
+        """Called once, after the last step; None: nothing."""
         self.scores: dict[str, Any] = {}
-        self._directory = directory
+        self.directory = directory
         self._settings = settings
         self._heldout = heldout
         self._checkpoint_steps = checkpoint_steps
@@ -98,6 +123,8 @@ class Session:
 
     def resume(self, step: int | None) -> Mapping[str, Any] | None:
         """Continue from the checkpoint at ``step``, or begin where it is None; return the stream's state there."""
+        # Newer ones, of a run that was ahead, would push out those that it has in common with the others.
+        self._checkpoints.discard_after(-1 if step is None else step)
         n_bytes, stream_state = 0, None
         if step is not None:
             checkpoint = self._checkpoints.load(step)
@@ -108,7 +135,7 @@ class Session:
             n_bytes, self.scores, stream_state = state["metrics_bytes"], state["scores"], state["stream"]
             logger.info("continuing at step %d of %d", step, self.n_steps)
         self._log = RunLog(
-            self._directory,
+            self.directory,
             loggers=self._loggers,
             run_name=self.run.name,
             config=self._settings.model_dump(mode="json"),
@@ -126,31 +153,42 @@ class Session:
         )
         return stream_state
 
-    def duties(self, stream: BatchStream, clock: CheckpointClock | None = None) -> list[Duty]:
-        """Return what is due between steps. The checkpoint comes last, so that it holds all that was logged before.
+    def callbacks(self, stream: BatchStream, clock: CheckpointClock | None = None) -> list[StepCallback]:
+        """Return what is due between steps.
+
+        A look at the weights comes first: one that is not finite would be scored and, after the last step, published.
+        The checkpoint comes last, so that it holds all that was logged before.
 
         ``clock`` is that of all runs on the stream; by default of this one alone.
         """
         settings = self._settings
         clock = CheckpointClock(self._checkpoint_steps) if clock is None else clock
-        duties = [
-            Duty(every(1), self._count_firings),
-            Duty(every(settings.log_every, self.n_steps), self._log_training),
+        callbacks = [
+            StepCallback(self._is_scored, lambda _: self._refuse_non_finite_weights()),
+            StepCallback(every(1), self._count_firings),
+            StepCallback(every(settings.log_every, self.n_steps), self._log_training),
         ]
         if self._heldout is not None:
-            duties.append(Duty(every(settings.evaluate_every, self.n_steps), self._evaluate))
-        duties += [Duty(every(n, self.n_steps), self._call(hook)) for n, hook in self._hooks]
+            callbacks.append(StepCallback(every(settings.evaluate_every, self.n_steps), self._evaluate))
+        callbacks += [StepCallback(every(n, self.n_steps), self._call(hook)) for n, hook in self._hooks]
         snapshots = snapshot_steps(settings.snapshots, self.n_steps)
-        duties += [
-            Duty(snapshots.__contains__, self._save_snapshot),
-            Duty(lambda step: step % SHOW_EVERY == 0 or step == self.n_steps, self._show),
+        callbacks += [
+            StepCallback(snapshots.__contains__, self._save_snapshot),
+            StepCallback(lambda step: step % SHOW_EVERY == 0 or step == self.n_steps, self._show),
             # None after the last step: the results themselves follow at once.
-            Duty(
+            StepCallback(
                 lambda step: step != self.n_steps and clock.is_due(step),
                 lambda step: self._save_checkpoint(step, stream, clock),
             ),
         ]
-        return duties
+        return callbacks
+
+    def _is_scored(self, step: int) -> bool:
+        intervals = [self._settings.evaluate_every, *(n for n, _ in self._hooks)]
+        return step == self.n_steps or any(step % n == 0 for n in intervals)
+
+    def _refuse_non_finite_weights(self) -> None:
+        self.run.state_tensors()
 
     def export(self) -> list[str]:
         """Write the final weights; return the names of the files that make up the artifact."""
@@ -211,7 +249,7 @@ class Session:
 
     def _score(self, max_rows: int | None) -> HeldoutScore:
         assert self._heldout is not None
-        return evaluate(self.run.predict, self._heldout(max_rows), self.run.ordinary)
+        return self.run.score(self._heldout(max_rows))
 
     def _keep_if_best(self, step: int, score: HeldoutScore) -> None:
         best = self.scores.get("best")
@@ -234,9 +272,9 @@ class Session:
 
     def _save(self, name: str) -> None:
         """Write the weights as they are, and beside them how often features fire, log10."""
-        save_weights(self._directory / name, self.run.folded())
+        save_weights(self.directory / name, self.run.folded())
         log10 = {LOG_SPARSITY: self._window.log10().to(torch.float32)}
-        write_tensors(self._directory / log_sparsity_name(name), log10)
+        write_tensors(self.directory / log_sparsity_name(name), log10)
 
     def _write(self, step: int, split: str, record: Mapping[str, Any]) -> None:
         assert self._log is not None

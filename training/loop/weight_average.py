@@ -34,9 +34,8 @@ class WeightAverage:
     @torch.no_grad()
     def restart(self, features: Tensor) -> None:
         """Take features (n,), by index, as they are now: what they were before they were replaced does not count."""
-        own = self.transcoder.feature_parameters()
-        for name, value in self._source.feature_parameters().items():
-            own[name][features] = value[features]
+        for name, rows in self._source.rows_of(features).items():
+            self.transcoder.get_parameter(name)[rows] = self._source.get_parameter(name)[rows]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the averaged weights and the number of steps."""

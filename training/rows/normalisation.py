@@ -6,7 +6,7 @@ errors matter. A trained transcoder is folded back (``Transcoder.folded``), so w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -58,6 +58,45 @@ class Normalisation:
         return type(self)(
             self.mean_in.to(device, dtype), self.scale_in, self.mean_out.to(device, dtype), self.scale_out
         )
+
+
+@dataclass(frozen=True)
+class JoinedNormalisation:
+    """Several layers' normalisations, for rows that have the layers side by side, each of one width."""
+
+    layers: Sequence[Normalisation]
+
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        """Return the layers' raw batches, normalised, side by side."""
+        parts = [layer.apply(batch) for layer, batch in zip(self.layers, batches, strict=True)]
+        return Batch(torch.cat([part.inputs for part in parts], 1), torch.cat([part.outputs for part in parts], 1))
+
+    def apply(self, batch: Batch) -> Batch:
+        """Return the batch in normalised units."""
+        return Batch(self.inputs(batch.inputs), self.outputs(batch.outputs))
+
+    def inputs(self, inputs: Tensor) -> Tensor:
+        """Return raw inputs (…, layers · d_in) in normalised units."""
+        return self._by_layer(inputs, Normalisation.inputs)
+
+    def outputs(self, outputs: Tensor) -> Tensor:
+        """Return raw outputs (…, layers · d_out) in normalised units."""
+        return self._by_layer(outputs, Normalisation.outputs)
+
+    def restore(self, outputs: Tensor) -> Tensor:
+        """Return normalised outputs (…, layers · d_out) in raw units."""
+        return self._by_layer(outputs, Normalisation.restore)
+
+    def _by_layer(self, rows: Tensor, change: Callable[[Normalisation, Tensor], Tensor]) -> Tensor:
+        parts = rows.chunk(len(self.layers), -1)
+        return torch.cat([change(layer, part) for layer, part in zip(self.layers, parts, strict=True)], -1)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> JoinedNormalisation:
+        """Return a copy whose means are on ``device`` in ``dtype``."""
+        return JoinedNormalisation([layer.to(device, dtype) for layer in self.layers])
+
+
+AnyNormalisation = Normalisation | JoinedNormalisation
 
 
 def build_normalisation(kind: NormalisationKind, side_in: SiteStatistics, side_out: SiteStatistics) -> Normalisation:

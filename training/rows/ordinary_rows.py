@@ -18,7 +18,7 @@ from tailrace.storage.encodings import Side
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.row_source import RowSource, SampledRows
+from tailrace.training.rows.row_source import RowSource
 
 STATISTICS_ROWS = 65_536
 """Rows drawn for the mean and variance of ordinary rows: their standard error is 0.4 % of a deviation."""
@@ -43,31 +43,14 @@ class OrdinaryRows:
         is_short_out: Tensor = torch.linalg.vector_norm(batch.outputs, dim=1) <= self.longest_out
         return is_short_in & is_short_out
 
-    def of(self, batch: Batch) -> Batch:
-        """Return the ordinary rows of raw ``batch``, the batch itself if all are."""
-        mask = self.mask(batch)
-        return batch if bool(mask.all()) else Batch(batch.inputs[mask], batch.outputs[mask])
-
-    def draw(self, source: RowSource) -> RowSource:
-        """Return ``source`` without the rows that are left out, so that it gives a few less than are asked for."""
-
-        def ordinary(n_rows: int, step: int) -> SampledRows:
-            rows = source(n_rows, step)
-            mask = self.mask(rows.batch)
-            if bool(mask.all()):
-                return rows
-            on_host = mask.cpu().numpy()
-            where = (None if one is None else one[on_host] for one in (rows.context, rows.position))
-            return SampledRows(Batch(rows.batch.inputs[mask], rows.batch.outputs[mask]), *where)
-
-        return ordinary
-
     def statistics(self, site: str, sides: tuple[Side, ...], source: RowSource) -> dict[Side, SiteStatistics]:
-        """Return the statistics of ordinary rows by side, from a sample that ``source`` draws of them.
+        """Return the statistics of ordinary rows by side, from a sample of rows that ``source`` draws.
 
-        Raises SettingsError if it draws none.
+        Raises SettingsError if none of them is ordinary.
         """
-        batch = source(STATISTICS_ROWS, 0).batch
+        drawn = source(STATISTICS_ROWS, 0).batch
+        mask = self.mask(drawn)
+        batch = Batch(drawn.inputs[mask], drawn.outputs[mask])
         if not len(batch.inputs):
             raise SettingsError(
                 f"{site}: max_norm_multiple: no row is at most {self.longest_in:.4g} (input) and "

@@ -17,7 +17,9 @@ from tailrace.pipeline.circuit.question import Question
 from tailrace.pipeline.circuit.stage import CircuitSettings
 from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.stage import EvaluateSettings
-from tailrace.pipeline.train import cross_layer
+from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.model_scores import ModelScoreSettings
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.training.cross_layer.artifact import load_cross_layer
@@ -36,13 +38,29 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("across")
     run_cache(place / "cache", layers="all")
     settings = {"cross_layer": True, "architecture": {"kind": "batch_topk", "k": 4}, "d_sae": 24, "lr": 1e-2}
-    cross_layer.run(
+    train.run(
         TrainSettings.read(settings, {"steps": 40, "batch_rows": 64}),
         cache=place / "cache",
         output=place / "across",
         quiet=True,
     )
     return place
+
+
+def test_scores_on_the_way_are_those_of_an_evaluation(made: Path, tmp_path: Path) -> None:
+    settings = {"cross_layer": True, "architecture": {"kind": "batch_topk", "k": 4}, "d_sae": 24, "lr": 1e-2}
+    resampling = {"kind": "anthropic", "resample_by": "model_loss", "resample_every": 8, "resample_rows": 32}
+    runs = {
+        name: TrainSettings.read(settings, {"steps": 12, "batch_rows": 64, "resampling": kind})
+        for name, kind in (("plain", {"kind": "none"}), ("resampled", resampling))
+    }
+    scores = ModelScoreSettings(evaluate_model_every=5, evaluate_model_contexts=3)
+    swept = sweep.run(runs, cache=made / "cache", output=tmp_path / "sweep", quiet=True, model_scores=scores)
+    plain, resampled = swept.runs
+    evaluation = evaluated(made, tmp_path / "evaluation", swept.path / plain.path).scores[ALL_SITES]
+    assert plain.metrics["model"]["ce_spliced"] == pytest.approx(evaluation.spliced.ce, abs=1e-5)
+    assert plain.metrics["model"]["ce_zero"] == pytest.approx(evaluation.zero.ce, abs=1e-5)
+    assert resampled.metrics["heldout"] != plain.metrics["heldout"]
 
 
 def evaluated(made: Path, output: Path, *transcoders: Path) -> evaluate.EvaluateResult:

@@ -13,16 +13,18 @@ import pytest
 import torch
 
 from tailrace.pipeline.artifacts.info_stage import glance
-from tailrace.pipeline.train import cross_layer
 from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.sources import CacheSource, choose_sites
 from tailrace.pipeline.train.stage import TrainResult
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.training.architectures.transcoder import load_transcoder
-from tailrace.training.cross_layer import artifact
 from tailrace.training.cross_layer.artifact import load_cross_layer
 from tailrace.training.cross_layer.stack import Stack
+from tailrace.training.loop import evaluate
+from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import command
 from tests.support.training_caches import publish_cache, random_rows
@@ -70,7 +72,7 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResul
 
 def train_on(cache: Path, output: Path, **changes: Any) -> TrainResult:
     settings = TrainSettings.read(SETTINGS, {name: value for name, value in changes.items() if name != "run"})
-    return cross_layer.run(settings, cache=cache, output=output, quiet=True, **changes.get("run", {}))
+    return train.run(settings, cache=cache, output=output, quiet=True, **changes.get("run", {}))
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def test_however_many_features_there_are_activations_of_few_rows_are_scored_at_a
         return encode(self, inputs)
 
     monkeypatch.setattr(Stack, "encode", counted)
-    monkeypatch.setattr(artifact, "SCORED_ACTIVATIONS", 2 * 24 * 10)
+    monkeypatch.setattr(evaluate, "SCORED_ACTIVATIONS", 2 * 24 * 10)
     result = train_on(cache, tmp_path / "in-pieces")
     assert max(scored) == 10
     assert result.metrics["heldout"]["fvu"] == pytest.approx(trained.metrics["heldout"]["fvu"], rel=1e-5)
@@ -149,20 +151,18 @@ def test_features_that_write_to_later_layers_explain_what_a_layer_alone_cannot(
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(cache: Path, trained: TrainResult, tmp_path: Path) -> None:
-    from tailrace.training.cross_layer.run import CrossLayerRun
-
     class Interrupted(Exception):
         pass
 
-    steps = CrossLayerRun.step
+    steps = TrainingRun.step
 
-    def interrupted(self: CrossLayerRun, batches: Any) -> None:
+    def interrupted(self: TrainingRun, batches: Any) -> None:
         if self.n_steps_done == 100:
             raise Interrupted
         steps(self, batches)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CrossLayerRun, "step", interrupted)
+        patch.setattr(TrainingRun, "step", interrupted)
         with pytest.raises(Interrupted):
             train_on(cache, tmp_path / "cut", snapshots=1, run={"checkpoint_steps": 40})
     continued = train_on(cache, tmp_path / "cut", snapshots=1)
@@ -197,7 +197,7 @@ def test_everything_that_does_not_fit_is_told_at_once(cache: Path, tmp_path: Pat
             architecture={"kind": "topk", "k": 3, "skip": True},
             kernel="compiled",
             optimiser="muon",
-            auxiliary={"kind": "auxk"},
+            auxiliary={"kind": "ghost"},
             bias_init="zeros",
             site=f"{hooks(0)}, blocks.7.mlp",
         )
@@ -208,7 +208,7 @@ def test_everything_that_does_not_fit_is_told_at_once(cache: Path, tmp_path: Pat
         "architecture.skip: a cross-layer transcoder has no skip path",
         "optimiser: muon would mix encoders of layers",
         "kernel: compiled is for transcoders of one layer",
-        "auxiliary: is for transcoders of one layer",
+        "auxiliary: ghost is for transcoders of one layer; use auxk",
         "bias_init: a cross-layer transcoder is trained with 'mean' only",
         "takes at least two layers; got 1",
     ):
@@ -218,25 +218,80 @@ def test_everything_that_does_not_fit_is_told_at_once(cache: Path, tmp_path: Pat
 
 def test_sites_are_named_one_by_one_or_as_a_range(tmp_path: Path) -> None:
     names = {name.replace("blocks.", "layer").removesuffix(".mlp"): side for name, side in rows(1, 128).items()}
-    cache = open_cache(publish_cache(tmp_path / "cache", {name: {"train": side} for name, side in names.items()}))
-    assert set(cache.sites) == {"layer0", "layer1"}
+    cache = publish_cache(tmp_path / "cache", {name: {"train": side} for name, side in names.items()})
+    source = CacheSource(cache, batch_rows=64, order_seed=0, device=torch.device("cpu"))
     for text in ("layer0-1", "layer0-layer1", "layer0, layer1"):
         with pytest.raises(SettingsError) as refused:  # these hooks name no layer, but both sites were found
-            cross_layer.choose_sites(TrainSettings.read(SETTINGS, {"site": text}), cache)
+            choose_sites(TrainSettings.read(SETTINGS, {"site": text}), source)
         assert "there is no" not in str(refused.value)
         assert str(refused.value).count("its hooks name no layer, or two") == 2
     with pytest.raises(SettingsError, match="there is no 'layer2'"):
-        cross_layer.choose_sites(TrainSettings.read(SETTINGS, {"site": "layer0-2"}), cache)
+        choose_sites(TrainSettings.read(SETTINGS, {"site": "layer0-2"}), source)
     settings = TrainSettings.read(SETTINGS, {"cross_layer": False, "site": "layer0,layer1"})
     with pytest.raises(SettingsError, match="names several; that is for --cross-layer"):
-        train.run(settings, cache=tmp_path / "cache", output=tmp_path / "t", quiet=True)
+        train.run(settings, cache=cache, output=tmp_path / "t", quiet=True)
 
 
-def test_other_stages_say_that_it_is_another_kind(cache: Path, trained: TrainResult, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="cross_layer: is trained alone, from a cache"):
-        train.run(TrainSettings.read(SETTINGS), cache=cache, output=tmp_path / "t", quiet=True)
+def test_a_loader_of_one_layer_says_that_it_is_another_kind(trained: TrainResult) -> None:
     with pytest.raises(ArtifactMismatch, match="cross_layer_transcoder"):
         load_transcoder(trained.path)
+
+
+def test_a_sweep_of_both_kinds_ends_with_what_each_run_makes_alone(
+    cache: Path, trained: TrainResult, tmp_path: Path
+) -> None:
+    alone = TrainSettings.read(SETTINGS, {"cross_layer": False, "site": hooks(1), "snapshots": 1})
+    runs = {"across": TrainSettings.read(SETTINGS, {"snapshots": 1}), "alone": alone}
+    result = sweep.run(runs, cache=cache, output=tmp_path / "sweep", quiet=True)
+    assert [one.settings["site"] for one in result.runs] == [f"{hooks(0)},{hooks(1)}", hooks(1)]
+    train.run(alone, cache=cache, output=tmp_path / "alone", quiet=True)
+    for name, path in (("across", trained.path), ("alone", tmp_path / "alone")):
+        for file in ("weights.safetensors", "metrics.jsonl", "manifest.json"):
+            swept = (tmp_path / "sweep" / "runs" / name / file).read_bytes()
+            assert swept == (path / file).read_bytes(), f"{name}: {file}"
+
+
+def test_a_run_starts_from_a_published_one_and_keeps_what_it_was(
+    cache: Path, trained: TrainResult, tmp_path: Path
+) -> None:
+    same = TrainSettings.read(SETTINGS, {"steps": 1, "lr": 1e-9})
+    result = train.run(same, cache=cache, output=tmp_path / "t", quiet=True, start_from=trained.path)
+    before, after = (load_cross_layer(path) for path in (trained.path, result.path))
+    for name, value in before.state_dict().items():
+        if name != "log_threshold":  # moves on with the first batch
+            torch.testing.assert_close(after.state_dict()[name], value, atol=1e-4, rtol=1e-4, msg=name)
+    assert result.metrics["heldout"]["fvu"] == pytest.approx(trained.metrics["heldout"]["fvu"], rel=0.02)
+    digest = manifest_of(trained.path)["digest"]
+    assert manifest_of(result.path)["inputs"]["transcoder"] == {"digest": digest}
+    with pytest.raises(SettingsError) as refused:
+        train.run(
+            TrainSettings.read(SETTINGS, {"cross_layer": False, "site": hooks(1), "d_sae": 12}),
+            cache=cache,
+            output=tmp_path / "u",
+            quiet=True,
+            start_from=trained.path,
+        )
+    for wanted in ("layers:", "has 2, asked for 'one, by itself'", "d_sae:", "has 24, asked for 12"):
+        assert wanted in str(refused.value), wanted
+
+
+def test_dead_features_are_resampled_from_rows_of_the_cache(cache: Path, tmp_path: Path) -> None:
+    few: dict[str, Any] = {
+        "architecture": {"kind": "batch_topk", "k": 1},
+        "d_sae": 96,
+        "steps": 40,
+        "resampling": {"kind": "anthropic", "resample_every": 20, "resample_window": 2, "resample_rows": 512},
+        "auxiliary": {"kind": "auxk"},
+        "dead_after_steps": 5,
+        "max_norm_multiple": 10,
+        "log_every": 40,
+    }
+    once, again = (train_on(cache, tmp_path / name, **few) for name in ("once", "again"))
+    last = [json.loads(line) for line in (once.path / "metrics.jsonl").read_text().splitlines()][-3:]
+    (logged,) = (line for line in last if line["split"] == "train")
+    assert logged["resampled_features"] > 0
+    assert logged["auxk"] > 0
+    assert (once.path / "weights.safetensors").read_bytes() == (again.path / "weights.safetensors").read_bytes()
 
 
 def test_the_command_trains_across_layers_and_refuses_what_is_for_one(
@@ -255,9 +310,6 @@ def test_the_command_trains_across_layers_and_refuses_what_is_for_one(
     layers = [layer["fvu"] for layer in manifest_of(tmp_path / "t")["layers"]]
     assert [lowest, highest, mean] == pytest.approx([min(layers), max(layers), sum(layers) / 2], abs=1e-4)
     assert command(capsys, "info", tmp_path / "t").code == 0
-    refused = command(capsys, "train", *common, "--from", tmp_path / "t", "--out", tmp_path / "u")
-    assert refused.code != 0
-    assert "--from: a cross-layer transcoder begins with weights of its own" in refused.err
     swept = command(capsys, "train", *common, "--sweep", "lr=1e-3,1e-2", "--out", tmp_path / "s")
-    assert swept.code != 0
-    assert "--cross-layer: is trained alone, not in a sweep, as lr=0.001, lr=0.01 would be" in swept.err
+    assert swept.code == 0, swept.err
+    assert swept.out.count("held-out FVU") == 2

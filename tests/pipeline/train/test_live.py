@@ -24,6 +24,7 @@ from tailrace.training.architectures import Transcoder
 from tailrace.training.architectures.transcoder import load_transcoder
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run
+from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import command, differing, model_folder, run_cache, text_file
@@ -143,6 +144,31 @@ def test_a_live_sweep_runs_the_model_once_and_equals_runs_alone(trained: TrainRe
     assert not (swept.path / "checkpoints").exists()
 
 
+def test_a_cross_layer_transcoder_is_trained_live_and_ends_with_the_same_bytes_if_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(cross_layer=True, architecture={"kind": "batch_topk", "k": 2})
+    straight = run_live(tmp_path / "straight", {"layers": "all"}, settings=chosen)
+    manifest = json.loads((straight.path / "manifest.json").read_text())
+    assert manifest["kind"] == "cross_layer_transcoder"
+    assert [site["name"] for site in manifest["sites"]] == ["layer0", "layer1"]
+    assert [layer["n_rows"] for layer in manifest["layers"]] == [315, 315]
+    step = TrainingRun.step
+
+    def interrupted(self: TrainingRun, batches: Any) -> None:
+        if self.n_steps_done == 9:
+            raise KeyboardInterrupt
+        step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_live(tmp_path / "cut", {"layers": "all"}, settings=chosen, checkpoint_steps=4)
+    cut = run_live(tmp_path / "cut", {"layers": "all"}, settings=chosen)
+    for name in ("weights.safetensors", "metrics.jsonl", "manifest.json"):
+        assert (cut.path / name).read_bytes() == (straight.path / name).read_bytes(), name
+
+
 def test_a_wrong_run_of_a_live_sweep_is_refused_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +245,7 @@ def test_scores_of_the_model_are_those_of_the_hook_and_part_of_the_run(cache: Pa
     lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if line["split"] == "model"]
     assert [line["step"] for line in found] == [5, 10, 12]
-    hook = SplicedLoss(open_recorded_model(open_cache(cache)), "layer0", n_contexts=3)
+    hook = SplicedLoss(open_recorded_model(open_cache(cache)), ["layer0"], n_contexts=3)
     expected = hook(12, load_transcoder(result.path))
     assert {name: found[-1][name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert result.metrics["model"]["ce_recovered"] == found[-1]["ce_recovered"]

@@ -14,7 +14,7 @@ from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_
 from tailrace.pipeline.train.loss_hooks import LossIncrease, SplicedLoss
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.errors import NonFiniteActivation, OutOfMemoryError, SettingsError
-from tailrace.training.loop.trainer import PeriodicHook
+from tailrace.training.loop.session import PeriodicHook
 from tests.support.cache_jobs import CONTEXT_LENGTH, run_cache
 from tests.support.spliced_models import random_transcoder
 
@@ -27,7 +27,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordedModel:
 
 
 def test_the_hook_gives_the_numbers_of_an_evaluation_on_the_same_contexts(recorded: RecordedModel) -> None:
-    hook: PeriodicHook = SplicedLoss(recorded, "layer1", n_contexts=4, contexts_per_batch=3)
+    hook: PeriodicHook = SplicedLoss(recorded, ["layer1"], n_contexts=4, contexts_per_batch=3)
     transcoder = random_transcoder()
     split = recorded.cache.split("heldout")
     mean = recorded.cache.split("train").statistics("layer1", "out").mean
@@ -53,7 +53,7 @@ def test_the_hook_gives_the_numbers_of_an_evaluation_on_the_same_contexts(record
 
 
 def test_the_original_and_the_ablated_model_run_once(recorded: RecordedModel) -> None:
-    hook = SplicedLoss(recorded, "layer0", n_contexts=4, contexts_per_batch=2)
+    hook = SplicedLoss(recorded, ["layer0"], n_contexts=4, contexts_per_batch=2)
     calls: list[int] = []
     handle = recorded.bridge.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     try:
@@ -66,8 +66,8 @@ def test_the_original_and_the_ablated_model_run_once(recorded: RecordedModel) ->
 def test_training_goes_on_as_if_nothing_had_been_asked(recorded: RecordedModel) -> None:
     transcoder = random_transcoder().train().requires_grad_(True)
     before = copy.deepcopy(transcoder.state_dict())
-    SplicedLoss(recorded, "layer0", n_contexts=2)(1, transcoder)
-    LossIncrease(recorded, "layer0")(transcoder, np.array([0]), np.array([1]))
+    SplicedLoss(recorded, ["layer0"], n_contexts=2)(1, transcoder)
+    LossIncrease(recorded, ["layer0"])(transcoder, np.array([0]), np.array([1]))
     assert transcoder.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in transcoder.parameters())
     assert all(torch.equal(value, before[name]) for name, value in transcoder.state_dict().items())
@@ -89,7 +89,7 @@ def test_rows_are_scored_by_their_own_loss_not_by_its_distance_from_a_mean(recor
     contexts = np.array([9, 2, 9, 30, 2, 2])
     positions = np.array([3, 14, 1, 7, 4, 4])
     deltas = deltas_of(recorded, transcoder, np.arange(34))
-    found = LossIncrease(recorded, "layer0", contexts_per_batch=2)(transcoder, contexts, positions)
+    found = LossIncrease(recorded, ["layer0"], contexts_per_batch=2)(transcoder, contexts, positions)
     assert found.dtype == np.float64
     assert found == pytest.approx(np.maximum(deltas[contexts, positions], 0), abs=1e-5)
 
@@ -98,7 +98,7 @@ def test_falls_in_loss_score_zero_and_so_does_the_last_position(recorded: Record
     transcoder = random_transcoder(seed=2)
     contexts = np.repeat(np.arange(34), CONTEXT_LENGTH)
     positions = np.tile(np.arange(CONTEXT_LENGTH), 34)
-    scores = LossIncrease(recorded, "layer0")(transcoder, contexts, positions).reshape(34, CONTEXT_LENGTH)
+    scores = LossIncrease(recorded, ["layer0"])(transcoder, contexts, positions).reshape(34, CONTEXT_LENGTH)
     deltas = deltas_of(recorded, transcoder, np.arange(34))
     fell, rose = deltas < -1e-3, deltas > 1e-3
     assert fell.sum() > 20
@@ -111,11 +111,11 @@ def test_falls_in_loss_score_zero_and_so_does_the_last_position(recorded: Record
 
 def test_no_rows_have_no_scores(recorded: RecordedModel) -> None:
     none = np.array([], np.int64)
-    assert LossIncrease(recorded, "layer0")(random_transcoder(), none, none).shape == (0,)
+    assert LossIncrease(recorded, ["layer0"])(random_transcoder(), none, none).shape == (0,)
 
 
 def test_rows_that_the_split_cannot_have_are_refused_together(recorded: RecordedModel) -> None:
-    scorer = LossIncrease(recorded, "layer0")
+    scorer = LossIncrease(recorded, ["layer0"])
     with pytest.raises(SettingsError) as caught:
         scorer(random_transcoder(), np.array([0, 99]), np.array([-1, 3]))
     assert "contexts reach from 0 to 99, the training split has 0 to 33" in str(caught.value)
@@ -127,24 +127,24 @@ def test_rows_that_the_split_cannot_have_are_refused_together(recorded: Recorded
 def test_a_transcoder_that_overflows_is_refused_by_both(recorded: RecordedModel) -> None:
     broken = random_transcoder()
     broken.b_dec_out.fill_(float("inf"))
-    hook = SplicedLoss(recorded, "layer0", n_contexts=2)
+    hook = SplicedLoss(recorded, ["layer0"], n_contexts=2)
     with pytest.raises(NonFiniteActivation, match=r"layer0: the loss of context \d+ is not finite"):
         hook(1, broken)
     with pytest.raises(NonFiniteActivation, match="layer0: the loss of context 5 is not finite"):
-        LossIncrease(recorded, "layer0")(broken, np.array([5]), np.array([3]))
+        LossIncrease(recorded, ["layer0"])(broken, np.array([5]), np.array([3]))
 
 
 def test_a_site_that_the_cache_lacks_is_refused(recorded: RecordedModel) -> None:
     for make in (SplicedLoss, LossIncrease):
         with pytest.raises(SettingsError, match="has no site 'layer9', only layer0, layer1"):
-            make(recorded, "layer9")
+            make(recorded, ["layer9"])
 
 
 def test_running_out_of_memory_names_the_batch_to_try(recorded: RecordedModel) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    hook = SplicedLoss(recorded, "layer0", n_contexts=2, contexts_per_batch=2)
+    hook = SplicedLoss(recorded, ["layer0"], n_contexts=2, contexts_per_batch=2)
     handle = recorded.bridge.blocks[0].register_forward_pre_hook(fail)
     try:
         with pytest.raises(OutOfMemoryError, match=r"try a batch of 1 \(--contexts-per-batch\)"):
@@ -157,5 +157,5 @@ def test_hooks_are_made_from_a_cache_path_that_moved(recorded: RecordedModel, tm
     link = tmp_path / "moved"
     link.symlink_to(recorded.cache.path)
     again = open_recorded_model(open_cache(link))
-    numbers = [SplicedLoss(one, "layer0", n_contexts=2)(1, random_transcoder()) for one in (recorded, again)]
+    numbers = [SplicedLoss(one, ["layer0"], n_contexts=2)(1, random_transcoder()) for one in (recorded, again)]
     assert numbers[0] == numbers[1]

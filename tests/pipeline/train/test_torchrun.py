@@ -7,17 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from tailrace.training.architectures.transcoder import read_transcoder_manifest
+from tailrace.training.cross_layer.artifact import read_either_manifest
+from tests.pipeline.train.test_cross_layer import publish
 from tests.support.training_caches import small_cache
 
 PIPELINE = Path(sys.executable).parent / "pipeline"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def train(cache: Path, output: Path, *launcher: str, steps: int = 12) -> subprocess.CompletedProcess[str]:
+def train(cache: Path, output: Path, *launcher: str, across: bool = False) -> subprocess.CompletedProcess[str]:
     settings = [
         "--architecture",
         "batch_topk",
@@ -28,27 +30,29 @@ def train(cache: Path, output: Path, *launcher: str, steps: int = 12) -> subproc
         "--batch-rows",
         "65",
         "--steps",
-        str(steps),
+        "12",
+        *(["--cross-layer"] if across else []),
     ]
     command = [*launcher, str(PIPELINE), "train", str(cache), *settings, "--precision", "float32", "--out", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
 
 
-def test_two_processes_publish_what_one_does(tmp_path: Path) -> None:
-    cache = small_cache(tmp_path / "cache")
+@pytest.mark.parametrize("across", [False, True], ids=["one layer", "cross-layer"])
+def test_two_processes_publish_what_one_does(across: bool, tmp_path: Path) -> None:
+    cache = publish(tmp_path / "cache") if across else small_cache(tmp_path / "cache")
     alone, together = (tmp_path / name for name in ("alone", "together"))
-    assert train(cache, alone, sys.executable).returncode == 0
-    done = train(cache, together, *TORCHRUN)
+    assert train(cache, alone, sys.executable, across=across).returncode == 0
+    done = train(cache, together, *TORCHRUN, across=across)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out FVU") == 1  # one of them speaks
     wanted, found = (load_file(path / "weights.safetensors") for path in (alone, together))
     for name, values in wanted.items():
         # gradients are sums in another order: rounding, grown over twelve steps of Adam
         assert torch.allclose(found[name], values, atol=1e-4 * float(values.abs().max())), name
-    scores = [read_transcoder_manifest(path)["metrics"]["heldout"]["fvu"] for path in (alone, together)]
+    scores = [read_either_manifest(path)["metrics"]["heldout"]["fvu"] for path in (alone, together)]
     assert abs(scores[0] - scores[1]) < 1e-4
-    assert train(cache, together, *TORCHRUN).returncode == 0  # published: returned as it is
+    assert train(cache, together, *TORCHRUN, across=across).returncode == 0  # published: returned as it is
 
 
 def test_a_sweep_by_several_processes_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from tailrace.storage.errors import SettingsError
 from tailrace.training.rows.geometric_median import geometric_median
+from tailrace.training.rows.normalisation import Normalisation
 from tests.support.resampled_runs import D_IN, D_OUT, SAE_SITE, PlantedSource, build, planted_rows, statistics_of
 
 RELU = {"kind": "relu", "input_bias": True}
@@ -47,6 +48,7 @@ def test_biases_begin_as_geometric_medians_of_inputs_and_of_outputs(normalisatio
     assert source.asked == [(500, 0)]
     raw = source(500, 0).batch
     scales = run.normalisation
+    assert isinstance(scales, Normalisation)
     assert run.transcoder.b_dec is not None
     found_in = run.transcoder.b_dec.detach() * scales.scale_in + scales.mean_in
     found_out = scales.restore(run.transcoder.b_dec_out.detach())

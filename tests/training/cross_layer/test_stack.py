@@ -11,13 +11,12 @@ from tailrace.training.architectures.jumprelu import JumpReLU
 from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.architectures.relu import ReLU
 from tailrace.training.cross_layer.sparse import SparseStackStep
-from tailrace.training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack, fold
-from tailrace.training.cross_layer.units import LayerUnits
+from tailrace.training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import Precision
 from tailrace.training.loop.optim import BlockedAdam, Optimiser, TorchOptimiser
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.normalisation import Normalisation
+from tailrace.training.rows.normalisation import JoinedNormalisation, Normalisation
 
 N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES, N_ROWS = 3, 4, 5, 6, 40
 SIZES = (N_LAYERS, WIDTH_IN, WIDTH_OUT, N_FEATURES)
@@ -157,10 +156,12 @@ def test_a_folded_stack_gives_on_raw_rows_what_it_gave_on_normalised_ones(place:
         return torch.randn(width, generator=generator, dtype=torch.float64)
 
     scales = ((2.0, 30.0), (0.5, 0.1), (7.0, 400.0))
-    units = LayerUnits([Normalisation(vector(WIDTH_IN), one, vector(WIDTH_OUT) * 10, other) for one, other in scales])
-    raw = fold(stack, units)
+    layers = [Normalisation(vector(WIDTH_IN), one, vector(WIDTH_OUT) * 10, other) for one, other in scales]
+    units = JoinedNormalisation(layers)
+    raw = stack.folded(units)
+    assert isinstance(raw, CrossLayerTranscoder)
     batches = [Batch(rows(7 + layer, WIDTH_IN)[:, :WIDTH_IN] * 3, torch.zeros(N_ROWS, WIDTH_OUT)) for layer in range(3)]
-    joined = units.to(torch.device("cpu"), torch.float32).joined(batches)
+    joined = units.to(torch.device("cpu"), torch.float32).join(batches)
     wanted = units.restore(stack(joined.inputs).double())
     inputs = torch.cat([batch.inputs for batch in batches], 1)
     # Layers differ in scale by 4000, so each is compared with its own.
@@ -170,6 +171,10 @@ def test_a_folded_stack_gives_on_raw_rows_what_it_gave_on_normalised_ones(place:
     for layer in range(N_LAYERS):
         torch.testing.assert_close(raw.decoder(layer).norm(dim=1), torch.ones(N_FEATURES))
     assert torch.equal(raw.encode(inputs) > 0, stack.encode(joined.inputs) > 0)
+    again = fill(every_stack()[place], seed=1)
+    again.take_folded(raw, units)
+    for name, value in stack.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_a_layers_own_part_is_that_of_the_whole() -> None:

@@ -14,6 +14,7 @@ from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, draw_distinct, draw_repeated
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.normalisation import Normalisation
 from tailrace.training.rows.row_source import SampledRows
 from tests.support.resampled_runs import D_IN, SAE_SITE, PlantedSource, build, kill, take_steps
 from tests.training.architectures.test_architectures import SMALL
@@ -70,6 +71,7 @@ def test_a_feature_reads_its_rows_centred_input_and_writes_that_rows_output_erro
     run, _ = run_to(10, resampling, source, normalisation="none")
     row = source(1, 10).batch
     sample = build({}, offset=4.0)  # only for its statistics, which are those of every run here
+    assert isinstance(sample.normalisation, Normalisation)
     mean_in = sample.normalisation.mean_in.float()
     error = (row.outputs - never.transcoder(row.inputs)).detach()[0]
     centred = row.inputs[0] - mean_in

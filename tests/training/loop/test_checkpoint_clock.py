@@ -144,7 +144,7 @@ def test_runs_side_by_side_share_one_clock_and_end_with_the_same_bytes_whenever_
 
     monkeypatch.setattr(Checkpoints, "save", slow)
     monkeypatch.setattr(
-        "tailrace.training.loop.sweep.CheckpointClock", lambda steps: CheckpointClock(steps, now=seconds)
+        "tailrace.training.loop.train_all.CheckpointClock", lambda steps: CheckpointClock(steps, now=seconds)
     )
     with pytest.raises(KeyboardInterrupt):
         train(cache, tmp_path / "sweep", seconds, stop_at=30)

@@ -18,7 +18,7 @@ from tailrace.training.loop.distributed import RankBatches, SharedBatch, open_gr
 from tailrace.training.rows.whole_batch import ALONE
 from tests.support.distributed_children import KERNELS, WHOLE_RUNS, cases, load_results, take_step, train_planted
 from tests.support.paths import ROOT
-from tests.training.loop.test_trainer import PlantedRows
+from tests.training.loop.test_train_all import PlantedRows
 
 WORLD = 2
 

@@ -21,7 +21,7 @@ from tailrace.training.loop.loggers import Logger, Loggers, TensorBoardLogger, W
 from tailrace.training.loop.run_log import RunLog
 from tailrace.training.loop.session import Session
 from tailrace.training.loop.settings import TrainSettings
-from tests.training.loop.test_trainer import PlantedRows, statistics_of
+from tests.training.loop.test_train_all import PlantedRows, statistics_of
 
 SITE = Site("planted", "hook", "hook", 16, 16, "float32")
 
@@ -345,12 +345,12 @@ def test_a_session_gives_its_loggers_what_it_writes(tmp_path: Path) -> None:
     recorder = Recorder()
     with Session(tmp_path, run, settings, n_steps=4, heldout=None, loggers=[recorder], quiet=True) as session:
         session.resume(None)
-        duties = session.duties(stream)
+        callbacks = session.callbacks(stream)
         for step in range(1, 5):
             run.step(stream.next_batch())
-            for duty in duties:
-                if duty.due(step):
-                    duty.action(step)
+            for callback in callbacks:
+                if callback.due(step):
+                    callback.action(step)
     assert recorder.started == ("transcoder", 0)
     assert recorder.closed
     assert [step for step, values in recorder.scalars if "losses/mse_loss" in values] == [2, 4]

@@ -25,7 +25,7 @@ from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import iter_once
 from tests.support import resampled_runs
 from tests.support.training_caches import publish_cache, random_rows, small_cache
-from tests.training.loop.test_trainer import PlantedRows, build
+from tests.training.loop.test_train_all import PlantedRows, build
 
 QUICK: dict[str, Any] = {
     "architecture": {"kind": "relu", "l1": 0.02},
@@ -174,12 +174,12 @@ def test_resampled_features_are_logged_once_even_across_a_resume(tmp_path: Path)
         run._resampler = TwoEverySecondStep()
         with Session(tmp_path, run, settings, n_steps=10, heldout=None, checkpoint_steps=7, quiet=True) as session:
             session.resume(first or None)
-            duties = session.duties(stream)
+            callbacks = session.callbacks(stream)
             for step in range(first + 1, last + 1):
                 run.step(stream.next_batch())
-                for duty in duties:
-                    if duty.due(step):
-                        duty.action(step)
+                for callback in callbacks:
+                    if callback.due(step):
+                        callback.action(step)
 
     advance(0, 9)  # ends between two lines, after the checkpoint at 7
     advance(7, 10)

@@ -21,6 +21,8 @@ from tailrace.training.loop.build import build_run
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.learnt_rows import LearntRows
+from tailrace.training.rows.normalisation import Normalisation
 from tailrace.training.rows.ordinary_rows import OrdinaryRows
 from tailrace.training.rows.row_source import CacheRows, SampledRows
 from tests.support.training_caches import publish_cache, random_rows
@@ -66,11 +68,10 @@ def test_a_row_is_ordinary_if_both_its_sides_are_short_enough() -> None:
     outputs = torch.tensor([[1.0], [1.0], [-20.0], [20.1]])
     ordinary = OrdinaryRows(longest_in=50.0, longest_out=20.0)
     assert ordinary.mask(Batch(inputs, outputs)).tolist() == [True, False, True, False]
-    kept = ordinary.of(Batch(inputs, outputs))
+    as_they_are = Normalisation(torch.zeros(2), 1.0, torch.zeros(1), 1.0)
+    kept = LearntRows(["mlp"], as_they_are, {"mlp": ordinary})({"mlp": Batch(inputs, outputs)})
     assert torch.equal(kept.inputs, inputs[[0, 2]])
     assert torch.equal(kept.outputs, outputs[[0, 2]])
-    whole = Batch(inputs[:1], outputs[:1])
-    assert ordinary.of(whole) is whole
 
 
 def test_limits_are_multiples_of_the_median_norms() -> None:
@@ -88,15 +89,16 @@ def test_drawn_rows_keep_their_places_and_statistics_are_those_of_ordinary_rows(
     split, site = opened.split("train"), opened.sites["mlp"]
     sides: dict[Side, SiteStatistics] = {"in": split.statistics("mlp", "in"), "out": split.statistics("mlp", "out")}
     ordinary = OrdinaryRows.within(10, sides)
-    source = ordinary.draw(CacheRows(split, site, seed=0))
-    drawn = source(N_TRAIN, 0)
+    everything = CacheRows(split, site, seed=0)
+    as_they_are = Normalisation(torch.zeros(6), 1.0, torch.zeros(5), 1.0)
+    drawn = LearntRows(["mlp"], as_they_are, {"mlp": ordinary}).source([everything])(N_TRAIN, 0)
     inputs, outputs = rows(1, N_TRAIN)
     assert drawn.context is not None
     assert drawn.position is not None
     places = drawn.context * 8 + drawn.position
     assert sorted(places.tolist()) == sorted(set(range(N_TRAIN)) - set(range(N_TRAIN)[IS_MASSIVE]))
     np.testing.assert_array_equal(drawn.batch.outputs.numpy(), outputs[places])
-    found = ordinary.statistics("mlp", site.sides, source)
+    found = ordinary.statistics("mlp", site.sides, everything)
     # The cache sums in float32 blocks.
     np.testing.assert_allclose(found["out"].mean, outputs[places].astype(np.float64).mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(found["out"].variance, outputs[places].astype(np.float64).var(axis=0), rtol=1e-4)

@@ -28,8 +28,9 @@ class AuxKLoss(DeadFeatureTerm):
     """``coefficient`` · Σ‖e − ê‖² / Σ‖e − ē‖² over the rows of a batch.
 
     e = target − output, without gradient, ē its mean over rows; ê is written by the k dead features with the largest
-    pre-activations of each row. No ReLU comes before the choice: a feature that is negative on every row would get no
-    gradient through it, and those are the ones that need one. A residual that is the same on all rows gives zero.
+    pre-activations of each row, k of every layer where there are several. No ReLU comes before the choice: a feature
+    that is negative on every row would get no gradient through it, and those are the ones that need one. A residual
+    that is the same on all rows gives zero.
     """
 
     name = "auxk"
@@ -40,8 +41,9 @@ class AuxKLoss(DeadFeatureTerm):
 
     def write(self, transcoder: Transcoder, dead: Tensor, inputs: Tensor) -> Tensor:
         """Return ê."""
-        k = min(max(1, transcoder.d_out // 2) if self._k is None else self._k, len(dead))
-        if inputs.device.type == "cpu" and len(dead) > PAIRS_ABOVE * k:
+        blocks = transcoder.blocks()
+        k = min(max(1, transcoder.d_out // len(blocks) // 2) if self._k is None else self._k, len(dead))
+        if inputs.device.type == "cpu" and len(dead) > PAIRS_ABOVE * k and len(blocks) == 1:
             return _write_at_pairs(transcoder, dead, inputs.contiguous(), k)
         return write_in_blocks(partial(_write_largest, k=k), transcoder, dead, inputs)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tailrace.storage.settings import Settings
-from tailrace.training.architectures.base import Trace, Transcoder, exact
+from tailrace.training.architectures.base import Block, Trace, Transcoder, exact
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.dead_features.record import FiringRecord
 from tailrace.training.kernels.kernel import ExtraLoss
@@ -74,25 +74,39 @@ class DeadWeights(NamedTuple):
 def write_in_blocks(
     write: Callable[[Tensor, Tensor], Tensor], transcoder: Transcoder, dead: Tensor, inputs: Tensor
 ) -> Tensor:
-    """Return ``write(pre, decoder)``, (rows, d_out), of dead features' pre-activations (rows, n_dead) and decoder rows.
+    """Return the sum of ``write(pre, decoder)``, (rows, d_out), over the blocks of a transcoder.
 
-    ``write`` treats each row by itself. Where pre-activations take more than a block, those of one block exist at a
-    time, and are computed once more for its gradient: a sixth matrix product beside five.
+    ``pre`` are the pre-activations (rows, n_dead) of a block's dead features, ``decoder`` their rows; ``write`` treats
+    each row by itself. Where pre-activations take more than ``BLOCK_BYTES``, those of some rows exist at a time, and
+    are computed once more for their gradient: a sixth matrix product beside five.
     """
-    read, decoder = DeadWeights.of(transcoder, dead), transcoder.W_dec.index_select(0, dead)
-
-    def write_block(block: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor) -> Tensor:
-        return write(F.linear(block, encoder, bias), decoder)
-
-    blocks = list(read.blocks(inputs))
+    blocks = transcoder.blocks()
     if len(blocks) == 1:
-        return write_block(inputs, *read, decoder)
+        return _write_block(write, transcoder, blocks[0], dead, inputs)
+    outputs = inputs.new_zeros(len(inputs), transcoder.d_out)
+    for block in blocks:
+        if len(own := dead[block.own(dead)]):
+            written = _write_block(write, transcoder, block, own, inputs[:, block.inputs])
+            outputs = outputs + F.pad(written, (block.outputs.start, 0))
+    return outputs
+
+
+def _write_block(
+    write: Callable[[Tensor, Tensor], Tensor], transcoder: Transcoder, block: Block, dead: Tensor, inputs: Tensor
+) -> Tensor:
+    read, decoder = DeadWeights.of(transcoder, dead), block.W_dec.index_select(0, dead - block.features.start)
+
+    def write_rows(rows: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor) -> Tensor:
+        return write(F.linear(rows, encoder, bias), decoder)
+
+    parts = list(read.blocks(inputs))
+    if len(parts) == 1:
+        return write_rows(inputs, *read, decoder)
     # nothing is drawn at random, so there is no state of a generator to bring back
-    parts: list[Tensor] = [
-        checkpoint(write_block, block, *read, decoder, use_reentrant=False, preserve_rng_state=False)
-        for block in blocks
+    written: list[Tensor] = [
+        checkpoint(write_rows, rows, *read, decoder, use_reentrant=False, preserve_rng_state=False) for rows in parts
     ]
-    return torch.cat(parts)
+    return torch.cat(written)
 
 
 class Auxiliary(Settings, ABC):

@@ -128,20 +128,26 @@ class PeriodicResampler(ABC):
         return len(chosen)
 
     def _replace(self, run: ResampledRun, features: Tensor, alive: Tensor, batch: Batch) -> None:
+        """Give ``features`` (n,) new weights, each from a row of ``batch``, at the inputs and outputs of its block."""
         transcoder = run.transcoder
-        living = transcoder.W_enc[alive]
-        mean_norm = torch.linalg.vector_norm(living, dim=1).mean() if len(living) else living.new_ones(())
         bias = transcoder.b_dec
         centre = self._around.mean_in.to(batch.inputs) if bias is None else bias
-        reads = _directions(batch.inputs - centre, transcoder.W_enc[features])
-        written = batch.outputs - self._around.mean_out.to(batch.outputs)
-        writes = _directions(written, transcoder.W_dec[features])
-        if self._settings.resample_decoder == "error":
-            writes = _directions(errors(run, batch), writes)
-        encoder = reads * (self._settings.resample_scale * mean_norm)
-        transcoder.W_enc[features] = encoder
-        transcoder.b_enc[features] = 0.0 - encoder @ centre if bias is None else 0.0
-        transcoder.W_dec[features] = writes
+        centred, targets = batch.inputs - centre, batch.outputs - self._around.mean_out.to(batch.outputs)
+        missed = errors(run, batch) if self._settings.resample_decoder == "error" else None
+        for block in transcoder.blocks():
+            chosen = block.own(features).to(batch.inputs.device)
+            own = features[chosen.to(features.device)]
+            rows = own - block.features.start
+            living = transcoder.W_enc[block.features][alive[block.features]]
+            mean_norm = torch.linalg.vector_norm(living, dim=1).mean() if len(living) else living.new_ones(())
+            reads = _directions(centred[chosen][:, block.inputs], transcoder.W_enc[own])
+            writes = _directions(targets[chosen][:, block.outputs], block.W_dec[rows])
+            if missed is not None:
+                writes = _directions(missed[chosen][:, block.outputs], writes)
+            encoder = reads * (self._settings.resample_scale * mean_norm)
+            transcoder.W_enc[own] = encoder
+            transcoder.b_enc[own] = 0.0 - encoder @ centre[block.inputs] if bias is None else 0.0
+            block.W_dec[rows] = writes
 
 
 def errors(run: ResampledRun, batch: Batch) -> Tensor:

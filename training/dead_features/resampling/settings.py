@@ -15,7 +15,7 @@ from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.kernels.kernel import StepResult
-from tailrace.training.rows.normalisation import Normalisation
+from tailrace.training.rows.normalisation import AnyNormalisation
 from tailrace.training.rows.row_source import RowSource
 
 DecoderFrom = Literal["error", "target"]
@@ -50,12 +50,12 @@ class ResampledRun(Protocol):
         ...
 
     @property
-    def normalisation(self) -> Normalisation:
+    def normalisation(self) -> AnyNormalisation:
         """From raw rows to normalised ones."""
         ...
 
     @property
-    def on_device(self) -> Normalisation:
+    def on_device(self) -> AnyNormalisation:
         """The same, where the weights lie."""
         ...
 

@@ -19,9 +19,9 @@ from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.run_log import JsonLines
-from tailrace.training.loop.session import snapshot_steps
+from tailrace.training.loop.session import StepCallback, every, snapshot_steps
 from tailrace.training.loop.settings import TrainSettings
-from tailrace.training.loop.trainer import Duty, Lane, every, train
+from tailrace.training.loop.train_all import ScheduledRun, train
 from tailrace.training.rows.batches import Batch
 
 WIDTH = 16
@@ -87,7 +87,7 @@ RECOVERING: list[Architecture] = [
 def test_planted_directions_are_recovered(architecture: Architecture) -> None:
     stream = PlantedRows()
     run = build(stream, architecture, 800, d_sae=64, lr=5e-3)
-    train(stream, [Lane(run, 800)])
+    train(stream, [ScheduledRun(run, 800)])
     similarities = torch.from_numpy(stream.directions) @ run.transcoder.W_dec.detach().T
     assert float(similarities.max(dim=1).values.mean()) >= 0.9
 
@@ -100,15 +100,15 @@ def test_decoder_rows_have_unit_norm_after_every_step() -> None:
         norms = torch.linalg.vector_norm(run.transcoder.W_dec.detach(), dim=1)
         assert torch.allclose(norms, torch.ones(8), atol=1e-6), step
 
-    train(stream, [Lane(run, 5, [Duty(every(1), check)])])
+    train(stream, [ScheduledRun(run, 5, [StepCallback(every(1), check)])])
 
 
 def test_several_runs_share_a_stream_and_get_what_each_would_alone() -> None:
     together = PlantedRows(batch_rows=32)
     runs = [build(PlantedRows(batch_rows=32), TopK(k=k), 10, d_sae=8) for k in (1, 2)]
-    train(together, [Lane(run, 10) for run in runs])
+    train(together, [ScheduledRun(run, 10) for run in runs])
     alone = build(PlantedRows(batch_rows=32), TopK(k=2), 10, d_sae=8)
-    train(PlantedRows(batch_rows=32), [Lane(alone, 10)])
+    train(PlantedRows(batch_rows=32), [ScheduledRun(alone, 10)])
     assert torch.equal(runs[1].transcoder.W_enc, alone.transcoder.W_enc)
     assert not torch.equal(runs[0].transcoder.W_enc, alone.transcoder.W_enc)
 
@@ -118,7 +118,7 @@ def test_an_input_far_from_zero_is_learnt_as_well_as_a_centred_one() -> None:
     for offset in (0.0, 10.0):
         stream = PlantedRows(offset=offset)
         run = build(stream, TopK(k=2), 100, d_sae=64, lr=5e-3)
-        train(stream, [Lane(run, 100)])
+        train(stream, [ScheduledRun(run, 100)])
         assert run.latest is not None
         losses.append(float(run.latest.losses["loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
@@ -128,7 +128,7 @@ def test_learning_rate_follows_the_schedule_from_its_first_step() -> None:
     run = build(PlantedRows(), TopK(k=2), 100, d_sae=8, lr=0.1, warmup_steps=4, decay_steps=0)
     stream = PlantedRows()
     rates: list[float] = []
-    train(stream, [Lane(run, 5, [Duty(every(1), lambda _: rates.append(run.latest_lr))])])
+    train(stream, [ScheduledRun(run, 5, [StepCallback(every(1), lambda _: rates.append(run.latest_lr))])])
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
 
 
