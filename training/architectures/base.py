@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tailrace.storage.settings import Settings
 from tailrace.training.architectures.entries import Above, Entries, Selection
 from tailrace.training.architectures.objectives import Objective
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.normalisation import AnyNormalisation, Normalisation
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 SMALLEST_NORM = 1e-12
 """A decoder row below this has no direction; it is left as it is rather than divided by zero."""
@@ -37,8 +37,8 @@ class Trace(NamedTuple):
     """At the entries the pass was given."""
     terms: dict[str, Tensor]
     """Loss terms by name, scalars, already weighted; their sum is the loss."""
-    whole: WholeBatch = ALONE
-    """What the rows are part of."""
+    reductions: BatchReductions = ALONE
+    """Over the whole batch that the rows are part of."""
 
 
 class Block(NamedTuple):
@@ -201,8 +201,8 @@ class Transcoder(nn.Module, ABC):
         """Return the loss terms besides reconstruction; none unless the architecture has some."""
         return {}
 
-    def end_step(self, activations: Tensor, whole: WholeBatch = ALONE) -> None:
-        """Learn from a step's activations, on rows of ``whole``, what is not learnt by gradient."""
+    def end_step(self, activations: Tensor, reductions: BatchReductions = ALONE) -> None:
+        """Learn from a step's activations, on rows of one batch, what is not learnt by gradient."""
 
     @torch.no_grad()
     def constrain_gradients(self, features: slice = slice(None)) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, Entries, LargestOfBatch
 from tailrace.training.architectures.topk import SelectsLargest
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 
 THRESHOLD_RATE = 0.1
 """Share of the newest batch in the running mean of the threshold.
@@ -56,11 +56,11 @@ class BatchTopKTranscoder(Transcoder):
         return entries.pre.relu()
 
     @torch.no_grad()
-    def end_step(self, activations: Tensor, whole: WholeBatch = ALONE) -> None:
+    def end_step(self, activations: Tensor, reductions: BatchReductions = ALONE) -> None:
         """Move the threshold towards the smallest activation of the batch; no synchronisation with the host."""
         infinity = torch.tensor(torch.inf, dtype=activations.dtype, device=activations.device)
         firing = torch.where(activations > 0, activations, infinity)
-        smallest = whole.least((firing.amin() if len(firing) else infinity).to(self.threshold.dtype))
+        smallest = reductions.least((firing.amin() if len(firing) else infinity).to(self.threshold.dtype))
         moved = torch.lerp(self.threshold, smallest, THRESHOLD_RATE)
         fresh = torch.where(self.threshold > 0, moved, smallest)
         self.threshold.copy_(torch.where(torch.isfinite(smallest), fresh, self.threshold))

@@ -14,7 +14,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Entries(ABC):
     pre: Tensor
     """(rows, d_sae) or (n_pairs,); carries the gradient to the encoder."""
     n_rows: int
-    whole: WholeBatch = ALONE
-    """What the rows are part of."""
+    reductions: BatchReductions = ALONE
+    """Over the whole batch that the rows are part of."""
 
     @abstractmethod
     def at(self, per_feature: Tensor) -> Tensor:
@@ -75,10 +75,10 @@ class Entries(ABC):
 class DenseEntries(Entries):
     """Every pair. Entries outside a selection of the largest are zero and pass no gradient."""
 
-    def __init__(self, pre: Tensor, selection: Selection, whole: WholeBatch = ALONE) -> None:
+    def __init__(self, pre: Tensor, selection: Selection, reductions: BatchReductions = ALONE) -> None:
         self.n_rows = len(pre)
-        self.whole = whole
-        self.pre = restrict(pre, selection, whole)
+        self.reductions = reductions
+        self.pre = restrict(pre, selection, reductions)
 
     def at(self, per_feature: Tensor) -> Tensor:
         """Return ``per_feature`` itself, which broadcasts over rows."""
@@ -102,10 +102,10 @@ class DenseEntries(Entries):
         return values.sum(1)
 
 
-def restrict(pre: Tensor, selection: Selection, whole: WholeBatch = ALONE) -> Tensor:
+def restrict(pre: Tensor, selection: Selection, reductions: BatchReductions = ALONE) -> Tensor:
     """Return dense pre-activations (rows, d_sae) with those a selection of the largest leaves out set to zero.
 
-    ``whole`` is the batch that the rows are part of.
+    ``reductions`` are those over the batch that the rows are part of.
     """
     match selection:
         case Above():
@@ -115,7 +115,7 @@ def restrict(pre: Tensor, selection: Selection, whole: WholeBatch = ALONE) -> Te
             return pre * torch.zeros_like(pre, dtype=torch.bool).scatter_(1, chosen, True)
         case LargestOfBatch(k):
             flat = pre.detach().flatten()
-            n_chosen = whole.share_of_largest(flat, k * whole.n_rows(len(pre)))
+            n_chosen = reductions.share_of_largest(flat, k * reductions.n_rows(len(pre)))
             chosen = flat.topk(n_chosen, sorted=False).indices
             mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, chosen, True)
             return pre * mask.view_as(pre)

@@ -62,17 +62,17 @@ class GatedTranscoder(Transcoder):
 
     def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:
         """Return outputs and loss terms, those of the gates included."""
-        found = super().trace(entries, batch, objective)
+        gated = super().trace(entries, batch, objective)
         gates = entries.pre.relu()
         constant = self.unexplained(batch.inputs).detach()
         from_gates = entries.decode(gates, self.W_dec.detach()) + constant
         gates = gates.float() if gates.dtype == torch.bfloat16 else gates
         terms = {
-            **found.terms,
+            **gated.terms,
             "sparsity": total(gates) * (self.l1 / self.activation_unit / entries.n_rows),
             "gate": objective.reconstruction(exact(from_gates, batch.outputs), batch.outputs),
         }
-        return found._replace(terms=terms)
+        return gated._replace(terms=terms)
 
     @torch.no_grad()
     def scale_activations(self, factor: float) -> None:

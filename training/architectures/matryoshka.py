@@ -48,10 +48,12 @@ class Matryoshka(SelectsLargest):
 
     def problems(self, d_sae: int) -> list[str]:
         """Return a sentence for each setting that does not fit ``d_sae`` features."""
-        found = super().problems(d_sae)
+        problems = super().problems(d_sae)
         if d_sae >> (self.levels - 1) < 1:
-            found.append(f"architecture.levels: d_sae = {d_sae} cannot be halved {self.levels - 1} times; lower levels")
-        return found
+            problems.append(
+                f"architecture.levels: d_sae = {d_sae} cannot be halved {self.levels - 1} times; lower levels"
+            )
+        return problems
 
     def build(self, d_in: int, d_out: int, d_sae: int) -> MatryoshkaTranscoder:
         """Return the module with all weights zero."""

@@ -62,18 +62,18 @@ def split_layers(transcoder: CrossLayerTranscoder, layers: Sequence[int]) -> lis
 
     On its device and in its dtype.
     """
-    found = []
-    width, places = transcoder.width_out, range(transcoder.n_layers)
-    for place in places:
-        layer = StackedLayer(transcoder.width_in, width, transcoder.features_per_layer, layers[place:])
+    split = []
+    width, indices = transcoder.width_out, range(transcoder.n_layers)
+    for index in indices:
+        layer = StackedLayer(transcoder.width_in, width, transcoder.features_per_layer, layers[index:])
         layer = layer.to(transcoder.W_enc)
-        own = transcoder.of_layer(place)
+        own = transcoder.of_layer(index)
         for name in ("W_enc", "b_enc", "log_threshold"):
             getattr(layer, name).copy_(getattr(transcoder, name)[own])
-        layer.b_dec_out.copy_(transcoder.b_dec_out[place * width : (place + 1) * width])
-        layer.take_writes(transcoder.writes(place, target) for target in places[place:])
-        found.append(layer.eval().requires_grad_(False))
-    return found
+        layer.b_dec_out.copy_(transcoder.b_dec_out[index * width : (index + 1) * width])
+        layer.take_writes(transcoder.writes(index, target) for target in indices[index:])
+        split.append(layer.eval().requires_grad_(False))
+    return split
 
 
 def load_layers(path: Path | str, layers: Sequence[int]) -> list[StackedLayer]:
@@ -81,18 +81,18 @@ def load_layers(path: Path | str, layers: Sequence[int]) -> list[StackedLayer]:
 
     Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
     """
-    found = []
+    loaded = []
     with open_weights(path) as file:
-        for place, site in enumerate(file.sites):
-            layer = StackedLayer(site.d_in, site.d_out, file.d_sae, layers[place:])
-            file.fill(layer, place)
-            layer.take_writes(file.writes(place, target) for target in range(place, len(file.sites)))
-            found.append(layer.eval().requires_grad_(False))
-    return found
+        for index, site in enumerate(file.sites):
+            layer = StackedLayer(site.d_in, site.d_out, file.d_sae, layers[index:])
+            file.fill(layer, index)
+            layer.take_writes(file.writes(index, target) for target in range(index, len(file.sites)))
+            loaded.append(layer.eval().requires_grad_(False))
+    return loaded
 
 
 class WeightsFile:
-    """Parts of the weights, on the CPU. Layers are places in the transcoder, from 0 for its lowest."""
+    """Parts of the weights, on the CPU. Layers are indices in the transcoder, from 0 for its lowest."""
 
     def __init__(self, file: Any, sites: list[Site], d_sae: int) -> None:
         self._file = file
@@ -102,13 +102,13 @@ class WeightsFile:
         """Features that read one layer."""
 
     @torch.no_grad()
-    def fill(self, layer: JumpReLUTranscoder, place: int) -> None:
-        """Give ``layer`` what the features of layer ``place`` read, and that layer's output bias; not their decoder."""
-        assert 0 <= place < len(self.sites), f"{place} is a layer of the transcoder"
-        d_out = self.sites[place].d_out
+    def fill(self, layer: JumpReLUTranscoder, index: int) -> None:
+        """Give ``layer`` what the features of layer ``index`` read, and that layer's output bias; not their decoder."""
+        assert 0 <= index < len(self.sites), f"{index} is a layer of the transcoder"
+        d_out = self.sites[index].d_out
         for name in ("W_enc", "b_enc", "log_threshold"):
-            getattr(layer, name).copy_(self._file.get_slice(name)[place * self.d_sae : (place + 1) * self.d_sae])
-        layer.b_dec_out.copy_(self._file.get_slice("b_dec_out")[place * d_out : (place + 1) * d_out])
+            getattr(layer, name).copy_(self._file.get_slice(name)[index * self.d_sae : (index + 1) * self.d_sae])
+        layer.b_dec_out.copy_(self._file.get_slice("b_dec_out")[index * d_out : (index + 1) * d_out])
 
     def writes(self, source: int, target: int) -> Tensor:
         """Return (d_sae, d_out): what features that read layer ``source`` write to layer ``target``, no lower one."""
@@ -131,20 +131,20 @@ def open_weights(path: Path | str) -> Iterator[WeightsFile]:
 
 
 @torch.no_grad()
-def load_summed_layer(path: Path | str, place: int) -> JumpReLUTranscoder:
-    """Return the features that read layer ``place``, counted from the transcoder's lowest, on the CPU.
+def load_summed_layer(path: Path | str, index: int) -> JumpReLUTranscoder:
+    """Return the features that read layer ``index``, counted from the transcoder's lowest, on the CPU.
 
-    ``encode`` is ``CrossLayerTranscoder.encode_layer``. ``W_dec`` (d_sae, d_out) is Σ_m W_dec_{place→m}, the sum of
+    ``encode`` is ``CrossLayerTranscoder.encode_layer``. ``W_dec`` (d_sae, d_out) is Σ_m W_dec_{index→m}, the sum of
     what a feature writes to its own and all later layers: what it adds to the residual stream in the end, added up in
     float64. Its rows have any length. ``decode`` is therefore no prediction of any layer's output; ``b_dec_out`` is the
     layer's own. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
     """
     with open_weights(path) as file:
-        site = file.sites[place]
+        site = file.sites[index]
         layer = JumpReLUTranscoder(site.d_in, site.d_out, file.d_sae, settings=JumpReLU())
-        file.fill(layer, place)
+        file.fill(layer, index)
         total = torch.zeros(file.d_sae, site.d_out, dtype=torch.float64)
-        for target in range(place, len(file.sites)):
-            total += file.writes(place, target)
+        for target in range(index, len(file.sites)):
+            total += file.writes(index, target)
         layer.W_dec.copy_(total)
     return layer.eval().requires_grad_(False)

@@ -24,8 +24,8 @@ from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, S
 from tailrace.training.kernels.pairs import Pairs, decode_pairs, sum_by_row
 from tailrace.training.kernels.select import Selector, keep_largest
 from tailrace.training.kernels.sparse import clear_gradients
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 
 class _Layer(NamedTuple):
@@ -53,19 +53,19 @@ class SparseStackStep:
         extra: Sequence[ExtraLoss] = (),
         *,
         per_row: bool = False,
-        whole: WholeBatch = ALONE,
+        reductions: BatchReductions = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter and return the loss terms."""
         stack = cast("Stack", transcoder)
         inputs = batch.inputs.view(len(batch.inputs), stack.n_layers, stack.width_in).transpose(0, 1).contiguous()
-        layers, pre = self._select(stack, inputs, whole)
+        layers, pre = self._select(stack, inputs, reductions)
         clear_gradients(stack)
-        entries = SparseStackEntries(layers, pre, stack, inputs, whole)
+        entries = SparseStackEntries(layers, pre, stack, inputs, reductions)
         trace = stack.trace(entries, batch, objective)
         return finish(stack, entries, trace, batch, extra, per_row=per_row)
 
     @torch.no_grad()
-    def _select(self, stack: Stack, inputs: Tensor, whole: WholeBatch) -> tuple[list[Pairs], Tensor]:
+    def _select(self, stack: Stack, inputs: Tensor, reductions: BatchReductions) -> tuple[list[Pairs], Tensor]:
         """Return the selected pairs of each layer of ``inputs`` (layers, rows, width_in), and their pre-activations."""
         if not self._selectors:
             own = torch.bfloat16 if self._precision == "bfloat16" else stack.W_enc.dtype
@@ -76,32 +76,36 @@ class SparseStackStep:
         match selection:
             case Above(floor):
                 floors = [Above(None if floor is None else floor[own]) for own in parts]
-                found = [
-                    one.select(*layer, above) for one, layer, above in zip(self._selectors, layers, floors, strict=True)
+                selected = [
+                    selector.select(*layer, above)
+                    for selector, layer, above in zip(self._selectors, layers, floors, strict=True)
                 ]
-                return [pairs for pairs, _ in found], torch.cat([pre for _, pre in found])
+                return [pairs for pairs, _ in selected], torch.cat([pre for _, pre in selected])
             case LargestOfBatch(k):
-                return self._largest(layers, k * whole.n_rows(inputs.shape[1]), whole)
+                return self._largest(layers, k * reductions.n_rows(inputs.shape[1]), reductions)
             case _:
                 raise AssertionError(f"no stack selects like {selection}")
 
-    def _largest(self, layers: Sequence[_Layer], n_wanted: int, whole: WholeBatch) -> tuple[list[Pairs], Tensor]:
+    def _largest(
+        self, layers: Sequence[_Layer], n_wanted: int, reductions: BatchReductions
+    ) -> tuple[list[Pairs], Tensor]:
         """Return the ``n_wanted`` largest of all layers together, chosen among candidates above a guess."""
+        selectors = list(zip(self._selectors, layers, strict=True))
         if self._guess is None:
             k = max(1, n_wanted // sum(len(layer.inputs) for layer in layers))
-            self._guess = min(one.first_guess(*layer, k) for one, layer in zip(self._selectors, layers, strict=True))
+            self._guess = min(selector.first_guess(*layer, k) for selector, layer in selectors)
         guess = self._guess
         while True:
-            found = [one.candidates(*layer, guess) for one, layer in zip(self._selectors, layers, strict=True)]
-            pre = torch.cat([one.pre for one in found])
-            cut = whole.cut(pre, max(one.certain for one in found), n_wanted)
+            parts = [selector.candidates(*layer, guess) for selector, layer in selectors]
+            pre = torch.cat([part.pre for part in parts])
+            cut = reductions.cut(pre, max(part.certain for part in parts), n_wanted)
             if cut.is_complete:
                 break
-            guess = guess / 2 if guess > max(one.smallest_guess for one in found) else 0.0
+            guess = guess / 2 if guess > max(part.smallest_guess for part in parts) else 0.0
         self._guess = Selector.guess_after(cut.threshold)
         kept = keep_largest(pre, np.array([0, len(pre)], np.int64), cut.n_own)
-        ends = np.cumsum([len(one.pairs) for one in found])
-        pairs = [one.pairs.keep(own) for one, own in zip(found, np.split(kept, ends[:-1]), strict=True)]
+        ends = np.cumsum([len(part.pairs) for part in parts])
+        pairs = [part.pairs.keep(own) for part, own in zip(parts, np.split(kept, ends[:-1]), strict=True)]
         return pairs, pre[torch.from_numpy(kept)]
 
 
@@ -109,9 +113,9 @@ class SparseStackEntries(StackedEntries):
     """Pre-activations at each layer's pairs; ``pre`` is their value, already computed, layer after layer."""
 
     def __init__(
-        self, layers: Sequence[Pairs], pre: Tensor, stack: Stack, inputs: Tensor, whole: WholeBatch = ALONE
+        self, layers: Sequence[Pairs], pre: Tensor, stack: Stack, inputs: Tensor, reductions: BatchReductions = ALONE
     ) -> None:
-        self.whole = whole
+        self.reductions = reductions
         self.n_rows = inputs.shape[1]
         self._layers = layers
         ends = np.cumsum([len(pairs) for pairs in layers]).tolist()

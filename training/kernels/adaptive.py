@@ -17,8 +17,8 @@ from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
 from tailrace.training.kernels.sparse import SparseStep
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class AdaptiveStep:
         extra: Sequence[ExtraLoss] = (),
         *,
         per_row: bool = False,
-        whole: WholeBatch = ALONE,
+        reductions: BatchReductions = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter and return the loss terms."""
         if self.is_sparse is None:
@@ -56,7 +56,7 @@ class AdaptiveStep:
         # a row that is not finite is for the dense step, whose loss will say so
         sparse = self.is_sparse and bool(torch.isfinite(batch.inputs.sum()))
         kernel: StepKernel = self._sparse if sparse else self._dense
-        result = kernel(transcoder, batch, objective, extra, per_row=per_row, whole=whole)
+        result = kernel(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
         # of the whole batch, so that processes which share one choose alike
         self._choose(int(result.n_active.sum()) / (result.n_rows * transcoder.d_sae))
         return result

@@ -10,10 +10,10 @@ from tailrace.training.architectures.base import Trace, Transcoder
 from tailrace.training.architectures.entries import DenseEntries
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
-Forward = Callable[[Transcoder, Batch, Objective, WholeBatch], tuple[DenseEntries, Trace]]
+Forward = Callable[[Transcoder, Batch, Objective, BatchReductions], tuple[DenseEntries, Trace]]
 
 
 class DenseStep:
@@ -35,17 +35,17 @@ class DenseStep:
         extra: Sequence[ExtraLoss] = (),
         *,
         per_row: bool = False,
-        whole: WholeBatch = ALONE,
+        reductions: BatchReductions = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter and return the loss terms."""
         transcoder.zero_grad(set_to_none=True)
         with torch.autocast(batch.inputs.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            entries, trace = self._forward(transcoder, batch, objective, whole)
+            entries, trace = self._forward(transcoder, batch, objective, reductions)
         return finish(transcoder, entries, trace, batch, extra, per_row=per_row)
 
 
 def _forward(
-    transcoder: Transcoder, batch: Batch, objective: Objective, whole: WholeBatch
+    transcoder: Transcoder, batch: Batch, objective: Objective, reductions: BatchReductions
 ) -> tuple[DenseEntries, Trace]:
-    entries = DenseEntries(transcoder.pre_activations(batch.inputs), transcoder.selection(), whole)
+    entries = DenseEntries(transcoder.pre_activations(batch.inputs), transcoder.selection(), reductions)
     return entries, transcoder.trace(entries, batch, objective)

@@ -14,8 +14,8 @@ from torch import Tensor
 from tailrace.training.architectures.base import Trace, Transcoder, exact
 from tailrace.training.architectures.entries import Entries
 from tailrace.training.architectures.objectives import Objective
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -66,12 +66,12 @@ class StepKernel(Protocol):
         extra: Sequence[ExtraLoss] = (),
         *,
         per_row: bool = False,
-        whole: WholeBatch = ALONE,
+        reductions: BatchReductions = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter to the gradient of the loss on ``batch`` (normalised rows).
 
-        ``per_row`` asks for the result of that name. If ``batch`` is a slice of ``whole``, gradients and losses are
-        means over the slice, counts those of the whole batch.
+        ``per_row`` asks for the result of that name. If ``batch`` is a slice of a larger one, whose
+        ``reductions`` these are, gradients and losses are means over the slice, counts those of the larger one.
         """
         ...
 
@@ -99,18 +99,18 @@ def finish(
     per_row: bool = False,
 ) -> StepResult:
     """Add the extra terms, run the backward pass, and let the transcoder learn what is not learnt by gradient."""
-    terms, trace = dict(trace.terms), trace._replace(whole=entries.whole)
+    terms, trace = dict(trace.terms), trace._replace(reductions=entries.reductions)
     for loss in extra:
         terms |= loss(transcoder, batch, trace)
     total = torch.stack([*terms.values()]).sum()
     total.backward()  # type: ignore[no-untyped-call]
     activations = trace.activations.detach()
-    transcoder.end_step(activations, entries.whole)
+    transcoder.end_step(activations, entries.reductions)
     losses = {"loss": total.detach(), **{name: term.detach() for name, term in terms.items()}}
     active, outputs = activations > 0, trace.outputs.detach()
     rows = None
     if per_row:
         l1 = entries.row_sums(exact(activations, batch.outputs)) / transcoder.activation_unit
         rows = PerRow(entries.row_sums(active), l1, outputs, batch.outputs)
-    n_rows = entries.whole.n_rows(len(batch.inputs))
-    return StepResult(losses, entries.whole.total(entries.count(active)), outputs, n_rows, rows)
+    n_rows = entries.reductions.n_rows(len(batch.inputs))
+    return StepResult(losses, entries.reductions.total(entries.count(active)), outputs, n_rows, rows)

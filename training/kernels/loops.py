@@ -95,11 +95,11 @@ def sort_by_feature(features: Any, offsets: Any, order: Any) -> None:
         offsets[feature + 1] += 1
     for feature in range(len(offsets) - 1):
         offsets[feature + 1] += offsets[feature]
-    place = offsets[:-1].copy()
+    slot = offsets[:-1].copy()
     for pair in range(len(features)):
         feature = features[pair]
-        order[place[feature]] = pair
-        place[feature] += 1
+        order[slot[feature]] = pair
+        slot[feature] += 1
 
 
 @compiled_loop("reassoc", "contract", "nsz")

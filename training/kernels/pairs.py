@@ -18,7 +18,7 @@ from torch import Tensor
 from tailrace.training.architectures.entries import Entries
 from tailrace.training.kernels import loops
 from tailrace.training.kernels.loops import over_ranges
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 
 
 class Pairs:
@@ -112,9 +112,11 @@ class Pairs:
 class SparseEntries(Entries):
     """Pre-activations at pairs; ``pre`` is their value, already computed."""
 
-    def __init__(self, pairs: Pairs, pre: Tensor, transcoder: Any, inputs: Tensor, whole: WholeBatch = ALONE) -> None:
+    def __init__(
+        self, pairs: Pairs, pre: Tensor, transcoder: Any, inputs: Tensor, reductions: BatchReductions = ALONE
+    ) -> None:
         self.pairs = pairs
-        self.whole = whole
+        self.reductions = reductions
         self.n_rows = pairs.n_rows
         self.pre = _Encode.apply(pre, transcoder.W_enc, transcoder.b_enc, transcoder.b_dec, inputs, pairs)  # type: ignore[no-untyped-call]
         self._features = torch.from_numpy(pairs.features)

@@ -24,7 +24,7 @@ from tailrace.training.architectures.entries import Above, LargestOfBatch, Large
 from tailrace.training.kernels import loops
 from tailrace.training.kernels.loops import over_ranges
 from tailrace.training.kernels.pairs import Pairs
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 
 CHUNK_BYTES = 12 << 20
 """Size of the buffer of screened numbers, which should stay in the processor's cache: 256 rows of 24,576 bfloat16."""
@@ -75,7 +75,7 @@ class Selector:
 
     @torch.no_grad()
     def select(
-        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, selection: Selection, whole: WholeBatch = ALONE
+        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, selection: Selection, reductions: BatchReductions = ALONE
     ) -> tuple[Pairs, Tensor]:
         """Return the selected pairs of ``inputs`` (rows, d_in) and their exact pre-activations (n_pairs,)."""
         rows, weights = self._rounded(inputs, W_enc)
@@ -92,7 +92,7 @@ class Selector:
                 pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
                 return _kept(pairs, pre, keep_largest(pre, pairs.offsets, k))
             case LargestOfBatch(k):
-                return self._largest_of_batch(inputs, W_enc, bias, (rows, weights), k, whole)
+                return self._largest_of_batch(inputs, W_enc, bias, (rows, weights), k, reductions)
             case _:
                 assert_never(selection)
 
@@ -127,20 +127,26 @@ class Selector:
         return Candidates(pairs, pre, guess * (1 + 2 * _ROUNDING[self._dtype]), 1e-3 * float(margin.max()))
 
     def _largest_of_batch(
-        self, inputs: Tensor, W_enc: Tensor, bias: Tensor, rounded: tuple[Rounded, Rounded], k: int, whole: WholeBatch
+        self,
+        inputs: Tensor,
+        W_enc: Tensor,
+        bias: Tensor,
+        rounded: tuple[Rounded, Rounded],
+        k: int,
+        reductions: BatchReductions,
     ) -> tuple[Pairs, Tensor]:
         """Return the k · rows largest, chosen among candidates above a guess if that many lie above it for sure."""
-        n_wanted = k * whole.n_rows(len(inputs))
+        n_wanted = k * reductions.n_rows(len(inputs))
         guess = self._guess if self._guess >= 0 else self._first_guess(rounded, bias, k)
         while True:
-            found = self._candidates_above(inputs, W_enc, bias, rounded, guess)
-            cut = whole.cut(found.pre, found.certain, n_wanted)
+            candidates = self._candidates_above(inputs, W_enc, bias, rounded, guess)
+            cut = reductions.cut(candidates.pre, candidates.certain, n_wanted)
             if cut.is_complete:
                 break
-            guess = guess / 2 if guess > found.smallest_guess else 0.0
+            guess = guess / 2 if guess > candidates.smallest_guess else 0.0
         self._guess = self.guess_after(cut.threshold)
-        kept = keep_largest(found.pre, np.array([0, len(found.pre)], np.int64), cut.n_own)
-        return _kept(found.pairs, found.pre, kept)
+        kept = keep_largest(candidates.pre, np.array([0, len(candidates.pre)], np.int64), cut.n_own)
+        return _kept(candidates.pairs, candidates.pre, kept)
 
     def _first_guess(self, rounded: tuple[Rounded, Rounded], bias: Tensor, k: int) -> float:
         """Return a value that most rows' k-th largest pre-activations exceed."""
@@ -181,9 +187,9 @@ class Selector:
         n_rows, n_chunk = len(rows.values), self._chunk_rows(len(bias))
         for start in range(0, n_rows, n_chunk):
             chunk = self._screen(rows.values[start : start + n_chunk], bias)
-            found, n_found = self._collect(chunk, cuts_of(chunk, start))
-            columns.append(found)
-            counts.append(n_found)
+            chosen, n_chosen = self._collect(chunk, cuts_of(chunk, start))
+            columns.append(chosen)
+            counts.append(n_chosen)
         per_row = np.concatenate(counts)
         offsets = np.concatenate([[0], np.cumsum(per_row)])
         return Pairs(np.repeat(np.arange(n_rows), per_row), np.concatenate(columns), offsets, len(bias))

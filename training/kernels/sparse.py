@@ -15,8 +15,8 @@ from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
 from tailrace.training.kernels.pairs import SparseEntries
 from tailrace.training.kernels.select import Selector
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
-from tailrace.training.rows.whole_batch import ALONE, WholeBatch
 
 
 class SparseStep:
@@ -34,15 +34,15 @@ class SparseStep:
         extra: Sequence[ExtraLoss] = (),
         *,
         per_row: bool = False,
-        whole: WholeBatch = ALONE,
+        reductions: BatchReductions = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter and return the loss terms."""
         inputs = batch.inputs.contiguous()
         selector = self._open(transcoder)
         bias, selection = transcoder.encoder_bias(), transcoder.selection()
-        pairs, pre = selector.select(inputs, transcoder.W_enc, bias, selection, whole)
+        pairs, pre = selector.select(inputs, transcoder.W_enc, bias, selection, reductions)
         clear_gradients(transcoder)
-        entries = SparseEntries(pairs, pre, transcoder, inputs, whole)
+        entries = SparseEntries(pairs, pre, transcoder, inputs, reductions)
         trace = transcoder.trace(entries, batch, objective)
         return finish(transcoder, entries, trace, batch, extra, per_row=per_row)
 

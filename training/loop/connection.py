@@ -92,12 +92,12 @@ def _check_shape(file: Path, name: str, d_out: int) -> None:
         raise SettingsError(f"connection_path: {file}: there is no such file; check the path") from error
     except (OSError, SafetensorError) as error:
         raise SettingsError(f"connection_path: {file}: cannot be read as safetensors ({error})") from error
-    found = held.get(name)
-    if found is None:
+    shape = held.get(name)
+    if shape is None:
         raise SettingsError(f"connection_path: {file}: holds no {name}, only {', '.join(sorted(held))}")
-    if len(found) != 2 or found[1] != d_out:
+    if len(shape) != 2 or shape[1] != d_out:
         raise SettingsError(
-            f"connection_path: {file}: {name} has shape {tuple(found)}, wanted (features, {d_out}), since its rows are "
+            f"connection_path: {file}: {name} has shape {tuple(shape)}, wanted (features, {d_out}), since its rows are "
             "compared with what this transcoder writes; choose a transcoder of the same model, or the other matrix by "
             "connection_matrix"
         )

@@ -22,8 +22,8 @@ from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.kernel import ExtraLoss, PerRow, StatefulKernel, StepKernel, StepResult
 from tailrace.training.loop.run import TrainingRun
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions, Cut
 from tailrace.training.rows.batches import Batch, BatchStream
-from tailrace.training.rows.whole_batch import ALONE, Cut, WholeBatch
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others, one of which may be scoring held-out rows."""
@@ -59,7 +59,7 @@ class Group:
         length = torch.tensor([len(rows)], device=self.device)
         lengths = [torch.empty_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length)
-        sizes = [int(one) for one in lengths]
+        sizes = [int(size) for size in lengths]
         padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
         padded[: len(rows)] = rows
         pieces = [torch.empty_like(padded) for _ in sizes]
@@ -164,7 +164,7 @@ class RankBatches:
         self._stream.load_state_dict(state)
 
 
-class SharedBatch(WholeBatch):
+class SharedBatch(BatchReductions):
     """A batch whose rows lie in the processes of a group. Every method must be called by all of them, in one order."""
 
     def __init__(self, group: Group, own_rows: int, n_rows: int) -> None:
@@ -231,17 +231,17 @@ class DistributedStep:
         extra: Sequence[ExtraLoss] = (),
         *,
         per_row: bool = False,
-        whole: WholeBatch = ALONE,
+        reductions: BatchReductions = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter and return the loss terms; ``outputs`` are those of the rows at hand.
 
         ``per_row`` is done if any process asks for it: the one that keeps the log is.
         """
-        assert whole is ALONE, "a slice is not sliced again"
+        assert reductions is ALONE, "a slice is not sliced again"
         numbers = torch.tensor([len(batch.inputs), int(per_row)], device=self._group.device)
         n_rows, n_asking = self._group.add_up(numbers).tolist()
         shared = SharedBatch(self._group, len(batch.inputs), n_rows)
-        result = self._kernel(transcoder, batch, objective, extra, per_row=n_asking > 0, whole=shared)
+        result = self._kernel(transcoder, batch, objective, extra, per_row=n_asking > 0, reductions=shared)
         self._add_up_gradients(transcoder, shared.share)
         values = torch.stack([value.double() for value in result.losses.values()]) * shared.share
         kinds = [value.dtype for value in result.losses.values()]

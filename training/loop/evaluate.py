@@ -201,13 +201,13 @@ def in_pieces(batches: Iterable[SiteBatches], d_sae: int) -> Iterator[SiteBatche
 
 
 def _frequent(n_active: Tensor, n_rows: int) -> dict[str, float]:
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     n_firings = max(1, int(n_active.sum()))
     for name, above in FREQUENT.items():
         frequent = n_active.double() / n_rows > above
-        found[f"freq_over_{name}"] = float(frequent.double().mean())
-        found[f"normalized_freq_over_{name}"] = int(n_active[frequent].sum()) / n_firings
-    return found
+        shares[f"freq_over_{name}"] = float(frequent.double().mean())
+        shares[f"normalized_freq_over_{name}"] = int(n_active[frequent].sum()) / n_firings
+    return shares
 
 
 def predictor(transcoder: Transcoder) -> Predictor:
@@ -222,5 +222,5 @@ def predictor(transcoder: Transcoder) -> Predictor:
 
 def l0_quantiles(l0: Tensor) -> dict[str, int]:
     """Return nearest-rank quantiles of ``l0`` (rows,) by name: the ⌈q · rows⌉-th smallest, a number some row has."""
-    found = np.quantile(l0.cpu().numpy(), list(_SHARES.values()), method="inverted_cdf")
-    return dict(zip(_SHARES, map(int, found), strict=True))
+    quantiles = np.quantile(l0.cpu().numpy(), list(_SHARES.values()), method="inverted_cdf")
+    return dict(zip(_SHARES, map(int, quantiles), strict=True))

@@ -45,17 +45,17 @@ def medians(rows: Batch) -> Centres:
 
 
 def _median(side: str, rows: Tensor) -> Tensor:
-    found = geometric_median(rows)
+    result = geometric_median(rows)
     logger.info(
         "geometric median of %s %s: mean distance %.6g, %.6g to the mean, after %d iterations%s",
         f"{len(rows):,}",
         side,
-        found.objectives[-1],
-        found.objectives[0],
-        found.n_iterations,
-        "" if found.converged else ", which were not enough to converge",
+        result.objectives[-1],
+        result.objectives[0],
+        result.n_iterations,
+        "" if result.converged else ", which were not enough to converge",
     )
-    return found.median
+    return result.median
 
 
 def random_directions(seed: int, purpose: str, n: int, width: int) -> Tensor:

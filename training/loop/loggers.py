@@ -226,9 +226,9 @@ class Loggers:
     def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:
         """Start all of them. Raises SettingsError with what is wrong with each that cannot be."""
         problems = []
-        for one in self._active:
+        for active in self._active:
             try:
-                one.start(directory, run_name, config, first_step)
+                active.start(directory, run_name, config, first_step)
             except SettingsError as error:
                 problems.append(str(error))
         if problems:
@@ -238,27 +238,27 @@ class Loggers:
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Log the numbers among ``values``."""
         numbers = {name: float(value) for name, value in values.items() if value is not None}
-        for one in list(self._active):
-            self._guarded(one, partial(one.log_scalars, step, numbers))
+        for active in list(self._active):
+            self._guarded(active, partial(active.log_scalars, step, numbers))
 
     def log_histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
         """Log one histogram."""
-        for one in list(self._active):
-            self._guarded(one, partial(one.log_histogram, step, name, counts, edges))
+        for active in list(self._active):
+            self._guarded(active, partial(active.log_histogram, step, name, counts, edges))
 
     def close(self) -> None:
         """Close all of them."""
-        for one in list(self._active):
-            self._guarded(one, one.close)
+        for active in list(self._active):
+            self._guarded(active, active.close)
         self._active = []
 
-    def _guarded(self, one: Logger, action: Callable[[], None]) -> None:
+    def _guarded(self, failing: Logger, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:  # whatever goes wrong in a logger must not cost the training run
-            self._active.remove(one)
+            self._active.remove(failing)
             logger.warning(
-                "%s failed (%s) and is left out from here on; metrics.jsonl has every number", one.name, error
+                "%s failed (%s) and is left out from here on; metrics.jsonl has every number", failing.name, error
             )
 
 

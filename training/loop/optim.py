@@ -91,14 +91,14 @@ class TorchOptimiser:
             for group in optimiser.param_groups:
                 for parameter in group["params"]:
                     ending = f".{self._names[parameter]}"
-                    found = {
+                    own = {
                         key.removeprefix("optimiser.").removesuffix(ending): value
                         for key, value in tensors.items()
                         if key.startswith("optimiser.") and key.endswith(ending)
                     }
                     # a step count stays on the host, where torch keeps it
                     optimiser.state[parameter] = {
-                        key: value.to(parameter.device) if value.ndim else value.clone() for key, value in found.items()
+                        key: value.to(parameter.device) if value.ndim else value.clone() for key, value in own.items()
                     }
 
 

@@ -260,10 +260,10 @@ class Session:
 
     def _call(self, hook: PeriodicHook) -> Callable[[int], None]:
         def call(step: int) -> None:
-            found = hook(step, self.run.folded())
-            if found:
-                self._write(step, "model", found)
-                self.scores["model"] = dict(found)
+            scores = hook(step, self.run.folded())
+            if scores:
+                self._write(step, "model", scores)
+                self.scores["model"] = dict(scores)
 
         return call
 

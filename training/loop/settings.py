@@ -172,9 +172,9 @@ class TrainSettings(Settings):
 
     def without_effect(self, n_steps: int) -> list[str]:
         """Return a sentence for every setting that a run of ``n_steps`` never comes to, or that another rules out."""
-        given, found = self.model_fields_set, []
+        given, sentences = self.model_fields_set, []
         if self.warmup_steps is not None and self.warmup_steps >= n_steps:
-            found.append(
+            sentences.append(
                 f"warmup_steps {self.warmup_steps} is as long as the run of {n_steps} steps: "
                 f"lr {self.lr} is never reached"
             )
@@ -184,16 +184,16 @@ class TrainSettings(Settings):
             ("cycles", ("cosine_restarts",)),
         ):
             if name in given and self.schedule not in kinds:
-                found.append(f"{name} belongs to schedule {' or '.join(kinds)}; schedule is {self.schedule}")
+                sentences.append(f"{name} belongs to schedule {' or '.join(kinds)}; schedule is {self.schedule}")
         if not isinstance(self.auxiliary, NoAuxiliary) and self.dead_after_steps >= n_steps:
-            found.append(
+            sentences.append(
                 f"dead_after_steps {self.dead_after_steps} is as long as the run of {n_steps} steps: no feature is "
                 f"ever called dead, and auxiliary {self.auxiliary.kind} has nothing to do"
             )
         for name in ("k_warmup_steps", "l1_warmup_steps", "l0_warmup_steps"):
             length = getattr(self.architecture, name, 0)
             if name in self.architecture.model_fields_set and length >= n_steps:
-                found.append(
+                sentences.append(
                     f"{name} {length} is as long as the run of {n_steps} steps: the end of it is never reached"
                 )
-        return found
+        return sentences

@@ -80,7 +80,7 @@ def reference_metrics(
 ) -> dict[str, float | None]:
     """Return the metrics of the original transcoder code by its names; units and windows are in docs/metrics.md."""
     rows = _rows(result)
-    found = quality(rows.outputs, rows.targets)
+    scores = quality(rows.outputs, rows.targets)
     frequency = window.frequency()
     since_fired = firing.steps_since_fired
     return {
@@ -88,8 +88,8 @@ def reference_metrics(
         "losses/l1_loss": float(rows.l1.double().mean()),
         "losses/ghost_grad_loss": float(result.losses.get("ghost", 0.0)),
         "losses/overall_loss": float(result.losses["loss"]),
-        "metrics/explained_variance": found.explained_variance,
-        "metrics/explained_variance_std": found.explained_variance_std,
+        "metrics/explained_variance": scores.explained_variance,
+        "metrics/explained_variance_std": scores.explained_variance_std,
         "metrics/l0": float(rows.l0.double().mean()),
         "metrics/n_resampled_neurons": n_resampled,
         "sparsity/mean_passes_since_fired": float(since_fired.double().mean()),

@@ -56,11 +56,11 @@ class OrdinaryRows:
                 f"{site}: max_norm_multiple: no row is at most {self.longest_in:.4g} (input) and "
                 f"{self.longest_out:.4g} (output) long; raise it"
             )
-        found: dict[Side, SiteStatistics] = {}
+        by_side: dict[Side, SiteStatistics] = {}
         for side, rows in zip(sides, (batch.inputs, batch.outputs), strict=False):
-            found[side] = SiteStatistics(rows.shape[1])
-            found[side].add(rows.cpu().numpy())
-        return found
+            by_side[side] = SiteStatistics(rows.shape[1])
+            by_side[side].add(rows.cpu().numpy())
+        return by_side
 
 
 def massive_warning(site: str, outputs: SiteStatistics, multiple: float | None) -> str | None:

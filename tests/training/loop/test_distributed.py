@@ -15,7 +15,7 @@ from torch import Tensor
 from tailrace.storage.errors import SettingsError
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.loop.distributed import RankBatches, SharedBatch, open_group
-from tailrace.training.rows.whole_batch import ALONE
+from tailrace.training.rows.batch_reductions import ALONE
 from tests.support.distributed_children import KERNELS, WHOLE_RUNS, cases, load_results, take_step, train_planted
 from tests.support.paths import ROOT
 from tests.training.loop.test_train_all import PlantedRows

@@ -51,8 +51,8 @@ class AuxKLoss(DeadFeatureTerm):
         """Return the weighted, normalised squared error."""
         # means over rows, so that slices of a batch that processes share add up to it
         error = (residual - written).square().sum() / len(batch.inputs)
-        centre = trace.whole.mean(residual.mean(0))
-        scale = trace.whole.mean((residual - centre).square().sum() / len(batch.inputs))
+        centre = trace.reductions.mean(residual.mean(0))
+        scale = trace.reductions.mean((residual - centre).square().sum() / len(batch.inputs))
         return error * (self._coefficient / scale).nan_to_num(0, 0, 0)
 
 

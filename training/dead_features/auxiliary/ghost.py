@@ -48,7 +48,7 @@ class GhostLoss(DeadFeatureTerm):
         errors = (ghosts - residual).square() / norms.clamp_min(EPSILON)
         if self._rescale == "scalar":
             ghost = errors.mean()
-            ghost, reconstruction = trace.whole.mean(ghost), trace.whole.mean(trace.terms["reconstruction"])
+            ghost, reconstruction = trace.reductions.mean(ghost), trace.reductions.mean(trace.terms["reconstruction"])
             return ghost * (reconstruction / (ghost + EPSILON)).detach()
         elements = self._objective.elements(exact(trace.outputs, batch.outputs), batch.outputs)
         return (errors * (elements / (errors + EPSILON)).detach()).mean()

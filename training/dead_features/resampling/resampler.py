@@ -197,9 +197,9 @@ def draw_repeated(generator: np.random.Generator, weights: np.ndarray, n: int) -
     if not len(weights):
         return np.zeros(0, np.int64)
     ends = np.cumsum(weights)
-    found = np.searchsorted(ends, generator.random(n) * ends[-1], side="right")
+    drawn = np.searchsorted(ends, generator.random(n) * ends[-1], side="right")
     # the product can round up to the total itself, which lies behind the last row that has a weight
-    return np.asarray(np.minimum(found, np.flatnonzero(weights)[-1]))
+    return np.asarray(np.minimum(drawn, np.flatnonzero(weights)[-1]))
 
 
 def _usable(weights: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""What the rows at hand are part of: a batch of their own, or one that several processes hold in slices.
+"""Reductions over a batch, of which this process may hold a slice only.
 
 Almost everything in a step is a mean over rows, and slices of a mean combine by themselves. The few things that do not
-(the largest activations *of the batch*, a penalty on the *mean* L0, the smallest activation) ask this object. By itself
-it is the case of one process, in which nothing needs to be asked; ``tailrace.training.loop.distributed`` has the other.
+(the largest activations *of the batch*, a penalty on the *mean* L0, the smallest activation) ask this object.
+``BatchReductions`` is the case of one process, in which nothing needs to be asked;
+``tailrace.training.loop.distributed`` has the other.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Cut(NamedTuple):
     """Whether the candidates are sure to hold all of the n largest."""
 
 
-class WholeBatch:
-    """A batch that lies in one process."""
+class BatchReductions:
+    """Reductions over a batch that lies in one process."""
 
     def n_rows(self, own: int) -> int:
         """Return the batch's number of rows; ``own`` of them are at hand."""
@@ -60,5 +61,5 @@ class WholeBatch:
         return Cut(threshold, n, threshold >= certain)
 
 
-ALONE = WholeBatch()
-"""The batch of a single process."""
+ALONE = BatchReductions()
+"""Those of a single process."""
