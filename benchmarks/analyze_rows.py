@@ -11,7 +11,8 @@ import torch
 from benchmarks.planted_rows import Planted, Problem, plant
 from tailrace.analysis.harvest.one_pass import Subject
 from tailrace.storage.bfloat16 import float32_to_bits
-from tailrace.training.architectures import TopK, Transcoder
+from tailrace.training.architectures import TopK
+from tailrace.training.architectures.base import Transcoder
 
 CONTEXT_LENGTH = 128
 VOCABULARY_SIZE = 50_000

@@ -25,7 +25,8 @@ from tailrace.analysis.weights.model_weights import AttentionWeights, ModelWeigh
 from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.storage.cache_format import Site
-from tailrace.training.architectures import JumpReLU, Transcoder
+from tailrace.training.architectures import JumpReLU
+from tailrace.training.architectures.base import Transcoder
 
 TEXT = (
     "The treaty was signed in the spring, after a winter of talks that had twice been broken off and twice resumed. "

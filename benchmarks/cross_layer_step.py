@@ -16,7 +16,7 @@ from benchmarks.report import Report, parse_arguments
 from tailrace.storage.cache_format import Site
 from tailrace.storage.encodings import Side
 from tailrace.storage.statistics import SiteStatistics
-from tailrace.training.kernels.adaptive import KernelKind
+from tailrace.training.choices import KernelKind
 from tailrace.training.loop.build import build_cross_layer_run, build_run
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch, SiteBatches

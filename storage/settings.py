@@ -10,7 +10,9 @@ import difflib
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, Self, get_args
 
 import yaml
@@ -78,6 +80,15 @@ class Settings(BaseModel):
     def read_file(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Read a YAML file and apply ``overrides`` on top, before validation."""
         return cls.read(load_yaml(path), overrides or {}, where=str(path))
+
+
+def code_of(settings: Settings) -> ModuleType:
+    """Return the module named by the ``kind`` of ``settings``, beside theirs: it does what they only describe.
+
+    It is loaded when it is asked for, so that settings can be read and explained without torch.
+    """
+    folder = type(settings).__module__.rpartition(".")[0]
+    return import_module(f"{folder}.{_kind(type(settings))}")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

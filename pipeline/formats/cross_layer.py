@@ -28,8 +28,7 @@ from tailrace.pipeline.formats.jump_form import JumpForm
 from tailrace.pipeline.formats.subjects import Subject, present
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.settings import load_yaml
-from tailrace.training.architectures.jumprelu import JumpReLU
-from tailrace.training.architectures.relu import ReLU
+from tailrace.training.architectures import JumpReLU, ReLU
 from tailrace.training.architectures.transcoder import write_tensors
 from tailrace.training.cross_layer.artifact import is_cross_layer, load_cross_layer, read_cross_layer_manifest
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder

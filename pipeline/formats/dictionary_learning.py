@@ -23,8 +23,7 @@ from tailrace.pipeline.formats.foreign import (
     without_input_bias,
 )
 from tailrace.storage.errors import ArtifactMismatch
-from tailrace.training.architectures import BatchTopK, JumpReLU, ReLU, TopK
-from tailrace.training.architectures.base import Architecture
+from tailrace.training.architectures import Architecture, BatchTopK, JumpReLU, ReLU, TopK
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
-from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures import Architecture
+from tailrace.training.architectures.base import Transcoder
 
 SMALLEST_THRESHOLD = torch.finfo(torch.float32).tiny
 """Stands for a threshold of zero, whose logarithm we could not keep."""

@@ -31,8 +31,7 @@ from tailrace.pipeline.formats.hooks import MLP_IN, hooked_transformer_name, why
 from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
 from tailrace.pipeline.formats.subjects import Subject, present, write_json
 from tailrace.storage.errors import ArtifactMismatch
-from tailrace.training.architectures import JumpReLU, ReLU, TopK
-from tailrace.training.architectures.base import Architecture
+from tailrace.training.architectures import Architecture, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import write_tensors
 
 FORMAT_OF = "6.54.12"

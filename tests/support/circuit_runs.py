@@ -24,8 +24,8 @@ from tailrace.analysis.weights.model_weights import ModelWeights, Norm
 from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.storage.cache_format import Site
-from tailrace.training.architectures import Gated, JumpReLU, ReLU, TopK
-from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures import Architecture, Gated, JumpReLU, ReLU, TopK
+from tailrace.training.architectures.base import Transcoder
 from tests.support.tiny_models import save_tiny_model
 
 WIDTH = 16

@@ -14,7 +14,8 @@ from tailrace.storage.cache_format import VOCABULARY, CacheFormat, Site
 from tailrace.storage.cache_publish import Generation, SplitSize, publish_generation
 from tailrace.storage.cache_writer import UnitBuffer
 from tailrace.storage.draft import Draft
-from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures import Architecture
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 from tests.support.training_caches import random_rows
 

@@ -17,7 +17,8 @@ from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings,
 from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
-from tailrace.training.architectures import TopK, Transcoder
+from tailrace.training.architectures import TopK
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
 from tests.support.tiny_models import save_tiny_model
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailrace.storage.settings import Settings
 from tailrace.training.architectures.entries import Above, Entries, Selection
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
@@ -283,20 +282,3 @@ class Transcoder(nn.Module, ABC):
 def exact(values: Tensor, like: Tensor) -> Tensor:
     """Return ``values`` in the dtype of ``like``: losses are summed in float32 even under autocast."""
     return values.to(like.dtype)
-
-
-class Architecture(Settings, ABC):
-    """Settings of one architecture. A subclass adds ``kind: Literal[…]``, by which files and flags name it."""
-
-    input_bias: bool = False
-    """Subtract a learnt bias from the inputs (it is folded into the encoder when the transcoder is saved)."""
-    skip: bool = False
-    """Add a linear path from inputs to outputs past the features."""
-
-    @abstractmethod
-    def build(self, d_in: int, d_out: int, d_sae: int) -> Transcoder:
-        """Return the module with all weights zero; ``tailrace.training.loop.initialise`` fills them."""
-
-    def problems(self, d_sae: int) -> list[str]:  # noqa: ARG002
-        """Return a sentence for every setting that does not fit ``d_sae`` features."""
-        return []

@@ -6,14 +6,12 @@ survived in training (Bussmann et al. 2024, "BatchTopK sparse autoencoders", sec
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, Entries, LargestOfBatch
-from tailrace.training.architectures.topk import SelectsLargest
+from tailrace.training.architectures.settings import BatchTopK, SelectsLargest
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 
 THRESHOLD_RATE = 0.1
@@ -70,11 +68,6 @@ class BatchTopKTranscoder(Transcoder):
         self.threshold.mul_(factor)
 
 
-class BatchTopK(SelectsLargest):
-    """The k · rows largest features of each batch."""
-
-    kind: Literal["batch_topk"] = "batch_topk"
-
-    def build(self, d_in: int, d_out: int, d_sae: int) -> BatchTopKTranscoder:
-        """Return the module with all weights zero."""
-        return BatchTopKTranscoder(d_in, d_out, d_sae, settings=self)
+def build(settings: BatchTopK, d_in: int, d_out: int, d_sae: int) -> BatchTopKTranscoder:
+    """Return the module with all weights zero."""
+    return BatchTopKTranscoder(d_in, d_out, d_sae, settings=settings)

@@ -6,17 +6,15 @@ dictionary learning with gated sparse autoencoders", section 3.2).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from tailrace.training.architectures.base import Architecture, Trace, Transcoder, exact
+from tailrace.training.architectures.base import Trace, Transcoder, exact
 from tailrace.training.architectures.entries import Entries
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.architectures.relu import total
 from tailrace.training.architectures.schedule import warmed_up
+from tailrace.training.architectures.settings import Gated
 from tailrace.training.rows.batches import Batch
 
 
@@ -80,15 +78,6 @@ class GatedTranscoder(Transcoder):
         self.b_mag.mul_(factor)
 
 
-class Gated(Architecture):
-    """Gates with an l1 penalty, magnitudes without."""
-
-    kind: Literal["gated"] = "gated"
-    l1: float = Field(default=0.05, ge=0)
-    """Weight of the summed positive gates in the loss; higher gives fewer active features."""
-    l1_warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which l1 rises linearly from zero."""
-
-    def build(self, d_in: int, d_out: int, d_sae: int) -> GatedTranscoder:
-        """Return the module with all weights zero."""
-        return GatedTranscoder(d_in, d_out, d_sae, settings=self)
+def build(settings: Gated, d_in: int, d_out: int, d_sae: int) -> GatedTranscoder:
+    """Return the module with all weights zero."""
+    return GatedTranscoder(d_in, d_out, d_sae, settings=settings)

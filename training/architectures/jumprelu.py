@@ -7,16 +7,16 @@ step counts as if it had the slope of a rectangle (Rajamanoharan et al. 2024, "J
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, Entries
 from tailrace.training.architectures.relu import total
 from tailrace.training.architectures.schedule import warmed_up
+from tailrace.training.architectures.settings import JumpReLU
 
 
 class _Jump(torch.autograd.Function):
@@ -132,21 +132,6 @@ class JumpReLUTranscoder(Transcoder):
         self.log_threshold.add_(math.log(factor))
 
 
-class JumpReLU(Architecture):
-    """ReLU above learnt thresholds, with an L0 penalty."""
-
-    kind: Literal["jumprelu"] = "jumprelu"
-    l0: float = Field(default=1e-3, ge=0)
-    """Weight of the mean number of active features in the loss, or of its squared distance from target_l0."""
-    target_l0: float | None = Field(default=None, gt=0)
-    """Number of active features to aim for; the penalty is then l0 · (L0 / target − 1)²."""
-    l0_warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the penalty rises linearly from zero."""
-    bandwidth: float = Field(default=1e-3, gt=0)
-    """Width of the window in which thresholds learn, in units of the outputs' typical length."""
-    initial_threshold: float = Field(default=1e-3, gt=0)
-    """Thresholds at the start, in the same units."""
-
-    def build(self, d_in: int, d_out: int, d_sae: int) -> JumpReLUTranscoder:
-        """Return the module with all weights zero."""
-        return JumpReLUTranscoder(d_in, d_out, d_sae, settings=self)
+def build(settings: JumpReLU, d_in: int, d_out: int, d_sae: int) -> JumpReLUTranscoder:
+    """Return the module with all weights zero."""
+    return JumpReLUTranscoder(d_in, d_out, d_sae, settings=settings)

@@ -6,16 +6,13 @@ active features (Bussmann et al. 2025, "Learning multi-level features with Matry
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 
 from tailrace.training.architectures.base import Trace, exact
 from tailrace.training.architectures.batch_topk import BatchTopKTranscoder
 from tailrace.training.architectures.entries import Entries
 from tailrace.training.architectures.objectives import Objective
-from tailrace.training.architectures.topk import SelectsLargest
+from tailrace.training.architectures.settings import Matryoshka
 from tailrace.training.rows.batches import Batch
 
 
@@ -35,26 +32,6 @@ class MatryoshkaTranscoder(BatchTopKTranscoder):
         return Trace(by_prefix[-1], activations, {"reconstruction": torch.stack(losses).mean()})
 
 
-class Matryoshka(SelectsLargest):
-    """BatchTopK over nested dictionaries."""
-
-    kind: Literal["matryoshka"] = "matryoshka"
-    levels: int = Field(default=5, ge=1)
-    """Number of nested dictionaries; each is half of the next."""
-
-    def ends(self, d_sae: int) -> tuple[int, ...]:
-        """Return the number of features of each level, smallest first."""
-        return tuple(max(1, d_sae >> level) for level in reversed(range(self.levels)))
-
-    def problems(self, d_sae: int) -> list[str]:
-        """Return a sentence for each setting that does not fit ``d_sae`` features."""
-        problems = super().problems(d_sae)
-        if d_sae >> (self.levels - 1) < 1:
-            problems.append(
-                f"architecture.levels: d_sae = {d_sae} cannot be halved {self.levels - 1} times; lower levels"
-            )
-        return problems
-
-    def build(self, d_in: int, d_out: int, d_sae: int) -> MatryoshkaTranscoder:
-        """Return the module with all weights zero."""
-        return MatryoshkaTranscoder(d_in, d_out, d_sae, settings=self)
+def build(settings: Matryoshka, d_in: int, d_out: int, d_sae: int) -> MatryoshkaTranscoder:
+    """Return the module with all weights zero."""
+    return MatryoshkaTranscoder(d_in, d_out, d_sae, settings=settings)

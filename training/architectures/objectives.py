@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, assert_never
+from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor
 
-ObjectiveKind = Literal["variance", "reference"]
+from tailrace.training.choices import ObjectiveKind
 
 EPSILON = 1e-6
 """Keeps the reference's loss finite on a row whose target is zero."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Entries
 from tailrace.training.architectures.schedule import warmed_up
+from tailrace.training.architectures.settings import ReLU
 
 
 class ReLUTranscoder(Transcoder):
@@ -53,18 +51,6 @@ def total(values: Tensor) -> Tensor:
     return values.sum(-1).sum() if values.ndim > 1 else values.sum()
 
 
-class ReLU(Architecture):
-    """ReLU with an l1 or tanh penalty."""
-
-    kind: Literal["relu"] = "relu"
-    input_bias: bool = True
-    l1: float = Field(default=0.05, ge=0)
-    """Weight of the summed activations in the loss; higher gives fewer active features."""
-    l1_warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which l1 rises linearly from zero."""
-    tanh_scale: float | None = Field(default=None, gt=0)
-    """Penalise tanh(s·a)/s instead of the activation a, in units of the outputs' typical length; s is this."""
-
-    def build(self, d_in: int, d_out: int, d_sae: int) -> ReLUTranscoder:
-        """Return the module with all weights zero."""
-        return ReLUTranscoder(d_in, d_out, d_sae, settings=self)
+def build(settings: ReLU, d_in: int, d_out: int, d_sae: int) -> ReLUTranscoder:
+    """Return the module with all weights zero."""
+    return ReLUTranscoder(d_in, d_out, d_sae, settings=settings)

@@ -6,13 +6,11 @@ ReLU comes before the choice: of a row with fewer than k positive pre-activation
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor
 
-from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Entries, LargestPerRow, restrict
+from tailrace.training.architectures.settings import TopK
 
 
 class TopKTranscoder(Transcoder):
@@ -45,38 +43,6 @@ class TopKTranscoder(Transcoder):
         return entries.pre.relu()
 
 
-class SelectsLargest(Architecture):
-    """Settings of the architectures that choose the largest activations."""
-
-    k: int = Field(default=64, ge=1)
-    """Features that fire on one row (batch_topk, matryoshka: on average)."""
-    k_start: int | None = Field(default=None, ge=1)
-    """Start with this many and go linearly to k over k_warmup_steps."""
-    k_warmup_steps: int = Field(default=1000, ge=1)
-    """Steps from k_start to k."""
-
-    def k_in(self, step: int) -> int:
-        """Return k in ``step``, counted from 0."""
-        if self.k_start is None or step >= self.k_warmup_steps:
-            return self.k
-        return round(self.k_start + (self.k - self.k_start) * step / self.k_warmup_steps)
-
-    def problems(self, d_sae: int) -> list[str]:
-        """Return a sentence for each of k and k_start that exceeds the number of features."""
-        wanted = {"k": self.k, "k_start": self.k_start or 1}
-        return [
-            f"architecture.{name}: {k} features per row cannot be chosen from d_sae = {d_sae}; "
-            f"lower {name} or raise d_sae"
-            for name, k in wanted.items()
-            if k > d_sae
-        ]
-
-
-class TopK(SelectsLargest):
-    """The k largest features of each row."""
-
-    kind: Literal["topk"] = "topk"
-
-    def build(self, d_in: int, d_out: int, d_sae: int) -> TopKTranscoder:
-        """Return the module with all weights zero."""
-        return TopKTranscoder(d_in, d_out, d_sae, settings=self)
+def build(settings: TopK, d_in: int, d_out: int, d_sae: int) -> TopKTranscoder:
+    """Return the module with all weights zero."""
+    return TopKTranscoder(d_in, d_out, d_sae, settings=settings)

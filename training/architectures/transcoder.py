@@ -22,7 +22,8 @@ from tailrace.storage.artifact import read_manifest, sync_directory
 from tailrace.storage.errors import ArtifactCorrupt, StorageFull
 from tailrace.storage.formats import ARTIFACT_FORMATS, FOR_ONE_LAYER_ONLY
 from tailrace.training.architectures import AnyArchitecture
-from tailrace.training.architectures.base import Architecture, Transcoder
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.settings import Architecture
 
 __all__ = ["KIND", "WEIGHTS", "Transcoder", "load_transcoder", "read_transcoder_manifest", "save_weights"]
 

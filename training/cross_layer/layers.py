@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tailrace.storage.cache_format import Site
-from tailrace.training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
+from tailrace.training.architectures import JumpReLU
+from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
 from tailrace.training.architectures.transcoder import WEIGHTS, weights_as_described
 from tailrace.training.cross_layer.artifact import read_cross_layer_manifest, sites_of
 from tailrace.training.cross_layer.stack import DECODER, CrossLayerTranscoder

@@ -17,8 +17,9 @@ from torch import Tensor
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch
 from tailrace.training.architectures.objectives import Objective
+from tailrace.training.choices import KernelKind
 from tailrace.training.cross_layer.stack import Stack, StackedEntries
-from tailrace.training.kernels.adaptive import AdaptiveStep, KernelKind
+from tailrace.training.kernels.adaptive import AdaptiveStep
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult, finish
 from tailrace.training.kernels.pairs import Pairs, decode_pairs, sum_by_row

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailrace.training.architectures.base import SMALLEST_NORM, Architecture, Block, Trace, Transcoder, exact
-from tailrace.training.architectures.batch_topk import BatchTopK, BatchTopKTranscoder
+from tailrace.training.architectures import Architecture, BatchTopK, JumpReLU, ReLU
+from tailrace.training.architectures.base import SMALLEST_NORM, Block, Trace, Transcoder, exact
+from tailrace.training.architectures.batch_topk import BatchTopKTranscoder
 from tailrace.training.architectures.entries import Entries, LargestOfBatch
-from tailrace.training.architectures.jumprelu import JumpReLU, JumpReLUTranscoder
+from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
 from tailrace.training.architectures.objectives import Objective
-from tailrace.training.architectures.relu import ReLU, ReLUTranscoder
+from tailrace.training.architectures.relu import ReLUTranscoder
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.normalisation import AnyNormalisation, JoinedNormalisation, Normalisation
 

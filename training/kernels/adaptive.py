@@ -14,6 +14,7 @@ import torch
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above
 from tailrace.training.architectures.objectives import Objective
+from tailrace.training.choices import KernelKind
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
 from tailrace.training.kernels.sparse import SparseStep
@@ -21,8 +22,6 @@ from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
 
 logger = logging.getLogger(__name__)
-
-KernelKind = Literal["auto", "dense", "sparse", "compiled"]
 
 SPARSE_BELOW = 0.05
 """Share of active pairs below which the sparse step takes over."""

@@ -18,6 +18,7 @@ from tailrace.training.dead_features.record import FiringRecord
 from tailrace.training.dead_features.resampling.settings import RowScorer, Surroundings
 from tailrace.training.kernels.adaptive import build_kernel
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel
+from tailrace.training.loop.connection import build_connection
 from tailrace.training.loop.distributed import DistributedStep, Group
 from tailrace.training.loop.initialise import Centres, data_directions, initialise, initialise_stack, medians
 from tailrace.training.loop.optim import build_optimiser
@@ -70,7 +71,7 @@ def build_run(
     means = Centres(
         normalisation.inputs(torch.from_numpy(side_in.mean)), normalisation.outputs(torch.from_numpy(side_out.mean))
     )
-    connection = settings.connection.build(site.d_out)
+    connection = build_connection(settings.connection, site.d_out)
     _initialise(transcoder, settings, normalisation, means, row_source)
     return _assemble(
         settings,

@@ -6,22 +6,19 @@ For a transcoder of a later layer whose features are already known, this makes t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeFloat
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.settings import Settings
 from tailrace.training.architectures.base import Trace, Transcoder
 from tailrace.training.architectures.transcoder import WEIGHTS, read_transcoder_manifest
+from tailrace.training.loop.settings import AnyConnection, NoConnection
 from tailrace.training.rows.batches import Batch
 
-Matrix = Literal["encoder", "decoder"]
-
-_NAMES: dict[Matrix, str] = {"encoder": "W_enc", "decoder": "W_dec"}
+_NAMES: dict[str, str] = {"encoder": "W_enc", "decoder": "W_dec"}
 _BLOCK_NUMBERS = 2**24
 """Products held at a time: 64 MB in float32."""
 
@@ -34,7 +31,7 @@ class ConnectionLoss:
     all (n, d_sae) products at once would be larger than anything else in a step.
     """
 
-    def __init__(self, path: Path, matrix: Matrix, coefficient: float, *, d_out: int) -> None:
+    def __init__(self, path: Path, matrix: str, coefficient: float, *, d_out: int) -> None:
         self._file = _weights_file(path)
         self._name, self._coefficient = _NAMES[matrix], coefficient
         self._reference: Tensor | None = None
@@ -103,31 +100,12 @@ def _check_shape(file: Path, name: str, d_out: int) -> None:
         )
 
 
-class NoConnection(Settings):
-    """No penalty on connections."""
+def build_connection(settings: AnyConnection, d_out: int) -> ConnectionLoss | None:
+    """Return the loss for decoder rows of width ``d_out``, None for none.
 
-    kind: Literal["none"] = "none"
-
-    def build(self, d_out: int) -> None:
-        """Return None."""
-
-
-class SparseConnection(Settings):
-    """Sparse connections to another transcoder."""
-
-    kind: Literal["sparse"] = "sparse"
-    connection_path: Path
-    """Published transcoder, or .safetensors file with its W_enc and W_dec (one row per feature), to connect sparsely
-    to."""
-    connection_coefficient: NonNegativeFloat
-    """Weight of the mean over its features of the summed absolute products with decoder rows."""
-    connection_matrix: Matrix = "encoder"
-    """Whether connections are to what its features read (encoder) or write (decoder)."""
-
-    def build(self, d_out: int) -> ConnectionLoss:
-        """Return the loss for decoder rows of width ``d_out``; raise SettingsError if the reference does not fit."""
-        return ConnectionLoss(self.connection_path, self.connection_matrix, self.connection_coefficient, d_out=d_out)
-
-
-AnyConnection = Annotated[NoConnection | SparseConnection, Field(discriminator="kind")]
-"""Settings of the sparse-connection loss, told apart by ``kind``."""
+    Raises SettingsError if the reference does not fit.
+    """
+    if isinstance(settings, NoConnection):
+        return None
+    path, matrix = settings.connection_path, settings.connection_matrix
+    return ConnectionLoss(path, matrix, settings.connection_coefficient, d_out=d_out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +18,12 @@ from torch import Tensor
 
 from tailrace.storage.randomness import philox
 from tailrace.training.architectures.base import Transcoder
+from tailrace.training.choices import EncoderInit
 from tailrace.training.cross_layer.stack import Stack
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.geometric_median import geometric_median
 
 logger = logging.getLogger(__name__)
-
-BiasInit = Literal["mean", "zeros", "geometric_median"]
-DecoderInit = Literal["random", "data"]
-EncoderInit = Literal["tied", "independent", "kaiming"]
 
 _NO_DIRECTION = 1e-6
 """Share of the rows' root mean square norm below which a row points nowhere."""

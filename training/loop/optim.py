@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
+from tailrace.training.choices import OptimiserKind
 from tailrace.training.kernels import loops
 from tailrace.training.kernels.loops import over_ranges
-
-OptimiserKind = Literal["adam", "adamw", "muon"]
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8

@@ -1,22 +1,52 @@
-"""Every decision that changes the transcoder a run makes. Devices, threads and paths are arguments of the stage."""
+"""Every decision that changes the transcoder a run makes. Devices, threads and paths are arguments of the stage.
+
+Nothing here, nor what it imports, needs torch: ``pipeline train --help`` is quick.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.architectures import AnyArchitecture, BatchTopK
-from tailrace.training.architectures.objectives import ObjectiveKind
 from tailrace.training.architectures.schedule import Schedule, ScheduleKind
+from tailrace.training.choices import (
+    BiasInit,
+    DecoderInit,
+    EncoderInit,
+    KernelKind,
+    NormalisationKind,
+    ObjectiveKind,
+    OptimiserKind,
+)
 from tailrace.training.dead_features.auxiliary import AnyAuxiliary, NoAuxiliary
 from tailrace.training.dead_features.resampling import AnyResampling, NoResampling
-from tailrace.training.kernels.adaptive import KernelKind
-from tailrace.training.loop.connection import AnyConnection, NoConnection
-from tailrace.training.loop.initialise import BiasInit, DecoderInit, EncoderInit
-from tailrace.training.loop.optim import OptimiserKind
-from tailrace.training.rows.normalisation import NormalisationKind
+
+
+class NoConnection(Settings):
+    """No penalty on connections."""
+
+    kind: Literal["none"] = "none"
+
+
+class SparseConnection(Settings):
+    """Sparse connections to another transcoder."""
+
+    kind: Literal["sparse"] = "sparse"
+    connection_path: Path
+    """Published transcoder, or .safetensors file with its W_enc and W_dec (one row per feature), to connect sparsely
+    to."""
+    connection_coefficient: NonNegativeFloat
+    """Weight of the mean over its features of the summed absolute products with decoder rows."""
+    connection_matrix: Literal["encoder", "decoder"] = "encoder"
+    """Whether connections are to what its features read (encoder) or write (decoder)."""
+
+
+AnyConnection = Annotated[NoConnection | SparseConnection, Field(discriminator="kind")]
+"""Settings of the sparse-connection loss, told apart by ``kind``."""
 
 
 class TrainSettings(Settings):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,13 +17,12 @@ from torch import Tensor
 from tailrace.storage.encodings import Side
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.choices import NormalisationKind
 from tailrace.training.rows.batches import Batch
 
 CONSTANT = 1e-5
 """Variance over mean square below which rows count as equal: the cache sums squares in float32 blocks of 128 rows, so
 a smaller variance cannot be told from rounding."""
-
-NormalisationKind = Literal["standard", "rms", "none"]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tailrace.pipeline.train.stage import TrainResult
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
-from tailrace.training.architectures import Transcoder
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import load_transcoder
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run

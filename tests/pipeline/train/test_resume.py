@@ -14,7 +14,7 @@ import torch
 from tailrace.pipeline.train.stage import run
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.errors import ArtifactCorrupt
-from tailrace.training.architectures import Transcoder
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import CHECKPOINTS
 from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
 from tailrace.training.loop.settings import TrainSettings

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tailrace.pipeline.train.stage import run
-from tailrace.training.architectures import ARCHITECTURES, Transcoder
+from tailrace.training.architectures import ARCHITECTURES
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.training_caches import small_cache

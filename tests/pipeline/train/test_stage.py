@@ -24,7 +24,7 @@ from tailrace.storage.errors import (
     SettingsError,
     StorageFull,
 )
-from tailrace.training.architectures import Transcoder
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import load_transcoder, write_tensors
 from tailrace.training.loop.evaluate import evaluate, predictor
 from tailrace.training.loop.settings import TrainSettings

@@ -15,7 +15,7 @@ import torch
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand
 from tailrace.storage.errors import NonFiniteActivation
-from tailrace.training.architectures import Transcoder
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results

@@ -18,8 +18,8 @@ from tailrace.training.architectures import (
     Matryoshka,
     ReLU,
     TopK,
-    Transcoder,
 )
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.batch_topk import BatchTopKTranscoder
 from tailrace.training.architectures.entries import DenseEntries
 from tailrace.training.architectures.gated import GatedTranscoder

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tailrace.training.architectures.batch_topk import BatchTopK
-from tailrace.training.architectures.jumprelu import JumpReLU
+from tailrace.training.architectures import BatchTopK, JumpReLU, ReLU
 from tailrace.training.architectures.objectives import VarianceObjective
-from tailrace.training.architectures.relu import ReLU
 from tailrace.training.cross_layer.sparse import SparseStackStep
 from tailrace.training.cross_layer.stack import BatchTopKStack, CrossLayerTranscoder, ReLUStack, Stack
 from tailrace.training.kernels.dense import DenseStep

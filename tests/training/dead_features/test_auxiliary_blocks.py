@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tailrace.training.architectures import TopK, Transcoder
+from tailrace.training.architectures import TopK
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.dead_features.auxiliary import Auxiliary, AuxK, Ghost
 from tailrace.training.kernels.dense import DenseStep

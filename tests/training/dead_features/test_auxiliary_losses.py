@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from tailrace.storage.errors import SettingsError
-from tailrace.training.architectures import ReLU, TopK, Transcoder
-from tailrace.training.architectures.base import Trace
+from tailrace.training.architectures import ReLU, TopK
+from tailrace.training.architectures.base import Trace, Transcoder
 from tailrace.training.architectures.entries import DenseEntries
 from tailrace.training.architectures.objectives import Objective, ReferenceObjective, VarianceObjective
 from tailrace.training.dead_features.auxiliary import Auxiliary, AuxK, Ghost
 from tailrace.training.dead_features.auxiliary.auxk import AuxKLoss
-from tailrace.training.dead_features.auxiliary.ghost import GhostLoss, Rescale
+from tailrace.training.dead_features.auxiliary.ghost import GhostLoss
+from tailrace.training.dead_features.auxiliary.settings import Rescale
 from tailrace.training.dead_features.record import FiringRecord
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import ExtraLoss

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK, Transcoder
+from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection, restrict
 from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.kernels.adaptive import AdaptiveStep

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tailrace.pipeline.train import sweep
-from tailrace.training.architectures import Transcoder
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.checkpoint import (
     CHECKPOINT_SECONDS,
     LARGEST_SHARE,

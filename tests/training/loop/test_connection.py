@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tailrace.storage.errors import ArtifactMissing, SettingsError
-from tailrace.training.architectures import TopK, Transcoder
+from tailrace.training.architectures import TopK
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.sparse import SparseStep
-from tailrace.training.loop.connection import ConnectionLoss, SparseConnection
+from tailrace.training.loop.connection import ConnectionLoss, build_connection
+from tailrace.training.loop.settings import SparseConnection
 from tailrace.training.rows.batches import Batch
 from tests.support.resampled_runs import D_OUT, build, take_steps
 from tests.training.architectures.test_architectures import random_tensor, random_transcoder
@@ -35,7 +37,9 @@ def direct(transcoder: Transcoder, rows: Tensor, coefficient: float) -> Tensor:
 
 
 def build_loss(path: Path, coefficient: float = 0.3, d_out: int = WIDTH) -> ConnectionLoss:
-    return SparseConnection(connection_path=path, connection_coefficient=coefficient).build(d_out)
+    loss = build_connection(SparseConnection(connection_path=path, connection_coefficient=coefficient), d_out)
+    assert loss is not None
+    return loss
 
 
 def test_the_value_by_hand(tmp_path: Path) -> None:
@@ -116,6 +120,6 @@ def test_a_reference_that_does_not_fit_is_refused_before_training(tmp_path: Path
     save_file({"W_enc": torch.zeros(2, WIDTH)}, half)
     decoder = SparseConnection(connection_path=half, connection_coefficient=1.0, connection_matrix="decoder")
     with pytest.raises(SettingsError, match="holds no W_dec, only W_enc"):
-        decoder.build(WIDTH)
+        build_connection(decoder, WIDTH)
     with pytest.raises(ArtifactMissing):
         build_loss(tmp_path)

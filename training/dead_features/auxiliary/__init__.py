@@ -1,20 +1,12 @@
-"""The list of loss terms that keep features alive. To add one: a file beside this, and its name below."""
+"""Loss terms that keep features alive: the settings of each, and the loss."""
 
-from __future__ import annotations
-
-from typing import Annotated, get_args
-
-from pydantic import Field
-
-from tailrace.training.dead_features.auxiliary.auxk import AuxK
-from tailrace.training.dead_features.auxiliary.ghost import Ghost
-from tailrace.training.dead_features.auxiliary.none import NoAuxiliary
-from tailrace.training.dead_features.auxiliary.term import Auxiliary
+from tailrace.training.dead_features.auxiliary.settings import (
+    AUXILIARIES,
+    AnyAuxiliary,
+    Auxiliary,
+    AuxK,
+    Ghost,
+    NoAuxiliary,
+)
 
 __all__ = ["AUXILIARIES", "AnyAuxiliary", "AuxK", "Auxiliary", "Ghost", "NoAuxiliary"]
-
-AnyAuxiliary = Annotated[NoAuxiliary | AuxK | Ghost, Field(discriminator="kind")]
-"""Settings of any auxiliary loss, told apart by ``kind``."""
-
-AUXILIARIES: tuple[type[Auxiliary], ...] = get_args(get_args(AnyAuxiliary)[0])
-"""Every auxiliary loss's settings class."""

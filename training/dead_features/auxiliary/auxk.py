@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from tailrace.training.architectures.base import Trace, Transcoder
 from tailrace.training.architectures.objectives import Objective
-from tailrace.training.dead_features.auxiliary.term import Auxiliary, DeadFeatureTerm, DeadWeights, write_in_blocks
+from tailrace.training.dead_features.auxiliary.settings import AuxK
+from tailrace.training.dead_features.auxiliary.term import DeadFeatureTerm, DeadWeights, write_in_blocks
 from tailrace.training.dead_features.record import FiringRecord
-from tailrace.training.kernels.kernel import ExtraLoss
 from tailrace.training.kernels.pairs import Pairs, SparseEntries
 from tailrace.training.rows.batches import Batch
 
@@ -83,15 +81,6 @@ def _write_at_pairs(transcoder: Transcoder, dead: Tensor, inputs: Tensor, k: int
     return entries.decode(entries.pre, transcoder.W_dec)
 
 
-class AuxK(Auxiliary):
-    """The k most active dead features reconstruct the residual."""
-
-    kind: Literal["auxk"] = "auxk"
-    aux_k: PositiveInt | None = None
-    """Dead features that reconstruct one row's residual; by default half of d_out, fewer if fewer are dead."""
-    aux_coefficient: NonNegativeFloat = Field(default=1 / 32)
-    """Weight of that reconstruction's share of unexplained variance in the loss."""
-
-    def build(self, firing: FiringRecord, objective: Objective, *, dead_after_steps: int) -> ExtraLoss:  # noqa: ARG002
-        """Return the loss, which reads the run's own ``firing``."""
-        return AuxKLoss(firing, dead_after_steps, k=self.aux_k, coefficient=self.aux_coefficient)
+def build(settings: AuxK, firing: FiringRecord, objective: Objective, dead_after_steps: int) -> AuxKLoss:  # noqa: ARG001
+    """Return the loss, which reads the run's own ``firing``."""
+    return AuxKLoss(firing, dead_after_steps, k=settings.aux_k, coefficient=settings.aux_coefficient)

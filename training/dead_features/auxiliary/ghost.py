@@ -6,18 +6,14 @@ residual that a transcoder needs.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from tailrace.training.architectures.base import Trace, Transcoder, exact
 from tailrace.training.architectures.objectives import EPSILON, Objective
-from tailrace.training.dead_features.auxiliary.term import Auxiliary, DeadFeatureTerm, row_norms, write_in_blocks
+from tailrace.training.dead_features.auxiliary.settings import Ghost, Rescale
+from tailrace.training.dead_features.auxiliary.term import DeadFeatureTerm, row_norms, write_in_blocks
 from tailrace.training.dead_features.record import FiringRecord
-from tailrace.training.kernels.kernel import ExtraLoss
 from tailrace.training.rows.batches import Batch
-
-Rescale = Literal["scalar", "elementwise"]
 
 _LARGEST_EXPONENT = 30.0
 """exp of a pre-activation above this could overflow float32 once squared; only the direction of a row's sum counts."""
@@ -60,14 +56,6 @@ def _write_exponentials(pre: Tensor, decoder: Tensor) -> Tensor:
     return (pre - excess).exp() @ decoder
 
 
-class Ghost(Auxiliary):
-    """Ghost gradients for dead features."""
-
-    kind: Literal["ghost"] = "ghost"
-    ghost_rescale: Rescale = "scalar"
-    """How the term is brought to the size of the reconstruction loss: scalar (one number, as published) or elementwise
-    (one per element, as the original transcoder code)."""
-
-    def build(self, firing: FiringRecord, objective: Objective, *, dead_after_steps: int) -> ExtraLoss:
-        """Return the loss, which reads the run's own ``firing``."""
-        return GhostLoss(firing, dead_after_steps, objective, self.ghost_rescale)
+def build(settings: Ghost, firing: FiringRecord, objective: Objective, dead_after_steps: int) -> GhostLoss:
+    """Return the loss, which reads the run's own ``firing``."""
+    return GhostLoss(firing, dead_after_steps, objective, settings.ghost_rescale)

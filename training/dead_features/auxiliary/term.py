@@ -11,11 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tailrace.storage.settings import Settings
 from tailrace.training.architectures.base import Block, Trace, Transcoder, exact
-from tailrace.training.architectures.objectives import Objective
 from tailrace.training.dead_features.record import FiringRecord
-from tailrace.training.kernels.kernel import ExtraLoss
 from tailrace.training.rows.batches import Batch
 
 BLOCK_BYTES = 1 << 27
@@ -107,14 +104,6 @@ def _write_block(
         checkpoint(write_rows, rows, *read, decoder, use_reentrant=False, preserve_rng_state=False) for rows in parts
     ]
     return torch.cat(written)
-
-
-class Auxiliary(Settings, ABC):
-    """Settings of one auxiliary loss. A subclass adds ``kind: Literal[…]``, by which files and flags name it."""
-
-    @abstractmethod
-    def build(self, firing: FiringRecord, objective: Objective, *, dead_after_steps: int) -> ExtraLoss | None:
-        """Return the loss, which reads the run's own ``firing``; None for none."""
 
 
 def row_norms(values: Tensor) -> Tensor:

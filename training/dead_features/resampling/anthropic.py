@@ -6,15 +6,12 @@ language model. ``model_loss`` is the original transcoder code's variant.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
-from pydantic import Field
 
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.settings import Quantity
 from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, draw_distinct, squared_losses
 from tailrace.training.dead_features.resampling.settings import (
+    Anthropic,
     PeriodicResampling,
     ResampledRun,
     Resampler,
@@ -63,24 +60,14 @@ class _ByModelLoss(_ByLoss):
         return np.asarray(np.maximum(scores, 0), np.float64)
 
 
-class Anthropic(PeriodicResampling):
-    """Rows drawn by their loss become new features."""
-
-    kind: Literal["anthropic"] = "anthropic"
-    resample_by: Literal["loss", "model_loss"] = "loss"
-    """What makes a row likely to be drawn: loss (squared, as published) or model_loss (by how much the language model's
-    loss rises there with the transcoder in place)."""
-    resample_rows: Quantity | None = Field(default=None, ge=1)
-    """Rows to draw from; by default 32,768, or 2048 by model_loss, where each costs two passes over its context."""
-
-    def build(self, surroundings: Surroundings) -> Resampler:
-        """Return what resamples; raise SettingsError if the run has no source, or no scorer, of rows."""
-        if self.resample_by == "loss":
-            return _ByLoss(self, surroundings, n_rows=self.resample_rows or _ROWS_BY_LOSS)
-        if surroundings.row_scorer is None:
-            raise SettingsError(
-                "resample_by: model_loss needs the language model, and this run has none; use resample_by: loss, or "
-                "give a row_scorer in Python"
-            )
-        n_rows = self.resample_rows or _ROWS_BY_MODEL_LOSS
-        return _ByModelLoss(self, surroundings, surroundings.row_scorer, n_rows=n_rows)
+def build(settings: Anthropic, surroundings: Surroundings) -> Resampler:
+    """Return what resamples; raise SettingsError if the run has no source, or no scorer, of rows."""
+    if settings.resample_by == "loss":
+        return _ByLoss(settings, surroundings, n_rows=settings.resample_rows or _ROWS_BY_LOSS)
+    if surroundings.row_scorer is None:
+        raise SettingsError(
+            "resample_by: model_loss needs the language model, and this run has none; use resample_by: loss, or "
+            "give a row_scorer in Python"
+        )
+    n_rows = settings.resample_rows or _ROWS_BY_MODEL_LOSS
+    return _ByModelLoss(settings, surroundings, surroundings.row_scorer, n_rows=n_rows)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
-from pydantic import Field
 
-from tailrace.storage.settings import Quantity
 from tailrace.training.dead_features.resampling.resampler import PeriodicResampler, draw_repeated, squared_losses
 from tailrace.training.dead_features.resampling.settings import (
-    PeriodicResampling,
+    L2,
     ResampledRun,
     Resampler,
     Surroundings,
@@ -36,13 +32,6 @@ class _ByError(PeriodicResampler):
         return draw_repeated(generator, weights, n)
 
 
-class L2(PeriodicResampling):
-    """Rows drawn by their squared error, with replacement, become new features."""
-
-    kind: Literal["l2"] = "l2"
-    resample_rows: Quantity = Field(default=32_768, ge=1)
-    """Rows to draw from."""
-
-    def build(self, surroundings: Surroundings) -> Resampler:
-        """Return what resamples; raise SettingsError if the run has no source of rows."""
-        return _ByError(self, surroundings, n_rows=self.resample_rows)
+def build(settings: L2, surroundings: Surroundings) -> Resampler:
+    """Return what resamples; raise SettingsError if the run has no source of rows."""
+    return _ByError(settings, surroundings, n_rows=settings.resample_rows)

@@ -1,22 +1,27 @@
-"""What the settings of every resampling share: when, of which features, from how many rows, how strongly."""
+"""The settings of every resampling, the list of them, and what a resampling is given and gives. They need no torch.
+
+To add one: a class here, its name in ``AnyResampling``, and a file named by its ``kind`` with what resamples.
+"""
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, Self, get_args
 
-import numpy as np
 from pydantic import Field, PositiveFloat, model_validator
-from torch import Tensor
 
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.settings import Quantity, Settings
-from tailrace.training.architectures.base import Transcoder
-from tailrace.training.kernels.kernel import StepResult
-from tailrace.training.rows.normalisation import AnyNormalisation
-from tailrace.training.rows.row_source import RowSource
+from tailrace.storage.settings import Quantity, Settings, code_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from tailrace.training.architectures.base import Transcoder
+    from tailrace.training.kernels.kernel import StepResult
+    from tailrace.training.rows.normalisation import AnyNormalisation
+    from tailrace.training.rows.row_source import RowSource
 
 DecoderFrom = Literal["error", "target"]
 
@@ -107,12 +112,23 @@ class Surroundings:
     row_scorer: RowScorer | None
 
 
-class Resampling(Settings, ABC):
-    """Settings of one resampling. A subclass adds ``kind: Literal[…]``, by which files and flags name it."""
+class Resampling(Settings):
+    """Settings of one resampling. A subclass adds ``kind: Literal[…]``, by which files and flags name it;
+    the file of that name beside this one has what resamples, and a function ``build`` that makes it."""
 
-    def build(self, surroundings: Surroundings) -> Resampler | None:  # noqa: ARG002
+    def build(self, surroundings: Surroundings) -> Resampler | None:
         """Return what resamples, None for nothing; raise SettingsError if it needs what the run has not got."""
-        return None
+        built: Resampler = code_of(self).build(self, surroundings)
+        return built
+
+
+class NoResampling(Resampling):
+    """No resampling."""
+
+    kind: Literal["none"] = "none"
+
+    def build(self, surroundings: Surroundings) -> None:
+        """Return None."""
 
 
 class PeriodicResampling(Resampling):
@@ -159,3 +175,29 @@ class PeriodicResampling(Resampling):
                 "source of rows; train from a cache, or use --auxiliary auxk, which needs none"
             )
         return surroundings.row_source
+
+
+class Anthropic(PeriodicResampling):
+    """Rows drawn by their loss become new features."""
+
+    kind: Literal["anthropic"] = "anthropic"
+    resample_by: Literal["loss", "model_loss"] = "loss"
+    """What makes a row likely to be drawn: loss (squared, as published) or model_loss (by how much the language model's
+    loss rises there with the transcoder in place)."""
+    resample_rows: Quantity | None = Field(default=None, ge=1)
+    """Rows to draw from; by default 32,768, or 2048 by model_loss, where each costs two passes over its context."""
+
+
+class L2(PeriodicResampling):
+    """Rows drawn by their squared error, with replacement, become new features."""
+
+    kind: Literal["l2"] = "l2"
+    resample_rows: Quantity = Field(default=32_768, ge=1)
+    """Rows to draw from."""
+
+
+AnyResampling = Annotated[NoResampling | Anthropic | L2, Field(discriminator="kind")]
+"""Settings of any resampling, told apart by ``kind``."""
+
+RESAMPLINGS: tuple[type[Resampling], ...] = get_args(get_args(AnyResampling)[0])
+"""Every resampling's settings class."""
