@@ -22,7 +22,8 @@ from tailrace.analysis.circuits.record import record_run
 from tailrace.analysis.circuits.roots import Root, centred_logit_roots
 from tailrace.analysis.circuits.run import LinearisedRun
 from tailrace.analysis.weights.model_weights import AttentionWeights, ModelWeights
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import JumpReLU

@@ -17,9 +17,10 @@ from tailrace.pipeline.model.loading import open_checkpoint
 from tailrace.pipeline.model.tokenizer import ModelTokenizer, open_tokenizer
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.pipeline.samples.speeches import fetch_sotu
-from tailrace.pipeline.text.dataset import TextSettings, open_documents
+from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import ContextSource
+from tailrace.pipeline.text.settings import TextSettings
 from tailrace.storage.null_laws import Groups, pair_moments
 from tailrace.storage.randomness import philox, random_permutation
 from tailrace.storage.shuffle_evidence import same_document_pairs

@@ -189,11 +189,12 @@ def analyze(
     ``tailrace.analyze("transcoders/gpt2", cache="caches/gpt2", out="tables/gpt2")``
     """
     from tailrace.pipeline.analyze import many, stage
-    from tailrace.pipeline.live.token_order import FreshText
+    from tailrace.pipeline.analyze.settings import AnalyzeSettings, read_flat
+    from tailrace.pipeline.live.settings import FreshText
     from tailrace.training.architectures.transcoder import KIND
 
-    given = _as_typed((stage.AnalyzeSettings, FreshText), settings)
-    analysis, text = stage.read_flat(given, _path(config), is_live=live)
+    given = _as_typed((AnalyzeSettings, FreshText), settings)
+    analysis, text = read_flat(given, _path(config), is_live=live)
     arguments: dict[str, Any] = {
         "cache": _path(cache),
         "live": text,
@@ -232,9 +233,10 @@ def evaluate(
     ``tailrace.evaluate("transcoders/gpt2", cache="caches/gpt2", out="evaluations/gpt2").scores``
     """
     from tailrace.pipeline.evaluate import stage
+    from tailrace.pipeline.evaluate.settings import EvaluateSettings
 
     return stage.run(
-        _read(stage.EvaluateSettings, config, settings),
+        _read(EvaluateSettings, config, settings),
         transcoders=as_paths(transcoders),
         cache=Path(cache),
         output=Path(out),
@@ -272,10 +274,11 @@ def circuit(
     """
     from tailrace.pipeline.circuit import stage
     from tailrace.pipeline.circuit.question import Question, parse_feature
+    from tailrace.pipeline.circuit.settings import CircuitSettings
 
     asked = parse_feature(feature) if isinstance(feature, str) else feature
     return stage.run(
-        _read(stage.CircuitSettings, config, settings),
+        _read(CircuitSettings, config, settings),
         Question(prompt, token, asked, direction, logit, logit_difference),
         transcoders=as_paths(transcoders),
         output=Path(out),
@@ -355,7 +358,7 @@ def _read(settings: type[Read], config: PathLike | None, given: Mapping[str, Any
 
 def _train_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     from tailrace.pipeline.live.settings import LiveSettings
-    from tailrace.pipeline.train.model_scores import ModelScoreSettings
+    from tailrace.pipeline.train.settings import ModelScoreSettings
     from tailrace.training.loop.settings import TrainSettings
 
     return _as_typed((TrainSettings, ModelScoreSettings, LiveSettings), given)

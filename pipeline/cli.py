@@ -1,4 +1,8 @@
-"""The command ``pipeline``. Every command is a thin call of a stage's function, loaded only when it is used."""
+"""The command ``pipeline``. Every command is a thin call of a stage's function, loaded only when it is used.
+
+A command's module imports its settings, which need no library that takes long to load, and the stage inside its
+function, once the settings are read: help, completion and wrong flags are answered in a quarter of a second.
+"""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 
 from tailrace.storage.encodings import Encoding, Side
-from tailrace.storage.formats import ARTIFACT_FORMATS
-from tailrace.storage.layout import ArraySpec, Compression
+from tailrace.storage.formats import ARTIFACT_FORMATS, Compression
+from tailrace.storage.layout import ArraySpec
 
 KIND = "activation-cache"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]

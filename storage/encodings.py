@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from tailrace.storage.layout import ArraySpec, Compression
+from tailrace.storage.formats import Compression
+from tailrace.storage.layout import ArraySpec
 from tailrace.storage.memory import aligned_rows
 
 Side = Literal["in", "out"]

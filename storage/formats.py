@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tailrace.storage.errors import ArtifactMismatch
 
@@ -58,3 +58,7 @@ def refuse_newer(path: Path, kind: str, record: Mapping[str, Any]) -> None:
         f"{path}: is in format {found} of {kind}, which {f'tailrace {writer}' if writer else 'a newer version'} wrote; "
         f"tailrace {version('tailrace')} reads formats up to {newest}; upgrade tailrace to use it"
     )
+
+
+Compression = Literal["none", "lz4", "zstd", "gzip", "blosc-zstd"]
+"""Lossless codecs of the Zarr v3 core; ``lz4`` and ``blosc-zstd`` are blosc with bit shuffling."""

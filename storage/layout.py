@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, cast
 
 import numcodecs
 import numpy as np
@@ -19,10 +19,7 @@ from numcodecs.abc import Codec
 from zarr.storage import MemoryStore
 
 from tailrace.storage.bfloat16 import BFloat16
-from tailrace.storage.settings import Settings
-
-Compression = Literal["none", "lz4", "zstd", "gzip", "blosc-zstd"]
-"""Lossless codecs of the Zarr v3 core; ``lz4`` and ``blosc-zstd`` are blosc with bit shuffling."""
+from tailrace.storage.formats import Compression
 
 MEMORY_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
@@ -77,24 +74,6 @@ class ArraySpec:
     def shard_name(self, unit: int) -> str:
         """Return the path, below the split's group, of one shard file."""
         return f"{self.name}/c/{unit}" + ("" if self.width is None else "/0")
-
-
-class CacheLayout(Settings):
-    """How activations lie on disk."""
-
-    help_sections: ClassVar = {"storage_dtype": "On disk"}
-
-    storage_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
-    """Stored dtype. auto: bfloat16 for a bfloat16 model; otherwise float16 where a probe of the first batches stays
-    below 8192, else bfloat16. int8 keeps a scale per row and per column: a quarter of float32, FVU below 1e-4."""
-    compression: Compression = "none"
-    """Lossless compression; slower than a local disk, worth it on slow or network storage."""
-    shard_rows: int | Literal["auto"] = "auto"
-    """Rows per shard, which is also the unit of shuffling and of resuming; a multiple of chunk_rows."""
-    chunk_rows: int | Literal["auto"] = "auto"
-    """Rows per inner chunk, the smallest piece other Zarr programs read at once."""
-    bucket_rows: int | Literal["auto"] = "auto"
-    """Rows shuffled together in memory when reading; auto keeps each piece read from disk large."""
 
 
 class _GZip:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tailrace.pipeline.analyze import many as analyze_each
-from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings, read_flat
+from tailrace.pipeline.analyze.settings import AnalyzeSettings, read_flat
 from tailrace.pipeline.artifacts.folders import artifacts_inside, each_artifact, unfinished_inside
-from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
-from tailrace.training.architectures.transcoder import KIND
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.analyze.stage import AnalyzeResult
 
 
 @click.command("analyze", cls=SectionCommand)
@@ -90,6 +90,11 @@ def command(
     So does each layer of a cross-layer transcoder, which is given alone.
     """
     settings, text = read_flat(given, config, is_live=live)
+
+    from tailrace.pipeline.analyze import many as analyze_each
+    from tailrace.pipeline.analyze import stage as analyze
+    from tailrace.training.architectures.transcoder import KIND
+
     arguments: dict[str, Any] = {
         "cache": cache,
         "live": text,

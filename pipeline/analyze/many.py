@@ -17,9 +17,9 @@ from pathlib import Path
 
 from tailrace.pipeline.analyze.analysis_pass import check_workers
 from tailrace.pipeline.analyze.coders import AnalysedCoder, analysed_coders
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.stage import (
     AnalyzeResult,
-    AnalyzeSettings,
     PlannedTables,
     open_sources,
     plan,
@@ -28,7 +28,7 @@ from tailrace.pipeline.analyze.stage import (
 )
 from tailrace.pipeline.analyze.weight_tables import SharedWeights, later_problems
 from tailrace.pipeline.artifacts.folders import artifacts_inside
-from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.shared.device import open_device
 from tailrace.storage.artifact import MANIFEST, REQUEST

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from tailrace.analysis.harvest.rows import ShownRows, cached_rows
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
-from tailrace.pipeline.live.token_order import FreshText, fresh_rows
+from tailrace.pipeline.live.settings import FreshText
+from tailrace.pipeline.live.token_order import fresh_rows
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.cache_format import Site

@@ -13,10 +13,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from tailrace.analysis.harvest.activations import LAST_ROW, SPOOLED_BYTES
 from tailrace.analysis.harvest.one_pass import Plan, Subject
@@ -32,6 +31,7 @@ from tailrace.pipeline.analyze.analysis_pass import (
     with_density,
 )
 from tailrace.pipeline.analyze.coders import AnalysedCoder
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.sources import CacheSource, FreshSource, Source
 from tailrace.pipeline.analyze.weight_tables import (
     CONNECTIONS,
@@ -40,11 +40,10 @@ from tailrace.pipeline.analyze.weight_tables import (
     check_downstream,
     write_weight_tables,
 )
-from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.shared.device import limited_threads, open_device
-from tailrace.pipeline.shared.options import read_settings, read_settings_together, setting_fields
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import MANIFEST, read_manifest
 from tailrace.storage.differences import list_differences
@@ -52,7 +51,6 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
 from tailrace.storage.names import remove_temporary
-from tailrace.storage.settings import Quantity, Settings
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures.transcoder import Transcoder
 from tailrace.training.cross_layer.artifact import is_cross_layer
@@ -63,101 +61,28 @@ FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 logger = logging.getLogger(__name__)
 
 
-class AnalyzeSettings(Settings):
-    """What to count, over which rows."""
-
-    help_sections: ClassVar = {
-        "split": "What to read",
-        "examples": "Examples",
-        "activations": "What to count",
-        "window_before": "Examples",
-        "without_model": "What to count",
-    }
-    help_basics: ClassVar = (
-        *("split", "rows", "examples", "random_examples", "activations"),
-        *("window_before", "window_after", "without_model", "seed"),
+def plan_of(settings: AnalyzeSettings) -> Plan:
+    """Return the same decisions as analysis takes them."""
+    match settings.activations:
+        case "all":
+            activation_rows = LAST_ROW
+        case "none":
+            activation_rows = 0
+        case n_rows:
+            activation_rows = n_rows
+    return Plan(
+        n_rows=settings.rows,
+        block_rows=settings.block_rows,
+        n_examples=settings.examples,
+        n_bands=settings.bands,
+        n_band_examples=settings.band_examples,
+        n_random_examples=settings.random_examples,
+        seed=settings.seed,
+        activation_rows=activation_rows,
+        coactivation_floor=settings.coactivation_floor,
+        window_before=settings.window_before,
+        window_after=settings.window_after,
     )
-
-    split: Literal["heldout", "train"] = "heldout"
-    """Rows to read: heldout (documents the transcoder never saw) or train."""
-
-    rows: Quantity | None = Field(default=None, gt=0)
-    """Read only this many rows, from the start of the split in token order; all of them if not given."""
-
-    examples: int = Field(default=20, ge=1)
-    """Strongest examples kept per feature, at most one from each context."""
-
-    bands: int = Field(default=5, ge=1)
-    """Equal parts of the range from zero to a feature's maximum that examples are taken from."""
-
-    band_examples: int = Field(default=5, ge=0)
-    """Examples per feature and band."""
-
-    random_examples: int = Field(default=10, ge=0)
-    """Examples per feature taken from all rows where it is active."""
-
-    seed: int = 0
-    """Decides which examples of bands and of active rows are taken."""
-
-    activations: Literal["all", "none"] | Annotated[Quantity, Field(gt=0)] = 2_000_000
-    """Rows, from the first, whose activations are kept one by one (activations/, rows and coactivation, and examples of
-    bands and of active rows): a number, all or none. About 8 bytes per active feature of a row, and 16 in scratch."""
-
-    coactivation_floor: float = Field(default=1e-4, ge=0, le=1)
-    """Share of rows on which a feature must be active to be counted together with others."""
-
-    window_before: int = Field(default=16, ge=0)
-    """Tokens shown before an example, within its context."""
-
-    window_after: int = Field(default=16, ge=0)
-    """Tokens shown after an example, within its context."""
-
-    without_model: bool = False
-    """Leave the language model's weights out: no promoted tokens, no connections.parquet."""
-
-    block_rows: int = Field(default=8192, ge=1)
-    """Rows encoded at once. Activations are kept where they are above zero only, so this costs little memory."""
-
-    def plan(self) -> Plan:
-        """Return the same decisions as analysis takes them."""
-        return Plan(
-            n_rows=self.rows,
-            block_rows=self.block_rows,
-            n_examples=self.examples,
-            n_bands=self.bands,
-            n_band_examples=self.band_examples,
-            n_random_examples=self.random_examples,
-            seed=self.seed,
-            activation_rows=self._rows_kept(),
-            coactivation_floor=self.coactivation_floor,
-            window_before=self.window_before,
-            window_after=self.window_after,
-        )
-
-    def _rows_kept(self) -> int:
-        match self.activations:
-            case "all":
-                return LAST_ROW
-            case "none":
-                return 0
-            case n_rows:
-                return n_rows
-
-
-def read_flat(
-    given: Mapping[str, Any], config: Path | None = None, *, is_live: bool
-) -> tuple[AnalyzeSettings, FreshText | None]:
-    """Read settings by the names of their flags, and those of the text; a hub dataset's split is not the cache's."""
-    given = {name: value for name, value in given.items() if value is not None and value != ()}
-    if not is_live:
-        text = setting_fields(FreshText).keys() - AnalyzeSettings.model_fields
-        if flags := ", ".join(f"--{name.replace('_', '-')}" for name in given if name in text):
-            raise SettingsError(f"{flags}: only with --live; a cache has decided it already. Leave it out")
-        return read_settings(AnalyzeSettings, config, given), None
-    split = {"split": given.pop("split")} if "split" in given else {}
-    settings, fresh = read_settings_together([AnalyzeSettings, FreshText], config, given)
-    assert isinstance(settings, AnalyzeSettings)
-    return settings, FreshText.read(fresh.model_dump(), split, where="the settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +229,7 @@ class PlannedTables:
             if not draft.published:
                 remove_temporary(draft.path.rglob(".*"))
                 with limited_threads(threads), scratch_folder(draft.path) as scratch:
-                    whole = AnalysisPass(self.source.rows(), self.analysed, self.settings.plan(), device)
+                    whole = AnalysisPass(self.source.rows(), self.analysed, plan_of(self.settings), device)
                     coder = self.analysed.load().to(device)
                     subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
                     _announce_size(subject, whole, draft.path, announce)

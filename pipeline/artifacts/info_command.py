@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from tailrace.pipeline.artifacts import info_stage as info
 from tailrace.pipeline.shared.sections import SectionCommand
 
 
@@ -17,6 +16,8 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, which has everything.")
 def command(path: Path, as_json: bool) -> None:
     """Show the cache, transcoder, sweep, evaluation or tables at PATH."""
+    from tailrace.pipeline.artifacts import info_stage as info
+
     if as_json:
         click.echo(json.dumps(info.describe(path), indent=2))
         return

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tailrace.analysis.blind.tally import Comparison, Share
-from tailrace.pipeline.blind import draw as draw_stage
 from tailrace.pipeline.blind.command_study import study
-from tailrace.pipeline.blind.draw import FORM, DrawSettings, TallyResult
+from tailrace.pipeline.blind.settings import DrawSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
+
+if TYPE_CHECKING:
+    from tailrace.analysis.blind.tally import Comparison, Share
+    from tailrace.pipeline.blind.draw import TallyResult
 
 
 @click.group("blind")
@@ -35,9 +37,13 @@ def draw(tables: tuple[Path, ...], output: Path, config: Path | None, quiet: boo
     \b
     pipeline blind draw --tables tables/transcoder --tables tables/sae --n 50 --seed 0 --out blind
     """
-    result = draw_stage.run(read_settings(DrawSettings, config, given), tables=tables, output=output)
+    settings = read_settings(DrawSettings, config, given)
+
+    from tailrace.pipeline.blind import draw as draw_stage
+
+    result = draw_stage.run(settings, tables=tables, output=output)
     if not quiet:
-        click.echo(f"{result.path}: {result.n_items} items; open {result.path / FORM} to rate them")
+        click.echo(f"{result.path}: {result.n_items} items; open {result.path / draw_stage.FORM} to rate them")
         click.echo(f"key sealed, {result.commitment}")
 
 
@@ -46,6 +52,8 @@ def draw(tables: tuple[Path, ...], output: Path, config: Path | None, quiet: boo
 @click.option("--ratings", type=click.Path(dir_okay=False, path_type=Path), help="[default: ratings.csv in DIR]")
 def tally(drawn: Path, ratings: Path | None) -> None:
     """Open the key of DIR and count its ratings, once every item is rated."""
+    from tailrace.pipeline.blind import draw as draw_stage
+
     result = draw_stage.tally_ratings(drawn, ratings_file=ratings)
     for line in show_tally(result):
         click.echo(line)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from tailrace.analysis.blind.withholding import Mode, Source
-from tailrace.pipeline.blind.study import OUTCOMES, BlindStudy, Outcome
+from tailrace.pipeline.blind.settings import OUTCOMES, Outcome
 from tailrace.pipeline.shared import run_options as options
 from tailrace.storage.errors import SettingsError
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.blind.study import BlindStudy
 
 DIRECTORY = click.argument("directory", metavar="DIR", type=options.ARTIFACT)
 
@@ -69,7 +72,7 @@ def add(directory: Path, file: Path, kind: str, source: Source, about: str) -> N
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{file}: cannot be read as JSON ({error}); check the path") from error
-    one = BlindStudy(directory).add(kind, content, source=source, about=about)
+    one = _open(directory).add(kind, content, source=source, about=about)
     click.echo(f"evidence {one.number} is sealed; delete {file} if you must not see it")
 
 
@@ -78,7 +81,7 @@ def add(directory: Path, file: Path, kind: str, source: Source, about: str) -> N
 @click.argument("number", type=int)
 def view(directory: Path, number: int) -> None:
     """Show evidence NUMBER of DIR as JSON, without what is withheld, and put that on file."""
-    click.echo(json.dumps(BlindStudy(directory).view(number), indent=1, ensure_ascii=False))
+    click.echo(json.dumps(_open(directory).view(number), indent=1, ensure_ascii=False))
 
 
 @study.command("note")
@@ -86,7 +89,7 @@ def view(directory: Path, number: int) -> None:
 @click.argument("text")
 def note(directory: Path, text: str) -> None:
     """Put a remark on file."""
-    BlindStudy(directory).note(text)
+    _open(directory).note(text)
 
 
 @study.command("hypothesis")
@@ -94,14 +97,14 @@ def note(directory: Path, text: str) -> None:
 @click.argument("text")
 def hypothesis(directory: Path, text: str) -> None:
     """Put on file what the feature is about; the last one before the reveal counts."""
-    BlindStudy(directory).hypothesise(text)
+    _open(directory).hypothesise(text)
 
 
 @study.command("reveal")
 @DIRECTORY
 def reveal(directory: Path) -> None:
     """Open all evidence; refused until a hypothesis is on file."""
-    BlindStudy(directory).reveal()
+    _open(directory).reveal()
     click.echo("revealed: view the evidence again, then give your verdict")
 
 
@@ -111,17 +114,23 @@ def reveal(directory: Path) -> None:
 @click.argument("text", default="")
 def verdict(directory: Path, outcome: Outcome, text: str) -> None:
     """Put on file whether the hypothesis was right, after the reveal."""
-    BlindStudy(directory).conclude(outcome, text)
+    _open(directory).conclude(outcome, text)
 
 
 @study.command("log")
 @DIRECTORY
 def log(directory: Path) -> None:
     """Check the ledger of DIR and show what happened."""
-    opened = BlindStudy(directory)
+    opened = _open(directory)
     for entry in opened.entries():
         click.echo(f"{entry['time']}  {_line(entry)}")
     _echo_evidence(opened)
+
+
+def _open(directory: Path) -> BlindStudy:
+    from tailrace.pipeline.blind.study import BlindStudy
+
+    return BlindStudy(directory)
 
 
 def _echo_evidence(opened: BlindStudy) -> None:

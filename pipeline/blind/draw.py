@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from pydantic import Field
 
 from tailrace.analysis.blind.sampling import Drawn, LiveRule, draw
 from tailrace.analysis.blind.tally import Tally, tally
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.blind import ratings
 from tailrace.pipeline.blind.sealed import seal, unseal
+from tailrace.pipeline.blind.settings import DrawSettings
 from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
@@ -26,7 +26,6 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.randomness import philox, random_permutation
-from tailrace.storage.settings import Settings
 from tailrace.storage.tables import read_table
 
 KIND = "blind-comparison"
@@ -39,25 +38,6 @@ _UNSEEN = ("coactivation_floor", "without_model")
 TALLY = "tally.json"
 
 logger = logging.getLogger(__name__)
-
-
-class DrawSettings(Settings):
-    """Which features, and how many."""
-
-    n: int = Field(default=50, ge=1)
-    """Features of each dictionary."""
-
-    seed: int = Field(default=0, ge=0)
-    """Decides which are drawn and in what order they are shown."""
-
-    min_log10_frequency: float = -4.0
-    """A feature may be drawn if log10 of its frequency is above this."""
-
-    min_active: int = Field(default=4, ge=1)
-    """A feature that fires on fewer rows is replaced by a new random one, at its own place."""
-
-    window: int = Field(default=16, ge=0)
-    """Tokens shown on each side of an example, if the tables hold as many."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import pyarrow.compute as pc
 
@@ -19,14 +19,13 @@ from tailrace.analysis.blind.withholding import Mode, Source, withhold
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.blind.ledger import Clock, Entry, Ledger, utc_now
 from tailrace.pipeline.blind.sealed import seal, unseal
+from tailrace.pipeline.blind.settings import OUTCOMES, Outcome
 from tailrace.storage.artifact import read_manifest
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.tables import read_schema, read_table
 
 LEDGER = "ledger.jsonl"
 
-Outcome = Literal["right", "partly right", "wrong"]
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 _LIVE = LiveRule(min_log10_frequency=-4.0, min_active=4)
 """Features among which a random one is drawn."""

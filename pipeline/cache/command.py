@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tailrace.pipeline.cache import stage as cache
-from tailrace.pipeline.cache.budget import STORAGE_DTYPES, Budget, plan_budget
 from tailrace.pipeline.cache.settings import CacheSettings
-from tailrace.pipeline.cache.workers import Workers
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
-from tailrace.storage.cache_format import SPLITS
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.cache.budget import Budget
+    from tailrace.pipeline.cache.stage import CacheResult
 
 
 @click.command("cache", cls=SectionCommand)
@@ -52,6 +52,11 @@ def command(
     Continues where it stopped if it was interrupted.
     """
     settings = read_settings(CacheSettings, config, given)
+
+    from tailrace.pipeline.cache import stage as cache
+    from tailrace.pipeline.cache.budget import plan_budget
+    from tailrace.pipeline.cache.workers import Workers
+
     if dry_run:
         show_budget(plan_budget(settings, output=output, device=device, threads=threads))
         return
@@ -69,8 +74,10 @@ def command(
         show_result(result)
 
 
-def show_result(result: cache.CacheResult) -> None:
+def show_result(result: CacheResult) -> None:
     """Print what a cache holds now."""
+    from tailrace.storage.cache_format import SPLITS
+
     splits = result.cache.manifest["splits"]
     rows = ", ".join(f"{splits[name]['n_rows']:,} {name} rows" for name in SPLITS if name in splits)
     rate = f" ({result.n_new_rows / result.seconds:,.0f} rows/s)" if result.seconds else ""
@@ -81,6 +88,8 @@ def show_result(result: cache.CacheResult) -> None:
 
 def show_budget(budget: Budget) -> None:
     """Print what a cache would cost."""
+    from tailrace.pipeline.cache.budget import STORAGE_DTYPES
+
     rows = "the whole dataset" if budget.n_rows is None else f"{budget.n_rows:,} rows"
     click.echo(f"{rows} of {', '.join(site.name for site in budget.sites)}, shards of {budget.shard_rows:,} rows")
     hours = "" if budget.hours is None else f": about {_time(budget.hours)} in one process"

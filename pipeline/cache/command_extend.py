@@ -7,7 +7,6 @@ from typing import Literal
 
 import click
 
-from tailrace.pipeline.cache import grow
 from tailrace.pipeline.cache.command import show_result
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
@@ -36,6 +35,8 @@ def command(
     quiet: bool,
 ) -> None:
     """Add training rows to CACHE, continuing its text where it stopped."""
+    from tailrace.pipeline.cache import grow
+
     try:
         n_rows: int | Literal["all"] = "all" if tokens == "all" else int(parse_quantity(tokens))
     except ValueError as error:

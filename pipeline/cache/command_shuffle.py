@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from tailrace.pipeline.cache import shuffle
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
 
@@ -24,6 +23,8 @@ def command(cache: Path, epoch: int, seed: int | None, split: str, workers: int,
     Not needed for training: an epoch is shuffled while it is read. Worth it with little memory, a slow disk, or many
     readers, at the price of the cache's size on disk.
     """
+    from tailrace.pipeline.cache import shuffle
+
     path = shuffle.run(cache, epoch=epoch, seed=seed, split=split, workers=workers, quiet=quiet)
     if not quiet:
         click.echo(f"{path}: training reads epoch {epoch} from here")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from tailrace.pipeline.cache import verify
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
-from tailrace.storage.cache_format import KIND
-from tailrace.storage.shuffle_evidence import ShuffleEvidence
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.cache.verify import PairingReport, Verification
+    from tailrace.storage.shuffle_evidence import ShuffleEvidence
 
 
 @click.command("verify", cls=SectionCommand)
@@ -44,6 +46,9 @@ def command(
     Every artifact's bytes are compared with their checksums. Of a cache, some recorded contexts are also run through
     the language model again and compared with their stored rows.
     """
+    from tailrace.pipeline.cache import verify
+    from tailrace.storage.cache_format import KIND
+
     if (kind := verify.kind_of(path)) != KIND:
         click.echo(f"{path}: comparing every file of the {kind} with its checksum")
     done = verify.run(
@@ -65,7 +70,7 @@ def command(
     _finish(problems)
 
 
-def show(found: verify.Verification) -> None:
+def show(found: Verification) -> None:
     """Print what one check of a cache found."""
     for report in found.pairs:
         _say(report.passed, _line(report))
@@ -76,7 +81,7 @@ def show(found: verify.Verification) -> None:
         _say(not found.damage, f"checksums: {n_problems if found.damage else 'every byte as written'}")
 
 
-def _line(report: verify.PairingReport) -> str:
+def _line(report: PairingReport) -> str:
     mlp = "" if report.is_mlp else ", pairing check not applicable"
     if report.mlp_relative_error is not None:
         mlp = f", MLP(in) against out {report.mlp_relative_error:.1e}"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from tailrace.pipeline.cache import grow
 from tailrace.pipeline.cache.command import show_result
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
@@ -30,6 +29,8 @@ def command(
     quiet: bool,
 ) -> None:
     """Add layers to CACHE for the rows it holds, by running its recorded contexts again."""
+    from tailrace.pipeline.cache import grow
+
     result = grow.widen(cache, layers, hooks, grow.Place(device, threads, quiet, model))
     if not quiet:
         show_result(result)

@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationInfo, field_validator
 
-from tailrace.pipeline.model.language_model import ModelSettings
-from tailrace.pipeline.text.dataset import TextSettings
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.settings import TextSettings
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.layout import CacheLayout
+from tailrace.storage.formats import Compression
 from tailrace.storage.settings import Quantity, Settings
 
 
@@ -120,6 +120,24 @@ class CapturedContexts(RowFilter):
         if info.data.get("first_position", 0) >= value:
             raise ValueError(f"wanted more than first_position ({info.data['first_position']}), or no row is left")
         return value
+
+
+class CacheLayout(Settings):
+    """How activations lie on disk."""
+
+    help_sections: ClassVar = {"storage_dtype": "On disk"}
+
+    storage_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
+    """Stored dtype. auto: bfloat16 for a bfloat16 model; otherwise float16 where a probe of the first batches stays
+    below 8192, else bfloat16. int8 keeps a scale per row and per column: a quarter of float32, FVU below 1e-4."""
+    compression: Compression = "none"
+    """Lossless compression; slower than a local disk, worth it on slow or network storage."""
+    shard_rows: int | Literal["auto"] = "auto"
+    """Rows per shard, which is also the unit of shuffling and of resuming; a multiple of chunk_rows."""
+    chunk_rows: int | Literal["auto"] = "auto"
+    """Rows per inner chunk, the smallest piece other Zarr programs read at once."""
+    bucket_rows: int | Literal["auto"] = "auto"
+    """Rows shuffled together in memory when reading; auto keeps each piece read from disk large."""
 
 
 class WantedRows(Settings):

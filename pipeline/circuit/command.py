@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tailrace.analysis.circuits.paths import show_value
-from tailrace.pipeline.circuit import stage as circuit
-from tailrace.pipeline.circuit.question import Question, parse_feature
-from tailrace.pipeline.circuit.stage import PAGE, CircuitResult, CircuitSettings
+from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, option
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.circuit.stage import CircuitResult
 
 asked = partial(option, section="What to explain")
 
@@ -80,6 +80,11 @@ def command(
     The BOS is put before the prompt. --out gets circuit.json, viewer.json (for the viewers of circuit-tracer and
     Neuronpedia) and index.html, which opens in any browser.
     """
+    settings = read_settings(CircuitSettings, config, given)
+
+    from tailrace.pipeline.circuit import stage as circuit
+    from tailrace.pipeline.circuit.question import Question, parse_feature
+
     question = Question(
         prompt,
         token,
@@ -88,7 +93,6 @@ def command(
         logit,
         logit_difference or None,
     )
-    settings = read_settings(CircuitSettings, config, given)
     result = circuit.run(
         settings,
         question,
@@ -116,6 +120,8 @@ _NOTATION = (
 
 def show_circuit(result: CircuitResult) -> list[str]:
     """Return what was found, in lines: the tokens, what the root is made of, the paths, the graph."""
+    from tailrace.pipeline.circuit.stage import PAGE
+
     document = result.document
     root = document["root"]
     lines = [" ".join(f"{place}:{token['text']!r}" for place, token in enumerate(document["tokens"])), ""]
@@ -148,5 +154,7 @@ def show_circuit(result: CircuitResult) -> list[str]:
 
 def _kind(kind: str, value: float, from_bos: float | None) -> str:
     """Return what a kind of nodes adds. Paths leave out what heads bring from the BOS, so its share is told."""
+    from tailrace.analysis.circuits.paths import show_value
+
     share = f" ({show_value(from_bos)} from the BOS)" if kind == "head" and from_bos else ""
     return f"{kind} {show_value(value)}{share}"

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from tailrace.analysis.circuits import documents
 from tailrace.analysis.circuits.attribution_graph import AttributionGraph, GraphSettings, build_graph, top_logits
@@ -34,6 +33,7 @@ from tailrace.pipeline.cache.recorded_model import explained_passes
 from tailrace.pipeline.circuit.cards import open_tables, read_cards
 from tailrace.pipeline.circuit.page import features_shown, render_page
 from tailrace.pipeline.circuit.question import Question, check_askable, prompt_tokens, token_ids
+from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.circuit.traced import TracedLayers, traced_layers, warn_of_poor_layers
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
@@ -42,7 +42,6 @@ from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.storage.artifact import MANIFEST, read_manifest, write_atomically
 from tailrace.storage.draft import Draft
 from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
-from tailrace.storage.settings import Settings
 from tailrace.storage.token_text import join_characters
 from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
 
@@ -56,52 +55,6 @@ PAGE = "index.html"
 """To look at in a browser."""
 N_LIKELY = 5
 """Tokens of which it is said how likely they are to come next."""
-
-
-class CircuitSettings(Settings):
-    """How to look for a circuit, and how much of it to keep."""
-
-    help_sections: ClassVar = {
-        "iterations": "Search for paths",
-        "missing_layers": "What the model computes",
-        "max_features": "Attribution graph",
-        "dtype": "What the model computes",
-    }
-
-    iterations: int = Field(default=3, ge=1)
-    """Rounds of the search for paths: steps behind the root."""
-
-    branches: int = Field(default=15, ge=1)
-    """Paths kept after each round."""
-
-    order: Literal["signed", "magnitude"] = "signed"
-    """signed: paths with the largest contributions; magnitude: also those that inhibit."""
-
-    cap: bool = False
-    """Let no step count for more than a feature it acts through; values then no longer add up to a graph."""
-
-    ignore_bos: bool = True
-    """Leave out what attention brings from the BOS."""
-
-    filter: tuple[str, ...] = ()
-    """Condition that every step must meet, such as token!=9, kind=head or layer<8; give it again for more, which must
-    all hold. Fields: kind, layer, token, head, feature, place."""
-
-    missing_layers: Literal["refuse", "opaque"] = "refuse"
-    """What to do about layers without a transcoder: opaque makes each such MLP one node that nothing is told about."""
-
-    max_features: int = Field(default=256, ge=0)
-    """Features of the attribution graph whose own inputs are computed, always the most influential; 0 for no graph."""
-
-    node_threshold: float = Field(default=0.8, gt=0, le=1)
-    """Share of all influence that the attribution graph's nodes keep."""
-
-    edge_threshold: float = Field(default=0.98, gt=0, le=1)
-    """Share of what flows between these nodes that the edges keep."""
-
-    dtype: Literal["recorded", "float32"] = "recorded"
-    """What the model computes in: as when the transcoders' activations were made, or float32, which adds up more
-    closely."""
 
 
 @dataclass(frozen=True)

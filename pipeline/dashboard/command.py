@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from tailrace.pipeline.artifacts.folders import refuse_folder
-from tailrace.pipeline.dashboard import stage as dashboard
-from tailrace.pipeline.dashboard.stage import DashboardSettings
+from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
@@ -33,6 +32,9 @@ def command(tables: Path, output: Path, config: Path | None, quiet: bool, **give
     """
     refuse_folder(tables, TABLES_KIND)
     settings = read_settings(DashboardSettings, config, given)
+
+    from tailrace.pipeline.dashboard import stage as dashboard
+
     result = dashboard.run(settings, tables=tables, output=output, quiet=quiet)
     if not quiet:
         size = f"{result.n_bytes / 1e6:.1f} MB in {result.n_files:,} files"

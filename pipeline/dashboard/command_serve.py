@@ -8,8 +8,6 @@ from pathlib import Path
 import click
 
 from tailrace.pipeline.artifacts.folders import refuse_folder
-from tailrace.pipeline.dashboard import serve
-from tailrace.pipeline.dashboard.stage import KIND as DASHBOARD
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
 from tailrace.storage.formats import TABLES_KIND
@@ -28,6 +26,9 @@ def command(artifact: Path, port: int, host: str) -> None:
 
     A published dashboard opens from disk as well. There is no password: whoever reaches the address can read.
     """
+    from tailrace.pipeline.dashboard import serve
+    from tailrace.pipeline.dashboard.stage import KIND as DASHBOARD
+
     for kind in (TABLES_KIND, DASHBOARD):
         refuse_folder(artifact, kind)
     with serve.open_server(artifact, host=host, port=port) as server:

@@ -19,8 +19,9 @@ from urllib.parse import unquote, urlsplit
 
 from tailrace.analysis.dashboards.feature_tables import KIND as TABLES
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
-from tailrace.pipeline.dashboard.stage import KIND, SITE, DashboardSettings
+from tailrace.pipeline.dashboard.stage import KIND, SITE
 from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
 from tailrace.storage.names import inside

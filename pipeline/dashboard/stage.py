@@ -12,17 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from tqdm import tqdm
 
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.pipeline.dashboard.blind import write_blind_page
-from tailrace.pipeline.dashboard.feature_selection import FeatureSelection, parse_features
+from tailrace.pipeline.dashboard.feature_selection import parse_features
+from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
 from tailrace.storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
 from tailrace.storage.draft import Draft
 from tailrace.storage.formats import ARTIFACT_FORMATS
-from tailrace.storage.settings import Settings
 
 KIND = "dashboard"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -30,23 +29,6 @@ SITE = Path(__file__).parent / "site"
 """The site's own files: its page, styles and scripts."""
 
 logger = logging.getLogger(__name__)
-
-
-class DashboardSettings(Settings):
-    """Which features to show, and how."""
-
-    feature: FeatureSelection = ()
-    """Show only these features, e.g. 89,100-200 (both ends belong to a range); may be repeated. All if not given."""
-
-    window: int = Field(default=24, ge=0)
-    """Tokens shown on each side of an example, as far as the tables have them."""
-
-    blind: bool = False
-    """Write pages without numbers instead, each named by an item number in shuffled order; key.json says which feature
-    an item is."""
-
-    seed: int = 0
-    """Decides the order of the items of a blind site; nothing else."""
 
 
 @dataclass(frozen=True)

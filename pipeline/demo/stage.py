@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
 from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.analyze.stage import AnalyzeResult
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache import verify
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.dashboard import stage as dashboard
-from tailrace.pipeline.dashboard.stage import DashboardSettings
-from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.dashboard.settings import DashboardSettings
+from tailrace.pipeline.samples.bundled_models import DemoModel, bundled_model
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.pipeline.samples.speeches import fetch_sotu
 from tailrace.pipeline.train import stage as train
@@ -27,7 +28,6 @@ from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.tables import read_table
 from tailrace.training.loop.settings import TrainSettings
 
-DemoModel = Literal["tiny", "smollm2"]
 Say = Callable[[str], None]
 
 _SHORTEST_WORD = 4

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tailrace.analysis.evaluate.splice_scores import SpliceScore
-from tailrace.pipeline.evaluate import stage as evaluate
-from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
+
+if TYPE_CHECKING:
+    from tailrace.analysis.evaluate.splice_scores import SpliceScore
 
 
 @click.command("evaluate", cls=SectionCommand)
@@ -46,6 +47,9 @@ def command(
     that the transcoders recover. tokens.parquet in --out says what happened at every token.
     """
     settings = read_settings(EvaluateSettings, config, given)
+
+    from tailrace.pipeline.evaluate import stage as evaluate
+
     result = evaluate.run(
         settings,
         transcoders=transcoders,

@@ -9,8 +9,7 @@ from typing import get_args
 
 import click
 
-from tailrace.pipeline.evaluate import pareto, pareto_plot
-from tailrace.pipeline.evaluate.pareto import Measure
+from tailrace.pipeline.evaluate.settings import Measure
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
 
@@ -32,6 +31,8 @@ def command(artifacts: tuple[Path, ...], output: Path | None, measure: Measure, 
     A line for each architecture joins its best transcoders. CE recovered is read from evaluations given beside the
     transcoders, or from scores taken while training.
     """
+    from tailrace.pipeline.evaluate import pareto, pareto_plot
+
     if output is not None:
         pareto_plot.check_output(output)
     points = pareto.collect(artifacts)

@@ -10,8 +10,9 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from tailrace.pipeline.evaluate.settings import Measure
 from tailrace.pipeline.evaluate.stage import KIND as EVALUATION
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.runs_table import FINISHED
@@ -21,9 +22,6 @@ from tailrace.training.architectures.transcoder import KIND as TRANSCODER
 from tailrace.training.architectures.transcoder import read_transcoder_manifest
 
 logger = logging.getLogger(__name__)
-
-Measure = Literal["fvu", "ce_recovered"]
-"""What stands against L0."""
 
 
 @dataclass(frozen=True)

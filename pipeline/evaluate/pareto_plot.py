@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tailrace.pipeline.evaluate.pareto import Measure, Point, front
+from tailrace.pipeline.evaluate.pareto import Point, front
+from tailrace.pipeline.evaluate.settings import Measure
 from tailrace.storage.artifact import make_directory, write_atomically
 from tailrace.storage.errors import SettingsError
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
-from pydantic import Field
 from tqdm import tqdm
 
 from tailrace.analysis.evaluate.evaluation import TOKEN_SCHEMA, ContextBatch, Evaluation, SplicedSite, token_rows
@@ -23,13 +22,13 @@ from tailrace.analysis.splice.in_place import layers_in_place
 from tailrace.pipeline.analyze.stage import check_same_site
 from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
+from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.artifact import read_manifest
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
-from tailrace.storage.settings import Quantity, Settings
 from tailrace.storage.tables import write_table
 from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
 from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
@@ -41,24 +40,6 @@ TOKENS = "tokens.parquet"
 """Per-token deltas; the meaning of its columns lies in the file."""
 
 logger = logging.getLogger(__name__)
-
-
-class EvaluateSettings(Settings):
-    """On which contexts to run the model."""
-
-    split: Literal["heldout", "train"] = "heldout"
-    """Contexts to run: heldout (documents the transcoders never saw) or train."""
-
-    contexts: Quantity = Field(default=256, gt=0)
-    """Contexts to run, a uniform sample; all of the split's if it has no more. Each is run 4 times per transcoder,
-    and 3 times more for several at once."""
-
-    contexts_per_batch: int = Field(default=16, gt=0)
-    """Contexts per pass of the language model. Memory: twice the logits of a batch, 2 × 410 MB for 16 contexts of 128
-    tokens and 50,000 tokens of vocabulary in float32."""
-
-    seed: int = 0
-    """Decides which contexts are run."""
 
 
 @dataclass(frozen=True)

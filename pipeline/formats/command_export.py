@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from tailrace.pipeline.formats import export
-from tailrace.pipeline.formats.export import FORMATS, ExportSettings
+from tailrace.pipeline.formats.settings import FORMATS, ExportSettings, Format
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
@@ -37,7 +36,7 @@ class _ListsFormats(SectionCommand):
 @options.quiet
 def command(
     sources: tuple[Path, ...],
-    to: export.Format,
+    to: Format,
     output: Path,
     cache: Path | None,
     config: Path | None,
@@ -56,6 +55,9 @@ def command(
     A folder that holds transcoders, or tables, stands for all of them.
     """
     settings = read_settings(ExportSettings, config, given)
+
+    from tailrace.pipeline.formats import export
+
     result = export.run(settings, to=to, sources=sources, output=output, cache=cache, model=model, device=device)
     if not quiet:
         for note in result.notes:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tailrace.pipeline.formats import import_cross_layer, import_transcoder
-from tailrace.pipeline.formats.import_transcoder import ORIGINS, ImportSettings
+from tailrace.pipeline.formats.settings import ORIGINS, ImportSettings, Origin
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.formats.import_cross_layer import CrossLayerImport
 
 
 class _ListsOrigins(SectionCommand):
@@ -34,7 +36,7 @@ class _ListsOrigins(SectionCommand):
 @options.quiet
 def command(
     source: Path,
-    origin: import_transcoder.Origin,
+    origin: Origin,
     cache: Path,
     output: Path,
     config: Path | None,
@@ -50,6 +52,9 @@ def command(
     pipeline import clt-folder --from circuit-tracer --cache caches/gpt2 --out transcoders/imported-clt
     """
     settings = read_settings(ImportSettings, config, given)
+
+    from tailrace.pipeline.formats import import_cross_layer, import_transcoder
+
     if origin == import_cross_layer.ORIGIN and source.is_dir():
         across = import_cross_layer.run(settings, source=source, cache=cache, output=output, device=device)
         notes, summary = across.notes, _summary_of_layers(across)
@@ -63,7 +68,7 @@ def command(
         click.echo(f"{output}: {summary}")
 
 
-def _summary_of_layers(result: import_cross_layer.CrossLayerImport) -> str:
+def _summary_of_layers(result: CrossLayerImport) -> str:
     n_layers = len(result.sites)
     measured = [fvu for fvu in result.fvu if fvu is not None]
     fvu = "" if not measured else f", FVU {min(measured):.4f} to {max(measured):.4f}"

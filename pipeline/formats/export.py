@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.pipeline.analyze.stage import KIND as TABLES_KIND
@@ -22,67 +20,20 @@ from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.formats import circuit_tracer, cross_layer, delphi, saelens, sparsify, viewer_features
 from tailrace.pipeline.formats.conversion import Converted, convert
 from tailrace.pipeline.formats.hooks import NORMALISED_IN, normalised_note
+from tailrace.pipeline.formats.settings import TABLE_FORMATS, ExportSettings, Format
 from tailrace.pipeline.formats.subjects import Subject, open_subjects
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, canonical_json, read_manifest, read_sealed
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
-from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
 
 KIND = "export"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 
-Format = Literal["saelens", "circuit-tracer", "sparsify", "circuit-tracer-features", "delphi"]
-FORMATS: dict[Format, str] = {
-    "saelens": "one transcoder or autoencoder: cfg.json, sae_weights.safetensors",
-    "circuit-tracer": "transcoders of every layer as a set: config.yaml, layer_N.safetensors; or one cross-layer "
-    "transcoder: config.yaml, W_enc_N.safetensors, W_dec_N.safetensors",
-    "sparsify": "TopK transcoders by module: MODULE/cfg.json, MODULE/sae.safetensors",
-    "circuit-tracer-features": "tables of any layers for its viewer: features/index.json.gz, layer_N.bin",
-    "delphi": "tables with activations for automated interpretation: latents/MODULE/",
-}
-"""Every format with what is put into it and what comes out."""
-TABLE_FORMATS: tuple[Format, ...] = ("circuit-tracer-features", "delphi")
-"""Formats made of tables; the others are made of transcoders."""
 
 logger = logging.getLogger(__name__)
-
-
-class ExportSettings(Settings):
-    """What an export shall hold."""
-
-    model_name: str | None = None
-    """Name by which the other tool loads the language model; by default the recorded one."""
-
-    rows: Quantity = Field(default=65_536, ge=1)
-    """TopK to saelens, circuit-tracer: rows of --cache on which thresholds in place of k are chosen, and as many
-    held-out rows on which their cost is measured."""
-
-    fold_norm: bool = False
-    """saelens, circuit-tracer: fold the gain and bias of the norm before the MLP into the transcoder, which then reads
-    ln2.hook_normalized and writes hook_mlp_out, as in HookedTransformer. Loads the language model."""
-
-    module: str | None = None
-    """sparsify, delphi: module the transcoder belongs to, such as layers.3.mlp, where it is not known by itself."""
-
-    scan: str | None = None
-    """circuit-tracer: name under which the viewer finds the features of the set."""
-
-    def given_for_others(self, to: Format) -> list[str]:
-        """Return a sentence for each setting that another format than ``to`` has."""
-        of = {
-            "rows": ("saelens", "circuit-tracer"),
-            "fold_norm": ("saelens", "circuit-tracer"),
-            "module": ("sparsify", "delphi"),
-            "scan": ("circuit-tracer",),
-        }
-        return [
-            f"--{name.replace('_', '-')}: is a setting of {' and '.join(formats)}, not of {to}; leave it out"
-            for name, formats in of.items()
-            if name in self.model_fields_set and getattr(self, name) and to not in formats
-        ]
 
 
 @dataclass(frozen=True)

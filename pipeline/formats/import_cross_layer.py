@@ -15,7 +15,8 @@ import torch
 
 from tailrace.analysis.circuits.record import mlp_layer
 from tailrace.pipeline.formats.cross_layer import ForeignLayers, inspect_folder
-from tailrace.pipeline.formats.import_transcoder import POOR_FVU, ImportSettings, note_other_name, sites_of
+from tailrace.pipeline.formats.import_transcoder import POOR_FVU, note_other_name, sites_of
+from tailrace.pipeline.formats.settings import ImportSettings
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.cache_format import Site

@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field
 
 from tailrace.pipeline.formats import circuit_tracer, dictionary_learning, reference, saelens, sparsify
 from tailrace.pipeline.formats.foreign import Foreign
 from tailrace.pipeline.formats.hooks import hooked_transformer_name
+from tailrace.pipeline.formats.settings import ORIGINS, ImportSettings, Origin
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import (
     FORMAT_VERSION,
@@ -37,16 +35,6 @@ from tailrace.training.architectures.transcoder import (
 from tailrace.training.loop.evaluate import HeldoutScore, evaluate, predictor
 from tailrace.training.rows.batches import iter_once
 
-Origin = Literal["saelens", "circuit-tracer", "sparsify", "dictionary-learning", "reference"]
-ORIGINS: dict[Origin, str] = {
-    "saelens": "folder with cfg.json and sae_weights.safetensors",
-    "circuit-tracer": "one layer's file layer_N.safetensors, its set's config.yaml beside it; or the folder of a "
-    "cross-layer transcoder",
-    "sparsify": "one module's folder with cfg.json and sae.safetensors",
-    "dictionary-learning": "folder with config.json and ae.pt",
-    "reference": "checkpoint (.pt) of the original transcoders code; nothing in it is run",
-}
-"""Every format that can be read, with what to give."""
 _READERS: dict[Origin, Callable[[Path], Foreign]] = {
     "saelens": saelens.read,
     "circuit-tracer": circuit_tracer.read,
@@ -63,17 +51,6 @@ _IN_FOLDERS: dict[Origin, tuple[str, ...]] = {
 _BATCH_ROWS = 1024
 POOR_FVU = 0.9
 """Above this, a transcoder is taken not to belong to the rows it was measured on."""
-
-
-class ImportSettings(Settings):
-    """What an imported transcoder is taken for."""
-
-    site: str | None = None
-    """Site of the cache that it belongs to; by default the one whose hooks the files name. Of a cross-layer transcoder,
-    all of them, lowest layer first: A,B,C."""
-
-    rows: Quantity = Field(default=65_536, ge=1)
-    """Rows of the cache on which FVU and L0 are measured, held-out ones if there are any."""
 
 
 @dataclass(frozen=True)

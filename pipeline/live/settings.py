@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tailrace.pipeline.cache.settings import CapturedContexts, CapturedSites
-from tailrace.pipeline.model.language_model import ModelSettings
-from tailrace.pipeline.text.dataset import TextSettings
+from tailrace.pipeline.model.settings import ModelSettings
+from tailrace.pipeline.text.settings import TextSettings
 from tailrace.storage.settings import Quantity
 
 
@@ -26,3 +26,10 @@ class LiveSettings(CapturedContexts, CapturedSites, TextSettings, ModelSettings)
     """Rows among which a batch is drawn: half of them from newer text than the other half."""
     buffer_bytes: Quantity = Field(default=4_000_000_000, ge=1)
     """Memory the buffer may take; buffer_rows is lowered to fit. A buffered row takes 1.5 times its stored size."""
+
+
+class FreshText(CapturedContexts, TextSettings):
+    """Text that a language model is run over for the purpose."""
+
+    holdout: str = "0"
+    """Documents left out, such as those known from training: a share, indices such as 7::20, or 0 for none."""

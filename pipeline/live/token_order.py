@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from tailrace.analysis.harvest.rows import ShownRows
 from tailrace.pipeline.cache.recorded_model import explained_passes
-from tailrace.pipeline.cache.settings import CapturedContexts
 from tailrace.pipeline.cache.stage import check_context_length, row_mask_of
 from tailrace.pipeline.live.rows import RowMaker, as_array
+from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.model.language_model import LanguageModel
-from tailrace.pipeline.text.dataset import TextSettings, open_documents
+from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import TRAIN, ContextSource
 from tailrace.storage.cache_format import Site
@@ -30,13 +30,6 @@ logger = logging.getLogger(__name__)
 SPLIT = "live"
 UNIT_ROWS = 65_536
 """Rows of a unit, about: its activations are in memory at once, in float32."""
-
-
-class FreshText(CapturedContexts, TextSettings):
-    """Text that a language model is run over for the purpose."""
-
-    holdout: str = "0"
-    """Documents left out, such as those known from training: a share, indices such as 7::20, or 0 for none."""
 
 
 class FreshSplit:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,40 +19,19 @@ from tailrace.pipeline.model import capture as activation_capture
 from tailrace.pipeline.model import sites
 from tailrace.pipeline.model.capture import PairingCheck
 from tailrace.pipeline.model.loading import Checkpoint, boot, choose_dtype, compile_mlps, open_checkpoint, parse_device
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.model.tokenizer import ModelTokenizer, open_tokenizer
 from tailrace.storage.artifact import JSON, checksum_file, digest
 from tailrace.storage.errors import ModelError
-from tailrace.storage.settings import Settings
 
-__all__ = ["LanguageModel", "ModelSettings", "PairingCheck", "SiteHooks", "load_language_model"]
+__all__ = ["LanguageModel", "PairingCheck", "SiteHooks", "load_language_model"]
 
 logger = logging.getLogger(__name__)
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _PROBE_POSITIONS = 7  # of the pass that finds out widths and heads; a number that is no usual number of heads
 _LIBRARIES = ("torch", "transformer_lens", "transformers", "tokenizers")
-
-
-class ModelSettings(Settings):
-    """Which language model, and in what form."""
-
-    help_sections: ClassVar = {"model": "Language model"}
-
-    model: str
-    """Language model: a name on the Hugging Face hub, or a folder in its format."""
-
-    revision: str | None = None
-    """Branch, tag or commit on the hub; by default the newest. The commit it stands for is recorded."""
-
-    model_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
-    """What the model computes in; auto is the checkpoint's own dtype, but float32 for float16 on a CPU."""
-
-    processing: Literal["raw", "compatibility"] = "raw"
-    """raw: weights as published. compatibility: norms folded in and weights centred, as HookedTransformer did."""
-
-    bos_token_id: int | None = None
-    """Token that begins every context; by default the tokenizer's BOS, or its EOS if it has no BOS."""
 
 
 class LanguageModel:

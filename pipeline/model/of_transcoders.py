@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_paths, each_artifact
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
 from tailrace.training.architectures.transcoder import KIND

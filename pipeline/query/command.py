@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tailrace.pipeline.query import saved as queries
-from tailrace.pipeline.query import stage as query
-from tailrace.pipeline.query.views import Tables, find_views, parse_tables
 from tailrace.pipeline.shared.sections import SectionCommand
 from tailrace.storage.errors import SettingsError
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.query.stage import Format
+    from tailrace.pipeline.query.views import Tables
 
 
 @click.command("query", cls=SectionCommand)
@@ -39,7 +42,7 @@ def command(
     saved: str | None,
     values: tuple[str, ...],
     as_list: bool,
-    form: query.Format | None,
+    form: Format | None,
     output: Path | None,
 ) -> None:
     """Answer one SQL query over tables; each is a view: features, examples, activations and more of `pipeline analyze`,
@@ -51,6 +54,9 @@ def command(
     pipeline query --saved examples --set feature=89 --tables tables/gpt2-l8
     pipeline query --list --tables tables/gpt2-l8
     """
+    from tailrace.pipeline.query import stage as query
+    from tailrace.pipeline.query.views import find_views, parse_tables
+
     if (sql is not None) + (saved is not None) + as_list != 1:
         raise click.UsageError("give one of SQL, --saved NAME or --list")
     if as_list and (values or output is not None or form not in (None, "table", "json")):
@@ -85,12 +91,14 @@ def command(
         click.echo(f"{output}: written")
 
 
-def _format_of(output: Path | None) -> query.Format:
-    by_suffix: dict[str, query.Format] = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
+def _format_of(output: Path | None) -> Format:
+    by_suffix: dict[str, Format] = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
     return by_suffix.get(output.suffix, "table") if output is not None else "table"
 
 
-def _list(tables: Tables, form: query.Format | None) -> None:
+def _list(tables: Tables, form: Format | None) -> None:
+    from tailrace.pipeline.query import stage as query
+
     listed = query.list_tables(tables)
     ready = queries.saved_queries()
     if form == "json":

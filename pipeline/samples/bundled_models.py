@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 from tailrace.storage.errors import ModelError
+
+DemoModel = Literal["tiny", "smollm2"]
+"""What ``pipeline demo`` runs on: the bundled model, or a download."""
 
 
 def bundled_model(name: str) -> Path:

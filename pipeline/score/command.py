@@ -7,12 +7,8 @@ from pathlib import Path
 import click
 
 from tailrace.pipeline.dashboard.feature_selection import parse_features
-from tailrace.pipeline.score import pictures as score_pictures
-from tailrace.pipeline.score import stage as score
-from tailrace.pipeline.score.text import show
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
-from tailrace.training.architectures.transcoder import read_transcoder_manifest
 
 
 @click.command("score", cls=SectionCommand)
@@ -73,6 +69,11 @@ def command(
     Without --feature, shows the strongest features of each token and of all. Every context begins with BOS, as in a
     cache; BOS itself is not scored.
     """
+    from tailrace.pipeline.score import pictures as score_pictures
+    from tailrace.pipeline.score import stage as score
+    from tailrace.pipeline.score.text import show
+    from tailrace.training.architectures.transcoder import read_transcoder_manifest
+
     if output is not None:
         score_pictures.check_output(output)
     scores = score.run(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
-from tailrace.pipeline.task import stage as task
-from tailrace.pipeline.task.stage import TaskSettings
-from tailrace.pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER, Curve, Ranked
+from tailrace.pipeline.task.settings import TaskSettings
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.task.stage import TaskResult
+    from tailrace.pipeline.task.tables import Curve, Ranked
 
 
 @click.command("task", cls=SectionCommand)
@@ -51,8 +53,12 @@ def command(
     Features are ranked by their variance over the prompts, then kept a few at a time, beside the MLP's neurons, and
     left out one by one. The score is the probability of correct less that of incorrect answers.
     """
+    settings = read_settings(TaskSettings, config, given)
+
+    from tailrace.pipeline.task import stage as task
+
     result = task.run(
-        read_settings(TaskSettings, config, given),
+        settings,
         prompts=prompts,
         transcoders=transcoders,
         output=output,
@@ -67,8 +73,10 @@ def command(
         click.echo(f"\n{result.path}: written")
 
 
-def show(result: task.TaskResult, n_features: int = 8) -> Iterator[str]:
+def show(result: TaskResult, n_features: int = 8) -> Iterator[str]:
     """Yield the scores with few features and neurons, and the features that vary most."""
+    from tailrace.pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER
+
     (model,) = [one for one in result.curves if one.kind == MODEL]
     yield f"score of the model itself: {model.score:.4f}, mean of {len(model.scores)} prompts"
     for site in dict.fromkeys(one.site for one in result.curves if one.site is not None):

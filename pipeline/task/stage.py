@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +31,7 @@ from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.pipeline.task.prompts import TaskPrompts, read_lines, tokenized
+from tailrace.pipeline.task.settings import TaskSettings
 from tailrace.pipeline.task.tables import (
     CURVES,
     FEATURES,
@@ -52,31 +52,12 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
-from tailrace.storage.settings import Settings
 from tailrace.storage.tables import read_table, write_table
 from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
 from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
 
 KIND = "task"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
-
-
-class TaskSettings(Settings):
-    """What to measure."""
-
-    kept: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64)
-    """Numbers of features, and of neurons, to keep. May be repeated; each is a run of all prompts."""
-    leave_out: int = Field(default=16, ge=0)
-    """Leave out each of this many features of the highest variance."""
-    prompts_per_batch: int = Field(default=64, gt=0)
-    """Prompts per pass of the language model."""
-
-    @field_validator("kept")
-    @classmethod
-    def _check_kept(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(count < 0 for count in value):
-            raise ValueError("wanted numbers of features, none below 0")
-        return tuple(sorted(set(value)))
 
 
 @dataclass(frozen=True)

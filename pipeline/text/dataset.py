@@ -8,60 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
-
-from pydantic import field_validator, model_validator
+from typing import Any
 
 from tailrace.pipeline.text.columns import Column, choose_column, infer_schema
 from tailrace.pipeline.text.examples import UNREADABLE, TextExamples, describe_failure
 from tailrace.pipeline.text.files import TextFiles, find_text_files, load_text_files, looks_local
 from tailrace.pipeline.text.hub import find_commit, load_hub_dataset
-from tailrace.pipeline.text.stream import MIN_WINDOW, Document, DocumentReader, DocumentStream, empty_dataset
+from tailrace.pipeline.text.settings import MIN_WINDOW, TextSettings
+from tailrace.pipeline.text.stream import Document, DocumentReader, DocumentStream, empty_dataset
 from tailrace.storage.artifact import JSON
 from tailrace.storage.errors import TextError
-from tailrace.storage.settings import Quantity, Settings
 
-__all__ = ["Document", "DocumentReader", "DocumentStream", "TextSettings", "open_documents"]
-
-
-class TextSettings(Settings):
-    """Which text is read, and in which order."""
-
-    help_sections: ClassVar = {"dataset": "Text"}
-
-    dataset: str
-    """Name of a dataset on the Hugging Face hub, or a local file, folder or quoted pattern of .txt, .jsonl, .json or
-    .parquet files (.gz, .zst, .bz2 and .xz are read too)."""
-    dataset_config: str | None = None
-    """Configuration of a hub dataset that has several."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    dataset_revision: str | None = None
-    """Branch, tag or commit of a hub dataset; the newest commit if not given. The commit read is recorded."""
-    column: str | None = None
-    """Column that holds the text or the token ids; found by its name and type if not given."""
-    text_unit: Literal["document", "paragraph", "line"] | None = None
-    """What one document is in .txt files: the whole file (the default), a paragraph, or a line."""
-    shuffle_window: Quantity = 10_000
-    """Documents are shuffled within windows of this many; 0 keeps the dataset's order."""
-
-    @field_validator("shuffle_window")
-    @classmethod
-    def _check_window(cls, value: int) -> int:
-        if value != 0 and value < MIN_WINDOW:
-            raise ValueError(f"wanted 0 (no shuffling) or at least {MIN_WINDOW} documents")
-        return value
-
-    @model_validator(mode="after")
-    def _check_hub_settings(self) -> Self:
-        if not looks_local(self.dataset):
-            return self
-        given = {"dataset_config": self.dataset_config, "dataset_revision": self.dataset_revision}
-        misplaced = [name for name, value in given.items() if value is not None]
-        misplaced += ["split"] if self.split != "train" else []
-        if misplaced:
-            raise ValueError(f"{', '.join(misplaced)} is for hub datasets, but {self.dataset!r} is local; leave it out")
-        return self
+__all__ = ["Document", "DocumentReader", "DocumentStream", "open_documents"]
 
 
 def open_documents(settings: TextSettings, seed: int, *, sleep: Callable[[float], None] = time.sleep) -> DocumentStream:

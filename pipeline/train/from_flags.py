@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.options import read_settings_together, setting_fields
-from tailrace.pipeline.train import stage, sweep
 from tailrace.pipeline.train.grid import Point, expand
-from tailrace.pipeline.train.model_scores import ModelScoreSettings
-from tailrace.pipeline.train.stage import TrainResult
-from tailrace.pipeline.train.sweep import SweepResult
+from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Settings
 from tailrace.training.loop.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.train.stage import TrainResult
+    from tailrace.pipeline.train.sweep import SweepResult
 
 Given = Mapping[str, Any]
 """Values of settings by the names of their flags; None and () are not given."""
@@ -30,10 +31,13 @@ def train_one(
     """Train one transcoder, of several layers with ``cross_layer``.
 
     ``arguments`` are the others of ``tailrace.pipeline.train.stage.run``, whose errors these are. Raises SettingsError
-    for settings that the rows, or a cross-layer transcoder, do not go together with.
+    for settings that the rows do not go together with.
     """
     asked = _Asked(given, config, cache, is_live=live)
     own, shared = asked.read({})
+
+    from tailrace.pipeline.train import stage  # with torch, which telling what is wrong with a flag needs not
+
     return stage.run(own, **shared, **arguments)
 
 
@@ -51,6 +55,9 @@ def train_sweep(
     # before anything else is read, so that the problems of all runs are told and not the first run's alone
     runs = expand(points, lambda point: asked.read(point)[0])
     _, shared = asked.read(points[0])
+
+    from tailrace.pipeline.train import sweep
+
     return sweep.run(runs, **shared, **arguments)
 
 

@@ -13,29 +13,27 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat
 
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.budget import Budget, plan_budget
-from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.pipeline.samples.speeches import fetch_sotu
 from tailrace.pipeline.shared.device import limited_threads, open_device
-from tailrace.pipeline.train.layer_set_cost import CACHE_DTYPE, TrainingCost, disk_problem, training_cost
+from tailrace.pipeline.train.layer_set_cost import TrainingCost, disk_problem, training_cost
 from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
-from tailrace.pipeline.train.model_scores import ModelScores, ModelScoreSettings
+from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ended, train_drafts
+from tailrace.pipeline.train.settings import CACHE_DTYPE, TOGETHER_BYTES, CircuitsModelSettings, ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource
 from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.artifact import MANIFEST, read_json, read_manifest
 from tailrace.storage.draft import Draft
-from tailrace.storage.errors import NonFiniteActivation, SettingsError, StorageFull
+from tailrace.storage.errors import NonFiniteActivation, StorageFull
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.names import inside
-from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.architectures.transcoder import (
     CHECKPOINTS,
     describe_versions,
@@ -44,90 +42,15 @@ from tailrace.training.architectures.transcoder import (
 )
 from tailrace.training.architectures.transcoder import KIND as TRANSCODER
 from tailrace.training.loop.checkpoint import Checkpoints
-from tailrace.training.loop.settings import TrainSettings
 
 KIND = "transcoders"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 PLACE = "circuits"
 """Folder of the stage, below the directory that model and text lie in."""
-TOGETHER_BYTES = 1 << 30
-"""What weights, gradients and moments of the transcoders trained side by side may take. More at once would gain
-nothing, since each reads a site of its own, and would need more memory and more disk for checkpoints."""
 
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-
-
-class CircuitsModelSettings(Settings):
-    """Which model, on which text, and how large its transcoders."""
-
-    help_sections: ClassVar = {"model": "Language model and text", "d_sae": "Transcoders"}
-
-    model: str | None = None
-    """Language model, a folder or a name on the hub; by default SmolLM2-135M-Instruct, downloaded with pip."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """What the model computes in, now and when circuits are traced; auto is the checkpoint's own."""
-    dataset: str | None = None
-    """Text, as for pipeline cache; by default presidents' speeches, downloaded with pip."""
-    layers: str = "all"
-    """Layers to have a transcoder each, such as all or 0-11."""
-    tokens: Quantity = Field(default=100_000, gt=0)
-    """Training rows of the cache. Each takes 4 bytes per layer and width: 69 kB for SmolLM2."""
-    context_length: int = 128
-    """Tokens per context."""
-    holdout: str = "7::20"
-    """Documents held out, as for pipeline cache."""
-    d_sae: Quantity = Field(default=4096, gt=0)
-    """Features of each transcoder."""
-    k: int = Field(default=32, gt=0)
-    """Features active on a token."""
-    steps: Quantity = Field(default=150, gt=0)
-    """Optimiser steps of each transcoder."""
-    batch_rows: Quantity = Field(default=2048, gt=0)
-    """Rows per step."""
-    lr: PositiveFloat = 4e-3
-    """Learning rate."""
-    max_norm_multiple: float = Field(default=10.0, gt=1)
-    """Rows longer than this many times the median, of input or output, are not learnt from."""
-    seed: int = Field(default=0, ge=0)
-    """Decides the order of text and rows, and initial weights."""
-
-    def caching(self, model: Path | str, dataset: Path | str) -> CacheSettings:
-        """Return the settings of the cache. Raises SettingsError with every problem."""
-        return CacheSettings.read(
-            {
-                "model": str(model),
-                "model_dtype": self.model_dtype,
-                "dataset": str(dataset),
-                "layers": self.layers,
-                "tokens": self.tokens,
-                "context_length": self.context_length,
-                "holdout": self.holdout,
-                "storage_dtype": CACHE_DTYPE,
-                "seed": self.seed,
-            }
-        )
-
-    def training(self, site: str) -> TrainSettings:
-        """Return the settings of one site's transcoder. Raises SettingsError with every problem."""
-        training = TrainSettings.read(
-            {
-                "architecture": {"kind": "topk", "k": self.k},
-                "site": site,
-                "d_sae": self.d_sae,
-                "steps": self.steps,
-                "batch_rows": self.batch_rows,
-                "lr": self.lr,
-                "max_norm_multiple": self.max_norm_multiple,
-                "seed": self.seed,
-                "order_seed": self.seed,
-                "evaluate_every": self.steps,  # held-out rows are read once, at the end
-            }
-        )
-        if problems := training.architecture.problems(self.d_sae):
-            raise SettingsError("\n".join(problems))
-        return training
 
 
 @dataclass(frozen=True)

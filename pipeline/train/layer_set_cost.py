@@ -12,10 +12,8 @@ from pydantic import BaseModel
 
 from tailrace.pipeline.cache.budget import Budget
 from tailrace.pipeline.shared.device import limited_threads
+from tailrace.pipeline.train.settings import CACHE_DTYPE
 from tailrace.training.kernels.adaptive import resolve_precision
-
-CACHE_DTYPE = "bfloat16"
-"""What activations of every layer are stored in: half of float32, with the range that massive activations need."""
 
 _PRODUCTS_PER_STEP = 2.0
 """A whole sparse step takes as long as this many encoder products (benchmarks/train_step)."""

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
+from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource, TrainingSource
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.dead_features.resampling.settings import RowScorer
 from tailrace.training.loop.session import PeriodicHook
 from tailrace.training.loop.settings import TrainSettings
 
 if TYPE_CHECKING:
     from tailrace.pipeline.cache.recorded_model import RecordedModel
-
-
-class ModelScoreSettings(Settings):
-    """How often, and on how much text."""
-
-    help_sections: ClassVar = {"evaluate_model_every": "Logging and scoring"}
-
-    evaluate_model_every: Quantity | None = Field(default=None, ge=1)
-    """Steps between runs of the language model with the transcoder in place, whose cross entropy and KL go to
-    metrics.jsonl; by default the model is not loaded."""
-    evaluate_model_contexts: Quantity = Field(default=16, ge=1)
-    """Held-out contexts of the cache that are run each time."""
 
 
 class ModelScores:

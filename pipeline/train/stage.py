@@ -17,8 +17,9 @@ import torch
 
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.device import limited_threads, open_device
-from tailrace.pipeline.train.model_scores import ModelScores, ModelScoreSettings
+from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import RunContext, RunDraft, kind_of, train_beside, train_drafts
+from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource, TrainingSource
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json

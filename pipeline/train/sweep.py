@@ -18,9 +18,10 @@ from typing import Any
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.device import limited_threads, open_device
 from tailrace.pipeline.train.grid import SHARED
-from tailrace.pipeline.train.model_scores import ModelScores, ModelScoreSettings
+from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ended, kind_of, train_drafts
 from tailrace.pipeline.train.runs_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
+from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import TrainingSource, known_problems
 from tailrace.pipeline.train.stage import discard_draft, nothing_left_if_refused, open_source
 from tailrace.pipeline.train.warm_start import WarmStart

@@ -9,13 +9,12 @@ import click
 import pytest
 
 from tailrace.pipeline import cli
-from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.cache.settings import CacheSettings
-from tailrace.pipeline.live.settings import LiveSettings
-from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.live.settings import FreshText, LiveSettings
 from tailrace.pipeline.shared.options import setting_fields, settings_options
 from tailrace.pipeline.shared.sections import LONG, RUNNING, SectionCommand
-from tailrace.pipeline.train.model_scores import ModelScoreSettings
+from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.storage.settings import Settings
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import command

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import pytest
 
-from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.shared.device import open_device
 from tailrace.pipeline.shared.options import read_settings, settings_options

@@ -14,7 +14,7 @@ from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.cache_publish import keep_superseded
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMissing, SettingsError
-from tailrace.storage.layout import Compression
+from tailrace.storage.formats import Compression
 from tests.support.synthetic_cache import (
     expected_rows,
     extend_in_steps,

@@ -22,7 +22,8 @@ from tailrace.storage import shard
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.bfloat16 import float32_to_bits
 from tailrace.storage.errors import ArtifactCorrupt, StorageFull
-from tailrace.storage.layout import ArraySpec, Compression, array_metadata, group_metadata
+from tailrace.storage.formats import Compression
+from tailrace.storage.layout import ArraySpec, array_metadata, group_metadata
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.shard import open_shard, read_rows, read_zarr, shard_footer, write_shard
 

@@ -13,7 +13,7 @@ import pytest
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.bfloat16 import bits_to_float32
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
-from tailrace.storage.layout import Compression
+from tailrace.storage.formats import Compression
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.stream import RowStream
 from tests.support.synthetic_cache import expected_rows, memory_directory, store_as, write_synthetic_cache

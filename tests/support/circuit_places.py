@@ -11,8 +11,9 @@ import pytest
 from tailrace.pipeline import cli
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question
-from tailrace.pipeline.circuit.stage import CircuitSettings
-from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.circuit.settings import CircuitSettings
+from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.draft import Draft
 from tailrace.training.architectures import TopK
 from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights

@@ -21,7 +21,8 @@ from tailrace.analysis.circuits.record import record_run
 from tailrace.analysis.circuits.run import LinearisedRun, Part, Probe
 from tailrace.analysis.splice.hook_points import hooked, observed
 from tailrace.analysis.weights.model_weights import ModelWeights, Norm
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import Architecture, Gated, JumpReLU, ReLU, TopK

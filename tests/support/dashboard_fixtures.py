@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from tailrace.pipeline.dashboard import stage as dashboard
-from tailrace.pipeline.dashboard.stage import DashboardSettings
+from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tests.support.browsers import open_browser, watched_page
 from tests.support.dashboard_tables import MadeTables, make_tables
 from tests.support.dashboard_visits import open_list

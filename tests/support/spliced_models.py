@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tailrace.analysis.splice.replacement import Substitute, run_replaced
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft

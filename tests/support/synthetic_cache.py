@@ -17,7 +17,7 @@ from tailrace.storage.cache_format import SPLITS, VOCABULARY, CacheFormat, Site,
 from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
 from tailrace.storage.cache_writer import UnitBuffer, write_context_block
 from tailrace.storage.encodings import column_scale_of
-from tailrace.storage.layout import Compression
+from tailrace.storage.formats import Compression
 
 Rows = Callable[[np.ndarray, str], np.ndarray]
 """(row identity (n, 3) = split, context, position; key) → float32 rows (n, width)."""

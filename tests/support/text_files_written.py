@@ -11,7 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from tailrace.pipeline.text.dataset import DocumentStream, TextSettings, open_documents
+from tailrace.pipeline.text.dataset import DocumentStream, open_documents
+from tailrace.pipeline.text.settings import TextSettings
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -13,7 +13,8 @@ from tailrace.analysis.circuits.attribution import attribute
 from tailrace.analysis.circuits.contributions import contributions
 from tailrace.analysis.circuits.record import record_run
 from tailrace.analysis.circuits.roots import feature_root, logit_root
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.storage.errors import ModelError
 from tests.support.circuit_runs import TOKENS, mixed_transcoders

@@ -14,7 +14,8 @@ from tailrace.analysis.circuits.record import record_run
 from tailrace.analysis.circuits.roots import centred_logit_roots, decoder_root, feature_root, logit_root
 from tailrace.analysis.circuits.run import LinearisedRun
 from tailrace.pipeline.circuit.question import prompt_tokens
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2

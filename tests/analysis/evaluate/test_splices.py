@@ -18,7 +18,8 @@ from tailrace.analysis.evaluate.evaluation import (
 )
 from tailrace.analysis.evaluate.splice_scores import SpliceScore
 from tailrace.analysis.splice.replacement import EVERY_POSITION, Substitute, Transcoded, ZeroAblated, replaced
-from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ModelError, NonFiniteActivation
 from tests.support.spliced_models import (

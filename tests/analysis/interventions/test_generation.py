@@ -33,7 +33,8 @@ from tailrace.analysis.splice.replacement import (
     ZeroAblated,
     replaced,
 )
-from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.storage.cache_format import Site

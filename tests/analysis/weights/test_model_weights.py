@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tailrace.analysis.weights.model_weights import AttentionWeights, ModelWeights, Norm
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.storage.errors import ModelError
 from tests.support.tiny_models import FAMILIES, save_tiny_model

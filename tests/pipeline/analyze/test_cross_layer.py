@@ -16,13 +16,14 @@ import torch
 
 from tailrace.pipeline.analyze import many as analyze_each
 from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.analyze.stage import AnalyzeResult
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.cards import open_tables, read_cards
 from tailrace.pipeline.circuit.question import Question
-from tailrace.pipeline.circuit.stage import CircuitSettings
+from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.circuit.traced import traced_layers
-from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.live.settings import FreshText
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import read_manifest, verify_artifact
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, NonFiniteActivation, SettingsError

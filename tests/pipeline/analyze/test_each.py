@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from tailrace.pipeline.analyze import many as analyze_each
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.command import command
-from tailrace.pipeline.analyze.stage import AnalyzeResult, AnalyzeSettings
-from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.analyze.stage import AnalyzeResult
+from tailrace.pipeline.live.settings import FreshText
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, read_manifest
 from tailrace.storage.draft import Draft

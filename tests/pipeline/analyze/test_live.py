@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.command import command
-from tailrace.pipeline.analyze.stage import AnalyzeSettings
-from tailrace.pipeline.live.token_order import FreshText
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ActionableError, ModelError, SettingsError, TextError

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.analyze.stage import plan_of
 from tailrace.pipeline.demo.stage import summary
 from tailrace.pipeline.query import stage as query
 from tailrace.pipeline.train import stage as train
@@ -189,9 +190,9 @@ def test_a_number_of_activations_that_is_none_is_refused(value):
 
 
 def test_quantities_and_words_are_read_as_rows_to_keep():
-    assert AnalyzeSettings.read({"activations": "2M"}).plan().activation_rows == 2_000_000
-    assert AnalyzeSettings.read({"activations": "all"}).plan().activation_rows == 2**32 - 1
-    assert AnalyzeSettings.read({"activations": "none"}).plan().activation_rows == 0
+    assert plan_of(AnalyzeSettings.read({"activations": "2M"})).activation_rows == 2_000_000
+    assert plan_of(AnalyzeSettings.read({"activations": "all"})).activation_rows == 2**32 - 1
+    assert plan_of(AnalyzeSettings.read({"activations": "none"})).activation_rows == 0
 
 
 def test_an_interrupted_pass_leaves_no_pairs_behind(made, tmp_path, monkeypatch):

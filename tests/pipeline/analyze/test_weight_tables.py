@@ -15,10 +15,11 @@ import torch
 from tailrace.analysis.weights.stream import write_point
 from tailrace.analysis.weights.unembedding import token_effects
 from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.weight_tables import SharedWeights, write_weight_tables
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
-from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.pipeline.query import stage as query
 from tailrace.storage.activation_cache import open_cache

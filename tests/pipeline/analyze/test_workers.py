@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures import BatchTopK

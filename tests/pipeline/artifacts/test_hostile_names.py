@@ -14,14 +14,14 @@ import pytest
 
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.pipeline.analyze import many as analyze_each
-from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.serve import PublishedSite
-from tailrace.pipeline.dashboard.stage import DashboardSettings
+from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.evaluate import pareto
 from tailrace.pipeline.formats import export
 from tailrace.pipeline.formats.delphi import LatentTables, open_tables
-from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.settings import ExportSettings
 from tailrace.pipeline.query import stage as query
 from tailrace.pipeline.train import sweep
 from tailrace.storage.activation_cache import open_cache

@@ -9,7 +9,7 @@ import pytest
 
 from tailrace.pipeline.artifacts.info_stage import GLANCES, glance
 from tailrace.pipeline.dashboard import stage as dashboard
-from tailrace.pipeline.dashboard.stage import DashboardSettings
+from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.storage.draft import Draft
 from tests.support.dashboard_tables import make_tables
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tailrace.pipeline.blind import draw
-from tailrace.pipeline.blind.draw import DrawSettings
+from tailrace.pipeline.blind.settings import DrawSettings
 from tests.support.browsers import accessibility_problems, open_browser, watched_page
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
 

@@ -10,8 +10,8 @@ import pytest
 
 from tailrace.pipeline import cli
 from tailrace.pipeline.blind import draw
-from tailrace.pipeline.blind.draw import DrawSettings
 from tailrace.pipeline.blind.sealed import seal, unseal
+from tailrace.pipeline.blind.settings import DrawSettings
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing, SettingsError
 from tests.support.tables_by_hand import SETTINGS, dead_row, example_row, feature_row, publish_tables

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tailrace.pipeline.cache import grow, verify
-from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import read_json
 from tailrace.storage.cache_verify import verify_bytes

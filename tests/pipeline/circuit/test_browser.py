@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question, parse_feature
-from tailrace.pipeline.circuit.stage import CircuitSettings
+from tailrace.pipeline.circuit.settings import CircuitSettings
 from tests.pipeline.circuit.test_stage import write_tables
 from tests.support.browsers import accessibility_problems, open_browser, watched_page
 from tests.support.circuit_places import PROMPT, Place

@@ -18,7 +18,8 @@ from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.cards import open_tables, read_cards
 from tailrace.pipeline.circuit.question import Question, parse_feature, prompt_tokens
 from tailrace.pipeline.circuit.traced import traced_layers
-from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.artifact import read_manifest
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch

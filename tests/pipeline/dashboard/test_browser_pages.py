@@ -12,8 +12,8 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.serve import open_server
+from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import unpack
-from tailrace.pipeline.dashboard.stage import DashboardSettings
 from tests.support import dashboard_fixtures
 from tests.support.browsers import Scheme, accessibility_problems, watched_page
 from tests.support.dashboard_fixtures import D_SAE

@@ -13,8 +13,8 @@ import pytest
 
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.serve import PAGES_KEPT, TablesSite, open_server
+from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import unpack
-from tailrace.pipeline.dashboard.stage import DashboardSettings
 from tailrace.storage.errors import ArtifactMissing, SettingsError
 from tests.support.dashboard_tables import MadeTables, make_tables
 

@@ -12,8 +12,9 @@ import pytest
 from tailrace.pipeline import cli
 from tailrace.pipeline.dashboard import site_data
 from tailrace.pipeline.dashboard import stage as dashboard
+from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import FEATURES_PER_FILE, pack, unpack
-from tailrace.pipeline.dashboard.stage import SITE, DashboardSettings
+from tailrace.pipeline.dashboard.stage import SITE
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing
 from tests.support.dashboard_tables import WORDS, MadeTables, make_tables

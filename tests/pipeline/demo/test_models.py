@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.samples import smollm2
 from tailrace.pipeline.samples import speeches as demo_text
 from tailrace.pipeline.samples.bundled_models import bundled_model

@@ -14,12 +14,12 @@ from tailrace.analysis.evaluate.evaluation import ALL_SITES
 from tailrace.pipeline.cache.recorded_model import sample_contexts
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question
-from tailrace.pipeline.circuit.stage import CircuitSettings
+from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.evaluate import stage as evaluate
-from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
-from tailrace.pipeline.train.model_scores import ModelScoreSettings
+from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.training.cross_layer.artifact import load_cross_layer

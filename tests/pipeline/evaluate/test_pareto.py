@@ -15,7 +15,7 @@ from tailrace.pipeline.evaluate import pareto
 from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.pareto import Point, as_json, collect, front, lines
 from tailrace.pipeline.evaluate.pareto_plot import COLOURS, style, table, write_plot
-from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand, read_grid

@@ -13,7 +13,7 @@ from tailrace.analysis.evaluate.evaluation import ALL_SITES
 from tailrace.pipeline.artifacts.info_stage import glance
 from tailrace.pipeline.cache.recorded_model import open_recorded_model, sample_contexts
 from tailrace.pipeline.evaluate import stage as evaluate
-from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.query import stage as query
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact

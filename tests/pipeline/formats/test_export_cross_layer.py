@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tailrace.pipeline.formats import export
-from tailrace.pipeline.formats.export import ExportResult, ExportSettings, Format
-from tailrace.pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
+from tailrace.pipeline.formats.export import ExportResult
+from tailrace.pipeline.formats.settings import ExportSettings, Format
+from tailrace.pipeline.model.language_model import SiteHooks, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, SettingsError, StorageFull

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tailrace.pipeline.formats import export
-from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.settings import ExportSettings
 from tailrace.pipeline.formats.viewer_features import N_BINS, equal_bins, feature_json
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.tables import write_table

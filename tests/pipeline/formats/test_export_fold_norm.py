@@ -8,8 +8,9 @@ import yaml
 from safetensors.torch import load_file
 
 from tailrace.pipeline.formats import export
-from tailrace.pipeline.formats.export import ExportSettings
-from tailrace.pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
+from tailrace.pipeline.formats.settings import ExportSettings
+from tailrace.pipeline.model.language_model import SiteHooks, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures import JumpReLU, ReLU

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tailrace.pipeline.formats.hooks import hooked_transformer_name
-from tailrace.pipeline.model.language_model import ModelSettings, SiteHooks, load_language_model
+from tailrace.pipeline.model.language_model import SiteHooks, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tests.support.tiny_models import FAMILIES, save_tiny_model
 
 

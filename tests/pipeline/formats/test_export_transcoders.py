@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tailrace.pipeline.formats import export
-from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.settings import ExportSettings
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull

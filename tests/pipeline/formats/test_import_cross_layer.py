@@ -14,13 +14,12 @@ from safetensors.torch import load_file, save_file
 from tailrace.pipeline.artifacts.info_stage import glance
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question
-from tailrace.pipeline.circuit.stage import CircuitSettings
+from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.evaluate import stage as evaluate
-from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.formats import export, import_cross_layer
-from tailrace.pipeline.formats.export import ExportSettings
 from tailrace.pipeline.formats.import_cross_layer import CrossLayerImport
-from tailrace.pipeline.formats.import_transcoder import ImportSettings
+from tailrace.pipeline.formats.settings import ExportSettings, ImportSettings
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site

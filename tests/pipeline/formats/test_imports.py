@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.formats import export, import_transcoder
-from tailrace.pipeline.formats.export import ExportSettings
-from tailrace.pipeline.formats.import_transcoder import ImportSettings
+from tailrace.pipeline.formats.settings import ExportSettings, ImportSettings
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 
 from tailrace.analysis.splice.replacement import EVERY_POSITION, Transcoded, replaced
 from tailrace.pipeline.formats import export
-from tailrace.pipeline.formats.export import ExportSettings
 from tailrace.pipeline.formats.hooks import hooked_transformer_name
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, SiteHooks, load_language_model
+from tailrace.pipeline.formats.settings import ExportSettings
+from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import JumpReLU, ReLU, TopK
 from tests.pipeline.formats.test_interop_packages import SAELENS, run_in

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import environment
 from tailrace.pipeline.formats import export, import_cross_layer, import_transcoder
-from tailrace.pipeline.formats.export import ExportSettings
-from tailrace.pipeline.formats.import_transcoder import ImportSettings
+from tailrace.pipeline.formats.settings import ExportSettings, ImportSettings
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import load_transcoder

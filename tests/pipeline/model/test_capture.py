@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.storage.errors import ModelError, OutOfMemoryError
 from tests.support.tiny_models import FAMILIES, save_tiny_model

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.tokenizer import ModelTokenizer
 from tailrace.storage.errors import ModelError
 from tailrace.storage.token_text import has_bytes, join_characters

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tailrace.pipeline.model.language_model import ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model, recorded_place
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.storage.artifact import digest
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError

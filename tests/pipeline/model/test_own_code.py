@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from tailrace.pipeline import cli
-from tailrace.pipeline.model.language_model import LanguageModel, ModelSettings, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.errors import ModelError
 from tests.support.cache_jobs import text_file
 from tests.support.spliced_models import mlp_site, publish_transcoder_of, random_transcoder

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tailrace.pipeline.analyze import stage as analyze
-from tailrace.pipeline.analyze.stage import AnalyzeSettings
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.evaluate import stage as evaluate
-from tailrace.pipeline.evaluate.stage import EvaluateSettings
+from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.formats import export
-from tailrace.pipeline.formats.export import ExportSettings
+from tailrace.pipeline.formats.settings import ExportSettings
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.storage.activation_cache import open_cache
 from tests.support.cache_jobs import run_cache

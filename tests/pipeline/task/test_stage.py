@@ -17,7 +17,7 @@ from tailrace.analysis.task.answers import CorrectMinusIncorrect
 from tailrace.analysis.task.curves import Task
 from tailrace.pipeline.task import stage as task
 from tailrace.pipeline.task.command import command
-from tailrace.pipeline.task.stage import TaskSettings
+from tailrace.pipeline.task.settings import TaskSettings
 from tailrace.pipeline.task.tables import FEATURES, MODEL, NEURONS, TRANSCODER
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import SettingsError, TextError

@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tailrace.pipeline.text.dataset import TextSettings
 from tailrace.pipeline.text.files import find_text_files
+from tailrace.pipeline.text.settings import TextSettings
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.errors import SettingsError, TextError
 from tests.support.text_files_written import COMPRESSORS, open_text, texts_of, write_jsonl, write_texts, zstandard

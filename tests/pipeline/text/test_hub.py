@@ -14,9 +14,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tailrace.pipeline.text.dataset import TextSettings, open_documents
+from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.files import looks_local
 from tailrace.pipeline.text.retry import HTTP_ERROR, is_transient
+from tailrace.pipeline.text.settings import TextSettings
 from tailrace.storage.errors import TextError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

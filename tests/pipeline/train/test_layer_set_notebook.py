@@ -12,7 +12,7 @@ import pytest
 
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.pipeline.train import layer_set as circuits_model
-from tailrace.pipeline.train.layer_set import CircuitsModelSettings
+from tailrace.pipeline.train.settings import CircuitsModelSettings
 from tests.support.paths import ROOT, SPEECHES
 
 NOTEBOOK = ROOT / "docs" / "notebooks" / "one_circuit.ipynb"

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from tailrace.pipeline.train import layer_set as circuits_model
 from tailrace.pipeline.train import layer_set_cost as circuits_cost
 from tailrace.pipeline.train.command_layer_set import command
-from tailrace.pipeline.train.layer_set import CircuitsModelSettings, fitting_together
+from tailrace.pipeline.train.layer_set import fitting_together
 from tailrace.pipeline.train.layer_set_scores import LAYERS
 from tailrace.pipeline.train.run_set import train_drafts
+from tailrace.pipeline.train.settings import CircuitsModelSettings
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import NonFiniteActivation, SettingsError, StorageFull

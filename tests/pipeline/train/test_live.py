@@ -15,7 +15,7 @@ from tailrace.pipeline.live.batches import LiveBatches
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.loss_hooks import SplicedLoss
-from tailrace.pipeline.train.model_scores import ModelScoreSettings
+from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.stage import TrainResult
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact

@@ -73,6 +73,7 @@ def test_dead_features_of_each_layer_reconstruct_what_is_left(
     plain = kernel()(stack, batch, objective)
     without = {name: value.grad.clone() for name, value in stack.named_parameters() if value.grad is not None}
     auxiliary = AuxK(aux_k=k, aux_coefficient=COEFFICIENT).build(firing, objective, dead_after_steps=10)
+    assert auxiliary is not None
     result = kernel()(stack, batch, objective, [auxiliary])
     loss, of_encoder, of_decoder = by_hand(stack, batch, plain.outputs, k)
     torch.testing.assert_close(result.losses["auxk"], loss)
