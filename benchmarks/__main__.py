@@ -1,7 +1,7 @@
 """``python -m benchmarks``: every benchmark that needs no environment of its own, at quick sizes.
 
 Shows that they work and catches a collapse in speed; results worth quoting come from the scripts in full, on a quiet
-machine. The last line is one JSON object of all ratios.
+machine. ``shuffle_worth`` needs a network the first time, for its text. The last line is one JSON object of all ratios.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 
-QUICK = ("shuffle_plan", "memory", "write_shards", "read_batches")
+QUICK = ("shuffle_plan", "memory", "write_shards", "read_batches", "shuffle_worth")
 
 
 def main() -> None:
