@@ -14,7 +14,7 @@ help: ## Show this list
 
 install: $(VENV)/.installed ## Make .venv with the `pipeline` command, every release pinned
 
-install-dev: $(VENV)/.installed-dev ## Add the test runner, the linters and the type checkers
+install-dev: $(VENV)/.installed-dev ## Add the test runner, the linters and the type checker
 
 # torch comes first and alone: its pin decides which build is used, and nothing after it may pull in another.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tailrace.analysis.dashboards.feature_tables import feature_slices
@@ -98,7 +99,7 @@ def top_tokens(table: pa.Table, features: Sequence[int], n_tokens: int) -> list[
     there are other kinds of examples, ``kind``; rows of a feature are in order of strength.
     """
     if "kind" in table.column_names:
-        table = table.filter(pa.compute.equal(table["kind"], "top"))
+        table = table.filter(pc.equal(table["kind"], "top"))
     tokens = table["token"].to_pylist()
     return [list(_most_frequent(tokens[rows]))[:n_tokens] for rows in feature_slices(table, features)]
 
