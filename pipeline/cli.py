@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import platform
 import sys
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import click
@@ -128,9 +130,29 @@ def _no_command(typed: str) -> str:
     return "\n".join([f"no command {typed!r}; {f'did you mean {near}? There' if near else 'there'} are", *lines])
 
 
+_LIBRARIES = ("torch", "transformers", "transformer_lens", "zarr", "numpy", "pyarrow", "duckdb")
+
+
+def _show_versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Print what a report of a fault must say: our version, Python and system, and the libraries results depend on."""
+    if not asked or context.resilient_parsing:
+        return
+    click.echo(f"pipeline, version {version('tailrace')}")
+    click.echo(f"Python {platform.python_version()}, {platform.platform()}")
+    click.echo(", ".join(f"{name} {version(name)}" for name in _LIBRARIES))
+    context.exit()
+
+
 # help is as wide as the terminal: click would stop at 80
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": sys.maxsize})
-@click.version_option(package_name="tailrace", prog_name="pipeline")
+@click.option(
+    *("--version", "versions"),
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_versions,
+    help="Show the version, and those of Python and libraries.",
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks and debugging output.")
 @click.option("--log-level", default="warning", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.pass_context

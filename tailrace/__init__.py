@@ -10,6 +10,7 @@ Installed, they are subpackages of this one; in a checkout, this folder holds a 
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if find_spec("tailrace.storage") is None:
         f"{__path__[0]}: holds no storage, pipeline, training and analysis: this copy of the repository lost its "
         "links; clone it with git (core.symlinks=true), or run `pip install -e .` in it"
     )
+
+__version__: str
 
 if TYPE_CHECKING:
     from tailrace import circuits
@@ -99,6 +102,8 @@ if not TYPE_CHECKING:  # a checker would take any name for one of this module
         """Load what is used for the first time: torch and TransformerLens take seconds."""
         if name == "circuits":
             return import_module("tailrace.circuits")
+        if name == "__version__":
+            return version("tailrace")
         if name not in __all__:
             raise AttributeError(f"module 'tailrace' has no attribute {name!r}; it has {', '.join(__all__)}")
         value: object = getattr(import_module(_ELSEWHERE.get(name, "tailrace.pipeline.api")), name)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ def test_all_is_at_most_thirty_names_and_every_one_of_them_is_there_and_document
         assert (inspect.getdoc(getattr(tailrace, name)) or "").strip(), name
     for name in circuits.__all__:
         assert inspect.getdoc(getattr(circuits, name)), name
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert tailrace.__version__ == project["version"]
 
 
 def test_what_type_checkers_read_is_what_is_loaded() -> None:

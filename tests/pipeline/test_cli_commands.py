@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+import tailrace
 from tailrace.pipeline import cli
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMissing
@@ -194,6 +195,14 @@ def test_a_configuration_file_and_flags_make_the_same_cache_as_flags_alone(
     assert answer.code == 0, answer.err
     command(capsys, *cache_command(tmp_path / "b"))
     assert differing(tree(tmp_path / "a"), tree(tmp_path / "b")) == []
+
+
+def test_the_version_is_shown_with_those_of_what_results_depend_on(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == f"pipeline, version {tailrace.__version__}"
+    assert second.startswith(f"Python {sys.version.split()[0]}, ")
+    assert f"torch {torch.__version__}" in third
 
 
 def test_a_wrong_command_is_answered_with_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
