@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo circuits-model check test test-all bench clean
+.PHONY: help install install-dev demo circuits-model check test test-all bench notes clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -52,6 +52,10 @@ test-all: check ## All checks and all tests
 
 bench: install-dev ## The quick benchmarks
 	$(VENV)/bin/python -m benchmarks
+
+notes: ## Print what CHANGELOG.md says of a version: make --silent notes VERSION=0.1.0
+	@awk -v heading='## [$(VERSION)]' '/^## / { inside = index($$0, heading) == 1; next } inside && (n || NF) { print; n++ } \
+	  END { if (!n) { print "CHANGELOG.md has no notes under $(VERSION)" > "/dev/stderr"; exit 1 } }' CHANGELOG.md
 
 clean: ## Remove build products and tool caches; keeps .venv and the demo's results
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -124,6 +125,47 @@ def test_changelog_has_this_version_or_unreleased_changes() -> None:
     headings = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert headings, "CHANGELOG.md has no `## [version]` heading"
     assert headings[0] in {"Unreleased", project()["version"]}
+
+
+def notes(version: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--silent", "notes", f"VERSION={version}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_release_notes_are_the_section_of_the_version_and_no_other() -> None:
+    sections = re.split(r"^## \[([^\]]+)\].*$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1:]
+    assert sections
+    for version, section in zip(sections[::2], sections[1::2], strict=True):
+        assert notes(version).stdout.strip() == section.strip()
+
+
+@pytest.mark.parametrize("version", ["0.0.0", "", "Unreleas"])
+def test_a_version_without_release_notes_is_an_error(version: str) -> None:
+    refused = notes(version)
+    assert refused.returncode != 0
+    assert f"CHANGELOG.md has no notes under {version}" in refused.stderr
+
+
+def workflow_commands() -> dict[str, list[str]]:
+    """Return the commands of every workflow of GitHub, by its file."""
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    jobs = {file.name: yaml.safe_load(file.read_text())["jobs"].values() for file in files}
+    return {name: [step["run"] for job in of for step in job["steps"] if "run" in step] for name, of in jobs.items()}
+
+
+def test_workflows_run_targets_that_the_makefile_has() -> None:
+    targets = set(re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M))
+    commands = workflow_commands()
+    used = {name: re.findall(r"\bmake (?:--\w+ )*([\w-]+)", "\n".join(runs)) for name, runs in commands.items()}
+    assert {name for name, made in used.items() if not made} == set(), "workflows that build nothing"
+    assert {name: sorted(set(made) - targets) for name, made in used.items() if set(made) - targets} == {}
+
+
+def test_issue_forms_ask_for_versions_by_a_command_there_is() -> None:
+    forms = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")}
+    fields = {field["id"]: field["attributes"] for field in forms["bug.yml"]["body"]}
+    assert "pipeline --version" in fields["versions"]["description"]
+    assert forms["config.yml"].keys() <= {"blank_issues_enabled", "contact_links"}
 
 
 def test_every_requirement_is_pinned_within_its_bounds() -> None:
