@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tailrace.training.loop.trainer import Lane, train
 
 from benchmarks.report import Report, parse_arguments, scratch_folder
 from tailrace.pipeline.cache import stage as cache_stage
@@ -32,7 +33,6 @@ from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.evaluate import HeldoutScore, evaluate
 from tailrace.training.loop.settings import TrainSettings
-from tailrace.training.loop.trainer import Lane, train
 from tailrace.training.rows.batches import Batch, SiteBatches, as_tensor, iter_once, keys_of
 
 SEEDS = (0, 1, 2)

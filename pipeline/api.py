@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, overload
 
 from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_paths, each_artifact
-from tailrace.pipeline.shared.options import flat_values, read_settings, setting_fields
+from tailrace.pipeline.shared.options import current_names, flat_values, read_settings, setting_fields
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Settings
 
@@ -375,6 +375,7 @@ def _as_typed(classes: Sequence[type[Settings]], given: Mapping[str, Any]) -> di
 
     Several values are a flag given again where a setting has several, and else separated by commas (``layers=[0, 3]``).
     """
+    given = current_names(classes, given)
     fields = {name: field for settings in classes for name, field in setting_fields(settings).items()}
     for settings in classes:
         given = flat_values(settings, given)

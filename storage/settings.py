@@ -13,10 +13,10 @@ from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from tailrace.storage.errors import SettingsError
 
@@ -46,6 +46,17 @@ Quantity = Annotated[int, BeforeValidator(parse_quantity)]
 """A whole number that may be written ``60M`` or ``1.5GB``."""
 
 
+class Retired(NamedTuple):
+    """A name that a setting had before."""
+
+    new: str
+    """The setting of the same class that has the same values with the same meaning."""
+    since: str
+    """The release that retired the name."""
+    is_refused: bool = False
+    """Whether users must write the new name by now. In what was recorded, the old name is read for ever."""
+
+
 class Settings(BaseModel):
     """Frozen settings that refuse unknown keys; the docstring under a field is its ``--help`` text."""
 
@@ -61,6 +72,17 @@ class Settings(BaseModel):
     """Headings of a command's help, each by the setting that it begins at; the settings below that one belong to it."""
     help_basics: ClassVar[tuple[str, ...]] = ()
     """Settings that people change first: they come before all headings."""
+    retired: ClassVar[Mapping[str, Retired]] = {}
+    """Former names of settings; docs/contributing.md, *How a setting is retired*."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_former_names(cls, values: Any) -> Any:
+        if not cls.retired or not isinstance(values, Mapping):
+            return values
+        if twice := [old for old, name in cls.retired.items() if old in values and name.new in values]:
+            raise ValueError("; ".join(f"{old} is {cls.retired[old].new}: give one of them" for old in twice))
+        return {cls.retired[name].new if name in cls.retired else name: value for name, value in values.items()}
 
     @classmethod
     def read(cls, *sources: Mapping[str, Any], where: str = "settings") -> Self:

@@ -7,7 +7,8 @@ A flag that is not given is not passed on: defaults stay with the settings class
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -18,10 +19,12 @@ from pydantic.fields import FieldInfo
 
 from tailrace.pipeline.shared.sections import option
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.settings import Settings, load_yaml
+from tailrace.storage.settings import Retired, Settings, load_yaml
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Read = TypeVar("Read", bound=Settings)
+
+logger = logging.getLogger(__name__)
 
 _TAG = "kind"
 
@@ -56,7 +59,8 @@ def settings_options(
 
 def read_settings(settings: type[Read], config: Path | None, given: dict[str, Any]) -> Read:
     """Merge a configuration file with the flags that were given, and validate once."""
-    loaded = load_yaml(config) if config else {}
+    loaded = current_names([settings], load_yaml(config) if config else {})
+    given = current_names([settings], given)
     return _read(settings, loaded, given, str(config) if config else "the settings")
 
 
@@ -76,7 +80,8 @@ def read_settings_together(
 
     Raises SettingsError with the problems of all; names that none knows are the first one's.
     """
-    loaded = load_yaml(config) if config else {}
+    loaded = current_names(classes, load_yaml(config) if config else {})
+    given = current_names(classes, given)
     names = [setting_fields(settings).keys() for settings in classes]
     unknown = (loaded.keys() | given.keys()) - set().union(*names)
     where = str(config) if config else "the settings"
@@ -97,6 +102,43 @@ def read_settings_together(
     if problems:
         raise SettingsError("\n".join(problems))
     return read
+
+
+def current_names(classes: Sequence[type[Settings]], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a user gave by the names that settings have now, and warn of each name that is retired.
+
+    Raises SettingsError for names that are refused by now, and for a setting given by two names.
+    """
+    kinds = {name: _kinds(field) for settings in classes for name, field in settings.model_fields.items()}
+    former = _former_names([*classes, *(kind for several in kinds.values() for kind in several)])
+    current: dict[str, Any] = {}
+    problems = []
+    for written, value in values.items():
+        if value is None or value == ():
+            continue  # a flag that was not given
+        name = written
+        if written in former:
+            name, since, is_refused = former[written]
+            advice = f"{written} is called {name} since {since}; write {name}"
+            if is_refused:
+                problems.append(advice)
+            else:
+                logger.warning("%s", advice)
+        if name in current:
+            problems.append(f"{name} is given twice, once by a former name; leave one out")
+        is_nested = bool(kinds.get(name)) and isinstance(value, Mapping)
+        current[name] = current_names(kinds[name], value) if is_nested else value
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return current
+
+
+def _kinds(field: FieldInfo) -> list[type[Settings]]:
+    return list(_variants(field).values())
+
+
+def _former_names(classes: Iterable[type[Settings]]) -> dict[str, Retired]:
+    return {old: name for settings in classes for old, name in settings.retired.items()}
 
 
 def setting_fields(settings: type[Settings]) -> dict[str, FieldInfo]:
@@ -156,14 +198,17 @@ class _Flag:
 
 
 def _flags(settings: type[Settings], required: tuple[str, ...], when: str = "") -> Iterator[_Flag]:
-    """Yield the flags of all settings, with the headings under which they stand."""
+    """Yield the flags of all settings, with the headings under which they stand; flags of former names are hidden."""
     begins = {name: heading for kind in settings.__mro__[::-1] for name, heading in _own_sections(kind).items()}
     section = None
     for name, field in settings.model_fields.items():
         section = begins.get(name, section)
         heading = f"{when.capitalize()}: {section.lower()}" if section and when else section
+        former = _former_names([settings, *_kinds(field)])
         for flag in _flags_of(name, field, name in required, when):
             yield replace(flag, section=heading)
+            for old in (old for old, known in former.items() if known.new == flag.name):
+                yield replace(flag, name=old, type={**flag.type, "hidden": True})
 
 
 def _own_sections(kind: type) -> Mapping[str, str]:

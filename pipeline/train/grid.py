@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tailrace.pipeline.shared.options import flat_values, setting_fields
+from tailrace.pipeline.shared.options import current_names, flat_values, setting_fields
 from tailrace.storage.artifact import digest
 from tailrace.storage.errors import SettingsError
 from tailrace.training.loop.settings import TrainSettings
@@ -62,7 +62,7 @@ def _read_flags(sweeps: Sequence[str], problems: list[str]) -> dict[str, list[An
             problems.append(f"--sweep {text}: {name} is swept twice; give all its values at once")
         else:
             lists[name] = chosen
-    return lists
+    return current_names([TrainSettings], lists)
 
 
 def _load(path: Path) -> Any:
@@ -78,9 +78,9 @@ def _points(content: Any, where: str) -> list[Point]:
     """Return the runs of a mapping of lists or a list of mappings, by the names of flags."""
     points: Iterable[Point]
     if isinstance(content, dict) and content and all(_is_filled(value) for value in content.values()):
-        points = _product(content)
+        points = _product(current_names([TrainSettings], content))
     elif isinstance(content, list | tuple) and content and all(isinstance(run, dict) and run for run in content):
-        points = content
+        points = [current_names([TrainSettings], run) for run in content]
     else:
         raise SettingsError(
             f"{where}: holds neither a mapping of settings to lists of values (all combinations are run) nor a list of "

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import click
 import pytest
+from pydantic import Field
 
+from tailrace.pipeline import api
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.shared.device import open_device
 from tailrace.pipeline.shared.options import read_settings, settings_options
+from tailrace.pipeline.train.grid import grid_of, read_grid
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.settings import Settings
+from tailrace.storage.settings import Quantity, Retired, Settings
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import command
 
 
 def given(settings: type[Settings], *arguments: str) -> dict[str, Any]:
     """Return what a command gets from flags."""
-    seen: dict[str, Any] = {}
+    flags: dict[str, Any] = taking(settings).main(list(arguments), standalone_mode=False)
+    return flags
 
+
+def taking(settings: type[Settings]) -> click.Command:
+    """Return a command that returns what it gets."""
+
+    @click.command()
     @settings_options(settings)
-    def take(**flags: Any) -> None:
-        seen.update(flags)
+    def take(**flags: Any) -> dict[str, Any]:
+        return flags
 
-    click.command()(take).main(list(arguments), standalone_mode=False)
-    return seen
+    return take
 
 
 def read(settings: type[Settings], *arguments: str) -> Any:
@@ -199,3 +207,108 @@ def test_a_device_that_is_not_there_is_told_in_a_line(device: str, said: str) ->
         open_device(device)
     assert str(caught.value).startswith(f"--device {device}: ")
     assert len(str(caught.value)) < 200
+
+
+class Penalty(Settings):
+    kind: Literal["l1"] = "l1"
+    strength: float = 1.0
+    """How strong."""
+    retired: ClassVar = {"weight": Retired("strength", "0.3")}
+
+
+class Nothing(Settings):
+    kind: Literal["none"] = "none"
+
+
+class Renamed(Settings):
+    batch_rows: Quantity = 1
+    """Rows of a batch."""
+    is_quiet: bool = False
+    """Whether to be quiet."""
+    names: tuple[str, ...] = ()
+    """Several."""
+    penalty: Nothing | Penalty = Field(default=Nothing(), discriminator="kind")
+    """A choice."""
+    retired: ClassVar = {
+        "rows_per_batch": Retired("batch_rows", "0.3"),
+        "silent": Retired("is_quiet", "0.3"),
+        "labels": Retired("names", "0.3"),
+        "ancient": Retired("batch_rows", "0.1", is_refused=True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("by_old_names", "by_new_names"),
+    [
+        (["--rows-per-batch", "4k"], Renamed(batch_rows=4000)),
+        (["--silent"], Renamed(is_quiet=True)),
+        (["--labels", "a", "--labels", "b"], Renamed(names=("a", "b"))),
+        (["--penalty", "l1", "--weight", "3"], Renamed(penalty=Penalty(strength=3))),
+        (["--weight", "3"], Renamed(penalty=Penalty(strength=3))),
+    ],
+)
+def test_a_retired_flag_is_taken_with_a_warning_that_names_the_new_one(
+    caplog: pytest.LogCaptureFixture, by_old_names: list[str], by_new_names: Renamed
+) -> None:
+    assert read(Renamed, *by_old_names) == by_new_names
+    old = by_old_names[-2 if len(by_old_names) > 1 else -1].removeprefix("--").replace("-", "_")
+    new = {**Renamed.retired, **Penalty.retired}[old].new
+    assert caplog.messages == [f"{old} is called {new} since 0.3; write {new}"]
+
+
+def test_a_retired_setting_in_a_file_is_taken_and_flags_of_either_name_override_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("rows_per_batch: 5\npenalty: {kind: l1, weight: 2}\n")
+    assert read(Renamed, "--config", str(file)) == Renamed(batch_rows=5, penalty=Penalty(strength=2))
+    assert len(caplog.messages) == 2
+    for flags in (["--batch-rows", "6", "--strength", "3"], ["--rows-per-batch", "6", "--weight", "3"]):
+        changed = read(Renamed, "--config", str(file), *flags)
+        assert changed == Renamed(batch_rows=6, penalty=Penalty(strength=3))
+
+
+def test_what_was_recorded_by_a_retired_name_is_read_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    recorded = {"ancient": 7, "penalty": {"kind": "l1", "weight": 2}}
+    assert Renamed.model_validate(recorded) == Renamed(batch_rows=7, penalty=Penalty(strength=2))
+    assert caplog.messages == []
+
+
+def test_a_name_whose_time_is_over_is_refused_in_the_words_of_the_warning() -> None:
+    with pytest.raises(SettingsError, match=r"^ancient is called batch_rows since 0\.1; write batch_rows$"):
+        read(Renamed, "--ancient", "5")
+
+
+def test_a_setting_by_both_its_names_is_refused() -> None:
+    with pytest.raises(SettingsError, match="batch_rows is given twice"):
+        read(Renamed, "--batch-rows", "5", "--rows-per-batch", "5")
+    with pytest.raises(ValueError, match="rows_per_batch is batch_rows: give one of them"):
+        Renamed.model_validate({"rows_per_batch": 5, "batch_rows": 5})
+
+
+def test_a_sweep_takes_retired_names_and_warns_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainSettings, "retired", {"learning_rate": Retired("lr", "0.3")})
+    file = tmp_path / "sweep.yaml"
+    file.write_text("learning_rate: [0.1, 0.2]")
+    for points in (
+        read_grid(["learning_rate=0.1,0.2"], None),
+        read_grid([], file),
+        grid_of({"learning_rate": [0.1, 0.2]}),
+    ):
+        assert [{name: float(value) for name, value in point.items()} for point in points] == [{"lr": 0.1}, {"lr": 0.2}]
+    assert len(caplog.messages) == 3
+
+
+def test_help_shows_no_retired_flag() -> None:
+    shown = {parameter.name for parameter in taking(Renamed).params if not getattr(parameter, "hidden", False)}
+    assert {"batch_rows", "strength"} <= shown
+    assert shown.isdisjoint(Renamed.retired.keys() | Penalty.retired.keys())
+
+
+def test_python_keywords_take_retired_names(caplog: pytest.LogCaptureFixture) -> None:
+    given = {"rows_per_batch": 5, "labels": ["a", "b"], "penalty": {"kind": "l1", "weight": 2}}
+    asked = api._read(Renamed, None, given)
+    assert asked == Renamed(batch_rows=5, names=("a", "b"), penalty=Penalty(strength=2))
+    assert len(caplog.messages) == 3
