@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tailrace.training.loop.trainer import Lane, train
 
 from benchmarks.report import Report, parse_arguments, scratch_folder
 from tailrace.pipeline.cache import stage as cache_stage
@@ -33,6 +32,7 @@ from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.evaluate import HeldoutScore, evaluate
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.train_all import ScheduledRun, train
 from tailrace.training.rows.batches import Batch, SiteBatches, as_tensor, iter_once, keys_of
 
 SEEDS = (0, 1, 2)
@@ -184,7 +184,7 @@ def train_once(rows: Rows, order: np.ndarray, size: Size, kind: str, seed: int, 
         device=CPU,
         precision=resolve_precision("auto", CPU),
     )
-    train(stream, [Lane(run, stream.n_steps)])
+    train(stream, [ScheduledRun(run, stream.n_steps)])
     return evaluate(run.predict, heldout)
 
 
