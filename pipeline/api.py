@@ -14,7 +14,7 @@ from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, overload
 
-from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_paths, each_artifact
+from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_path, as_paths, each_artifact
 from tailrace.pipeline.shared.options import current_names, flat_values, read_settings, setting_fields
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Settings
@@ -60,7 +60,7 @@ def cache(
 
     return stage.run(
         _read(CacheSettings, config, settings),
-        output=Path(out),
+        output=as_path(out),
         device=device,
         threads=threads,
         compile_model=compile,
@@ -101,7 +101,7 @@ def train(
         config=_path(config),
         cache=_path(cache),
         live=live,
-        output=Path(out),
+        output=as_path(out),
         start_from=_path(start_from),
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
@@ -145,7 +145,7 @@ def sweep(
         config=_path(config),
         cache=_path(cache),
         live=live,
-        output=Path(out),
+        output=as_path(out),
         start_from=_path(start_from),
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
@@ -198,7 +198,7 @@ def analyze(
     arguments: dict[str, Any] = {
         "cache": _path(cache),
         "live": text,
-        "output": Path(out),
+        "output": as_path(out),
         "device": device,
         "threads": threads,
         "quiet": quiet,
@@ -208,9 +208,9 @@ def analyze(
     }
     if not isinstance(transcoder, str | os.PathLike):
         return many.run(analysis, transcoders=each_artifact(as_paths(transcoder), KIND), **arguments)
-    if many.stands_for_many(Path(transcoder)):
+    if many.stands_for_many(as_path(transcoder)):
         raise SettingsError(f"{transcoder}: gets tables of each transcoder, or layer, in it; give it in a list")
-    return stage.run(analysis, transcoder=Path(transcoder), **arguments)
+    return stage.run(analysis, transcoder=as_path(transcoder), **arguments)
 
 
 def evaluate(
@@ -238,8 +238,8 @@ def evaluate(
     return stage.run(
         _read(EvaluateSettings, config, settings),
         transcoders=as_paths(transcoders),
-        cache=Path(cache),
-        output=Path(out),
+        cache=as_path(cache),
+        output=as_path(out),
         device=device,
         threads=threads,
         quiet=quiet,
@@ -281,7 +281,7 @@ def circuit(
         _read(CircuitSettings, config, settings),
         Question(prompt, token, asked, direction, logit, logit_difference),
         transcoders=as_paths(transcoders),
-        output=Path(out),
+        output=as_path(out),
         tables=as_paths(tables),
         model=_text(model),
         device=device,
@@ -301,7 +301,7 @@ def query(sql: str, tables: Paths | Mapping[str, PathLike], values: Mapping[str,
 
     if not isinstance(tables, Mapping):
         return select(sql, as_paths(tables), values)
-    return select(sql, {name: Path(path) for name, path in tables.items()}, values)
+    return select(sql, {name: as_path(path) for name, path in tables.items()}, values)
 
 
 def verify(
@@ -327,7 +327,7 @@ def verify(
     from tailrace.pipeline.cache.verify import run
 
     return run(
-        Path(path),
+        as_path(path),
         checksums=checksums,
         pairs=pairs,
         shuffle=shuffle,
@@ -349,7 +349,7 @@ def info(path: PathLike) -> dict[str, Any]:
     """
     from tailrace.pipeline.artifacts.info_stage import describe
 
-    return describe(Path(path))
+    return describe(as_path(path))
 
 
 def _read(settings: type[Read], config: PathLike | None, given: Mapping[str, Any]) -> Read:
@@ -395,8 +395,8 @@ def _word(value: Any) -> Any:
 
 
 def _path(path: PathLike | None) -> Path | None:
-    return None if path is None else Path(path)
+    return None if path is None else as_path(path)
 
 
 def _text(path: PathLike | None) -> str | None:
-    return None if path is None else os.fspath(path)
+    return None if path is None else os.path.expanduser(path)

@@ -41,7 +41,7 @@ def open_cache(path: Path | str, generation: int | None = None) -> ActivationCac
 
     Raises ArtifactMissing, ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch where something else lies there.
     """
-    root = Path(path)
+    root = Path(path).expanduser()
     manifest = read_manifest(root, KIND)
     if generation is not None and generation != manifest["generation"]:
         older = root / manifest_name(generation)

@@ -23,6 +23,7 @@ from tailrace.pipeline.circuit import stage as circuit_stage
 from tailrace.pipeline.evaluate import stage as evaluate_stage
 from tailrace.storage.artifact import REQUEST
 from tailrace.storage.errors import ActionableError
+from tailrace.training.loop.settings import SparseConnection, TrainSettings
 from tests.support.synthetic_cache import hashed_rows, write_synthetic_cache
 
 TRAIN: dict[str, Any] = {
@@ -220,6 +221,20 @@ def test_transcoders_of_either_kind_are_loaded_and_two_of_one_site_are_told(plac
     assert (site.name, transcoder.d_sae) == ("layer0", 16)
     with pytest.raises(tailrace.SettingsError, match=r"are both of site layer0; give one of them"):
         tailrace.load_transcoders([place / "by-flags", str(place / "by-flags")])
+
+
+def test_a_home_folder_is_read_in_paths_where_no_shell_reads_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    assert tailrace.open_cache("~/cache").path == place / "cache"
+    assert tailrace.load_transcoder("~/by-flags").d_sae == 16
+    assert list(tailrace.load_transcoders(["~/by-flags"]))
+    assert tailrace.verify("~/by-flags").passed
+    assert tailrace.query("SELECT feature FROM features", "~/tables-by-flags").num_rows == 16
+    assert tailrace.train("~/cache", out="~/by-flags", **TRAIN).path == place / "by-flags"  # finished: returned
+    reference = {"connection_path": "~/by-flags", "connection_coefficient": 1.0}
+    connected = TrainSettings.read({"connection": {"kind": "sparse", **reference}}).connection
+    assert isinstance(connected, SparseConnection)
+    assert connected.connection_path == place / "by-flags"
 
 
 def test_verification_says_what_it_checked(place: Path) -> None:

@@ -25,9 +25,14 @@ _NAMED = 40
 """Artifacts whose names a message lists."""
 
 
+def as_path(path: PathLike) -> Path:
+    """Return a path as a caller in Python writes it, where no shell reads ``~``."""
+    return Path(path).expanduser()
+
+
 def as_paths(paths: Paths) -> list[Path]:
     """Return one path or several as a list."""
-    return [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
+    return [as_path(paths)] if isinstance(paths, str | os.PathLike) else [as_path(path) for path in paths]
 
 
 def each_artifact(paths: Sequence[Path], kind: str) -> list[Path]:

@@ -72,5 +72,5 @@ def load_transcoder(path: str | os.PathLike[str], weights: str = WEIGHTS) -> Tra
 
     ``tailrace.load_transcoder("transcoders/gpt2").encode(mlp_in)``
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     return load_cross_layer(path, weights) if is_cross_layer(path) else load_of_one_layer(path, weights)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.architectures import AnyArchitecture, BatchTopK
@@ -36,7 +36,7 @@ class SparseConnection(Settings):
     """Sparse connections to another transcoder."""
 
     kind: Literal["sparse"] = "sparse"
-    connection_path: Path
+    connection_path: Annotated[Path, AfterValidator(Path.expanduser)]
     """Published transcoder, or .safetensors file with its W_enc and W_dec (one row per feature), to connect sparsely
     to."""
     connection_coefficient: NonNegativeFloat
