@@ -31,7 +31,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install ## Run every stage on a small model and its text; MODEL=tiny (default) or smollm2
 	$(VENV)/bin/pipeline demo --model $(MODEL)
 
-circuits-model: install ## Train a transcoder for every layer of SmolLM2 from one cache, in demo/; see docs/circuits-model.md
+circuits-model: install ## Train a transcoder for every layer of SmolLM2 from one cache, in demo/; see docs/guides/circuits-model.md
 	$(VENV)/bin/pipeline circuits-model --out demo
 
 # One thread per test process: two processes on two cores beat one process that splits every small product.

@@ -9,7 +9,7 @@ Record a run of the model, choose what is to be explained, and have its terms, p
     root = circuits.feature_root(run, 12, 2456, token=4)
     circuits.search_paths(run, root, circuits.SearchSettings())
 
-``docs/circuits.md`` has the formulas, ``docs/notebooks/one_circuit.ipynb`` a circuit from its question to its test.
+``docs/guides/circuits.md`` has the formulas, ``docs/notebooks/one_circuit.ipynb`` a circuit from question to test.
 """
 
 from tailrace.analysis.circuits.attribution_graph import GraphSettings, build_graph

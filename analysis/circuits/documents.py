@@ -1,4 +1,4 @@
-"""Circuits as JSON: this project's own document, whose schema is in ``docs/circuits.md``.
+"""Circuits as JSON: this project's own document, whose schema is in ``docs/guides/circuits.md``.
 
 Nodes are objects with the fields of their keys; edges name nodes by their place in the list of nodes. Printed names are
 there for people and are used nowhere as keys.

@@ -151,10 +151,10 @@ def tables_page(tables: Sequence[TableDescription]) -> str:
 _INTRODUCTION = """\
 # Tables
 
-`pipeline analyze` reads a split of a cache once ([how](analyze.md)) and writes these Parquet files as one artifact.
-This page is made from their schemas by `python -m tailrace.analysis.tables docs/tables.md`, and a test compares the
-two; the same sentences lie in the files themselves (`tailrace.storage.tables.describe`). `pipeline query "SELECT …"`
-runs SQL over them, one view per table.
+`pipeline analyze` reads a split of a cache once ([how](guides/analyze.md)) and writes these Parquet files as one
+artifact. This page is made from their schemas by `python -m tailrace.analysis.tables docs/tables.md`, and a test
+compares the two; the same sentences lie in the files themselves (`tailrace.storage.tables.describe`). `pipeline query
+"SELECT …"` runs SQL over them, one view per table.
 
 A feature is *active* on a row if its activation there is above zero. Rows are numbered from 0 in the split's token
 order (by context, then position), so `row` means the same row in every table made from the same cache, generation and

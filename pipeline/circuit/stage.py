@@ -48,7 +48,7 @@ from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
 KIND = "circuit"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 CIRCUIT = "circuit.json"
-"""Everything, in the schema of ``docs/circuits.md``."""
+"""Everything, in the schema of ``docs/guides/circuits.md``."""
 VIEWER = "viewer.json"
 """The attribution graph for circuit-tracer's and Neuronpedia's viewers."""
 PAGE = "index.html"

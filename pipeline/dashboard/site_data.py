@@ -4,7 +4,7 @@ They are made one by one from tables, so that the stage can write all of them an
 
 Data is handed over as scripts: a page opened from disk may load a script of its folder, but may not fetch a file. A
 file is one call with a name and a string, gzip in base64, which every browser of 2023 or later unpacks by itself. So
-nothing in it is ever read as markup, and it has a third of the bytes of the same JSON (docs/dashboard.md).
+nothing in it is ever read as markup, and it has a third of the bytes of the same JSON (docs/guides/dashboard.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.analysis.dashboards.values import Vocabulary, rounded
 
 FEATURES_PER_FILE = 32
-"""Features whose pages share a file; see docs/dashboard.md for the measurement."""
+"""Features whose pages share a file; see docs/guides/dashboard.md for the measurement."""
 FEATURES_READ = 1024
 """Features whose rows are read from the tables at once; a multiple of ``FEATURES_PER_FILE``."""
 

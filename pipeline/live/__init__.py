@@ -1,1 +1,1 @@
-"""Training rows straight from the language model, mixed in memory: for users without disk. See ``docs/live.md``."""
+"""Training rows straight from the language model, mixed in memory: for users without disk (``docs/guides/live.md``)."""

@@ -78,7 +78,7 @@ def reference_metrics(
     dead_after_steps: int,
     dead_feature_threshold: float,
 ) -> dict[str, float | None]:
-    """Return the metrics of the original transcoder code by its names; units and windows are in docs/metrics.md."""
+    """Return the metrics of the original transcoder code by its names; docs/guides/metrics.md has units and windows."""
     rows = _rows(result)
     scores = quality(rows.outputs, rows.targets)
     frequency = window.frequency()

@@ -64,8 +64,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def documented_hooks() -> dict[str, str]:
-    """Return the widths of the hooks that docs/sites.md recommends, as it says them."""
-    lines = (DOCS / "sites.md").read_text().splitlines()
+    """Return the widths of the hooks that docs/guides/sites.md recommends, as it says them."""
+    lines = (DOCS / "guides" / "sites.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `blocks.L.")]
     return {hook.strip("`").replace("L", "0", 1): width for hook, _, width in cells}
 

@@ -22,7 +22,7 @@ from tailrace.storage.errors import ActionableError, SettingsError
 from tailrace.storage.tables import column, write_table
 from tests.support.paths import DOCS
 
-PAGE = DOCS / "queries.md"
+PAGE = DOCS / "guides" / "queries.md"
 
 
 def publish(path: Path, tables: dict[str, pa.Table], kind: str = "tables") -> Path:
@@ -275,7 +275,7 @@ def test_every_ready_query_fits_the_tables_as_they_are_made(tmp_path: Path, name
 
 
 def test_the_page_of_queries_is_in_step_with_their_files() -> None:
-    assert PAGE.read_text() == queries_page(), "run: python -m tailrace.pipeline.query.saved docs/queries.md"
+    assert PAGE.read_text() == queries_page(), "run: python -m tailrace.pipeline.query docs/guides/queries.md"
 
 
 def test_every_query_says_what_it_is_for_and_what_it_needs() -> None:
