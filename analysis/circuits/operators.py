@@ -9,6 +9,7 @@ sequences; nothing is ever as large as heads × tokens² × d.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tailrace.analysis.weights.model_weights import AttentionWeights, Norm
@@ -59,12 +60,13 @@ def pull_attention(attention: AttentionWeights, pattern: Tensor, v: Tensor) -> T
 
 def mix(attention: AttentionWeights, pattern: Tensor, values: Tensor) -> Tensor:
     """Return (…, T_target, n_heads, d_head): each head's values (…, T_source, n_kv_heads, d_head) by its pattern."""
-    return torch.einsum("gqts,...sge->...tgqe", _grouped(attention, pattern), values).flatten(-3, -2)
+    mixed = torch.einsum("gqts,...sge->...tgqe", _grouped(attention, pattern), values)
+    return rearrange(mixed, "... kv_head query d_head -> ... (kv_head query) d_head")
 
 
 def unmix(attention: AttentionWeights, pattern: Tensor, z: Tensor) -> Tensor:
     """Return the transpose of ``mix`` for ``z`` (…, T_target, n_heads, d_head): heads that share values are summed."""
-    heads = z.reshape(*z.shape[:-2], attention.n_kv_heads, -1, z.shape[-1])
+    heads = rearrange(z, "... (kv_head query) d_head -> ... kv_head query d_head", kv_head=attention.n_kv_heads)
     return torch.einsum("gqts,...tgqe->...sge", _grouped(attention, pattern), heads)
 
 
@@ -86,9 +88,10 @@ def head_contributions(attention: AttentionWeights, pattern: Tensor, values: Ten
     making those vectors.
     """
     directions = _grouped(attention, read_heads(attention, v))
-    return pattern * torch.einsum("sge,gqe->gqs", values, directions).flatten(0, 1)
+    read = torch.einsum("sge,gqe->gqs", values, directions)
+    return pattern * rearrange(read, "kv_head query source -> (kv_head query) source")
 
 
 def _grouped(attention: AttentionWeights, heads: Tensor) -> Tensor:
     """Return (n_kv_heads, heads of each, …): query heads that share a value head are consecutive."""
-    return heads.reshape(attention.n_kv_heads, -1, *heads.shape[1:])
+    return rearrange(heads, "(kv_head query) ... -> kv_head query ...", kv_head=attention.n_kv_heads)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -258,7 +259,7 @@ class _Splice:
     def _slice(self, value: Tensor, address: HookName, name: str, width: int) -> Tensor:
         """Return (contexts, positions, width): one head, or all of them side by side as a cache keeps them."""
         if address.head is None:
-            rows = value.flatten(2) if value.ndim > 3 else value
+            rows = rearrange(value, "contexts positions ... -> contexts positions (...)") if value.ndim > 3 else value
         elif value.ndim == 4 and address.head < value.shape[2]:
             rows = value[:, :, address.head]
         else:

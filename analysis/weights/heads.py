@@ -17,6 +17,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tailrace.analysis.weights.extremes import Ends, blocks, largest
@@ -86,15 +87,17 @@ def through_head(layer: LayerWeights, head: int, vectors: Tensor) -> Tensor:
 
 def _value_factors(layer: LayerWeights) -> Tensor:
     values = layer.attention.W_V.double()
-    carried = carry_back(layer.norm_attention, values.transpose(1, 2)).transpose(1, 2)
-    factors: Tensor = torch.linalg.qr(carried, mode="r").R
+    carried = carry_back(layer.norm_attention, rearrange(values, "head d_model d_head -> head d_head d_model"))
+    factors: Tensor = torch.linalg.qr(rearrange(carried, "head d_head d_model -> head d_model d_head"), mode="r").R
     return factors.float()
 
 
 def _norms(layer: LayerWeights, factors: Tensor, vectors: Tensor) -> Tensor:
     attention: AttentionWeights = layer.attention
     mixed = attention.pull_back_output(carry_back(layer.norm_attention_out, vectors))
-    per_value_head = mixed.reshape(len(mixed), attention.n_kv_heads, -1, mixed.shape[-1])
+    per_value_head = rearrange(
+        mixed, "n (kv_head query) d_head -> n kv_head query d_head", kv_head=attention.n_kv_heads
+    )
     carried = torch.einsum("gre,ngqe->ngqr", factors.to(vectors.dtype), per_value_head)
     norms: Tensor = torch.linalg.vector_norm(carried, dim=-1)
-    return norms.flatten(1)
+    return rearrange(norms, "n kv_head query -> n (kv_head query)")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 NormKind = Literal["layer", "rms", "none"]
@@ -83,8 +84,9 @@ class AttentionWeights:
 
     def pull_back_value(self, z: Tensor) -> Tensor:
         """Return (…, n_heads, d_model) W_V[h] z_h for ``z`` (…, n_heads, d_head): the direction at the source."""
-        grouped = z.reshape(*z.shape[:-2], self.n_kv_heads, -1, z.shape[-1])
-        return torch.einsum("gde,...gqe->...gqd", self.W_V.to(z.dtype), grouped).flatten(-3, -2)
+        grouped = rearrange(z, "... (kv_head query) d_head -> ... kv_head query d_head", kv_head=self.n_kv_heads)
+        read = torch.einsum("gde,...gqe->...gqd", self.W_V.to(z.dtype), grouped)
+        return rearrange(read, "... kv_head query d_model -> ... (kv_head query) d_model")
 
     def pull_back(self, v: Tensor) -> Tensor:
         """Return (…, n_heads, d_model) W_V[h] (W_O[h] v): what each head must see at its source to write ``v``."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tailrace.analysis.weights.model_weights import IDENTITY, LayerWeights, ModelWeights, Norm
@@ -159,8 +160,9 @@ def _through_norm(norm: Norm) -> Carry:
 def _through_heads(layer: LayerWeights, head: int | None) -> Carry:
     """Return the map from the values that heads mixed, of one head or of all side by side, to what attention adds."""
     W_O = layer.attention.W_O if head is None else layer.attention.W_O[head]
+    side_by_side = rearrange(W_O, "... d_head d_model -> (... d_head) d_model")
 
     def carry(vectors: Tensor) -> Tensor:
-        return carry_forth(layer.norm_attention_out, vectors @ W_O.flatten(0, -2).to(vectors.dtype))
+        return carry_forth(layer.norm_attention_out, vectors @ side_by_side.to(vectors.dtype))
 
     return carry

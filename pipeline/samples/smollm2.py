@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -92,9 +93,8 @@ def undo_rotary_permutation(weight: NDArray[np.float32], n_heads: int) -> NDArra
     Rotary embeddings turn pairs of rows. llama.cpp keeps the two rows of a pair together: 0, h, 1, h+1, … with
     h = d_head / 2; transformers keeps all first halves before all second halves: 0, 1, …, h, h+1, …
     """
-    rows, columns = weight.shape
-    pairs = weight.reshape(n_heads, rows // n_heads // 2, 2, columns)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, columns))
+    halves = rearrange(weight, "(head pair half) d_model -> (head half pair) d_model", head=n_heads, half=2)
+    return np.ascontiguousarray(halves)
 
 
 def llama_config(metadata: Mapping[str, Any], *, tied_embedding: bool) -> dict[str, Any]:
