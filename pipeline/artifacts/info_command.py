@@ -21,7 +21,7 @@ def command(path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(info.describe(path), indent=2))
         return
-    described = info.glance(path)
+    described = info.summarise(path)
     width = max(len(name) for name in described)
     for name, value in described.items():
         click.echo(f"{name:{width}}  {_text(value)}")

@@ -14,13 +14,13 @@ from tailrace.storage.cache_format import KIND, PROVENANCE, SPLITS, Site
 from tailrace.storage.errors import ArtifactMissing
 
 
-def glance(path: Path) -> dict[str, Any]:
+def summarise(path: Path) -> dict[str, Any]:
     """Return the few things one wants to know of what lies at ``path``; ``describe`` has everything.
 
     Raises ArtifactMissing if nothing does.
     """
     described = describe(path)
-    shown = GLANCES.get(described.get("kind", ""))
+    shown = SUMMARIES.get(described.get("kind", ""))
     return described if shown is None else dict(shown(read_sealed(path / MANIFEST)))
 
 
@@ -39,7 +39,7 @@ def describe(path: Path) -> dict[str, Any]:
         if inside := sorted(path.glob(f"*/{MANIFEST}")):
             return {
                 "state": f"a folder of {len(inside)} artifacts; name one of them",
-                **{one.parent.name: read_sealed(one).get("kind") for one in inside},
+                **{entry.parent.name: read_sealed(entry).get("kind") for entry in inside},
             }
         raise ArtifactMissing(f"{path}: no cache, transcoder, tables or other artifact lies here; check the path")
     manifest = read_sealed(path / MANIFEST)
@@ -123,7 +123,7 @@ def _model(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "model", f"{manifest['model']['name']} ({manifest['model'].get('dtype', '?')})"
 
 
-def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [manifest["site"]])
     yield "architecture", _architecture(manifest)
     yield "features", manifest["d_sae"]
@@ -136,7 +136,7 @@ def _glance_at_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
     yield "everything else", "--json"
 
 
-def _glance_at_cross_layer(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_cross_layer(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [])
     sites = manifest["sites"]
     yield "layers", f"{len(sites)}: {', '.join(site['name'] for site in sites)}"
@@ -144,7 +144,7 @@ def _glance_at_cross_layer(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]
     yield "features", f"{manifest['d_sae']:,} a layer, each writing to its own layer and all later ones"
     yield _made(manifest)
     if limits := manifest.get("learnt_from"):
-        longest = ", ".join(f"{one['longest_out']:.3g}" for one in limits.values())
+        longest = ", ".join(f"{entry['longest_out']:.3g}" for entry in limits.values())
         yield "learnt from", f"rows whose outputs are at most {longest} long, and inputs likewise"
     for layer in manifest["layers"]:
         yield f"held out {layer['site']}", _score(layer)
@@ -171,7 +171,7 @@ def _score(heldout: dict[str, Any]) -> str:
     return f"FVU {fvu}{also}, L0 {heldout['l0']:.1f}, dead features {heldout['dead_fraction']:.1%}"
 
 
-def _glance_at_tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [manifest["site"]])
     yield "transcoder", manifest["inputs"]["transcoder"]["digest"]
     settings = manifest["request"]["settings"]
@@ -186,15 +186,15 @@ def _tables(tables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"table {name}", f"{table['n_rows']:,} rows"
 
 
-def _glance_at_sweep(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_sweep(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [])
-    statuses = Counter(one["status"] for one in manifest["runs"])
+    statuses = Counter(entry["status"] for entry in manifest["runs"])
     yield "runs", ", ".join(f"{n:,} {status}" for status, n in sorted(statuses.items(), reverse=True))
     yield from _tables({"runs": {"n_rows": len(manifest["runs"])}})
     yield "everything else", "--json"
 
 
-def _glance_at_evaluation(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_evaluation(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, manifest["sites"].values())
     first, split = manifest["scores"][0], manifest["request"]["settings"]["split"]
     yield "run on", f"{first['n_predictions']:,} tokens of {first['n_contexts']:,} {split} contexts"
@@ -207,14 +207,14 @@ def _glance_at_evaluation(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
     yield "everything else", "--json"
 
 
-def _glance_at_layers(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_layers(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _model(manifest)
     yield "layers", len(manifest["transcoders"])
     yield "how good each is", "the table layers"
     yield "everything else", "--json"
 
 
-def _glance_at_dashboard(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_dashboard(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from _model(manifest)
     yield f"site {manifest['site']['name']}", _hooks_of(Site(**manifest["site"]))
     yield "features", manifest["n_features"]
@@ -222,7 +222,7 @@ def _glance_at_dashboard(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "everything else", "--json"
 
 
-def _glance_at_circuit(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_circuit(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     root = manifest["root"]
     yield from _model(manifest)
     yield "root", f"{root['text']}, {root['value']:.4g}"
@@ -231,7 +231,7 @@ def _glance_at_circuit(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "everything else", "--json"
 
 
-def _glance_at_export(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_export(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "kind", manifest["kind"]
     yield "written for", manifest["to"]
     yield "files", len(manifest["files"])
@@ -240,22 +240,22 @@ def _glance_at_export(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "everything else", "--json"
 
 
-def _glance_at_comparison(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_comparison(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "kind", manifest["kind"]
     yield "items", manifest["n_items"]
     yield "digest of the key", manifest["commitment"]
     yield "open", "rate.html"
 
 
-GLANCES = {
-    "transcoder": _glance_at_transcoder,
-    "cross_layer_transcoder": _glance_at_cross_layer,
-    "transcoders": _glance_at_layers,
-    "dashboard": _glance_at_dashboard,
-    "circuit": _glance_at_circuit,
-    "export": _glance_at_export,
-    "blind-comparison": _glance_at_comparison,
-    "tables": _glance_at_tables,
-    "sweep": _glance_at_sweep,
-    "evaluation": _glance_at_evaluation,
+SUMMARIES = {
+    "transcoder": _summarise_transcoder,
+    "cross_layer_transcoder": _summarise_cross_layer,
+    "transcoders": _summarise_layers,
+    "dashboard": _summarise_dashboard,
+    "circuit": _summarise_circuit,
+    "export": _summarise_export,
+    "blind-comparison": _summarise_comparison,
+    "tables": _summarise_tables,
+    "sweep": _summarise_sweep,
+    "evaluation": _summarise_evaluation,
 }

@@ -81,7 +81,7 @@ def run(
     """
     recipe = RECIPES[model]
     layer = recipe.layer if layer is None else layer
-    place = output / f"{model}-layer{layer}"
+    folder = output / f"{model}-layer{layer}"
     say(f"1/5 cache: layer {layer} of {model} ({recipe.about}) on presidents' speeches")
     settings = CacheSettings(
         model=str(_fetch_model(model, output)),
@@ -92,7 +92,7 @@ def run(
         layers=str(layer),
         holdout="7::20",  # the speeches the tiny model never saw
     )
-    cached = cache.run(settings, output=place / "cache", threads=threads, quiet=quiet)
+    cached = cache.run(settings, output=folder / "cache", threads=threads, quiet=quiet)
     say("2/5 verify: every byte, and pairs against the model run again")
     _verify(cached.path, threads)
     say("3/5 train: a BatchTopK transcoder from the cache; the language model is not needed any more")
@@ -106,18 +106,18 @@ def run(
             "evaluate_every": 200,
         }
     )
-    trained = train.run(training, cache=cached.path, output=place / "transcoder", threads=threads, quiet=quiet)
+    trained = train.run(training, cache=cached.path, output=folder / "transcoder", threads=threads, quiet=quiet)
     say("4/5 analyze: features and examples over held-out speeches, as Parquet")
     tables = analyze.run(
         AnalyzeSettings(),
         cache=cached.path,
         transcoder=trained.path,
-        output=place / "tables",
+        output=folder / "tables",
         threads=threads,
         quiet=quiet,
     )
     say("5/5 dashboard: a page for every feature, which a browser opens from disk")
-    site = dashboard.run(DashboardSettings(), tables=tables.path, output=place / "dashboard", quiet=quiet)
+    site = dashboard.run(DashboardSettings(), tables=tables.path, output=folder / "dashboard", quiet=quiet)
     return DemoResult(cached.path, trained.path, tables, site.page)
 
 
@@ -181,6 +181,6 @@ def _readability(feature: dict[str, Any]) -> tuple[bool, bool, bool, float, int]
 
 def _line(feature: dict[str, Any], examples: list[dict[str, Any]], n_tokens: int) -> FeatureLine:
     tokens = list(dict.fromkeys(example["token"] for example in examples))[:n_tokens]
-    window, place = examples[0]["window_tokens"], examples[0]["position"] - examples[0]["window_start"]
-    text = "".join(window[:place]) + "»" + window[place] + "«" + "".join(window[place + 1 :])
+    window, at = examples[0]["window_tokens"], examples[0]["position"] - examples[0]["window_start"]
+    text = "".join(window[:at]) + "»" + window[at] + "«" + "".join(window[at + 1 :])
     return FeatureLine(feature["feature"], feature["frequency"], feature["max"], tokens, text)

@@ -108,8 +108,8 @@ def command(
     from tailrace.training.cross_layer.artifact import is_cross_layer, read_cross_layer_manifest
 
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        told = show_layers(read_cross_layer_manifest(result.path)) if is_cross_layer(result.path) else ""
-        click.echo(f"{result.path}: {told or show_metrics(result.metrics)}")
+        layers = show_layers(read_cross_layer_manifest(result.path)) if is_cross_layer(result.path) else ""
+        click.echo(f"{result.path}: {layers or show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and (score.get("fvu_ordinary", score["fvu"]) or 0) > 1:
             click.echo(
                 "warning: FVU above 1 is worse than always predicting the mean; train for longer, or with a lower --lr",
@@ -134,12 +134,12 @@ def show_metrics(metrics: dict[str, Any]) -> str:
 def show_layers(manifest: Mapping[str, Any]) -> str:
     """Return the held-out scores of a cross-layer transcoder in one line; nothing if it was not scored."""
     layers = manifest["layers"]
-    scores = [one.get("fvu_ordinary", one["fvu"]) for one in layers]
+    scores = [layer.get("fvu_ordinary", layer["fvu"]) for layer in layers]
     known = [score for score in scores if score is not None]
     if not known:
         return ""
     rows = " on rows it may learn from" if "fvu_ordinary" in layers[0] else ""
-    l0, dead = (sum(one[name] for one in layers) / len(layers) for name in ("l0", "dead_fraction"))
+    l0, dead = (sum(layer[name] for layer in layers) / len(layers) for name in ("l0", "dead_fraction"))
     return (
         f"{manifest['metrics']['steps']:,} steps, held-out FVU of {len(layers)} layers {min(known):.4f} to "
         f"{max(known):.4f}, mean {sum(known) / len(known):.4f}{rows}; L0 {l0:.1f} a layer, dead features {dead:.1%}"
@@ -150,9 +150,9 @@ def show_sweep(result: SweepResult) -> None:
     """Print one line for every run, and where the table is."""
     from tailrace.pipeline.train.runs_table import RUNS_TABLE
 
-    width = max(len(one.name) for one in result.runs)
-    for one in result.runs:
-        click.echo(f"{one.name.ljust(width)}  {show_outcome(one)}")
+    width = max(len(outcome.name) for outcome in result.runs)
+    for outcome in result.runs:
+        click.echo(f"{outcome.name.ljust(width)}  {show_outcome(outcome)}")
     click.echo(f"{result.path / RUNS_TABLE}: written")
 
 

@@ -74,14 +74,14 @@ def command(
 def show_layers(layers: Sequence[LayerOutcome]) -> Iterator[str]:
     """Yield a line for each layer, and below the table why some are marked."""
     yield f"{'layer':>5} {'FVU':>7} {'FVU of ordinary rows':>21} {'L0':>6} {'dead':>6}"
-    for one in layers:
-        mark = " *" if one.note else ""
-        cells = f"{_number(one.fvu):>7} {_number(one.fvu_ordinary):>21} {_number(one.l0, 1):>6}"
-        dead = "–" if one.dead_fraction is None else f"{one.dead_fraction:.0%}"
-        yield f"{one.layer:>5} {cells} {dead:>6}{mark}"
-    for one in layers:
-        if one.note:
-            yield f"* layer {one.layer}: {one.note}"
+    for layer in layers:
+        mark = " *" if layer.note else ""
+        cells = f"{_number(layer.fvu):>7} {_number(layer.fvu_ordinary):>21} {_number(layer.l0, 1):>6}"
+        dead = "–" if layer.dead_fraction is None else f"{layer.dead_fraction:.0%}"
+        yield f"{layer.layer:>5} {cells} {dead:>6}{mark}"
+    for layer in layers:
+        if layer.note:
+            yield f"* layer {layer.layer}: {layer.note}"
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -53,10 +53,10 @@ def _checked(points: list[Point], problems: list[str]) -> list[Point]:
 def _read_flags(sweeps: Sequence[str], problems: list[str]) -> dict[str, list[Any]]:
     lists: dict[str, list[Any]] = {}
     for text in sweeps:
-        name, found, values = text.partition("=")
+        name, equals, values = text.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
         chosen = [value.strip() for value in values.split(",")]
-        if not found or not name or not all(chosen):
+        if not equals or not name or not all(chosen):
             problems.append(f"--sweep {text}: wanted NAME=VALUE,VALUE, such as lr=1e-3,2e-3")
         elif name in lists:
             problems.append(f"--sweep {text}: {name} is swept twice; give all its values at once")

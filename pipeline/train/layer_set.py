@@ -45,7 +45,7 @@ from tailrace.training.loop.checkpoint import Checkpoints
 
 KIND = "transcoders"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
-PLACE = "circuits"
+FOLDER = "circuits"
 """Folder of the stage, below the directory that model and text lie in."""
 
 logger = logging.getLogger(__name__)
@@ -87,26 +87,26 @@ def run(
     """
     model = settings.model or fetch_smollm2(Path(model_place(settings, output)))
     dataset = settings.dataset or fetch_sotu(output / "speeches.jsonl")
-    place = output / PLACE
+    folder = output / FOLDER
     caching = settings.caching(model, dataset)
     settings.training("layer0")  # a wrong setting is told before an hour of caching
-    if not (place / "cache" / MANIFEST).exists():
-        budget = plan_budget(caching, output=place, device=device, threads=threads)
+    if not (folder / "cache" / MANIFEST).exists():
+        budget = plan_budget(caching, output=folder, device=device, threads=threads)
         widths = [(site.d_in, site.d_out) for site in budget.sites]
         cost = training_cost(settings, widths, device=open_device(device), threads=threads)
         for line in _announced(budget, cost):
             say(line)
-        if problem := disk_problem(budget, cost, place):
+        if problem := disk_problem(budget, cost, folder):
             raise StorageFull(problem)
     say("1/3 cache: every layer's MLP inputs and outputs, from one run of the model")
-    cached = cache.run(caching, output=place / "cache", device=device, threads=threads, quiet=quiet)
+    cached = cache.run(caching, output=folder / "cache", device=device, threads=threads, quiet=quiet)
     sites = list(cached.cache.sites)
     n_together = together or fitting_together(cached.cache, settings.d_sae)
     say(f"2/3 train: {len(sites)} transcoders, at most {min(n_together, len(sites))} side by side")
     return _train(
         settings,
         cached.cache,
-        place / KIND,
+        folder / KIND,
         n_together,
         device=device,
         threads=threads,
@@ -150,10 +150,10 @@ def _train(
     with limited_threads(threads), ExitStack() as stack:
         source = CacheSource(cached.path, batch_rows=settings.batch_rows, order_seed=settings.seed, device=on)
         context = RunContext(on, ModelScores(ModelScoreSettings(), source, model=None, device=device))
-        requests = {site: context.request(one, source) for site, one in runs.items()}
+        requests = {site: context.request(training, source) for site, training in runs.items()}
         request = {"format": FORMAT_VERSION, "runs": requests}
-        whole = stack.enter_context(Draft(output, KIND, request))
-        if whole.published:
+        model_set = stack.enter_context(Draft(output, KIND, request))
+        if model_set.published:
             return read_result(output)
         drafts = {
             site: stack.enter_context(Draft(output / site, TRANSCODER, request)) for site, request in requests.items()
@@ -169,7 +169,7 @@ def _train(
                 others_go_on=True,
             )
         say("3/3 score: every transcoder on held-out rows, with and without massive activations")
-        _publish(whole, cached, drafts, on)
+        _publish(model_set, cached, drafts, on)
         for draft in drafts.values():
             Checkpoints(draft.path / CHECKPOINTS).clear()
     return read_result(output)
@@ -204,17 +204,21 @@ def _groups(sites: Sequence[str], at_most: int) -> Iterator[Sequence[str]]:
         yield sites[start:end]
 
 
-def _publish(whole: Draft, cached: ActivationCache, drafts: Mapping[str, Draft], device: torch.device) -> None:
+def _publish(model_set: Draft, cached: ActivationCache, drafts: Mapping[str, Draft], device: torch.device) -> None:
     outcomes = [_outcome(cached, site, draft, device) for site, draft in drafts.items()]
-    if not any(one.is_finished for one in outcomes):
+    if not any(outcome.is_finished for outcome in outcomes):
         raise NonFiniteActivation(
-            f"{whole.path}: every layer's training diverged; delete it and use a lower --lr:\n"
-            + "\n".join(f"  {one.site}: {one.note}" for one in outcomes)
+            f"{model_set.path}: every layer's training diverged; delete it and use a lower --lr:\n"
+            + "\n".join(f"  {outcome.site}: {outcome.note}" for outcome in outcomes)
         )
-    write_layers(whole.path / LAYERS, outcomes)
-    finished = {one.site: read_transcoder_manifest(whole.path / one.path) for one in outcomes if one.is_finished}
+    write_layers(model_set.path / LAYERS, outcomes)
+    finished = {
+        outcome.site: read_transcoder_manifest(model_set.path / outcome.path)
+        for outcome in outcomes
+        if outcome.is_finished
+    }
     first = next(iter(finished.values()))
-    whole.publish(
+    model_set.publish(
         {
             "format": FORMAT_VERSION,
             "inputs": first["inputs"],

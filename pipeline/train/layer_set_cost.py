@@ -70,10 +70,10 @@ def training_cost(
     )
 
 
-def disk_problem(budget: Budget, cost: TrainingCost, place: Path) -> str | None:
-    """Return a sentence if cache and transcoders do not fit on the disk beside what lies at ``place`` already."""
+def disk_problem(budget: Budget, cost: TrainingCost, folder: Path) -> str | None:
+    """Return a sentence if cache and transcoders do not fit on the disk beside what lies in ``folder`` already."""
     cache_bytes = int((budget.total_bytes(CACHE_DTYPE) or 0) * _HELDOUT_SHARE)
-    written = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     wanted = cache_bytes + cost.disk_bytes - written
     if wanted <= budget.free_bytes:
         return None
@@ -81,7 +81,7 @@ def disk_problem(budget: Budget, cost: TrainingCost, place: Path) -> str | None:
     rows = int(left / (budget.row_bytes[CACHE_DTYPE] * _HELDOUT_SHARE)) // 1000 * 1000
     advice = f"use --tokens {rows}, free some space" if rows > 0 else "free some space"
     return (
-        f"{place}: needs {wanted / 1e9:.1f} GB more ({cache_bytes / 1e9:.1f} GB of cache, {cost.disk_bytes / 1e9:.1f} "
+        f"{folder}: needs {wanted / 1e9:.1f} GB more ({cache_bytes / 1e9:.1f} GB of cache, {cost.disk_bytes / 1e9:.1f} "
         f"GB of transcoders and their checkpoints), and {budget.free_bytes / 1e9:.1f} GB are free; {advice}, or choose "
         "another --out"
     )

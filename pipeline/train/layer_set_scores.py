@@ -88,8 +88,8 @@ class LayerOutcome:
 
 def massive_note(sides: Mapping[str, SiteStatistics]) -> str | None:
     """Return what is wrong with a layer a few rows of which dwarf all others, by side; None for other layers."""
-    found = [f"{side}s: {note}" for side, one in sides.items() if (note := one.massive_note())]
-    return "massive activations; " + "; ".join(found) if found else None
+    notes = [f"{side}s: {note}" for side, statistics in sides.items() if (note := statistics.massive_note())]
+    return "massive activations; " + "; ".join(notes) if notes else None
 
 
 def score_layer(
@@ -137,7 +137,7 @@ def score_layer(
 
 def write_layers(path: Path, outcomes: Sequence[LayerOutcome]) -> None:
     """Write a row per layer; raises StorageFull if the disk refuses."""
-    rows = [asdict(one) for one in outcomes]
+    rows = [asdict(outcome) for outcome in outcomes]
     columns = [pa.array([row[field.name] for row in rows], field.type) for field in LAYERS_SCHEMA]
     write_table(path, LAYERS_SCHEMA, [pa.RecordBatch.from_arrays(columns, schema=LAYERS_SCHEMA)])
 

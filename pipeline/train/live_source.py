@@ -138,10 +138,10 @@ def _needing_rows(settings: TrainSettings) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = read_json(path)
+        content: dict[str, Any] = read_json(path)
     except ArtifactCorrupt as error:
         raise ArtifactCorrupt(f"{error}, or delete it: it is computed anew") from error
-    return found
+    return content
 
 
 class LiveRows:

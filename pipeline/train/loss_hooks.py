@@ -105,14 +105,14 @@ class LossIncrease:
         contexts, positions = np.asarray(contexts, np.int64), np.asarray(positions, np.int64)
         self._check(contexts, positions)
         substitutes = self._model.in_place(transcoder)
-        distinct, place = np.unique(contexts, return_inverse=True)
+        distinct, context_index = np.unique(contexts, return_inverse=True)
         increases = np.zeros((len(distinct), self._split.layout.context_length))
         done = 0
         for batch in self._recorded.batches(self._split, distinct, self._contexts_per_batch):
             before, after = (self._model.run(batch, kind)[1] for kind in ({}, substitutes))
             increases[done : done + len(batch.contexts), :-1] = (after - before).numpy()
             done += len(batch.contexts)
-        return np.asarray(np.maximum(increases[place, positions], 0.0))
+        return np.asarray(np.maximum(increases[context_index, positions], 0.0))
 
     def _check(self, contexts: np.ndarray, positions: np.ndarray) -> None:
         problems = []

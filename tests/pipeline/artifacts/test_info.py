@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tailrace.pipeline.artifacts.info_stage import GLANCES, glance
+from tailrace.pipeline.artifacts.info_stage import SUMMARIES, summarise
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.storage.draft import Draft
@@ -21,20 +21,20 @@ CACHE = {"cache": {"cache_id": "0", "generation": 0}}
 def test_a_dashboard_says_what_to_open(tmp_path: Path) -> None:
     make_tables(tmp_path / "tables")
     site = dashboard.run(DashboardSettings(), tables=tmp_path / "tables", output=tmp_path / "site", quiet=True)
-    assert glance(site.path)["open"] == "index.html"
-    assert glance(site.path)["features"] == 70
+    assert summarise(site.path)["open"] == "index.html"
+    assert summarise(site.path)["features"] == 70
 
 
 def test_a_circuit_says_its_root_and_how_well_terms_add_up() -> None:
     root = {"text": "logit of ' War'", "value": 12.345, "n_terms": 335, "incompleteness": 2.3e-8}
-    shown = dict(GLANCES["circuit"]({"kind": "circuit", "model": MODEL, "root": root}))
+    shown = dict(SUMMARIES["circuit"]({"kind": "circuit", "model": MODEL, "root": root}))
     assert shown["root"] == "logit of ' War', 12.35"
     assert shown["terms"] == "335, which miss it by 2.3e-08 of their magnitudes"
 
 
 def test_an_export_says_for_whom_and_what_it_cost() -> None:
     manifest = {"kind": "export", "to": "saelens", "files": {"cfg.json": {}}, "notes": ["FVU 0.1 became 0.2"]}
-    shown = dict(GLANCES["export"](manifest))
+    shown = dict(SUMMARIES["export"](manifest))
     assert (shown["written for"], shown["files"], shown["note"]) == ("saelens", 1, "FVU 0.1 became 0.2")
 
 
@@ -42,7 +42,7 @@ def test_an_export_that_was_published_is_shown(tmp_path: Path) -> None:
     with Draft(tmp_path, "export", {}) as draft:
         (tmp_path / "cfg.json").write_text("{}")
         draft.publish({"to": "sparsify", "notes": []}, ["cfg.json"])
-    assert glance(tmp_path) == {"kind": "export", "written for": "sparsify", "files": 1, "everything else": "--json"}
+    assert summarise(tmp_path) == {"kind": "export", "written for": "sparsify", "files": 1, "everything else": "--json"}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_tables_say_which_rows_they_are_about(inputs: dict[str, Any], rows: int 
         "request": {"settings": {"split": "heldout", "rows": rows}},
         "tables": {},
     }
-    assert dict(GLANCES["tables"](manifest))["rows read"] == said
+    assert dict(SUMMARIES["tables"](manifest))["rows read"] == said
 
 
 def test_an_imported_transcoder_is_not_called_trained() -> None:
@@ -78,7 +78,7 @@ def test_an_imported_transcoder_is_not_called_trained() -> None:
         "metrics": {"steps": 0, "rows": 0},
         "origin": {"format": "saelens"},
     }
-    shown = dict(GLANCES["transcoder"](manifest))
+    shown = dict(SUMMARIES["transcoder"](manifest))
     assert shown["imported from"] == "saelens"
     assert "trained" not in shown
 
@@ -86,7 +86,7 @@ def test_an_imported_transcoder_is_not_called_trained() -> None:
 def test_a_folder_of_artifacts_says_what_is_inside(tmp_path: Path) -> None:
     for layer in (3, 4):
         publish_tables(tmp_path / f"layer{layer}", [feature_row(0)], [example_row(0)], layer=layer)
-    assert glance(tmp_path) == {
+    assert summarise(tmp_path) == {
         "state": "a folder of 2 artifacts; name one of them",
         "layer3": "tables",
         "layer4": "tables",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tailrace.analysis.evaluate.evaluation import ALL_SITES
-from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.cache.recorded_model import open_recorded_model, sample_contexts
 from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
@@ -116,7 +116,7 @@ def test_an_evaluation_is_asked_in_sql_as_the_view_tokens(made: Path) -> None:
 
 
 def test_info_of_an_evaluation_fits_a_glance(made: Path) -> None:
-    shown = glance(made / "evaluation")
+    shown = summarise(made / "evaluation")
     scores = evaluate.read_result(made / "evaluation").scores
     expected = {
         f"with {name}": f"{score.spliced.ce:.4f}, {score.ce_recovered:.1%} recovered, KL {score.spliced.kl:.4f}"

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question
 from tailrace.pipeline.circuit.settings import CircuitSettings
@@ -123,7 +123,7 @@ def test_an_import_records_its_model_sites_origin_and_how_well_each_layer_fits(
         assert result.l0[layer] == pytest.approx(float((acts[:, module.of_layer(layer)] > 0).sum(1).double().mean()))
     assert [layer["site"] for layer in manifest["layers"]] == ["layer0", "layer1", "layer2"]
     assert any("no better than a constant's in 3 of 3 layers" in note for note in result.notes)  # weights are random
-    assert glance(tmp_path / "back")["imported from"] == "circuit-tracer"
+    assert summarise(tmp_path / "back")["imported from"] == "circuit-tracer"
     assert take(folder, cache, tmp_path / "back") == result
 
 

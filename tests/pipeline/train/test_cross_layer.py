@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.sources import CacheSource, choose_sites
@@ -94,7 +94,7 @@ def test_what_is_published_is_whole_and_says_what_it_is_made_of(cache: Path, tra
     assert (manifest["d_sae"], manifest["learnt_from"]) == (24, None)
     assert len(manifest["normalisation"]["scale_out"]) == 2
     assert not (trained.path / "checkpoints").exists()
-    assert glance(trained.path)["features"] == "24 a layer, each writing to its own layer and all later ones"
+    assert summarise(trained.path)["features"] == "24 a layer, each writing to its own layer and all later ones"
 
 
 def test_layer_scores_are_those_of_the_published_weights_on_held_out_rows(trained: TrainResult) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.train.stage import TrainResult, run
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
@@ -158,7 +158,7 @@ def test_fresh_throws_away_an_unfinished_run_but_never_a_published_one(
         run(settings, cache=cache, output=output, quiet=True, checkpoint_steps=5, hooks=[(11, interrupt)])
     with pytest.raises(ArtifactIncomplete):
         load_transcoder(output)
-    assert glance(output)["steps kept"] == 10
+    assert summarise(output)["steps kept"] == 10
     other = TrainSettings.read(QUICK, {"lr": 0.02})
     with pytest.raises(ArtifactMismatch, match="or throw it away with --fresh"):
         run(other, cache=cache, output=output, quiet=True)

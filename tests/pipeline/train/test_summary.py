@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tailrace.pipeline.artifacts.info_stage import GLANCES
+from tailrace.pipeline.artifacts.info_stage import SUMMARIES
 from tailrace.pipeline.train.command import show_metrics
 
 HELDOUT = {"n_rows": 96, "fvu": 0.25, "l0": 31.96, "dead_fraction": 0.125}
@@ -25,7 +25,7 @@ def test_the_held_out_score_is_told_in_one_line(changes: dict[str, float | None]
     assert show_metrics({"steps": 1500, "heldout": {**HELDOUT, **changes}}) == f"1,500 steps, {said}"
 
 
-def test_a_glance_at_outputs_that_do_not_vary_has_no_fvu() -> None:
+def test_a_summarise_outputs_that_do_not_vary_has_no_fvu() -> None:
     site = {"name": "mlp", "hook_in": "in", "hook_out": "out", "d_in": 2, "d_out": 2, "dtype": "float32"}
     manifest = {
         "kind": "transcoder",
@@ -36,5 +36,5 @@ def test_a_glance_at_outputs_that_do_not_vary_has_no_fvu() -> None:
         "d_sae": 8,
         "metrics": {"steps": 3, "rows": 30, "heldout": {**HELDOUT, "fvu": None}},
     }
-    lines = dict(GLANCES["transcoder"](manifest))
+    lines = dict(SUMMARIES["transcoder"](manifest))
     assert lines["held out"] == "FVU undefined, L0 32.0, dead features 12.5%, over 96 rows"

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tailrace.pipeline.artifacts.info_stage import describe as describe_artifact
-from tailrace.pipeline.artifacts.info_stage import glance
+from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.query import stage as query
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
@@ -106,7 +106,7 @@ def test_a_sweep_is_asked_in_sql_as_the_view_runs(swept: SweepResult) -> None:
 def test_info_of_a_sweep_counts_how_its_runs_ended(cache: Path, tmp_path: Path) -> None:
     swept = run_sweep({"a": settings(steps=2), "bad": diverging(), "b": settings(steps=3)}, cache, tmp_path / "sweep")
     whole = describe_artifact(swept.path)
-    assert glance(swept.path) == {
+    assert summarise(swept.path) == {
         "kind": "sweep",
         "model": f"{whole['model']['name']} ({whole['model'].get('dtype', '?')})",
         "cache id": f"{open_cache(cache).cache_id}, generation 0",
