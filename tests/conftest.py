@@ -6,6 +6,9 @@ import os
 import tempfile
 
 import hypothesis
+from jaxtyping import install_import_hook
+
+from tests.support import shapes
 
 # Set on import, before any test module imports numpy, torch or datasets: they read these once. Child processes
 # inherit them.
@@ -17,3 +20,5 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+install_import_hook(shapes.MODULES, f"{shapes.__name__}.{shapes.check.__name__}")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tailrace.training.architectures.entries import Above, Entries, Selection
@@ -51,8 +52,8 @@ class Block(NamedTuple):
     outputs: slice
     """The columns of a row of outputs that they write to."""
 
-    def own(self, features: Tensor) -> Tensor:
-        """Return which of ``features`` (n,), by index, are of this block, bool (n,)."""
+    def own(self, features: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Return which of ``features``, by index, are of this block."""
         own: Tensor = (features >= self.features.start) & (features < self.features.stop)
         return own
 
@@ -107,11 +108,11 @@ class Transcoder(nn.Module, ABC):
     # As it is used
 
     @abstractmethod
-    def activate(self, pre_activations: Tensor) -> Tensor:
-        """Return the activations (…, d_sae) of pre-activations (…, d_sae), as a trained transcoder computes them."""
+    def activate(self, pre_activations: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_sae"]:
+        """Return the activations of pre-activations, as a trained transcoder computes them."""
 
-    def pre_activations(self, inputs: Tensor) -> Tensor:
-        """Return W_enc (x − b_dec) + b_enc, (…, d_sae)."""
+    def pre_activations(self, inputs: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+        """Return W_enc (x − b_dec) + b_enc."""
         return F.linear(inputs, self.W_enc, self.encoder_bias())
 
     def encoder_bias(self) -> Tensor:
@@ -123,20 +124,24 @@ class Transcoder(nn.Module, ABC):
         with torch.autocast(self.W_enc.device.type, enabled=False):
             return self.b_enc - self.W_enc @ self.b_dec
 
-    def pre_activations_of(self, features: Tensor, inputs: Tensor) -> Tensor:
-        """Return the pre-activations (rows, n) of features (n,), given by index, alone."""
+    def pre_activations_of(
+        self, features: Int[Tensor, " n"], inputs: Float[Tensor, "*rows d_in"]
+    ) -> Float[Tensor, "*rows n"]:
+        """Return the pre-activations of features, given by index, alone."""
         rows = self.W_enc.index_select(0, features)
         bias = self.b_enc.index_select(0, features)
         if self.b_dec is not None:
             bias = bias - rows @ self.b_dec
         return F.linear(inputs, rows, bias)
 
-    def encode(self, inputs: Tensor) -> Tensor:
-        """Return the activations (…, d_sae) of inputs (…, d_in)."""
+    def encode(self, inputs: Float[Tensor, "*rows {self.d_in}"]) -> Float[Tensor, "*rows {self.d_sae}"]:
+        """Return the activations of inputs."""
         return self.activate(self.pre_activations(inputs))
 
-    def decode(self, activations: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """Return outputs (…, d_out) of activations (…, d_sae); a skip transcoder needs the inputs (…, d_in) too.
+    def decode(
+        self, activations: Float[Tensor, "*rows {self.d_sae}"], inputs: Float[Tensor, "*rows {self.d_in}"] | None = None
+    ) -> Float[Tensor, "*rows {self.d_out}"]:
+        """Return outputs of activations; a skip transcoder needs the inputs too.
 
         Raises ValueError if they are missing.
         """
@@ -150,8 +155,8 @@ class Transcoder(nn.Module, ABC):
             return self.b_dec_out
         return F.linear(inputs, self.W_skip, self.b_dec_out)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the predicted outputs (…, d_out) of inputs (…, d_in)."""
+    def forward(self, inputs: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Return the predicted outputs of inputs."""
         return self.decode(self.encode(inputs), inputs)
 
     def selection_in_use(self) -> Selection:
@@ -163,11 +168,11 @@ class Transcoder(nn.Module, ABC):
     def initialise_own(self) -> None:
         """Give the parameters that only this architecture has their first values; zero unless it says otherwise."""
 
-    def restart_own(self, features: Tensor) -> None:
-        """Give features (n,), by index, the first values of the parameters that only this architecture has."""
+    def restart_own(self, features: Int[Tensor, " n"]) -> None:
+        """Give features, by index, the first values of the parameters that only this architecture has."""
 
-    def rows_of(self, features: Tensor) -> dict[str, Tensor]:
-        """Return, for each parameter with a row per feature, where it has those of features (n,), given by index."""
+    def rows_of(self, features: Int[Tensor, " n"]) -> dict[str, Int[Tensor, " n"]]:
+        """Return, for each parameter with a row per feature, where it has those of features, given by index."""
         return {name: features for name, _ in self.named_parameters() if name not in _NOT_PER_FEATURE}
 
     def blocks(self) -> list[Block]:
@@ -186,7 +191,7 @@ class Transcoder(nn.Module, ABC):
         return Above()
 
     @abstractmethod
-    def activation(self, entries: Entries) -> Tensor:
+    def activation(self, entries: Entries) -> Float[Tensor, "*pairs"]:
         """Return the activations at entries, shaped as ``entries.pre``: positive where a feature fires, else zero."""
 
     def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:

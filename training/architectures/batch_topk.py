@@ -7,6 +7,7 @@ survived in training (Bussmann et al. 2024, "BatchTopK sparse autoencoders", sec
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tailrace.training.architectures.base import Transcoder
@@ -37,7 +38,7 @@ class BatchTopKTranscoder(Transcoder):
         """Take k towards its final value."""
         self.k = self._settings.k_in(step)
 
-    def activate(self, pre_activations: Tensor) -> Tensor:
+    def activate(self, pre_activations: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_sae"]:
         """Return the pre-activations above the threshold, zero elsewhere."""
         return pre_activations.relu() * (pre_activations > self.threshold)
 
@@ -49,7 +50,7 @@ class BatchTopKTranscoder(Transcoder):
         """Return the k · rows largest of the batch."""
         return LargestOfBatch(self.k)
 
-    def activation(self, entries: Entries) -> Tensor:
+    def activation(self, entries: Entries) -> Float[Tensor, "*pairs"]:
         """Return the positive part of what was selected."""
         return entries.pre.relu()
 

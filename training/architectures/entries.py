@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
@@ -56,16 +57,20 @@ class Entries(ABC):
         """Return a parameter (d_sae,) in a shape that goes with ``pre``."""
 
     @abstractmethod
-    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
-        """Return values @ W_dec, (rows, d_out); gradients reach both."""
+    def decode(
+        self, values: Float[Tensor, "*pairs"], W_dec: Float[Tensor, "d_sae d_out"]
+    ) -> Float[Tensor, "rows d_out"]:
+        """Return values @ W_dec; gradients reach both."""
 
     @abstractmethod
-    def decode_groups(self, values: Tensor, W_dec: Tensor, ends: Sequence[int]) -> Tensor:
-        """Return (n_groups, rows, d_out): what the features of each group write; group g ends before ``ends[g]``."""
+    def decode_groups(
+        self, values: Float[Tensor, "*pairs"], W_dec: Float[Tensor, "d_sae d_out"], ends: Sequence[int]
+    ) -> Float[Tensor, "groups rows d_out"]:
+        """Return what the features of each group write; group g ends before ``ends[g]``."""
 
     @abstractmethod
-    def count(self, active: Tensor) -> Tensor:
-        """Return int64 (d_sae,): on how many rows a feature is ``active`` (bool, as ``pre``)."""
+    def count(self, active: Bool[Tensor, "*pairs"]) -> Int[Tensor, " d_sae"]:
+        """Return on how many rows each feature is ``active``, int64."""
 
     @abstractmethod
     def row_sums(self, values: Tensor) -> Tensor:
@@ -84,16 +89,20 @@ class DenseEntries(Entries):
         """Return ``per_feature`` itself, which broadcasts over rows."""
         return per_feature
 
-    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
+    def decode(
+        self, values: Float[Tensor, "*pairs"], W_dec: Float[Tensor, "d_sae d_out"]
+    ) -> Float[Tensor, "rows d_out"]:
         """Return the matrix product."""
         return values @ W_dec
 
-    def decode_groups(self, values: Tensor, W_dec: Tensor, ends: Sequence[int]) -> Tensor:
+    def decode_groups(
+        self, values: Float[Tensor, "*pairs"], W_dec: Float[Tensor, "d_sae d_out"], ends: Sequence[int]
+    ) -> Float[Tensor, "groups rows d_out"]:
         """Return one matrix product per group."""
         bounds = zip([0, *ends], ends, strict=False)
         return torch.stack([values[:, start:end] @ W_dec[start:end] for start, end in bounds])
 
-    def count(self, active: Tensor) -> Tensor:
+    def count(self, active: Bool[Tensor, "*pairs"]) -> Int[Tensor, " d_sae"]:
         """Return column sums."""
         return active.sum(0)
 
@@ -102,8 +111,10 @@ class DenseEntries(Entries):
         return values.sum(1)
 
 
-def restrict(pre: Tensor, selection: Selection, reductions: BatchReductions = ALONE) -> Tensor:
-    """Return dense pre-activations (rows, d_sae) with those a selection of the largest leaves out set to zero.
+def restrict(
+    pre: Float[Tensor, "rows d_sae"], selection: Selection, reductions: BatchReductions = ALONE
+) -> Float[Tensor, "rows d_sae"]:
+    """Return dense pre-activations with those a selection of the largest leaves out set to zero.
 
     ``reductions`` are those over the batch that the rows are part of.
     """

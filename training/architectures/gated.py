@@ -7,6 +7,7 @@ dictionary learning with gated sparse autoencoders", section 3.2).
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tailrace.training.architectures.base import Trace, Transcoder, exact
@@ -39,7 +40,7 @@ class GatedTranscoder(Transcoder):
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
     @torch.no_grad()
-    def restart_own(self, features: Tensor) -> None:
+    def restart_own(self, features: Int[Tensor, " n"]) -> None:
         """Make magnitudes of features equal to their gates."""
         self.r_mag[features] = 0
         self.b_mag[features] = 0
@@ -48,12 +49,12 @@ class GatedTranscoder(Transcoder):
         """Raise l1 linearly from zero over its warm-up."""
         self.l1 = self._settings.l1 * warmed_up(step, self._settings.l1_warmup_steps)
 
-    def activate(self, pre_activations: Tensor) -> Tensor:
+    def activate(self, pre_activations: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_sae"]:
         """Return the magnitudes of features whose gate is open."""
         magnitudes = (pre_activations * self.r_mag.exp() + self.b_mag).relu()
         return magnitudes * (pre_activations > 0)
 
-    def activation(self, entries: Entries) -> Tensor:
+    def activation(self, entries: Entries) -> Float[Tensor, "*pairs"]:
         """Return the magnitudes where the gate is open; the gate itself passes no gradient."""
         magnitudes = (entries.pre * entries.at(self.r_mag.exp()) + entries.at(self.b_mag)).relu()
         return magnitudes * (entries.pre > 0)

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tailrace.training.architectures.base import Transcoder
@@ -90,7 +91,7 @@ class JumpReLUTranscoder(Transcoder):
         self.log_threshold.fill_(self._initial_log_threshold)
 
     @torch.no_grad()
-    def restart_own(self, features: Tensor) -> None:
+    def restart_own(self, features: Int[Tensor, " n"]) -> None:
         """Set the thresholds of features to the initial one."""
         self.log_threshold[features] = self._initial_log_threshold
 
@@ -102,7 +103,7 @@ class JumpReLUTranscoder(Transcoder):
         """Raise the penalty linearly from zero over its warm-up."""
         self.l0 = self._settings.l0 * warmed_up(step, self._settings.l0_warmup_steps)
 
-    def activate(self, pre_activations: Tensor) -> Tensor:
+    def activate(self, pre_activations: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_sae"]:
         """Return the pre-activations above their thresholds, zero elsewhere."""
         return pre_activations * (pre_activations > self.threshold)
 
@@ -114,7 +115,7 @@ class JumpReLUTranscoder(Transcoder):
         """Return all pairs above the lower edge of the threshold's bandwidth: below, nothing is passed on."""
         return Above(self.threshold.detach() - self.bandwidth / 2)
 
-    def activation(self, entries: Entries) -> Tensor:
+    def activation(self, entries: Entries) -> Float[Tensor, "*pairs"]:
         """Return the pre-activations above their thresholds, zero elsewhere."""
         activations: Tensor = _Jump.apply(entries.pre, entries.at(self.threshold), self.bandwidth)  # type: ignore[no-untyped-call]
         return activations

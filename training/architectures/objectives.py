@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tailrace.training.choices import ObjectiveKind
@@ -27,12 +28,16 @@ class Objective(Protocol):
         """Activations are divided by this before a sparsity term counts them."""
         ...
 
-    def reconstruction(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Return the scalar loss of ``predicted`` (rows, d_out) against ``target`` (rows, d_out)."""
+    def reconstruction(
+        self, predicted: Float[Tensor, "rows d_out"], target: Float[Tensor, "rows d_out"]
+    ) -> Float[Tensor, ""]:
+        """Return the loss of ``predicted`` against ``target``."""
         ...
 
-    def elements(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Return (rows, d_out) whose mean is ``reconstruction``."""
+    def elements(
+        self, predicted: Float[Tensor, "rows d_out"], target: Float[Tensor, "rows d_out"]
+    ) -> Float[Tensor, "rows d_out"]:
+        """Return numbers whose mean is ``reconstruction``."""
         ...
 
 
@@ -52,12 +57,16 @@ class VarianceObjective:
         """The root of V."""
         return math.sqrt(self.total_variance)
 
-    def reconstruction(self, predicted: Tensor, target: Tensor) -> Tensor:
+    def reconstruction(
+        self, predicted: Float[Tensor, "rows d_out"], target: Float[Tensor, "rows d_out"]
+    ) -> Float[Tensor, ""]:
         """Return mean over rows of ‖predicted − target‖² / V."""
         mean_error: Tensor = (predicted - target).pow(2).sum(-1).mean()
         return mean_error / self.total_variance
 
-    def elements(self, predicted: Tensor, target: Tensor) -> Tensor:
+    def elements(
+        self, predicted: Float[Tensor, "rows d_out"], target: Float[Tensor, "rows d_out"]
+    ) -> Float[Tensor, "rows d_out"]:
         """Return each element's squared error, times d_out / V."""
         return (predicted - target).pow(2) * (target.shape[-1] / self.total_variance)
 
@@ -71,11 +80,15 @@ class ReferenceObjective:
 
     activation_unit: float = 1.0
 
-    def reconstruction(self, predicted: Tensor, target: Tensor) -> Tensor:
+    def reconstruction(
+        self, predicted: Float[Tensor, "rows d_out"], target: Float[Tensor, "rows d_out"]
+    ) -> Float[Tensor, ""]:
         """Return mean over all elements of (predicted − target)² / ‖target‖."""
         return self.elements(predicted, target).mean()
 
-    def elements(self, predicted: Tensor, target: Tensor) -> Tensor:
+    def elements(
+        self, predicted: Float[Tensor, "rows d_out"], target: Float[Tensor, "rows d_out"]
+    ) -> Float[Tensor, "rows d_out"]:
         """Return (predicted − target)² / ‖target‖ of every element."""
         norms = torch.linalg.vector_norm(target, dim=-1, keepdim=True).clamp_min(EPSILON)
         error: Tensor = (predicted - target).pow(2) / norms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tailrace.training.architectures.base import Transcoder
@@ -27,15 +28,15 @@ class ReLUTranscoder(Transcoder):
         """Raise l1 linearly from zero over its warm-up."""
         self.l1 = self._settings.l1 * warmed_up(step, self._settings.l1_warmup_steps)
 
-    def activate(self, pre_activations: Tensor) -> Tensor:
+    def activate(self, pre_activations: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_sae"]:
         """Return the positive part."""
         return pre_activations.relu()
 
-    def activation(self, entries: Entries) -> Tensor:
+    def activation(self, entries: Entries) -> Float[Tensor, "*pairs"]:
         """Return the positive part."""
         return entries.pre.relu()
 
-    def penalties(self, entries: Entries, activations: Tensor) -> dict[str, Tensor]:
+    def penalties(self, entries: Entries, activations: Float[Tensor, "*pairs"]) -> dict[str, Float[Tensor, ""]]:
         """Return the sparsity term. Summed over features only, so it does not depend on how many rows there are."""
         return {"sparsity": total(self._penalty(activations)) * (self.l1 / entries.n_rows)}
 

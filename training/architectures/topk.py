@@ -6,6 +6,7 @@ ReLU comes before the choice: of a row with fewer than k positive pre-activation
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tailrace.training.architectures.base import Transcoder
@@ -25,7 +26,7 @@ class TopKTranscoder(Transcoder):
         """Take k towards its final value."""
         self.k = self._settings.k_in(step)
 
-    def activate(self, pre_activations: Tensor) -> Tensor:
+    def activate(self, pre_activations: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_sae"]:
         """Return the pre-activations with all but the k largest positive ones of each row set to zero."""
         rows = pre_activations.reshape(-1, pre_activations.shape[-1])
         return restrict(rows, LargestPerRow(self._settings.k)).relu().view_as(pre_activations)
@@ -38,7 +39,7 @@ class TopKTranscoder(Transcoder):
         """Return the k largest of each row."""
         return LargestPerRow(self.k)
 
-    def activation(self, entries: Entries) -> Tensor:
+    def activation(self, entries: Entries) -> Float[Tensor, "*pairs"]:
         """Return the positive part of what was selected."""
         return entries.pre.relu()
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tailrace.training.rows.batches import Batch, SiteBatches
@@ -38,8 +39,8 @@ class LearntRows:
         """Return a copy for rows that lie on ``device`` in ``dtype``."""
         return LearntRows(self.sites, self.normalisation.to(device, dtype), self.ordinary)
 
-    def mask(self, batches: SiteBatches) -> Tensor | None:
-        """Return which rows are ordinary at every site, bool (rows,); None if all rows are learnt from."""
+    def mask(self, batches: SiteBatches) -> Bool[Tensor, " rows"] | None:
+        """Return which rows are ordinary at every site; None if all rows are learnt from."""
         return self._mask([batches[site] for site in self.sites])
 
     def _mask(self, raw: Sequence[Batch]) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tailrace.storage.encodings import Side
@@ -40,15 +41,15 @@ class Normalisation:
         """Return the batch in normalised units."""
         return Batch(self.inputs(batch.inputs), self.outputs(batch.outputs))
 
-    def inputs(self, inputs: Tensor) -> Tensor:
+    def inputs(self, inputs: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
         """Return raw inputs in normalised units."""
         return (inputs - self.mean_in) / self.scale_in
 
-    def outputs(self, outputs: Tensor) -> Tensor:
+    def outputs(self, outputs: Float[Tensor, "*rows d_out"]) -> Float[Tensor, "*rows d_out"]:
         """Return raw outputs in normalised units."""
         return (outputs - self.mean_out) / self.scale_out
 
-    def restore(self, outputs: Tensor) -> Tensor:
+    def restore(self, outputs: Float[Tensor, "*rows d_out"]) -> Float[Tensor, "*rows d_out"]:
         """Return normalised outputs in raw units."""
         return outputs * self.scale_out + self.mean_out
 
@@ -74,16 +75,16 @@ class JoinedNormalisation:
         """Return the batch in normalised units."""
         return Batch(self.inputs(batch.inputs), self.outputs(batch.outputs))
 
-    def inputs(self, inputs: Tensor) -> Tensor:
-        """Return raw inputs (…, layers · d_in) in normalised units."""
+    def inputs(self, inputs: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Return raw inputs, layers · d_in wide, in normalised units."""
         return self._by_layer(inputs, Normalisation.inputs)
 
-    def outputs(self, outputs: Tensor) -> Tensor:
-        """Return raw outputs (…, layers · d_out) in normalised units."""
+    def outputs(self, outputs: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Return raw outputs, layers · d_out wide, in normalised units."""
         return self._by_layer(outputs, Normalisation.outputs)
 
-    def restore(self, outputs: Tensor) -> Tensor:
-        """Return normalised outputs (…, layers · d_out) in raw units."""
+    def restore(self, outputs: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Return normalised outputs, layers · d_out wide, in raw units."""
         return self._by_layer(outputs, Normalisation.restore)
 
     def _by_layer(self, rows: Tensor, change: Callable[[Normalisation, Tensor], Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tailrace.storage.encodings import Side
@@ -37,8 +38,8 @@ class OrdinaryRows:
         sides = list(statistics.values())
         return cls(multiple * sides[0].median_norm, multiple * sides[-1].median_norm)
 
-    def mask(self, batch: Batch) -> Tensor:
-        """Return bool (rows,)."""
+    def mask(self, batch: Batch) -> Bool[Tensor, " rows"]:
+        """Return which rows these are."""
         is_short_in: Tensor = torch.linalg.vector_norm(batch.inputs, dim=1) <= self.longest_in
         is_short_out: Tensor = torch.linalg.vector_norm(batch.outputs, dim=1) <= self.longest_out
         return is_short_in & is_short_out

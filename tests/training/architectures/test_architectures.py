@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from tailrace.training.architectures import (
@@ -21,7 +22,7 @@ from tailrace.training.architectures import (
 )
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.batch_topk import BatchTopKTranscoder
-from tailrace.training.architectures.entries import DenseEntries
+from tailrace.training.architectures.entries import Above, DenseEntries
 from tailrace.training.architectures.gated import GatedTranscoder
 from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
 from tailrace.training.architectures.objectives import Objective, ReferenceObjective, VarianceObjective
@@ -360,3 +361,13 @@ def test_initial_directions_depend_on_seed_and_purpose_alone() -> None:
     assert torch.equal(random_directions(1, "a", 5, 3), random_directions(1, "a", 5, 3))
     assert not torch.equal(random_directions(1, "a", 5, 3), random_directions(2, "a", 5, 3))
     assert not torch.equal(random_directions(1, "a", 5, 3), random_directions(1, "b", 5, 3))
+
+
+def test_shapes_that_annotations_state_are_checked_here() -> None:
+    transcoder = TopK(k=2).build(3, 4, 8)
+    with pytest.raises(TypeCheckError, match="inputs"):
+        transcoder.encode(torch.zeros(5, 4))
+    with pytest.raises(TypeCheckError, match="activations"):
+        transcoder.decode(torch.zeros(5, 8, dtype=torch.int64))
+    with pytest.raises(TypeCheckError, match="return value"):
+        DenseEntries(torch.zeros(5, 8), Above()).count(torch.zeros(8, dtype=torch.bool))

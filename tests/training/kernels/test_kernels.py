@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -101,7 +102,8 @@ def test_sparse_step_agrees_with_dense_autograd_in_float64(
 @pytest.mark.slow  # compiles C++
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("name", ["relu", "batch_topk"])
-def test_compiled_step_agrees_with_the_plain_one(name: str) -> None:
+def test_compiled_step_agrees_with_the_plain_one(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch.compile would compile the checks too
     reference = random_transcoder(ARCHITECTURES[name]).float()
     compiled = copy.deepcopy(reference)
     batch = cast(random_batch(), torch.float32)
