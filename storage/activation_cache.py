@@ -1,6 +1,6 @@
-"""Opening a published cache: its sites, splits, rows by unit, contexts and statistics.
+"""A published cache: its sites, splits, rows by unit, contexts and statistics.
 
-Rows are read here by whole unit and in token order, which is what analysis wants; batches in training order come from
+Rows are read here unit by unit and in token order, which is what analysis wants; batches in training order come from
 ``CacheSplit.stream``.
 """
 
@@ -37,9 +37,9 @@ from tailrace.storage.stream import RowStream, StreamSource
 
 
 def open_cache(path: Path | str, generation: int | None = None) -> ActivationCache:
-    """Open a published cache, at its newest generation unless told otherwise.
+    """Open a published cache, at its newest generation by default.
 
-    Raises ArtifactMissing, ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch where something else lies there.
+    Raises ArtifactMissing, ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch for any other artifact.
     """
     root = Path(path).expanduser()
     manifest = read_manifest(root, KIND)
@@ -58,7 +58,7 @@ def open_cache(path: Path | str, generation: int | None = None) -> ActivationCac
 
 
 def _check_names(root: Path, manifest: dict[str, Any]) -> None:
-    """Raise ArtifactCorrupt if a split or site, which are folders of the cache, could be one elsewhere."""
+    """Raise ArtifactCorrupt if the folder of a split or site could lie outside the cache."""
     for name in (*manifest["splits"], *(site["name"] for site in manifest["format"]["sites"])):
         if (problem := folder_problem(name)) is not None:
             raise ArtifactCorrupt(
@@ -271,13 +271,13 @@ class CacheSplit:
     def _read_contexts(self, name: str, contexts: np.ndarray) -> np.ndarray:
         spec = next(spec for spec in self.layout.context_specs() if spec.name == name)
         wanted = np.asarray(contexts, np.int64)
-        found = np.empty((len(wanted), self.layout.context_length), spec.memory_dtype)
+        values = np.empty((len(wanted), self.layout.context_length), spec.memory_dtype)
         sizes = pieces(self.n_contexts, spec.shard_rows)
         for block in np.unique(wanted // spec.shard_rows).tolist():
             rows = self._read_rows(spec, block, sizes[block])
             inside = wanted // spec.shard_rows == block
-            found[inside] = rows[wanted[inside] - block * spec.shard_rows]
-        return found
+            values[inside] = rows[wanted[inside] - block * spec.shard_rows]
+        return values
 
     def statistics(self, site: str, side: Side) -> SiteStatistics:
         """Return the statistics of one side of a site over this split, merged from its units in order."""
@@ -289,9 +289,9 @@ class CacheSplit:
         merged = {key: SiteStatistics(self.layout.encodings()[key].width) for key in keys}
         for names in self._record["unit_records"]:
             for name in names:
-                found = self._read_record(name)["statistics"]
-                for key in merged.keys() & found.keys():
-                    merged[key].merge(SiteStatistics.from_json(found[key]))
+                stored = self._read_record(name)["statistics"]
+                for key in merged.keys() & stored.keys():
+                    merged[key].merge(SiteStatistics.from_json(stored[key]))
         return merged
 
     def output_statistics(self) -> dict[str, SiteStatistics]:
@@ -351,20 +351,20 @@ class CacheSplit:
 
 
 def read_settled(find: Callable[[], Path], read: Callable[[Path], Read]) -> Read:
-    """Return what ``read`` makes of the group that ``find`` names before and after; read again while the two differ.
+    """Return ``read(find())``; read again until ``find`` names the same group before and after.
 
-    An extension gives a short last shard its second name, below ``superseded``, before it renames a longer one into its
-    place. So where that name is still not there once the shard was read, what was read had not been replaced: neither
-    sizes nor checksums need to be compared, which the two shards might share. An error counts only in that case, too.
+    An extension gives a short last shard its second name, below ``superseded``, before it renames a longer shard over
+    the first name. So if the second name does not exist after the read, the shard had not been replaced, and sizes and
+    checksums, which the two shards might share, need no comparison. An error of ``read`` is raised only in that case.
     """
     group = find()
     while True:
         try:
-            found = read(group)
+            value = read(group)
         except ArtifactCorrupt:
             if (now := find()) == group:
                 raise
         else:
             if (now := find()) == group:
-                return found
+                return value
         group = now

@@ -1,6 +1,6 @@
 """A published directory is complete or absent: manifests, checksums, atomic files.
 
-``manifest.json`` is written last, so its presence is the one sign that an artifact is complete. Until then the
+``manifest.json`` is written last, so only an artifact that has it is complete. Until then the
 directory is a draft (``tailrace.storage.draft``): it holds ``request.json`` (what was asked for) and whatever is
 finished so far, and only the process that holds its lock may write to it.
 """
@@ -26,9 +26,7 @@ from tailrace.storage.errors import (
     StorageFull,
 )
 from tailrace.storage.formats import refuse_newer
-from tailrace.storage.names import inside, temporary_path
-from tailrace.storage.names import is_plural as _is_plural
-from tailrace.storage.names import one_of as _one
+from tailrace.storage.names import inside, is_plural, temporary_path, with_article
 
 JSON = Any
 """A value that ``json`` can write: null, bool, number, string, list or string-keyed mapping of these."""
@@ -39,7 +37,7 @@ _DISK_REFUSALS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.E
 
 
 def canonical_json(value: JSON) -> bytes:
-    """Return the one JSON text of ``value``: sorted keys, two spaces, a final newline; NaN is refused."""
+    """Return the canonical JSON text of ``value``: sorted keys, two spaces, a final newline; NaN is refused."""
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -58,7 +56,7 @@ def checksum_file(path: Path) -> str:
 
 
 def storage_refused(error: OSError, path: Path) -> StorageFull:
-    """Turn an OSError of a write into the error a user can act on."""
+    """Return the error, with its next step, for an OSError of a write to ``path``."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return StorageFull(f"{path}: cannot be written ({reason}); choose another path")
@@ -104,7 +102,7 @@ def make_directory(path: Path) -> list[Path]:
 
 
 def discard(temporary: Path) -> None:
-    """Delete a half-written file if the disk allows: the error that left it behind is the one to report."""
+    """Delete a half-written file if the disk allows: the error that left it behind is reported."""
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
 
@@ -128,9 +126,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def refuse_replacing(path: Path) -> None:
-    """Raise ArtifactMismatch if something else than a regular file would be replaced by one: a pipe, a device."""
+    """Raise ArtifactMismatch if ``path`` is a pipe, a device or anything else that a regular file must not replace."""
     if path.exists() and not path.is_file():
-        raise ArtifactMismatch(f"{path}: is no regular file, which one would take the place of; give another path")
+        raise ArtifactMismatch(f"{path}: is no regular file, so it is not replaced; give another path")
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -167,7 +165,7 @@ def read_json(path: Path) -> Any:
 
 
 def seal(manifest: Mapping[str, JSON]) -> bytes:
-    """Return the bytes of a manifest with its own digest inside, so that a changed byte is found."""
+    """Return the bytes of a manifest with its own digest inside, so that a changed byte shows."""
     return canonical_json({**manifest, "digest": digest(dict(manifest))})
 
 
@@ -189,23 +187,22 @@ def read_sealed(path: Path) -> dict[str, JSON]:
 def read_manifest(path: Path, kind: str, instead: Mapping[str, str] | None = None) -> dict[str, JSON]:
     """Return the manifest of a published artifact of ``kind``.
 
-    ``instead`` says, by the kind found, what to do with one that was given for it. Raises ArtifactMissing,
-    ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch for another kind.
+    ``instead`` has the next step to report for each wrong kind. Raises ArtifactMissing, ArtifactIncomplete,
+    ArtifactCorrupt, or ArtifactMismatch for another kind.
     """
     if not (path / MANIFEST).exists():
         if (path / REQUEST).exists():
-            this, was, it, they = ("these", "were", "them", "they") if _is_plural(kind) else ("this", "was", "it", "it")
+            this, was, it, they = ("these", "were", "them", "they") if is_plural(kind) else ("this", "was", "it", "it")
             raise ArtifactIncomplete(
                 f"{path}: {this} {kind} {was} never finished; run the command that makes {it} again and {they} will "
                 "continue"
             )
-        verb, it = ("are", "them") if _is_plural(kind) else ("is", "it")
+        verb, it = ("are", "them") if is_plural(kind) else ("is", "it")
         raise ArtifactMissing(f"{path}: there {verb} no {kind} here; check the path, or make {it} first")
     manifest = read_sealed(path / MANIFEST)
-    if manifest.get("kind") != kind:
-        found = _one(str(manifest.get("kind")))
-        way_on = (instead or {}).get(str(manifest.get("kind")), f"give the path of {_one(kind)}")
-        raise ArtifactMismatch(f"{path}: holds {found}, wanted {_one(kind)}; {way_on}")
+    if (actual := str(manifest.get("kind"))) != kind:
+        way_on = (instead or {}).get(actual, f"give the path of {with_article(kind)}")
+        raise ArtifactMismatch(f"{path}: holds {with_article(actual)}, wanted {with_article(kind)}; {way_on}")
     return manifest
 
 
@@ -229,7 +226,7 @@ def check_request(path: Path, manifest: Mapping[str, JSON]) -> list[str]:
 def check_files(path: Path, files: Mapping[str, Mapping[str, JSON]]) -> list[str]:
     """Compare files under ``path`` with their recorded ``bytes`` and ``checksum``; return the differences.
 
-    A name that leads elsewhere is one, and nothing there is read.
+    A name that leads out of ``path`` is a difference too; its file is not read.
     """
     problems = []
     for name, recorded in sorted(files.items()):
@@ -242,8 +239,8 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, JSON]]) -> list[str
             problems.append(f"{file}: is missing")
         elif (n_bytes := file.stat().st_size) != recorded["bytes"]:
             problems.append(f"{file}: has {n_bytes} bytes, its record says {recorded['bytes']}")
-        elif (found := checksum_file(file)) != recorded["checksum"]:
-            problems.append(f"{file}: checksum is {found}, its record says {recorded['checksum']}")
+        elif (checksum := checksum_file(file)) != recorded["checksum"]:
+            problems.append(f"{file}: checksum is {checksum}, its record says {recorded['checksum']}")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Where everything of an activation cache lies: the one place that knows its paths and arrays.
+"""Paths and arrays of an activation cache; no other module knows them.
 
 ``docs/format.md`` is the normative description; a test holds the two together.
 """
@@ -19,7 +19,7 @@ KIND = "activation-cache"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 SPLITS = ("train", "heldout")
 PROVENANCE: dict[str, str] = {"token_id": "int32", "context": "uint32", "position": "uint16", "document": "uint32"}
-"""One number per row each: the token, the context it stands in, its place there, and the document it comes from."""
+"""One number per row each: the token, its context, its position there, and the document it comes from."""
 CONTEXT_ARRAYS: dict[str, str] = {"tokens": "int32", "documents": "uint32"}
 """One vector of context_length numbers per context each."""
 VOCABULARY = "vocabulary.json"

@@ -1,8 +1,8 @@
-"""Turning committed units into a published generation of a cache.
+"""Publishing: committed units become a generation of a cache.
 
 A generation is the Zarr metadata that covers its rows, its statistics, and ``manifest-<g>.json``; ``manifest.json``, a
 copy of the newest one, is replaced last. Existing files never change, except the metadata that every generation
-extends, and the short last shards, which are kept under ``superseded/`` before a longer version takes their place.
+extends, and the short last shards, which are kept under ``superseded/`` before a longer version replaces them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Change = Literal["create", "extend", "widen"]
 
 @dataclass(frozen=True)
 class SplitSize:
-    """How much of one split a generation holds."""
+    """Rows and contexts of one split in a generation."""
 
     n_rows: int
     n_contexts: int
@@ -196,9 +196,9 @@ def _statistics(root: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, byt
 
 
 def keep_superseded(cache: ActivationCache) -> None:
-    """Link the short last shards of a published cache aside, before an extension writes longer ones in their place.
+    """Link the short last shards of a published cache under ``superseded/``, before an extension replaces them.
 
-    Safe to repeat. Readers look here first, so the published generation stays whole at every moment.
+    Safe to repeat. Readers look there first, so the published generation stays complete at every moment.
     """
     layout = cache.layout
     for name in cache.manifest["splits"]:
@@ -222,7 +222,7 @@ def _link_aside(split: CacheSplit, spec: ArraySpec, n_rows: int) -> None:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; a whole copy of its own where the file system has no links."""
+    """Link a file to a second name, or copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError as error:

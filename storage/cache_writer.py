@@ -1,7 +1,7 @@
-"""Writing a cache: a unit is gathered in memory in its final order, written as whole shards, then committed.
+"""Writing a cache: a unit is gathered in memory in its final order, written as complete shards, then committed.
 
 A unit counts as written if and only if its commit record exists. The record comes last and covers every array of
-the unit at once, so a kill at any moment leaves each unit either whole or absent, and pairs never come apart: every
+the unit at once, so a kill at any moment leaves each unit either complete or absent, and pairs never come apart: every
 array of a unit is filled through the same permutation.
 """
 
@@ -85,10 +85,10 @@ class UnitBuffer:
         # pieces are independent and NumPy lets go of the interpreter, so threads share the work; their bounds do not
         # depend on the threads, and their statistics are merged in order
         pieces = [
-            (key, start, self._pool.submit(self._fill_piece, key, rows[start : start + _PIECE_ROWS], places))
-            for key, rows in ((key, activations[key]) for key in self._encodings)
+            (key, start, self._pool.submit(self._fill_piece, key, activations[key][piece], destinations[piece]))
+            for key in self._encodings
             for start in range(0, n, _PIECE_ROWS)
-            for places in (destinations[start : start + _PIECE_ROWS],)
+            for piece in (slice(start, start + _PIECE_ROWS),)
         ]
         for key, start, piece in pieces:
             statistics, bad = piece.result()
@@ -97,13 +97,13 @@ class UnitBuffer:
             self.statistics[key].merge(statistics)
         self._n_filled += n
 
-    def _fill_piece(self, key: str, rows: np.ndarray, places: np.ndarray) -> tuple[SiteStatistics, int | None]:
-        """Put rows of one side in their places; return their statistics and the first row that is not finite."""
+    def _fill_piece(self, key: str, rows: np.ndarray, destinations: np.ndarray) -> tuple[SiteStatistics, int | None]:
+        """Store rows of one side at their destinations; return statistics and the first row that is not finite."""
         statistics = type(self.statistics[key])(rows.shape[1])
         bad = statistics.add(rows)
         if bad is None:
             for name, stored in self._encodings[key].encode(rows).items():
-                self._rows[name][places] = stored
+                self._rows[name][destinations] = stored
         return statistics, bad
 
     def commit(self, root: Path, generation: int) -> dict[str, Any]:
@@ -159,13 +159,13 @@ def write_context_block(
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a commit record, which is what makes its unit or block count as written."""
+    """Write a commit record: from then on its unit or block counts as written."""
     make_directory(path.parent)
     write_atomically(path, canonical_json(dict(record)))
 
 
 def remove_temporary_files(root: Path) -> None:
-    """Delete what a killed writer left half-written. Only for the holder of the lock, before any worker starts.
+    """Delete files that a killed writer left half-written. Only for the holder of the lock, before any worker starts.
 
     Materialised epochs below a cache have locks of their own and are left alone.
     """

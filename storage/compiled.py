@@ -12,7 +12,7 @@ from typing import Any
 
 
 class CompiledLoop:
-    """A function that numba compiles when it is first called. It lets go of the interpreter while it runs."""
+    """A function that numba compiles when it is first called. It releases the GIL while it runs."""
 
     def __init__(self, function: Callable[..., Any], fastmath: Collection[str]) -> None:
         update_wrapper(self, function)
@@ -26,7 +26,7 @@ class CompiledLoop:
         options = {"nogil": True, "fastmath": self._fastmath or False, "error_model": "numpy"}
         try:
             compiled: Callable[..., Any] = compile_function(cache=True, **options)(self._function)
-        except RuntimeError:  # no directory to keep it in can be written to
+        except RuntimeError:  # no cache directory can be written to
             compiled = compile_function(**options)(self._function)
         return compiled
 

@@ -1,4 +1,4 @@
-"""Contexts while a cache is being made: committed in blocks, read back by whoever runs the model over them.
+"""Contexts while a cache is being made: committed in blocks, read back when the model runs over them.
 
 Contexts are fixed on disk before any activation is computed, so everything after is a pure function of them.
 """
@@ -20,7 +20,7 @@ _BLOCKS_KEPT = 4
 
 
 class ContextBlocks:
-    """The committed contexts of one split, in blocks of ``layout.block_contexts``; only the last may be short."""
+    """The committed contexts of a split, in blocks of ``layout.block_contexts``; only the last may be short."""
 
     def __init__(self, root: Path, layout: CacheFormat, generation: int, split: str) -> None:
         self._root, self._layout, self._generation, self._split = root, layout, generation, split
@@ -56,7 +56,7 @@ class ContextBlocks:
 
     def _group(self, spec: ArraySpec, block: int, generation: int) -> Path:
         """Return the group that holds a block as ``generation`` committed it."""
-        # a kill may have come after a longer block took the place of a published one, and before that was committed
+        # a process killed before its commit may have replaced a published block by a longer one
         aside = superseded_path(self._root, self._generation - 1, self._split)
         is_aside = generation < self._generation and (aside / spec.shard_name(block)).exists()
         return aside if is_aside else split_path(self._root, self._split)

@@ -1,4 +1,4 @@
-"""In what two JSON values differ, in as few lines as tell it."""
+"""The differences between two JSON values, in few lines."""
 
 from __future__ import annotations
 
@@ -9,67 +9,67 @@ from typing import Any
 
 _DIGEST = re.compile(r"(\w+:[0-9a-f]{12})[0-9a-f]{20,}")
 _NAMED = 3
-"""Parts that are named where many differ alike; as many have a line each."""
+"""Most parts of an object that are named in one line, and most that have a line each, where many differ alike."""
 
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A place in which the values differ."""
+    """A path at which the values differ, and how."""
 
     path: tuple[str, ...]
-    said: str
+    difference: str
     is_digest: bool = False
 
     def alike(self) -> tuple[tuple[str, ...], str]:
-        """Return what leaves of the parts of one object share if one line tells them: digests are never equal."""
-        return self.path, "" if self.is_digest else self.said
+        """Return a key that is equal for leaves that one line reports: digests differ each in its own way."""
+        return self.path, "" if self.is_digest else self.difference
 
     def line(self) -> str:
-        """Return the name of the place and both values."""
-        return f"{'.'.join(self.path)}: {self.said}"
+        """Return the path and both values."""
+        return f"{'.'.join(self.path)}: {self.difference}"
 
 
-def list_differences(found: Any, wanted: Any) -> list[str]:
+def list_differences(existing: Any, wanted: Any) -> list[str]:
     """Return a line for every leaf in which two JSON values differ, naming it with both values; digests are shortened.
 
-    Of an object with nothing on the other side only the name is told: its leaves are no one's mistake. Where more than
-    three parts of an object differ in the same way (all runs of a sweep, the transcoders of all layers), one line
-    tells it, with ``*`` for the part's name.
+    An object with nothing on the other side is one difference, whatever it holds. Where more than three parts of an
+    object differ in the same way (all runs of a sweep, the transcoders of all layers), one line reports them, with
+    ``*`` for the part's name.
     """
-    return [leaf.line() for leaf in _leaves(found, wanted)]
+    return [leaf.line() for leaf in _leaves(existing, wanted)]
 
 
-def _leaves(found: Any, wanted: Any) -> list[_Leaf]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return list(_leaves_of_object(found, wanted))
-    if isinstance(found, dict) and wanted is None:
+def _leaves(existing: Any, wanted: Any) -> list[_Leaf]:
+    if isinstance(existing, dict) and isinstance(wanted, dict):
+        return list(_leaves_of_object(existing, wanted))
+    if isinstance(existing, dict) and wanted is None:
         return [_Leaf((), "is there, not asked for")]
-    if isinstance(wanted, dict) and found is None:
+    if isinstance(wanted, dict) and existing is None:
         return [_Leaf((), "is not there, asked for")]
-    if found == wanted:
+    if existing == wanted:
         return []
-    is_digest = all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (found, wanted))
-    return [_Leaf((), f"there it is {_shown(found)}, asked for {_shown(wanted)}", is_digest)]
+    is_digest = all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (existing, wanted))
+    return [_Leaf((), f"there it is {_shown(existing)}, asked for {_shown(wanted)}", is_digest)]
 
 
-def _leaves_of_object(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[_Leaf]:
-    inside = {key: _leaves(found.get(key), wanted.get(key)) for key in sorted(found.keys() | wanted.keys())}
+def _leaves_of_object(existing: dict[str, Any], wanted: dict[str, Any]) -> Iterator[_Leaf]:
+    inside = {key: _leaves(existing.get(key), wanted.get(key)) for key in sorted(existing.keys() | wanted.keys())}
     parts: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for key, leaves in inside.items():
-        if isinstance(found.get(key, wanted.get(key)), dict):
+        if isinstance(existing.get(key, wanted.get(key)), dict):
             for leaf in leaves:
                 parts.setdefault(leaf.alike(), []).append(key)
-    told = set()
+    reported = set()
     for key, leaves in inside.items():
         for leaf in leaves:
             names = parts.get(leaf.alike(), [])
             if len(names) <= _NAMED or key not in names:
-                yield _Leaf((key, *leaf.path), leaf.said, leaf.is_digest)
-            elif leaf.alike() not in told:
-                told.add(leaf.alike())
-                said = "there it is another than asked for" if leaf.is_digest else leaf.said
+                yield _Leaf((key, *leaf.path), leaf.difference, leaf.is_digest)
+            elif leaf.alike() not in reported:
+                reported.add(leaf.alike())
+                difference = "there it is another than asked for" if leaf.is_digest else leaf.difference
                 where = f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"
-                yield _Leaf(("*", *leaf.path), f"{said} ({where})")
+                yield _Leaf(("*", *leaf.path), f"{difference} ({where})")
 
 
 def _shown(value: Any) -> str:

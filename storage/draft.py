@@ -1,7 +1,7 @@
 """A directory that is being made: locked, resumed by the same request, and left as it was by any other.
 
-Whatever is refused leaves the place untouched. So it is looked at before the lock, which is a file, is taken, and a
-lock that is taken back leaves neither that file nor a directory that was made for it.
+A refusal leaves the output path untouched. So the path is checked before the lock, which is a file, is taken, and a
+lock that is taken back removes its file and the directories that were made for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tailrace.storage.artifact import (
 from tailrace.storage.differences import list_differences
 from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch
 from tailrace.storage.formats import refuse_newer
-from tailrace.storage.names import is_plural, is_temporary, one_of, remove_temporary
+from tailrace.storage.names import is_plural, is_temporary, remove_temporary, with_article
 
 LOCK = ".lock"
 _TRIES = 100
@@ -47,7 +47,7 @@ class Lock:
     def __init__(self, directory: Path) -> None:
         self._path = directory / LOCK
         self._made: list[Path] = []
-        """Directories and the file that were made for it, in that order."""
+        """Directories, then the lock file, that were made for the lock."""
         try:
             for _ in range(_TRIES):
                 if self._take():
@@ -61,11 +61,11 @@ class Lock:
         )
 
     def _take(self) -> bool:
-        """Lock the file; tell whether it still is the one of that name: whoever is refused takes its own away."""
+        """Lock the file; return whether it still has its name: a refused process deletes a file that it made."""
         try:
             self._made += make_directory(self._path.parent)
             self._file, is_new = _open(self._path)
-        except FileNotFoundError:  # someone else took back what was there a moment ago
+        except FileNotFoundError:  # another process took its lock back a moment ago
             return False
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,18 +81,18 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Give the lock up."""
+        """Release the lock; its file stays."""
         os.close(self._file)
 
     def remove(self) -> None:
-        """Give the lock up and delete its file."""
+        """Release the lock and delete its file."""
         with suppress(OSError):
             if _is_own(self._path):
-                self._path.unlink()  # while it is locked: who opened it meanwhile sees that its name is gone
+                self._path.unlink()  # while it is locked: a process that opened it meanwhile sees that its name is gone
         self.release()
 
     def take_back(self) -> None:
-        """Give the lock up as if it had not been taken: what was made for it goes, unless something else lies there."""
+        """Release the lock and delete what was made for it, but for directories that hold something else."""
         if self._path in self._made:
             self.remove()
         else:
@@ -103,7 +103,7 @@ class Lock:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """Open a lock's file and tell whether it is new."""
+    """Return the descriptor of a lock's file and whether the file is new."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -115,8 +115,8 @@ class Draft:
     """A directory being made. Use as a context manager: the lock is held inside, nothing is published on leaving.
 
     Opening the same request again resumes it; another request on the same path is refused with every
-    difference shown, and ``discard_with``, the option that throws an unfinished one away. An error before anything was
-    written takes the request back, so that corrected settings may use the same path.
+    difference shown, and ``discard_with``, the option that throws an unfinished draft away. An error before anything
+    was written deletes the request, so that corrected settings may use the same path.
     """
 
     def __init__(self, path: Path, kind: str, request: Mapping[str, JSON], *, discard_with: str | None = None) -> None:
@@ -124,10 +124,10 @@ class Draft:
         self.path = path
         self.kind = kind
         self.request = json.loads(canonical_json(dict(request)))
-        self._look()
+        self._check_path()
         self._lock = Lock(path)
         try:
-            self._look()  # what is there stays now
+            self._check_path()  # again, now that no other process can change it
             if not self.resumed:
                 write_atomically(path / REQUEST, canonical_json(self.request))
             remove_temporary(path.iterdir())
@@ -135,8 +135,8 @@ class Draft:
             self._lock.take_back()
             raise
 
-    def _look(self) -> None:
-        """Find out how far it is; raise ArtifactMismatch if something else lies there."""
+    def _check_path(self) -> None:
+        """Set ``published`` and ``resumed``; raise ArtifactMismatch if something else lies at the path."""
         try:
             self.published = (self.path / MANIFEST).exists()
             self.resumed = self.published or _is_request(self.path / REQUEST)
@@ -159,7 +159,7 @@ class Draft:
             what, verb = f"{state} {self.kind}", "lie" if is_plural(self.kind) else "lies"
             anew = f", or throw it away with {self._discard_with}" if self._discard_with and not self.published else ""
             raise ArtifactMismatch(
-                f"{self.path}: {what if is_plural(self.kind) else one_of(what)} with other settings {verb} here; "
+                f"{self.path}: {what if is_plural(self.kind) else with_article(what)} with other settings {verb} here; "
                 f"use the same settings, or choose another path{anew}:\n"
                 + "\n".join(f"  {line}" for line in differences)
             )
@@ -168,7 +168,7 @@ class Draft:
         manifest = read_sealed(self.path / MANIFEST)
         if manifest.get("kind") != self.kind:
             raise ArtifactMismatch(
-                f"{self.path}: holds {one_of(str(manifest.get('kind')))} already; choose another path for the "
+                f"{self.path}: holds {with_article(str(manifest.get('kind')))} already; choose another path for the "
                 f"{self.kind}"
             )
         return manifest["request"]
@@ -199,8 +199,8 @@ class Draft:
             self._lock.release()
 
     def _is_begun(self) -> bool:
-        """Tell whether anything was written; if not, take the request back."""
-        with suppress(OSError):  # the error that ended the block is the one to report
+        """Return whether anything was written; if not, delete the request."""
+        with suppress(OSError):  # the error that ended the block is reported
             if {entry.name for entry in self.path.iterdir()} <= {LOCK, REQUEST}:
                 (self.path / REQUEST).unlink(missing_ok=True)
                 return False
@@ -208,14 +208,14 @@ class Draft:
 
 
 def _foreign(directory: Path) -> list[str]:
-    """Return the names of what lies in a directory, if there is one, and is not left by a draft killed at its start."""
+    """Return the names in a directory, if it exists, that are not left from a draft killed at its start."""
     if not directory.is_dir():
         return []
     return sorted(entry.name for entry in directory.iterdir() if not _is_own(entry))
 
 
 def _is_request(path: Path) -> bool:
-    """Tell whether a file is a draft's request; other programs have files of that name too."""
+    """Return whether a file is a draft's request; other programs have files of that name too."""
     if not path.exists():
         return False
     try:
@@ -227,5 +227,5 @@ def _is_request(path: Path) -> bool:
 
 def _is_own(entry: Path) -> bool:
     if entry.name == LOCK:
-        return entry.lstat().st_size == 0  # ours is empty; others write who holds theirs
+        return entry.lstat().st_size == 0  # ours is empty; other programs write into theirs which process holds it
     return is_temporary(entry.name) and entry.name.startswith(f".{REQUEST}.")

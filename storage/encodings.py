@@ -23,7 +23,7 @@ Side = Literal["in", "out"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """The arrays that hold one side of one site, and the way in and out of them."""
+    """The arrays that hold one side of one site; encodes rows into them and decodes them."""
 
     name: str
     """Path below the split's group, e.g. ``sites/layer8/in``."""
@@ -77,5 +77,5 @@ def column_scale_of(total_squares: np.ndarray, n_rows: int) -> np.ndarray:
 
 RELATIVE_ERROR: dict[str, float] = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 0.02}
 """Largest relative error ‖stored − value‖/‖value‖ of one row by storing: half a unit in the last place for the floats
-(a value that is one already stores exactly); for int8 half a step of 1/127 of the row's largest scaled value in
+(a value that the dtype holds exactly has none); for int8 half a step of 1/127 of the row's largest scaled value in
 every column, up to √d/254 of a row that is one spike and about 0.01 for real rows."""

@@ -1,7 +1,7 @@
 """Every error a user can act on, as one tree.
 
 The command line prints these without a traceback; anything else is a bug in this project and keeps its
-traceback. A message says what, where, what was found, what was wanted, and the next step.
+traceback. A message says what, where, what was there, what was wanted, and the next step.
 
 ::
 

@@ -28,7 +28,7 @@ ARTIFACT_FORMATS = {
     "blind-study": 1,
     "export": 1,
 }
-"""The newest format of each kind, which is written; every one that a release wrote is read."""
+"""The newest format of each kind, which is written; all that a release wrote are read."""
 
 TABLES_KIND = "tables"
 """What ``pipeline analyze`` publishes. Its readers need no torch, which making it does."""
@@ -41,22 +41,22 @@ FOR_ONE_LAYER_ONLY = {
         "circuit-tracer"
     )
 }
-"""What to say, by the kind that was given, where a transcoder of one layer, or tables, are wanted."""
+"""The reason to refuse a kind where a transcoder of one layer, or its tables, are wanted."""
 
 
 def refuse_newer(path: Path, kind: str, record: Mapping[str, Any]) -> None:
     """Raise ArtifactMismatch if ``record``, of what lies at ``path``, says that it has a format not known here.
 
-    A record that says nothing has the first format; one of a kind not known here is for its reader to judge.
+    A record that names no format has the first; a record of an unknown kind is left to its reader.
     """
     newest = ARTIFACT_FORMATS.get(kind)
-    found = record.get("format_version", record.get("format", 1))
-    if newest is None or not isinstance(found, int) or found <= newest:
+    recorded = record.get("format_version", record.get("format", 1))
+    if newest is None or not isinstance(recorded, int) or recorded <= newest:
         return
     writer = (record.get("versions") or {}).get("tailrace")
     raise ArtifactMismatch(
-        f"{path}: is in format {found} of {kind}, which {f'tailrace {writer}' if writer else 'a newer version'} wrote; "
-        f"tailrace {version('tailrace')} reads formats up to {newest}; upgrade tailrace to use it"
+        f"{path}: is in format {recorded} of {kind}, which {f'tailrace {writer}' if writer else 'a newer version'} "
+        f"wrote; tailrace {version('tailrace')} reads formats up to {newest}; upgrade tailrace to use it"
     )
 
 

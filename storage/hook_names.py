@@ -1,7 +1,7 @@
 """How a hook is named wherever a name is recorded: a hook point of the model, or one attention head's slice of it.
 
-``blocks.3.attn.hook_z`` is all of the point and ``blocks.3.attn.hook_z[5]`` its head 5. Nothing here knows a model:
-whether there is such a point, and such a head, is for whoever has one to say.
+``blocks.3.attn.hook_z`` is all of the point and ``blocks.3.attn.hook_z[5]`` its head 5. Nothing here knows a model,
+so nothing here checks that it has such a point or head.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class HookName(NamedTuple):
     """A hook point by name, and which head of it is meant."""
 
     point: str
-    """Name of the point; a name that is malformed is kept here whole, brackets included, and no model has it."""
+    """Name of the point; a malformed name is kept here, brackets included, and no model has it."""
     head: int | None
-    """Index of the head, from 0; None for the whole point. As written, so possibly no index of any model: -1."""
+    """Index of the head, from 0; None for all of the point. As written, so possibly no valid index: -1."""
 
     @classmethod
     def parse(cls, name: str) -> HookName:

@@ -1,4 +1,4 @@
-"""What an array of the cache looks like: its dtype, its sharding, its compression, and its Zarr metadata.
+"""The form of an array of the cache: its dtype, its sharding, its compression, and its Zarr metadata.
 
 Every array is one-dimensional (one number per row) or two-dimensional (one vector per row) and is sharded along rows
 only: a shard is one file of ``shard_rows`` rows, an inner chunk is ``chunk_rows`` full rows.
@@ -77,7 +77,7 @@ class ArraySpec:
 
 
 class _GZip:
-    """Level 1 without the time of writing, which numcodecs puts in: the same rows are the same bytes."""
+    """gzip at level 1 without the time that numcodecs writes, so that equal rows give equal bytes."""
 
     def encode(self, chunk: np.ndarray) -> bytes:
         written = io.BytesIO()

@@ -1,6 +1,6 @@
 """Writing one epoch's order to disk as sequential shards, for machines with little memory, slow disks or many readers.
 
-The order is the one a stream would gather, so reading either way serves the same rows. Work is one task per bucket,
+A stream would gather the same order, so reading either way serves the same rows. Work is one task per bucket,
 deterministic and idempotent: any number of workers may do them in any order, twice or after a crash.
 """
 
@@ -24,7 +24,7 @@ from tailrace.storage.shard import write_shard
 from tailrace.storage.shuffle import EpochPlan
 
 RunTasks = Callable[[Callable[[int], None], Iterable[int]], None]
-"""Calls a function with every id; how (in turn, on workers) is the caller's business."""
+"""Calls a function with every id, in turn or on workers."""
 
 
 def plan_epoch(split: CacheSplit, seed: int, epoch: int) -> EpochPlan:
@@ -36,7 +36,7 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
     """Write and publish one epoch's order inside the cache; return its directory. Resumes at the bucket.
 
     Needs as much disk as the split itself and the memory of one bucket of the widest array per worker. Raises
-    SettingsError if the cache's buckets are no whole shards.
+    SettingsError if the cache's buckets are no multiple of its shards.
     """
     plan = plan_epoch(split, seed, epoch)
     if plan.n_buckets > 1 and plan.bucket_rows % split.layout.shard_rows:

@@ -15,15 +15,15 @@ _TEMPORARY = re.compile(r"\..+(\.tmp-[^/]+-\d+-\d+|\.parquet\.tmp\d+|\.tmp-recor
 """Names of ``temporary_path``, and the two forms that release 0.1 gave its tables and records."""
 
 
-def one_of(kind: str) -> str:
-    """Return a kind of artifact with its article: a transcoder, an export, tables."""
+def with_article(kind: str) -> str:
+    """Return ``a transcoder``, ``an export`` or, in the plural, ``tables``."""
     if is_plural(kind):
         return kind
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def is_plural(kind: str) -> bool:
-    """Tell whether an artifact of a kind is several things, as tables are."""
+    """Return whether the name of a kind is a plural, as that of tables is."""
     return kind.endswith("s")
 
 
@@ -33,7 +33,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Tell whether a file has a name that files have while they are written."""
+    """Return whether a name is that of a file while it is written."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -45,10 +45,10 @@ def remove_temporary(paths: Iterable[Path]) -> None:
 
 
 def inside(root: Path, name: str) -> Path:
-    """Return the path of a file below ``root`` whose name something read from a file gives, whether it is there or not.
+    """Return the path of a file below ``root`` by a name that was read from a file; the path need not exist.
 
-    Raises ArtifactCorrupt for a name, or a link there, that leads out of ``root``, and for what is no regular file: a
-    device or a pipe may never end.
+    Raises ArtifactCorrupt for a name or a link that leads out of ``root``, and for what is no regular file: a device or
+    a pipe may never end.
     """
     if (problem := name_problem(name) or _file_problem(root, name)) is not None:
         raise ArtifactCorrupt(
@@ -59,7 +59,7 @@ def inside(root: Path, name: str) -> Path:
 
 
 def name_problem(name: object) -> str | None:
-    """Return what keeps a name, with ``/`` between its parts, from being that of something below a folder, or None."""
+    """Return why a name, with ``/`` between its parts, cannot be that of a file below a folder, or None."""
     if not isinstance(name, str) or not name or "\0" in name:
         return "is no name of a file"
     if name.startswith("/"):
@@ -70,7 +70,7 @@ def name_problem(name: object) -> str | None:
 
 
 def folder_problem(name: object) -> str | None:
-    """Return what keeps a name from being that of a folder right inside another one, or None."""
+    """Return why a name cannot be that of a direct subfolder, or None."""
     return name_problem(name) or ("has a '/'" if "/" in str(name) else None)
 
 

@@ -20,7 +20,7 @@ _POISSON_TAIL = 100
 
 @dataclass(frozen=True)
 class Null:
-    """How one value stands to its law."""
+    """A two-sided p-value, and the interval of values that the law accepts at its level."""
 
     p_value: float
     low: float

@@ -21,11 +21,11 @@ from tailrace.storage.shuffle import EpochPlan, Run
 EPOCH_KIND = "shuffled-epoch"
 
 Read = TypeVar("Read")
-"""What a reader makes of a shard."""
+"""The result of reading a shard."""
 
 
 class OrderedSplit(Protocol):
-    """What reading an order needs to know of a split."""
+    """A split, as far as reading an order needs it."""
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class OrderedSplit(Protocol):
 
 
 class GatheredOrder:
-    """Segments are buckets: one run of rows per unit, read by threads straight to their shuffled places."""
+    """Segments are buckets: one run of rows per unit, read by threads straight to their shuffled positions."""
 
     n_buffers = 2
 
@@ -84,7 +84,7 @@ class GatheredOrder:
             return
         path = group / spec.shard_name(run.unit)
         with shard_errors(path), open_shard(path, self._unit_rows[run.unit], spec) as file:
-            # read-ahead would fetch the neighbours of every run, which other buckets want
+            # read-ahead would fetch the neighbours of every run, which belong to other buckets
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             read_run(file.fileno(), run.start, rows, run.destinations)
 
@@ -93,7 +93,7 @@ class MaterialisedOrder:
     """Segments are single batches of a copy that lies on disk in the epoch's order."""
 
     n_buffers = 2
-    """One served, one filled: a third only pushes the others out of the processor's cache (0.82 of the speed)."""
+    """For the batch served and the batch filled: a third only pushes them out of the cache (0.82 of the speed)."""
 
     def __init__(self, group: Path, plan: EpochPlan, specs: Sequence[ArraySpec], batch_rows: int) -> None:
         self._group, self._plan, self._specs = group, plan, specs
@@ -128,7 +128,7 @@ class MaterialisedOrder:
             read_sequential(self._descriptor(spec, shard), inside, rows)
 
     def _descriptor(self, spec: ArraySpec, shard: int) -> int:
-        """Return the descriptor of the shard that is being read of this array; it stays open until the next one."""
+        """Return the descriptor of the shard that is being read of this array; it stays open until the next shard."""
         held, file = self._open.get(spec.name, (None, None))
         if file is None or held != shard:
             if file is not None:
@@ -147,12 +147,12 @@ class MaterialisedOrder:
 
 
 def epoch_path(root: Path, plan: EpochPlan, generation: int) -> Path:
-    """Return where the materialised order of one epoch lies."""
+    """Return the directory of one epoch's materialised order."""
     return root / EPOCHS / f"{plan.split}-generation{generation}-seed{plan.seed}-epoch{plan.epoch}"
 
 
 def epoch_request(identity: dict[str, Any], plan: EpochPlan) -> dict[str, Any]:
-    """Return what a materialised epoch must have been asked for to serve ``plan``."""
+    """Return the request of a materialised epoch that serves ``plan``."""
     return {
         "cache": identity,
         "split": plan.split,

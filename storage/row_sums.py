@@ -46,7 +46,7 @@ def sum_rows(rows: np.ndarray) -> RowSums:
 
 
 def _float16_bits(value: Any) -> Any:
-    # Exponent and mantissa move to float32's places; the factor below corrects the exponent's bias.
+    # Exponent and mantissa move to float32's bits; the factor below corrects the exponent's bias.
     return (np.int32(value) << np.int32(13)) & np.int32(-1879056384)  # 0x8FFFE000
 
 

@@ -1,7 +1,7 @@
-"""Read a contiguous run of rows from a file straight to scattered places in memory.
+"""Read a contiguous run of rows from a file straight to scattered positions in memory.
 
-The kernel copies each row to its final place, so a shuffled batch costs one copy, not a read and then a gather. The
-list of places is built by NumPy and handed to ``preadv`` whole, without a Python object per row.
+The kernel copies each row to its final position, so a shuffled batch costs one copy, not a read and then a gather. The
+list of addresses is built by NumPy and handed to ``preadv`` as it is, without a Python object per row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tailrace.storage.memory import as_bytes
 _ROWS_PER_CALL = 1024
 """IOV_MAX on Linux and macOS: the most pieces one call may fill."""
 _SMALLEST_SCATTERED_ROW = 256
-"""Below this many bytes a row, reading the run whole and scattering in NumPy is faster."""
+"""Below this many bytes a row, reading the run at once and scattering in NumPy is faster."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _preadv = getattr(_libc, "preadv64", None) or getattr(_libc, "preadv", None)
@@ -32,7 +32,7 @@ def read_run(descriptor: int, start: int, rows: np.ndarray, destinations: np.nda
     """
     row_bytes = rows.itemsize * (rows.shape[1] if rows.ndim == 2 else 1)
     if _preadv is None or row_bytes < _SMALLEST_SCATTERED_ROW:
-        rows[destinations] = _read_whole(descriptor, start, rows, len(destinations))
+        rows[destinations] = _read_at_once(descriptor, start, rows, len(destinations))
         return
     pieces = np.empty((len(destinations), 2), np.uint64)
     pieces[:, 0] = destinations.astype(np.uint64) * np.uint64(row_bytes) + np.uint64(rows.ctypes.data)
@@ -51,14 +51,14 @@ def read_sequential(descriptor: int, start: int, rows: np.ndarray) -> None:
         offset += n_read
 
 
-def _read_whole(descriptor: int, start: int, rows: np.ndarray, n_rows: int) -> np.ndarray:
+def _read_at_once(descriptor: int, start: int, rows: np.ndarray, n_rows: int) -> np.ndarray:
     run = np.empty((n_rows, *rows.shape[1:]), rows.dtype)
     read_sequential(descriptor, start, run)
     return run
 
 
 def _scatter(descriptor: int, offset: int, pieces: np.ndarray) -> None:
-    assert _preadv is not None, "the caller chose this way because it is there"
+    assert _preadv is not None, "the caller checks that preadv exists"
     base, done, n_pieces = pieces.ctypes.data, 0, len(pieces)
     while done < n_pieces:
         n_read = _preadv(descriptor, base + done * 16, min(_ROWS_PER_CALL, n_pieces - done), offset)

@@ -69,9 +69,9 @@ class Settings(BaseModel):
     )
 
     help_sections: ClassVar[Mapping[str, str]] = {}
-    """Headings of a command's help, each by the setting that it begins at; the settings below that one belong to it."""
+    """Headings of a command's help, each by the first setting below it."""
     help_basics: ClassVar[tuple[str, ...]] = ()
-    """Settings that people change first: they come before all headings."""
+    """Settings that people change first; they come before all headings."""
     retired: ClassVar[Mapping[str, Retired]] = {}
     """Former names of settings; docs/contributing.md, *How a setting is retired*."""
 
@@ -105,9 +105,9 @@ class Settings(BaseModel):
 
 
 def code_of(settings: Settings) -> ModuleType:
-    """Return the module named by the ``kind`` of ``settings``, beside theirs: it does what they only describe.
+    """Return the module beside that of ``settings`` that their ``kind`` names: the code for what they describe.
 
-    It is loaded when it is asked for, so that settings can be read and explained without torch.
+    It is loaded on demand, so that settings can be read and explained without torch.
     """
     folder = type(settings).__module__.rpartition(".")[0]
     return import_module(f"{folder}.{_kind(type(settings))}")
@@ -129,19 +129,19 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _describe(settings: type[Settings], error: ValidationError, where: str) -> str:
-    """Return one line per setting; what each alternative of a union has against a value goes into the same line."""
-    found: dict[str, list[Any]] = {}
+    """Return one line per setting, with the objections of every alternative of a union."""
+    by_name: dict[str, list[Any]] = {}
     for problem in error.errors(include_url=False):
         name, about, others = _name(settings, problem)
-        found.setdefault(name, []).append({**problem, "about": about, "others": others})
-    lines = [f"{len(found)} problem{'s' if len(found) > 1 else ''} in {where}:"]
-    return "\n".join([*lines, *(f"  {name}: {_message(problems)}" for name, problems in found.items())])
+        by_name.setdefault(name, []).append({**problem, "about": about, "others": others})
+    lines = [f"{len(by_name)} problem{'s' if len(by_name) > 1 else ''} in {where}:"]
+    return "\n".join([*lines, *(f"  {name}: {_message(problems)}" for name, problems in by_name.items())])
 
 
 def _name(settings: type[BaseModel], problem: Any) -> tuple[str, list[type[BaseModel]], list[type[BaseModel]]]:
-    """Return the setting's dotted name, without pydantic's labels for the alternatives of a union, and whose it is.
+    """Return the setting's dotted name, the classes it may belong to, and the alternatives that were not chosen.
 
-    Last come the alternatives that were not chosen.
+    The name is without pydantic's labels for the alternatives of a union.
     """
     models: list[type[BaseModel]] = [settings]
     others: list[type[BaseModel]] = []
@@ -164,7 +164,7 @@ def _name(settings: type[BaseModel], problem: Any) -> tuple[str, list[type[BaseM
 
 
 def _kind(model: type[BaseModel]) -> str | None:
-    """Return the ``kind`` by which a union tells this model from others."""
+    """Return the ``kind`` by which a union knows this model."""
     field = model.model_fields.get("kind")
     return None if field is None else str(get_args(field.annotation)[0])
 
@@ -193,9 +193,11 @@ def _unknown(name: str, models: list[type[BaseModel]], others: list[type[BaseMod
     whose = f" of {' or '.join(kinds)}" if kinds else ""
     if holders := [str(_kind(model)) for model in others if name in model.model_fields]:
         return f"is no setting{whose}, but of {' or '.join(holders)}"
-    if places := [(place, model) for top in models for place, model in _below(top) if name in model.model_fields]:
-        place, model = places[0]
-        return f"is no setting by itself; write it below {place}, such as {place}: {{kind: {_kind(model)}, {name}: …}}"
+    if parents := [(parent, model) for top in models for parent, model in _below(top) if name in model.model_fields]:
+        parent, model = parents[0]
+        return (
+            f"is no setting by itself; write it below {parent}, such as {parent}: {{kind: {_kind(model)}, {name}: …}}"
+        )
     return f"is no setting{whose}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
@@ -208,7 +210,7 @@ def _message(problems: list[Any]) -> str:
     if problem["type"] == "union_tag_invalid":
         wanted = problem["ctx"]["expected_tags"].replace("'", "")
         return f"wanted one of {wanted} (got {problem['ctx']['tag']!r})"
-    reasons = [one["msg"].removeprefix("Value error, ") for one in problems]
+    reasons = [alternative["msg"].removeprefix("Value error, ") for alternative in problems]
     reasons[1:] = [reason.removeprefix("Input should be ") for reason in reasons[1:]]
     got = f" (got {problem['input']!r})" if problem["loc"] and problem["input"] != () else ""
     return ", or ".join(dict.fromkeys(reasons)) + got

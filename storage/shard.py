@@ -1,7 +1,7 @@
-"""One shard file: writing it whole and durably, proving its layout, reading rows from it.
+"""A shard file: writing it durably, proving its layout, reading rows from it.
 
-An uncompressed Zarr v3 shard is ``rows ‖ index ‖ crc32c`` and nothing else, so it is written as a whole file past the
-page cache and read with positioned reads, both at the speed of the disk; one whose index does not prove that layout is
+An uncompressed Zarr v3 shard is ``rows ‖ index ‖ crc32c`` and nothing else, so it is written past the page cache
+and read with positioned reads, both at the speed of the disk; a shard whose index does not prove that layout is
 damaged. Compressed shards are read through zarr-python.
 """
 
@@ -66,7 +66,8 @@ def shard_footer(spec: ArraySpec, chunk_sizes: list[int]) -> bytes:
 def write_shard(path: Path, rows: np.ndarray, n_rows: int, spec: ArraySpec) -> WrittenShard:
     """Write the first ``n_rows`` of ``rows`` as the shard file ``path``: synced, then renamed into place.
 
-    ``rows`` is (≥ whole chunks of n_rows, width), page-aligned, zero beyond ``n_rows``. Raises StorageFull.
+    ``rows`` is (at least n_rows rounded up to chunks, width), page-aligned, zero beyond
+    ``n_rows``. Raises StorageFull.
     """
     temporary = temporary_path(path)
     n_chunks = rows_to_chunks(spec, n_rows)

@@ -110,7 +110,7 @@ def _draw_by_law(generator: np.random.Generator, remaining: np.ndarray, n_rows: 
 
 
 def _draw_by_tickets(generator: np.random.Generator, remaining: np.ndarray, n_rows: int) -> np.ndarray:
-    """Draw ``n_rows`` distinct places among all remaining ones: the same law, at any population, slower."""
+    """Draw ``n_rows`` distinct slots among all that remain: the same law, at any population, slower."""
     tickets = generator.choice(int(remaining.sum()), n_rows, replace=False, shuffle=False)
     buckets = np.searchsorted(np.cumsum(remaining), tickets, side="right")
     return np.bincount(buckets, minlength=len(remaining)).astype(np.int64)

@@ -148,9 +148,9 @@ def _check_permutation(token_order_index: np.ndarray) -> None:
     if not outside:
         seen[token_order_index] = True
     if outside or not seen.all():
-        found = "an index outside the epoch" if outside else f"{n_rows - np.count_nonzero(seen)} rows never served"
+        defect = "an index outside the epoch" if outside else f"{n_rows - np.count_nonzero(seen)} rows never served"
         raise ArtifactCorrupt(
-            f"the epoch does not serve each of its {n_rows} rows once: {found}; run `pipeline verify` on the cache "
+            f"the epoch does not serve each of its {n_rows} rows once: {defect}; run `pipeline verify` on the cache "
             "to find damaged files, or test a whole epoch with no rows dropped"
         )
 
@@ -173,11 +173,11 @@ def _run_lengths(batches: np.ndarray) -> np.ndarray:
 
 def _batches(rows: np.ndarray, batch_rows: int) -> Iterator[np.ndarray]:
     """Yield all rows as (batches, batch_rows), some batches at a time, and the short last batch alone."""
-    chunk, whole = max(1, _CHUNK_ROWS // batch_rows) * batch_rows, len(rows) // batch_rows * batch_rows
-    for start in range(0, whole, chunk):
-        yield rows[start : min(start + chunk, whole)].reshape(-1, batch_rows)
-    if whole < len(rows):
-        yield rows[None, whole:]
+    chunk, n_full = max(1, _CHUNK_ROWS // batch_rows) * batch_rows, len(rows) // batch_rows * batch_rows
+    for start in range(0, n_full, chunk):
+        yield rows[start : min(start + chunk, n_full)].reshape(-1, batch_rows)
+    if n_full < len(rows):
+        yield rows[None, n_full:]
 
 
 def same_document_pairs(document: np.ndarray, batch_rows: int) -> int:
@@ -230,14 +230,14 @@ def _simulated(
     n_sampled = min(n_batches, max(MINIMUM_BATCHES, SAMPLED_ROWS // batch_rows))
     sampled = np.linspace(0, n_batches - 1, n_sampled).round().astype(np.int64)
     shape = (n_batches, batch_rows)
-    whole = n_batches * batch_rows
-    distances = kolmogorov_smirnov(token_order_index[:whole].reshape(shape)[sampled], n)
-    distinct = distinct_documents(document[:whole].reshape(shape)[sampled])
+    n_full = n_batches * batch_rows
+    distances = kolmogorov_smirnov(token_order_index[:n_full].reshape(shape)[sampled], n)
+    distinct = distinct_documents(document[:n_full].reshape(shape)[sampled])
     null_distances, null_distinct = np.empty((n_null_draws, n_sampled)), np.empty(n_null_draws)
     for draw in range(n_null_draws):
         generator = np.random.Generator(philox(seed, "shuffle-evidence", draw))
         rows = generator.choice(n, (n_sampled, batch_rows), replace=False)
-        # the two laws are only ever used apart, so one draw serves as token-order indices and as places in the order
+        # the two laws are only ever used apart, so one draw serves as token-order indices and as positions in the order
         null_distances[draw] = kolmogorov_smirnov(rows, n)
         null_distinct[draw] = distinct_documents(document[rows])
     where = f"{n_sampled} of {n_batches} whole batches"
@@ -327,7 +327,7 @@ def _block_chi_square(token_order_index: np.ndarray, level: float) -> EvidenceSt
     blocks = Groups.of(sizes, weight_by_rows=True)
     pair_mean, pair_variance = pair_moments(blocks, blocks, n)
     # χ² + n = n Σ count²/(size·size): every pair twice, and each row with itself, where unequal sizes add a variance
-    # that is below 1e-8 of the whole and left out
+    # that is below 1e-8 of the sum and left out
     mean = float(n * (2 * pair_mean + Fraction(n_blocks**2, n)) - n)
     skewness = table_skewness(float((expected**2).sum()), float((expected**3).sum()))
     null = pearson_null(value, mean, 2 * n * math.sqrt(pair_variance), level, skewness=skewness)
@@ -349,7 +349,7 @@ def _successors(token_order_index: np.ndarray, level: float) -> EvidenceStatisti
 
 
 def rank_correlation(token_order_index: np.ndarray) -> float:
-    """Return Spearman's correlation between the place in the epoch and the index in token order."""
+    """Return Spearman's correlation between the position in the epoch and the index in token order."""
     n = len(token_order_index)
     centre = (n - 1) / 2
     products = 0.0
@@ -361,6 +361,6 @@ def rank_correlation(token_order_index: np.ndarray) -> float:
 
 def _rank_correlation(token_order_index: np.ndarray, level: float) -> EvidenceStatistic:
     value = rank_correlation(token_order_index)
-    description = "Spearman correlation of the place in the epoch and the index in token order; all rows"
+    description = "Spearman correlation of the position in the epoch and the index in token order; all rows"
     null = pearson_null(value, 0.0, 1 / math.sqrt(len(token_order_index) - 1), level)
     return _statistic("rank_correlation", description, value, 0.0, null, level)

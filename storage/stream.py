@@ -1,7 +1,7 @@
 """Batches in uniformly shuffled order, prefetched, resumable from two numbers.
 
 A stream walks the order of ``EpochPlan`` in segments: a bucket, gathered from every unit straight to its shuffled
-places, or a piece of an epoch that was materialised. A background thread fills the next segment while batches are
+positions, or a piece of an epoch that was materialised. A background thread fills the next segment while batches are
 served from the current one as views, so nothing is copied after the read. Memory is two segments.
 """
 
@@ -42,7 +42,7 @@ class StreamSource:
 
 
 class StreamedSplit(OrderedSplit, Protocol):
-    """What a stream needs to know of a split."""
+    """A split, as far as a stream needs it."""
 
     @property
     def bucket_rows(self) -> int:
@@ -54,7 +54,7 @@ class StreamedSplit(OrderedSplit, Protocol):
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a stream stands: the batch it serves next."""
+    """The batch that a stream serves next."""
 
     epoch: int
     step: int
@@ -147,7 +147,7 @@ class RowStream(Iterator[RowBatch]):
 
     @property
     def state(self) -> StreamState:
-        """The (epoch, step) of the next batch; a stream opened there serves exactly what this one would."""
+        """The (epoch, step) of the next batch; a stream opened there serves exactly what this stream would."""
         return StreamState(self._epoch, self._step)
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -227,7 +227,7 @@ class RowStream(Iterator[RowBatch]):
         return GatheredOrder(self._split, plan, self._specs, self._pool)
 
     def _prefetch(self, epoch: int, row: int) -> None:
-        """Fill free segments in the order they will be asked for, until told to stop."""
+        """Fill free segments in the order they will be asked for, until the stream is closed."""
         try:
             while self._n_epochs is None or epoch < self._n_epochs:
                 with closing(self._open_order(epoch)) as order:

@@ -41,7 +41,7 @@ class Column(NamedTuple):
 
 
 def column(name: str, kind: pa.DataType, meaning: str, *, unit: str = "", nullable: bool = False) -> pa.Field:
-    """Declare a column; ``meaning`` is one sentence, ``unit`` is empty for numbers without one."""
+    """Declare a column; ``meaning`` is one sentence, ``unit`` is empty for numbers without a unit."""
     metadata = {_MEANING: meaning.encode()} | ({_UNIT: unit.encode()} if unit else {})
     return pa.field(name, kind, nullable=nullable, metadata=metadata)
 
@@ -76,7 +76,7 @@ def write_table(
     disk refuses, ArtifactMismatch if ``path`` is no regular file; an exception of ``batches`` leaves nothing behind.
     """
     refuse_replacing(path)
-    # Field names of the keys are sorted by us: Arrow keeps the order it is given.
+    # sorted here, since Arrow keeps the order it is given
     schema = schema.with_metadata(dict(sorted((metadata or {}).items())) or None)
     temporary = temporary_path(path)
     try:

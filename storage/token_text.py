@@ -1,6 +1,6 @@
 """Token texts where a token may be part of a character, as in tokenizers that split text into bytes.
 
-In a vocabulary, bytes that are no whole UTF-8 character are written ``<0xE6>`` each, the way SentencePiece names its
+In a vocabulary, bytes that are no complete UTF-8 character are written ``<0xE6>`` each, the way SentencePiece names its
 byte tokens. In a sequence of tokens their characters can be put together again: a character stands at the token that
 completes it, and a token that only begins one is the empty string, so that the texts still join to what was read.
 """
@@ -15,12 +15,12 @@ _ESCAPES = 0xDC00  # surrogateescape keeps byte b as the lone surrogate U+DC00 +
 
 
 def text_of_bytes(data: bytes) -> str:
-    """Return UTF-8 ``data`` as text, each byte that belongs to no whole character as ``<0xNN>``."""
-    return "".join(_character(one) for one in data.decode("utf-8", "surrogateescape"))
+    """Return UTF-8 ``data`` as text, each byte that belongs to no complete character as ``<0xNN>``."""
+    return "".join(_shown(character) for character in data.decode("utf-8", "surrogateescape"))
 
 
 def has_bytes(text: str) -> bool:
-    """Return whether a token's text has bytes that are no whole character."""
+    """Return whether a token's text has bytes that are no complete character."""
     return _BYTE.search(text) is not None
 
 
@@ -33,12 +33,12 @@ def join_characters(texts: Sequence[str]) -> list[str]:
     if not any(map(has_bytes, texts)):
         return list(texts)
     pieces = [_bytes_of(text) for text in texts]
-    owners = [place for place, piece in enumerate(pieces) for _ in piece]
+    owners = [index for index, piece in enumerate(pieces) for _ in piece]
     joined = [""] * len(texts)
     end = 0
-    for one in b"".join(pieces).decode("utf-8", "surrogateescape"):
-        end += len(one.encode("utf-8", "surrogateescape"))
-        joined[owners[end - 1]] += _character(one)
+    for character in b"".join(pieces).decode("utf-8", "surrogateescape"):
+        end += len(character.encode("utf-8", "surrogateescape"))
+        joined[owners[end - 1]] += _shown(character)
     return joined
 
 
@@ -46,11 +46,11 @@ def _bytes_of(text: str) -> bytes:
     """Return the bytes a token stands for."""
     pieces = _BYTE.split(text)  # text, hexadecimal digits, text, ...
     return b"".join(
-        bytes.fromhex(piece) if place % 2 else piece.encode("utf-8", "surrogatepass")
-        for place, piece in enumerate(pieces)
+        bytes.fromhex(piece) if index % 2 else piece.encode("utf-8", "surrogatepass")
+        for index, piece in enumerate(pieces)
     )
 
 
-def _character(one: str) -> str:
-    code = ord(one) - _ESCAPES
-    return f"<0x{code:02X}>" if 0x80 <= code <= 0xFF else one
+def _shown(character: str) -> str:
+    code = ord(character) - _ESCAPES
+    return f"<0x{code:02X}>" if 0x80 <= code <= 0xFF else character
