@@ -13,12 +13,10 @@ import torch
 
 from tailrace.pipeline.cache.plan import choose_rows, row_bytes_of
 from tailrace.pipeline.cache.settings import CacheSettings
-from tailrace.pipeline.cache.stage import check_context_length, row_mask_of
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.shared.device import limited_threads
 from tailrace.pipeline.text.dataset import open_documents
-from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import TextError
@@ -55,7 +53,6 @@ def plan_budget(settings: CacheSettings, *, output: Path, device: str = "cpu", t
     """Measure the model on the first batches of the text and say what the cache would cost. Writes nothing."""
     with limited_threads(threads):
         model = load_language_model(settings, device=device)
-        check_context_length(settings.context_length, model)
         hooks = model.resolve_sites(settings.layers, settings.hooks)
         widths = model.widths(hooks)
         rate = _rows_per_second(settings, model, hooks)
@@ -71,7 +68,7 @@ def plan_budget(settings: CacheSettings, *, output: Path, device: str = "cpu", t
 
 def _rows_per_second(settings: CacheSettings, model: LanguageModel, hooks: list[SiteHooks]) -> float:
     tokens = _first_contexts(settings, model)
-    kept = int(row_mask_of(settings, model)(tokens).sum())
+    kept = int(settings.rows_of(model)(tokens).sum())
     batch = torch.from_numpy(tokens.astype(np.int64))
     model.capture(batch, hooks)  # warm-up
     started, n_batches = time.monotonic(), 0
@@ -84,32 +81,22 @@ def _rows_per_second(settings: CacheSettings, model: LanguageModel, hooks: list[
 
 
 def _first_contexts(settings: CacheSettings, model: LanguageModel) -> np.ndarray:
-    source = ContextSource(
-        open_documents(settings, settings.seed),
-        model.tokenize,
-        context_length=settings.context_length,
-        bos_token_id=model.bos_token_id,
-        separator_token_id=model.separator_token_id,
-        holdout=HoldoutRule.parse("0", settings.seed),
-        row_mask=row_mask_of(settings, model),
-        targets={"train": None},
-        state=None,
-        vocabulary_size=model.d_vocab,
-    )
-    found: list[np.ndarray] = []
-    for packed in source:
-        found.append(packed.tokens)
-        if sum(len(tokens) for tokens in found) >= settings.contexts_per_batch:
+    without_heldout = settings.model_copy(update={"holdout": "0"})
+    documents = open_documents(settings, settings.seed)
+    packed: list[np.ndarray] = []
+    for piece in ContextSource.of(without_heldout, model, documents, {"train": None}):
+        packed.append(piece.tokens)
+        if sum(map(len, packed)) >= settings.contexts_per_batch:
             break
-    if not found:
+    if not packed:
         raise TextError(f"{settings.dataset}: its documents do not fill a single context of {settings.context_length}")
-    tokens = np.concatenate(found)[: settings.contexts_per_batch]
+    tokens = np.concatenate(packed)[: settings.contexts_per_batch]
     repeats = -(-settings.contexts_per_batch // len(tokens))
     return np.tile(tokens, (repeats, 1))[: settings.contexts_per_batch]
 
 
 def _free_bytes(output: Path) -> int:
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

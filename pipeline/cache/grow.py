@@ -48,7 +48,6 @@ from tailrace.pipeline.cache.stage import (
     massive_warnings,
     packing_state,
     packing_state_name,
-    row_mask_of,
     unchanged,
 )
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
@@ -56,7 +55,6 @@ from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.shared.device import limited_threads
 from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.text.dataset import open_documents
-from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.cache_format import CacheFormat, Site
@@ -155,7 +153,7 @@ class Growth:
         self.number = self.cache.generation + 1
         self.model: LanguageModel = load_language_model(self.settings, device=place.device)
         self._refuse_other("model", self.model.identity())
-        self.row_mask: RowMask = row_mask_of(self.settings, self.model)
+        self.row_mask: RowMask = self.settings.rows_of(self.model)
         self.contexts: CacheFormat = self.cache.layout  # for its contexts
         splits = tuple(self.cache.manifest["splits"])
         self.blocks = {split: ContextBlocks(root, self.contexts, self.number, split) for split in splits}
@@ -175,20 +173,12 @@ class Growth:
             state = last_packing(self.root, self.cache.generation)["state"]
             packer.continue_from(state, {split: self.cache.split(split).n_contexts for split in self.blocks})
         packer.report(self.progress)
-        source = ContextSource(
+        source = ContextSource.of(
+            self.settings,
+            self.model,
             documents,
-            self.model.tokenize,
-            context_length=self.settings.context_length,
-            bos_token_id=self.model.bos_token_id,
-            separator_token_id=self.model.separator_token_id,
-            holdout=HoldoutRule.parse(self.settings.holdout, self.settings.seed),
-            row_mask=self.row_mask,
-            targets={
-                "train": tokens,
-                **{split: self.cache.split(split).n_rows for split in self.blocks if split != "train"},
-            },
-            state=packer.state,
-            vocabulary_size=self.model.d_vocab,
+            {**{split: self.cache.split(split).n_rows for split in self.blocks}, "train": tokens},
+            packer.state,
         )
 
         def check() -> None:

@@ -12,7 +12,6 @@ import torch
 
 from tailrace.analysis.evaluate.evaluation import ContextBatch
 from tailrace.pipeline.cache.settings import CacheSettings
-from tailrace.pipeline.cache.stage import row_mask_of
 from tailrace.pipeline.model.capture import explained_failures, without_padding_advice
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.of_transcoders import recorded_place
@@ -69,7 +68,7 @@ def open_recorded_model(cache: ActivationCache, *, model: str | None = None, dev
             f"{settings.model}: is not the model that {cache.path} was made with; give that one with --model "
             f"('there' is the cache's, 'asked for' the model opened):\n{lines}"
         )
-    return RecordedModel(cache, loaded, row_mask_of(settings, loaded), settings.contexts_per_batch)
+    return RecordedModel(cache, loaded, settings.rows_of(loaded), settings.contexts_per_batch)
 
 
 def sample_contexts(split: CacheSplit, n_contexts: int, seed: int) -> np.ndarray:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
-from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from tailrace.pipeline.model.settings import ModelSettings
-from tailrace.pipeline.text.holdout import HoldoutRule
-from tailrace.pipeline.text.settings import TextSettings
-from tailrace.storage.errors import SettingsError
+from tailrace.pipeline.text.settings import CapturedContexts, TextSettings
 from tailrace.storage.formats import Compression
 from tailrace.storage.settings import Quantity, Settings
 
@@ -43,82 +39,6 @@ class CapturedSites(Settings):
     def _check_sites(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not value and info.data.get("layers", "") is None:
             raise ValueError("no site is asked for: give --layers (such as 8, or all) or --hooks")
-        return value
-
-
-class RowFilter(Settings):
-    """Which token positions are cached.
-
-    The BOS at position 0 is left out unless asked for: models put activations there that are hundreds of times larger
-    than elsewhere and the same in every context.
-    """
-
-    help_sections: ClassVar = {"exclude": "Which rows"}
-
-    exclude: Literal["bos", "special", "none"] = "bos"
-    """Tokens left out: the BOS that begins each context, every special token (BOS, separators, …), or none."""
-    first_position: NonNegativeInt = 0
-    """Positions before this one are left out as well."""
-
-    def row_mask(
-        self, context_length: int, special_token_ids: Collection[int] = ()
-    ) -> Callable[[np.ndarray], np.ndarray]:
-        """Return the function from token ids (contexts, T) to which of them are rows, bool (contexts, T).
-
-        Raises SettingsError if no position is left, or if special tokens are to be left out and none is known.
-        """
-        start = max(self.first_position, 0 if self.exclude == "none" else 1)
-        if start >= context_length:
-            raise SettingsError(
-                f"first_position={self.first_position} leaves no row in contexts of {context_length} tokens; "
-                f"lower it to at most {context_length - 1}"
-            )
-        if self.exclude == "special" and not special_token_ids:
-            raise SettingsError("exclude=special: this model's tokenizer names no special token; use exclude=bos")
-        special = np.array(sorted(special_token_ids) if self.exclude == "special" else [], dtype=np.int64)
-
-        def mask(tokens: np.ndarray) -> np.ndarray:
-            return (np.arange(tokens.shape[1]) >= start) & ~np.isin(tokens, special)
-
-        return mask
-
-
-class CapturedContexts(RowFilter):
-    """How text becomes contexts, and contexts become rows."""
-
-    context_length: int = 128
-    """Tokens per context, the BOS that begins it included."""
-    contexts_per_batch: int = 32
-    """Contexts per pass of the language model. Part of a cache's identity: a row's last bits depend on it."""
-    holdout: str = "0.01"
-    """Documents held out for evaluation: a share such as 0.01 or 1%, indices such as 7::20 or 3,17, or 0 for none."""
-    seed: int = 0
-    """Decides the order of documents, the held-out ones, and the order of rows."""
-
-    @field_validator("contexts_per_batch")
-    @classmethod
-    def _check_batch(cls, value: int) -> int:
-        return _at_least_1(value)
-
-    @field_validator("holdout")
-    @classmethod
-    def _check_holdout(cls, value: str) -> str:
-        try:
-            HoldoutRule.parse(value)
-        except SettingsError as error:
-            raise ValueError(str(error).removeprefix("holdout: ")) from error
-        return value
-
-    # Problems between settings belong to the later one of them, so that they are reported together with all others:
-    # pydantic would check the whole only where every single setting is right.
-
-    @field_validator("context_length")
-    @classmethod
-    def _check_context(cls, value: int, info: ValidationInfo) -> int:
-        if not 2 <= value <= 65536:
-            raise ValueError("wanted 2 (BOS and a token) to 65,536")
-        if info.data.get("first_position", 0) >= value:
-            raise ValueError(f"wanted more than first_position ({info.data['first_position']}), or no row is left")
         return value
 
 

@@ -41,8 +41,8 @@ from tailrace.pipeline.cache.plan import (
     probe,
     probe_batches,
 )
-from tailrace.pipeline.cache.rows import RowMask, RowProducer
-from tailrace.pipeline.cache.settings import CacheSettings, CapturedContexts, RowFilter
+from tailrace.pipeline.cache.rows import RowProducer
+from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.cache.workers import WorkerJob, Workers, write_units_on_workers
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.sites import SiteHooks
@@ -51,6 +51,7 @@ from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import ContextSource
+from tailrace.pipeline.text.settings import RowFilter
 from tailrace.pipeline.text.stream import DocumentStream
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import canonical_json, read_json
@@ -140,9 +141,8 @@ class CacheJob:
         self.settings, self.root, self.model, self.documents = settings, root, model, documents
         self.device, self.threads, self.compile_model, self.quiet = device, threads, compile_model, quiet
         self.hooks = model.resolve_sites(settings.layers, settings.hooks)
-        check_context_length(settings.context_length, model)
         self.contexts = context_format(settings)
-        self.row_mask = row_mask_of(settings, model)
+        self.row_mask = settings.rows_of(model)
         self.progress = PackingProgress(settings.contexts_per_batch)
         self.rule = HoldoutRule.parse(settings.holdout, settings.seed)
         splits = SPLITS if self.rule.holds_out else SPLITS[:1]
@@ -201,18 +201,7 @@ class CacheJob:
         write_units_on_workers(workers, job, planner, bar, self.root)
 
     def _source(self, state: Any, targets: Mapping[str, int | None]) -> ContextSource:
-        return ContextSource(
-            self.documents,
-            self.model.tokenize,
-            context_length=self.settings.context_length,
-            bos_token_id=self.model.bos_token_id,
-            separator_token_id=self.model.separator_token_id,
-            holdout=self.rule,
-            row_mask=self.row_mask,
-            targets=targets,
-            state=state,
-            vocabulary_size=self.model.d_vocab,
-        )
+        return ContextSource.of(self.settings, self.model, self.documents, targets, state)
 
     def _batches(self, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the first training batches, as (tokens, kept positions)."""
@@ -297,20 +286,6 @@ def last_packing(root: Path, generation: int) -> dict[str, Any]:
 def dataset_ended(root: Path, generation: int) -> bool:
     """Return whether a generation holds every context of its dataset."""
     return bool(last_packing(root, generation)["finished"] == "dataset")
-
-
-def row_mask_of(settings: CapturedContexts, model: LanguageModel) -> RowMask:
-    """Return which positions of contexts become rows."""
-    return settings.row_mask(settings.context_length, model.special_token_ids)
-
-
-def check_context_length(context_length: int, model: LanguageModel) -> None:
-    """Raise ModelError if the model cannot read contexts that long."""
-    if context_length > model.max_context_length:
-        raise ModelError(
-            f"--context-length {context_length} is more than the model's {model.max_context_length}; "
-            f"use at most {model.max_context_length}"
-        )
 
 
 def check_enough_rows(progress: PackingProgress, source: ContextSource, target: int | None, dataset: str) -> None:

@@ -90,6 +90,6 @@ def _worker(job: WorkerJob) -> tuple[RowProducer, UnitBuffer]:
     model = load_language_model(settings, device=job.device, compile_model=job.compile_model)
     root = Path(job.root)
     blocks = {split: ContextBlocks(root, plan.layout, job.generation, split) for split in SPLITS}
-    mask = settings.row_mask(settings.context_length, model.special_token_ids)
+    mask = settings.rows_of(model)
     producer = RowProducer(model, plan.hooks, plan.layout, blocks, mask, settings.contexts_per_batch)
     return producer, UnitBuffer(plan.layout, with_provenance=job.with_provenance)

@@ -17,7 +17,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tailrace.pipeline.cache.stage import check_context_length, row_mask_of
 from tailrace.pipeline.live.contexts import ContextBatches
 from tailrace.pipeline.live.heldout import HeldoutRows, compute_heldout_rows, read_heldout_contexts
 from tailrace.pipeline.live.mixing import Mixing, choose_block_rows
@@ -73,9 +72,8 @@ class LiveBatches:
         self._settings, self._device = settings, torch.device(device)
         self._documents = open_documents(settings, settings.seed)  # first: a wrong path is told before a long wait
         self._model = load_language_model(settings, device=str(device), compile_model=compile_model)
-        check_context_length(settings.context_length, self._model)
         hooks = self._model.resolve_sites(settings.layers, settings.hooks)
-        self._row_mask = row_mask_of(settings, self._model)
+        self._row_mask = settings.rows_of(self._model)
         self._rule = HoldoutRule.parse(settings.holdout, settings.seed)
         dtypes = opening.dtypes if opening else None
         sites = choose_sites(settings, self._model, hooks, self._row_mask, self._read(None, 1), dtypes)
@@ -253,18 +251,8 @@ class LiveBatches:
 
     def _open_source(self, state: JSON | None) -> ContextSource:
         # held-out documents depend on how many of their rows are wanted, so every reader of the text asks for as many
-        return ContextSource(
-            self._documents,
-            self._model.tokenize,
-            context_length=self._settings.context_length,
-            bos_token_id=self._model.bos_token_id,
-            separator_token_id=self._model.separator_token_id,
-            holdout=self._rule,
-            row_mask=self._row_mask,
-            targets={TRAIN: None, HELDOUT: self._settings.heldout_rows},
-            state=state,
-            vocabulary_size=self._model.d_vocab,
-        )
+        targets = {TRAIN: None, HELDOUT: self._settings.heldout_rows}
+        return ContextSource.of(self._settings, self._model, self._documents, targets, state)
 
     def _facts(self) -> dict[str, Any]:
         settings = self._settings

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tailrace.pipeline.cache.settings import CapturedContexts, CapturedSites
+from tailrace.pipeline.cache.settings import CapturedSites
 from tailrace.pipeline.model.settings import ModelSettings
-from tailrace.pipeline.text.settings import TextSettings
+from tailrace.pipeline.text.settings import CapturedContexts, TextSettings
 from tailrace.storage.settings import Quantity
 
 

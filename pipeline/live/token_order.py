@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 
 from tailrace.analysis.harvest.rows import ShownRows
 from tailrace.pipeline.cache.recorded_model import explained_passes
-from tailrace.pipeline.cache.stage import check_context_length, row_mask_of
 from tailrace.pipeline.live.rows import RowMaker, as_array
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.text.dataset import open_documents
-from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import TRAIN, ContextSource
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import TextError
@@ -110,20 +108,9 @@ def fresh_rows(text: FreshText, model: LanguageModel, site: Site, n_rows: int) -
 
     Raises TextError if the text cannot be read or gives no row, ModelError if contexts are longer than the model's.
     """
-    check_context_length(text.context_length, model)
     documents = open_documents(text, text.seed)
-    row_mask = row_mask_of(text, model)
-    source = ContextSource(
-        documents,
-        model.tokenize,
-        context_length=text.context_length,
-        bos_token_id=model.bos_token_id,
-        separator_token_id=model.separator_token_id,
-        holdout=HoldoutRule.parse(text.holdout, text.seed),
-        row_mask=row_mask,
-        targets={TRAIN: n_rows},
-        vocabulary_size=model.d_vocab,
-    )
+    row_mask = text.rows_of(model)
+    source = ContextSource.of(text, model, documents, {TRAIN: n_rows})
     packed = [piece for piece in source if piece.split == TRAIN]
     if not packed or not sum(int(row_mask(piece.tokens).sum()) for piece in packed):
         raise TextError(

@@ -44,25 +44,25 @@ def format_of(path: Path) -> Format | None:
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     if compressed:
         suffixes.pop()
-    found = FORMATS.get(suffixes[-1]) if suffixes else None
-    return None if compressed and found == "parquet" else found
+    kind = FORMATS.get(suffixes[-1]) if suffixes else None
+    return None if compressed and kind == "parquet" else kind
 
 
 def find_text_files(dataset: str) -> TextFiles:
     """Return the text files that ``dataset`` (a file, a folder searched at any depth, or a glob) stands for.
 
-    Raises TextError if nothing is found, naming near matches, or if the files are of several formats.
+    Raises TextError if there is none, naming near matches, or if the files are of several formats.
     """
-    found = _matching_files(dataset)
-    formats: list[Format] = sorted({kind for path in found if (kind := format_of(path)) is not None})
+    matching = _matching_files(dataset)
+    formats: list[Format] = sorted({kind for path in matching if (kind := format_of(path)) is not None})
     if not formats:
-        raise TextError(_nothing_found(dataset, found))
+        raise TextError(_no_text_file(dataset, matching))
     if len(formats) > 1:
-        examples = ", ".join(next(str(path) for path in found if format_of(path) == kind) for kind in formats)
+        examples = ", ".join(next(str(path) for path in matching if format_of(path) == kind) for kind in formats)
         raise TextError(f"{dataset}: holds files of several formats ({examples}); name one with a pattern like '*.txt'")
-    chosen = [path for path in found if format_of(path) is not None]
-    if not os.path.isdir(os.path.expanduser(dataset)) and len(chosen) < len(found):
-        other = next(path for path in found if format_of(path) is None)
+    chosen = [path for path in matching if format_of(path) is not None]
+    if not os.path.isdir(os.path.expanduser(dataset)) and len(chosen) < len(matching):
+        other = next(path for path in matching if format_of(path) is None)
         raise TextError(f"{dataset}: matches {other}, which is no text file; {_wanted_suffixes()}")
     root = Path(os.path.commonpath([path.parent for path in chosen]))
     named = sorted((path.relative_to(root).as_posix(), path) for path in chosen)
@@ -128,9 +128,9 @@ def _matching_files(dataset: str) -> list[Path]:
     return sorted(path.absolute() for path in matches if path.is_file())
 
 
-def _nothing_found(dataset: str, found: list[Path]) -> str:
-    if found:
-        example = f"{found[0].name} and {len(found) - 1} more" if len(found) > 1 else found[0].name
+def _no_text_file(dataset: str, matching: list[Path]) -> str:
+    if matching:
+        example = f"{matching[0].name} and {len(matching) - 1} more" if len(matching) > 1 else matching[0].name
         return f"{dataset}: holds no text file (found {example}); {_wanted_suffixes()}"
     if glob.has_magic(dataset):
         return f"{dataset}: no file matches this pattern; check it, and quote it so that the shell leaves it alone"

@@ -1,13 +1,13 @@
 """Contexts of both splits from one pass over the documents, exactly resumable and extendable.
 
-Documents are taken in batches, whose bounds follow from the documents alone. Each split has a *lane*: the batch it is
-at, and how many of that batch's contexts were handed out. The state never holds more tokens than a context: resuming
-tokenises one batch again. A lane stays behind when its split has enough rows while the other goes on:
+Documents are taken in batches, whose bounds follow from the documents alone. Each split has a position: its batch,
+and how many of that batch's contexts were handed out. The state never holds more tokens than a context: resuming
+tokenises one batch again. A split stays behind when it has enough rows while the other goes on:
 
 * held-out rows are complete, but the last held-out document has tokens left;
 * training rows are complete, but no held-out context is full yet, so documents to train on are passed over.
 
-With larger targets, the lane behind first catches up from where it stopped. So every document's tokens come exactly
+With larger targets, the split behind first catches up from where it stopped. So every document's tokens come exactly
 once over all runs, and no document changes sides.
 """
 
@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
+from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.text.holdout import FIRST_DOCUMENTS, FirstChoices, HoldoutRule
-from tailrace.pipeline.text.packer import NOTHING, Contexts, DocumentTokens, Packer, Partial, check_token_ids
-from tailrace.pipeline.text.stream import Document
+from tailrace.pipeline.text.settings import CapturedContexts, RowMask
+from tailrace.pipeline.text.stream import Document, DocumentReader, DocumentStream
 from tailrace.storage.artifact import JSON
-from tailrace.storage.errors import SettingsError, TextError
+from tailrace.storage.errors import ModelError, SettingsError, TextError
 
 TRAIN = "train"
 HELDOUT = "heldout"
@@ -36,6 +37,9 @@ BATCH_WEIGHT = 1 << 20
 """A batch ends early once its documents weigh this much; see ``Document.weight``."""
 
 
+_LARGEST_TOKEN_ID = int(np.iinfo(np.int32).max)
+
+
 class PackedContexts(NamedTuple):
     """Contexts of one split: token ids (n, T) int32, and the index of each token's document (n, T) uint32."""
 
@@ -44,36 +48,107 @@ class PackedContexts(NamedTuple):
     documents: np.ndarray
 
 
-class Reader(Protocol):
-    """An iterator of documents with a JSON state, such as ``DocumentReader``."""
+class DocumentTokens(NamedTuple):
+    """One document's index and its token ids, int32."""
+
+    document: int
+    tokens: np.ndarray
 
     @property
-    def state(self) -> dict[str, JSON]:
-        """Where the next document lies."""
-        ...
-
-    def upcoming_indices(self, n: int) -> list[int]:
-        """Return the indices of the next documents without taking them."""
-        ...
-
-    def __iter__(self) -> Iterator[Document]: ...
+    def n_stream_tokens(self) -> int:
+        """Tokens it adds to the stream: its own and a separator; none if it is empty."""
+        return len(self.tokens) + 1 if len(self.tokens) else 0
 
 
-class Documents(Protocol):
-    """What is used of ``DocumentStream``."""
+class Contexts(NamedTuple):
+    """Packed token ids (contexts, T) int32, and the index of each token's document, uint32."""
 
-    @property
-    def kind(self) -> Literal["text", "tokens"]:
-        """Whether documents carry text or token ids."""
-        ...
+    tokens: np.ndarray
+    documents: np.ndarray
 
-    def read_from(self, state: JSON | None) -> Reader:
-        """Return a reader that begins at ``state``, or at the first document."""
-        ...
+
+class Partial(NamedTuple):
+    """The tokens that wait for their context to be full, without its BOS, and the document of each."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+
+    @classmethod
+    def from_json(cls, value: JSON) -> Partial:
+        """Return the partial context that ``to_json`` described."""
+        return cls(np.array(value["tokens"], dtype=np.int32), np.array(value["documents"], dtype=np.uint32))
+
+    def to_json(self) -> dict[str, JSON]:
+        """Return it as lists."""
+        return {"tokens": self.tokens.tolist(), "documents": self.documents.tolist()}
+
+
+NOTHING = Partial(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint32))
 
 
 @dataclass(frozen=True)
-class Lane:
+class Packer:
+    """The packing rule: contexts of ``context_length`` tokens, what begins them, and what ends a document."""
+
+    context_length: int
+    bos_token_id: int
+    separator_token_id: int
+
+    def add(self, partial: Partial, documents: Sequence[DocumentTokens]) -> tuple[Contexts, Partial]:
+        """Append documents to the stream; return the contexts that are full now, and what is left over.
+
+        A separator belongs to the document it ends, a BOS to the document of the token after it.
+        """
+        tokens, indices = self._extend_stream(partial, documents)
+        n_contexts, n_left = divmod(len(tokens), self.context_length - 1)
+        n_packed = len(tokens) - n_left
+        packed = Contexts(
+            np.full((n_contexts, self.context_length), self.bos_token_id, dtype=np.int32),
+            np.empty((n_contexts, self.context_length), dtype=np.uint32),
+        )
+        packed.tokens[:, 1:] = tokens[:n_packed].reshape(n_contexts, self.context_length - 1)
+        packed.documents[:, 1:] = indices[:n_packed].reshape(n_contexts, self.context_length - 1)
+        packed.documents[:, 0] = packed.documents[:, 1]
+        # Copies, so that a short rest does not keep a long document in memory.
+        return packed, Partial(tokens[n_packed:].copy(), indices[n_packed:].copy())
+
+    def _extend_stream(self, partial: Partial, documents: Sequence[DocumentTokens]) -> tuple[np.ndarray, np.ndarray]:
+        separator = np.array([self.separator_token_id], dtype=np.int32)
+        pieces = [partial.tokens]
+        for document in documents:
+            if len(document.tokens):
+                pieces += [document.tokens, separator]
+        lengths = [document.n_stream_tokens for document in documents]
+        indices = np.array([document.document for document in documents], dtype=np.uint32)
+        return np.concatenate(pieces), np.concatenate([partial.documents, np.repeat(indices, lengths)])
+
+    def strip_boundaries(self, tokens: np.ndarray) -> np.ndarray:
+        """Return pre-tokenised ``tokens`` without one leading BOS and one trailing separator: packing adds its own.
+
+        Where BOS and separator are one token, a document that is that token alone is empty.
+        """
+        start = int(len(tokens) > 0 and tokens[0] == self.bos_token_id)
+        stop = len(tokens) - int(len(tokens) > start and tokens[-1] == self.separator_token_id)
+        return tokens[start:stop]
+
+
+def check_token_ids(document: int, tokens: Sequence[int], vocabulary_size: int | None) -> np.ndarray:
+    """Return the token ids of a pre-tokenised document as int32.
+
+    Raises TextError for ids that are negative or not in the model's vocabulary.
+    """
+    limit = _LARGEST_TOKEN_ID + 1 if vocabulary_size is None else vocabulary_size
+    if tokens and (min(tokens) < 0 or max(tokens) >= limit):
+        wrong = next(token for token in tokens if not 0 <= token < limit)
+        raise TextError(
+            f"document {document}: holds token id {wrong}, but the model's ids are 0 to {limit - 1}; the dataset was "
+            "tokenised for another model: choose one made for this model, or pass --column to read its text instead"
+        )
+    return np.array(tokens, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class SplitPosition:
     """Where a split is: a batch, what waited when it began, and how far into the batch the split has come."""
 
     batch: int = 0
@@ -83,7 +158,7 @@ class Lane:
     is_counted: bool = False
 
     def to_json(self) -> dict[str, JSON]:
-        """Return the lane as JSON."""
+        """Return the position as JSON."""
         return {**asdict(self), "partial": self.partial.to_json()}
 
 
@@ -112,14 +187,14 @@ class ContextSource:
 
     def __init__(
         self,
-        documents: Documents,
+        documents: DocumentStream,
         tokenize: Callable[[list[str]], list[list[int]]],
         *,
         context_length: int,
         bos_token_id: int,
         separator_token_id: int,
         holdout: HoldoutRule,
-        row_mask: Callable[[np.ndarray], np.ndarray],
+        row_mask: RowMask,
         targets: Mapping[str, int | None],
         state: JSON | None = None,
         vocabulary_size: int | None = None,
@@ -137,13 +212,44 @@ class ContextSource:
         self._targets = {TRAIN: targets[TRAIN], HELDOUT: None if heldout is None else max(1, heldout)}
         self._load(state)
 
+    @classmethod
+    def of(
+        cls,
+        settings: CapturedContexts,
+        model: LanguageModel,
+        documents: DocumentStream,
+        targets: Mapping[str, int | None],
+        state: JSON | None = None,
+    ) -> Self:
+        """Return the contexts of ``documents`` as ``settings`` ask for them, in the tokens of ``model``.
+
+        Raises ModelError if the model cannot read contexts that long.
+        """
+        if settings.context_length > model.max_context_length:
+            raise ModelError(
+                f"--context-length {settings.context_length} is more than the model's {model.max_context_length}; "
+                f"use at most {model.max_context_length}"
+            )
+        return cls(
+            documents,
+            model.tokenize,
+            context_length=settings.context_length,
+            bos_token_id=model.bos_token_id,
+            separator_token_id=model.separator_token_id,
+            holdout=HoldoutRule.parse(settings.holdout, settings.seed),
+            row_mask=settings.rows_of(model),
+            targets=targets,
+            state=state,
+            vocabulary_size=model.d_vocab,
+        )
+
     def _load(self, state: JSON | None) -> None:
         saved = state or {"lanes": {}, "progress": {}, "held": [], "n_assigned": 0, "first": None}
-        self._lanes = {split: Lane() for split in _OTHER}
-        for split, lane in saved["lanes"].items():
-            self._lanes[split] = Lane(**{**lane, "partial": Partial.from_json(lane["partial"])})
+        self._positions = {split: SplitPosition() for split in _OTHER}
+        for split, position in saved["lanes"].items():
+            self._positions[split] = SplitPosition(**{**position, "partial": Partial.from_json(position["partial"])})
         self._progress = {split: Progress(**saved["progress"].get(split, {})) for split in _OTHER}
-        # (batch, document) of each held-out document that chance picked, for the batches that a lane is still at or
+        # (batch, document) of each held-out document that chance picked, for the batches that a split is still at or
         # has yet to come to. Batches below `_n_assigned` are decided.
         self._held = [(batch, document) for batch, document in saved["held"]]
         self._n_assigned: int = saved["n_assigned"]
@@ -153,7 +259,8 @@ class ContextSource:
     def state(self) -> dict[str, JSON]:
         """A JSON value from which a source with any targets goes on right after the last item."""
         return {
-            "lanes": {split: lane.to_json() for split, lane in self._lanes.items()},
+            # "lanes": the key that published caches have
+            "lanes": {split: position.to_json() for split, position in self._positions.items()},
             "progress": {split: asdict(progress) for split, progress in self._progress.items()},
             "held": [list(pair) for pair in self._held],
             "n_assigned": self._n_assigned,
@@ -183,9 +290,9 @@ class ContextSource:
         while not self._is_done():
             self._skip_decided_batches()
             active = self._active_splits()
-            lane = self._lanes[active[0]]
-            if reader is None or lane.batch != reader_batch:
-                reader, reader_batch = self._stream.read_from(lane.documents), lane.batch
+            position = self._positions[active[0]]
+            if reader is None or position.batch != reader_batch:
+                reader, reader_batch = self._stream.read_from(position.documents), position.batch
             self._choose_first(reader)
             batch = _read_batch(reader)
             if not batch:
@@ -209,22 +316,22 @@ class ContextSource:
         """Return the splits that want rows and are at the earliest batch of those; held-out first."""
         wanting = [HELDOUT] if self._holdout.holds_out and not self._reached(HELDOUT) else []
         wanting += [] if self._reached(TRAIN) else [TRAIN]
-        earliest = min(self._lanes[split].batch for split in wanting)
-        return [split for split in wanting if self._lanes[split].batch == earliest]
+        earliest = min(self._positions[split].batch for split in wanting)
+        return [split for split in wanting if self._positions[split].batch == earliest]
 
     def _skip_decided_batches(self) -> None:
-        """Let the held-out lane jump to training's: nothing that chance picked lies between. A list must be read."""
-        lane, front = self._lanes[HELDOUT], self._lanes[TRAIN]
-        if lane.batch < front.batch and not self._held and not self._holdout.listed:
-            self._lanes[HELDOUT] = Lane(front.batch, front.documents, lane.partial)
+        """Let held-out documents jump to training's position if chance picked none between; a list must be read."""
+        position, front = self._positions[HELDOUT], self._positions[TRAIN]
+        if position.batch < front.batch and not self._held and not self._holdout.listed:
+            self._positions[HELDOUT] = SplitPosition(front.batch, front.documents, position.partial)
 
-    def _choose_first(self, reader: Reader) -> None:
+    def _choose_first(self, reader: DocumentReader) -> None:
         if self._first is None and self._holdout.fraction:
             self._first = self._holdout.first_choices(reader.upcoming_indices(FIRST_DOCUMENTS))
 
     def _pack(self, batch: list[Document], active: Sequence[str]) -> dict[str, tuple[Contexts, Partial]]:
         """Pack a batch for the active splits, deciding which of its documents are held out unless that is decided."""
-        number = self._lanes[active[0]].batch
+        number = self._positions[active[0]].batch
         held = self._candidates(batch, number, active)
         tokens = self._token_arrays(
             [document for document in batch if (HELDOUT if document.index in held else TRAIN) in active]
@@ -238,7 +345,7 @@ class ContextSource:
         self._assign(number, held)
         if TRAIN in active:
             trained = [document for document in tokens if document.document not in held]
-            packed[TRAIN] = self._packer.add(self._lanes[TRAIN].partial, trained)
+            packed[TRAIN] = self._packer.add(self._positions[TRAIN].partial, trained)
             self._count_documents(TRAIN, trained)
         return packed
 
@@ -253,11 +360,11 @@ class ContextSource:
         return {index for index in indices if self._holdout.is_candidate(index, self._first, limited=limited)}
 
     def _hold_out(self, offered: list[DocumentTokens], batch: int) -> tuple[set[int], Contexts, Partial]:
-        """Pack the held-out documents one by one, since chance takes no further one once there are enough rows."""
+        """Pack the held-out documents in turn, since chance takes no further one once there are enough rows."""
         target = self._targets[HELDOUT]
         rows = self._progress[HELDOUT].rows
         by_chance = batch >= self._n_assigned and not self._holdout.listed
-        partial = self._lanes[HELDOUT].partial
+        partial = self._positions[HELDOUT].partial
         held: set[int] = set()
         pieces: list[Contexts] = []
         for document in offered:
@@ -288,7 +395,7 @@ class ContextSource:
         return [DocumentTokens(item.index, tokens) for item, tokens in zip(documents, arrays, strict=True)]
 
     def _count_documents(self, split: str, documents: Sequence[DocumentTokens]) -> None:
-        if self._lanes[split].is_counted:
+        if self._positions[split].is_counted:
             return
         progress = self._progress[split]
         self._progress[split] = replace(
@@ -297,23 +404,23 @@ class ContextSource:
             empty_documents=progress.empty_documents + sum(len(document.tokens) == 0 for document in documents),
             stream_tokens=progress.stream_tokens + sum(document.n_stream_tokens for document in documents),
         )
-        self._lanes[split] = replace(self._lanes[split], is_counted=True)
+        self._positions[split] = replace(self._positions[split], is_counted=True)
 
     def _hand_out(self, split: str, contexts: Contexts, partial: Partial, after: JSON) -> Iterator[PackedContexts]:
-        """Yield what the target leaves of a batch's contexts; the lane moves on once all were handed out."""
-        lane = self._lanes[split]
-        rows = self._row_mask(contexts.tokens[lane.emitted :]).sum(axis=1, dtype=np.int64)
+        """Yield what the target leaves of a batch's contexts; the split moves on once all were handed out."""
+        position = self._positions[split]
+        rows = self._row_mask(contexts.tokens[position.emitted :]).sum(axis=1, dtype=np.int64)
         n = self._n_wanted(split, rows)
-        self._lanes[split] = replace(lane, emitted=lane.emitted + n)
+        self._positions[split] = replace(position, emitted=position.emitted + n)
         if n:
             progress = self._progress[split]
             self._progress[split] = replace(
                 progress, contexts=progress.contexts + n, rows=progress.rows + int(rows[:n].sum())
             )
-            chosen = slice(lane.emitted, lane.emitted + n)
+            chosen = slice(position.emitted, position.emitted + n)
             yield PackedContexts(split, contexts.tokens[chosen], contexts.documents[chosen])
         if n == len(rows):
-            self._lanes[split] = Lane(lane.batch + 1, after, partial)
+            self._positions[split] = SplitPosition(position.batch + 1, after, partial)
             self._forget_passed_batches()
 
     def _n_wanted(self, split: str, rows: np.ndarray) -> int:
@@ -326,7 +433,7 @@ class ContextSource:
 
     def _forget_passed_batches(self) -> None:
         if self._held:
-            earliest = min(lane.batch for lane in self._lanes.values())
+            earliest = min(position.batch for position in self._positions.values())
             self._held = [(batch, document) for batch, document in self._held if batch >= earliest]
 
     def _check_both_splits(self) -> None:
@@ -342,16 +449,16 @@ class ContextSource:
         if not self._holdout.holds_out or counts[HELDOUT]["contexts"]:
             return
         held = counts[HELDOUT]
-        found = (
+        present = (
             f"{held['documents']} of its documents were held out, with {held['partial_tokens']} tokens, and {wanted}"
         )
         raise TextError(
-            f"the dataset has no held-out context: {found}; pass a larger --holdout, documents that exist "
+            f"the dataset has no held-out context: {present}; pass a larger --holdout, documents that exist "
             f"({n_documents} were read), or --holdout 0"
         )
 
 
-def _read_batch(reader: Reader) -> list[Document]:
+def _read_batch(reader: DocumentReader) -> list[Document]:
     documents: list[Document] = []
     weight = 0
     for document in reader:

@@ -1,16 +1,26 @@
-"""The settings of text: which documents are read, and in which order."""
+"""The settings of text: what is read, how it becomes contexts, and which of their positions become rows."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import field_validator, model_validator
+import numpy as np
+from pydantic import NonNegativeInt, ValidationInfo, field_validator, model_validator
 
 from tailrace.pipeline.text.files import looks_local
+from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Quantity, Settings
+
+if TYPE_CHECKING:  # settings load no torch
+    from tailrace.pipeline.model.language_model import LanguageModel
 
 MIN_WINDOW = 16
 """Documents that a window holds at least, however long they are."""
+
+RowMask = Callable[[np.ndarray], np.ndarray]
+"""Token ids (contexts, context_length) → which positions become rows, bool of the same shape."""
 
 
 class TextSettings(Settings):
@@ -51,3 +61,83 @@ class TextSettings(Settings):
         if misplaced:
             raise ValueError(f"{', '.join(misplaced)} is for hub datasets, but {self.dataset!r} is local; leave it out")
         return self
+
+
+class RowFilter(Settings):
+    """Which token positions are cached.
+
+    The BOS at position 0 is left out unless asked for: models put activations there that are hundreds of times larger
+    than elsewhere and the same in every context.
+    """
+
+    help_sections: ClassVar = {"exclude": "Which rows"}
+
+    exclude: Literal["bos", "special", "none"] = "bos"
+    """Tokens left out: the BOS that begins each context, every special token (BOS, separators, …), or none."""
+    first_position: NonNegativeInt = 0
+    """Positions before this one are left out as well."""
+
+    def row_mask(self, context_length: int, special_token_ids: Collection[int] = ()) -> RowMask:
+        """Return the mask of these positions, for contexts of one length.
+
+        Raises SettingsError if no position is left, or if special tokens are to be left out and none is known.
+        """
+        start = max(self.first_position, 0 if self.exclude == "none" else 1)
+        if start >= context_length:
+            raise SettingsError(
+                f"first_position={self.first_position} leaves no row in contexts of {context_length} tokens; "
+                f"lower it to at most {context_length - 1}"
+            )
+        if self.exclude == "special" and not special_token_ids:
+            raise SettingsError("exclude=special: this model's tokenizer names no special token; use exclude=bos")
+        special = np.array(sorted(special_token_ids) if self.exclude == "special" else [], dtype=np.int64)
+
+        def mask(tokens: np.ndarray) -> np.ndarray:
+            return (np.arange(tokens.shape[1]) >= start) & ~np.isin(tokens, special)
+
+        return mask
+
+
+class CapturedContexts(RowFilter):
+    """How text becomes contexts, and contexts become rows."""
+
+    context_length: int = 128
+    """Tokens per context, the BOS that begins it included."""
+    contexts_per_batch: int = 32
+    """Contexts per pass of the language model. Part of a cache's identity: a row's last bits depend on it."""
+    holdout: str = "0.01"
+    """Documents held out for evaluation: a share such as 0.01 or 1%, indices such as 7::20 or 3,17, or 0 for none."""
+    seed: int = 0
+    """Decides the order of documents, the held-out ones, and the order of rows."""
+
+    @field_validator("contexts_per_batch")
+    @classmethod
+    def _check_batch(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("wanted at least 1")
+        return value
+
+    @field_validator("holdout")
+    @classmethod
+    def _check_holdout(cls, value: str) -> str:
+        try:
+            HoldoutRule.parse(value)
+        except SettingsError as error:
+            raise ValueError(str(error).removeprefix("holdout: ")) from error
+        return value
+
+    # Problems between settings belong to the later one of them, so that they are reported together with all others:
+    # pydantic would check the whole only where every single setting is right.
+
+    @field_validator("context_length")
+    @classmethod
+    def _check_context(cls, value: int, info: ValidationInfo) -> int:
+        if not 2 <= value <= 65536:
+            raise ValueError("wanted 2 (BOS and a token) to 65,536")
+        if info.data.get("first_position", 0) >= value:
+            raise ValueError(f"wanted more than first_position ({info.data['first_position']}), or no row is left")
+        return value
+
+    def rows_of(self, model: LanguageModel) -> RowMask:
+        """Return which positions of this model's contexts are rows."""
+        return self.row_mask(self.context_length, model.special_token_ids)

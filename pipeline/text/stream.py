@@ -10,14 +10,25 @@ skipping through one file in Arrow, without making Python values of it.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import gzip
+import logging
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from lzma import LZMAError
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from tailrace.pipeline.text.examples import END, TextExamples
-from tailrace.pipeline.text.files import describe_text_files
+import pyarrow as pa
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from tailrace.pipeline.text.files import TextFiles, describe_text_files
 from tailrace.pipeline.text.settings import MIN_WINDOW
 from tailrace.storage.artifact import JSON
 from tailrace.storage.errors import TextError
 from tailrace.storage.randomness import philox, random_permutation
+
+logger = logging.getLogger(__name__)
 
 UNSHUFFLED_BLOCK = 256
 """Documents read at a time when they are not shuffled; bounds what resuming reads again."""
@@ -27,6 +38,34 @@ WINDOW_CHARACTERS = 1 << 28
 
 _TOKEN_WEIGHT = 32
 """Characters that weigh as much as one token id, which is a Python integer in a list."""
+
+
+UNREADABLE = (ValueError, EOFError, zlib.error, LZMAError, pa.ArrowException, NotImplementedError)
+"""What reading a damaged or foreign file raises, beside OSError."""
+
+END = object()
+"""Returned instead of a value at the end of the dataset."""
+
+# The HTTP library below huggingface_hub has changed twice; its root error is always the first base of the hub's own.
+HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
+
+_PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    gzip.BadGzipFile,
+    OfflineModeIsEnabled,
+)
+_RETRIED_STATUS = (408, 429)
+
+READ_DELAYS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Waits between attempts to go on reading a stream that already worked."""
+
+OPEN_DELAYS_SECONDS = (1.0, 2.0)
+"""Waits between attempts to open a dataset: shorter, since the usual cause is a machine without a network."""
+
+Result = TypeVar("Result")
 
 
 class Document(NamedTuple):
@@ -100,7 +139,7 @@ class DocumentReader:
 
     @property
     def state(self) -> dict[str, JSON]:
-        """Where the next document lies: where its window begins in the dataset, the window's number, its place."""
+        """Where the next document lies: where its window begins, the window's number, its index in it."""
         return {
             "examples": self._window_start,
             "window": self._window_number,
@@ -139,7 +178,7 @@ class DocumentReader:
             raise empty_dataset(self._stream.name)
         if self._stream.shuffle_window:
             bits = philox(self._stream.seed, "document order", self._window_number)
-            documents = [documents[place] for place in random_permutation(bits, len(documents))]
+            documents = [documents[i] for i in random_permutation(bits, len(documents))]
         self._window = documents
 
     def _read_window(self) -> list[Document]:
@@ -185,3 +224,124 @@ def _show(value: object) -> str:
         wrong = next(item for item in value if type(item) is not int)
         return f"a list with {wrong!r:.60}"
     return f"{value!r:.60}"
+
+
+class TextExamples:
+    """One column of a streaming dataset. There is one position in it, set by ``rewind``."""
+
+    def __init__(
+        self, name: str, examples: Any, column: str, files: TextFiles | None, sleep: Callable[[float], None]
+    ) -> None:
+        self.name = name
+        self.column = column
+        self.files = files
+        self._examples = examples  # a streaming dataset of `datasets`
+        self._sleep = sleep
+        # A state once loaded stays loaded in `datasets`, so going back to the start needs a state of its own.
+        self._beginning: JSON = examples.state_dict()
+        self.rewind(None, 0)
+
+    def rewind(self, state: JSON | None, index: int) -> None:
+        """Go to ``state`` (the start if None), where the document numbered ``index`` lies."""
+        self._mark = self._beginning if state is None else state
+        self._mark_index = index
+        self._taken = 0
+        self._iterator: Iterator[dict[str, Any]] | None = None
+
+    def mark(self) -> JSON:
+        """Return the state after the last value, and wind back no further than this from now on."""
+        self._mark = self._examples.state_dict()
+        self._mark_index += self._taken
+        self._taken = 0
+        return self._mark
+
+    def next_value(self) -> Any:
+        """Return the next value of the column, or ``END``.
+
+        Raises TextError for a damaged file, or when the stream keeps failing.
+        """
+        for delay in (*READ_DELAYS_SECONDS, None):
+            try:
+                return self._read()
+            except (OSError, HTTP_ERROR) as error:
+                self._iterator = None
+                if not is_transient(error, remote=self.files is None):
+                    raise self._unreadable(error) from error
+                if delay is None:
+                    raise self._lost(error) from error
+                logger.warning("%s: %s; trying again in %g s", self.name, describe_failure(error), delay)
+                self._sleep(delay)
+            except UNREADABLE as error:
+                raise self._unreadable(error) from error
+        raise AssertionError("the last attempt either returns or raises")
+
+    def _read(self) -> Any:
+        if self._iterator is None:
+            self._examples.load_state_dict(self._mark)
+            iterator = iter(self._examples)
+            for _ in range(self._taken):
+                next(iterator, None)
+            self._iterator = iterator
+        example = next(self._iterator, None)
+        if example is None:
+            return END
+        self._taken += 1
+        return example[self.column]
+
+    def _unreadable(self, error: BaseException) -> TextError:
+        path = self._current_file()
+        return TextError(
+            f"{path or self.name}: cannot be read at document {self._mark_index + self._taken} of the dataset "
+            f"({describe_failure(error)}). Repair the {'file' if path else 'dataset'} or leave it out"
+        )
+
+    def _lost(self, error: BaseException) -> TextError:
+        return TextError(
+            f"{self.name}: reading failed {len(READ_DELAYS_SECONDS) + 1} times at document "
+            f"{self._mark_index + self._taken} of the dataset ({describe_failure(error)}). Everything finished so far "
+            "is kept: run the same command again to continue"
+        )
+
+    def _current_file(self) -> Path | None:
+        """Return the file being read, known because each local file is one shard."""
+        state = self._examples.state_dict()
+        while "shard_idx" not in state and "examples_iterable" in state:
+            state = state["examples_iterable"]
+        shard: int | None = state.get("shard_idx")
+        if self.files is None or shard is None or shard >= len(self.files.paths):
+            return None
+        return self.files.paths[shard]
+
+
+def describe_failure(error: BaseException) -> str:
+    """Return an error's own words on one line, shortened; its class where it has none."""
+    words = re.sub(r"\s+", " ", str(error)).strip()
+    return words[:400] or type(error).__name__
+
+
+def is_transient(error: BaseException, *, remote: bool) -> bool:
+    """Tell whether the same read may succeed later.
+
+    pyarrow reports corrupt bytes as a plain OSError without an error number; in a local file they will stay corrupt,
+    while over a network they may have been a torn transfer.
+    """
+    if isinstance(error, _PERMANENT):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        return status is None or status >= 500 or status in _RETRIED_STATUS
+    if isinstance(error, OSError):
+        return remote or type(error) is not OSError or error.errno is not None
+    return isinstance(error, HTTP_ERROR)
+
+
+def retry_opening(action: Callable[[], Result], sleep: Callable[[float], None]) -> Result:
+    """Return what ``action`` returns, waiting and trying again after transient failures; the last one is raised."""
+    for delay in OPEN_DELAYS_SECONDS:
+        try:
+            return action()
+        except (OSError, HTTP_ERROR) as error:
+            if not is_transient(error, remote=True):
+                raise
+            sleep(delay)
+    return action()

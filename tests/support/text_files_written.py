@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from tailrace.pipeline.text.dataset import DocumentStream, open_documents
+from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.settings import TextSettings
+from tailrace.pipeline.text.stream import DocumentStream
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
 
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.files import looks_local
-from tailrace.pipeline.text.retry import HTTP_ERROR, is_transient
 from tailrace.pipeline.text.settings import TextSettings
+from tailrace.pipeline.text.stream import HTTP_ERROR, is_transient
 from tailrace.storage.errors import TextError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from tailrace.pipeline.cache.settings import RowFilter
-from tailrace.pipeline.text.packer import NOTHING, DocumentTokens, Packer, Partial, check_token_ids
+from tailrace.pipeline.text.packing import NOTHING, DocumentTokens, Packer, Partial, check_token_ids
+from tailrace.pipeline.text.settings import RowFilter
 from tailrace.storage.errors import SettingsError, TextError
 from tests.support.packing_streams import contexts_of, documents_of, make_source
 

@@ -6,9 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import tailrace.pipeline.text.stream
-from tailrace.pipeline.text.columns import Column
-from tailrace.pipeline.text.examples import TextExamples
-from tailrace.pipeline.text.stream import DocumentStream
+from tailrace.pipeline.text.dataset import Column
+from tailrace.pipeline.text.stream import DocumentStream, TextExamples
 from tailrace.storage.errors import TextError
 from tests.support.text_files_written import open_text, texts_of, write_jsonl, write_texts
 
