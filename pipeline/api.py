@@ -56,7 +56,7 @@ def cache(
     """
     from tailrace.pipeline.cache import stage
     from tailrace.pipeline.cache.settings import CacheSettings
-    from tailrace.pipeline.cache.workers import Workers
+    from tailrace.pipeline.cache.units import Workers
 
     return stage.run(
         _read(CacheSettings, config, settings),

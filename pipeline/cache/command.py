@@ -55,7 +55,7 @@ def command(
 
     from tailrace.pipeline.cache import stage as cache
     from tailrace.pipeline.cache.budget import plan_budget
-    from tailrace.pipeline.cache.workers import Workers
+    from tailrace.pipeline.cache.units import Workers
 
     if dry_run:
         show_budget(plan_budget(settings, output=output, device=device, threads=threads))

@@ -35,12 +35,12 @@ def command(
     quiet: bool,
 ) -> None:
     """Add training rows to CACHE, continuing its text where it stopped."""
-    from tailrace.pipeline.cache import grow
+    from tailrace.pipeline.cache import stage
 
     try:
         n_rows: int | Literal["all"] = "all" if tokens == "all" else int(parse_quantity(tokens))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--tokens") from error
-    result = grow.extend(cache, n_rows, grow.Place(device, threads, quiet, model, dataset))
+    result = stage.extend(cache, n_rows, device=device, threads=threads, quiet=quiet, model=model, dataset=dataset)
     if not quiet:
         show_result(result)

@@ -29,8 +29,8 @@ def command(
     quiet: bool,
 ) -> None:
     """Add layers to CACHE for the rows it holds, by running its recorded contexts again."""
-    from tailrace.pipeline.cache import grow
+    from tailrace.pipeline.cache import stage
 
-    result = grow.widen(cache, layers, hooks, grow.Place(device, threads, quiet, model))
+    result = stage.widen(cache, layers, hooks, device=device, threads=threads, quiet=quiet, model=model)
     if not quiet:
         show_result(result)

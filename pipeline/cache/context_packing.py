@@ -9,14 +9,16 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tailrace.pipeline.cache.rows import RowMask
 from tailrace.pipeline.text.packing import ContextSource
+from tailrace.pipeline.text.settings import RowMask
+from tailrace.storage.artifact import canonical_json, read_json
 from tailrace.storage.cache_format import CacheFormat
 from tailrace.storage.cache_publish import write_file
 from tailrace.storage.context_blocks import ContextBlocks
@@ -27,20 +29,26 @@ CHECKPOINT = "draft/packing.npz"
 class PackingProgress:
     """How many contexts and rows of each split are on disk; shared between the packer and whoever waits for rows."""
 
-    def __init__(self, contexts_per_batch: int) -> None:
-        self._per_batch = contexts_per_batch
+    def __init__(self, contexts_per_batch: int, row_mask: RowMask) -> None:
+        self._per_batch, self._row_mask = contexts_per_batch, row_mask
         self._rows_per_context: dict[str, list[np.ndarray]] = {}
         self._n_contexts: dict[str, int] = {}
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self.is_done = False
 
-    def add(self, split: str, rows_per_context: np.ndarray) -> None:
-        """Note contexts that were just committed, by how many rows each gives."""
+    def add(self, split: str, tokens: np.ndarray) -> None:
+        """Note contexts (n, context_length) that are on disk now."""
+        rows = np.asarray(self._row_mask(tokens).sum(axis=1), np.int64)
         with self._changed:
-            self._rows_per_context.setdefault(split, []).append(rows_per_context)
-            self._n_contexts[split] = self.n_contexts(split) + len(rows_per_context)
+            self._rows_per_context.setdefault(split, []).append(rows)
+            self._n_contexts[split] = self.n_contexts(split) + len(rows)
             self._changed.notify_all()
+
+    def add_committed(self, split: str, blocks: ContextBlocks, n_contexts: int, block_contexts: int) -> None:
+        """Note the first ``n_contexts`` contexts of a split, which were committed before, a block at a time."""
+        for start in range(0, n_contexts, block_contexts):
+            self.add(split, blocks.read(start, min(start + block_contexts, n_contexts))[0])
 
     def finish(self, error: BaseException | None = None) -> None:
         """Note that nothing more will come."""
@@ -62,37 +70,36 @@ class PackingProgress:
         return np.add.reduceat(rows, np.arange(0, len(rows), self._per_batch)) if len(rows) else rows
 
     def wait_for_batch(self, split: str, n_rows: int) -> bool:
-        """Wait until whole grid batches give ``n_rows`` rows, or packing ended; tell which. Raises its error."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.is_done or self._whole_batches_give(split, n_rows))
-            if self._error is not None:
-                raise self._error
-            return self._whole_batches_give(split, n_rows)
+        """Wait until complete grid batches give ``n_rows`` rows, or packing ended; tell which. Raises its error."""
+        return self._wait(lambda: self._batches_give(split, n_rows))
 
     def wait_for_contexts(self, split: str, n_contexts: int) -> None:
         """Wait until ``n_contexts`` contexts are on disk, or packing ended. Raises its error."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.is_done or self.n_contexts(split) >= n_contexts)
-            if self._error is not None:
-                raise self._error
+        self._wait(lambda: self.n_contexts(split) >= n_contexts)
 
     def wait_until_done(self) -> None:
         """Wait until packing ended; raise its error."""
+        self._wait(lambda: False)
+
+    def _wait(self, is_ready: Callable[[], bool]) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self.is_done)
+            self._changed.wait_for(lambda: self.is_done or is_ready())
             if self._error is not None:
                 raise self._error
+            return is_ready()
 
-    def _whole_batches_give(self, split: str, n_rows: int) -> bool:
-        n_whole = self.n_contexts(split) // self._per_batch
-        return int(self.batch_rows(split)[:n_whole].sum()) >= n_rows
+    def _batches_give(self, split: str, n_rows: int) -> bool:
+        n_batches = self.n_contexts(split) // self._per_batch
+        return int(self.batch_rows(split)[:n_batches].sum()) >= n_rows
 
 
 class ContextPacker:
     """Writes what a ContextSource packs into blocks, and remembers where it stands."""
 
-    def __init__(self, root: Path, layout: CacheFormat, blocks: Mapping[str, ContextBlocks], row_mask: RowMask) -> None:
-        self._root, self._layout, self._blocks, self._row_mask = root, layout, blocks, row_mask
+    def __init__(
+        self, root: Path, layout: CacheFormat, blocks: Mapping[str, ContextBlocks], progress: PackingProgress
+    ) -> None:
+        self._root, self._layout, self._blocks, self._progress = root, layout, blocks, progress
         self._pending: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in blocks}
         self._n_blocks = dict.fromkeys(blocks, 0)
         self.state: dict[str, Any] | None = None
@@ -120,19 +127,40 @@ class ContextPacker:
             if n > start:
                 self._set_pending(split, *self._blocks[split].read(start, n))
 
-    def report(self, progress: PackingProgress) -> None:
-        """Tell ``progress`` about the whole blocks that are already on disk."""
-        for split, blocks in self._blocks.items():
-            for block in range(self._n_blocks[split]):
-                size = self._layout.block_contexts
-                tokens, _ = blocks.read(block * size, (block + 1) * size)
-                progress.add(split, self._rows_per_context(tokens))
+    @contextmanager
+    def running(self, source: ContextSource, check: Callable[[], None]) -> Iterator[None]:
+        """Pack in a thread beside the block, then ``check``; whoever waits for rows is given the thread's error.
 
-    def pack(self, source: ContextSource, progress: PackingProgress, stopped: threading.Event) -> None:
+        The thread is stopped at the end of the block.
+        """
+        stopped = threading.Event()
+
+        def work() -> None:
+            try:
+                self._pack(source, stopped)
+                if not stopped.is_set():
+                    check()
+            except BaseException as error:
+                self._progress.finish(error)
+            else:
+                self._progress.finish()
+
+        size = self._layout.block_contexts
+        for split, blocks in self._blocks.items():
+            self._progress.add_committed(split, blocks, self._n_blocks[split] * size, size)
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _pack(self, source: ContextSource, stopped: threading.Event) -> None:
         """Pack until the source is finished, committing block after block; flush the short last ones."""
         for packed in source:
             self._pending[packed.split].append((packed.tokens, packed.documents))
-            if self._commit_whole_blocks(packed.split, progress):
+            if self._commit_full_blocks(packed.split):
                 self.state = source.state
                 self._save()
             if stopped.is_set():
@@ -143,24 +171,21 @@ class ContextPacker:
             tokens, documents = self._join(split)
             if len(tokens):
                 self._blocks[split].write(self._n_blocks[split], tokens, documents)
-                progress.add(split, self._rows_per_context(tokens))
+                self._progress.add(split, tokens)
 
-    def _commit_whole_blocks(self, split: str, progress: PackingProgress) -> bool:
+    def _commit_full_blocks(self, split: str) -> bool:
         size = self._layout.block_contexts
         if sum(len(tokens) for tokens, _ in self._pending[split]) < size:
             return False
         tokens, documents = self._join(split)
-        n_whole = len(tokens) // size * size
-        for start in range(0, n_whole, size):
+        n_full = len(tokens) // size * size
+        for start in range(0, n_full, size):
             piece = slice(start, start + size)
             self._blocks[split].write(self._n_blocks[split], tokens[piece], documents[piece])
             self._n_blocks[split] += 1
-            progress.add(split, self._rows_per_context(tokens[piece]))
-        self._set_pending(split, tokens[n_whole:], documents[n_whole:])
+            self._progress.add(split, tokens[piece])
+        self._set_pending(split, tokens[n_full:], documents[n_full:])
         return True
-
-    def _rows_per_context(self, tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(self._row_mask(tokens).sum(axis=1), np.int64)
 
     def _join(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         length = self._layout.context_length
@@ -181,3 +206,24 @@ class ContextPacker:
         arrays["state"] = np.frombuffer(checkpoint, np.uint8)
         np.savez(buffer, allow_pickle=False, **arrays)
         write_file(self._root / CHECKPOINT, buffer.getvalue())
+
+
+def packing_state_name(generation: int) -> str:
+    """Return the file that says where packing stands after a generation."""
+    return f"packing/{generation}.json"
+
+
+def packing_state(source: ContextSource) -> bytes:
+    """Return what that file holds: the source's state, and whether it stopped because the dataset ended."""
+    return canonical_json({"finished": source.finished, "state": source.state})
+
+
+def last_packing(root: Path, generation: int) -> dict[str, Any]:
+    """Return where packing stands at a generation, as the last one that packed anything left it."""
+    packed = [root / packing_state_name(number) for number in range(generation + 1)]
+    return dict(read_json([path for path in packed if path.exists()][-1]))
+
+
+def dataset_ended(root: Path, generation: int) -> bool:
+    """Return whether a generation holds every context of its dataset."""
+    return bool(last_packing(root, generation)["finished"] == "dataset")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from tailrace.pipeline.cache.rows import RowMaker
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import LanguageModel
-from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.pipeline.text.settings import CapturedContexts
 from tailrace.storage.cache_format import PROVENANCE, CacheFormat, Site
-from tailrace.storage.differences import list_differences
 from tailrace.storage.encodings import column_scale_of
-from tailrace.storage.errors import ArtifactMismatch, NonFiniteActivation
 
 CHUNK_ROWS = 4096
 LARGEST_SHARD_ROWS = 262_144
@@ -29,25 +27,8 @@ PROBE_SHARE = 0.02
 FLOAT16_SAFE = 8192.0
 """Largest probed magnitude at which float16 is chosen: an eighth of what it can hold."""
 
-
-@dataclass(frozen=True)
-class CachePlan:
-    """Everything fixed before the first unit, kept in the draft so that a later run continues with the same."""
-
-    layout: CacheFormat
-    hooks: tuple[SiteHooks, ...]
-    facts: dict[str, Any]
-    """Goes into the manifest: model, text, packing, grid."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the plan as JSON."""
-        return {"layout": self.layout.as_json(), "hooks": [list(hook) for hook in self.hooks], "facts": self.facts}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """Return the plan written by ``as_json``."""
-        hooks = tuple(SiteHooks(*hook) for hook in value["hooks"])
-        return cls(CacheFormat.from_json(value["layout"]), hooks, value["facts"])
+FirstBatch = tuple[np.ndarray, np.ndarray, int]
+"""Tokens and documents (contexts, context_length), and the number of the first context."""
 
 
 def context_format(settings: CacheSettings) -> CacheFormat:
@@ -57,25 +38,17 @@ def context_format(settings: CacheSettings) -> CacheFormat:
 
 
 def complete_format(
-    settings: CacheSettings,
-    contexts: CacheFormat,
-    hooks: Sequence[SiteHooks],
-    widths: Mapping[str, tuple[int, int]],
-    dtypes: Mapping[str, str],
-    scales: Mapping[str, list[float]],
-    n_rows: int,
+    settings: CacheSettings, contexts: CacheFormat, sites: tuple[Site, ...], scales: dict[str, list[float]], n_rows: int
 ) -> CacheFormat:
     """Return the format of the whole cache, shard and chunk sizes chosen where they are ``auto``."""
-    sites = tuple(Site(hook.name, hook.hook_in, hook.hook_out, *widths[hook.name], dtypes[hook.name]) for hook in hooks)
     shard_rows, chunk_rows = choose_rows(settings, sites, n_rows)
-    return CacheFormat(
-        sites,
-        contexts.context_length,
-        shard_rows,
-        chunk_rows,
-        settings.compression,
-        contexts.block_contexts,
-        dict(scales),
+    return replace(
+        contexts,
+        sites=sites,
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows,
+        compression=settings.compression,
+        column_scales=scales,
     )
 
 
@@ -102,76 +75,43 @@ def fixed_dtype(storage_dtype: str, model_dtype: torch.dtype) -> str | None:
     return {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(model_dtype)
 
 
-@dataclass
-class Probe:
-    """What the first batches showed of each hook."""
-
-    largest: dict[str, float]
-    total_squares: dict[str, np.ndarray]
-    n_rows: int = 0
-
-
 def probe_batches(settings: CacheSettings, n_contexts: int) -> int:
     """Return how many batches to probe: 16, fewer where that would be more than 2 % of the contexts."""
     n_batches = -(-n_contexts // settings.contexts_per_batch)
     return max(1, min(PROBE_BATCHES, int(n_batches * PROBE_SHARE)))
 
 
-def probe(model: LanguageModel, hooks: Sequence[SiteHooks], batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Probe:
-    """Return magnitudes at every hook over batches of (tokens, kept positions), both (contexts, context_length).
+def choose_sites(
+    settings: CapturedContexts,
+    storage_dtype: str,
+    model: LanguageModel,
+    hooks: Sequence[SiteHooks],
+    first_batches: Callable[[], Iterable[FirstBatch]],
+) -> tuple[tuple[Site, ...], dict[str, list[float]]]:
+    """Return the sites of ``hooks`` with their storage dtypes, and the int8 column scales by ``site/side``.
 
-    Raises NonFiniteActivation: a model that overflows in its own dtype cannot be cached in any.
+    The dtype is as asked for or as the model computes; else float16 where the first batches stay small, bfloat16 where
+    they do not. Raises NonFiniteActivation: a model that overflows in its own dtype cannot be stored in any.
     """
-    seen = Probe({}, {})
-    for tokens, kept in batches:
-        captured = model.capture(torch.from_numpy(tokens.astype(np.int64)), hooks)
-        mask = torch.from_numpy(kept).to(model.device)
-        seen.n_rows += int(kept.sum())
-        for name, values in captured.items():
-            rows = values[mask].to(torch.float64)
-            largest = float(rows.abs().max())
-            if not np.isfinite(largest):
-                raise NonFiniteActivation(
-                    f"{name}: NaN or infinity in the first batches; the model overflows in {model.dtype}. "
-                    "Run it with --model-dtype float32, or leave this site out"
-                )
-            seen.largest[name] = max(seen.largest.get(name, 0.0), largest)
-            squares = (rows**2).sum(0).cpu().numpy()
-            seen.total_squares[name] = seen.total_squares.get(name, 0.0) + squares
-    return seen
-
-
-def choose_dtypes(hooks: Sequence[SiteHooks], fixed: str | None, seen: Probe | None) -> dict[str, str]:
-    """Return the storage dtype of each site: as fixed, else float16 where the probe stayed small, else bfloat16."""
-    if fixed is not None:
-        return {hook.name: fixed for hook in hooks}
-    assert seen is not None, "auto storage dtype of a float32 model is decided by a probe"
-    largest = {hook.name: max(seen.largest[hook.hook_in], seen.largest[hook.hook_out]) for hook in hooks}
-    return {name: "float16" if value < FLOAT16_SAFE else "bfloat16" for name, value in largest.items()}
-
-
-def choose_scales(hooks: Sequence[SiteHooks], dtypes: Mapping[str, str], seen: Probe | None) -> dict[str, list[float]]:
-    """Return the int8 column scales by ``site/side``."""
-    scales = {}
-    for hook in hooks:
-        if dtypes[hook.name] == "int8":
-            assert seen is not None, "int8 needs a probe for its column scales"
-            for side, name in hook.sides.items():
-                scale = column_scale_of(seen.total_squares[name], seen.n_rows)
-                scales[f"{hook.name}/{side}"] = [float(value) for value in scale]
-    return scales
-
-
-def refuse_other_inputs(path: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise ArtifactMismatch where the model or the text is not the one the cache was begun with."""
-    differences = list_differences(*({k: v for k, v in side.items() if k != "model"} for side in (recorded, found)))
-    if "model" in found:
-        differences += [f"model.{line}" for line in list_model_differences(recorded["model"], found["model"])]
-    if differences:
-        raise ArtifactMismatch(
-            f"{path}: was made from another model or text; use the recorded one, or another --out:\n"
-            + "\n".join(f"  {line}" for line in differences)
-        )
+    widths = model.widths(hooks)
+    wide = [Site(*hook, *widths[hook.name], "float32") for hook in hooks]
+    fixed = fixed_dtype(storage_dtype, model.dtype)
+    if fixed not in (None, "int8"):
+        return tuple(replace(site, dtype=fixed) for site in wide), {}
+    maker = RowMaker(model, wide, settings.rows_of(model), settings.contexts_per_batch)
+    largest, squares, n_rows = dict.fromkeys(widths, 0.0), dict[str, np.ndarray](), 0
+    for batch in first_batches():
+        rows = maker.rows(*batch)
+        n_rows += len(rows)
+        for key, values in rows.activations.items():
+            exact, name = values.to(torch.float64), key.rpartition("/")[0]
+            largest[name] = max(largest[name], float(exact.abs().max()) if len(exact) else 0.0)
+            squares[key] = squares.get(key, 0.0) + (exact**2).sum(0).numpy()
+    if fixed:
+        scales = {key: column_scale_of(total, n_rows).tolist() for key, total in squares.items()}
+        return tuple(replace(site, dtype=fixed) for site in wide), scales
+    dtypes = {name: "float16" if value < FLOAT16_SAFE else "bfloat16" for name, value in largest.items()}
+    return tuple(replace(site, dtype=dtypes[site.name]) for site in wide), {}
 
 
 def row_bytes_of(sites: Sequence[Site]) -> int:

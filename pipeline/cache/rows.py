@@ -1,33 +1,72 @@
-"""From committed contexts to the rows of one unit: the language model over a fixed grid of batches.
+"""From contexts to rows: the language model over a fixed grid of batches. Caches, live mode and fresh text use it.
 
-Batch g is always contexts [gB, (g+1)B), padded to B with repeats where the split ends, so what a row holds depends on
-its context and the grid alone: not on which unit asks, in which process, or whether the cache was made in one go.
+Batch g is always contexts [gB, (g+1)B), padded to B with repeats where a split ends, so what a row holds depends on its
+context and the grid alone: not on which unit asks, in which process, or whether the cache was made in one go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.storage.cache_format import CacheFormat
+from tailrace.pipeline.text.settings import RowMask
+from tailrace.storage.cache_format import Site
 from tailrace.storage.context_blocks import ContextBlocks
-from tailrace.storage.errors import ActivationOverflow
+from tailrace.storage.errors import ActivationOverflow, NonFiniteActivation
 
-RowMask = Callable[[np.ndarray], np.ndarray]
-"""Token ids (contexts, context_length) → which positions become rows, bool of the same shape."""
 
-_FLOAT16_LIMIT = 65504.0
-_TORCH_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "int8": torch.float32,  # quantised when the row is stored
-}
+@dataclass(frozen=True)
+class Rows:
+    """Rows in token order: where each comes from, and its activations on the CPU in storage dtype by ``site/side``."""
+
+    provenance: Mapping[str, np.ndarray]
+    activations: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.provenance["context"])
+
+    def cut(self, start: int, stop: int) -> Rows:
+        """Return rows [start, stop)."""
+        return Rows(
+            {name: values[start:stop] for name, values in self.provenance.items()},
+            {key: values[start:stop] for key, values in self.activations.items()},
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the activations as NumPy arrays of the same memory."""
+        return {key: as_array(values) for key, values in self.activations.items()}
+
+
+class RowMaker:
+    """Runs the language model over batches of one size; keeps the rows of ``sites`` that the row mask keeps."""
+
+    def __init__(self, model: LanguageModel, sites: Sequence[Site], row_mask: RowMask, contexts_per_batch: int) -> None:
+        self.sites, self.contexts_per_batch = tuple(sites), contexts_per_batch
+        self._model, self._row_mask = model, row_mask
+        self._hooks = [SiteHooks.of(site) for site in sites]
+
+    def rows(self, tokens: np.ndarray, documents: np.ndarray, first_context: int) -> Rows:
+        """Return the rows of contexts (n, context_length), at most a batch of them.
+
+        Raises NonFiniteActivation, or ActivationOverflow beyond the storage dtype, naming hook, context and position.
+        """
+        kept = self._row_mask(tokens)
+        provenance = _provenance(tokens, documents, kept, first_context)
+        padded = np.concatenate([tokens, np.repeat(tokens[-1:], self.contexts_per_batch - len(tokens), 0)])
+        captured = self._model.capture(torch.from_numpy(padded.astype(np.int64)), self._hooks)
+        mask = torch.from_numpy(kept).to(self._model.device)
+        activations = {}
+        for site, hooks in zip(self.sites, self._hooks, strict=True):
+            for side, hook in hooks.sides.items():
+                values = captured[hook][: len(tokens)][mask]
+                activations[f"{site.name}/{side}"] = to_stored(values, torch_dtype(site), hook, provenance)
+        return Rows(provenance, activations)
 
 
 @dataclass(frozen=True)
@@ -44,79 +83,83 @@ class UnitTask:
     """Contexts of the split that may be read; beyond them the last batch is padded."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows in token order: where each comes from, and its activations in storage dtype by ``site/side``."""
+class UnitRows:
+    """The rows of units from committed contexts; remembers the last batch, which two units may share."""
 
-    provenance: Mapping[str, np.ndarray]
-    activations: Mapping[str, np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.provenance["context"])
-
-    def cut(self, start: int, stop: int) -> Rows:
-        """Return rows [start, stop)."""
-        return Rows(
-            {name: values[start:stop] for name, values in self.provenance.items()},
-            {key: values[start:stop] for key, values in self.activations.items()},
-        )
-
-
-class RowProducer:
-    """Runs the language model over grid batches; remembers the last one, which two units may share."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        sites: Sequence[SiteHooks],
-        layout: CacheFormat,
-        contexts: Mapping[str, ContextBlocks],
-        row_mask: RowMask,
-        contexts_per_batch: int,
-    ) -> None:
-        self._model, self._sites, self._layout = model, list(sites), layout
-        self._contexts, self._row_mask = contexts, row_mask
-        self.contexts_per_batch = contexts_per_batch
+    def __init__(self, maker: RowMaker, contexts: Mapping[str, ContextBlocks]) -> None:
+        self._maker, self._contexts = maker, contexts
         self._last: tuple[tuple[str, int, int], Rows] | None = None
 
-    def unit_rows(self, task: UnitTask) -> Iterator[Rows]:
-        """Yield the rows of one unit, a grid batch at a time."""
+    def pieces(self, task: UnitTask) -> Iterator[Rows]:
+        """Yield the rows of one unit, a batch at a time."""
         missing, skipped, batch = task.n_rows, task.skipped_rows, task.first_batch
         while missing:
-            rows = self.batch_rows(task.split, batch, task.n_contexts)
+            rows = self._batch(task.split, batch, task.n_contexts)
             piece = rows.cut(skipped, min(len(rows), skipped + missing))
             if len(piece):
                 yield piece
             missing -= len(piece)
             skipped, batch = 0, batch + 1
 
-    def batch_rows(self, split: str, batch: int, n_contexts: int) -> Rows:
-        """Return all rows of one grid batch."""
-        start = batch * self.contexts_per_batch
-        stop = min(start + self.contexts_per_batch, n_contexts)
+    def _batch(self, split: str, batch: int, n_contexts: int) -> Rows:
+        size = self._maker.contexts_per_batch
+        start, stop = batch * size, min((batch + 1) * size, n_contexts)
         assert start < stop, f"batch {batch} of {split} lies beyond its {n_contexts} contexts"
         identity = (split, batch, stop)
         if self._last is None or self._last[0] != identity:
-            self._last = (identity, self._run(split, start, stop))
+            self._last = (identity, self._maker.rows(*self._contexts[split].read(start, stop), start))
         return self._last[1]
 
-    def _run(self, split: str, start: int, stop: int) -> Rows:
-        tokens, documents = self._contexts[split].read(start, stop)
-        kept = self._row_mask(tokens)
-        provenance = provenance_of(tokens, documents, kept, start)
-        padded = np.concatenate([tokens, np.repeat(tokens[-1:], self.contexts_per_batch - len(tokens), 0)])
-        captured = self._model.capture(torch.from_numpy(padded.astype(np.int64)), self._sites)
-        mask = torch.from_numpy(kept).to(self._model.device)
-        activations = {}
-        for site in self._sites:
-            stored = self._layout.site(site.name)
-            for side in stored.sides:
-                values = captured[site.hook_in if side == "in" else site.hook_out][: len(tokens)][mask]
-                activations[f"{site.name}/{side}"] = to_storage(values, stored.dtype, f"{site.name}/{side}", provenance)
-        return Rows(provenance, activations)
+
+def torch_dtype(site: Site) -> torch.dtype:
+    """Return the dtype that a site's rows are handed over in; int8 is quantised when a row is stored."""
+    dtype = getattr(torch, "float32" if site.dtype == "int8" else site.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
-def provenance_of(
+def as_array(rows: Tensor) -> np.ndarray:
+    """View rows on the CPU as NumPy, bfloat16 as uint16 bits, which is what storage reads."""
+    return np.asarray(rows.view(torch.uint16 if rows.dtype == torch.bfloat16 else rows.dtype).numpy())
+
+
+def to_stored(values: Tensor, dtype: torch.dtype, hook: str, provenance: Mapping[str, np.ndarray]) -> Tensor:
+    """Return rows (n, d) on the CPU in ``dtype``; refuse values that it cannot hold."""
+    limit = torch.finfo(dtype).max
+    if len(values):
+        lowest, highest = torch.stack(torch.aminmax(values)).tolist()
+        if not -limit <= lowest <= highest <= limit:  # NaN is in no order
+            raise _unstorable(values, dtype, hook, provenance)
+    return values.to(device="cpu", dtype=dtype).contiguous()
+
+
+def _unstorable(
+    values: Tensor, dtype: torch.dtype, hook: str, provenance: Mapping[str, np.ndarray]
+) -> ActivationOverflow | NonFiniteActivation:
+    """Return the error for the first row that ``dtype`` cannot hold."""
+    limit = torch.finfo(dtype).max
+    largest = values.abs().amax(dim=1).cpu()  # keeps NaN
+    row = int(torch.nonzero(~(largest <= limit)).flatten()[0])
+    context, position, document, token = (
+        int(provenance[name][row]) for name in ("context", "position", "document", "token_id")
+    )
+    token_name = f"{hook}, context {context}, position {position} (document {document}, token id {token})"
+    if bool(largest[row].isfinite()):
+        return ActivationOverflow(
+            f"{token_name}: {float(largest[row]):.6g} is beyond {_name(dtype)} ({limit:.6g}); start anew, with another "
+            "--out and --storage-dtype bfloat16 or float32"
+        )
+    return NonFiniteActivation(
+        f"{token_name}: NaN or infinity; the model overflows in {_name(values.dtype)}. Run it with --model-dtype "
+        "float32, leave this site out, or leave that document out"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _provenance(
     tokens: np.ndarray, documents: np.ndarray, kept: np.ndarray, first_context: int
 ) -> dict[str, np.ndarray]:
     """Return where each kept position of contexts (n, context_length) comes from, in token order."""
@@ -127,18 +170,3 @@ def provenance_of(
         "position": position.astype(np.uint16),
         "document": documents[context, position].astype(np.uint32),
     }
-
-
-def to_storage(values: torch.Tensor, dtype: str, key: str, provenance: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return rows (n, d) in the NumPy form the writer wants; raise ActivationOverflow beyond float16."""
-    if dtype == "float16" and values.dtype != torch.float16:
-        largest = values.abs().amax(dim=1) if len(values) else values.new_zeros(1)
-        if bool((largest.isfinite() & (largest > _FLOAT16_LIMIT)).any()):
-            row = int(torch.where(largest.isfinite(), largest, 0).argmax())
-            raise ActivationOverflow(
-                f"{key}: {float(largest[row]):.6g} in context {int(provenance['context'][row])}, position "
-                f"{int(provenance['position'][row])} is beyond float16 ({_FLOAT16_LIMIT:g}). Finished units are kept; "
-                "run again with --storage-dtype bfloat16 and another --out"
-            )
-    stored = values.to(device="cpu", dtype=_TORCH_DTYPES[dtype]).contiguous()
-    return stored.view(torch.uint16).numpy() if dtype == "bfloat16" else stored.numpy()

@@ -1,49 +1,47 @@
-"""The stage ``pipeline cache``: text in, a published activation cache out.
+"""The stages ``pipeline cache``, ``extend`` and ``widen``: text in, a published generation of a cache out.
 
 Contexts are packed and committed first, in a thread; the language model runs over them on a fixed grid; rows are
 shuffled and written unit by unit beside it. Killed at any moment, the same command continues and ends with the same
-bytes.
+bytes. A cache that grows gets a new generation; what was published before stays readable at every moment, with its own
+order and statistics.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from tailrace.pipeline.cache.context_packing import ContextPacker, PackingProgress
+from tailrace.pipeline.cache.context_packing import (
+    ContextPacker,
+    PackingProgress,
+    dataset_ended,
+    last_packing,
+    packing_state,
+    packing_state_name,
+)
 from tailrace.pipeline.cache.draft import (
-    PackingThread,
-    UnitPlanner,
     begin_draft,
     forget_draft,
     forget_finished_draft,
+    hook_options,
     keep_plan,
     log_event,
     nothing_left_behind,
     recall_plan,
-    write_units,
+    refuse_other_inputs,
 )
-from tailrace.pipeline.cache.plan import (
-    CachePlan,
-    choose_dtypes,
-    choose_scales,
-    complete_format,
-    context_format,
-    fixed_dtype,
-    probe,
-    probe_batches,
-)
-from tailrace.pipeline.cache.rows import RowProducer
+from tailrace.pipeline.cache.plan import FirstBatch, choose_sites, complete_format, context_format, probe_batches
+from tailrace.pipeline.cache.rows import RowMaker, UnitRows
 from tailrace.pipeline.cache.settings import CacheSettings
-from tailrace.pipeline.cache.workers import WorkerJob, Workers, write_units_on_workers
+from tailrace.pipeline.cache.units import UnitFiles, UnitPlanner, Workers, write_units, write_units_on_workers
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.shared.device import limited_threads
@@ -54,15 +52,28 @@ from tailrace.pipeline.text.packing import ContextSource
 from tailrace.pipeline.text.settings import RowFilter
 from tailrace.pipeline.text.stream import DocumentStream
 from tailrace.storage.activation_cache import ActivationCache, open_cache
-from tailrace.storage.artifact import canonical_json, read_json
-from tailrace.storage.cache_format import KIND, SPLITS, VOCABULARY
-from tailrace.storage.cache_publish import Generation, SplitSize, publish_generation
+from tailrace.storage.artifact import canonical_json
+from tailrace.storage.cache_format import KIND, SPLITS, VOCABULARY, CacheFormat, Site
+from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
 from tailrace.storage.cache_writer import remove_temporary_files
 from tailrace.storage.context_blocks import ContextBlocks
-from tailrace.storage.draft import Draft
-from tailrace.storage.errors import ArtifactMismatch, ModelError, OutOfMemoryError, TextError
+from tailrace.storage.draft import Draft, Lock
+from tailrace.storage.errors import (
+    ActivationOverflow,
+    ArtifactMismatch,
+    ModelError,
+    NonFiniteActivation,
+    OutOfMemoryError,
+    SettingsError,
+    TextError,
+)
 
 logger = logging.getLogger(__name__)
+
+WriteUnits = Callable[[UnitFiles, UnitPlanner, UnitRows, RowProgress], None]
+"""Writes every unit that is missing: here, or in worker processes."""
+
+_TITLES: dict[Change, str] = {"create": "caching", "extend": "extending", "widen": "widening"}
 
 
 @dataclass(frozen=True)
@@ -98,12 +109,60 @@ def run(
         with nothing_left_behind(output):
             model = load_language_model(settings, device=device, compile_model=compile_model)
             documents = open_documents(settings, settings.seed)
-            job = CacheJob(settings, output, model, documents, device, threads, compile_model, quiet)
+            job = CacheJob(output, settings, model, quiet=quiet)
             try:
-                return job.run(draft, workers)
+                return job.create(documents, draft.request, workers, device=device, compile_model=compile_model)
             except OutOfMemoryError as error:
                 # not on the same path: rows of two batch sizes differ in their last bits
                 raise OutOfMemoryError(f"{error}, with --contexts-per-batch and another --out") from error
+
+
+def extend(
+    path: Path,
+    tokens: int | Literal["all"],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = False,
+    model: str | None = None,
+    dataset: str | None = None,
+) -> CacheResult:
+    """Add training rows to a cache until it holds ``tokens``; held-out rows stay as they are.
+
+    ``model`` and ``dataset`` say where these lie now, if they moved. Raises SettingsError if it holds more already,
+    ArtifactMismatch for another model or text, and what ``run`` raises.
+    """
+    with _locked(path) as cache, limited_threads(threads):
+        n_rows = cache.split("train").n_rows
+        if tokens == n_rows or (tokens == "all" and dataset_ended(path, cache.generation)):
+            return _unchanged(cache)
+        if tokens != "all" and tokens < n_rows:
+            raise SettingsError(f"{path}: holds {n_rows:,} training rows already; ask for more than that with --tokens")
+        job = _reopened(cache, {"model": model, "dataset": dataset}, device, quiet=quiet)
+        return job.extend(open_documents(job.settings, job.settings.seed), None if tokens == "all" else tokens)
+
+
+def widen(
+    path: Path,
+    layers: str | None,
+    hooks: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = False,
+    model: str | None = None,
+) -> CacheResult:
+    """Add sites to a cache by running its recorded contexts again, in its recorded order.
+
+    Does nothing if they are there. ``model`` says where it lies now, if it moved. Raises ModelError for hooks the model
+    lacks, ArtifactMismatch for another model or for a site that is there under the same name with other hooks.
+    """
+    with _locked(path) as cache, limited_threads(threads):
+        job = _reopened(cache, {"model": model}, device, quiet=quiet)
+        wanted = job.model.resolve_sites(layers, hooks)
+        _refuse_taken_names(cache, wanted)
+        new = [site for site in wanted if site.name not in cache.sites]
+        return job.widen(new) if new else _unchanged(cache)
 
 
 def _finished(settings: CacheSettings, output: Path) -> CacheResult:
@@ -116,191 +175,293 @@ def _finished(settings: CacheSettings, output: Path) -> CacheResult:
             f"{output}: is a finished cache of {rows[-1]:,} training rows, {settings.tokens} asked for; "
             "use `pipeline extend` to add rows, or another --out"
         )
-    return unchanged(cache)
+    return _unchanged(cache)
 
 
-def unchanged(cache: ActivationCache) -> CacheResult:
-    """Return the result of a stage that found everything done."""
+def _unchanged(cache: ActivationCache) -> CacheResult:
+    """Return the result of a stage that has nothing to do."""
     return CacheResult(cache.path, cache, massive_warnings(cache), 0, 0.0)
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[ActivationCache]:
+    open_cache(path)  # before the lock, which would create the directory
+    lock = Lock(path)
+    try:
+        cache = open_cache(path)
+        forget_finished_draft(path, cache.generation)
+        yield cache
+    except BaseException:
+        lock.take_back()
+        raise
+    lock.release()
+
+
+def _reopened(cache: ActivationCache, moved: Mapping[str, str | None], device: str, *, quiet: bool) -> CacheJob:
+    """Return the job that gives a published cache its next generation."""
+    settings = CacheSettings.read(
+        {**cache.manifest["request"], "tokens": "all"},
+        {name: value for name, value in moved.items() if value is not None},
+        where=f"the request recorded in {cache.path}",
+    )
+    remove_temporary_files(cache.path)
+    return CacheJob(cache.path, settings, load_language_model(settings, device=device), cache, quiet=quiet)
+
+
+def _refuse_taken_names(cache: ActivationCache, wanted: Sequence[SiteHooks]) -> None:
+    for site in wanted:
+        held = cache.sites.get(site.name)
+        if held is not None and SiteHooks.of(held) != site:
+            raise ArtifactMismatch(
+                f"{cache.path}: its site {site.name} is {held.hook_in} -> {held.hook_out}, asked for {site.hook_in} -> "
+                f"{site.hook_out}; give the new site another name with --hooks NAME={site.hook_in}:{site.hook_out}"
+            )
+
+
 class CacheJob:
-    """One run of the stage, from an open draft to a published cache."""
+    """One run that gives a cache a new generation: the first, or another of the published ``cache``."""
 
     def __init__(
         self,
-        settings: CacheSettings,
         root: Path,
+        settings: CacheSettings,
         model: LanguageModel,
-        documents: DocumentStream,
-        device: str,
-        threads: int | None,
-        compile_model: bool,
+        cache: ActivationCache | None = None,
+        *,
         quiet: bool,
     ) -> None:
-        self.settings, self.root, self.model, self.documents = settings, root, model, documents
-        self.device, self.threads, self.compile_model, self.quiet = device, threads, compile_model, quiet
-        self.hooks = model.resolve_sites(settings.layers, settings.hooks)
-        self.contexts = context_format(settings)
+        self.root, self.settings, self.model, self.cache, self.quiet = root, settings, model, cache, quiet
+        self.number = cache.generation + 1 if cache else 0
+        self.contexts = cache.layout if cache else context_format(settings)
+        """The format of contexts."""
+        splits = SPLITS if HoldoutRule.parse(settings.holdout).holds_out else SPLITS[:1]
+        self.recorded: dict[str, SplitSize] = {}
+        """What the published generation holds."""
+        self.request: Mapping[str, Any] = cache.manifest["request"] if cache else {}
+        self.facts: Mapping[str, Any] = cache.manifest if cache else {}
+        """Model, text and packing, for the manifest."""
+        if cache:
+            self._refuse_other("model", model.identity())
+            for split, size in cache.manifest["splits"].items():
+                self.recorded[split] = SplitSize(size["n_rows"], size["n_contexts"], size["counts"])
+        self.blocks = {
+            split: ContextBlocks(root, self.contexts, self.number, split) for split in self.recorded or splits
+        }
         self.row_mask = settings.rows_of(model)
-        self.progress = PackingProgress(settings.contexts_per_batch)
-        self.rule = HoldoutRule.parse(settings.holdout, settings.seed)
-        splits = SPLITS if self.rule.holds_out else SPLITS[:1]
-        self.blocks = {split: ContextBlocks(root, self.contexts, 0, split) for split in splits}
+        self.progress = PackingProgress(settings.contexts_per_batch, self.row_mask)
 
-    def run(self, draft: Draft, workers: Workers | None) -> CacheResult:
-        """Pack, compute, write and publish."""
-        facts = begin_draft(self.root, "cache", 0, self._facts())
-        packer = ContextPacker(self.root, self.contexts, self.blocks, self.row_mask)
-        packer.restore()
-        packer.report(self.progress)
-        target = None if self.settings.tokens == "all" else self.settings.tokens
-        source = self._source(packer.state, {"train": target})
+    def create(
+        self,
+        documents: DocumentStream,
+        request: Mapping[str, Any],
+        workers: Workers | None,
+        *,
+        device: str,
+        compile_model: bool,
+    ) -> CacheResult:
+        """Make the first generation."""
+        tokens = None if self.settings.tokens == "all" else self.settings.tokens
+        hooks = self.model.resolve_sites(self.settings.layers, self.settings.hooks)
+        self.request = request
+        self.facts = begin_draft(self.root, "cache", 0, self._facts(documents))
 
-        def check() -> None:
-            check_enough_rows(self.progress, source, target, self.settings.dataset)
+        def write(files: UnitFiles, planner: UnitPlanner, rows: UnitRows, bar: RowProgress) -> None:
+            if workers is None:
+                write_units(files, planner, rows, bar)
+            else:
+                write_units_on_workers(
+                    files, planner, bar, workers, self.settings, device=device, compile_model=compile_model
+                )
 
-        with (
-            PackingThread(packer, source, self.progress, check),
-            RowProgress(target, quiet=self.quiet, title="caching") as bar,
-        ):
-            plan = self._plan(target, facts)
-            producer = RowProducer(
-                self.model, plan.hooks, plan.layout, self.blocks, self.row_mask, self.settings.contexts_per_batch
+        return self._pack_and_write(documents, tokens, lambda: self._first_layout(hooks, tokens), write)
+
+    def extend(self, documents: DocumentStream, tokens: int | None) -> CacheResult:
+        """Continue packing where it stopped and write the units from the first short one on; None: to the end."""
+        assert self.cache is not None, "a published cache is extended"
+        layout = self.cache.layout
+        self._refuse_other("text", documents.identity())
+        begin_draft(self.root, "extend", self.number, {})
+        keep_superseded(self.cache)
+        return self._pack_and_write(documents, tokens, lambda: layout, write_units)
+
+    def widen(self, new: Sequence[SiteHooks]) -> CacheResult:
+        """Run every recorded context again and write the new sites of every unit."""
+        assert self.cache is not None, "a published cache is widened"
+        before = self.cache.layout
+        for split, size in self.recorded.items():
+            self.progress.add_committed(split, self.blocks[split], size.n_contexts, self.contexts.block_contexts)
+        self.progress.finish()
+        begin_draft(self.root, "widen", self.number, {})
+        added = self._kept_layout(lambda: self._added_layout(before, new))
+        kept = [SiteHooks.of(site) for site in added.sites]
+        if [hook.name for hook in kept] != [hook.name for hook in new]:
+            raise ArtifactMismatch(
+                f"{self.root}: an unfinished `widen` by {', '.join(hook.name for hook in kept)} lies "
+                f"here; finish that one first, with `pipeline widen {self.root} {hook_options(kept)}`"
             )
-            check_pairing(self.model, plan.hooks, self._batches(1)[0][0], self.settings.model)
-            targets = {split: target if split == "train" else None for split in self.blocks}
-            planner = UnitPlanner(self.progress, plan.layout, self.settings.contexts_per_batch, targets)
-            self._write(plan, planner, producer, bar, workers)
+        targets = {split: size.n_rows for split, size in self.recorded.items()}
+        planner = UnitPlanner(self.progress, added, self.settings.contexts_per_batch, targets)
+        with RowProgress(sum(targets.values()), quiet=self.quiet, title=_TITLES["widen"]) as bar:
+            self._write(added, planner, bar, write_units, with_provenance=False)
+            layout = dataclasses.replace(
+                before,
+                sites=(*before.sites, *added.sites),
+                column_scales={**before.column_scales, **added.column_scales},
+            )
+            return self._publish("widen", layout, self.recorded, bar, {})
+
+    def _pack_and_write(
+        self,
+        documents: DocumentStream,
+        tokens: int | None,
+        choose_layout: Callable[[], CacheFormat],
+        write: WriteUnits,
+    ) -> CacheResult:
+        """Pack until there are ``tokens`` training rows, or to the end of the text, and write every missing unit.
+
+        Held-out rows come with the first generation.
+        """
+        packer = ContextPacker(self.root, self.contexts, self.blocks, self.progress)
+        if not packer.restore() and self.recorded:
+            state = last_packing(self.root, self.number - 1)["state"]
+            packer.continue_from(state, {split: size.n_contexts for split, size in self.recorded.items()})
+        wanted = {**{split: size.n_rows for split, size in self.recorded.items()}, "train": tokens}
+        source = ContextSource.of(self.settings, self.model, documents, wanted, packer.state)
+        change: Change = "extend" if self.recorded else "create"
+        # the first unit that is missing or short
+        first = self.recorded["train"].n_rows // self.contexts.shard_rows if self.recorded else 0
+        n_new = None if tokens is None else tokens - first * self.contexts.shard_rows
+        with (
+            packer.running(source, lambda: self._check_rows(source, tokens)),
+            RowProgress(n_new, quiet=self.quiet, title=_TITLES[change]) as bar,
+        ):
+            layout = self._kept_layout(choose_layout)
+            targets = {split: None for split in self.blocks if split not in self.recorded} | {"train": tokens}
+            planner = UnitPlanner(self.progress, layout, self.settings.contexts_per_batch, targets, {"train": first})
+            self._write(layout, planner, bar, write)
             self.progress.wait_until_done()
-            sizes = {
+            sizes = self.recorded | {
                 split: SplitSize(planner.n_rows(split), self.progress.n_contexts(split), source.counts[split])
-                for split in self.blocks
+                for split in targets
             }
-            result = self._publish(draft, plan, sizes, packing_state(source), bar)
-        forget_draft(self.root)
-        return result
+            files = {packing_state_name(self.number): packing_state(source)}
+            if change == "create":
+                files[VOCABULARY] = canonical_json({"tokens": self.model.vocabulary()})
+            return self._publish(change, layout, sizes, bar, files)
 
-    def _write(
-        self, plan: CachePlan, planner: UnitPlanner, producer: RowProducer, bar: RowProgress, workers: Workers | None
-    ) -> None:
-        if workers is None:
-            write_units(self.root, plan, planner, producer, bar, generation=0, seed=self.settings.seed)
-            return
-        job = WorkerJob(
-            root=str(self.root.resolve()),
-            settings=self.settings.model_dump_json(),
-            plan=json.dumps(plan.as_json()),
-            generation=0,
-            seed=self.settings.seed,
-            with_provenance=True,
-            device=self.device,
-            threads=workers.model_threads,
-            compile_model=self.compile_model,
-        )
-        write_units_on_workers(workers, job, planner, bar, self.root)
+    def _check_rows(self, source: ContextSource, target: int | None) -> None:
+        """Raise TextError if the dataset ended before ``target`` training rows were packed, or gave none."""
+        dataset, n_rows = self.settings.dataset, self.progress.n_rows("train")
+        if self.recorded and n_rows == self.recorded["train"].n_rows:
+            forget_draft(self.root)  # nothing was begun
+            raise TextError(
+                f"{dataset}: has no row beyond the {n_rows:,} that {self.root} holds; make a new cache from more text"
+            )
+        if n_rows == 0:
+            raise TextError(
+                f"{dataset}: gives no training row at all: its documents do not fill a single context "
+                f"({source.counts['train']}). Use a shorter --context-length, or more text"
+            )
+        if target is not None and n_rows < target:
+            raise TextError(
+                f"{dataset}: ends after {n_rows:,} training rows, {target:,} asked for. Everything so far is kept: run "
+                f"the same command with --tokens {n_rows} (or --tokens all), or start anew with more text"
+            )
 
-    def _source(self, state: Any, targets: Mapping[str, int | None]) -> ContextSource:
-        return ContextSource.of(self.settings, self.model, self.documents, targets, state)
+    def _kept_layout(self, choose: Callable[[], CacheFormat]) -> CacheFormat:
+        """Return the format that an interrupted run has settled on, or else choose and keep it."""
+        layout = recall_plan(self.root)
+        if layout is None:
+            layout = choose()
+            keep_plan(self.root, layout)
+        return layout
 
-    def _batches(self, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the first training batches, as (tokens, kept positions)."""
+    def _first_layout(self, hooks: Sequence[SiteHooks], tokens: int | None) -> CacheFormat:
+        if tokens is None:
+            self.progress.wait_until_done()
+        n_rows = tokens or self.progress.n_rows("train")
+        n_contexts = -(-n_rows // max(1, self.settings.context_length - 1))
+        sites, scales = self._chosen_sites(hooks, n_contexts)
+        return complete_format(self.settings, self.contexts, sites, scales, n_rows)
+
+    def _added_layout(self, before: CacheFormat, new: Sequence[SiteHooks]) -> CacheFormat:
+        """Return the format of the new sites alone, with the recorded shards, so that rows stay where they are."""
+        sites, scales = self._chosen_sites(new, self.recorded["train"].n_contexts)
+        return dataclasses.replace(before, sites=sites, column_scales=scales)
+
+    def _chosen_sites(
+        self, hooks: Sequence[SiteHooks], n_contexts: int
+    ) -> tuple[tuple[Site, ...], dict[str, list[float]]]:
+        def probed() -> list[FirstBatch]:
+            return self._first_batches(probe_batches(self.settings, n_contexts))
+
+        return choose_sites(self.settings, self.settings.storage_dtype, self.model, hooks, probed)
+
+    def _first_batches(self, n: int) -> list[FirstBatch]:
+        """Return the first training batches; waits for their contexts."""
         size = self.settings.contexts_per_batch
         self.progress.wait_for_contexts("train", n * size)
         n_contexts = min(n * size, self.progress.n_contexts("train"))
-        tokens, _ = self.blocks["train"].read(0, n_contexts)
-        pieces = [tokens[start : start + size] for start in range(0, n_contexts, size)]
-        return [(piece, self.row_mask(piece)) for piece in pieces]
+        tokens, documents = self.blocks["train"].read(0, n_contexts)
+        return [(tokens[i : i + size], documents[i : i + size], i) for i in range(0, n_contexts, size)]
 
-    def _plan(self, target: int | None, facts: dict[str, Any]) -> CachePlan:
-        plan = recall_plan(self.root)
-        if plan is not None:
-            return plan
-        if target is None:
-            self.progress.wait_until_done()
-        n_rows = target or self.progress.n_rows("train")
-        fixed = fixed_dtype(self.settings.storage_dtype, self.model.dtype)
-        seen = None
-        if fixed in (None, "int8"):
-            n_contexts = -(-n_rows // max(1, self.settings.context_length - 1))
-            seen = probe(self.model, self.hooks, self._batches(probe_batches(self.settings, n_contexts)))
-        dtypes = choose_dtypes(self.hooks, fixed, seen)
-        scales = choose_scales(self.hooks, dtypes, seen)
-        widths = self.model.widths(self.hooks)
-        layout = complete_format(self.settings, self.contexts, self.hooks, widths, dtypes, scales, n_rows)
-        plan = CachePlan(layout, tuple(self.hooks), facts)
-        keep_plan(self.root, plan)
-        return plan
+    def _write(
+        self,
+        layout: CacheFormat,
+        planner: UnitPlanner,
+        bar: RowProgress,
+        write: WriteUnits,
+        *,
+        with_provenance: bool = True,
+    ) -> None:
+        hooks = [SiteHooks.of(site) for site in layout.sites]
+        check_pairing(self.model, hooks, self._first_batches(1)[0][0], self.settings.model)
+        files = UnitFiles(self.root, layout, self.number, self.settings.seed, with_provenance)
+        maker = RowMaker(self.model, layout.sites, self.row_mask, self.settings.contexts_per_batch)
+        try:
+            write(files, planner, UnitRows(maker, self.blocks), bar)
+        except (ActivationOverflow, NonFiniteActivation) as error:
+            raise type(error)(f"{error}. Finished units are kept") from error
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, documents: DocumentStream) -> dict[str, Any]:
         settings = self.settings
+        row_filter = settings.model_dump(include=set(RowFilter.model_fields))
         return {
             "model": self.model.identity(),
-            "text": self.documents.identity(),
+            "text": documents.identity(),
             "packing": {
                 "context_length": settings.context_length,
                 "bos_token_id": self.model.bos_token_id,
                 "separator_token_id": self.model.separator_token_id,
                 "contexts_per_batch": settings.contexts_per_batch,
-                "row_filter": RowFilter.model_validate(
-                    settings.model_dump(include=set(RowFilter.model_fields))
-                ).model_dump(mode="json"),
+                "row_filter": row_filter,
                 "holdout": settings.holdout,
             },
         }
 
+    def _refuse_other(self, part: str, opened: Mapping[str, Any]) -> None:
+        assert self.cache is not None, "a first generation has no other inputs than its own"
+        refuse_other_inputs(str(self.root), {part: self.cache.manifest[part]}, {part: opened})
+
     def _publish(
-        self, draft: Draft, plan: CachePlan, sizes: Mapping[str, SplitSize], state: bytes, bar: RowProgress
+        self,
+        change: Change,
+        layout: CacheFormat,
+        sizes: Mapping[str, SplitSize],
+        bar: RowProgress,
+        files: Mapping[str, bytes],
     ) -> CacheResult:
         bucket_rows = None if self.settings.bucket_rows == "auto" else self.settings.bucket_rows
+        previous = self.cache.manifest if self.cache else None
         generation = Generation(
-            self.root, 0, "create", plan.layout, self.settings.seed, bucket_rows, sizes, previous=None
+            self.root, self.number, change, layout, self.settings.seed, bucket_rows, sizes, previous=previous
         )
-        files = {
-            VOCABULARY: canonical_json({"tokens": self.model.vocabulary()}),
-            packing_state_name(0): state,
-        }
-        publish_generation(generation, draft.request, plan.facts, files)
+        facts = {name: self.facts[name] for name in ("model", "text", "packing")}
+        publish_generation(generation, self.request, facts, files)
+        forget_draft(self.root)
         cache = open_cache(self.root)
-        rate = bar.n_new_rows / max(bar.seconds, 1e-9)
-        log_event(self.root, "published", seconds=bar.seconds, tokens_per_second=rate, pid=os.getpid())
+        log_event(self.root, change, seconds=bar.seconds, n_rows=bar.n_new_rows)
         return CacheResult(self.root, cache, massive_warnings(cache), bar.n_new_rows, bar.seconds)
-
-
-def packing_state_name(generation: int) -> str:
-    """Return the file that says where packing stands after a generation."""
-    return f"packing/{generation}.json"
-
-
-def packing_state(source: ContextSource) -> bytes:
-    """Return what that file holds: the source's state, and whether it stopped because the dataset ended."""
-    return canonical_json({"finished": source.finished, "state": source.state})
-
-
-def last_packing(root: Path, generation: int) -> dict[str, Any]:
-    """Return where packing stands at a generation, as the last one that packed anything left it."""
-    packed = [root / packing_state_name(number) for number in range(generation + 1)]
-    return dict(read_json([path for path in packed if path.exists()][-1]))
-
-
-def dataset_ended(root: Path, generation: int) -> bool:
-    """Return whether a generation holds every context of its dataset."""
-    return bool(last_packing(root, generation)["finished"] == "dataset")
-
-
-def check_enough_rows(progress: PackingProgress, source: ContextSource, target: int | None, dataset: str) -> None:
-    """Raise TextError if the dataset ended before ``target`` training rows were packed."""
-    n_rows = progress.n_rows("train")
-    if n_rows == 0:
-        raise TextError(
-            f"{dataset}: gives no training row at all: its documents do not fill a single context "
-            f"({source.counts['train']}). Use a shorter --context-length, or more text"
-        )
-    if target is not None and n_rows < target:
-        raise TextError(
-            f"{dataset}: ends after {n_rows:,} training rows, {target:,} asked for. Everything so far is kept: run the "
-            f"same command with --tokens {n_rows} (or --tokens all), or start anew with more text"
-        )
 
 
 def check_pairing(model: LanguageModel, hooks: Sequence[SiteHooks], tokens: np.ndarray, name: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_model
+from tailrace.pipeline.cache.rows import RowMaker
 from tailrace.pipeline.model.language_model import PairingCheck
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.shared.device import limited_threads
@@ -157,34 +158,28 @@ def _used_contexts(split: CacheSplit) -> int:
 class _PairChecker:
     def __init__(self, recorded: RecordedModel) -> None:
         self.cache, self.model, self.grid = recorded.cache, recorded.model, recorded.contexts_per_batch
-        self.hooks = [SiteHooks(site.name, site.hook_in, site.hook_out) for site in self.cache.sites.values()]
+        sites = [replace(site, dtype="float32") for site in self.cache.sites.values()]
+        self.maker = RowMaker(self.model, sites, recorded.row_mask, self.grid)
 
     def check(self, split: CacheSplit, contexts: np.ndarray) -> list[PairingReport]:
         stored = _stored_rows(split, contexts)
-        computed = self._computed_rows(split, contexts, stored)
+        computed = self._computed_rows(split, stored)
         reports = []
         for site in self.cache.sites.values():
             pairing = self._compare_pair(site, stored)
             reports += [self._report(split.name, site, side, stored, computed, pairing) for side in site.sides]
         return reports
 
-    def _computed_rows(
-        self, split: CacheSplit, contexts: np.ndarray, stored: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
+    def _computed_rows(self, split: CacheSplit, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return float32 activations of the stored rows' positions, each context run in its own grid batch."""
-        size = self.grid
+        wanted = _code(stored["context"], stored["position"])
         pieces: dict[str, list[np.ndarray]] = {}
-        for batch in np.unique(contexts // size).tolist():
-            grid = np.arange(batch * size, min((batch + 1) * size, split.n_contexts))
-            tokens = split.context_tokens(grid)
-            padded = np.concatenate([tokens, np.repeat(tokens[-1:], size - len(tokens), 0)])
-            captured = self.model.capture(torch.from_numpy(padded.astype(np.int64)), self.hooks)
-            here = stored["context"] // size == batch
-            context, position = stored["context"][here] - batch * size, stored["position"][here]
-            for hook in self.hooks:
-                for side, name in hook.sides.items():
-                    rows = captured[name][context, position].float().cpu().numpy()
-                    pieces.setdefault(f"{hook.name}/{side}", []).append(rows)
+        for batch in np.unique(stored["context"] // self.grid).tolist():
+            grid = np.arange(batch * self.grid, min((batch + 1) * self.grid, split.n_contexts))
+            rows = self.maker.rows(split.context_tokens(grid), split.context_documents(grid), batch * self.grid)
+            chosen = np.isin(_code(rows.provenance["context"], rows.provenance["position"]), wanted)
+            for key, values in rows.arrays().items():
+                pieces.setdefault(key, []).append(values[chosen])
         return {key: np.concatenate(rows) for key, rows in pieces.items()}
 
     def _report(
@@ -207,7 +202,7 @@ class _PairChecker:
         sides = (
             torch.from_numpy(as_float32(stored[f"{site.name}/{side}"])) for side in (site.sides[0], site.sides[-1])
         )
-        return self.model.compare_pair(SiteHooks(site.name, site.hook_in, site.hook_out), *sides)
+        return self.model.compare_pair(SiteHooks.of(site), *sides)
 
 
 def _stored_rows(split: CacheSplit, contexts: np.ndarray) -> dict[str, np.ndarray]:

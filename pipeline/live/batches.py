@@ -9,34 +9,65 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from tailrace.pipeline.cache.plan import PROBE_BATCHES, FirstBatch, choose_sites
+from tailrace.pipeline.cache.rows import RowMaker
+from tailrace.pipeline.cache.stage import check_pairing
 from tailrace.pipeline.live.contexts import ContextBatches
 from tailrace.pipeline.live.heldout import HeldoutRows, compute_heldout_rows, read_heldout_contexts
 from tailrace.pipeline.live.mixing import Mixing, choose_block_rows
-from tailrace.pipeline.live.opening import Opening, choose_sites, refuse_other_origin
 from tailrace.pipeline.live.producer import BlockProducer, BlockStart, StageMemory
-from tailrace.pipeline.live.rows import RowMaker
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.same_model import without_versions
+from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import HELDOUT, TRAIN, ContextSource
 from tailrace.storage.artifact import JSON, digest
 from tailrace.storage.cache_format import Site
+from tailrace.storage.differences import list_differences
 from tailrace.storage.encodings import Side
-from tailrace.storage.errors import SettingsError
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.rows.batches import Batch
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Storage dtype of every site, and statistics of every side over the first block of training rows."""
+
+    made_from: dict[str, Any]
+    """What they belong to; see ``LiveBatches.made_from``."""
+    dtypes: dict[str, str]
+    statistics: dict[str, dict[Side, SiteStatistics]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the opening as JSON; about 22 characters for every dimension of every side."""
+        statistics = {
+            site: {side: sums.as_json() for side, sums in sides.items()} for site, sides in self.statistics.items()
+        }
+        return {"made_from": self.made_from, "dtypes": self.dtypes, "statistics": statistics}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Return the opening written by ``as_json``."""
+        statistics = {
+            site: {side: SiteStatistics.from_json(sums) for side, sums in sides.items()}
+            for site, sides in value["statistics"].items()
+        }
+        return cls(value["made_from"], value["dtypes"], statistics)
 
 
 class LiveBatches:
@@ -70,13 +101,12 @@ class LiveBatches:
             raise SettingsError(f"batch_rows is {batch_rows}, wanted at least 1")
         self.batch_rows = batch_rows
         self._settings, self._device = settings, torch.device(device)
-        self._documents = open_documents(settings, settings.seed)  # first: a wrong path is told before a long wait
+        self._documents = open_documents(settings, settings.seed)  # first: a wrong path is refused before a long wait
         self._model = load_language_model(settings, device=str(device), compile_model=compile_model)
         hooks = self._model.resolve_sites(settings.layers, settings.hooks)
         self._row_mask = settings.rows_of(self._model)
         self._rule = HoldoutRule.parse(settings.holdout, settings.seed)
-        dtypes = opening.dtypes if opening else None
-        sites = choose_sites(settings, self._model, hooks, self._row_mask, self._read(None, 1), dtypes)
+        sites = self._choose_sites(hooks, opening.dtypes if opening else {})
         self.sites = {site.name: site for site in sites}
         row_bytes = sum(site.row_bytes for site in sites)
         block_rows = choose_block_rows(settings.buffer_rows, settings.buffer_bytes, row_bytes, batch_rows)
@@ -85,7 +115,7 @@ class LiveBatches:
         self.facts = self._facts()
         self.made_from = self._made_from()
         if opening:
-            refuse_other_origin("the opening", opening.made_from, self.made_from)
+            _refuse_other_run("the opening", opening.made_from, self.made_from)
         self._heldout = self._compute_heldout()
         self._memory = StageMemory(sites, block_rows)
         self._model_lock = threading.Lock()
@@ -150,7 +180,7 @@ class LiveBatches:
 
         Raises ArtifactMismatch for a state of a run with other settings, text or model.
         """
-        refuse_other_origin("this position", state["made_from"], self.made_from)
+        _refuse_other_run("this position", state["made_from"], self.made_from)
         self._begin(state["stage"], state["step"], BlockStart.from_json(state["text"]))
 
     @contextmanager
@@ -202,7 +232,7 @@ class LiveBatches:
         while self._n_ready <= self._stage:
             start = self._producer.wait_for_block()
             if self._n_ready == self._first_block:
-                self._starts = []  # the same place, which is known more closely now
+                self._starts = []  # the same start, which is known more closely now
             self._starts.append(start)
             self._n_ready += 1
 
@@ -231,6 +261,26 @@ class LiveBatches:
             batches[name] = Batch(sides[0], sides[-1])
         return batches
 
+    def _choose_sites(self, hooks: Sequence[SiteHooks], dtypes: Mapping[str, str]) -> tuple[Site, ...]:
+        """Return the sites with their storage dtypes: those of an earlier opening, or else decided as for a cache.
+
+        Raises ModelError if a layer's captured output is not its MLP of the captured input, NonFiniteActivation if the
+        first batches hold NaN or infinity.
+        """
+        settings = self._settings
+        batches = self._read(None, 1)
+        first = next(batches)
+        check_pairing(self._model, hooks, first.tokens, settings.model)
+        if dtypes.keys() == {hook.name for hook in hooks}:
+            widths = self._model.widths(hooks)
+            return tuple(Site(*hook, *widths[hook.name], dtypes[hook.name]) for hook in hooks)
+
+        def first_batches() -> Iterator[FirstBatch]:
+            for batch in (first, *islice(batches, PROBE_BATCHES - 1)):
+                yield batch.tokens, batch.documents, batch.position.context
+
+        return choose_sites(settings, settings.storage_dtype, self._model, hooks, first_batches)[0]
+
     def _compute_heldout(self) -> HeldoutRows | None:
         if not self._rule.holds_out:
             return None
@@ -238,7 +288,7 @@ class LiveBatches:
         contexts = read_heldout_contexts(
             self._open_source(None), self._rule, self._row_mask, settings.heldout_rows, settings.dataset
         )
-        return compute_heldout_rows(contexts, self._maker, settings.contexts_per_batch, settings.heldout_rows)
+        return compute_heldout_rows(contexts, self._maker, settings.heldout_rows)
 
     def _read(self, start: BlockStart | None, smallest_pass: int) -> ContextBatches:
         return ContextBatches(
@@ -281,3 +331,12 @@ class LiveBatches:
             "block_rows": self._mixing.block_rows,
             "batch_rows": self.batch_rows,
         }
+
+
+def _refuse_other_run(what: str, recorded: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ArtifactMismatch where something was made from other settings, text or model than this run's."""
+    if differences := list_differences(dict(recorded), dict(own)):
+        raise ArtifactMismatch(
+            f"{what} belongs to another live run; use the settings it was made with, or start anew:\n"
+            + "\n".join(f"  {line}" for line in differences)
+        )

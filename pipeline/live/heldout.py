@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailrace.pipeline.cache.rows import RowMask
-from tailrace.pipeline.live.rows import RowMaker
+from tailrace.pipeline.cache.rows import RowMaker
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import HELDOUT, ContextSource
+from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.errors import TextError
 from tailrace.storage.randomness import philox, random_permutation
 from tailrace.training.rows.batches import EVALUATION_SEED
@@ -29,27 +29,27 @@ def read_heldout_contexts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and documents of held-out contexts with ``n_rows`` rows or, if the text has fewer, all of them.
 
-    Reads no further than it must: ``source``, from the beginning of the text, is left where the last one was found.
+    Reads no further than it must: ``source``, from the beginning of the text, is left behind the last one.
     Raises TextError if there is none.
     """
     n_listed = count_listed(rule)
     tokens: list[np.ndarray] = []
     documents: list[np.ndarray] = []
-    found = 0
+    n_found = 0
     for piece in source:
         if piece.split == HELDOUT:
             tokens.append(piece.tokens)
             documents.append(piece.documents)
-            found += int(row_mask(piece.tokens).sum())
-        if found >= n_rows or (n_listed is not None and source.counts[HELDOUT]["documents"] >= n_listed):
+            n_found += int(row_mask(piece.tokens).sum())
+        if n_found >= n_rows or (n_listed is not None and source.counts[HELDOUT]["documents"] >= n_listed):
             break
-    if not found:
+    if not n_found:
         raise TextError(
             f"{name}: its held-out documents give no row; name more or longer documents with --holdout, use a shorter "
             "--context-length, or --holdout 0"
         )
-    if found < n_rows:
-        logger.info("%s: %s held-out rows, all there are of %s asked for", name, f"{found:,}", f"{n_rows:,}")
+    if n_found < n_rows:
+        logger.info("%s: %s held-out rows, all there are of %s asked for", name, f"{n_found:,}", f"{n_rows:,}")
     return np.concatenate(tokens), np.concatenate(documents)
 
 
@@ -76,13 +76,11 @@ class HeldoutRows:
             yield {key: rows[start : min(start + piece_rows, n_rows)] for key, rows in self._rows.items()}
 
 
-def compute_heldout_rows(
-    contexts: tuple[np.ndarray, np.ndarray], maker: RowMaker, contexts_per_batch: int, n_rows: int
-) -> HeldoutRows:
+def compute_heldout_rows(contexts: tuple[np.ndarray, np.ndarray], maker: RowMaker, n_rows: int) -> HeldoutRows:
     """Run the language model over held-out contexts, on a grid of their own, and keep ``n_rows`` rows at most."""
     tokens, documents = contexts
     pieces = []
-    for start in range(0, len(tokens), contexts_per_batch):
-        batch = slice(start, start + contexts_per_batch)
-        pieces.append(maker.rows(tokens[batch], documents[batch], start))
+    for start in range(0, len(tokens), maker.contexts_per_batch):
+        batch = slice(start, start + maker.contexts_per_batch)
+        pieces.append(maker.rows(tokens[batch], documents[batch], start).activations)
     return HeldoutRows({key: torch.cat([piece[key] for piece in pieces])[:n_rows] for key in pieces[0]})

@@ -21,12 +21,12 @@ STAGES_IN_MEMORY = 3
 """The stage that is served and the two that the block being computed belongs to."""
 
 
-class Places(NamedTuple):
+class Serving(NamedTuple):
     """Where the rows of a block, in text order, are served; both (block_rows,)."""
 
     is_later: np.ndarray
     """bool: in the stage after the block's own."""
-    place: np.ndarray
+    target: np.ndarray
     """int64: position in the order of that stage."""
 
 
@@ -41,25 +41,25 @@ class Mixing:
         """Return how many rows a stage serves."""
         return self.block_rows if stage else self.block_rows // 2
 
-    def places(self, block: int) -> Places:
+    def serving(self, block: int) -> Serving:
         """Return where each row of a block is served."""
         half = self.block_rows // 2
         permuted = invert(random_permutation(philox(self.seed, "live", block), self.block_rows))
         is_later = permuted >= half
-        place = np.empty(self.block_rows, np.int64)
+        target = np.empty(self.block_rows, np.int64)
         # a stage's rows before its own permutation: the older block's second half, then the newer block's first half
         older = half if block else 0
-        place[~is_later] = invert(self._stage_order(block))[older + permuted[~is_later]]
-        place[is_later] = invert(self._stage_order(block + 1))[permuted[is_later] - half]
-        return Places(is_later, place)
+        target[~is_later] = invert(self._stage_order(block))[older + permuted[~is_later]]
+        target[is_later] = invert(self._stage_order(block + 1))[permuted[is_later] - half]
+        return Serving(is_later, target)
 
     def served(self, stage: int) -> np.ndarray:
         """Return int64 (stage_rows,): which row of the text, counted from the first, is served i-th in a stage."""
         served = np.empty(self.stage_rows(stage), np.int64)
         for block in range(max(stage - 1, 0), stage + 1):
-            is_later, place = self.places(block)
+            is_later, target = self.serving(block)
             here = is_later if block < stage else ~is_later
-            served[place[here]] = block * self.block_rows + np.flatnonzero(here)
+            served[target[here]] = block * self.block_rows + np.flatnonzero(here)
         return served
 
     def _stage_order(self, stage: int) -> np.ndarray:

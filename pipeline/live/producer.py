@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from tailrace.pipeline.cache.rows import RowMaker, as_array, torch_dtype
 from tailrace.pipeline.live.contexts import ContextBatches, TextPosition
-from tailrace.pipeline.live.mixing import STAGES_IN_MEMORY, Mixing, Places
-from tailrace.pipeline.live.rows import RowMaker, as_array, torch_dtype
+from tailrace.pipeline.live.mixing import STAGES_IN_MEMORY, Mixing, Serving
 from tailrace.storage.cache_format import Site
 from tailrace.storage.statistics import SiteStatistics
 
@@ -70,7 +70,7 @@ class BlockProducer:
         self._ready: queue.SimpleQueue[BlockStart | BaseException] = queue.SimpleQueue()
         self._stopped = threading.Event()
         # the last batch's rows, its position, and how many of its rows are in the buffer
-        self._rows: dict[str, Tensor] = {}
+        self._rows: Mapping[str, Tensor] = {}
         self._position = TextPosition()
         self._n, self._used = 0, 0
         self._thread = threading.Thread(target=self._run, name="live-blocks", daemon=True)
@@ -78,11 +78,11 @@ class BlockProducer:
 
     def wait_for_block(self) -> BlockStart:
         """Wait until the next block lies in memory and return where it began; raise what went wrong."""
-        found = self._ready.get()
-        if isinstance(found, BaseException):
-            self._ready.put(found)  # whoever asks again is told again
-            raise found
-        return found
+        start = self._ready.get()
+        if isinstance(start, BaseException):
+            self._ready.put(start)  # for every later call
+            raise start
+        return start
 
     def stage_is_served(self) -> None:
         """Note that a stage's memory may be written to."""
@@ -108,8 +108,8 @@ class BlockProducer:
             self._ready.put(error)
 
     def _fill_block(self) -> BlockStart | None:
-        """Compute one block and return where it began; None if told to stop."""
-        places = self._mixing.places(self._block)
+        """Compute one block and return where it began; None if it is to stop."""
+        serving = self._mixing.serving(self._block)
         start, filled = None, 0
         while filled < self._mixing.block_rows:
             while self._used == self._n:
@@ -120,7 +120,7 @@ class BlockProducer:
                 start = BlockStart(self._position, self._used)
             stop = min(self._n, self._used + self._mixing.block_rows - filled)
             piece = {key: rows[self._used : stop] for key, rows in self._rows.items()}
-            self._memory.put(self._block, places, filled, piece)
+            self._memory.put(self._block, serving, filled, piece)
             if self._block == 0:
                 self._sum(piece)
             filled += stop - self._used
@@ -130,8 +130,8 @@ class BlockProducer:
     def _compute_batch(self) -> None:
         batch = next(self._batches)
         with self._model_lock:
-            self._rows = self._maker.rows(batch.tokens, batch.documents, batch.position.context)
-        self._position, self._n = batch.position, len(next(iter(self._rows.values())))
+            rows = self._maker.rows(batch.tokens, batch.documents, batch.position.context)
+        self._rows, self._position, self._n = rows.activations, batch.position, len(rows)
         self._used, self._skipped = self._skipped, 0
 
     def _sum(self, piece: dict[str, Tensor]) -> None:
@@ -158,15 +158,15 @@ class StageMemory:
         """Bytes of the whole buffer."""
         return sum(rows.nbytes for slot in self._slots for rows in slot.values())
 
-    def put(self, block: int, places: Places, first_row: int, rows: dict[str, Tensor]) -> None:
+    def put(self, block: int, serving: Serving, first_row: int, rows: dict[str, Tensor]) -> None:
         """Put consecutive rows of a block, the first of which is its row ``first_row``, where they are served."""
         chosen = slice(first_row, first_row + len(next(iter(rows.values()))))
-        is_later, place = torch.from_numpy(places.is_later[chosen]), torch.from_numpy(places.place[chosen])
+        is_later, target = torch.from_numpy(serving.is_later[chosen]), torch.from_numpy(serving.target[chosen])
         for later in (False, True):
             picked = torch.nonzero(is_later if later else ~is_later).flatten()
             slot = self._slots[(block + later) % STAGES_IN_MEMORY]
             for key, values in rows.items():
-                slot[key].index_copy_(0, place[picked], values[picked])
+                slot[key].index_copy_(0, target[picked], values[picked])
 
     def read(self, stage: int, start: int, stop: int) -> dict[str, Tensor]:
         """Return views of the rows served [start, stop) in a stage; valid until the stage is given back."""

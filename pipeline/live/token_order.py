@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tailrace.analysis.harvest.rows import ShownRows
 from tailrace.pipeline.cache.recorded_model import explained_passes
-from tailrace.pipeline.live.rows import RowMaker, as_array
+from tailrace.pipeline.cache.rows import RowMaker
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.text.dataset import open_documents
@@ -39,14 +39,13 @@ class FreshSplit:
         tokens: NDArray[np.int32],
         documents: NDArray[np.uint32],
         kept: NDArray[np.bool_],
-        contexts_per_batch: int,
         unit_rows: int = UNIT_ROWS,
     ) -> None:
         (self._site,) = maker.sites
-        self._maker, self._per_batch = maker, contexts_per_batch
+        self._maker, self._per_batch = maker, maker.contexts_per_batch
         self._tokens, self._documents, self._kept = tokens, documents, kept
-        batches = max(1, unit_rows // (contexts_per_batch * tokens.shape[1]))
-        self._unit_contexts: int = batches * contexts_per_batch
+        batches = max(1, unit_rows // (self._per_batch * tokens.shape[1]))
+        self._unit_contexts: int = batches * self._per_batch
         self._row_ends: list[int] = np.cumsum(kept.sum(axis=1)).tolist()
         self._read: tuple[int, dict[str, NDArray[Any]]] | None = None
 
@@ -82,9 +81,9 @@ class FreshSplit:
         for first in range(start, stop, self._per_batch):
             batch = slice(first, min(first + self._per_batch, stop))
             with explained_passes(self._per_batch):
-                pieces.append(self._maker.rows(self._tokens[batch], self._documents[batch], first))
+                pieces.append(self._maker.rows(self._tokens[batch], self._documents[batch], first).arrays())
         name = self._site.name
-        sides = {key: np.concatenate([as_array(piece[key]) for piece in pieces]) for key in pieces[0]}
+        sides = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
         context, position = np.nonzero(self._kept[start:stop])
         if f"{name}/out" not in sides:  # an autoencoder's
             sides[f"{name}/out"] = sides[f"{name}/in"]
@@ -119,7 +118,7 @@ def fresh_rows(text: FreshText, model: LanguageModel, site: Site, n_rows: int) -
         )
     tokens, ids = (np.concatenate([getattr(piece, name) for piece in packed]) for name in ("tokens", "documents"))
     maker = RowMaker(model, [site], row_mask, text.contexts_per_batch)
-    split = FreshSplit(maker, tokens, ids, row_mask(tokens), text.contexts_per_batch)
+    split = FreshSplit(maker, tokens, ids, row_mask(tokens))
     if split.n_rows < n_rows:
         logger.warning(
             "%s: gives %s rows, all there are of %s asked for", text.dataset, f"{split.n_rows:,}", f"{n_rows:,}"

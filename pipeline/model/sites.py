@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from tailrace.storage.cache_format import Site
 from tailrace.storage.encodings import Side
 from tailrace.storage.errors import ModelError
 from tailrace.storage.hook_names import HookName
@@ -33,6 +34,11 @@ class SiteHooks(NamedTuple):
     name: str
     hook_in: str
     hook_out: str
+
+    @classmethod
+    def of(cls, site: Site) -> SiteHooks:
+        """Return the hooks of a recorded site."""
+        return cls(site.name, site.hook_in, site.hook_out)
 
     @property
     def sides(self) -> dict[Side, str]:

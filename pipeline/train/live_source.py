@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from tailrace.pipeline.cache.settings import CapturedSites
-from tailrace.pipeline.live.batches import LiveBatches
+from tailrace.pipeline.live.batches import LiveBatches, Opening
 from tailrace.pipeline.live.mixing import buffer_rows_problem
-from tailrace.pipeline.live.opening import Opening
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.model.sites import resolve_sites
 from tailrace.pipeline.text.holdout import HoldoutRule

@@ -13,9 +13,8 @@ import pytest
 import xxhash
 import zarr
 
-from tailrace.pipeline.cache.context_packing import CHECKPOINT
+from tailrace.pipeline.cache.context_packing import CHECKPOINT, packing_state_name
 from tailrace.pipeline.cache.draft import BEGUN, LOG, PLAN
-from tailrace.pipeline.cache.stage import packing_state_name
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import canonical_json
 from tailrace.storage.draft import LOCK

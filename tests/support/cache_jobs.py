@@ -25,8 +25,8 @@ import pytest
 import torch
 
 from tailrace.pipeline import cli
-from tailrace.pipeline.cache import grow, shuffle
 from tailrace.pipeline.cache import plan as cache_plan
+from tailrace.pipeline.cache import shuffle
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.storage.artifact import MANIFEST, canonical_json, checksum_file, describe_files, read_json, seal
@@ -100,7 +100,7 @@ class small_blocks:
         cache_plan.BLOCK_TOKENS = self._before
 
 
-PLACE = grow.Place(threads=1, quiet=True)
+HERE: dict[str, Any] = {"threads": 1, "quiet": True}
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -134,9 +134,9 @@ class Job:
                 wanted = CacheSettings.model_validate_json(self.settings)
                 cache.run(wanted, output=self.output, threads=1, quiet=True)
             elif self.stage == "extend":
-                grow.extend(self.output, self.tokens, PLACE)
+                cache.extend(self.output, self.tokens, **HERE)
             elif self.stage == "widen":
-                grow.widen(self.output, self.layers, (), PLACE)
+                cache.widen(self.output, self.layers, (), **HERE)
             else:
                 shuffle.run(self.output, quiet=True)
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tailrace.pipeline.live.batches import LiveBatches
-from tailrace.pipeline.live.opening import Opening
+from tailrace.pipeline.live.batches import LiveBatches, Opening
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.training.rows.batches import Batch
 from tests.support.cache_jobs import CONTEXT_LENGTH, model_folder, text_file

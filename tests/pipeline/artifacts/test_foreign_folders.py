@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from tailrace.pipeline.blind.study import BlindStudy
-from tailrace.pipeline.cache import grow
+from tailrace.pipeline.cache import stage
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.artifact import REQUEST
 from tailrace.storage.draft import LOCK
 from tailrace.storage.errors import ActionableError, ArtifactMissing, SettingsError
 from tailrace.training.architectures import TopK
 from tailrace.training.loop.settings import TrainSettings
-from tests.support.cache_jobs import PLACE, command, model_folder, run_cache, text_file
+from tests.support.cache_jobs import HERE, command, model_folder, run_cache, text_file
 from tests.support.dashboard_tables import make_tables
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
 
@@ -148,9 +148,9 @@ def test_a_refused_extension_leaves_a_cache_without_a_lock_as_it_was(made: Path,
     shutil.copytree(made / "cache", tmp_path / "cache", ignore=shutil.ignore_patterns(LOCK))
     before = snapshot(tmp_path)
     with pytest.raises(SettingsError, match="ask for more"):
-        grow.extend(tmp_path / "cache", 50, PLACE)
+        stage.extend(tmp_path / "cache", 50, **HERE)
     with pytest.raises(ActionableError):
-        grow.widen(tmp_path / "cache", "7", (), PLACE)
+        stage.widen(tmp_path / "cache", "7", (), **HERE)
     assert snapshot(tmp_path) == before
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tailrace.pipeline.cache import grow
+from tailrace.pipeline.cache import stage
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactBusy, ArtifactMismatch, ModelError, SettingsError, TextError
 from tests.support.cache_jobs import (
-    PLACE,
+    HERE,
     Job,
     Kill,
     copy_cache,
@@ -52,7 +52,7 @@ def shards(path: Path, below: str = "") -> dict[str, bytes]:
 
 def extended(path: Path, tokens: int) -> None:
     with small_blocks():
-        grow.extend(path, tokens, PLACE)
+        stage.extend(path, tokens, **HERE)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,8 @@ def test_extending_to_all_takes_the_whole_dataset_and_then_nothing_more(small: P
     whole = run_cache(tmp_path / "whole", holdout="0", tokens="all").cache.split("train").n_rows
     path = copy_cache(small, tmp_path / "cache")
     with small_blocks():
-        assert grow.extend(path, "all", PLACE).cache.split("train").n_rows == whole
-        assert grow.extend(path, "all", PLACE).n_new_rows == 0
+        assert stage.extend(path, "all", **HERE).cache.split("train").n_rows == whole
+        assert stage.extend(path, "all", **HERE).n_new_rows == 0
     assert run_cache(path, holdout="0", tokens="all").n_new_rows == 0
     with pytest.raises(TextError, match=f"has no row beyond the {whole:,}"):
         extended(path, whole + 1)
@@ -148,15 +148,15 @@ def test_an_extension_beyond_the_text_says_how_to_continue_and_does(small: Path,
 
 def test_extending_to_as_many_rows_changes_nothing_and_to_fewer_is_refused(small: Path) -> None:
     before = tree(small)
-    assert grow.extend(small, 500, PLACE).n_new_rows == 0
+    assert stage.extend(small, 500, **HERE).n_new_rows == 0
     with pytest.raises(SettingsError, match="holds 500 training rows already"):
-        grow.extend(small, 499, PLACE)
+        stage.extend(small, 499, **HERE)
     assert differing(tree(small), before) == []
 
 
 def widened(path: Path, layers: str) -> None:
     with small_blocks():
-        grow.widen(path, layers, (), PLACE)
+        stage.widen(path, layers, (), **HERE)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_widened_cache_can_be_extended_and_the_other_way_round(tmp_path: Path)
 
 def test_widening_by_layers_that_are_there_changes_nothing(both_layers: Path) -> None:
     before = tree(both_layers)
-    assert grow.widen(both_layers, "all", (), PLACE).n_new_rows == 0
+    assert stage.widen(both_layers, "all", (), **HERE).n_new_rows == 0
     assert differing(tree(both_layers), before) == []
 
 
@@ -204,7 +204,7 @@ def test_widening_refuses_unknown_layers_and_taken_names(small: Path) -> None:
     with pytest.raises(ModelError, match="this model has 2 layers, 0 to 1"):
         widened(small, "7")
     with pytest.raises(ArtifactMismatch, match=r"its site layer0 is blocks.0.mlp.hook_in -> blocks.0.mlp.hook_out"):
-        grow.widen(small, None, ["layer0=blocks.1.mlp.hook_in:blocks.1.mlp.hook_out"], PLACE)
+        stage.widen(small, None, ["layer0=blocks.1.mlp.hook_in:blocks.1.mlp.hook_out"], **HERE)
     assert differing(tree(small), before) == []
 
 
@@ -212,11 +212,11 @@ def test_growing_refuses_another_model_another_text_and_a_busy_cache(small: Path
     with pytest.raises(
         ArtifactMismatch, match=r"model\.files_digest \(.*\): there it is 'sha256:\w{12}…', asked for 'sha256:"
     ):
-        grow.widen(small, "1", (), grow.Place(threads=1, quiet=True, model=str(model_folder(seed=5))))
+        stage.widen(small, "1", (), threads=1, quiet=True, model=str(model_folder(seed=5)))
     other = tmp_path / "speeches.jsonl"
     other.write_text(text_file().read_text().replace("Fellow", "Dear"))
     with pytest.raises(ArtifactMismatch, match=r"text\.files: there it is"):
-        grow.extend(small, 900, grow.Place(threads=1, quiet=True, dataset=str(other)))
+        stage.extend(small, 900, threads=1, quiet=True, dataset=str(other))
     from tailrace.storage.draft import Lock
 
     lock = Lock(small)
@@ -235,7 +235,7 @@ def test_growing_follows_a_model_and_a_text_that_moved(small: Path, large: Path,
     moved.parent.mkdir()
     shutil.copy(text_file(), moved)
     with small_blocks():
-        grow.extend(path, 900, grow.Place(threads=1, quiet=True, model=str(model), dataset=str(moved)))
+        stage.extend(path, 900, threads=1, quiet=True, model=str(model), dataset=str(moved))
     assert differing(shards(path), shards(large)) == []
 
 

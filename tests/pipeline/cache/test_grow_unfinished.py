@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tailrace.pipeline.cache import grow
+from tailrace.pipeline.cache import stage
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMismatch, TextError
-from tests.support.cache_jobs import PLACE, Job, Kill, command, copy_cache, run_cache, run_job, small_blocks
+from tests.support.cache_jobs import HERE, Job, Kill, command, copy_cache, run_cache, run_job, small_blocks
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def test_an_extension_beyond_the_text_is_finished_as_advised(
 ) -> None:
     path = copy_cache(small, tmp_path / "cache")
     with small_blocks(), pytest.raises(TextError, match="ends after"):
-        grow.extend(path, 1_000_000, PLACE)
+        stage.extend(path, 1_000_000, **HERE)
     with small_blocks(), pytest.raises(ArtifactMismatch) as refused:
-        grow.widen(path, "1", (), PLACE)
+        stage.widen(path, "1", (), **HERE)
     assert "an unfinished `extend` lies here" in str(refused.value)
     assert advised(str(refused.value)) == ["extend", str(path), "--tokens", "N"]
     assert command(capsys, "extend", path, "--tokens", "all", "--threads", 1, "--quiet").code == 0
@@ -47,11 +47,11 @@ def test_an_extension_beyond_the_text_is_finished_as_advised(
 
 
 def extend_instead(path: Path) -> None:
-    grow.extend(path, 900, PLACE)
+    stage.extend(path, 900, **HERE)
 
 
 def widen_otherwise(path: Path) -> None:
-    grow.widen(path, None, ["blocks.0.hook_resid_pre"], PLACE)
+    stage.widen(path, None, ["blocks.0.hook_resid_pre"], **HERE)
 
 
 @pytest.mark.parametrize("other", [extend_instead, widen_otherwise])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tailrace.pipeline.cache import grow, verify
+from tailrace.pipeline.cache import stage, verify
 from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.activation_cache import ActivationCache, open_cache
@@ -17,7 +17,7 @@ from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMismatch, ModelError
 from tailrace.training.architectures.transcoder import load_transcoder
 from tests.support.cache_jobs import (
-    PLACE,
+    HERE,
     command,
     copy_cache,
     differing,
@@ -208,9 +208,9 @@ def test_a_cache_widened_by_heads_and_extended_holds_the_bytes_of_one_made_at_on
     run_cache(at_once, hooks=heads, tokens=700, holdout="0", storage_dtype="int8")
     run_cache(grown, holdout="0", storage_dtype="int8")
     with small_blocks():
-        grow.widen(grown, None, heads, PLACE)
-        assert grow.widen(grown, None, heads, PLACE).n_new_rows == 0
-        grow.extend(grown, 700, PLACE)
+        stage.widen(grown, None, heads, **HERE)
+        assert stage.widen(grown, None, heads, **HERE).n_new_rows == 0
+        stage.extend(grown, 700, **HERE)
     found, expected = (
         {name: data for name, data in tree(path).items() if name.startswith("train/") and "/c/" in name}
         for path in (grown, at_once)
@@ -228,7 +228,7 @@ def test_widening_refuses_another_head_under_a_taken_name_and_heads_there_are_no
     path = copy_cache(cache, tmp_path / "cache")
     before = tree(path)
     with pytest.raises(ArtifactMismatch, match=r"its site head0 is .*hook_z\[0\] -> .*asked for .*hook_z\[1\]"):
-        grow.widen(path, None, [f"head0={Z}[1]"], PLACE)
+        stage.widen(path, None, [f"head0={Z}[1]"], **HERE)
     with pytest.raises(ModelError, match="this hook has 4 heads, 0 to 3"):
-        grow.widen(path, None, [f"{Z}[4]"], PLACE)
+        stage.widen(path, None, [f"{Z}[4]"], **HERE)
     assert differing(tree(path), before) == []

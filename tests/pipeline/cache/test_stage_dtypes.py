@@ -86,9 +86,9 @@ def finished_units(path: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (70_000.0, ActivationOverflow, "layer0/out: 70000 in context 21, position 3 is beyond float16 (65504)"),
-        (float("nan"), NonFiniteActivation, "layer0/out: NaN or infinity in train context 21, position 3 (token id"),
-        (float("inf"), NonFiniteActivation, "layer0/out: NaN or infinity in train context 21, position 3 (token id"),
+        (70_000.0, ActivationOverflow, "is beyond float16 (65504)"),
+        (float("nan"), NonFiniteActivation, "NaN or infinity; the model overflows in float32"),
+        (float("inf"), NonFiniteActivation, "NaN or infinity; the model overflows in float32"),
     ],
 )
 def test_a_value_that_cannot_be_stored_is_named_and_finished_units_are_kept(
@@ -100,6 +100,7 @@ def test_a_value_that_cannot_be_stored_is_named_and_finished_units_are_kept(
         with pytest.raises(error) as refused:
             run_cache(tmp_path / "cache", storage_dtype="auto")  # the probe sees the first batch only
         assert message in str(refused.value)
+        assert f"mlp.hook_out, context {BAD_CONTEXT}, position {BAD_POSITION} (document " in str(refused.value)
         assert "Finished units are kept" in str(refused.value)
         assert finished_units(tmp_path / "cache") == list(range(BAD_UNIT))
         monkeypatch.undo()

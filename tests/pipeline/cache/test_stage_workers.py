@@ -12,7 +12,7 @@ import pytest
 
 from tailrace.pipeline.cache import shuffle
 from tailrace.pipeline.cache import stage as cache
-from tailrace.pipeline.cache.workers import Workers
+from tailrace.pipeline.cache.units import Workers
 from tailrace.storage.activation_cache import open_cache
 from tests.support.cache_jobs import copy_cache, differing, run_cache, settings, small_blocks, tree
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tailrace.pipeline.cache import grow, verify
+from tailrace.pipeline.cache import stage, verify
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMismatch
-from tests.support.cache_jobs import PLACE, command, copy_cache, model_folder, reseal, run_cache, small_blocks
+from tests.support.cache_jobs import HERE, command, copy_cache, model_folder, reseal, run_cache, small_blocks
 
 WIDTH = 16
 
@@ -161,8 +161,8 @@ def test_a_grown_cache_passes_with_all_its_generations(tmp_path: Path, capsys: p
     path = tmp_path / "cache"
     run_cache(path)
     with small_blocks():
-        grow.extend(path, 700, PLACE)
-        grow.widen(path, "1", (), PLACE)
+        stage.extend(path, 700, **HERE)
+        stage.widen(path, "1", (), **HERE)
     assert command(capsys, "verify", path, "--threads", 1, "--quiet").code == 0
     superseded = next((path / "superseded/0").rglob("c/7/0"))
     data = bytearray(superseded.read_bytes())

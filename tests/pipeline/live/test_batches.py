@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tailrace.pipeline.live.batches import Opening
 from tailrace.pipeline.live.mixing import Mixing
-from tailrace.pipeline.live.opening import Opening
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.text import packing
 from tailrace.storage.activation_cache import ActivationCache, open_cache
@@ -184,8 +184,8 @@ def test_an_opening_saves_computing_before_the_first_batch(monkeypatch: pytest.M
     calls = count_captures(monkeypatch)
     with open_live(opening=opening):
         # 315 held-out rows are 21 contexts of 15 rows, the last batch of 4 being padded
-        assert until_quiet(calls) == len(["widths", "pairs"]) + 6
-    assert calls == [1, 4] + [4] * 6
+        assert until_quiet(calls) == len(["pairs", "widths"]) + 6
+    assert calls == [4, 1] + [4] * 6
 
 
 def test_the_model_runs_no_more_than_one_block_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
