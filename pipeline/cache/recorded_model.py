@@ -13,11 +13,10 @@ import torch
 from tailrace.analysis.evaluate.evaluation import ContextBatch
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.capture import explained_failures, without_padding_advice
-from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
-from tailrace.pipeline.model.of_transcoders import recorded_place
-from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.of_transcoders import load_recorded, recorded_location
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit
-from tailrace.storage.errors import ArtifactMismatch, OutOfMemoryError
+from tailrace.storage.errors import OutOfMemoryError
 from tailrace.storage.randomness import philox
 
 
@@ -59,15 +58,9 @@ def open_recorded_model(cache: ActivationCache, *, model: str | None = None, dev
     """
     recorded = cache.manifest["model"]
     request = {**cache.manifest["request"], "tokens": "all"}
-    moved = {"model": model or recorded_place(recorded, str(request["model"]), cache.path)}
+    moved = {"model": model or recorded_location(recorded, str(request["model"]), cache.path)}
     settings = CacheSettings.read(request, moved, where=str(cache.path))
-    loaded = load_language_model(settings, device=device)
-    if differences := list_model_differences(recorded, loaded.identity()):
-        lines = "\n".join(f"  {line}" for line in differences)
-        raise ArtifactMismatch(
-            f"{settings.model}: is not the model that {cache.path} was made with; give that one with --model "
-            f"('there' is the cache's, 'asked for' the model opened):\n{lines}"
-        )
+    loaded = load_recorded(settings, recorded, f"{cache.path} was made with", device)
     return RecordedModel(cache, loaded, settings.rows_of(loaded), settings.contexts_per_batch)
 
 

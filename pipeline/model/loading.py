@@ -2,6 +2,11 @@
 
 TransformerLens and transformers set log levels, draw progress bars and warn as they are imported and as they load;
 all of it is contained here, so that importing this module changes nothing and loading prints nothing.
+
+Code that a checkpoint brings along is never run, and never asked about. Where transformers is not given an answer, it
+asks on standard input whether to run the code, and whatever lies there answers. TransformerLens runs the modelling file
+of some architectures by the architecture's name alone, and asks nobody; for some that read images it has pip install
+torchvision, which no stage needs.
 """
 
 from __future__ import annotations
@@ -13,14 +18,13 @@ import logging
 import platform
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 
-from tailrace.pipeline.model.own_code import own_code_refused, refuse_own_class
 from tailrace.storage.errors import ModelError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
@@ -330,3 +334,49 @@ def _weights_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def own_code_refused(name: str) -> Iterator[None]:
+    """Raise ModelError at the end if a checkpoint's own code was wanted inside, where none of it is run.
+
+    Every file of such code comes through one function of transformers. TransformerLens takes its failure for code that
+    is not there and goes on with another class, hence the error at the end.
+    """
+    from transformer_lens.model_bridge.sources.transformers import helpers as installer
+    from transformers import dynamic_module_utils as door
+
+    wanted: list[str] = []
+
+    def refuse(_: Any, file: str, *__: Any, **___: Any) -> None:
+        wanted.append(file)
+        raise ValueError(f"{file} is not run")
+
+    opened, door.get_cached_module_file = door.get_cached_module_file, refuse
+    install, installer._ensure_torchvision = installer._ensure_torchvision, lambda: False
+    try:
+        yield
+    finally:
+        door.get_cached_module_file = opened
+        installer._ensure_torchvision = install
+        if wanted:
+            raise ModelError(_refusal(name, f"its architecture is loaded with {wanted[0]}"))
+
+
+def refuse_own_class(name: str, file: str, auto_map: Any, kind: str) -> None:
+    """Raise ModelError if ``file`` of a checkpoint names a class of its own for ``kind``, such as ``AutoConfig``."""
+    classes = auto_map.get(kind) if isinstance(auto_map, Mapping) else auto_map
+    named = [one for one in (classes if isinstance(classes, list) else [classes]) if isinstance(one, str)]
+    if named:
+        module, _, own = named[0].rpartition("--")[2].rpartition(".")
+        raise ModelError(_refusal(name, f"its {file} asks for the class {own} of {module}.py"))
+
+
+def _refusal(name: str, asked: str) -> str:
+    from transformers import __version__
+
+    return (
+        f"model {name}: {asked}, and transformers {__version__} has no class of its own for it; code from a model's "
+        "folder is never run. Use a checkpoint converted to a format that transformers knows, or a newer transformers "
+        "if that knows this one"
+    )

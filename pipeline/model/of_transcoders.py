@@ -11,7 +11,7 @@ that name: its files could not be those recorded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,21 @@ def open_transcoder_model(
         raise SettingsError("no transcoder given, and so no language model; give the path of at least one")
     recorded = _common_model(transcoders)
     settings = {
-        "model": model if model is not None else recorded_place(recorded, str(recorded["name"]), transcoders[0]),
+        "model": model if model is not None else recorded_location(recorded, str(recorded["name"]), transcoders[0]),
         "revision": None if model is not None and Path(model).expanduser().is_dir() else recorded.get("revision"),
         "model_dtype": dtype if dtype is not None else recorded.get("dtype", "auto"),
         "processing": recorded.get("processing", "raw"),
         "bos_token_id": _given_bos(recorded),
     }
+    ignored = () if dtype is None else ("dtype",)
     try:
-        loaded = load_language_model(ModelSettings.model_validate(settings), device=device)
+        return load_recorded(
+            ModelSettings.model_validate(settings),
+            recorded,
+            f"{transcoders[0]} was trained on",
+            device,
+            ignored=ignored,
+        )
     except ModelError as error:
         if model is not None:
             raise
@@ -57,12 +64,21 @@ def open_transcoder_model(
             f"{transcoders[0]}: its language model is recorded as {recorded['name']!r} and cannot be opened under that "
             f"name; say where it lies with --model. {error}"
         ) from error
-    ignored = () if dtype is None else ("dtype",)
+
+
+def load_recorded(
+    settings: ModelSettings, recorded: Mapping[str, Any], use: str, device: str, *, ignored: Collection[str] = ()
+) -> LanguageModel:
+    """Load a language model; raise ArtifactMismatch, with every difference, if it is not the one ``recorded``.
+
+    ``use`` is what was done with that one, for the message; ``ignored`` names keys that may differ.
+    """
+    loaded = load_language_model(settings, device=device)
     if differences := list_model_differences(recorded, loaded.identity(), ignored=ignored):
         lines = "\n".join(f"  {line}" for line in differences)
         raise ArtifactMismatch(
-            f"{settings['model']}: is not the model that {transcoders[0]} was trained on; give that one with --model "
-            f"('there' is the transcoder's, 'asked for' the model opened):\n{lines}"
+            f"{settings.model}: is not the model that {use}; give the right one with --model ('there' is the "
+            f"recorded model, 'asked for' the opened one):\n{lines}"
         )
     return loaded
 
@@ -110,19 +126,19 @@ def _given_bos(recorded: Mapping[str, Any]) -> int | None:
     return None if tokenizer.get("bos_source") in ("bos", "eos") else tokenizer.get("bos_token_id")
 
 
-def recorded_place(identity: Mapping[str, Any], place: str, artifact: Path) -> str:
-    """Return ``place``, the hub's name or the folder recorded by ``artifact``; or this package's own copy of the model.
+def recorded_location(identity: Mapping[str, Any], location: str, artifact: Path) -> str:
+    """Return ``location``, a hub's name or a folder that ``artifact`` records; or this package's own copy of the model.
 
     Raises ModelError for a folder that is not there.
     """
-    folder = Path(place).expanduser()
+    folder = Path(location).expanduser()
     if identity.get("files_digest") is None or folder.is_dir():
-        return place
+        return location
     try:
         return str(bundled_model(str(identity["name"])))
     except ModelError:
         gone = "is gone" if folder.is_absolute() else "is not in the current directory"
         raise ModelError(
-            f"{artifact}: its language model was read from a folder, {place}, which {gone}; "
+            f"{artifact}: its language model was read from a folder, {location}, which {gone}; "
             "say where it lies with --model"
         ) from None

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from tailrace.pipeline.model.loading import Checkpoint, quiet, read_checkpoint_json
-from tailrace.pipeline.model.own_code import refuse_own_class
+from tailrace.pipeline.model.loading import Checkpoint, quiet, read_checkpoint_json, refuse_own_class
 from tailrace.storage.artifact import JSON, digest
 from tailrace.storage.errors import ModelError
 from tailrace.storage.token_text import text_of_bytes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tailrace.pipeline.model.language_model import load_language_model
-from tailrace.pipeline.model.of_transcoders import open_transcoder_model, recorded_place
+from tailrace.pipeline.model.of_transcoders import open_transcoder_model, recorded_location
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.storage.artifact import digest
@@ -54,7 +54,7 @@ def test_a_model_that_comes_with_the_package_is_found_from_anywhere(
 
 
 def test_a_model_from_the_hub_is_asked_for_by_its_name() -> None:
-    assert recorded_place({"name": "gpt2", "files_digest": None}, "gpt2", Path("transcoder")) == "gpt2"
+    assert recorded_location({"name": "gpt2", "files_digest": None}, "gpt2", Path("transcoder")) == "gpt2"
 
 
 def test_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:
