@@ -22,10 +22,11 @@ from tailrace.storage.errors import ActionableError
 
 
 class Command(NamedTuple):
-    """A command: the module that holds it as ``command``, and its line in the list of commands."""
+    """A command: the module that holds it, its line in the list of commands, and its name in the module."""
 
     module: str
     line: str
+    attribute: str = "command"
 
 
 GROUPS = {
@@ -33,12 +34,12 @@ GROUPS = {
         "cache": Command(
             "tailrace.pipeline.cache.command", "Text in, a shuffled on-disk cache of MLP inputs and outputs out."
         ),
-        "extend": Command("tailrace.pipeline.cache.command_extend", "Add rows to a cache."),
-        "widen": Command("tailrace.pipeline.cache.command_widen", "Add layers to a cache, for the same rows."),
+        "extend": Command("tailrace.pipeline.cache.command", "Add rows to a cache.", "extend"),
+        "widen": Command("tailrace.pipeline.cache.command", "Add layers to a cache, for the same rows.", "widen"),
         "shuffle": Command(
-            "tailrace.pipeline.cache.command_shuffle", "Write one epoch's order as sequential shards (optional)."
+            "tailrace.pipeline.cache.command", "Write one epoch's order as sequential shards (optional).", "shuffle"
         ),
-        "verify": Command("tailrace.pipeline.cache.command_verify", "Check bytes, pairs and shuffle of a cache."),
+        "verify": Command("tailrace.pipeline.cache.command", "Check bytes, pairs and shuffle of a cache.", "verify"),
         "info": Command("tailrace.pipeline.artifacts.info_command", "Show any artifact at a glance."),
     },
     "Train": {
@@ -100,7 +101,8 @@ class LazyGroup(click.Group):
         """Return a command, or None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(COMMANDS[cmd_name].module).command
+        module, _, attribute = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

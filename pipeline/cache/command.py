@@ -1,9 +1,10 @@
-"""``pipeline cache``."""
+"""``pipeline cache``, ``extend``, ``widen``, ``shuffle`` and ``verify``: the commands on a cache."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -11,10 +12,13 @@ from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
+from tailrace.storage.settings import parse_quantity
 
 if TYPE_CHECKING:
     from tailrace.pipeline.cache.budget import Budget
     from tailrace.pipeline.cache.stage import CacheResult
+    from tailrace.pipeline.cache.verify import PairingReport, Verification
+    from tailrace.storage.shuffle_evidence import ShuffleEvidence
 
 
 @click.command("cache", cls=SectionCommand)
@@ -96,10 +100,10 @@ def show_budget(budget: Budget) -> None:
     click.echo(f"{budget.rows_per_second:,.0f} rows/s measured{hours}")
     for dtype in STORAGE_DTYPES:
         total = budget.total_bytes(dtype)
-        whole = "" if total is None else f", {_size(total)} in all"
+        all_rows = "" if total is None else f", {_size(total)} in all"
         if total is not None and total > budget.free_bytes:
-            whole += ", which does not fit"
-        click.echo(f"  {dtype:9} {budget.row_bytes[dtype]:,} bytes per row{whole}")
+            all_rows += ", which does not fit"
+        click.echo(f"  {dtype:9} {budget.row_bytes[dtype]:,} bytes per row{all_rows}")
     click.echo(f"{budget.free_bytes / 1e9:.1f} GB free; nothing was written")
 
 
@@ -109,3 +113,181 @@ def _time(hours: float) -> str:
 
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+@click.command("extend", cls=SectionCommand)
+@click.argument("cache", type=options.ARTIFACT)
+@click.option(
+    "--tokens",
+    required=True,
+    help="Training rows the cache shall hold in the end, such as 120M, or all.",
+)
+@options.model_moved
+@click.option("--dataset", help="Where the dataset lies now, if it moved since the cache was made.")
+@options.device
+@options.threads
+@options.quiet
+def extend(
+    cache: Path,
+    tokens: str,
+    model: str | None,
+    dataset: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Add training rows to CACHE, continuing its text where it stopped."""
+    from tailrace.pipeline.cache import stage
+
+    try:
+        n_rows: int | Literal["all"] = "all" if tokens == "all" else int(parse_quantity(tokens))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--tokens") from error
+    result = stage.extend(cache, n_rows, device=device, threads=threads, quiet=quiet, model=model, dataset=dataset)
+    if not quiet:
+        show_result(result)
+
+
+@click.command("widen", cls=SectionCommand)
+@click.argument("cache", type=options.ARTIFACT)
+@click.option("--layers", help="Layers to add, such as 4,5 or all.")
+@click.option("--hooks", multiple=True, help="Sites to add by hook names, as of pipeline cache. May be repeated.")
+@options.model_moved
+@options.device
+@options.threads
+@options.quiet
+def widen(
+    cache: Path,
+    layers: str | None,
+    hooks: tuple[str, ...],
+    model: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Add layers to CACHE for the rows it holds, by running its recorded contexts again."""
+    from tailrace.pipeline.cache import stage
+
+    result = stage.widen(cache, layers, hooks, device=device, threads=threads, quiet=quiet, model=model)
+    if not quiet:
+        show_result(result)
+
+
+@click.command("shuffle", cls=SectionCommand)
+@click.argument("cache", type=options.ARTIFACT)
+@click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch whose order is written.")
+@click.option("--seed", type=int, help="Seed of the epochs; by default the cache's.")
+@click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Rows.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Worker processes; 0 runs in this one.")
+@options.quiet
+def shuffle(cache: Path, epoch: int, seed: int | None, split: str, workers: int, quiet: bool) -> None:
+    """Write the shuffled order of one epoch of CACHE as sequential shards.
+
+    Not needed for training: an epoch is shuffled while it is read. Worth it with little memory, a slow disk, or many
+    readers, at the price of the cache's size on disk.
+    """
+    from tailrace.pipeline.cache.shuffle import run
+
+    path = run(cache, epoch=epoch, seed=seed, split=split, workers=workers, quiet=quiet)
+    if not quiet:
+        click.echo(f"{path}: training reads epoch {epoch} from here")
+
+
+@click.command("verify", cls=SectionCommand)
+@click.argument("path", type=options.ARTIFACT)
+@click.option("--checksums/--no-checksums", default=True, help="Re-read every byte. [default: yes]")
+@click.option(
+    "--pairs", type=click.IntRange(min=0), default=8, show_default=True, help="Contexts to run again; 0: none."
+)
+@click.option("--shuffle", is_flag=True, help="Report whether the order looks like a uniformly random permutation.")
+@click.option("--batch-rows", type=click.IntRange(min=2), help="Batch of that report; 4096 unless there are few rows.")
+@click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch of that report.")
+@options.model_moved
+@options.device
+@options.threads
+@options.quiet
+def verify(
+    path: Path,
+    checksums: bool,
+    pairs: int,
+    shuffle: bool,
+    batch_rows: int | None,
+    epoch: int,
+    model: str | None,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Check the artifact at PATH; exit with 1 if anything is wrong.
+
+    Every artifact's bytes are compared with their checksums. Of a cache, some recorded contexts are also run through
+    the language model again and compared with their stored rows.
+    """
+    from tailrace.pipeline.cache.verify import kind_of, run
+    from tailrace.storage.cache_format import KIND
+
+    if (kind := kind_of(path)) != KIND:
+        click.echo(f"{path}: comparing every file of the {kind} with its checksum")
+    done = run(
+        path,
+        checksums=checksums,
+        pairs=pairs,
+        shuffle=shuffle,
+        batch_rows=batch_rows,
+        epoch=epoch,
+        model=model,
+        device=device,
+        threads=threads,
+        quiet=quiet,
+        finished=show_check,
+    )
+    problems = [*done.damage, *(_line(report) for report in done.pairs if not report.passed)]
+    if done.shuffle is not None and not done.shuffle.passed:
+        problems.append("the order does not look like a uniformly random permutation")
+    _finish(problems)
+
+
+def show_check(check: Verification) -> None:
+    """Print what one check of a cache check."""
+    for report in check.pairs:
+        _say(report.passed, _line(report))
+    if check.shuffle is not None:
+        show_evidence(check.shuffle)
+    if not check.pairs and check.shuffle is None:
+        n_problems = f"{len(check.damage)} problem{'s' if len(check.damage) > 1 else ''}"
+        _say(not check.damage, f"checksums: {n_problems if check.damage else 'every byte as written'}")
+
+
+def _line(report: PairingReport) -> str:
+    mlp = "" if report.is_mlp else ", pairing check not applicable"
+    if report.mlp_relative_error is not None:
+        mlp = f", MLP(in) against out {report.mlp_relative_error:.1e}"
+    return (
+        f"pairs: {report.split} {report.site}/{report.side}, {report.n_rows:,} rows against the model run again: "
+        f"relative error {report.relative_error:.1e} (at most {report.tolerance:.1e} expected){mlp}"
+    )
+
+
+def show_evidence(evidence: ShuffleEvidence) -> None:
+    """Print each statistic beside its range for a true permutation."""
+    click.echo(
+        f"shuffle: {evidence.n_rows:,} rows in batches of {evidence.batch_rows:,}, {evidence.n_documents:,} documents"
+    )
+    for statistic in evidence.statistics:
+        line = (
+            f"  {statistic.name}: {statistic.value:.5g}; a true permutation gives {statistic.expected:.5g} "
+            f"[{statistic.null_low:.5g}, {statistic.null_high:.5g}], p = {statistic.p_value:.3f}"
+        )
+        _say(statistic.within_null, line)
+
+
+def _say(passed: bool, line: str) -> None:
+    click.echo(f"{'ok  ' if passed else 'FAIL'} {line}")
+
+
+def _finish(problems: list[str]) -> None:
+    for problem in problems:
+        click.echo(f"problem: {problem}", err=True)
+    if problems:
+        sys.exit(1)
+    click.echo("verified")
