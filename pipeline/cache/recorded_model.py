@@ -12,8 +12,7 @@ import torch
 
 from tailrace.analysis.evaluate.evaluation import ContextBatch
 from tailrace.pipeline.cache.settings import CacheSettings
-from tailrace.pipeline.model.capture import explained_failures, without_padding_advice
-from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.language_model import LanguageModel, explained_failures, without_padding_advice
 from tailrace.pipeline.model.of_transcoders import load_recorded, recorded_location
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit
 from tailrace.storage.errors import OutOfMemoryError

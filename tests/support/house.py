@@ -1,7 +1,7 @@
 """The house in numbers: ``python -m tests.support.house`` counts what the plan of the code sets limits to.
 
-Lines of code leave out blank lines, comments and docstrings. A walk is the call stack of a real run at the moment
-that it leads to: the files that a reader has open who follows it there.
+Lines of code leave out blank lines, comments and docstrings. A walk is what lies on the call stacks of a real run at
+the steps that it leads through: the files that a reader has open who goes the same way.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 import tempfile
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -114,21 +114,58 @@ def walk_to_the_optimiser() -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         cache, output = small_cache(Path(scratch) / "cache"), Path(scratch) / "transcoder"
         line = f"train {cache} --k 2 --d-sae 8 --batch-rows 16 --steps 2 --quiet --out {output}"
-        return _files_until(BlockedAdam, "step", lambda: main(line.split()))
+        return _files_to([(BlockedAdam, "step")], lambda: main(line.split()))
 
 
-def _files_until(owner: type, name: str, run: Callable[[], object]) -> list[str]:
-    """Return our files on the call stack when a method is first called while ``run`` runs."""
-    stacks: list[list[str]] = []
-    original = getattr(owner, name)
+def walk_to_a_cached_row() -> list[str]:
+    """Return the files on the way of a document to a row in a cache: read, packed, run through the model, written.
 
+    The threads that pack and that write have stacks of their own, so each step counts with the stack it has.
+    """
+    from tailrace.pipeline.cli import main
+    from tailrace.pipeline.model.language_model import LanguageModel
+    from tailrace.pipeline.model.tokenizer import ModelTokenizer
+    from tailrace.pipeline.text.packing import Packer
+    from tailrace.pipeline.text.stream import DocumentReader
+    from tailrace.storage.cache_writer import UnitBuffer
+    from tailrace.storage.context_blocks import ContextBlocks
+    from tests.support.cache_jobs import model_folder, text_file
+
+    steps: list[tuple[type, str]] = [
+        (DocumentReader, "__next__"),
+        (ModelTokenizer, "tokenize"),
+        (Packer, "add"),
+        (ContextBlocks, "write"),
+        (LanguageModel, "capture"),
+        (UnitBuffer, "fill"),
+        (UnitBuffer, "commit"),
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        line = f"cache --model {model_folder()} --dataset {text_file()} --layers 0 --tokens 500 --context-length 16 "
+        line += f"--contexts-per-batch 4 --storage-dtype float32 --quiet --out {Path(scratch) / 'cache'}"
+        return _files_to(steps, lambda: main(line.split()))
+
+
+def _files_to(steps: Sequence[tuple[type, str]], run: Callable[[], object]) -> list[str]:
+    """Return our files on the call stacks when each method is last called while ``run`` runs, and those methods'."""
+    stacks: dict[tuple[type, str], list[str]] = {}
+    with ExitStack() as patches:
+        for step in steps:
+            patches.enter_context(mock.patch.object(*step, _noted(step, getattr(*step), stacks)))
+        with redirect_stdout(io.StringIO()):
+            run()
+    missed = [f"{owner.__name__}.{name}" for owner, name in steps if (owner, name) not in stacks]
+    assert not missed, f"the run never called {', '.join(missed)}"
+    return list(dict.fromkeys(file for step in steps for file in stacks[step]))
+
+
+def _noted(step: tuple[type, str], original: Callable[..., Any], stacks: dict[tuple[type, str], list[str]]) -> Any:
     def noted(*arguments: Any, **named: Any) -> Any:
-        stacks.append(list(dict.fromkeys(_our_files(sys._getframe(1)))))
+        own = Path(original.__code__.co_filename).resolve().relative_to(ROOT).as_posix()
+        stacks[step] = [*list(_our_files(sys._getframe(1)))[::-1], own]
         return original(*arguments, **named)
 
-    with mock.patch.object(owner, name, noted), redirect_stdout(io.StringIO()):
-        run()
-    return stacks[0][::-1]
+    return noted
 
 
 def _our_files(frame: FrameType | None) -> Iterator[str]:
@@ -143,14 +180,17 @@ def report() -> list[str]:
     """Return the counts, a line each."""
     known = modules()
     folder, n_rooms = widest_level()
-    walk = walk_to_the_optimiser()
+    walks = {
+        "`pipeline train` to the optimiser": walk_to_the_optimiser(),
+        "a document to a cached row": walk_to_a_cached_row(),
+    }
     return [
         f"files: {len(known)}",
         f"lines of code: {sum(map(code_lines, known.values())):,}",
         f"modules with one importer: {sum(count == 1 for count in importers(known).values())}",
         f"crumbs: {len(crumbs(known))}",
         f"rooms at the widest level: {n_rooms} ({folder}/)",
-        f"`pipeline train` to the optimiser: {len(walk)} files: {', '.join(walk)}",
+        *(f"{name}: {len(files)} files: {', '.join(files)}" for name, files in walks.items()),
     ]
 
 
