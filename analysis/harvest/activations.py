@@ -1,8 +1,8 @@
-"""The active pairs of the first rows, one by one: put aside in the pass, sorted by feature afterwards.
+"""The active pairs of the first rows: written to scratch files in the pass, sorted by feature afterwards.
 
 An external sort in one step. Blocks come in row order and give their pairs by feature, so each run of features has a
-spool of its own that is already in row order; putting its pairs in place feature by feature sorts it. Memory of
-sorting: 12 bytes for each of ``SORTED_PAIRS`` pairs. Scratch space: 16 bytes a pair.
+scratch file of its own that is already in row order; moving its pairs to their feature sorts it. Memory of sorting: 12
+bytes for each of ``SORTED_PAIRS`` pairs. Scratch space: 16 bytes a pair.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.analysis.harvest import loops
-from tailrace.analysis.harvest.block import Block, FeaturePairs
+from tailrace.analysis.harvest.block import EncodedBlock, FeaturePairs
 from tailrace.analysis.harvest.one_pass import Plan, Subject
 from tailrace.analysis.harvest.rows import RowBlock
 from tailrace.analysis.harvest.table import feature_ranges
@@ -24,8 +24,8 @@ from tailrace.storage.artifact import is_disk_refusal, make_directory, storage_r
 
 RECORD: Final = np.dtype([("row", np.uint32), ("feature", np.uint32), ("activation", np.float32)])
 LAST_ROW: Final = 2**32 - 1
-"""Rows that a record can number."""
-SPOOLED_BYTES: Final = RECORD.itemsize + 4
+"""Most rows that a record can number."""
+SCRATCH_BYTES: Final = RECORD.itemsize + 4
 """Scratch space of a pair."""
 SORTED_PAIRS: Final = 8 << 20
 """Pairs sorted in memory at once, or those of a single feature that has more."""
@@ -46,9 +46,9 @@ class FeatureLists(NamedTuple):
 class KeptPairs:
     """Accumulator of the pairs of the first ``n_rows`` rows, short of a context that does not end there."""
 
-    def __init__(self, d_sae: int, n_rows: int, spool: _Spool) -> None:
+    def __init__(self, d_sae: int, n_rows: int, scratch: _ScratchFiles) -> None:
         self._limit = min(n_rows, LAST_ROW)
-        self._spools = [spool]
+        self._scratch = [scratch]
         self.n_rows = 0
         """Rows whose pairs are kept."""
         self.n_pairs = np.zeros(d_sae, np.int64)
@@ -57,16 +57,16 @@ class KeptPairs:
     @classmethod
     def start(cls, subject: Subject, plan: Plan, first_unit: int) -> Self:  # noqa: ARG003 - an accumulator's signature
         """Return an empty accumulator."""
-        return cls(subject.coder.d_sae, plan.activation_rows, _Spool(subject.scratch))
+        return cls(subject.coder.d_sae, plan.activation_rows, _ScratchFiles(subject.scratch))
 
-    def add(self, block: Block) -> None:
-        """Put a block's pairs aside. Raises StorageFull if the disk refuses."""
+    def add(self, block: EncodedBlock) -> None:
+        """Append a block's pairs. Raises StorageFull if the disk refuses."""
         n_rows = rows_within(block.rows, self._limit)
         if n_rows == 0:
             return
-        spool, pairs = self._spools[0], block.pairs
-        spool.append("features", pairs.features[: pairs.offsets[n_rows]].astype(_FEATURES))
-        spool.append("counts", np.diff(pairs.offsets[: n_rows + 1]).astype(_COUNTS))
+        scratch, pairs = self._scratch[0], block.pairs
+        scratch.append("features", pairs.features[: pairs.offsets[n_rows]].astype(_FEATURES))
+        scratch.append("counts", np.diff(pairs.offsets[: n_rows + 1]).astype(_COUNTS))
         kept = _of_first_rows(block.by_feature, n_rows, block.rows.n_rows)
         records = np.empty(len(kept.row), RECORD)
         records["row"] = block.rows.first_row + kept.row
@@ -75,7 +75,7 @@ class KeptPairs:
         for features in feature_ranges(len(self.n_pairs)):
             own = records[kept.offsets[features.start] : kept.offsets[features.stop]]
             if len(own):
-                spool.append(_name(features), own)
+                scratch.append(_name(features), own)
         self.n_pairs += np.diff(kept.offsets)
         self.n_rows += n_rows
 
@@ -83,8 +83,8 @@ class KeptPairs:
         """Do nothing: pairs do not depend on where units end."""
 
     def merge(self, later: Self) -> None:
-        """Append the pairs of rows that come after all of ours."""
-        self._spools += later._spools
+        """Append the pairs of rows that come after all rows counted here."""
+        self._scratch += later._scratch
         self.n_pairs += later.n_pairs
         self.n_rows += later.n_rows
 
@@ -98,27 +98,27 @@ class KeptPairs:
             yield self._sort(features, range(features.start + start, features.start + stop))
             start = stop
 
-    def _sort(self, spooled: range, features: range) -> FeaturePairs:
+    def _sort(self, stored: range, features: range) -> FeaturePairs:
         offsets = np.concatenate([[0], np.cumsum(self.n_pairs[features.start : features.stop])]).astype(np.int64)
         rows, values = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.float32)
         cursor = offsets[:-1].copy()
-        for spool in self._spools:
-            found = spool.read(_name(spooled), RECORD)
-            columns = (found["feature"], found["row"], found["activation"])
-            loops.place_by_feature(*columns, features.start, features.stop, cursor, rows, values)
+        for scratch in self._scratch:
+            records = scratch.read(_name(stored), RECORD)
+            columns = (records["feature"], records["row"], records["activation"])
+            loops.sort_by_feature(*columns, features.start, features.stop, cursor, rows, values)
         assert np.array_equal(cursor, offsets[1:]), "every pair that was counted is there"
         return FeaturePairs(features.start, offsets, rows, values)
 
     def row_counts(self) -> NDArray[np.int32]:
         """Return (n_rows,) how many features are active on each row kept."""
-        return np.concatenate([spool.read("counts", _COUNTS) for spool in self._spools])
+        return np.concatenate([scratch.read("counts", _COUNTS) for scratch in self._scratch])
 
     def feature_lists(self, n_pairs: int, n_rows: int | None = None) -> Iterator[FeatureLists]:
         """Yield the features of the first ``n_rows`` rows kept, in pieces of ``n_pairs`` pairs or one longer row."""
         left = self.n_rows if n_rows is None else n_rows
-        for spool in self._spools:
-            counts = spool.read("counts", _COUNTS)[:left]
-            features = spool.read("features", _FEATURES)
+        for scratch in self._scratch:
+            counts = scratch.read("counts", _COUNTS)[:left]
+            features = scratch.read("features", _FEATURES)
             offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
             start = 0
             while start < len(counts):
@@ -129,8 +129,8 @@ class KeptPairs:
             left -= len(counts)
 
 
-class RowPlaces:
-    """Accumulator of where the rows of ``KeptPairs`` stand. Memory: 16 bytes a row."""
+class KeptRows:
+    """Accumulator of the context and position of each row of ``KeptPairs``. Memory: 16 bytes a row."""
 
     def __init__(self, n_rows: int) -> None:
         self._limit = min(n_rows, LAST_ROW)
@@ -142,17 +142,17 @@ class RowPlaces:
         """Return an empty accumulator."""
         return cls(plan.activation_rows)
 
-    def add(self, block: Block) -> None:
-        """Note where a block's rows stand."""
+    def add(self, block: EncodedBlock) -> None:
+        """Append a block's rows."""
         n_rows = rows_within(block.rows, self._limit)
         self._contexts.append(block.rows.context[:n_rows].copy())
         self._positions.append(block.rows.position[:n_rows].copy())
 
     def end_unit(self) -> None:
-        """Do nothing: places do not depend on where units end."""
+        """Do nothing: rows do not depend on where units end."""
 
     def merge(self, later: Self) -> None:
-        """Append the rows that come after all of ours."""
+        """Append rows that come after all rows counted here."""
         self._contexts += later._contexts
         self._positions += later._positions
 
@@ -194,11 +194,10 @@ def _name(features: range) -> str:
     return f"pairs-{features.start:06}"
 
 
-class _Spool:
-    """Named sequences of items that only grow. Each spool has files of its own, even two of the same work.
+class _ScratchFiles:
+    """Files of items, by name, that only grow; two objects never share a file. In memory where no folder is given.
 
-    They lie in a folder, which the pages of the system's file cache serve; or in memory where no folder is given. A
-    spool that was pickled still reads what it wrote, as long as its folder is there.
+    After pickling, the same files are read, as long as their folder exists.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -215,7 +214,7 @@ class _Spool:
         path = self._folder / name
         make_directory(self._folder)
         try:
-            # opened anew for every block, some seconds apart: no file is left open by whatever ends the pass
+            # opened anew for every block, some seconds apart, so that no file stays open when the pass ends
             with path.open("ab") as file:
                 file.write(np.ascontiguousarray(items).view(np.uint8).data)
         except OSError as error:
@@ -224,13 +223,13 @@ class _Spool:
             raise
 
     def read(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Return all items of ``name``, none if nothing was ever added; not to be written to."""
+        """Return all items of ``name``, read-only; none if nothing was added."""
         if self._folder is None:
             parts = self._in_memory.get(name, [])
-            found = np.concatenate(parts) if parts else np.empty(0, dtype)
+            items = np.concatenate(parts) if parts else np.empty(0, dtype)
         elif (path := self._folder / name).exists() and path.stat().st_size:
-            found = np.asarray(np.memmap(path, dtype, mode="r"))
+            items = np.asarray(np.memmap(path, dtype, mode="r"))
         else:
-            found = np.empty(0, dtype)
-        found.flags.writeable = False  # whatever it comes from, so that loops are compiled for one kind of array
-        return found
+            items = np.empty(0, dtype)
+        items.flags.writeable = False  # as a file mapping is, so that loops are compiled for one kind of array
+        return items

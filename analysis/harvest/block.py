@@ -1,4 +1,4 @@
-"""A block of rows after the transcoder: its active pairs, in the order of rows and of features, and its predictions."""
+"""Blocks of rows with a transcoder's active pairs, in the order of rows and of features, and its predictions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tailrace.analysis.harvest.encoding import Coder, Encoded, Encoder
 from tailrace.analysis.harvest.rows import RowBlock
 from tailrace.training.kernels.pairs import Pairs
 
-__all__ = ["Block", "Coder", "FeaturePairs"]
+__all__ = ["Coder", "EncodedBlock", "FeaturePairs"]
 
 
 class FeaturePairs(NamedTuple):
@@ -23,7 +23,7 @@ class FeaturePairs(NamedTuple):
     offsets: NDArray[np.int64]
     """(features + 1,) where each feature's pairs begin."""
     row: NDArray[np.int64]
-    """(pairs,) row, counted from wherever the block or the split begins."""
+    """(pairs,) row, counted from the start of the block or of the split."""
     value: NDArray[np.float32]
     """(pairs,) activations, above zero."""
 
@@ -38,8 +38,8 @@ class FeaturePairs(NamedTuple):
         return np.repeat(np.arange(self.features.start, self.features.stop), np.diff(self.offsets))
 
 
-class Block:
-    """Rows of whole contexts with everything that accumulators may ask about them; what nobody asks is not computed."""
+class EncodedBlock:
+    """Rows of whole contexts with everything that accumulators may read, computed when it is first read."""
 
     def __init__(self, rows: RowBlock, inputs: Tensor, outputs: Tensor, encode: Encoder) -> None:
         self.rows = rows

@@ -1,4 +1,4 @@
-"""Which features are active together: exact counts over pairs of features, in bounded memory.
+"""Features that are active together: exact counts over pairs of features, in bounded memory.
 
 The counts of all pairs of features would be d_sae² numbers, so a run of features is counted against all others at a
 time, in ``COUNT_BYTES``, from the rows' lists of active features: for each feature of the run, its rows' lists are
@@ -29,7 +29,7 @@ PIECE_PAIRS: Final = 8 << 20
 """Active pairs in memory at once."""
 
 
-class Together(NamedTuple):
+class Coactivation(NamedTuple):
     """Pairs of features, sorted by feature and rank."""
 
     feature: NDArray[np.int64]
@@ -41,7 +41,7 @@ class Together(NamedTuple):
 
 
 def rows_counted(kept: KeptPairs, most_steps: int = MOST_STEPS) -> int:
-    """Return over how many of the rows kept, from the first, features are counted together."""
+    """Return the number of the rows kept, from the first, over which features are counted together."""
     steps = np.cumsum(np.square(kept.row_counts(), dtype=np.int64))
     return int(np.searchsorted(steps, most_steps, side="right"))
 
@@ -54,7 +54,7 @@ def count_coactivation(
     n_top: int = N_TOP,
     count_bytes: int = COUNT_BYTES,
     piece_pairs: int = PIECE_PAIRS,
-) -> Iterator[Together]:
+) -> Iterator[Coactivation]:
     """Yield for runs of features the ``n_top`` others of largest φ above zero, over the first ``n_rows`` rows kept.
 
     Counted are features active on a share ``floor`` of these rows and on ``FEWEST_ROWS`` of them.
@@ -96,7 +96,7 @@ def _strongest(
     n_active: NDArray[np.int64],
     n_rows: int,
     n_top: int,
-) -> Together:
+) -> Coactivation:
     others, phis = np.empty((len(numbers), n_top), np.int64), np.empty((len(numbers), n_top))
     roots = np.sqrt(n_active * (n_rows - n_active).astype(np.float64))
     over_ranges(
@@ -109,4 +109,4 @@ def _strongest(
     other = others[own, rank]
     n_both = counts[own, other].astype(np.int64)
     n_either = n_active[numbers.start + own] + n_active[other] - n_both
-    return Together(listed[numbers.start + own], listed[other], n_both, n_both / n_either, phis[own, rank], rank)
+    return Coactivation(listed[numbers.start + own], listed[other], n_both, n_both / n_either, phis[own, rank], rank)

@@ -1,4 +1,4 @@
-"""From a block's inputs to its active pairs and predictions, by whichever way is the faster.
+"""Encoders from a block's inputs to its active pairs and predictions; the faster of two is chosen.
 
 *Sparse*: one matrix product that says which pairs may be active, in bfloat16 where the processor multiplies it; those
 few are computed exactly and the choice is made among them (``tailrace.training.kernels.select``), so no rows × d_sae
@@ -70,10 +70,10 @@ class Coder(Protocol):
 
 
 class Encoded(NamedTuple):
-    """What a coder makes of rows."""
+    """Active pairs and predictions of rows."""
 
     pairs: Pairs
-    """Where activations are above zero."""
+    """Entries with an activation above zero."""
     values: NDArray[np.float32]
     """(pairs,) these activations."""
     predicted: NDArray[np.float32]
@@ -89,7 +89,7 @@ class Encoder(Protocol):
 
 
 class DenseEncoder:
-    """All activations, of as many rows at a time as ``DENSE_BYTES`` hold."""
+    """Computes all activations, of as many rows at a time as ``DENSE_BYTES`` hold."""
 
     def __init__(self, coder: Coder) -> None:
         self._coder = coder
@@ -116,7 +116,7 @@ class DenseEncoder:
 
 
 class SparseEncoder:
-    """Active pairs alone. Values agree with the dense ones to the order of float32 sums."""
+    """Computes active pairs only. Values agree with the dense ones to the order of float32 sums."""
 
     def __init__(self, coder: Transcoder, selection: Selection) -> None:
         device = torch.device("cpu")
@@ -127,7 +127,9 @@ class SparseEncoder:
 
     def __call__(self, inputs: Tensor) -> Encoded:
         """Return active pairs and predictions of inputs (rows, d_in)."""
-        if not torch.isfinite(inputs.sum()):  # nothing exceeds a margin that is not finite; the dense way yields NaN
+        if not torch.isfinite(
+            inputs.sum()
+        ):  # nothing exceeds a margin that is not finite; the dense encoder yields NaN
             return self._dense(inputs)
         coder = self._coder
         pairs, pre = self._selector.select(inputs.contiguous(), coder.W_enc, coder.encoder_bias(), self._selection)
@@ -153,7 +155,7 @@ def open_encoder(coder: Coder, device: torch.device | str, density: float | None
 
 
 def selection_in_use(coder: Coder) -> Selection | None:
-    """Return which pairs a transcoder activates; None for a coder of another make, which can only be asked."""
+    """Return the rule by which a transcoder activates pairs; None for a coder of another class."""
     return coder.selection_in_use() if isinstance(coder, Transcoder) else None
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.analysis.harvest import loops
-from tailrace.analysis.harvest.activations import RowPlaces
-from tailrace.analysis.harvest.block import Block, FeaturePairs
+from tailrace.analysis.harvest.activations import KeptRows
+from tailrace.analysis.harvest.block import EncodedBlock, FeaturePairs
 from tailrace.analysis.harvest.one_pass import Plan, Subject
 
 _GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -43,8 +43,8 @@ class Examples(NamedTuple):
     @classmethod
     def empty(cls, window: int) -> Self:
         """Return no examples."""
-        whole = np.empty(0, np.int64)
-        return cls(whole, np.empty(0, np.float32), whole, whole, whole, np.empty((0, window), np.float32))
+        integers = np.empty(0, np.int64)
+        return cls(integers, np.empty(0, np.float32), integers, integers, integers, np.empty((0, window), np.float32))
 
     def take(self, chosen: NDArray[np.integer]) -> Self:
         """Return the chosen entries, in the order given."""
@@ -67,7 +67,7 @@ class TopExamples:
         self.before = before
         self._n_kept = np.zeros(d_sae, np.int64)
         self._activation = np.zeros((d_sae, n), np.float32)
-        """In the order of strength, as the slots; everything else lies in its example's slot."""
+        """By rank, as are the slots; everything else of an example is at its slot."""
         self._slot = np.zeros((d_sae, n), np.int64)
         self._row = np.zeros((d_sae, n), np.int64)
         self._context = np.zeros((d_sae, n), np.int64)
@@ -94,8 +94,8 @@ class TopExamples:
             window=self._window[feature, slot],
         )
 
-    def add(self, block: Block) -> None:
-        """Take a block's examples."""
+    def add(self, block: EncodedBlock) -> None:
+        """Add the examples of a block."""
         pairs, rows = block.by_feature, block.rows
         pair, feature, slot = self._keep(pairs.offsets, pairs.row, pairs.value, rows.context)
         row = pairs.row[pair]
@@ -103,17 +103,17 @@ class TopExamples:
         self._context[feature, slot] = rows.context[row]
         self._position[feature, slot] = rows.position[row]
         windows = self._window.reshape(-1, self._window.shape[2])
-        place = feature * self.n + slot
-        loops.fill_windows(*pairs[1:], rows.context, rows.position, pair, feature, place, self.before, windows)
+        slots = feature * self.n + slot
+        loops.fill_windows(*pairs[1:], rows.context, rows.position, pair, feature, slots, self.before, windows)
 
     def end_unit(self) -> None:
         """Do nothing: the kept set does not depend on where units end."""
 
     def merge(self, later: Self) -> None:
-        """Add the examples of rows that come after all of ours."""
+        """Add the examples of rows that come after all rows counted here."""
         theirs = later.kept
         offsets = np.searchsorted(theirs.feature, np.arange(len(self._n_kept) + 1))
-        # they are in the order of strength, earlier rows first among equals, so each is in a "context" of its own
+        # they are by rank, earlier rows first among equals; each in a "context" of its own, so that none hides another
         each = np.arange(len(theirs.row))
         pair, feature, slot = self._keep(offsets, each, theirs.activation, each)
         self._row[feature, slot] = theirs.row[pair]
@@ -136,7 +136,7 @@ class TopExamples:
 
 
 def rank_in_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return each entry's place, from 0, within its run of equal values."""
+    """Return each entry's rank, from 0, within its run of equal values."""
     starts = np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]])) if len(groups) else groups
     lengths = np.diff(np.append(starts, len(groups)))
     return np.arange(len(groups)) - np.repeat(starts, lengths)
@@ -147,15 +147,13 @@ class SampledExamples(NamedTuple):
 
     examples: Examples
     band: NDArray[np.int64]
-    """(examples,) the band, from 0 for the weakest; -1 for those of all active rows."""
+    """(examples,) the band, from 0 for the weakest; -1 for an example of all active rows."""
 
 
-def sample_examples(
-    pairs: FeaturePairs, maximum: NDArray[np.float32], places: RowPlaces, plan: Plan
-) -> SampledExamples:
-    """Return the examples of the features of ``pairs``, whose rows are those of the split.
+def sample_examples(pairs: FeaturePairs, maximum: NDArray[np.float32], rows: KeptRows, plan: Plan) -> SampledExamples:
+    """Return the examples of the features of ``pairs``, whose rows count from the start of the split.
 
-    ``maximum`` (features,) is each one's largest activation.
+    ``maximum`` (features,) is each feature's largest activation.
     """
     n_of_bands = plan.n_bands * plan.n_band_examples
     picks = np.empty((len(pairs.features), n_of_bands + plan.n_random_examples), np.int64)
@@ -167,7 +165,7 @@ def sample_examples(
     pair = picks[feature, slot]
     row = pairs.row[pair]
     windows = np.empty((len(pair), plan.window_before + 1 + plan.window_after), np.float32)
-    contexts, positions = places.contexts, places.positions
+    contexts, positions = rows.contexts, rows.positions
     around = (pair, feature, np.arange(len(pair)), plan.window_before, windows)
     loops.fill_windows(pairs.offsets, pairs.row, pairs.value, contexts, positions, *around)
     examples = Examples(pairs.first_feature + feature, pairs.value[pair], row, contexts[row], positions[row], windows)
@@ -176,7 +174,7 @@ def sample_examples(
 
 
 def _feature_keys(seed: int, features: range) -> NDArray[np.uint64]:
-    """Return a number for each feature, from which and a row ``mixed`` makes the hash of a pair."""
+    """Return a key for each feature; ``mixed(key + row)`` is the hash of a pair."""
     seeded = mixed(np.array([seed % 2**64], np.uint64))
     return mixed(seeded + np.arange(features.start, features.stop, dtype=np.uint64) * _GAMMA)
 

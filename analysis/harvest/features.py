@@ -1,4 +1,4 @@
-"""Statistics of each feature over its active rows: counts, sums, maxima, histograms and where in a context it fires."""
+"""Statistics of each feature over its active rows: counts, sums, maxima, histograms, positions in the context."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.analysis.harvest import loops
-from tailrace.analysis.harvest.block import Block
+from tailrace.analysis.harvest.block import EncodedBlock
 from tailrace.analysis.harvest.histogram import BIN_OF_CELL, HIGH_EDGE, N_BINS
 from tailrace.analysis.harvest.one_pass import Plan, Subject
 from tailrace.analysis.harvest.sums import OrderedSum
 
 N_POSITION_BINS: Final = 16
-"""Equal parts of a context that firing is counted in."""
+"""Equal parts of a context in which active rows are counted."""
 
 
 class FeatureTotals:
@@ -41,7 +41,7 @@ class FeatureTotals:
         """Return an empty accumulator."""
         return cls(subject.coder.d_sae, subject.context_length, first_unit=first_unit)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: EncodedBlock) -> None:
         """Count a block."""
         pairs = block.by_feature
         position_bin = block.rows.position * N_POSITION_BINS // self._context_length
@@ -71,7 +71,7 @@ class FeatureTotals:
         self._sum_of_squares.end_unit()
 
     def merge(self, later: Self) -> None:
-        """Add the statistics of units that come after all of ours."""
+        """Add the statistics of units that come after all units counted here."""
         self.n_active += later.n_active
         self.histogram += later.histogram
         self.n_active_in_bin += later.n_active_in_bin

@@ -58,13 +58,13 @@ def quantiles(
     cumulative = np.cumsum(counts, axis=1)
     edges = EDGES.astype(np.float64)
     middles = np.sqrt(edges[:-1] * edges[1:])
-    found = np.full((len(counts), len(shares)), np.nan)
+    estimates = np.full((len(counts), len(shares)), np.nan)
     for index, share in enumerate(shares):
         ranks = np.maximum(np.ceil(share * totals), 1)
         bins = (cumulative < ranks[:, None]).sum(axis=1)
         alive = totals > 0
-        found[alive, index] = np.minimum(middles[bins[alive]], largest[alive])
-    return found
+        estimates[alive, index] = np.minimum(middles[bins[alive]], largest[alive])
+    return estimates
 
 
 def wilson_interval(
@@ -72,8 +72,8 @@ def wilson_interval(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return both ends (n,) of the Wilson score interval of shares ``n_hits`` (n,) / ``n_trials``.
 
-    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), from Wilson 1927; unlike the plain one it is sensible for
-    shares near 0. Trials are taken as independent, which neighbouring tokens are not: it is a lower bound of doubt.
+    (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), from Wilson 1927; unlike the normal interval it is sensible
+    for shares near 0. Trials are taken as independent, which neighbouring tokens are not: so it is too narrow.
     """
     share = n_hits / n_trials
     center = share + z * z / (2 * n_trials)

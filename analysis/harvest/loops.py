@@ -40,10 +40,10 @@ def add_pairs(
             total += exact
             square += exact * exact
             largest = max(largest, value)
-            place = bin_of_cell[bits[pair] >> np.uint32(16)]
-            if value >= high_edge[place]:
-                place += 1
-            histogram[feature, place] += 1
+            bin_index = bin_of_cell[bits[pair] >> np.uint32(16)]
+            if value >= high_edge[bin_index]:
+                bin_index += 1
+            histogram[feature, bin_index] += 1
             profile[feature, position_bin[rows[pair]]] += 1
         n_active[feature] += last - first
         sums[feature] += total
@@ -83,8 +83,8 @@ def keep_strongest(
 ) -> int:
     """Keep each feature's strongest row of every context if it is among the strongest so far; earlier rows win ties.
 
-    ``activations`` and ``slots`` (features, n) are in the order of strength; a slot is where an example's other parts
-    lie. Returns how many were kept, whose pair, feature and slot are listed; one listed later may take over a slot.
+    ``activations`` and ``slots`` (features, n) are by rank; a slot is the index of an example's other parts. Returns
+    how many were kept; their pair, feature and slot are listed, and one listed later may take over a slot.
     """
     n, n_chosen = activations.shape[1], 0
     for feature in range(len(offsets) - 1):
@@ -96,19 +96,19 @@ def keep_strongest(
                 if values[pair] > values[best]:
                     best = pair
                 pair += 1
-            value, place = values[best], n_kept[feature]
-            if place == n:
+            value, rank = values[best], n_kept[feature]
+            if rank == n:
                 if not value > activations[feature, n - 1]:
                     continue
-                place, slot = n - 1, slots[feature, n - 1]
+                rank, slot = n - 1, slots[feature, n - 1]
             else:
-                slot = place
+                slot = rank
                 n_kept[feature] += 1
-            while place > 0 and activations[feature, place - 1] < value:
-                activations[feature, place] = activations[feature, place - 1]
-                slots[feature, place] = slots[feature, place - 1]
-                place -= 1
-            activations[feature, place], slots[feature, place] = value, slot
+            while rank > 0 and activations[feature, rank - 1] < value:
+                activations[feature, rank] = activations[feature, rank - 1]
+                slots[feature, rank] = slots[feature, rank - 1]
+                rank -= 1
+            activations[feature, rank], slots[feature, rank] = value, slot
             chosen_pair[n_chosen], chosen_feature[n_chosen], chosen_slot[n_chosen] = best, feature, slot
             n_chosen += 1
     return n_chosen
@@ -123,17 +123,17 @@ def fill_windows(
     positions: Any,
     pairs: Any,
     features: Any,
-    places: Any,
+    slots: Any,
     before: int,
     windows: Any,
 ) -> None:
-    """Write the feature's activations around each chosen pair into its place of ``windows`` (places, width).
+    """Write the feature's activations around each chosen pair into its slot of ``windows`` (slots, width).
 
     NaN where the pair's context has no such position or no such row, 0 where the feature is not active.
     """
     after = windows.shape[1] - 1 - before
     for index in range(len(pairs)):
-        pair, feature, window = pairs[index], features[index], windows[places[index]]
+        pair, feature, window = pairs[index], features[index], windows[slots[index]]
         row = rows[pair]
         context, position = contexts[row], positions[row]
         window[:] = np.nan
@@ -162,17 +162,17 @@ def fill_windows(
 
 
 @compiled_loop()
-def place_by_feature(
+def sort_by_feature(
     features: Any, rows: Any, values: Any, start: int, stop: int, cursor: Any, sorted_rows: Any, sorted_values: Any
 ) -> None:
-    """Put pairs of features [start, stop) where the feature's next one belongs; ``cursor`` is moved on."""
+    """Write pairs of features [start, stop) to the next slot of their feature, ``cursor``, and advance it."""
     for pair in range(len(features)):
         feature = np.int64(features[pair])
         if start <= feature < stop:
-            place = cursor[feature - start]
-            sorted_rows[place] = rows[pair]
-            sorted_values[place] = values[pair]
-            cursor[feature - start] = place + 1
+            slot = cursor[feature - start]
+            sorted_rows[slot] = rows[pair]
+            sorted_values[slot] = values[pair]
+            cursor[feature - start] = slot + 1
 
 
 @compiled_loop()
@@ -227,19 +227,19 @@ def pick_by_hash(
             for group in (band, n_bands):
                 size = n_random if group == n_bands else n_band
                 start = group * n_band
-                place = filled[group]
-                if place == size:
+                rank = filled[group]
+                if rank == size:
                     if size == 0 or bits >= hashes[start + size - 1]:
                         continue
-                    place = size - 1
+                    rank = size - 1
                 else:
                     filled[group] += 1
-                while place > 0 and hashes[start + place - 1] > bits:
-                    hashes[start + place] = hashes[start + place - 1]
-                    picks[feature, start + place] = picks[feature, start + place - 1]
-                    place -= 1
-                hashes[start + place] = bits
-                picks[feature, start + place] = pair
+                while rank > 0 and hashes[start + rank - 1] > bits:
+                    hashes[start + rank] = hashes[start + rank - 1]
+                    picks[feature, start + rank] = picks[feature, start + rank - 1]
+                    rank -= 1
+                hashes[start + rank] = bits
+                picks[feature, start + rank] = pair
 
 
 @compiled_loop()
@@ -259,20 +259,20 @@ def keep_listed(features: Any, offsets: Any, number: Any, kept: Any, kept_offset
 
 @compiled_loop()
 def list_rows(features: Any, offsets: Any, start: int, stop: int, row_offsets: Any, rows: Any) -> None:
-    """Write the rows of each of features [start, stop), and where each one's begin (stop − start + 1)."""
+    """Write the rows of each of features [start, stop), and the offsets at which they begin (stop − start + 1)."""
     row_offsets[:] = 0
     for feature in features[: offsets[-1]]:
         if start <= feature < stop:
             row_offsets[feature - start + 1] += 1
     for feature in range(stop - start):
         row_offsets[feature + 1] += row_offsets[feature]
-    place = row_offsets[:-1].copy()
+    next_slot = row_offsets[:-1].copy()
     for row in range(len(offsets) - 1):
         for pair in range(offsets[row], offsets[row + 1]):
             feature = features[pair]
             if start <= feature < stop:
-                rows[place[feature - start]] = row
-                place[feature - start] += 1
+                rows[next_slot[feature - start]] = row
+                next_slot[feature - start] += 1
 
 
 @compiled_loop()
@@ -281,7 +281,7 @@ def count_together(
 ) -> None:
     """Add to ``counts`` (features, others) the rows on which both are active, for features [start, stop).
 
-    A feature's counts stay in the processor's cache while all its rows pass.
+    A feature's counts stay in the processor's cache while all its rows are read.
     """
     for feature in range(start, stop):
         own = counts[feature]
@@ -297,7 +297,7 @@ def largest_phi(
 ) -> None:
     """Write, for features first + [start, stop), the others of largest φ above zero, falling; −1 where there are none.
 
-    φ = (n·n₁₁ − n₁·n₂) / √(n₁(n − n₁) n₂(n − n₂)), the correlation of two yes-or-no variables; of equal ones the
+    φ = (n·n₁₁ − n₁·n₂) / √(n₁(n − n₁) n₂(n − n₂)), the correlation of two binary variables; of equal φ the
     first feature. ``roots`` are √(n₁(n − n₁)).
     """
     n_top = others.shape[1]
@@ -312,11 +312,11 @@ def largest_phi(
             if not excess > 0:
                 continue
             phi = excess / (root * roots[other])
-            place = n_top - 1
-            if not phi > phis[feature, place]:
+            rank = n_top - 1
+            if not phi > phis[feature, rank]:
                 continue
-            while place > 0 and phi > phis[feature, place - 1]:
-                phis[feature, place] = phis[feature, place - 1]
-                others[feature, place] = others[feature, place - 1]
-                place -= 1
-            phis[feature, place], others[feature, place] = phi, other
+            while rank > 0 and phi > phis[feature, rank - 1]:
+                phis[feature, rank] = phis[feature, rank - 1]
+                others[feature, rank] = others[feature, rank - 1]
+                rank -= 1
+            phis[feature, rank], others[feature, rank] = phi, other

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tailrace.analysis.harvest.block import Block
+from tailrace.analysis.harvest.block import EncodedBlock
 from tailrace.analysis.harvest.encoding import (
     Coder,
     DenseEncoder,
@@ -46,7 +46,7 @@ class Plan:
     window_before: int = 16
     window_after: int = 16
     activation_rows: int = 0
-    """Rows from the start of the split whose activations are kept one by one; whole contexts only."""
+    """Rows from the start of the split whose activations are kept; whole contexts only."""
     n_bands: int = 5
     """Equal parts of the range from zero to a feature's maximum."""
     n_band_examples: int = 5
@@ -61,7 +61,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is analysed: a transcoder and the rows it is shown."""
+    """A transcoder and the rows that it is analysed on."""
 
     coder: Coder
     split: TokenOrderSplit
@@ -73,14 +73,14 @@ class Subject:
     """Token id → its text."""
     device: torch.device | str = "cpu"
     effects: TokenEffects | None = None
-    """What features do to the logits; None without the language model, or for outputs that do not reach them."""
+    """Effects of features on the logits; None without the language model, or for outputs that do not reach them."""
     density: float | None = None
     """Share of pairs that are active, which decides how rows are encoded; measured on the first rows if None."""
     scratch: Path | None = None
-    """Folder for pairs that wait to be sorted; they wait in memory if None."""
-    is_whole: bool = True
-    """Whether the coder's features alone are to give the outputs. Those of one layer of a cross-layer transcoder are
-    not: earlier layers' features write to the same outputs."""
+    """Folder for pairs until they are sorted; None for memory."""
+    predicts_outputs: bool = True
+    """Whether the coder's features alone predict the outputs. Those of a layer of a cross-layer transcoder do not:
+    earlier layers' features write to the same outputs."""
 
     @cached_property
     def context_length(self) -> int:
@@ -89,23 +89,23 @@ class Subject:
 
 
 class Accumulator(Protocol):
-    """Something counted in the pass. Blocks of a unit come in row order; ``merge`` appends units that come later."""
+    """Counts kept in the pass. Blocks of a unit come in row order; ``merge`` appends units that come later."""
 
     @classmethod
     def start(cls, subject: Subject, plan: Plan, first_unit: int, /) -> Self:
         """Return an empty accumulator for a harvest that begins at ``first_unit``."""
         ...
 
-    def add(self, block: Block, /) -> None:
+    def add(self, block: EncodedBlock, /) -> None:
         """Count a block."""
         ...
 
     def end_unit(self) -> None:
-        """Note that a unit is complete: float sums are closed here."""
+        """Close the float sums of a unit, which is complete."""
         ...
 
     def merge(self, later: Any, /) -> None:
-        """Add an accumulator of the same class over the units that follow."""
+        """Add an accumulator of the same class over the next units."""
         ...
 
 
@@ -113,19 +113,19 @@ AnyAccumulator = TypeVar("AnyAccumulator", bound=Accumulator)
 
 
 class Harvest:
-    """The accumulators of a run of consecutive units, found by their class."""
+    """The accumulators of a run of consecutive units, by class."""
 
     def __init__(self, kinds: Sequence[type[Accumulator]], subject: Subject, plan: Plan, first_unit: int = 0) -> None:
         self.units = range(first_unit, first_unit)
         self._accumulators = {kind: kind.start(subject, plan, first_unit) for kind in kinds}
 
     def __getitem__(self, kind: type[AnyAccumulator]) -> AnyAccumulator:
-        found = self._accumulators[kind]
-        assert isinstance(found, kind)
-        return found
+        accumulator = self._accumulators[kind]
+        assert isinstance(accumulator, kind)
+        return accumulator
 
-    def add(self, block: Block) -> None:
-        """Let every accumulator count a block of the unit that is open."""
+    def add(self, block: EncodedBlock) -> None:
+        """Count a block of the open unit in every accumulator."""
         for accumulator in self._accumulators.values():
             accumulator.add(block)
 
@@ -136,7 +136,7 @@ class Harvest:
         self.units = range(self.units.start, self.units.stop + 1)
 
     def merge(self, later: Harvest) -> None:
-        """Append the harvest of the units that follow ours."""
+        """Append the harvest of the next units."""
         assert later.units.start == self.units.stop, "harvests merge in unit order"
         for kind, accumulator in self._accumulators.items():
             accumulator.merge(later._accumulators[kind])
@@ -151,7 +151,7 @@ def gather(
     units: range | None = None,
     progress: Callable[[int], object] = int,
 ) -> Harvest:
-    """Harvest ``units`` (default: all of the split); ``progress`` is told the rows of every block done.
+    """Return the harvest of ``units`` (default: all of the split); ``progress`` is called with each block's rows.
 
     Memory: a unit of activations, the pairs of ``plan.block_rows`` rows or a piece of dense activations, and the
     accumulators.
@@ -169,7 +169,7 @@ def gather(
         with torch.inference_mode():
             harvest.add(_open_block(subject, rows, keys, encode))
         progress(rows.n_rows)
-        del rows  # a view of its unit, which the next one is read in place of
+        del rows  # a view of its unit, whose memory the next unit needs
     while harvest.units.stop < units.stop:
         harvest.end_unit()
     return harvest
@@ -184,7 +184,7 @@ def refuse_empty(subject: Subject) -> None:
 
 
 def find_density(subject: Subject) -> float | None:
-    """Return the share of pairs that are active: as told, as the architecture fixes it, or as the first rows have it.
+    """Return the share of pairs that are active: given, fixed by the architecture, or measured on the first rows.
 
     None where nothing depends on it.
     """
@@ -205,9 +205,9 @@ def measure_density(subject: Subject) -> float:
     return len(pairs) / (first.n_rows * subject.coder.d_sae)
 
 
-def _open_block(subject: Subject, rows: RowBlock, keys: list[str], encode: Encoder) -> Block:
+def _open_block(subject: Subject, rows: RowBlock, keys: list[str], encode: Encoder) -> EncodedBlock:
     inputs, outputs = (_on_device(subject, rows, key) for key in keys)
-    return Block(rows, inputs, outputs, encode)
+    return EncodedBlock(rows, inputs, outputs, encode)
 
 
 def _on_device(subject: Subject, rows: RowBlock, key: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How well and how sparsely a transcoder reproduces the rows of a split: FVU and L0, pooled over all rows."""
+"""FVU and L0 of a transcoder, pooled over all rows of a split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.analysis.harvest import loops
-from tailrace.analysis.harvest.block import Block
+from tailrace.analysis.harvest.block import EncodedBlock
 from tailrace.analysis.harvest.one_pass import Plan, Subject
 from tailrace.analysis.harvest.sums import OrderedSum
 from tailrace.storage.errors import NonFiniteActivation
@@ -25,7 +25,7 @@ class RowTotals:
         self._center = center
         self.n_rows = 0
         self.l0_counts = np.zeros(d_sae + 1, np.int64)
-        """How many rows have each number of active features."""
+        """(d_sae + 1,) rows with each number of active features."""
         self._error = OrderedSum((), first_unit=first_unit)
         self._deviation = OrderedSum(center.shape, first_unit=first_unit)
         self._squared_deviation = OrderedSum((), first_unit=first_unit)
@@ -35,7 +35,7 @@ class RowTotals:
         """Return an empty accumulator."""
         return cls(subject.coder.d_sae, subject.output_mean, first_unit=first_unit)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: EncodedBlock) -> None:
         """Count a block. Raises NonFiniteActivation if the transcoder yields one."""
         deviation, sums = np.zeros_like(self._center), np.zeros(2)
         loops.add_rows(block.outputs.cpu().numpy(), block.predicted, self._center, deviation, sums)
@@ -59,7 +59,7 @@ class RowTotals:
             total.end_unit()
 
     def merge(self, later: Self) -> None:
-        """Add the totals of units that come after all of ours."""
+        """Add the totals of units that come after all units counted here."""
         self.n_rows += later.n_rows
         self.l0_counts += later.l0_counts
         self._error.merge(later._error)

@@ -42,7 +42,7 @@ class TokenOrderSplit(Protocol):
         ...
 
     def dtype(self, key: str, /) -> str:
-        """Return the stored dtype of an array, e.g. ``bfloat16`` for what arrives as uint16."""
+        """Return the stored dtype of an array, e.g. ``bfloat16`` for an array read as uint16."""
         ...
 
     def context_tokens(self, context_ids: NDArray[np.integer], /) -> NDArray[np.int32]:
@@ -55,7 +55,7 @@ class TokenOrderSplit(Protocol):
 
 
 class RowBlock(NamedTuple):
-    """Consecutive rows of whole contexts. ``arrays`` holds what was asked for, in the dtype storage gave."""
+    """Consecutive rows of whole contexts. ``arrays`` are those asked for, in the dtype that storage returns."""
 
     unit: int
     """The unit that the block's contexts belong to."""
@@ -73,7 +73,7 @@ class RowBlock(NamedTuple):
         return len(self.context)
 
 
-class _Rows(NamedTuple):
+class _RowRun(NamedTuple):
     """A run of rows in token order."""
 
     first_row: int
@@ -83,12 +83,12 @@ class _Rows(NamedTuple):
     def n_rows(self) -> int:
         return len(self.arrays["context"])
 
-    def cut(self, start: int, stop: int) -> _Rows:
-        return _Rows(self.first_row + start, {key: array[start:stop] for key, array in self.arrays.items()})
+    def cut(self, start: int, stop: int) -> _RowRun:
+        return _RowRun(self.first_row + start, {key: array[start:stop] for key, array in self.arrays.items()})
 
-    def joined(self, later: _Rows) -> _Rows:
+    def joined(self, later: _RowRun) -> _RowRun:
         arrays = {key: np.concatenate([array, later.arrays[key]]) for key, array in self.arrays.items()}
-        return _Rows(self.first_row, arrays)
+        return _RowRun(self.first_row, arrays)
 
 
 def iter_blocks(
@@ -120,21 +120,21 @@ def iter_blocks(
             continue
         yield from _cut_blocks(unit, carry, rows.cut(0, kept), keys, block_rows)
         carry = None if is_last else _copied(rows.cut(kept, rows.n_rows))
-        del rows  # or it would lie beside the next unit while that is read
+        del rows  # or it would be in memory while the next unit is read
 
 
-def _load(split: TokenOrderSplit, unit: int, keys: Sequence[str], n_rows: int) -> _Rows | None:
-    """Read a unit, short of the rows beyond ``n_rows``; None if it has none before."""
+def _load(split: TokenOrderSplit, unit: int, keys: Sequence[str], n_rows: int) -> _RowRun | None:
+    """Return the rows of a unit that are among the first ``n_rows`` of the split, or None."""
     first_row = split.first_row(unit)
     if first_row >= n_rows:
         return None
-    rows = _Rows(first_row, split.read_unit(unit, keys))
+    rows = _RowRun(first_row, split.read_unit(unit, keys))
     return rows.cut(0, min(rows.n_rows, n_rows - first_row))
 
 
-def _load_carry(split: TokenOrderSplit, keys: Sequence[str], unit: int, n_rows: int) -> _Rows | None:
-    """Return what a pass from the start would carry into ``unit``: the last context of the unit before it."""
-    carry: _Rows | None = None
+def _load_carry(split: TokenOrderSplit, keys: Sequence[str], unit: int, n_rows: int) -> _RowRun | None:
+    """Return the last context of the units before ``unit``, which a pass from the start carries into it."""
+    carry: _RowRun | None = None
     for earlier in reversed(range(unit)):
         rows = _load(split, earlier, keys, n_rows)
         if rows is None:
@@ -149,22 +149,22 @@ def _load_carry(split: TokenOrderSplit, keys: Sequence[str], unit: int, n_rows: 
     return carry
 
 
-def _copied(rows: _Rows) -> _Rows:
+def _copied(rows: _RowRun) -> _RowRun:
     """Copy a few rows out of a unit, so that the unit's memory can go."""
-    return _Rows(rows.first_row, {key: array.copy() for key, array in rows.arrays.items()})
+    return _RowRun(rows.first_row, {key: array.copy() for key, array in rows.arrays.items()})
 
 
-def _last_context_start(rows: _Rows) -> int:
+def _last_context_start(rows: _RowRun) -> int:
     contexts = rows.arrays["context"]
     return int(np.searchsorted(contexts, contexts[-1], side="left"))
 
 
-def _is_same_context(earlier: _Rows, later: _Rows) -> bool:
+def _is_same_context(earlier: _RowRun, later: _RowRun) -> bool:
     return bool(earlier.arrays["context"][-1] == later.arrays["context"][0])
 
 
 def _cut_blocks(
-    unit: int, carry: _Rows | None, rows: _Rows, keys: Sequence[str], block_rows: int
+    unit: int, carry: _RowRun | None, rows: _RowRun, keys: Sequence[str], block_rows: int
 ) -> Iterator[RowBlock]:
     """Cut ``carry`` followed by ``rows`` at context edges, copying only the block that holds the carry."""
     pieces = [piece for piece in (carry, rows) if piece is not None and piece.n_rows]
@@ -184,9 +184,9 @@ def _cut_blocks(
 
 
 def block_edges(contexts: NDArray[np.generic], block_rows: int) -> list[int]:
-    """Return where to cut rows with these context ids: as many whole contexts as fit into ``block_rows``, at least one.
+    """Return the edges of blocks of as many whole contexts as fit into ``block_rows``, at least one context each.
 
-    Starts with 0 and ends with the number of rows.
+    ``contexts`` (rows,) are ids. The first edge is 0, the last the number of rows.
     """
     starts = np.flatnonzero(np.concatenate([[True], contexts[1:] != contexts[:-1]]))
     ends = np.append(starts[1:], len(contexts))
@@ -200,27 +200,27 @@ def block_edges(contexts: NDArray[np.generic], block_rows: int) -> list[int]:
 
 def tokens_of(split: TokenOrderSplit, contexts: NDArray[np.int64]) -> NDArray[np.int32]:
     """Return (n, context_length) the token ids of contexts, which may repeat."""
-    distinct, place = np.unique(contexts, return_inverse=True)
-    return split.context_tokens(distinct)[place]
+    distinct, index = np.unique(contexts, return_inverse=True)
+    return split.context_tokens(distinct)[index]
 
 
 def tokens_at(split: TokenOrderSplit, contexts: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int32]:
     """Return (n,) the token id at each position."""
-    distinct, place = np.unique(contexts, return_inverse=True)
-    return split.context_tokens(distinct)[place, positions]
+    distinct, index = np.unique(contexts, return_inverse=True)
+    return split.context_tokens(distinct)[index, positions]
 
 
 def documents_at(
     split: TokenOrderSplit, contexts: NDArray[np.int64], positions: NDArray[np.int64]
 ) -> NDArray[np.uint32]:
     """Return (n,) the id of the document that the token at each position comes from."""
-    distinct, place = np.unique(contexts, return_inverse=True)
-    return split.context_documents(distinct)[place, positions]
+    distinct, index = np.unique(contexts, return_inverse=True)
+    return split.context_documents(distinct)[index, positions]
 
 
 @dataclass(frozen=True)
 class ShownRows:
-    """Rows of one site in token order, and what tables say of them."""
+    """Rows of a site in token order, with what tables record of them."""
 
     split: TokenOrderSplit
     split_name: str
@@ -230,7 +230,7 @@ class ShownRows:
     vocabulary: Sequence[str]
     """Token id → its text."""
     cache: ActivationCache | None = None
-    """Where other processes find them; None for rows that only this one has."""
+    """The cache that other processes read them from; None for rows in this process only."""
 
 
 def cached_rows(cache: ActivationCache, split_name: str, site: str) -> ShownRows:

@@ -1,4 +1,4 @@
-"""Float64 sums that come out the same to the bit however the units were shared among workers.
+"""Float64 sums that are equal to the bit however units are shared among workers.
 
 Floating-point addition is not associative, so a worker's partial sums are kept one per unit and folded in unit order.
 A pass that starts at unit 0 folds as it goes; only later partitions keep one array per unit.
@@ -30,7 +30,7 @@ class OrderedSum:
         self._open = np.zeros_like(self._open)
 
     def merge(self, later: Self) -> None:
-        """Append the units of ``later``, which begins where this ends."""
+        """Append the units of ``later``, which begins where this sum ends."""
         for unit in later._closed:
             self._close(unit)
 

@@ -1,4 +1,4 @@
-"""What a table is: a schema that explains itself, what it must count in the pass, and how its rows are made."""
+"""Tables: a schema that explains itself, the accumulators it needs from the pass, and how its rows are made."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def _no_facts(harvest: Harvest, subject: Subject, plan: Plan) -> Mapping[str, st
 
 @dataclasses.dataclass(frozen=True)
 class TableDescription:
-    """One Parquet file of the ``tables`` artifact, or a folder of them, as its reader knows it."""
+    """A Parquet file of the ``tables`` artifact, or a folder of them, as its reader knows it."""
 
     name: str
     meaning: str
-    """What one row is, and what a reader should know; Markdown."""
+    """Meaning of a row, and what a reader should know; Markdown."""
     schema: pa.Schema
 
     @property
@@ -54,7 +54,7 @@ class Table(TableDescription):
     """A table that is made in the pass over the rows."""
 
     needs: tuple[type[Accumulator], ...]
-    """What the pass must count for it."""
+    """Accumulators of the pass that it is made from."""
     compute: Callable[[Harvest, Subject, Plan], Rows]
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Facts about every file of this table, kept in the file."""
@@ -62,7 +62,7 @@ class Table(TableDescription):
     """Facts that only this pass has, kept in the file too."""
     row_group_rows: int = ROW_GROUP_ROWS
     is_made: Callable[[Plan], bool] = _always
-    """Whether there is such a table at all."""
+    """Whether this plan makes the table."""
     parts: Callable[[Harvest, Subject, Plan], Iterator[tuple[str, Rows]]] | None = None
     """For a folder: the name of each file without ``.parquet``, and its rows; together those of ``compute``."""
 
@@ -77,14 +77,16 @@ def accumulators(tables: Sequence[Table]) -> tuple[type[Accumulator], ...]:
     return tuple(dict.fromkeys(kind for table in tables for kind in table.needs))
 
 
-def write_tables(tables: Sequence[Table], harvest: Harvest, subject: Subject, plan: Plan, folder: Path) -> Written:
+def write_tables(
+    tables: Sequence[Table], harvest: Harvest, subject: Subject, plan: Plan, folder: Path
+) -> WrittenTables:
     """Write every table that this plan makes into ``folder``. Raises StorageFull if the disk refuses."""
     n_rows: dict[str, int] = {}
     files: list[str] = []
     for table in tables:
         if not table.is_made(plan):
             continue
-        parts = table.parts or (lambda *whole, table=table: iter([("", table.compute(*whole))]))
+        parts = table.parts or (lambda *pass_, table=table: iter([("", table.compute(*pass_))]))
         metadata = {**table.metadata, **table.facts(harvest, subject, plan)}
         n_rows[table.name] = 0
         for name, batches in parts(harvest, subject, plan):
@@ -94,20 +96,20 @@ def write_tables(tables: Sequence[Table], harvest: Harvest, subject: Subject, pl
                 folder / files[-1], table.schema, batches, row_group_rows=table.row_group_rows, metadata=metadata
             )
         logger.info("wrote %s, %d rows", table.name, n_rows[table.name])
-    return Written(n_rows, files)
+    return WrittenTables(n_rows, files)
 
 
-class Written(NamedTuple):
-    """What tables were written."""
+class WrittenTables(NamedTuple):
+    """Row counts and files of the tables that were written."""
 
     n_rows: dict[str, int]
     """By table."""
     files: list[str]
-    """Their paths below the folder."""
+    """Paths below the folder."""
 
-    def joined(self, others: Written) -> Written:
+    def joined(self, others: WrittenTables) -> WrittenTables:
         """Return these tables and others."""
-        return Written({**self.n_rows, **others.n_rows}, [*self.files, *others.files])
+        return WrittenTables({**self.n_rows, **others.n_rows}, [*self.files, *others.files])
 
 
 def record_batch(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.RecordBatch:

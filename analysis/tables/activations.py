@@ -12,7 +12,7 @@ from tailrace.analysis.harvest.table import Rows, Table, feature_ranges, record_
 from tailrace.storage.tables import column
 
 ROW_GROUP_ROWS = 16_384
-"""About 200 KB before compression: what is read for a feature that fires seldom."""
+"""About 200 KB before compression, the least that is read for a feature."""
 
 SCHEMA = pa.schema(
     [
@@ -42,7 +42,7 @@ def _rows(kept: KeptPairs, features: range) -> Rows:
 
 
 def are_kept(plan: Plan) -> bool:
-    """Tell whether any row's activations are kept."""
+    """Return whether any row's activations are kept."""
     return plan.activation_rows > 0
 
 

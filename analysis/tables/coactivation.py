@@ -34,7 +34,7 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Rows:  # noqa: AR
 
 
 def facts(harvest: Harvest, subject: Subject, plan: Plan) -> dict[str, str]:  # noqa: ARG001 - as Table.facts
-    """Return over how many rows features were counted, and which features."""
+    """Return the number of rows counted, and the fewest active rows of a feature counted."""
     n_rows = rows_counted(harvest[KeptPairs])
     fewest = max(FEWEST_ROWS, plan.coactivation_floor * n_rows)
     return {"coactivation_rows": str(n_rows), "fewest_active_rows": f"{fewest:g}"}

@@ -1,4 +1,4 @@
-"""``connections``: what features are connected with by weights alone, the strongest of every kind."""
+"""``connections``: the strongest connections of features by weights alone, of every kind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N_TOKENS = 10
 N_HEADS = 64
 """Heads of largest norm."""
 N_HEADS_WITH_TOKENS = 2
-"""Of these, how many are de-embedded through."""
+"""Of these, heads through which tokens are listed."""
 N_FEATURES = 10
 """Later features at either end, for each later transcoder."""
 
@@ -95,7 +95,7 @@ class Later:
 
 @dataclass(frozen=True)
 class Connected:
-    """What is connected: a transcoder's weights, the places where it reads and writes, and what comes later."""
+    """A transcoder's weights, the points where it reads and writes, and the later transcoders."""
 
     encoder: Tensor
     """(d_sae, d_in)."""
@@ -110,7 +110,7 @@ class Connected:
 def connection_rows(
     connected: Connected, vocabulary: Sequence[str], *, progress: Callable[[int], object] = int
 ) -> Iterator[pa.RecordBatch]:
-    """Make the rows, a run of features at a time; ``progress`` is told the features of every run done.
+    """Make the rows, a run of features at a time; ``progress`` is called with the number of features of each run.
 
     Memory: W_E, and of each later transcoder the encoder, in float32; and a few blocks of 64 MB.
     """
@@ -118,7 +118,7 @@ def connection_rows(
     with torch.inference_mode():
         finders = _finders(connected)
         for features in feature_ranges(len(connected.encoder)):
-            rows = _Rows(features)
+            rows = _ConnectionRows(features)
             for find in finders:
                 find(rows)
             yield rows.batch(texts)
@@ -128,7 +128,7 @@ def connection_rows(
 _MAY_BE_NULL = ("layer", "head", "other", "token_id")
 
 
-class _Rows:
+class _ConnectionRows:
     """Connections of a run of features, kind by kind, before they are sorted by feature."""
 
     def __init__(self, features: range) -> None:
@@ -174,12 +174,12 @@ class _Rows:
 
 
 def _finders(connected: Connected) -> list[Any]:
-    """Return what finds the connections of each kind that there can be."""
+    """Return the finders of the kinds of connections that this transcoder has."""
     finders: list[Any] = []
     if connected.reads is not None:
         finders.append(_FindEmbedded(connected, connected.reads))
     if connected.writes is not None:
-        finders += [_FindLater(connected.decoder, connected.writes, one) for one in connected.later]
+        finders += [_FindLater(connected.decoder, connected.writes, later) for later in connected.later]
     return finders
 
 
@@ -193,18 +193,18 @@ class _FindEmbedded:
         self._heads = HeadReader.prepare(layers, connected.weights)
         self._names = self._heads.names()
 
-    def __call__(self, rows: _Rows) -> None:
+    def __call__(self, rows: _ConnectionRows) -> None:
         directions = self._reads.carry(self._encoder[rows.chosen].float())
         rows.add_ends("token", ends_of_products(directions, self._columns, N_TOKENS), "token_id")
         if not self._heads.n_heads:
             return
         strongest = self._heads.strongest(directions, N_HEADS)
-        layer, head = (self._names[strongest.indices, place] for place in (0, 1))
+        layer, head = (self._names[strongest.indices, field] for field in (0, 1))
         rows.add("head", strongest.values, np.arange(strongest.indices.shape[1]), layer=layer, head=head)
-        for place in range(min(N_HEADS_WITH_TOKENS, strongest.indices.shape[1])):
-            sources = self._heads.sources(directions, strongest.indices[:, place])
+        for rank in range(min(N_HEADS_WITH_TOKENS, strongest.indices.shape[1])):
+            sources = self._heads.sources(directions, strongest.indices[:, rank])
             tokens = self._largest_tokens(sources)
-            own = {"layer": layer[:, place, None], "head": head[:, place, None]}
+            own = {"layer": layer[:, rank, None], "head": head[:, rank, None]}
             rows.add("head_token", tokens.values, np.arange(tokens.indices.shape[1]), token_id=tokens.indices, **own)
 
     def _largest_tokens(self, directions: Tensor) -> Ends:
@@ -219,7 +219,7 @@ class _FindLater:
         self._decoder, self._writes, self._later = decoder, writes, later
         self._columns = later.reads.carry(later.encoder.to(decoder.device).float()).T
 
-    def __call__(self, rows: _Rows) -> None:
+    def __call__(self, rows: _ConnectionRows) -> None:
         written = self._writes.carry(self._decoder[rows.chosen].float())
         cut = blocks(len(written), self._columns.shape[1])
         ends = BothEnds.joined([both_ends(written[block] @ self._columns, N_FEATURES) for block in cut])

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tailrace.analysis.harvest.activations import KeptPairs, RowPlaces
+from tailrace.analysis.harvest.activations import KeptPairs, KeptRows
 from tailrace.analysis.harvest.examples import Examples, TopExamples, rank_in_group, sample_examples
 from tailrace.analysis.harvest.features import FeatureTotals
 from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
@@ -60,7 +60,7 @@ SCHEMA = pa.schema(
 )
 
 MOST_KEPT = 1 << 14
-"""Runs that are kept before all are forgotten: 50 MB if each fills a window. Some texts have no end of them."""
+"""Runs that are kept before all are dropped: 50 MB if each fills a window."""
 
 
 def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.RecordBatch]:
@@ -79,7 +79,7 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
 
 
 class _Shown(NamedTuple):
-    """Examples with what they are examples of."""
+    """Examples with their kind and band."""
 
     examples: Examples
     kind: NDArray[np.int64]
@@ -103,7 +103,7 @@ class _Shown(NamedTuple):
         return type(self)(own.take(order), self.kind[order], self.band[order])
 
     def rank(self) -> NDArray[np.int64]:
-        """Return each one's place among those of its feature, kind and band."""
+        """Return the rank of each example among those of its feature, kind and band."""
         n_groups = int(self.band.max(initial=-1)) + 2
         return rank_in_group((self.examples.feature * len(KINDS) + self.kind) * n_groups + self.band + 1)
 
@@ -113,8 +113,8 @@ def _sampled(harvest: Harvest, plan: Plan, features: range) -> Iterator[_Shown]:
     maximum = harvest[FeatureTotals].maximum
     for pairs in harvest[KeptPairs].sorted_pairs(features):
         own = maximum[pairs.features.start : pairs.features.stop]
-        found = sample_examples(pairs, own, harvest[RowPlaces], plan)
-        yield _Shown(found.examples, np.where(found.band < 0, RANDOM, BAND), found.band)
+        sampled = sample_examples(pairs, own, harvest[KeptRows], plan)
+        yield _Shown(sampled.examples, np.where(sampled.band < 0, RANDOM, BAND), sampled.band)
 
 
 def _rows(
@@ -164,17 +164,17 @@ TABLE = Table(
         "Sorted by feature, kind (top, band, random), band and rank; a dead feature has none."
     ),
     schema=SCHEMA,
-    needs=(TopExamples, FeatureTotals, KeptPairs, RowPlaces),
+    needs=(TopExamples, FeatureTotals, KeptPairs, KeptRows),
     compute=compute,
     row_group_rows=4096,
 )
 
 
 class WindowTexts:
-    """Texts of windows of tokens, in which a character that was split over tokens stands whole.
+    """Texts of windows of tokens, in which characters that were split over tokens are put together.
 
     Tokens that are parts of characters are rare in most text and most of it in some (Chinese under GPT-2's tokenizer),
-    so what is put together is each run of such tokens, and of equal runs that come soon again one.
+    so each run of such tokens is put together once, and kept for equal runs that come soon after.
     """
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
@@ -195,11 +195,10 @@ class WindowTexts:
             return texts
         window = np.repeat(np.arange(len(lengths)), lengths)
         starts, stops = _runs(is_partial, window)
-        places = np.flatnonzero(is_partial)
-        replaced = [text for start, stop in zip(starts, stops, strict=True) for text in self._run(tokens[start:stop])]
-        found = texts.to_numpy(zero_copy_only=False)
-        found[places] = replaced
-        return pa.array(found, pa.string())
+        joined = [text for start, stop in zip(starts, stops, strict=True) for text in self._run(tokens[start:stop])]
+        result = texts.to_numpy(zero_copy_only=False)
+        result[np.flatnonzero(is_partial)] = joined
+        return pa.array(result, pa.string())
 
     def _run(self, tokens: NDArray[np.integer]) -> list[str]:
         key = tuple(tokens.tolist())
@@ -211,7 +210,7 @@ class WindowTexts:
 
 
 def _runs(is_chosen: NDArray[np.bool_], window: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return where each run of chosen places within one window starts and stops."""
+    """Return the starts and stops of runs of chosen tokens, each within one window."""
     group = np.where(is_chosen, window, -1)
     edges = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [len(group)]])
     starts, stops = edges[:-1], edges[1:]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tailrace.analysis.harvest import loops
-from tailrace.analysis.harvest.activations import KeptPairs, RowPlaces
+from tailrace.analysis.harvest.activations import KeptPairs, KeptRows
 from tailrace.analysis.harvest.examples import Examples, TopExamples
 from tailrace.analysis.harvest.features import N_POSITION_BINS, FeatureTotals
 from tailrace.analysis.harvest.histogram import (
@@ -172,14 +172,14 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
         largest = totals.maximum[chosen]
         is_dead = n_active == 0
         frequency = n_active / n_rows
-        found = quantiles(counts, tuple(percent / 100 for percent in _PERCENTS), largest)
+        percentiles = quantiles(counts, tuple(percent / 100 for percent in _PERCENTS), largest)
         columns = {
             "feature": np.arange(features.start, features.stop),
             "frequency": frequency,
             "log10_frequency": np.log10(frequency, out=np.full(len(frequency), np.nan), where=~is_dead),
             "n_active": n_active,
             "max": np.where(is_dead, np.float32(np.nan), largest),
-            **{f"p{percent}": found[:, index] for index, percent in enumerate(_PERCENTS)},
+            **{f"p{percent}": percentiles[:, index] for index, percent in enumerate(_PERCENTS)},
             **_trimmed_histograms(counts),
             **{name: values[chosen] for name, values in statistics.items()},
             "is_dead": is_dead,
@@ -223,7 +223,7 @@ def _trimmed_histograms(counts: NDArray[np.int64]) -> dict[str, pa.Array]:
 
 
 def _top_tokens(examples: Examples, features: range, subject: Subject) -> dict[str, Any]:
-    """Find the most frequent token among the examples of each feature."""
+    """Return the most frequent token among the examples of each feature."""
     tokens = np.full(len(features), np.nan)
     shares = np.full(len(features), np.nan)
     bounds = np.searchsorted(examples.feature, [features.start, features.stop])
@@ -265,9 +265,9 @@ class _TokenDiversity:
     """The columns ``n_token_ids`` and ``token_id_share``, exact over the rows whose pairs are kept."""
 
     def __init__(self, harvest: Harvest, subject: Subject) -> None:
-        places = harvest[RowPlaces]
+        rows = harvest[KeptRows]
         self._kept = harvest[KeptPairs]
-        self._token_of_row = tokens_at(subject.split, places.contexts, places.positions)
+        self._token_of_row = tokens_at(subject.split, rows.contexts, rows.positions)
         self._seen = np.full(int(self._token_of_row.max(initial=0)) + 1, -1, np.int64)
         self._n_ids = len(np.unique(self._token_of_row))
 
@@ -277,7 +277,7 @@ class _TokenDiversity:
         for pairs in self._kept.sorted_pairs(features):
             own = counts[pairs.features.start - features.start : pairs.features.stop - features.start]
             loops.count_distinct(pairs.offsets, pairs.row, self._token_of_row, pairs.first_feature, self._seen, own)
-        # with no row kept there is nothing to have a share of
+        # without rows a share is not defined
         return {
             "n_token_ids": counts,
             "token_id_share": counts / self._n_ids if self._n_ids else np.full(len(counts), np.nan),
@@ -320,7 +320,7 @@ class _WeightColumns:
 
 
 def _lists(rows: NDArray[np.generic]) -> pa.ListArray:
-    """Turn an array (n, width) into n lists."""
+    """Return an array (n, width) as n lists."""
     return list_array(pa.array(np.ascontiguousarray(rows).reshape(-1)), np.full(len(rows), rows.shape[1]))
 
 
@@ -336,7 +336,7 @@ TABLE = Table(
         f"transcoders, so histograms can be added.\n\n{_WEIGHT_NOTE}"
     ),
     schema=SCHEMA,
-    needs=(FeatureTotals, RowTotals, TopExamples, KeptPairs, RowPlaces),
+    needs=(FeatureTotals, RowTotals, TopExamples, KeptPairs, KeptRows),
     compute=compute,
     facts=_position_edges,
     metadata={

@@ -43,7 +43,7 @@ SCHEMA = pa.schema(
 
 
 def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.RecordBatch]:  # noqa: ARG001 - a table's signature
-    """Make the one row."""
+    """Make the row."""
     rows, features = harvest[RowTotals], harvest[FeatureTotals]
     coder = subject.coder
     n_dead = int((features.n_active == 0).sum())
@@ -57,8 +57,8 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
         "l0_mean": rows.l0_mean(),
         **{f"l0_p{percent}": rows.l0_quantile(percent / 100) for percent in (10, 50, 90, 99)},
         "l0_max": rows.l0_quantile(1.0),
-        "fvu": rows.fraction_of_variance_unexplained() if subject.is_whole else np.nan,
-        "mean_squared_error": rows.squared_error() / rows.n_rows if subject.is_whole else np.nan,
+        "fvu": rows.fraction_of_variance_unexplained() if subject.predicts_outputs else np.nan,
+        "mean_squared_error": rows.squared_error() / rows.n_rows if subject.predicts_outputs else np.nan,
         "n_dead": n_dead,
         "dead_fraction": n_dead / coder.d_sae,
         "n_dense": int((features.n_active / rows.n_rows > DENSE_FREQUENCY).sum()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from tailrace.analysis.harvest.activations import RowPlaces
+from tailrace.analysis.harvest.activations import KeptRows
 from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
 from tailrace.analysis.harvest.rows import documents_at, tokens_at
 from tailrace.analysis.harvest.table import Rows, Table, record_batch
@@ -30,8 +30,8 @@ SCHEMA = pa.schema(
 
 def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Rows:  # noqa: ARG001 - a table's signature
     """Make the rows, in their own order."""
-    places = harvest[RowPlaces]
-    contexts, positions = places.contexts, places.positions
+    kept = harvest[KeptRows]
+    contexts, positions = kept.contexts, kept.positions
     vocabulary = pa.array(subject.vocabulary, pa.string())
     for start in range(0, len(contexts), ROWS_PER_BATCH):
         chosen = slice(start, start + ROWS_PER_BATCH)
@@ -55,7 +55,7 @@ TABLE = Table(
         "`--activations none`."
     ),
     schema=SCHEMA,
-    needs=(RowPlaces,),
+    needs=(KeptRows,),
     compute=compute,
     is_made=are_kept,
 )

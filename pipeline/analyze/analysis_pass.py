@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tailrace.analysis.harvest.activations import SPOOLED_BYTES
+from tailrace.analysis.harvest.activations import SCRATCH_BYTES
 from tailrace.analysis.harvest.one_pass import (
     Harvest,
     Plan,
@@ -77,7 +77,7 @@ class AnalysisPass:
             effects=effects,
             density=density,
             scratch=scratch,
-            is_whole=self.analysed.is_whole,
+            predicts_outputs=self.analysed.is_whole,
         )
         refuse_empty(subject)
         return subject
@@ -204,7 +204,7 @@ def estimated_pairs(subject: Subject, n_rows: int, plan: Plan) -> int:
 
 def refuse_too_much(n_pairs: int, output: Path) -> None:
     """Raise SettingsError if the activations kept would not fit on the disk of ``output``."""
-    needed, free = n_pairs * (KEPT_BYTES + SPOOLED_BYTES), shutil.disk_usage(output).free
+    needed, free = n_pairs * (KEPT_BYTES + SCRATCH_BYTES), shutil.disk_usage(output).free
     if needed > free:
         raise SettingsError(
             f"{output}: keeping about {n_pairs:,} activations takes {needed / 1e9:.1f} GB while they are sorted, and "

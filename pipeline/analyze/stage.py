@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from tailrace.analysis.harvest.activations import LAST_ROW, SPOOLED_BYTES
+from tailrace.analysis.harvest.activations import LAST_ROW, SCRATCH_BYTES
 from tailrace.analysis.harvest.one_pass import Plan, Subject
-from tailrace.analysis.harvest.table import Written, write_tables
+from tailrace.analysis.harvest.table import WrittenTables, write_tables
 from tailrace.analysis.tables import TABLES
 from tailrace.pipeline.analyze.analysis_pass import (
     KEPT_BYTES,
@@ -239,7 +239,9 @@ class PlannedTables:
                     harvest = whole.run(subject, workers=workers, threads=threads, quiet=quiet)
                     written = write_tables(TABLES, harvest, subject, whole.plan, draft.path)
                     if from_weights is not None:
-                        written = written.joined(Written({"connections": from_weights.n_connections}, [CONNECTIONS]))
+                        written = written.joined(
+                            WrittenTables({"connections": from_weights.n_connections}, [CONNECTIONS])
+                        )
                 draft.publish(
                     {
                         "format": FORMAT_VERSION,
@@ -314,7 +316,7 @@ def _announce_size(subject: Subject, whole: AnalysisPass, output: Path, announce
         n_kept = min(whole.plan.activation_rows, whole.n_rows)
         announce(
             f"keeping the activations of {n_kept:,} of {whole.n_rows:,} rows: about {n_pairs:,}, "
-            f"{n_pairs * KEPT_BYTES / 1e6:,.0f} MB, and {n_pairs * SPOOLED_BYTES / 1e6:,.0f} MB while they are sorted"
+            f"{n_pairs * KEPT_BYTES / 1e6:,.0f} MB, and {n_pairs * SCRATCH_BYTES / 1e6:,.0f} MB while they are sorted"
         )
 
 

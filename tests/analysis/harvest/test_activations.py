@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from tailrace.analysis.harvest import activations as module
-from tailrace.analysis.harvest.activations import KeptPairs, RowPlaces, rows_within
+from tailrace.analysis.harvest.activations import KeptPairs, KeptRows, rows_within
 from tailrace.analysis.harvest.one_pass import Plan, gather
 from tailrace.analysis.harvest.rows import RowBlock
 from tailrace.analysis.harvest.table import FEATURES_PER_BATCH
@@ -42,10 +42,10 @@ def test_whole_contexts_within_the_rows_asked_for_are_kept(asked, kept, block_ro
     analysed = subject(FakeSplit(40, unit_rows=33))  # 7 rows a context
     plan = Plan(block_rows=block_rows, activation_rows=asked)
     assert made(analysed, plan) == sorted_pairs(analysed, kept)
-    harvest = gather(analysed, plan, [KeptPairs, RowPlaces])
+    harvest = gather(analysed, plan, [KeptPairs, KeptRows])
     assert harvest[KeptPairs].n_rows == kept
-    assert harvest[RowPlaces].contexts.tolist() == split_of(analysed).context[:kept].tolist()
-    assert harvest[RowPlaces].positions.tolist() == split_of(analysed).position[:kept].tolist()
+    assert harvest[KeptRows].contexts.tolist() == split_of(analysed).context[:kept].tolist()
+    assert harvest[KeptRows].positions.tolist() == split_of(analysed).position[:kept].tolist()
 
 
 def test_a_context_is_kept_only_if_it_ends_within_the_limit():
