@@ -1,1 +1,1 @@
-"""Judging features without knowing what one hopes to see: which are drawn, and what ratings of them say."""
+"""Blind rating of features: the sample that is drawn, what is withheld, and the statistics of the ratings."""

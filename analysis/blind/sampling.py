@@ -1,4 +1,4 @@
-"""Which features of a dictionary are drawn for rating: a uniform sample of its live ones, decided by a seed."""
+"""The features of a dictionary that are drawn for rating: a uniform sample of live features, decided by a seed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tailrace.storage.randomness import philox, random_permutation
 
 @dataclass(frozen=True)
 class LiveRule:
-    """When a feature may be drawn, and when what was drawn counts."""
+    """Conditions under which a feature may be drawn, and kept once drawn."""
 
     min_log10_frequency: float
     """A feature is live if log₁₀ of its frequency is above this."""
     min_active: int
-    """A live feature that fires on fewer rows than this is replaced by a new random one."""
+    """A live feature that fires on fewer rows than this is replaced by another live feature."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A feature at its place in the sample."""
+    """A feature in a slot of the sample."""
 
     feature: int
     replaced: tuple[int, ...]
-    """Features drawn for this place before it, which fire on too few rows."""
+    """Features drawn for this slot before it, which fire on too few rows."""
 
 
 def draw(
@@ -37,8 +37,8 @@ def draw(
     """Return ``n`` live features in random order, without replacement.
 
     ``log10_frequency`` (features,), NaN where a feature is dead, and ``n_active`` (features,) are a dictionary's;
-    ``name`` tells its draws from those of another with the same ``seed``. A feature with too few active rows is
-    replaced at its own place, so that the order says nothing about which were. Raises SettingsError if there are not
+    ``name`` gives it other draws than another dictionary with the same ``seed``. A feature with too few active rows is
+    replaced in its own slot, so that the order says nothing about which were. Raises SettingsError if there are not
     enough.
     """
     live = np.flatnonzero(log10_frequency > rule.min_log10_frequency)  # NaN is above nothing

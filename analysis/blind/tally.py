@@ -1,4 +1,4 @@
-"""What blind ratings of two dictionaries say: shares with intervals, their difference, and how likely it is by chance.
+"""Statistics of blind ratings of two dictionaries: shares with intervals, their difference, and its p-value.
 
 Intervals of a share are Wilson's (1927), of a difference of two shares Newcombe's (1998, "Interval estimation for the
 difference between independent proportions", method 10), which combines the two Wilson intervals. The p-value is exact:
@@ -25,17 +25,17 @@ SCORES: dict[Verdict, int] = {"no": 0, "maybe": 1, "yes": 2}
 
 @dataclass(frozen=True)
 class Rating:
-    """What a rater said of one item."""
+    """A rater's judgement of an item."""
 
     verdict: Verdict
     """Whether the feature has an interpretation."""
     context_free: bool
-    """Whether it fires on single tokens whatever stands around them."""
+    """Whether it fires on single tokens whatever their context."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A number of items of all of a dictionary's, with its 95 % Wilson interval."""
+    """A share of a dictionary's items, with its 95 % Wilson interval."""
 
     count: int
     of: int
@@ -69,14 +69,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Tally:
-    """Everything counted."""
+    """The comparisons of all kinds of ratings, and of the mean score."""
 
     comparisons: list[Comparison]
     """Of ``yes``, ``yes or maybe``, ``maybe``, ``no`` and ``context-free``."""
     mean_score: tuple[float, float]
     """Mean of ``SCORES`` in both dictionaries."""
     p_value: float
-    """Of the difference of mean scores: the one test to look at, as it uses every rating once."""
+    """Of the difference of mean scores: the test to report, as it uses every rating once."""
 
 
 def tally(first: Sequence[Rating], second: Sequence[Rating]) -> Tally:
@@ -89,10 +89,10 @@ def tally(first: Sequence[Rating], second: Sequence[Rating]) -> Tally:
         "context-free": lambda rating: rating.context_free,
     }
     comparisons = [
-        compare(name, [int(holds(one)) for one in first], [int(holds(one)) for one in second])
+        compare(name, [int(holds(rating)) for rating in first], [int(holds(rating)) for rating in second])
         for name, holds in kinds.items()
     ]
-    scores = [[SCORES[one.verdict] for one in ratings] for ratings in (first, second)]
+    scores = [[SCORES[rating.verdict] for rating in ratings] for ratings in (first, second)]
     means = (sum(scores[0]) / len(first), sum(scores[1]) / len(second))
     return Tally(comparisons, means, permutation_p_value(*scores))
 
@@ -122,7 +122,7 @@ def permutation_p_value(first: Sequence[int], second: Sequence[int]) -> float:
     """Return the exact two-sided p-value of the difference of two means under exchange of labels.
 
     Scores are integers of few distinct values, so assignments are counted by how many of each value the first sample
-    gets: n₁ of N items with sum s, over all (N choose n₁). Compared in whole numbers, so that equal is equal.
+    gets: n₁ of N items with sum s, over all (N choose n₁). Compared as integers, so that ties are exact.
     """
     n_first, n_all = len(first), len(first) + len(second)
     total = sum(first) + sum(second)

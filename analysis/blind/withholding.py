@@ -1,4 +1,4 @@
-"""What of a piece of evidence may be seen before a hypothesis is on file: everything but what the text says.
+"""Withholding of evidence until a hypothesis is on file: everything may be seen but what the text says.
 
 Evidence is any JSON. Which of its strings are words of the text no program can tell for sure, so it is the other way
 round: a string is shown only under a key that names a part of the model (``kind``, ``site``, …) and only if it is one
@@ -16,7 +16,7 @@ Mode = Literal["blind", "super-blind"]
 since these are nearly the tokens themselves."""
 Source = Literal["input", "weights"]
 """input: seen on a text. weights: the same whatever the text, such as pullbacks and de-embeddings, whose tokens are
-part of what is looked at; both modes show it."""
+part of the evidence; both modes show it."""
 
 WITHHELD = "<withheld>"
 NAMES = frozenset({"component", "hook", "kind", "place", "role", "site", "unit"})
@@ -25,7 +25,7 @@ LOGITS = frozenset({"logit", "logit_difference", "logit difference"})
 """Each a ``kind`` of objects whose ``index`` and ``other`` are token ids."""
 
 _NAME = re.compile(r"[\w.\[\]:-]+")
-_BESIDE = r"(?:\.[a-z_]+\d*)?"  # of a node that lies beside another: mlp8tc[355].bias@4
+_BESIDE = r"(?:\.[a-z_]+\d*)?"  # of a node beside another: mlp8tc[355].bias@4
 _NODE = rf"(?!logit)[a-z_]+\d*[a-z_]*(?:\[\d+\]{_BESIDE}(?:@-?\d+)?|{_BESIDE}@-?\d+)"
 _STEP = rf"{_NODE}(?:: ?[-+−]?\d+(?:\.\d+)?(?:e[-+]?\d+)?\*?)?"
 _NOTATION = re.compile(rf"{_STEP}(?: ?(?:<-|←|->|→) ?{_STEP})*")
@@ -37,8 +37,8 @@ _FEATURE_KINDS = frozenset({"feature", "transcoder", "transcoder feature"})
 def withhold(content: Any, *, mode: Mode, source: Source) -> Any:
     """Return a copy of ``content``, JSON, in which what the mode withholds is replaced by ``WITHHELD``.
 
-    In super-blind mode an object is withheld whole if it is about a feature of layer 0: it has a ``feature`` or a
-    ``kind`` that is one, and ``layer`` 0, or a string under another of its keys that says so.
+    In super-blind mode an object is withheld completely if it is about a feature of layer 0: it has a ``feature`` or
+    the ``kind`` of a feature, and ``layer`` 0, or a string under another of its keys that says so.
     """
     return content if source == "weights" else _without(content, "", mode)
 

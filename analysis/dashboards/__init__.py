@@ -1,1 +1,1 @@
-"""What the pages of a dashboard say, computed from published tables; nothing here knows HTML."""
+"""The contents of a dashboard's pages, computed from published tables, without HTML."""

@@ -1,7 +1,7 @@
-"""Examples as pages keep them: tokens as places of a vocabulary, and only the activations that are not zero.
+"""Examples as pages keep them: tokens as indices into a vocabulary, and only the activations that are not zero.
 
 The window is cut to the same number of tokens on both sides of the example. Most activations in a window are zero, so
-what is kept are the places of the others; places are counted through all windows of a feature, one after another.
+only the indices of the others are kept, counted through all windows of a feature.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def example_lines(
 
     ``window`` is the number of tokens kept on each side. Per feature: ``kind``, ``band``, ``activation``, ``document``,
     ``context`` and ``position`` of each example, ``before`` (tokens of its window before it) and ``length`` (of its
-    window), then of all windows together ``tokens`` (places in ``vocabulary``), ``fires`` (places of the tokens with an
-    activation), ``values`` (these) and ``unread`` (places of tokens of which the cache has no row).
+    window), then of all windows together ``tokens`` (indices into ``vocabulary``), ``fires`` (indices of tokens with an
+    activation), ``values`` (these) and ``unread`` (indices of tokens of which the cache has no row).
     """
     cut = _Windows(table, window)
-    tokens = vocabulary.places(cut.tokens)
+    tokens = vocabulary.indices_of(cut.tokens)
     kinds = table["kind"].to_pylist() if "kind" in table.column_names else ["top"] * table.num_rows
     bands = table["band"].to_pylist() if "band" in table.column_names else [None] * table.num_rows
     lines = []
@@ -72,7 +72,7 @@ class _Windows:
         owners = np.repeat(np.arange(len(lengths)), lengths)
         kept_lengths = np.bincount(owners[is_kept], minlength=len(lengths))
         self.starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(kept_lengths)])
-        """(rows + 1,) where the window of each row begins."""
+        """(rows + 1,) offset of the window of each row."""
         self.before: NDArray[np.int64] = np.minimum(here, window)
         """(rows,) tokens of each window before its example."""
         self.tokens: pa.Array = texts.filter(pa.array(is_kept))
@@ -95,7 +95,7 @@ def _offsets(lists: pa.ChunkedArray) -> NDArray[np.int64]:
 def top_tokens(table: pa.Table, features: Sequence[int], n_tokens: int) -> list[list[str]]:
     """Return up to ``n_tokens`` distinct tokens of each feature's strongest examples, the most frequent first.
 
-    Of equally frequent ones, that of the stronger example comes first. ``table`` has ``feature``, ``token`` and, if
+    Of equally frequent tokens, that of the stronger example comes first. ``table`` has ``feature``, ``token`` and, if
     there are other kinds of examples, ``kind``; rows of a feature are in order of strength.
     """
     if "kind" in table.column_names:

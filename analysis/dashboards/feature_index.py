@@ -1,4 +1,4 @@
-"""The list of all features of a dashboard: a value per feature and column, small enough to be loaded whole."""
+"""The list of all features of a dashboard: a value per feature and column, small enough to load at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS = ("feature", "frequency", "max", "mean", "is_dead", "is_dense", "histo
 def feature_index(tables: FeatureTables, features: Sequence[int]) -> dict[str, Any]:
     """Return the columns of the list over ``features`` (sorted), and the axis that all sparklines share.
 
-    ``tokens`` and ``promoted`` are places in ``vocabulary``; ``promoted`` is None where the tables do not know.
+    ``tokens`` and ``promoted`` are indices into ``vocabulary``; ``promoted`` is None where the tables have none.
     """
     vocabulary = Vocabulary()
     table = tables.read("features", columns=(*_COLUMNS, "promoted_tokens"))
@@ -46,7 +46,7 @@ def feature_index(tables: FeatureTables, features: Sequence[int]) -> dict[str, A
             for own, limits in zip(counts, edges, strict=True)
         ],
         "spark_range": None if axis is None else rounded_list(axis.edges[[0, -1]]),
-        "tokens": [[vocabulary.place(token) for token in own] for own in tokens],
+        "tokens": [[vocabulary.index_of(token) for token in own] for own in tokens],
         "promoted": _promoted(table, vocabulary),
         "vocabulary": vocabulary.texts,
     }
@@ -66,6 +66,6 @@ def _promoted(table: pa.Table, vocabulary: Vocabulary) -> list[list[int]] | None
     if "promoted_tokens" not in table.column_names or table["promoted_tokens"].null_count == table.num_rows:
         return None
     return [
-        [vocabulary.place(token) for token in (own or [])[:TOKENS_SHOWN]]
+        [vocabulary.index_of(token) for token in (own or [])[:TOKENS_SHOWN]]
         for own in table["promoted_tokens"].to_pylist()
     ]

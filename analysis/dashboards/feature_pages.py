@@ -1,4 +1,4 @@
-"""What the pages of some features say, one record each, ready to be written as JSON.
+"""The contents of the pages of features, one record each, ready to be written as JSON.
 
 A part that the tables do not have is None in the record, and its section is left out of the page.
 """
@@ -48,7 +48,7 @@ class FeaturePages:
         self._activations = tables.activations(within)
 
     def records(self, features: Sequence[int], vocabulary: Vocabulary) -> list[dict[str, Any]]:
-        """Return one record per feature; their tokens are places in ``vocabulary``. ``features`` is sorted."""
+        """Return one record per feature; their tokens are indices into ``vocabulary``. ``features`` is sorted."""
         examples = self._examples
         lines: Sequence[dict[str, Any] | None] = [None] * len(features)
         if examples is not None:
@@ -59,16 +59,16 @@ class FeaturePages:
             {
                 "feature": feature,
                 **self._own(self._features[feature], vocabulary),
-                "examples": lines[place],
-                "bands": self._bands(self._features[feature], lines[place]),
-                "coactive": None if coactive is None else _coactive(coactive[place]),
-                "connections": None if connections is None else connection_lists(connections[place], vocabulary),
+                "examples": lines[index],
+                "bands": self._bands(self._features[feature], lines[index]),
+                "coactive": None if coactive is None else _coactive(coactive[index]),
+                "connections": None if connections is None else connection_lists(connections[index], vocabulary),
             }
-            for place, feature in enumerate(features)
+            for index, feature in enumerate(features)
         ]
 
     def _own(self, row: Row, vocabulary: Vocabulary) -> dict[str, Any]:
-        """Return what the feature's row of the table ``features`` says."""
+        """Return the parts of a record that come from the feature's row of the table ``features``."""
         return {
             "statistics": {name: rounded(row[name]) for name in STATISTICS if name in row},
             "histogram": page_histogram(row["histogram"], row["histogram_edges"]),
@@ -147,8 +147,8 @@ def _logits(row: Row, vocabulary: Vocabulary) -> dict[str, Any] | None:
         return None
     ends = {}
     for name, kind in (("top", "promoted"), ("bottom", "suppressed")):
-        places = [vocabulary.place(token) for token in row[f"{kind}_tokens"]]
-        ends[name] = [list(pair) for pair in zip(places, rounded_list(row[f"{kind}_logits"]), strict=True)]
+        tokens = [vocabulary.index_of(token) for token in row[f"{kind}_tokens"]]
+        ends[name] = [list(pair) for pair in zip(tokens, rounded_list(row[f"{kind}_logits"]), strict=True)]
     histogram = None
     if row.get("logit_histogram") is not None:
         histogram = {"counts": row["logit_histogram"], "edges": rounded_list(row["logit_histogram_edges"])}
@@ -167,10 +167,10 @@ def connection_lists(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, A
     through = _grouped(_of(rows, "head_token"), "layer", "head")
     later = _grouped(_of(rows, "feature"), "layer", "site")
     return {
-        "tokens": _ends(_of(rows, "token"), lambda row: _place(row, vocabulary)),
+        "tokens": _ends(_of(rows, "token"), lambda row: _token_index(row, vocabulary)),
         "heads": [[row["layer"], row["head"], rounded(row["weight"])] for row in heads],
         "head_tokens": [
-            {"layer": layer, "head": head, "top": _ends(own, lambda row: _place(row, vocabulary))["top"]}
+            {"layer": layer, "head": head, "top": _ends(own, lambda row: _token_index(row, vocabulary))["top"]}
             for (layer, head), own in sorted(through.items(), key=lambda entry: strength[entry[0]])
         ],
         "later": [
@@ -185,18 +185,18 @@ def _of(rows: Sequence[Row], kind: str) -> list[Row]:
 
 
 def _grouped(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in keys), []).append(row)
-    return found
+        groups.setdefault(tuple(row[name] for name in keys), []).append(row)
+    return groups
 
 
 def _rank(row: Row) -> int:
     return int(row["rank"])
 
 
-def _place(row: Row, vocabulary: Vocabulary) -> int:
-    return vocabulary.place(row["token"] or "")
+def _token_index(row: Row, vocabulary: Vocabulary) -> int:
+    return vocabulary.index_of(row["token"] or "")
 
 
 def _ends(rows: Sequence[Row], name: Callable[[Row], int]) -> dict[str, list[list[Any]]]:

@@ -1,4 +1,4 @@
-"""Published tables, read a run of features at a time; what a table or a column lacks is told, not raised.
+"""Published tables, read a run of features at a time; a missing table is None, a missing column is left out.
 
 Tables differ in what they hold: those made without the language model have no promoted tokens and no connections, those
 made with `--activations none` no activations. A page shows what is there.
@@ -29,7 +29,7 @@ _ACTIVATIONS = re.compile(r"activations/features-(\d+)-(\d+)\.parquet")
 
 
 class FeatureTables:
-    """One ``tables`` artifact. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
+    """A ``tables`` artifact. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class FeatureTables:
     @cached_property
     def layer(self) -> dict[str, Any]:
         """The transcoder's row of the table ``layers``."""
-        (row,) = read_table(self._place("layers.parquet")).to_pylist()
+        (row,) = read_table(self._file("layers.parquet")).to_pylist()
         return dict(row)
 
     @cached_property
@@ -57,12 +57,12 @@ class FeatureTables:
         return 0 if last is None else int(last) + 1
 
     def has(self, name: str) -> bool:
-        """Tell whether there is a table of this name."""
+        """Return whether there is a table of this name."""
         return f"{name}.parquet" in self._files
 
     def schema(self, name: str) -> pa.Schema:
-        """Return the schema of a table that is there, with the facts kept in its file."""
-        return read_schema(self._place(f"{name}.parquet"))
+        """Return the schema of a table that exists, with the facts kept in its file."""
+        return read_schema(self._file(f"{name}.parquet"))
 
     def read(self, name: str, features: range | None = None, columns: Sequence[str] | None = None) -> pa.Table | None:
         """Return the rows of a run of features (of all, if none are given), in the table's order; None without it.
@@ -71,29 +71,29 @@ class FeatureTables:
         """
         if not self.has(name):
             return None
-        path = self._place(f"{name}.parquet")
+        path = self._file(f"{name}.parquet")
         chosen = None if columns is None else [column for column in columns if column in read_schema(path).names]
         return read_table(path, chosen, None if features is None else _within(features))
 
     def activations(self, features: range) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-        """Return feature and value of every stored activation of a run of features; None if none are stored at all."""
-        found = list(self._activation_files())
-        if not found:
+        """Return feature and value of every stored activation of a run of features; None if none are stored."""
+        files = list(self._activation_files())
+        if not files:
             return None
-        overlapping = [path for path, first, last in found if first < features.stop and last >= features.start]
+        overlapping = [path for path, first, last in files if first < features.stop and last >= features.start]
         parts = [read_table(path, ["feature", "activation"], _within(features)) for path in overlapping]
         if not parts:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         joined = pa.concat_tables(parts)
         return joined["feature"].to_numpy().astype(np.int64), joined["activation"].to_numpy()
 
-    def _place(self, name: str) -> Path:
+    def _file(self, name: str) -> Path:
         return inside(self.path, name)
 
     def _activation_files(self) -> Iterator[tuple[Path, int, int]]:
         for name in sorted(self._files):
             if match := _ACTIVATIONS.fullmatch(name):
-                yield self._place(name), int(match[1]), int(match[2])
+                yield self._file(name), int(match[1]), int(match[2])
 
 
 def _within(features: range) -> pc.Expression:
@@ -101,7 +101,7 @@ def _within(features: range) -> pc.Expression:
 
 
 def feature_slices(table: pa.Table, features: Sequence[int]) -> list[slice]:
-    """Return where the rows of each feature lie in a table that is sorted by feature."""
+    """Return the rows of each feature in a table that is sorted by feature."""
     column = table["feature"].to_numpy()
     starts = np.searchsorted(column, features, side="left")
     stops = np.searchsorted(column, features, side="right")

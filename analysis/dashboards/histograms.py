@@ -1,7 +1,6 @@
 """Histograms of many fine bins, drawn with fewer: neighbouring bins joined, on a common axis or each on its own.
 
-Bins of `tailrace.analysis.harvest.histogram` are the same for every feature, so any of them are found on one axis by
-their edges.
+Bins of `tailrace.analysis.harvest.histogram` are the same for every feature, so their edges place them on one axis.
 
 Bands are equal half-open parts (max·b/n, max·(b+1)/n] of a feature's range from zero. Zero is in no band and the
 largest activation in the last one, so the shares of the bands add up to the frequency.
@@ -25,7 +24,7 @@ _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def first_bin(edges: Sequence[float]) -> int:
-    """Return the place, among the bins of `tailrace.analysis.harvest.histogram`, of a histogram's first bin."""
+    """Return the index, among the bins of `tailrace.analysis.harvest.histogram`, of a histogram's first bin."""
     return int(np.searchsorted(EDGES, np.float32(edges[0])))
 
 
@@ -41,9 +40,9 @@ class Axis:
     @property
     def edges(self) -> NDArray[np.float32]:
         """(groups + 1,) edges; the last may lie beyond the last bin in use."""
-        places = self.first + self.group * np.arange(self.n_groups + 1)
-        found: NDArray[np.float32] = EDGES[np.minimum(places, N_BINS)]
-        return found
+        bins = self.first + self.group * np.arange(self.n_groups + 1)
+        edges: NDArray[np.float32] = EDGES[np.minimum(bins, N_BINS)]
+        return edges
 
     def counts(self, counts: Sequence[int], start: int) -> NDArray[np.int64]:
         """Return the (groups,) counts of a histogram whose first bin is ``start``."""

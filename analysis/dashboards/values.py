@@ -1,4 +1,4 @@
-"""Numbers and token texts as pages keep them: a few digits, something to see for every character, each text once.
+"""Numbers and token texts as pages keep them: a few digits, a visible sign for every character, each text once.
 
 A tokenizer's strings are arbitrary text. Left as they are, a line end breaks a line of examples, a zero-width space is
 nothing at all, and a direction mark turns its neighbours around.
@@ -28,12 +28,12 @@ def significant(values: ArrayLike, digits: int = _DIGITS) -> NDArray[np.float64]
     given = np.asarray(values, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         exponent = np.floor(np.log10(np.abs(given)))
-        places = np.where(np.isfinite(exponent), digits - 1 - exponent, 0.0)
-        # A power of ten above 10²² is no exact float: a number that small is divided by one instead.
-        scaled = np.where(places >= 0, given * 10.0 ** np.maximum(places, 0), given / 10.0 ** np.maximum(-places, 0))
+        shift = np.where(np.isfinite(exponent), digits - 1 - exponent, 0.0)
+        # A negative power of ten is no exact float, so the positive power divides instead.
+        scaled = np.where(shift >= 0, given * 10.0 ** np.maximum(shift, 0), given / 10.0 ** np.maximum(-shift, 0))
         rounded = np.round(scaled)
-        found = np.where(places >= 0, rounded / 10.0 ** np.maximum(places, 0), rounded * 10.0 ** np.maximum(-places, 0))
-    return np.where(np.isfinite(given) & (given != 0), found, given)
+        result = np.where(shift >= 0, rounded / 10.0 ** np.maximum(shift, 0), rounded * 10.0 ** np.maximum(-shift, 0))
+    return np.where(np.isfinite(given) & (given != 0), result, given)
 
 
 def rounded_list(values: ArrayLike, digits: int = _DIGITS) -> list[float | None]:
@@ -42,7 +42,7 @@ def rounded_list(values: ArrayLike, digits: int = _DIGITS) -> list[float | None]
 
 
 def rounded(value: Any, digits: int = _DIGITS) -> Any:
-    """Return one value as a page keeps it: floats rounded, everything else as it is."""
+    """Return a value with its floats rounded, everything else as it is."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -51,7 +51,7 @@ def rounded(value: Any, digits: int = _DIGITS) -> Any:
 
 
 def visible_token(text: str) -> str:
-    """Return ``text`` with something to see for every character; spaces stay unless the token is nothing else."""
+    """Return ``text`` with a visible sign for every character; spaces stay unless the token is nothing else."""
     if not text:
         return PART
     if not text.strip(" "):
@@ -60,7 +60,7 @@ def visible_token(text: str) -> str:
 
 
 def _visible_character(character: str) -> str:
-    """Return a character, its sign, or its code if it has no glyph: controls, formats, separators, unassigned ones."""
+    """Return a character, its sign, or its code if it is not printable: a control, format, separator or unassigned."""
     if character.isprintable():
         return character
     return _SIGNS.get(character, f"[U+{ord(character):04X}]")
@@ -70,23 +70,23 @@ class Vocabulary:
     """Texts in the order first seen, made visible on the way in."""
 
     def __init__(self) -> None:
-        self._places: dict[str, int] = {}
+        self._indices: dict[str, int] = {}
 
     @property
     def texts(self) -> list[str]:
-        """Every text, at its place."""
-        return list(self._places)
+        """Every text, at its index."""
+        return list(self._indices)
 
-    def place(self, token: str) -> int:
-        """Return the place of a token's text."""
-        return self._places.setdefault(visible_token(token), len(self._places))
+    def index_of(self, token: str) -> int:
+        """Return the index of a token's text, which is added if it is new."""
+        return self._indices.setdefault(visible_token(token), len(self._indices))
 
-    def places(self, tokens: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-        """Return the places of the texts of many tokens, which may not be null."""
+    def indices_of(self, tokens: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+        """Return the indices of the texts of many tokens, which may not be null."""
         if isinstance(tokens, pa.ChunkedArray):
             tokens = tokens.combine_chunks()
         if not pa.types.is_dictionary(tokens.type):
             tokens = tokens.dictionary_encode()
-        known = np.array([self.place(text) for text in tokens.dictionary.to_pylist()], np.int64)
-        places: NDArray[np.int64] = known[np.asarray(tokens.indices)]
-        return places
+        known = np.array([self.index_of(text) for text in tokens.dictionary.to_pylist()], np.int64)
+        indices: NDArray[np.int64] = known[np.asarray(tokens.indices)]
+        return indices

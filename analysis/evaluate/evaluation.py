@@ -1,11 +1,11 @@
-"""What a language model loses when transcoders stand in for its MLPs: cross entropy recovered, KL, FVU, L0.
+"""Evaluation of a language model whose MLPs are replaced by transcoders: cross entropy recovered, KL, FVU, L0.
 
 Every context is run as it is (original), with the transcoders in place (spliced), and with the same sites ablated to
 zero and to their mean; once for each site alone, and once for all of them together. All numbers are nats per
-prediction, over every prediction of every context: the one made at position t is of the token at t + 1.
+prediction, over every prediction of every context: at position t it is of the token at t + 1.
 
 What is ablated or replaced is a site's *output*, at the same positions in all runs. Replacing the input hook, or
-ablating every head where the site is one of them, gives numbers that look like these and mean nothing.
+ablating every head where the site is a single head, gives numbers that look alike and mean nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TOKEN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class SplicedSite:
-    """A site, what stands in for it, and its mean output for ablation (d_out,)."""
+    """A site, the coder that replaces it, and its mean output for ablation (d_out,)."""
 
     site: Site
     coder: InPlaceCoder
@@ -75,7 +75,7 @@ class ContextBatch(NamedTuple):
 
 
 class TokenDeltas(NamedTuple):
-    """What splicing did to each prediction of a batch; arrays of (n · (positions − 1),), context by context."""
+    """The effect of splicing on each prediction of a batch; arrays of (n · (positions − 1),), context by context."""
 
     sites: str
     context: NDArray[np.int64]
@@ -97,11 +97,11 @@ class Evaluation:
     def __init__(self, bridge: Any, spliced: Sequence[SplicedSite], *, only_together: bool = False) -> None:
         self._bridge = bridge
         self._patterns: dict[str, _SitePattern] = {
-            one.site.name: pattern
-            for one in spliced
-            if (pattern := _pattern_of(one.site, bridge.hook_dict)) is not None
+            member.site.name: pattern
+            for member in spliced
+            if (pattern := _pattern_of(member.site, bridge.hook_dict)) is not None
         }
-        self._sets = [] if only_together else [_SetSums(one.site.name, [one]) for one in spliced]
+        self._sets = [] if only_together else [_SetSums(member.site.name, [member]) for member in spliced]
         if len(spliced) > 1:
             self._sets.append(_SetSums(ALL_SITES, spliced))
 
@@ -118,8 +118,8 @@ class Evaluation:
         for sums in self._sets:
             kinds: dict[str, dict[Site, Substitute]] = {
                 "spliced": sums.measured(batch.where),
-                "zero": {one.site: ZeroAblated() for one in sums.members},
-                "mean": {one.site: MeanAblated(one.mean_output) for one in sums.members},
+                "zero": {member.site: ZeroAblated() for member in sums.members},
+                "mean": {member.site: MeanAblated(member.mean_output) for member in sums.members},
             }
             for kind, substitutes in kinds.items():
                 logits, changed = self._run(batch.tokens, substitutes, batch.where)
@@ -148,12 +148,12 @@ class Evaluation:
     def _pattern_sums(
         self, sums: _SetSums, original: Mapping[str, Tensor], changed: Mapping[str, Tensor]
     ) -> dict[str, tuple[float, int]]:
-        found = {}
-        for one in sums.members:
-            if (pattern := self._patterns.get(one.site.name)) is not None:
+        sums_by_site = {}
+        for member in sums.members:
+            if (pattern := self._patterns.get(member.site.name)) is not None:
                 divergences = pattern.divergences(original, changed)
-                found[one.site.name] = (float(divergences.sum()), divergences.numel())
-        return found
+                sums_by_site[member.site.name] = (float(divergences.sum()), divergences.numel())
+        return sums_by_site
 
 
 def refuse_nonfinite(losses: Tensor, what: str, contexts: NDArray[np.int64]) -> None:
@@ -189,17 +189,17 @@ class _KindSums:
 
 
 class _SetSums:
-    """Everything counted about one set of sites."""
+    """Sums of a set of sites over all batches, for every kind of replacement."""
 
     def __init__(self, name: str, members: Sequence[SplicedSite]) -> None:
         self.name, self.members = name, members
         self.kinds = {kind: _KindSums() for kind in ("spliced", "zero", "mean")}
-        self._in_place = {one.site.name: InPlaceSums(one.mean_output) for one in members}
+        self._in_place = {member.site.name: InPlaceSums(member.mean_output) for member in members}
         self._original = 0.0
         self._increases: list[float] = []
 
     def measured(self, where: Tensor) -> dict[Site, Substitute]:
-        return {one.site: Measured(one.coder, self._in_place[one.site.name], where) for one in self.members}
+        return {member.site: Measured(member.coder, self._in_place[member.site.name], where) for member in self.members}
 
     def add(self, original: Tensor, spliced: Tensor) -> None:
         self._original += float(original.sum())
@@ -210,7 +210,7 @@ class _SetSums:
         assert n > 0, "there is at least one context"
         spread = float(np.std(self._increases, ddof=1)) if n_contexts > 1 else None
         return SpliceScore(
-            sites=tuple(one.site.name for one in self.members),
+            sites=tuple(member.site.name for member in self.members),
             n_contexts=n_contexts,
             n_predictions=n,
             ce_original=self._original / n,
@@ -242,20 +242,20 @@ class _SitePattern(NamedTuple):
     """The attention pattern that a site's queries or keys decide."""
 
     hook: str
-    """Where it passes, (contexts, heads, destinations, sources)."""
+    """Its hook, (contexts, heads, destinations, sources)."""
     point: str
     """The site's own hook point, (contexts, positions, heads, d_head)."""
     head: int | None
 
     @property
     def hooks(self) -> tuple[str, str]:
-        """What to observe in a run."""
+        """The hooks to observe in a run."""
         return self.hook, self.point
 
     def divergences(self, original: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Tensor:
         """Return KL(original ‖ changed), float64 (contexts, heads, destinations), of the heads that the site serves.
 
-        Both hold what ``hooks`` saw. That is the site's own head, or the group that shares its keys, or all of them.
+        Both hold the values at ``hooks``. A site serves its own head, the group that shares its keys, or all heads.
         """
         before, after = original[self.hook], changed[self.hook]
         if self.head is not None:
@@ -267,7 +267,7 @@ class _SitePattern(NamedTuple):
 
 
 def _pattern_of(site: Site, points: Mapping[str, Any]) -> _SitePattern | None:
-    """Return the pattern that ``site`` writes to; None unless its output hook holds queries or keys."""
+    """Return the pattern that ``site`` changes; None unless its output hook holds queries or keys."""
     hook = HookName.parse(site.hook_out)
     match = _QUERIES_OR_KEYS.fullmatch(hook.point)
     if match is None or f"{match[1]}.hook_pattern" not in points:

@@ -1,7 +1,7 @@
-"""How well a model predicts the next token, and how far two models' predictions lie apart, token by token, in nats.
+"""Losses of next-token predictions, and divergences between two models' predictions, token by token, in nats.
 
-Entry t of a context belongs to the prediction made at position t, of the token at t + 1; the last position predicts
-nothing that is known. Softmax over the vocabulary is taken in float32 (whatever the model's dtype, and good to about
+Entry t of a context belongs to the prediction made at position t, of the token at t + 1; the last position has
+no known target. Softmax over the vocabulary is taken in float32 (whatever the model's dtype, and good to about
 1e-6 nats); results are float64 on the host, to be summed there.
 """
 
@@ -47,7 +47,7 @@ def pattern_divergences(original: Tensor, changed: Tensor) -> Tensor:
     """Return KL(original ‖ changed) of attention patterns over their sources, float64 (contexts, heads, positions).
 
     Both are (contexts, heads, destinations, sources) of probabilities. A source without weight in ``original`` counts
-    nothing; one that has weight there and none in ``changed`` counts as if it had the smallest positive float32.
+    nothing; a source with weight there and none in ``changed`` counts as if it had the smallest positive float32.
     """
     p, q = original.float(), changed.to(original.device).float()
     smallest = torch.finfo(torch.float32).tiny

@@ -1,4 +1,4 @@
-"""What an evaluation with transcoders in place comes to: cross entropies, shares recovered, divergences, FVU and L0."""
+"""Scores of an evaluation with transcoders in place: cross entropies, shares recovered, divergences, FVU and L0."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SpliceScore:
 
     @property
     def ce_recovered_from_mean(self) -> float | None:
-        """The same beside mean ablation, which is the harder thing to beat."""
+        """The same for mean ablation, which is harder to beat."""
         return recovered(self.mean.ce, self.spliced.ce, self.ce_original)
 
     def record(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class SpliceScore:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> SpliceScore:
-        """Return the score that ``record`` wrote."""
+        """Return the score of which ``record`` is the JSON."""
         fields = {name: record[name] for name in cls.__dataclass_fields__}
         outcomes = {name: Outcome(**record[name]) for name in ("spliced", "zero", "mean")}
         in_place = {name: InPlaceScore(**score) for name, score in record["in_place"].items()}

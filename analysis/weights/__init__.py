@@ -1,1 +1,1 @@
-"""What a transcoder's features mean from weights alone: no text is run, so nothing here depends on an input."""
+"""Analysis of features from weights alone: no text is run, so nothing depends on an input."""

@@ -1,4 +1,4 @@
-"""Products of all features with all of something else, a block at a time, of which only the ends are kept.
+"""Products of all features with all tokens, heads or features, a block at a time; only the ends are kept.
 
 A matrix of features × tokens would be 4.9 GB for GPT-2 and 24,576 features; what is kept of a row is a few numbers.
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NUMBERS_AT_ONCE = 1 << 24
-"""Products held at a time: 64 MB of float32, a few times over while they are looked through."""
+"""Products held at a time: 64 MB of float32, a few times over while the ends are searched."""
 
 N_NEAREST = 10
 """Neighbours kept of every feature."""
@@ -99,6 +99,6 @@ def nearest_decoders(decoder: Tensor, n: int = N_NEAREST) -> Ends:
     for block in blocks(n_features, n_features):
         cosines = unit[block] @ unit.T
         own = torch.arange(block.start, block.stop, device=cosines.device)
-        cosines[own - block.start, own] = -torch.inf  # itself, which is never among the others
+        cosines[own - block.start, own] = -torch.inf  # a row is not its own neighbour
         parts.append(largest(cosines, min(n, n_features - 1)))
     return Ends.joined(parts)

@@ -1,4 +1,4 @@
-"""What attention heads carry to a feature: how strongly, and from which directions of the stream.
+"""What attention heads carry to a feature: the norms of heads, and the directions of the stream that they read.
 
 Head h of layer l adds, at its destination, W_O[h]ᵀ W_V[h]ᵀ norm(x) for the stream x at its source. So a direction v
 that is read later reads W_V[h] (W_O[h] v) behind the source's norm, and that carried before the norm (its gain, its

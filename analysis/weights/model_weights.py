@@ -1,8 +1,8 @@
-"""A language model's matrices as plain tensors: what weight-space analysis and circuits need, and no model.
+"""A language model's matrices as plain tensors, for weight-space analysis and circuits without the model.
 
 Vectors are rows. ``x`` (…, d_model) is a vector of the residual stream, ``v`` (…, d_model) a direction in it whose
 product with the stream is the quantity of interest. What a part of the model does to ``x``, its transpose does to
-``v``: ``pull_back`` methods answer "which direction must I read *before* this part to read ``v`` after it".
+``v``: ``pull_back`` methods return the direction that reads *before* a part what ``v`` reads after it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class ModelWeights:
     is_parallel: bool = False
     """Whether a block's MLP reads the stream from before its attention (Pythia)."""
     logit_cap: float | None = None
-    """Logits are cap·tanh(logits / cap) in the end (Gemma 2); None for as they are."""
+    """Logits are cap·tanh(logits / cap) (Gemma 2); None for no cap."""
 
     @property
     def n_layers(self) -> int:

@@ -1,4 +1,4 @@
-"""How strongly the features of one transcoder feed a later direction: from weights alone, on an input, and on average.
+"""Contributions of a transcoder's features to a later direction: from weights alone, on an input, and on average.
 
 The *pullback* of a direction v of the stream onto a transcoder is p = W_dec v, one number per feature: how much a unit
 of its activation adds to what v reads. On a row, feature i adds p_i · a_i (input × gradient); its mean over rows is
@@ -36,8 +36,8 @@ class MeanInputGradient(NamedTuple):
 def mean_input_gradient(connection: Tensor, activations: Iterable[Tensor]) -> MeanInputGradient:
     """Return the means of p ⊙ a for a pullback p, ``connection`` (d_sae,), and blocks of activations (rows, d_sae).
 
-    Every row counts alike, however rows are cut into blocks, and contributions of either sign count: what is active is
-    told by the activation, not by the sign of the product. Sums are float64. Raises ValueError without rows.
+    Every row counts alike, however rows are cut into blocks, and so do contributions of either sign: a feature is
+    active by its activation, not by the product. Sums are float64. Raises ValueError without rows.
     """
     weight = connection.double().cpu().numpy()
     total, n_active, n_rows = np.zeros(len(weight)), np.zeros(len(weight), np.int64), 0
@@ -51,16 +51,16 @@ def mean_input_gradient(connection: Tensor, activations: Iterable[Tensor]) -> Me
     return MeanInputGradient(weight * total / n_rows, weight * when_active, n_active / n_rows)
 
 
-def overlap(one: NDArray[np.floating], other: NDArray[np.floating], sizes: Sequence[int]) -> list[float]:
-    """Return |top_k(one) ∩ top_k(other)| / k for every k of ``sizes``, the k features of largest value.
+def overlap(first: NDArray[np.floating], second: NDArray[np.floating], sizes: Sequence[int]) -> list[float]:
+    """Return |top_k(first) ∩ top_k(second)| / k for every k of ``sizes``, the k features of largest value.
 
     Of equal values the feature of smaller index comes first. Raises ValueError if a size is not within 1 … d_sae.
     """
-    wrong = [size for size in sizes if not 1 <= size <= len(one)]
-    if wrong or len(one) != len(other):
+    wrong = [size for size in sizes if not 1 <= size <= len(first)]
+    if wrong or len(first) != len(second):
         raise ValueError(
-            f"sizes {wrong} of {len(one)} and {len(other)} features: wanted two arrays of equal length, and sizes "
-            f"within 1 and {len(one)}"
+            f"sizes {wrong} of {len(first)} and {len(second)} features: wanted two arrays of equal length, and sizes "
+            f"within 1 and {len(first)}"
         )
-    orders = [np.argsort(-np.asarray(values, np.float64), kind="stable") for values in (one, other)]
+    orders = [np.argsort(-np.asarray(values, np.float64), kind="stable") for values in (first, second)]
     return [len(np.intersect1d(orders[0][:size], orders[1][:size])) / size for size in sizes]

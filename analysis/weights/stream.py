@@ -1,13 +1,13 @@
-"""Where in the residual stream a site reads and writes, and as what directions its features appear there.
+"""Points of the residual stream at which a site reads and writes, and the directions of its features there.
 
-Encoder rows live where the site's input hook is, which for an MLP is behind a norm and the norm's gain. What a token's
-embedding, a head or an earlier feature adds, it adds to the stream before that. So directions are carried there first:
+Encoder rows belong to the site's input hook, which for an MLP is behind a norm and the norm's gain. A token's
+embedding, a head or an earlier feature adds to the stream before that. So directions are carried there first:
 the gain is multiplied in, and for a layer norm the mean is taken off, since no mean passes a layer norm. Decoder rows
 are carried the other way, through a norm behind the site's output where a family has one. What a norm *divides* by
 depends on the text and is left out: weights of one feature compare with each other, those of different positions would
 differ by a positive factor.
 
-Time in the stream is counted in half blocks, so that it can be told what is written before what is read: block L reads
+Time in the stream is counted in half blocks, so that writes and reads can be ordered: block L reads
 at 2L, its attention has written by 2L + 1 and its MLP by 2L + 2; where both run side by side, both by 2L + 2.
 """
 
@@ -31,19 +31,19 @@ Carry = Callable[[Tensor], Tensor]
 
 
 class StreamPoint(NamedTuple):
-    """A place beside the residual stream, and the map from vectors there to vectors of the stream."""
+    """A hook that reads or writes the residual stream, and the map from its vectors to vectors of the stream."""
 
     layer: int
     """The block it belongs to."""
     time: int
-    """In half blocks: reads see what was written by then, writes are there from then on."""
+    """In half blocks: a read sees all writes up to its own time."""
     carry: Carry
     """From (…, width of the hook) to (…, d_model)."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One block, and when its parts read and write."""
+    """A block, and the times at which its parts read and write."""
 
     layer: int
     weights: LayerWeights
@@ -69,10 +69,9 @@ class _Block:
 
 def read_point(hook: str, weights: ModelWeights) -> StreamPoint | None:
     """Return how a site with this input hook reads the stream; None if it reads something else, such as a head."""
-    found = _block_of(hook, weights)
-    if found is None:
+    if (parsed := _block_of(hook, weights)) is None:
         return None
-    block, name = found
+    block, name = parsed
     norm_attention, norm_mlp = block.weights.norm_attention, block.weights.norm_mlp
     times_and_carries: dict[str, tuple[int, Carry]] = {
         "hook_in": (block.before, _as_it_is),
@@ -94,11 +93,10 @@ def read_point(hook: str, weights: ModelWeights) -> StreamPoint | None:
 
 
 def write_point(hook: str, weights: ModelWeights) -> StreamPoint | None:
-    """Return how a site with this output hook writes to the stream; None if what it writes takes another way."""
-    found = _block_of(hook, weights)
-    if found is None:
+    """Return how a site with this output hook writes to the stream; None if its output does not go to the stream."""
+    if (parsed := _block_of(hook, weights)) is None:
         return None
-    block, name = found
+    block, name = parsed
     if name.point == "attn.hook_z":
         return StreamPoint(block.layer, block.attention_written, _through_heads(block.weights, name.head))
     times_and_carries: dict[str, tuple[int, Carry]] = {
@@ -153,7 +151,7 @@ def _behind_norm(norm: Norm, *, with_gain: bool = True) -> Carry:
 
 
 def _through_norm(norm: Norm) -> Carry:
-    """Return the map of vectors before a norm to what comes out of it; most families have none here."""
+    """Return the map of vectors before a norm to what comes out of it; the identity in most families."""
     return _as_it_is if norm is IDENTITY else lambda vectors: carry_forth(norm, vectors)
 
 

@@ -1,10 +1,9 @@
-"""Which tokens a feature makes likelier or less likely by what it writes straight to the unembedding.
+"""Tokens that a feature makes likelier or less likely on its direct path to the unembedding.
 
 The effect of feature i on the logits is W_dec[i] carried to the residual stream (``tailrace.analysis.weights.stream``)
 and through the linear part of the final norm, times W_U: the final norm's gain counts, as W_U reads behind it, and what
 the norm divides by does not, as it depends on the text. So numbers are logits per activation up to a positive factor of
-the position, and a model with folded weights gives the same tokens as the raw one. Later layers are not seen: this is
-the direct path alone.
+the position, and a model with folded weights gives the same tokens as the raw model. Later layers are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ N_BINS = 50
 
 @dataclass(frozen=True)
 class TokenEffects:
-    """The effects of every feature on the logits, in short."""
+    """A summary of the effects of every feature on the logits."""
 
     promoted: Ends
     """(d_sae, n) the tokens it raises most, the most first."""
@@ -40,7 +39,7 @@ class TokenEffects:
     histogram: NDArray[np.int32]
     """(d_sae, N_BINS) tokens per bin; all of the vocabulary."""
     histogram_edges: NDArray[np.float32]
-    """(d_sae, N_BINS + 1) a bin holds its low edge, and the last bin its high one too."""
+    """(d_sae, N_BINS + 1) a bin holds its low edge, and the last bin its high edge too."""
 
 
 def token_effects(
@@ -48,7 +47,7 @@ def token_effects(
 ) -> TokenEffects:
     """Return the effects of decoder rows (d_sae, d_out) that are written at ``writes``.
 
-    ``progress`` is told the rows of every block done. Memory: W_U in float32 and a few blocks of 64 MB. Raises
+    ``progress`` is called with the rows of each block. Memory: W_U in float32 and a few blocks of 64 MB. Raises
     ModelError if a product is not finite.
     """
     W_U = weights.W_U.to(decoder.device, torch.float32)
@@ -92,12 +91,12 @@ def _count_into_bins(scores: NDArray[np.float32], edges: NDArray[np.float32], co
         low, high = edges[row, 0], edges[row, n_bins]
         per_unit = n_bins / (high - low) if high > low else 0.0
         for value in scores[row]:
-            place = min(int((value - low) * per_unit), n_bins - 1)
-            while place > 0 and value < edges[row, place]:
-                place -= 1
-            while place < n_bins - 1 and value >= edges[row, place + 1]:
-                place += 1
-            counts[row, place] += 1
+            bin_index = min(int((value - low) * per_unit), n_bins - 1)
+            while bin_index > 0 and value < edges[row, bin_index]:
+                bin_index -= 1
+            while bin_index < n_bins - 1 and value >= edges[row, bin_index + 1]:
+                bin_index += 1
+            counts[row, bin_index] += 1
 
 
 def logit_effects(decoder_rows: Tensor, weights: ModelWeights, tokens: Sequence[int]) -> Tensor:

@@ -131,14 +131,14 @@ def test_windows_are_cut_to_the_same_length_on_both_sides() -> None:
     )
     vocabulary = Vocabulary()
     first, none, last = example_lines(table, [4, 5, 6], 2, vocabulary)
-    texts = [vocabulary.texts[place] for place in first["tokens"]]
+    texts = [vocabulary.texts[index] for index in first["tokens"]]
     assert texts == ["b", "c", "d", "e", "f", "x", "d", "y"]
     assert (first["before"], first["length"]) == ([2, 1], [5, 3])
     assert dict(zip(first["fires"], first["values"], strict=True)) == {1: 1.0, 2: 3.0, 4: 0.5, 6: 2.0}
     assert first["unread"] == []
     assert (first["kind"], first["activation"]) == (["top", "top"], [3.0, 2.0])
     assert none["length"] == []
-    assert (last["tokens"], last["position"]) == ([vocabulary.place("z")], [0])
+    assert (last["tokens"], last["position"]) == ([vocabulary.index_of("z")], [0])
     whole = example_lines(table, [4], 9, Vocabulary())[0]
     assert (whole["length"], whole["unread"]) == ([7, 3], [0])
 
@@ -167,7 +167,7 @@ def test_connections_are_split_by_rank_and_told_by_kind() -> None:
     rows.append(empty | {"kind": "feature", "rank": -1, "layer": 5, "site": "layer5", "other": 17, "weight": -3.0})
     vocabulary = Vocabulary()
     found = connection_lists(rows, vocabulary)
-    named = [[vocabulary.texts[place], weight] for end in ("top", "bottom") for place, weight in found["tokens"][end]]
+    named = [[vocabulary.texts[index], weight] for end in ("top", "bottom") for index, weight in found["tokens"][end]]
     assert named == [["a", -0.25], ["b", -0.5], ["d", -2.0], ["c", -1.0]]
     assert found["heads"] == [[2, 3, 1.0], [0, 3, 1.0]]
     assert [entry["layer"] for entry in found["head_tokens"]] == [2, 0]
@@ -196,10 +196,10 @@ def test_examples_of_a_page_are_the_rows_of_the_table(made: MadeTables, tables: 
     examples = record["examples"]
     starts = np.concatenate([[0], np.cumsum(examples["length"])])
     values = dict(zip(examples["fires"], examples["values"], strict=True))
-    for place, (context, position) in enumerate(zip(examples["context"], examples["position"], strict=True)):
+    for index, (context, position) in enumerate(zip(examples["context"], examples["position"], strict=True)):
         row = context * CONTEXT + position
-        here = starts[place] + examples["before"][place]
-        assert examples["activation"][place] == float(f"{made.activations[row, 12]:.4g}")
+        here = starts[index] + examples["before"][index]
+        assert examples["activation"][index] == float(f"{made.activations[row, 12]:.4g}")
         assert values[here] == float(f"{made.activations[row, 12]:.3g}")
         assert texts[examples["tokens"][here]] in {visible_token(word) for word in WORDS}
 
@@ -236,6 +236,6 @@ def test_the_index_has_a_value_per_feature_and_column(made: MadeTables, tables: 
 
 def test_a_vocabulary_keeps_each_text_once() -> None:
     vocabulary = Vocabulary()
-    assert vocabulary.places(pa.chunked_array([["a", "\n"], ["a"]])).tolist() == [0, 1, 0]
-    assert vocabulary.place("⏎") == 1
+    assert vocabulary.indices_of(pa.chunked_array([["a", "\n"], ["a"]])).tolist() == [0, 1, 0]
+    assert vocabulary.index_of("⏎") == 1
     assert vocabulary.texts == ["a", "⏎"]
