@@ -1,4 +1,4 @@
-"""Circuits: what a quantity inside a language model is made of on one prompt, exactly, and through which features.
+"""Circuits: the exact parts of a quantity inside a language model on a prompt, and the features they come through.
 
 Everything here is linear algebra on one recorded forward pass (``record``): attention patterns and the scales of norms
 are held fixed, MLPs are replaced by transcoder features plus whatever the transcoder misses, and what is left is a sum

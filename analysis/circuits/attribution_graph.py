@@ -1,8 +1,8 @@
 """Attribution graphs: every active feature, error and token of a prompt with the direct effects between them.
 
-A graph begins at its targets (logits, or one feature). Features are made targets themselves, in blocks, always those
-that matter most for what is there already, until there are as many as asked for; those that never are stay one number
-per row, so that rows still add up (Ameisen et al. 2025, "Circuit Tracing", sections "Constructing an attribution graph"
+A graph begins at its targets (logits, or one feature). Features get rows of their own, in blocks, those with the
+largest influence on the rows so far, until there are as many as asked for; the others are summed into one number per
+row, so that rows still add up (Ameisen et al. 2025, "Circuit Tracing", sections "Constructing an attribution graph"
 and "Pruning").
 """
 
@@ -25,7 +25,7 @@ from tailrace.analysis.circuits.run import LinearisedRun, Probe
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """How large a graph is, and how much of it is kept."""
+    """Size of a graph, and the share of it that is kept."""
 
     max_features: int = 512
     """Features whose own inputs are computed. Memory while building: one number per feature and active feature of the
@@ -51,11 +51,11 @@ class AttributionGraph:
     constants: Tensor
     """(n,) what biases contribute to a row."""
     unexpanded: Tensor
-    """(n,) what features contribute that are no nodes."""
+    """(n,) contributions of features that are no nodes."""
     incoming: Tensor
     """(n,) Σ|contributions| of a row, features that are no nodes included, constants not."""
     weights: Tensor
-    """(n,) how much each target counts: a logit's probability; zero for all others."""
+    """(n,) weight of each target: a logit's probability; zero for all other nodes."""
     n_targets: int
     n_active: int
     """Active features of the prompt, nodes or not."""
@@ -67,12 +67,12 @@ class AttributionGraph:
 
     def are(self, *kinds: Kind) -> Tensor:
         """Return (n,) bool which nodes are of some kinds, targets left out."""
-        found = torch.from_numpy(node_columns(self.nodes).are(*kinds))
-        found[: self.n_targets] = False
-        return found
+        are = torch.from_numpy(node_columns(self.nodes).are(*kinds))
+        are[: self.n_targets] = False
+        return are
 
     def incompleteness(self) -> float:
-        """Return the largest |Σ row − value| / Σ|row| of rows that are there."""
+        """Return the largest |Σ row − value| / Σ|row| over nodes with a row."""
         rows = self.adjacency.double().sum(dim=1) + self.constants.double() + self.unexpanded.double()
         sizes = self.incoming.double() + self.constants.double().abs()
         has_row = sizes > 0
@@ -91,7 +91,7 @@ class AttributionGraph:
         )
 
     def replacement_score(self) -> float:
-        """Return which share of what reaches the targets, along every route, comes from tokens and not from errors.
+        """Return the share of the targets that comes, along every route, from tokens and not from errors.
 
         Routes through features that are no nodes are left out. 1 where transcoders miss nothing.
         """
@@ -104,7 +104,7 @@ class AttributionGraph:
 def build_graph(
     run: LinearisedRun, roots: Sequence[Root], weights: Sequence[float], settings: GraphSettings
 ) -> AttributionGraph:
-    """Return the graph of ``roots``, which count ``weights``: probabilities of logits, 1 of a feature."""
+    """Return the graph of ``roots`` with ``weights``: probabilities of logits, 1 for a feature."""
     with torch.inference_mode():
         return _Builder(run, roots, weights, settings).build()
 
@@ -123,7 +123,7 @@ def top_logits(
 
 
 class _Builder:
-    """Rows computed so far. Columns are the sources that are nodes: constants come behind them."""
+    """A graph while its rows are computed. Columns are the sources that are nodes; constants come after them."""
 
     def __init__(
         self, run: LinearisedRun, roots: Sequence[Root], weights: Sequence[float], settings: GraphSettings
@@ -164,7 +164,7 @@ class _Builder:
         return feature_probe(self._run, int(at.layer[column]), int(at.token[column]), int(at.index[column]))
 
     def _most_influential(self, n: int) -> list[int]:
-        """Return the columns of the ``n`` features without a row that matter most; fewer where none matters."""
+        """Return the columns of the ``n`` features without a row of largest influence above zero."""
         influence = self._column_influences()
         candidates = influence * self._are_features
         candidates[self._expanded] = 0
@@ -172,20 +172,20 @@ class _Builder:
         return [int(column) for column in columns[values > 0]]
 
     def _column_influences(self) -> Tensor:
-        """Return (n_columns,) the share of the targets that reaches them through rows known so far.
+        """Return (n_columns,) the share of the targets that comes from each column through the rows so far.
 
-        A feature is only reached from later layers, so going through rows from the last layer to the first has every
-        row's own influence ready when its turn comes.
+        A feature contributes to later layers only, so from the last layer to the first every row's own influence is
+        complete when it is used.
         """
         rows = self._rows[: self._n]
         sizes = rows.abs().sum(dim=1)
         n_roots = len(self._roots)
-        total = self._weights @ _divided(rows[:n_roots].abs(), sizes[:n_roots])
+        total = self._weights @ shares(rows[:n_roots], sizes[:n_roots])
         expanded = torch.tensor(self._expanded, dtype=torch.int64)
-        for layer in sorted({int(one) for one in self._layers[expanded]}, reverse=True):
+        for layer in sorted({int(number) for number in self._layers[expanded]}, reverse=True):
             here = torch.nonzero(self._layers[expanded] == layer).flatten()
             at = n_roots + here
-            total = total + total[expanded[here]] @ _divided(rows[at].abs(), sizes[at])
+            total = total + total[expanded[here]] @ shares(rows[at], sizes[at])
         return total
 
     def _graph(self) -> AttributionGraph:
@@ -218,7 +218,3 @@ class _Builder:
             n_targets=n_roots,
             n_active=int(self._are_features.sum()),
         )
-
-
-def _divided(sizes: Tensor, by: Tensor) -> Tensor:
-    return sizes / torch.where(by > 0, by, torch.ones_like(by))[:, None]

@@ -1,6 +1,6 @@
-"""What one quantity is made of, one step back: everything that writes to the stream it reads, at its own token.
+"""The terms of a quantity, one step back: everything that writes to the stream it reads, at its own token.
 
-Attention heads are terms of their own here, one per source token; a path goes on through them. ``attribution`` looks
+Attention heads are terms of their own here, one per source token; a path continues through them. ``attribution`` goes
 through attention instead, to features of all tokens at once. Both are exact: the terms sum to the quantity.
 """
 
@@ -22,7 +22,7 @@ from tailrace.analysis.circuits.run import LinearisedRun, Part, Probe
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Nodes and what each contributes."""
+    """Nodes and their contributions."""
 
     nodes: NodeColumns
     values: NDArray[np.float64]
@@ -30,12 +30,12 @@ class Terms:
 
     @property
     def total(self) -> float:
-        """Return Σ terms."""
+        """Σ terms."""
         return float(self.values.sum())
 
     @property
     def magnitude(self) -> float:
-        """Return Σ |terms|, what rounding errors are to be compared with."""
+        """Σ |terms|, the scale of rounding errors."""
         return float(np.abs(self.values).sum())
 
     def sum_of(self, *kinds: Kind) -> float:

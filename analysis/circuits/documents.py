@@ -1,7 +1,7 @@
 """Circuits as JSON: this project's own document, whose schema is in ``docs/guides/circuits.md``.
 
-Nodes are objects with the fields of their keys; edges name nodes by their place in the list of nodes. Printed names are
-there for people and are used nowhere as keys.
+Nodes are objects with the fields of their keys; edges name nodes by their index in the list of nodes. Printed names are
+for people and are never keys.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def describe_node(node: Node) -> JSON:
 
 
 def read_node(described: JSON) -> Node:
-    """Return the key that ``describe_node`` described."""
+    """Return the node of which ``describe_node`` made the JSON."""
     of = described.get("of")
     layer, token, index, other = (described.get(name) for name in ("layer", "token", "index", "other"))
     return Node(Kind(described["kind"]), layer, token, index, other, None if of is None else read_node(of))
 
 
 def describe_root(root: Root, terms: Terms) -> JSON:
-    """Return what is explained, by how much of what kind, and how exactly it adds up."""
+    """Return a root, its terms by kind, and how exactly they add up to its value."""
     by_kind = {kind.value: terms.sum_of(kind) for kind in KINDS if terms.nodes.are(kind).any()}
     return {
         "node": describe_node(root.node),
@@ -70,13 +70,13 @@ def _describe_path(path: Path) -> JSON:
 
 
 def describe_path_graph(graph: PathGraph) -> JSON:
-    """Return nodes and edges of a graph of paths."""
-    places = {node: place for place, node in enumerate(graph.nodes)}
+    """Return a graph of paths as JSON."""
+    indices = {node: index for index, node in enumerate(graph.nodes)}
     return {
-        "root": places[graph.root],
+        "root": indices[graph.root],
         "nodes": [{**describe_node(node), "value": known.value} for node, known in graph.nodes.items()],
         "edges": [
-            {"child": places[child], "parent": places[parent], "value": value}
+            {"child": indices[child], "parent": indices[parent], "value": value}
             for (child, parent), value in graph.edges.items()
         ],
     }
@@ -85,23 +85,23 @@ def describe_path_graph(graph: PathGraph) -> JSON:
 def describe_attribution_graph(graph: AttributionGraph, pruned: Pruned, names: Sequence[str]) -> JSON:
     """Return the nodes and edges that were kept, and what each row has besides them; ``names`` are the targets'."""
     kept = torch.nonzero(pruned.nodes).flatten().tolist()
-    places = {place: number for number, place in enumerate(kept)}
+    indices = {row: index for index, row in enumerate(kept)}
     shown = graph.adjacency * pruned.edges
     left_out = graph.adjacency.double().sum(1) - shown.double().sum(1) + graph.unexpanded.double()
     nodes = [
         {
-            **describe_node(graph.nodes[place]),
-            **({"text": names[place]} if place < graph.n_targets else {}),
-            "value": float(graph.values[place]),
-            "influence": float(pruned.influence[place]) if place >= graph.n_targets else None,
-            "constants": float(graph.constants[place]),
-            "pruned": float(left_out[place]),
+            **describe_node(graph.nodes[row]),
+            **({"text": names[row]} if row < graph.n_targets else {}),
+            "value": float(graph.values[row]),
+            "influence": float(pruned.influence[row]) if row >= graph.n_targets else None,
+            "constants": float(graph.constants[row]),
+            "pruned": float(left_out[row]),
         }
-        for place in kept
+        for row in kept
     ]
     targets, sources = np.nonzero(pruned.edges.numpy())
     edges = [
-        {"child": places[int(source)], "parent": places[int(target)], "value": float(graph.adjacency[target, source])}
+        {"child": indices[int(source)], "parent": indices[int(target)], "value": float(graph.adjacency[target, source])}
         for target, source in zip(targets, sources, strict=True)
     ]
     return {

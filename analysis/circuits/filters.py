@@ -1,4 +1,4 @@
-"""Which nodes a search may use and which paths to look at, as conditions that must all hold."""
+"""Filters of nodes and of paths: conditions that must all hold."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ COMPARATORS: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-PLACES = ("resid_pre", "resid_mid", "mlp_out")
-"""Where in its layer a node lives, in the order of a forward pass."""
+POINTS = ("resid_pre", "resid_mid", "mlp_out")
+"""Values of the field ``place``: the point of its layer at which a node reads or writes, in the order of a pass."""
 _WRITTEN = re.compile(r"\s*([a-z]+)\s*(!=|>=|<=|==?|>|<)\s*(\S+)\s*")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One comparison of a field of a node with a value.
+    """A comparison of a field of a node with a value.
 
     A field that a node does not have (the head of a feature, the token of a sum) fails every comparison but ``!=``.
     ``place`` is resid_pre, resid_mid or mlp_out, ordered as a forward pass has them.
@@ -46,7 +46,7 @@ class Condition:
             problems.append(f"field {self.field!r} is none of {', '.join(FIELDS)}")
         if self.comparator not in COMPARATORS:
             problems.append(f"comparator {self.comparator!r} is none of {', '.join(COMPARATORS)}")
-        named = {"kind": tuple(kind.value for kind in KINDS), "place": PLACES}.get(self.field)
+        named = {"kind": tuple(kind.value for kind in KINDS), "place": POINTS}.get(self.field)
         if named is not None and self.value not in named:
             problems.append(f"{self.field} {self.value!r} is none of {', '.join(named)}")
         if named is None and not isinstance(self.value, int):
@@ -73,14 +73,13 @@ class Condition:
         return cls(field, comparator, number)
 
     def holds(self, nodes: NodeColumns) -> NDArray[np.bool_]:
-        """Return for which of the nodes it holds."""
+        """Return for which of the nodes the condition holds."""
         compare = COMPARATORS[self.comparator]
         if self.field == "kind":
             return np.asarray(compare(nodes.kind, KINDS.index(Kind(str(self.value)))))
         if self.field == "place":
-            places = {kind: PLACES.index(Node(kind).reads_at) for kind in KINDS}
-            own = np.array([places[kind] for kind in KINDS])[nodes.kind]
-            return np.asarray(compare(own, PLACES.index(str(self.value))))
+            own = np.array([POINTS.index(Node(kind).reads_at) for kind in KINDS])[nodes.kind]
+            return np.asarray(compare(own, POINTS.index(str(self.value))))
         values, there = self._numbers(nodes)
         return np.where(there, compare(values, self.value), self.comparator == "!=")
 
@@ -94,7 +93,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class NodeFilter:
-    """Conditions that must all hold; none at all is true of every node."""
+    """Conditions that must all hold; without any, every node matches."""
 
     conditions: tuple[Condition, ...] = ()
 
@@ -124,7 +123,7 @@ class NodeFilter:
 
 
 def has_infix(nodes: Sequence[Node], pattern: Sequence[NodeFilter]) -> bool:
-    """Return whether consecutive nodes anywhere match a sequence of filters; an empty one always does."""
+    """Return whether consecutive nodes anywhere match a sequence of filters; an empty sequence always does."""
     starts = range(len(nodes) - len(pattern) + 1)
     return any(_match_from(nodes, start, pattern) for start in starts)
 
@@ -135,4 +134,4 @@ def has_suffix(nodes: Sequence[Node], pattern: Sequence[NodeFilter]) -> bool:
 
 
 def _match_from(nodes: Sequence[Node], start: int, pattern: Sequence[NodeFilter]) -> bool:
-    return all(one.matches(nodes[start + place]) for place, one in enumerate(pattern))
+    return all(item.matches(nodes[start + offset]) for offset, item in enumerate(pattern))

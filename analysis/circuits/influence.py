@@ -1,4 +1,4 @@
-"""Which nodes and edges of an attribution graph matter (Ameisen et al. 2025, "Circuit Tracing", appendix "Graph
+"""Influence in attribution graphs, and pruning by it (Ameisen et al. 2025, "Circuit Tracing", appendix "Graph
 pruning").
 
 A graph is a matrix A, (n, n): A[target, source] is what the source contributes to the target. With rows divided by the
@@ -17,14 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """What is left of a graph."""
+    """The nodes and edges of a graph that are kept."""
 
     nodes: Tensor
     """(n,) bool."""
     edges: Tensor
     """(n, n) bool, target by source."""
     influence: Tensor
-    """(n,) share of the targets that comes through each node, in the whole graph."""
+    """(n,) share of the targets that comes through each node, in the full graph."""
 
 
 def shares(adjacency: Tensor, incoming: Tensor | None = None) -> Tensor:
@@ -63,13 +63,13 @@ def prune(
 
     ``weights`` (n,) are the targets', ``always`` (n,) bool are kept whatever their influence, as targets are;
     ``needs_incoming`` (n,) bool says which nodes make no sense without an edge into them (features). Nodes from which
-    no edge leads on to a target are dropped at last. ``incoming`` (n,) is what a row is a share of, where the matrix
+    no edge leads to a target are dropped last. ``incoming`` (n,) is what a row is a share of, where the matrix
     does not show all that comes in.
     """
     targets = weights > 0
     influence = influences(shares(adjacency, incoming), weights)
     chosen = _fewest(influence, node_threshold) | always | targets
-    # From here on among these alone: of a few thousand nodes a few hundred are left, and edges are their square.
+    # from here on among these only: a few hundred of a few thousand nodes, and edges are their square
     inner = shares(adjacency[chosen][:, chosen])
     flow = inner * (influences(inner, weights[chosen]) + weights[chosen])[:, None]
     edges = _fewest(flow.flatten(), edge_threshold).view_as(flow) & (flow > 0)
@@ -85,20 +85,20 @@ def prune(
 
 
 def _spread(among: Tensor, chosen: Tensor) -> Tensor:
-    """Return what is true of the chosen nodes, (m,) or (m, m), for all of them; false of the others."""
-    places = torch.nonzero(chosen).flatten()
-    whole = torch.zeros((len(chosen),) * among.ndim, dtype=torch.bool)
+    """Return what is true of the chosen nodes, (m,) or (m, m), for all nodes; false for the others."""
+    indices = torch.nonzero(chosen).flatten()
+    full = torch.zeros((len(chosen),) * among.ndim, dtype=torch.bool)
     if among.ndim == 1:
-        whole[places] = among
+        full[indices] = among
     else:
-        whole[places[:, None], places[None, :]] = among
-    return whole
+        full[indices[:, None], indices[None, :]] = among
+    return full
 
 
 def _fewest(values: Tensor, threshold: float) -> Tensor:
     """Return bool: the fewest of ``values`` (n,), largest first, with at least ``threshold`` of their sum."""
-    ordered, places = values.double().sort(descending=True, stable=True)
+    ordered, indices = values.double().sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
     chosen = torch.zeros_like(values, dtype=torch.bool)
-    chosen[places] = before < threshold * ordered.sum()
+    chosen[indices] = before < threshold * ordered.sum()
     return chosen

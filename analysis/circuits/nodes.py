@@ -1,7 +1,7 @@
-"""What a circuit is made of: one key per thing that writes to, or is read from, the residual stream.
+"""Nodes of circuits: a key for each quantity that is written to, or read from, the residual stream.
 
-A key is a value that can be compared, hashed and sorted by its fields. What is printed is made from it and never
-read back: two nodes with the same label would be two nodes still.
+A key can be compared and hashed by its fields. Printed names are made from it and never read back: nodes with equal
+labels may differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 class Kind(StrEnum):
-    """What a node is."""
+    """Kind of a node."""
 
     FEATURE = "feature"
     """A transcoder's feature at a token."""
@@ -29,9 +29,9 @@ class Kind(StrEnum):
     ERROR = "error"
     """What a transcoder misses of its MLP's output."""
     MLP = "mlp"
-    """The whole output of an MLP that no transcoder stands in for: of that layer, or at that token."""
+    """The output of an MLP that no transcoder stands in for: of that layer, or at that token."""
     ATTENTION_BIAS = "attention_bias"
-    """What attention adds whatever it reads: b_O, and what norms and b_V add on the way."""
+    """What attention adds whatever it reads: b_O, and what norms and b_V add to it."""
     DECODER_BIAS = "decoder_bias"
     """What a transcoder adds whatever it reads: b_dec_out."""
     BIAS = "bias"
@@ -43,13 +43,13 @@ class Kind(StrEnum):
     LOGIT = "logit"
     LOGIT_DIFFERENCE = "logit_difference"
     DIRECTION = "direction"
-    """A direction of the user's own."""
+    """A direction that the user gave."""
 
 
 CONSTANTS = (Kind.ATTENTION_BIAS, Kind.DECODER_BIAS, Kind.BIAS)
 """Kinds that do not depend on the prompt's tokens, but for patterns and scales."""
 EXTENDABLE = (Kind.FEATURE, Kind.HEAD, Kind.SKIP)
-"""Kinds that read the stream themselves, so that a path can go on through them."""
+"""Kinds that read the stream themselves, so that a path can continue through them."""
 KINDS = tuple(Kind)
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 
@@ -67,17 +67,17 @@ class Node:
     other: int | None = None
     """The token id that is subtracted in a difference of logits."""
     of: Node | None = None
-    """The node of whose sum this is a part, for what is told apart by that: errors, biases, what was pruned."""
+    """The node of whose sum this is a part; set for errors, biases and pruned parts."""
 
     @property
     def reads_at(self) -> str:
-        """Where in its layer it lives, in the words of hook names: resid_pre, resid_mid or mlp_out."""
+        """The point of its layer, as hook names have it: resid_pre, resid_mid or mlp_out."""
         if self.kind in (Kind.DECODER, Kind.ERROR, Kind.MLP, Kind.DECODER_BIAS):
             return "mlp_out"
         return "resid_mid" if self.kind in (Kind.FEATURE, Kind.SKIP) else "resid_pre"
 
     def without_token(self) -> Node:
-        """Return the key under which the node's values at all tokens are summed; part of which node stays known."""
+        """Return the key under which the node's values at all tokens are summed; ``of`` is kept."""
         return replace(self, token=None, of=None if self.of is None else self.of.without_token())
 
     def __str__(self) -> str:
@@ -116,33 +116,33 @@ class NodeColumns:
     """Many nodes as columns of equal length; −1 stands for a field that is not set."""
 
     kind: NDArray[np.int8]
-    """Place in ``KINDS``."""
+    """Index into ``KINDS``."""
     layer: NDArray[np.int32]
     token: NDArray[np.int32]
     index: NDArray[np.int32]
 
     @property
     def n_nodes(self) -> int:
-        """How many there are."""
+        """Number of nodes."""
         return len(self.kind)
 
-    def node(self, place: int) -> Node:
-        """Return the key of one of them."""
-        numbers = (int(column[place]) for column in (self.layer, self.token, self.index))
+    def node(self, row: int) -> Node:
+        """Return the key of the node in a row."""
+        numbers = (int(column[row]) for column in (self.layer, self.token, self.index))
         layer, token, index = (None if number < 0 else number for number in numbers)
-        return Node(KINDS[self.kind[place]], layer, token, index)
+        return Node(KINDS[self.kind[row]], layer, token, index)
 
-    def nodes(self, places: Iterable[int] | NDArray[np.integer]) -> list[Node]:
-        """Return the keys of some of them."""
-        return [self.node(int(place)) for place in places]
+    def nodes(self, rows: Iterable[int] | NDArray[np.integer]) -> list[Node]:
+        """Return the keys of the nodes in some rows."""
+        return [self.node(int(row)) for row in rows]
 
     def are(self, *kinds: Kind) -> NDArray[np.bool_]:
-        """Return which of them are of one of ``kinds``."""
+        """Return (n,) bool which nodes are of ``kinds``."""
         return np.isin(self.kind, [_CODES[kind] for kind in kinds])
 
-    def take(self, places: NDArray[np.integer] | NDArray[np.bool_]) -> NodeColumns:
-        """Return some of them."""
-        return NodeColumns(self.kind[places], self.layer[places], self.token[places], self.index[places])
+    def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> NodeColumns:
+        """Return the nodes in some rows."""
+        return NodeColumns(self.kind[rows], self.layer[rows], self.token[rows], self.index[rows])
 
 
 def columns_of(kind: Kind, layer: object = -1, token: object = -1, index: object = -1) -> NodeColumns:

@@ -1,8 +1,8 @@
 """The linear maps that a forward pass becomes once attention patterns and norm scales are held fixed.
 
-Each is here twice: ``push`` takes a change of what a part reads to the change of what it writes, ``pull`` is its
-transpose and takes a direction in what the part writes to the direction in what it reads, so that
-⟨push x, v⟩ = ⟨x, pull v⟩. Constants (biases) belong to neither. Attention mixes tokens, so its maps take and give whole
+Each has two forms: ``push`` maps a change of what a part reads to the change of what it writes, ``pull`` is its
+transpose and maps a direction in what the part writes to the direction in what it reads, so that
+⟨push x, v⟩ = ⟨x, pull v⟩. Constants (biases) belong to neither. Attention mixes tokens, so its maps act on full
 sequences; nothing is ever as large as heads × tokens² × d.
 """
 

@@ -1,7 +1,7 @@
-"""Paths put together into a graph whose every node adds up.
+"""Graphs of paths, in which every node adds up.
 
-An edge carries what reaches the *root* through it, over the paths kept; a node, what reaches the root through it. What
-the paths leave out of a node is shown beside it as nodes of its own: the transcoders' errors, MLPs without transcoder,
+The value of an edge, or of a node, is what reaches the *root* through it over the paths kept. What the paths leave out
+of a node is shown beside it as nodes of its own: the transcoders' errors, MLPs without transcoder,
 constants, the node's own bias, and what was pruned.
 """
 
@@ -24,7 +24,7 @@ BESIDE = (Kind.ERROR, Kind.MLP, Kind.ATTENTION_BIAS, Kind.DECODER_BIAS)
 
 @dataclass(frozen=True, eq=False)
 class GraphNode:
-    """What a graph knows of a node."""
+    """A node's value and probe."""
 
     value: float
     """Contribution to the root over the paths kept; of the root its value."""
@@ -34,7 +34,7 @@ class GraphNode:
 
 @dataclass(frozen=True, eq=False)
 class PathGraph:
-    """Nodes and edges by key; nothing is found by a printed name."""
+    """Nodes and edges by key, never by a printed name."""
 
     root: Node
     nodes: dict[Node, GraphNode]
@@ -46,12 +46,12 @@ class PathGraph:
 
     @property
     def parents(self) -> list[Node]:
-        """Return the nodes with incoming edges, in the order in which they were met."""
+        """The nodes with incoming edges, in the order of the edges."""
         return list(dict.fromkeys(parent for _, parent in self.edges))
 
 
 def graph_of_paths(paths: Iterable[Path]) -> PathGraph:
-    """Return the graph of paths with one root; a beginning that several share counts once.
+    """Return the graph of paths with the same root; a beginning that several paths share counts once.
 
     Raises ValueError for no paths, several roots, and capped values, which do not add up.
     """
@@ -66,23 +66,23 @@ def graph_of_paths(paths: Iterable[Path]) -> PathGraph:
     for path in paths:
         refuse_capped(path)
         keys = tuple(step.node for step in path)
-        for place, step in enumerate(path):
-            if (prefix := keys[: place + 1]) in seen:
+        for depth, step in enumerate(path):
+            if (prefix := keys[: depth + 1]) in seen:
                 continue
             seen.add(prefix)
             values[step.node] = values.get(step.node, 0.0) + step.value
             if step.probe is not None:
                 known = probes.get(step.node)
                 probes[step.node] = step.probe if known is None else known.plus(step.probe)
-            if place > 0:
-                edge = (step.node, keys[place - 1])
+            if depth > 0:
+                edge = (step.node, keys[depth - 1])
                 edges[edge] = edges.get(edge, 0.0) + step.value
     (root,) = roots
     return PathGraph(root, {node: GraphNode(value, probes.get(node)) for node, value in values.items()}, edges)
 
 
 def completed(run: LinearisedRun, graph: PathGraph) -> PathGraph:
-    """Return the graph with nodes beside every node that has children, so that what comes in is what the node has.
+    """Return the graph with nodes beside every node that has children, so that incoming edges sum to its value.
 
     ``bias`` of a node is scaled by how strongly it reaches the root, as everything else in its sum is; ``pruned`` is
     what remains after all others.
@@ -106,7 +106,7 @@ def completed(run: LinearisedRun, graph: PathGraph) -> PathGraph:
 
 
 def summed_over_tokens(graph: PathGraph) -> PathGraph:
-    """Return the graph with a node's values at all tokens in one; what lies beside a node stays beside that node."""
+    """Return the graph with a node's values at all tokens summed; a node beside another stays beside it."""
     values: dict[Node, float] = {}
     for node, known in graph.nodes.items():
         key = node.without_token()
@@ -119,7 +119,7 @@ def summed_over_tokens(graph: PathGraph) -> PathGraph:
 
 
 def with_values_in_graph(graph: PathGraph) -> PathGraph:
-    """Return the graph with every parent worth what its incoming edges bring; nodes without children stay."""
+    """Return the graph with the value of every parent replaced by the sum of its incoming edges."""
     sums = {parent: sum(graph.incoming(parent).values()) for parent in graph.parents}
     nodes = {node: GraphNode(sums.get(node, known.value), known.probe) for node, known in graph.nodes.items()}
     return PathGraph(graph.root, nodes, graph.edges)

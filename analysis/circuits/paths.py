@@ -1,9 +1,9 @@
 """Greedy search for the paths through which a root gets its value (Dunefsky et al. 2024, "Transcoders find
 interpretable LLM feature circuits", section 4).
 
-A path is a root and, one behind the other, what its value came through. Every step's value is its contribution to the
-*root* along that path. A round extends all current paths by one step and keeps the best of all extensions together, so
-effects that are spread over many small paths are not found: attribution graphs find those.
+A path is a root and the steps that its value came through. Every step's value is its contribution to the *root* along
+that path. A round extends all current paths by one step and keeps the best of all extensions together, so effects that
+are spread over many small paths are missed: attribution graphs have those.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tailrace.analysis.circuits.roots import Root
 from tailrace.analysis.circuits.run import LinearisedRun, Part, Probe
 
 SEARCHED = (Kind.FEATURE, Kind.HEAD, Kind.SKIP, Kind.EMBEDDING, Kind.POSITION, Kind.MLP)
-"""Kinds a path may go through or end in; errors and biases are added to graphs of paths, not searched."""
+"""Kinds of steps; errors and biases are added to graphs of paths, not searched."""
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One element of a path."""
+    """A node of a path, with its contribution to the root."""
 
     node: Node
     probe: Probe | None
-    """What the node reads, scaled so that its value is the step's: what a search goes on with. None where paths end."""
+    """What the node reads, scaled so that its value is the step's; the next round extends it. None where paths end."""
     value: float
     """Contribution to the root; of the root itself its value."""
     is_capped: bool = False
@@ -45,7 +45,7 @@ Path = tuple[Step, ...]
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How to search."""
+    """Settings of a search for paths."""
 
     iterations: int = 2
     """Rounds, and so steps behind the root."""
@@ -54,9 +54,9 @@ class SearchSettings:
     order: Literal["signed", "magnitude"] = "signed"
     """signed: largest contributions; magnitude: also those that inhibit."""
     cap: bool = False
-    """Let no step count for more than a feature it acts through: what would be lost if that feature were ablated."""
+    """Limit a step to the value of every feature it acts through: what would be lost if that feature were ablated."""
     ignore_bos: bool = True
-    """Leave out what heads bring from position 0, which is large and about no token in particular."""
+    """Leave out what heads bring from position 0, which is large and depends on no token in particular."""
     keep: NodeFilter = field(default_factory=NodeFilter)
     """Which nodes may be steps; applied before the best are chosen."""
 
@@ -67,7 +67,7 @@ def root_step(root: Root) -> Step:
 
 
 def root_of_step(step: Step) -> Root:
-    """Return a step as the root of a search of its own: its probe as it is, in units of the first root."""
+    """Return a step as the root of another search: its probe unchanged, in units of the first root."""
     assert step.probe is not None, "paths end at embeddings, biases and MLPs: nothing there can be explained further"
     return Root(step.node, step.probe, step.value)
 
@@ -75,22 +75,22 @@ def root_of_step(step: Step) -> Root:
 def search_paths(run: LinearisedRun, root: Root, settings: SearchSettings) -> list[list[Path]]:
     """Return the paths kept after each round, best first: those of round i have i + 2 steps.
 
-    Ends early when no path can be extended any more; a round never is an empty list.
+    Ends early when no path can be extended; no round is empty.
     """
     current: list[Path] = [(root_step(root),)]
     rounds: list[list[Path]] = []
     for _ in range(settings.iterations):
-        found = [path for one in current for path in extensions(run, one, settings)]
-        if not found:
+        extended = [longer for path in current for longer in extensions(run, path, settings)]
+        if not extended:
             break
-        ranks = _ranks(np.array([path[-1].value for path in found]), settings.order)
-        current = [found[place] for place in _best(ranks, np.ones(len(found), np.bool_), settings.branches)]
+        ranks = _ranks(np.array([path[-1].value for path in extended]), settings.order)
+        current = [extended[index] for index in _best(ranks, np.ones(len(extended), np.bool_), settings.branches)]
         rounds.append(current)
     return rounds
 
 
 def extensions(run: LinearisedRun, path: Path, settings: SearchSettings) -> list[Path]:
-    """Return the best continuations of one path, at most ``branches``; none behind a node where paths end."""
+    """Return the best extensions of a path by one step, at most ``branches``; none where paths end."""
     probe = path[-1].probe
     if probe is None:
         return []
@@ -99,12 +99,12 @@ def extensions(run: LinearisedRun, path: Path, settings: SearchSettings) -> list
     allowed = terms.nodes.are(*SEARCHED) & settings.keep.holds(terms.nodes)
     if settings.ignore_bos:
         allowed &= ~(terms.nodes.are(Kind.HEAD) & (terms.nodes.token == 0))
-    # What contributes nothing is no path, nor, in signed order, what inhibits.
+    # a node that contributes nothing is no step, nor, in signed order, a node that inhibits
     allowed &= values > 0 if settings.order == "signed" else values != 0
     chosen = _best(_ranks(values, settings.order), allowed, settings.branches)
     return [
-        (*path, _step(run, terms, int(place), probe, float(values[place]), bool(settings.cap and is_capped[place])))
-        for place in chosen
+        (*path, _step(run, terms, int(index), probe, float(values[index]), bool(settings.cap and is_capped[index])))
+        for index in chosen
     ]
 
 
@@ -115,9 +115,9 @@ def select_paths(
     not_infix: Sequence[NodeFilter] | None = None,
     suffix: Sequence[NodeFilter] | None = None,
 ) -> list[Path]:
-    """Return the paths for which all criteria given hold, each once and in order.
+    """Return the paths for which all criteria given hold, in order.
 
-    ``infix``: consecutive steps somewhere match; ``not_infix``: nowhere; ``suffix``: the last ones do.
+    ``infix``: some consecutive steps match; ``not_infix``: none do; ``suffix``: the last steps match.
     """
     kept = []
     for path in paths:
@@ -136,7 +136,7 @@ def top_ends(
 ) -> list[tuple[Node, float]]:
     """Return the nodes that paths end in with their summed contributions, largest first.
 
-    Without ``by_token`` a node's values at all tokens are one. Raises ValueError for capped values, which do not add.
+    Without ``by_token`` a node is summed over tokens. Raises ValueError for capped values, which do not add.
     """
     sums: dict[Node, float] = {}
     for path in paths:
@@ -160,15 +160,15 @@ def _ranks(values: NDArray[np.float64], order: str) -> NDArray[np.float64]:
 
 
 def _best(ranks: NDArray[np.float64], allowed: NDArray[np.bool_], k: int) -> NDArray[np.integer]:
-    places = np.flatnonzero(allowed)
-    return np.asarray(places[np.argsort(-ranks[places], kind="stable")[:k]])
+    indices = np.flatnonzero(allowed)
+    return np.asarray(indices[np.argsort(-ranks[indices], kind="stable")[:k]])
 
 
 def _capped(values: NDArray[np.float64], path: Path) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Return values no further from zero than that, of the same sign, of any feature on the path.
 
-    Without a feature its contribution to the root is lost, so nothing that acts through it can be worth more; what
-    acts against it is not bounded by it.
+    Without a feature its contribution to the root is lost, so nothing that acts through it can be worth more; a value
+    of the other sign is not bounded by it.
     """
     known = [step.value for step in path if step.node.kind is Kind.FEATURE]
     ceiling = min((value for value in known if value > 0), default=np.inf)
@@ -177,8 +177,8 @@ def _capped(values: NDArray[np.float64], path: Path) -> tuple[NDArray[np.float64
     return cut, cut != values
 
 
-def _step(run: LinearisedRun, terms: Terms, place: int, probe: Probe, value: float, is_capped: bool) -> Step:
-    node = terms.nodes.node(place)
+def _step(run: LinearisedRun, terms: Terms, index: int, probe: Probe, value: float, is_capped: bool) -> Step:
+    node = terms.nodes.node(index)
     return Step(node, _next_probe(run, node, probe) if node.kind in EXTENDABLE else None, value, is_capped)
 
 
@@ -201,16 +201,16 @@ def _next_probe(run: LinearisedRun, node: Node, probe: Probe) -> Probe:
 
 
 def show_path(path: Path, *, with_values: bool = True) -> str:
-    """Return one path in one line; each value is a contribution to the root, two significant digits."""
+    """Return a path as a line; each value is a contribution to the root, two significant digits."""
     if not with_values:
         return " <- ".join(str(step.node) for step in path)
     return " <- ".join(f"{step.node}: {show_value(step.value)}{'*' if step.is_capped else ''}" for step in path)
 
 
 def show_paths(paths: Sequence[Path], number: int | None = None) -> list[str]:
-    """Return one line per path; ``number`` of a round goes before the path's own."""
+    """Return one line per path; the ``number`` of a round comes before the path's own number."""
     before = "" if number is None else f"[{number}]"
-    return [f"Path {before}[{place}]: {show_path(path)}" for place, path in enumerate(paths)]
+    return [f"Path {before}[{index}]: {show_path(path)}" for index, path in enumerate(paths)]
 
 
 def show_rounds(rounds: Sequence[Sequence[Path]]) -> list[str]:

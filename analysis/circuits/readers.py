@@ -1,8 +1,7 @@
-"""What reads the stream: the probe of a feature, of a head at a source token, of a skip path, of a logit.
+"""Probes of what reads the stream: a feature, a head at a source token, a skip path, a logit.
 
-A reader's probe is the direction it reads, pulled back through its norm to the stream, with everything constant on the
-way (the norm's bias, the reader's own) kept as the probe's constant. Applied here once and only here: a probe that
-came out of this module is never normalised again.
+A reader's probe is the direction it reads, pulled back through its norm to the stream; the norm's bias and the reader's
+own are the probe's constant. The norm is applied here and nowhere else: a probe is never normalised again.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from tailrace.analysis.weights.model_weights import Norm
 
 
 def feature_probe(run: LinearisedRun, layer: int, token: int, feature: int, gain: float = 1.0) -> Probe:
-    """Return ``gain`` times a feature's activation where it fires, its pre-activation where it does not.
+    """Return the probe of ``gain`` times a feature's activation, or its pre-activation where it does not fire.
 
     Of an active feature a = slope · (W_enc[i] · x + b_enc[i]) + offset with x the MLP's input: the slope is 1 and the
-    offset 0 for all architectures but gated ones, where they are exp(r) and b_mag (Rajamanoharan et al. 2024, eq. 7).
+    offset 0 for all architectures but the gated, where they are exp(r) and b_mag (Rajamanoharan et al. 2024, eq. 7).
     """
     features = _features(run, layer)
-    place = features.place(token, feature)
-    slope = 1.0 if place is None else float(features.slope[place])
-    offset = 0.0 if place is None else float(features.offset[place])
+    pair = features.pair_of(token, feature)
+    slope = 1.0 if pair is None else float(features.slope[pair])
+    offset = 0.0 if pair is None else float(features.offset[pair])
     coder = features.transcoder
     direction = coder.W_enc[feature] * slope
     bias = float(coder.encoder_bias()[feature]) * slope + offset
@@ -31,19 +30,19 @@ def feature_probe(run: LinearisedRun, layer: int, token: int, feature: int, gain
 
 
 def skip_probe(run: LinearisedRun, layer: int, token: int, direction: Tensor) -> Probe:
-    """Return what a layer's skip path writes along ``direction`` (d_out,) of the MLP's output."""
+    """Return the probe of what a layer's skip path writes along ``direction`` (d_out,) of the MLP's output."""
     W_skip = _features(run, layer).transcoder.W_skip
     assert W_skip is not None, "only a skip transcoder has such a node"
     return _of_inputs(run, layer, token, direction @ W_skip, 0.0)
 
 
 def decoder_probe(run: LinearisedRun, layer: int, token: int, feature: int) -> Probe:
-    """Return what the MLP's own output has along a feature's decoder direction; no norm is involved."""
+    """Return the probe of the MLP's own output along a feature's decoder direction; no norm is involved."""
     return Probe(layer, Part.OUT, token, _features(run, layer).transcoder.W_dec[feature])
 
 
 def head_probe(run: LinearisedRun, layer: int, head: int, target: int, source: int, direction: Tensor) -> Probe:
-    """Return what a head brings from ``source`` to ``target`` along ``direction`` (d_model,) of the stream there.
+    """Return the probe of what a head brings from ``source`` to ``target`` along ``direction`` (d_model,) there.
 
     The vector is A · J^T W_V (W_O v), with J of the norm before attention, the constant what that norm's bias and b_V
     give: together they are the head's contribution.

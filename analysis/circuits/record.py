@@ -1,8 +1,8 @@
-"""Run a model on one prompt, once, and keep what makes the pass linear.
+"""The record of one pass over a prompt, with what makes it linear.
 
-Attention patterns, the outputs of MLPs and the stream are the model's own, as they passed its hooks; norm scales and
-values follow from them. Each part is then put together from its pieces and compared with what the model computed, so a
-family that does something else with them is refused here rather than explained wrongly.
+Attention patterns, the outputs of MLPs and the stream are read from the model's hooks; norm scales and values are
+computed from them. Each part is then put together from its pieces and compared with the model's own, so that a model
+family that computes it otherwise is refused here rather than explained wrongly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tailrace.storage.hook_names import HookName
 from tailrace.training.architectures.transcoder import Transcoder
 
 _TOLERANCES = {torch.bfloat16: 1e-1, torch.float16: 3e-2}
-"""Of a token's norm, for a part put together from its pieces; room for the rounding of a whole sublayer."""
+"""Share of a token's norm by which a part may differ from its pieces: the rounding of a sublayer."""
 _NOTHING = object()
 _TOLERANCE = 1e-3
 """For float32, and for float64, in which some families still compute their norms in float32."""
@@ -44,7 +44,7 @@ def record_run(
     """Run ``bridge`` on ``tokens`` (T,) and return the pass with every transcoder's active features.
 
     ``transcoded`` (T,) bool says where transcoders stand in: everywhere but at position 0 by default, the BOS, which
-    they never saw. ``dtype`` is what is computed in, by default the model's, but float32 for narrower ones. With
+    they never saw. ``dtype`` is that of the computation, by default the model's, but float32 if that is narrower. With
     ``allow_opaque``, the MLP of a layer without a transcoder is one node; else what depends on it is no root. Raises
     ModelError, listing every problem, for transcoders that do not stand in for whole MLPs of this model and for models
     whose parts do not add up as assumed.
@@ -53,13 +53,13 @@ def record_run(
     parameter = next(bridge.original_model.parameters())
     own, device = parameter.dtype, parameter.device
     wanted = dtype or (own if own in (torch.float32, torch.float64) else torch.float32)
-    found = _by_layer(transcoders, bridge.hook_dict)
+    by_layer = _by_layer(transcoders, bridge.hook_dict)
     coders = {
         layer: (_as_needed(transcoder, device, wanted), _reads_stream(site, layer, bridge.hook_dict))
-        for layer, (site, transcoder) in found.items()
+        for layer, (site, transcoder) in by_layer.items()
     }
     with torch.inference_mode():
-        seen = _observe(bridge, weights, tokens.to(device), [site for site, _ in found.values()])
+        seen = _observe(bridge, weights, tokens.to(device), [site for site, _ in by_layer.values()])
         seen = {name: value.to(wanted) for name, value in seen.items()}
         weights = replace(
             weights, layers=tuple(_cast(layer, wanted) for layer in weights.layers),
@@ -95,7 +95,7 @@ def record_run(
 
 
 def _as_needed(transcoder: Transcoder, device: torch.device, dtype: torch.dtype) -> Transcoder:
-    """Return the transcoder there and in that dtype; a copy if it is not, and never made of inference tensors."""
+    """Return the transcoder on the device in the dtype; a copy if it differs, never made of inference tensors."""
     weight = transcoder.W_enc
     same = weight.device == device and weight.dtype == dtype
     return transcoder if same else copy.deepcopy(transcoder).to(device, dtype)
@@ -115,7 +115,7 @@ def _layer_in(hook: str) -> int | None:
 
 def _by_layer(transcoders: Mapping[Site, Transcoder], points: Mapping[str, Any]) -> dict[int, tuple[Site, Transcoder]]:
     """Return transcoders by their layer; a transcoder of anything but an MLP's own input and output is refused."""
-    found: dict[int, tuple[Site, Transcoder]] = {}
+    by_layer: dict[int, tuple[Site, Transcoder]] = {}
     problems = []
     for site, transcoder in transcoders.items():
         layer = mlp_layer(site)
@@ -127,19 +127,21 @@ def _by_layer(transcoders: Mapping[Site, Transcoder], points: Mapping[str, Any])
                 f"site {site.name}: {site.hook_in} to {site.hook_out} is not the input and output of one MLP; circuits "
                 "need transcoders of blocks.L.mlp.hook_in (or blocks.L.hook_resid_mid) and blocks.L.mlp.hook_out"
             )
-        elif layer in found:
+        elif layer in by_layer:
             problems.append(f"site {site.name}: layer {layer} has two transcoders; give one of them")
         else:
-            found[layer] = (site, transcoder)
+            by_layer[layer] = (site, transcoder)
     if problems:
-        raise ModelError("cannot trace circuits with these transcoders:\n" + "\n".join(f"  {one}" for one in problems))
-    return found
+        raise ModelError(
+            "cannot trace circuits with these transcoders:\n" + "\n".join(f"  {line}" for line in problems)
+        )
+    return by_layer
 
 
 def _is_mlp(site: Site, layer: int, points: Mapping[str, Any]) -> bool:
-    """Compare hook points as objects: several names may mean one point, and which ones depends on the family."""
+    """Compare hook points as objects: several names may mean the same point, depending on the model family."""
     given = (HookName.parse(site.hook_in), HookName.parse(site.hook_out))
-    if any(one.head is not None for one in given):
+    if any(hook.head is not None for hook in given):
         return False
     reads_mlp = points[given[0].point] is points.get(f"blocks.{layer}.mlp.hook_in")
     writes_mlp = points[given[1].point] is points.get(f"blocks.{layer}.mlp.hook_out")
@@ -248,7 +250,7 @@ def _active(
     activations = transcoder.activate(pre) * stands_in[:, None]
     token, feature = torch.nonzero(activations, as_tuple=True)
     activation, own_pre = activations[token, feature], pre[token, feature]
-    # Of all architectures but gated ones, a feature that fires does so with its pre-activation.
+    # in all architectures but gated ones, the activation of an active feature is its pre-activation
     is_itself = torch.equal(activation, own_pre)
     slope = torch.ones_like(activation) if is_itself else _slopes(transcoder, pre)[token, feature]
     skip = None if transcoder.W_skip is None else (inputs @ transcoder.W_skip.T) * stands_in[:, None]
@@ -275,16 +277,16 @@ def _less_what_earlier_layers_write(record: LayerRecord, number: int, earlier: S
     if features is None:
         return record
     error = features.error
-    for source, one in enumerate(earlier):
-        decoder = None if one.features is None else one.features.writes(source, number)
-        if one.features is not None and decoder is not None:
-            written = one.features.activation[:, None] * decoder[one.features.feature]
-            error = error.index_add(0, one.features.token, -written)
+    for source, layer in enumerate(earlier):
+        decoder = None if layer.features is None else layer.features.writes(source, number)
+        if layer.features is not None and decoder is not None:
+            written = layer.features.activation[:, None] * decoder[layer.features.feature]
+            error = error.index_add(0, layer.features.token, -written)
     return replace(record, features=replace(features, error=error))
 
 
 def _slopes(transcoder: Transcoder, pre: Tensor) -> Tensor:
-    """Return the derivative of each activation by its own pre-activation, of whichever architecture."""
+    """Return the derivative of each activation by its own pre-activation, for any architecture."""
     with torch.inference_mode(False), torch.enable_grad():
         leaf = pre.clone().requires_grad_()
         (slopes,) = torch.autograd.grad(transcoder.activate(leaf).sum(), leaf)
@@ -292,7 +294,7 @@ def _slopes(transcoder: Transcoder, pre: Tensor) -> Tensor:
 
 
 def _cast(weights: Any, dtype: torch.dtype) -> Any:
-    """Return weights, a dataclass, with every tensor in ``dtype``; those that are already are shared."""
+    """Return weights, a dataclass, with every tensor in ``dtype``; tensors of that dtype are shared."""
     changed: dict[str, Any] = {}
     for field in fields(weights):
         value = getattr(weights, field.name)

@@ -1,7 +1,6 @@
-"""What a circuit explains: a feature, its decoder direction, a logit, a difference of logits, any direction.
+"""Roots of circuits: a feature, its decoder direction, a logit, a difference of logits, any direction.
 
-Checks what the user asked for; tokens may count from the end and are kept as positions from the start, so one position
-has one name.
+The user's numbers are checked here; tokens may count from the end and are kept as positions from the start.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Root:
     node: Node
     probe: Probe
     value: float
-    """Recorded, not summed up from parts: that the parts give it is the completeness identity."""
+    """Recorded, not summed from parts; the completeness identity says that the parts sum to it."""
     is_active: bool = True
     """False for a feature that does not fire: its pre-activation is explained."""
 
@@ -41,14 +40,14 @@ def feature_root(run: LinearisedRun, layer: int, feature: int, token: int = -1) 
     _check_transcoded(run, position)
     _check_below(run, layer)
     features = run.transcoders[layer]
-    place = features.place(position, feature)
-    if place is None:
+    pair = features.pair_of(position, feature)
+    if pair is None:
         inputs = features.inputs[position]
         value = float(features.transcoder.pre_activations_of(torch.tensor([feature], device=inputs.device), inputs))
     else:
-        value = float(features.activation[place])
+        value = float(features.activation[pair])
     probe = feature_probe(run, layer, position, feature)
-    return Root(Node(Kind.FEATURE, layer, position, feature), probe, value, is_active=place is not None)
+    return Root(Node(Kind.FEATURE, layer, position, feature), probe, value, is_active=pair is not None)
 
 
 def decoder_root(run: LinearisedRun, layer: int, feature: int, token: int = -1) -> Root:
@@ -63,14 +62,14 @@ def decoder_root(run: LinearisedRun, layer: int, feature: int, token: int = -1) 
 def logit_root(run: LinearisedRun, token_id: int, token: int = -1, *, minus: int | None = None) -> Root:
     """Return the logit of ``token_id``, or its difference to that of ``minus``, predicted at a position.
 
-    Through the final norm with its scale held fixed, before a cap on logits where the model has one. Raises
+    Through the final norm with its scale held fixed, before the cap on logits of some models. Raises
     SettingsError for a token id or position out of range, the difference of a logit to itself, and layers without a
     transcoder unless the run allows them.
     """
     position = checked_token(run, token)
     _check_below(run, run.n_layers)
     ids = [token_id] if minus is None else [token_id, minus]
-    beyond = [one for one in ids if not 0 <= one < run.weights.d_vocab]
+    beyond = [number for number in ids if not 0 <= number < run.weights.d_vocab]
     if beyond:
         raise SettingsError(f"token ids {beyond}: this model has 0 to {run.weights.d_vocab - 1}")
     if token_id == minus:
@@ -107,7 +106,7 @@ def centred_logit_roots(run: LinearisedRun, token_ids: Sequence[int], token: int
 def direction_root(
     run: LinearisedRun, vector: Tensor, layer: int, token: int = -1, *, part: Part = Part.PRE, number: int = 0
 ) -> Root:
-    """Return the product of ``vector`` (d_model,) with the activation at a place, as it is: no norm is applied.
+    """Return the product of ``vector`` (d_model,) with the activation at a point of the pass; no norm is applied.
 
     ``layer`` = number of layers with ``part`` PRE is the stream after the last layer. Raises SettingsError for another
     shape, a layer or a token out of range.
@@ -157,7 +156,7 @@ def _check_below(run: LinearisedRun, layer: int) -> None:
     if without and not run.allow_opaque:
         raise SettingsError(
             f"layers {', '.join(map(str, without))}: no transcoder of them was given, so what their MLPs do cannot be "
-            "told by features; give them too, or allow whole MLPs as nodes (allow_opaque)"
+            "explained by features; give them too, or allow whole MLPs as nodes (allow_opaque)"
         )
 
 

@@ -1,7 +1,7 @@
-"""One forward pass, frozen: everything that is linear about it, as plain tensors.
+"""A forward pass with attention patterns and norm scales held fixed, as plain tensors.
 
-A *probe* is a linear quantity of the pass: a direction at a place and token, and a constant. Whatever is explained is
-a probe, and explaining it gives further probes, one for each thing that reads the stream on the way.
+A *probe* is a linear quantity of the pass: a direction at a point of a layer and a token, and a constant. Every
+quantity that is explained is a probe, and explaining it gives a further probe for each node that reads the stream.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tailrace.analysis.circuits.operators import apply_norm
 from tailrace.analysis.weights.model_weights import LayerWeights, ModelWeights
 from tailrace.training.architectures.transcoder import Transcoder
 from tailrace.training.cross_layer.layers import StackedLayer
 
 
 class Part(StrEnum):
-    """Where in a layer a probe's direction lives."""
+    """Point of a layer at which a probe reads."""
 
     PRE = "resid_pre"
-    """The stream as it enters the layer; as it leaves the last one for layer = number of layers."""
+    """The stream as it enters the layer; as it leaves the last layer for layer = number of layers."""
     MID = "resid_mid"
     """The stream that the layer's MLP reads; the same as PRE where MLP and attention are parallel."""
     OUT = "mlp_out"
@@ -33,7 +32,7 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """The quantity ``vector · activation + constant``, of the activation at a place and token of one pass."""
+    """The quantity ``vector · activation + constant``, of the activation at a point and token of a pass."""
 
     layer: int
     part: Part
@@ -54,9 +53,9 @@ class ActiveFeatures:
 
     transcoder: Transcoder
     inputs: Tensor
-    """(T, d_in) what it reads."""
+    """(T, d_in) the transcoder's input."""
     reads_stream: bool
-    """Whether that is the stream itself, as some cross-layer transcoders do, and not the MLP's norm of it."""
+    """Whether that is the stream itself, as for some cross-layer transcoders, and not the MLP's norm of it."""
     token: Tensor
     """(n_active,) int64, ascending."""
     feature: Tensor
@@ -72,7 +71,7 @@ class ActiveFeatures:
     error: Tensor
     """(T, d_out) the MLP's recorded output less all that features write to it, zero where none stands in."""
     skip: Tensor | None
-    """(T, d_out) what its skip path writes, zero where it does not stand in; None without one."""
+    """(T, d_out) what its skip path writes, zero where it does not stand in; None without a skip path."""
 
     @property
     def n_active(self) -> int:
@@ -80,20 +79,19 @@ class ActiveFeatures:
         return int(self.feature.numel())
 
     def writes(self, source: int, target: int) -> Tensor | None:
-        """Return (d_sae, d_out): what the features of layer ``source``, whose these are, write to the MLP output of
-        layer ``target``; None if nothing."""
+        """Return (d_sae, d_out) what features of layer ``source`` write to the MLP output of ``target``, or None."""
         if isinstance(self.transcoder, StackedLayer):
             return self.transcoder.writes(target)
         return self.transcoder.W_dec if source == target else None
 
     def at(self, token: int) -> slice:
-        """Return which of them are a token's."""
+        """Return the pairs of a token."""
         return slice(int(self.starts[token]), int(self.starts[token + 1]))
 
-    def place(self, token: int, feature: int) -> int | None:
-        """Return where a feature is among them, None if it does not fire at ``token``."""
-        found = torch.nonzero(self.feature[self.at(token)] == feature)
-        return None if found.numel() == 0 else int(self.starts[token]) + int(found[0])
+    def pair_of(self, token: int, feature: int) -> int | None:
+        """Return the index of the pair (token, feature), None if the feature does not fire there."""
+        matches = torch.nonzero(self.feature[self.at(token)] == feature)
+        return None if matches.numel() == 0 else int(self.starts[token]) + int(matches[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +122,7 @@ class LayerRecord:
 
 @dataclass(frozen=True, eq=False)
 class LinearisedRun:
-    """A prompt, the model's pass over it, and what the transcoders make of it. Positions count from 0."""
+    """A prompt, the model's pass over it, and the transcoders' active features. Positions count from 0."""
 
     tokens: Tensor
     """(T,) int64."""
@@ -157,7 +155,7 @@ class LinearisedRun:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What everything is computed in."""
+        """Dtype of all tensors."""
         return self.stream.dtype
 
     @cached_property
@@ -166,24 +164,24 @@ class LinearisedRun:
         return {number: layer.features for number, layer in enumerate(self.layers) if layer.features is not None}
 
     def writers(self, layer: int) -> list[tuple[int, ActiveFeatures, Tensor]]:
-        """Return what writes to a layer's MLP output: number, active features and decoder of the layers they read."""
-        found = []
+        """Return what writes to a layer's MLP output: number, active features and decoder of each source layer."""
+        writers = []
         for source, features in self.transcoders.items():
             decoder = features.writes(source, layer) if source <= layer else None
             if decoder is not None:
-                found.append((source, features, decoder))
-        return found
+                writers.append((source, features, decoder))
+        return writers
 
     def stands_in(self, layer: int, token: int) -> bool:
         """Return whether a transcoder stands in for the MLP of a layer at a token."""
         return self.layers[layer].features is not None and bool(self.transcoded[token])
 
     def reads_own_attention(self, part: Part) -> bool:
-        """Return whether what lives at ``part`` of a layer sees what the layer's attention writes."""
+        """Return whether a probe at ``part`` of a layer reads what the layer's attention writes."""
         return part is Part.MID and not self.weights.is_parallel
 
     def activation(self, layer: int, part: Part, token: int) -> Tensor:
-        """Return (d_model,) what a probe there is dotted with, as recorded."""
+        """Return (d_model,) the recorded activation at a point of the pass."""
         if part is Part.OUT:
             return self.layers[layer].mlp_out[token]
         if layer == self.n_layers:
@@ -191,11 +189,6 @@ class LinearisedRun:
         return (self.layers[layer].stream_mid if part is Part.MID else self.layers[layer].stream)[token]
 
     def value(self, probe: Probe) -> float:
-        """Return the quantity itself."""
+        """Return the value of a probe."""
         activation = self.activation(probe.layer, probe.part, probe.token)
         return float(activation.double() @ probe.vector.double()) + probe.constant
-
-    def mlp_write(self, layer: int) -> Tensor:
-        """Return (T, d_model) what a layer's MLP adds to the stream."""
-        record = self.layers[layer]
-        return apply_norm(record.weights.norm_mlp_out, record.mlp_out, record.scale_mlp_out)

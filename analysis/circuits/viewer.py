@@ -1,7 +1,7 @@
 """Attribution graphs in the JSON that circuit-tracer's and Neuronpedia's viewers read (circuit-tracer 0.4).
 
 They know features, errors, token embeddings and logits. A learned position is part of its token there, an MLP without
-transcoder an error, and a root that is a feature takes the place of the logit. What two nodes become one for is added.
+transcoder an error, and a root that is a feature is shown as a logit. Nodes that become the same node there are added.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def viewer_document(
     n_layers: int,
     node_threshold: float,
 ) -> JSON:
-    """Return the document.
+    """Return a graph as the viewers' document.
 
     ``tokens`` are the prompt's ids and texts, ``names`` the targets' texts for people, ``scan`` the name under which
     the viewer finds features' examples.
@@ -42,17 +42,17 @@ def viewer_document(
     cumulative[order] = pruned.influence[order].cumsum(0) / torch.where(total > 0, total, torch.ones_like(total))
     nodes: dict[str, JSON] = {}
     ids: dict[int, str] = {}
-    for place in torch.nonzero(pruned.nodes).flatten().tolist():
-        is_target = place < graph.n_targets
-        described = _node(graph.nodes[place], tokens, n_layers, target=names[place] if is_target else None)
-        described["influence"] = None if is_target else float(cumulative[place])
+    for index in torch.nonzero(pruned.nodes).flatten().tolist():
+        is_target = index < graph.n_targets
+        described = _node(graph.nodes[index], tokens, n_layers, target=names[index] if is_target else None)
+        described["influence"] = None if is_target else float(cumulative[index])
         if is_target:
-            described["token_prob"] = float(graph.weights[place])
-            described["is_target_logit"] = place == 0
-        if graph.nodes[place].kind is Kind.FEATURE:
-            described["activation"] = float(graph.values[place])
-        ids[place] = str(described["node_id"])
-        nodes.setdefault(ids[place], described)
+            described["token_prob"] = float(graph.weights[index])
+            described["is_target_logit"] = index == 0
+        if graph.nodes[index].kind is Kind.FEATURE:
+            described["activation"] = float(graph.values[index])
+        ids[index] = str(described["node_id"])
+        nodes.setdefault(ids[index], described)
     links: dict[tuple[str, str], float] = {}
     for target, source in zip(*np.nonzero(pruned.edges.numpy()), strict=True):
         ends = (ids[int(source)], ids[int(target)])
@@ -104,5 +104,5 @@ def _node(node: Node, tokens: Sequence[tuple[int, str]], n_layers: int, target: 
 
 
 def _paired(layer: int, index: int) -> int:
-    """Return the one number the viewers know a layer's feature by: Cantor's pairing of both."""
+    """Return the number that the viewers give a layer's feature: Cantor's pairing of both."""
     return (layer + index) * (layer + index + 1) // 2 + index

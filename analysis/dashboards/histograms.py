@@ -1,6 +1,6 @@
 """Histograms of many fine bins, drawn with fewer: neighbouring bins joined, on a common axis or each on its own.
 
-Bins of `tailrace.analysis.harvest.histogram` are the same for every feature, so their edges place them on one axis.
+Bins of `tailrace.analysis.harvest.histogram` are the same for every feature, so their edges put them on a common axis.
 
 Bands are equal half-open parts (max·b/n, max·(b+1)/n] of a feature's range from zero. Zero is in no band and the
 largest activation in the last one, so the shares of the bands add up to the frequency.

@@ -227,7 +227,7 @@ def test_an_edge_times_delta_is_what_changing_a_feature_does_to_the_frozen_model
 
     feature_read = int(target.node.index or 0)
     reader = run.transcoders[2]
-    slope = float(reader.slope[reader.place(5, feature_read)])
+    slope = float(reader.slope[reader.pair_of(5, feature_read)])
     directions = {
         "blocks.2.mlp.hook_in": reader.transcoder.W_enc[feature_read] * slope,
         "ln_final.hook_out": weights.W_U[:, 11].double(),
