@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
-from contextlib import redirect_stdout
-from io import StringIO
 from typing import Any
 
 import pytest
@@ -13,29 +9,10 @@ import pytest
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.pipeline.train import layer_set as circuits_model
 from tailrace.pipeline.train.settings import CircuitsModelSettings
-from tests.support.paths import ROOT, SPEECHES
+from tests.support.notebooks import run_notebook
+from tests.support.paths import DOCS, SPEECHES
 
-NOTEBOOK = ROOT / "docs" / "notebooks" / "one_circuit.ipynb"
-
-
-def code_cells() -> list[dict[str, Any]]:
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
-
-
-def parameters(cell: dict[str, Any]) -> bool:
-    return "parameters" in cell["metadata"].get("tags", [])
-
-
-def run_cells(changes: dict[str, Any]) -> dict[str, Any]:
-    """Run every cell in one namespace; ``changes`` take the place of what the cell of parameters sets."""
-    names: dict[str, Any] = {}
-    for cell in code_cells():
-        exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}:{cell['id']}", "exec"), names)
-        if parameters(cell):
-            assert changes.keys() <= names.keys()
-            names |= changes
-    return names
+NOTEBOOK = DOCS / "notebooks" / "one_circuit.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +26,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     made = circuits_model.run(settings, output=tmp_path_factory.mktemp("set"), threads=1, quiet=True)
     prompt = "It is my duty to give to the Congress information of the state of the"
     question = {"prompt": prompt, "answer": " Union", "other": " war", "draws": 39}
-    with redirect_stdout(StringIO()) as printed:
-        defined = run_cells({"circuits": made.path.parent, "model_folder": model, **question})
-    return {**defined, "printed": printed.getvalue()}
+    return run_notebook(NOTEBOOK, {"circuits": made.path.parent, "model_folder": model, **question})
 
 
 @pytest.mark.slow
@@ -95,11 +70,3 @@ def test_p_values_are_ranks_and_the_circuit_matters_more_than_most_draws(names: 
     off = names["p_values"]["drawn features off"]
     assert off < 0.5
     assert f"p = {off:.3g}" in names["printed"]
-
-
-def test_the_notebook_begins_with_its_parameters_and_keeps_no_traceback() -> None:
-    cells = code_cells()
-    assert [parameters(cell) for cell in cells] == [True, *[False] * (len(cells) - 1)]
-    for cell in cells:
-        ast.parse("".join(cell["source"]))
-        assert all(output["output_type"] == "stream" for output in cell["outputs"])
