@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo circuits-model check test test-all bench notes clean
+.PHONY: help install install-dev demo circuits-model docs check test test-all bench notes clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -38,11 +38,16 @@ circuits-model: install ## Train a transcoder for every layer of SmolLM2 from on
 test test-all bench: export OMP_NUM_THREADS = 1
 test test-all: export HF_HUB_OFFLINE = 1
 
-check: install-dev ## Style, formatting, import direction and types; seconds to a minute
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: install-dev ## Build the docs site into site/; open site/index.html
+	$(VENV)/bin/mkdocs build --quiet
+
+check: install-dev ## Style, formatting, import direction, types and the docs site; seconds to a minute
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy --strict
+	@$(MAKE) --no-print-directory docs
 
 test: check ## All checks and every test that is not slow; what CI runs
 	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not slow"
@@ -58,5 +63,5 @@ notes: ## Print what CHANGELOG.md says of a version: make --silent notes VERSION
 	  END { if (!n) { print "CHANGELOG.md has no notes under $(VERSION)" > "/dev/stderr"; exit 1 } }' CHANGELOG.md
 
 clean: ## Remove build products and tool caches; keeps .venv and the demo's results
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find pipeline storage training analysis tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

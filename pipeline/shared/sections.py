@@ -13,7 +13,8 @@ LONG = 25
 """A command with more options than this shows the first ones only, unless all are asked for."""
 
 _FIRST_COLUMN = 28
-_ALL = "help-all"
+HELP_ALL = "help-all"
+"""Key in a context's ``meta``: set where all settings are shown."""
 
 
 class SectionOption(click.Option):
@@ -64,7 +65,7 @@ class SectionCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings; of a long command the first ones, and the other headings."""
         sections = self.sections(ctx)
-        more = [] if ctx.meta.get(_ALL) or not self.is_long else [one for one in [*sections][1:] if one != RUNNING]
+        more = [] if ctx.meta.get(HELP_ALL) or not self.is_long else [one for one in [*sections][1:] if one != RUNNING]
         write_sections({name: sections[name] for name in sections if name not in more}, formatter)
         if more:
             n_more = sum(len(sections[name]) for name in more)
@@ -83,6 +84,6 @@ def write_sections(sections: dict[str, list[tuple[str, str]]], formatter: click.
 
 def _show_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001
     if value and not ctx.resilient_parsing:
-        ctx.meta[_ALL] = True
+        ctx.meta[HELP_ALL] = True
         click.echo(ctx.get_help(), color=ctx.color)
         ctx.exit()
