@@ -1,7 +1,7 @@
 """circuit-tracer's transcoder sets: ``config.yaml`` and ``layer_N.safetensors`` for every layer from 0 on.
 
-Both matrices are feature-major, as ours. TopK must be written with a threshold: for a folder of its own format the
-package ignores what the configuration says of top-k, and takes the set for ReLU. Orientation and keys are those of
+Both matrices are feature-major, as ours. TopK is written with a threshold: releases up to 0.5.0 ignore, of a folder of
+their own format, what the configuration says of top-k, and take the set for ReLU. Orientation and keys are those of
 release 0.4 and later; the first release (June 2025) stored both matrices the other way round.
 
 A reader is given one layer's file, with the set's ``config.yaml`` beside it if there is one. That a file is of the
@@ -11,26 +11,40 @@ first release, shapes alone give away: the encoder then has more columns than th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from torch import Tensor
 
 from tailrace.pipeline.formats.conversion import Converted, Written
-from tailrace.pipeline.formats.foreign import Foreign, check_names, jsonable, log_threshold, read_tensors
+from tailrace.pipeline.formats.foreign import (
+    Foreign,
+    Key,
+    Keys,
+    Shapes,
+    check_tensors,
+    jsonable,
+    keys_of,
+    log_threshold,
+    read_keys,
+    read_tensors,
+    refuse,
+)
 from tailrace.pipeline.formats.subjects import Subject, present
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ArtifactMismatch
 from tailrace.storage.settings import load_yaml
-from tailrace.training.architectures import JumpReLU, ReLU
+from tailrace.training.architectures import Architecture, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import write_tensors
 
 CONFIG = "config.yaml"
 
 _LAYER = re.compile(r"layer_(\d+)\.safetensors")
-_THRESHOLD = "activation_function.threshold"
+_THRESHOLD, _K = "activation_function.threshold", "k"
+NEEDS = "transformer_lens"
+"""Key of an export's config.yaml: the releases of TransformerLens that have its hooks. The package ignores it."""
 
 
 def problems(subjects: Sequence[Subject]) -> list[str]:
@@ -127,59 +141,108 @@ def _listed(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values))
 
 
+KEYS: Keys = {
+    "model_kind": Key("whether features write to one layer or to several"),
+    "model_name": Key("where it belongs"),
+    "feature_input_hook": Key("where it belongs"),
+    "feature_output_hook": Key("where it belongs"),
+    "activation": Key("what becomes of pre-activations, where the tensors do not say it", None, (None, "topk", "relu")),
+    "k": Key("how many features fire on a row, of activation: topk"),
+    **keys_of("the viewer's name of the set", "scan scan_name"),
+    **keys_of("where the files came from", "repo_id revision subfolder transcoders"),
+    **keys_of("what its hooks need, as an export from here says", NEEDS),
+}
+"""Of config.yaml, up to 0.5.1."""
+_SHAPES: Shapes = {
+    "W_enc": ("d_sae", "d_model"),
+    "b_enc": ("d_sae",),
+    "W_dec": ("d_sae", "d_model"),
+    "b_dec": ("d_model",),
+}
+_OPTIONAL: Shapes = {_THRESHOLD: ("d_sae",), "W_skip": ("d_model", "d_model"), _K: ()}
+
+
 def read(path: Path) -> Foreign:
     """Read one file.
 
-    Raises ArtifactMissing, ArtifactCorrupt, or ArtifactMismatch for a cross-layer transcoder, unknown tensors, the
-    first release's orientation, and a configuration that asks for top-k.
+    Raises ArtifactMissing, ArtifactCorrupt, or ArtifactMismatch for a cross-layer transcoder, unknown tensors and
+    keys, the first release's orientation, and what contradicts itself.
     """
     tensors = read_tensors(path)
-    check_names(path, tensors, ["W_enc", "b_enc", "W_dec", "b_dec"], [_THRESHOLD, "W_skip"])
-    d_sae, d_model = len(tensors["b_enc"]), len(tensors["b_dec"])
+    _refuse_first_release(path, tensors)
+    if _THRESHOLD in tensors and tensors[_THRESHOLD].numel() == 1 and "b_enc" in tensors:
+        tensors[_THRESHOLD] = tensors[_THRESHOLD].reshape(1).expand(tensors["b_enc"].shape)
+    tensors = check_tensors(path, tensors, _SHAPES, _OPTIONAL)
+    config = _read_config(path.parent / CONFIG)
+    said = read_keys(path.parent / CONFIG, config, KEYS)
+    if (kind := said["model_kind"]) not in (None, "transcoder_set"):
+        raise ArtifactMismatch(
+            f"{path.parent / CONFIG}: is a {kind}, wanted a transcoder_set; of a cross_layer_transcoder, give the "
+            f"whole folder: {path.parent}"
+        )
+    skips, jumps = "W_skip" in tensors, _THRESHOLD in tensors
+    k = _k(path, tensors, said)
+    weights = {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec")} | {"b_dec_out": tensors["b_dec"]}
+    if jumps:
+        weights["log_threshold"] = log_threshold(path, tensors[_THRESHOLD])
+    if skips:
+        weights["W_skip"] = tensors["W_skip"]
+    match = _LAYER.fullmatch(path.name)
+    hooks = {side: _hook(match, said[f"feature_{side}_hook"]) for side in ("input", "output")}
+    architecture: Architecture = JumpReLU(skip=skips) if jumps else ReLU(input_bias=False, skip=skips)
+    return Foreign(
+        architecture=architecture if k is None else TopK(k=k, skip=skips),
+        weights=weights,
+        hook_in=hooks["input"],
+        hook_out=hooks["output"],
+        model_name=said["model_name"],
+        facts=jsonable(config),
+        notes=() if k is None else (_NOTE_ON_TOPK,),
+    )
+
+
+def _refuse_first_release(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    if not {"W_enc", "b_enc", "b_dec"} <= tensors.keys():
+        return
+    d_sae, d_model = tensors["b_enc"].numel(), tensors["b_dec"].numel()
     if tuple(tensors["W_enc"].shape) == (d_model, d_sae) != (d_sae, d_model):
         raise ArtifactMismatch(
             f"{path}: W_enc has shape {(d_model, d_sae)}, wanted {(d_sae, d_model)}: it is of circuit-tracer's first "
             "release, whose matrices are the other way round; load and save it with a release from 0.4 on"
         )
-    config = _config(path)
-    weights = {
-        "W_enc": tensors["W_enc"],
-        "b_enc": tensors["b_enc"],
-        "W_dec": tensors["W_dec"],
-        "b_dec_out": tensors["b_dec"],
-    }
-    skips, jumps = "W_skip" in tensors, _THRESHOLD in tensors
-    if jumps:
-        weights["log_threshold"] = log_threshold(path, tensors[_THRESHOLD].expand(d_sae).to(torch.float32))
-    if skips:
-        weights["W_skip"] = tensors["W_skip"]
-    match = _LAYER.fullmatch(path.name)
-    hooks = {side: _hook(match, config.get(f"feature_{side}_hook")) for side in ("input", "output")}
-    return Foreign(
-        architecture=JumpReLU(skip=skips) if jumps else ReLU(input_bias=False, skip=skips),
-        weights=weights,
-        hook_in=hooks["input"],
-        hook_out=hooks["output"],
-        model_name=config.get("model_name"),
-        facts=jsonable(config),
-    )
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """Return the configuration of the set the file belongs to; empty if there is none."""
-    beside = path.parent / "config.yaml"
-    config = load_yaml(beside) if beside.is_file() else {}
-    if (kind := config.get("model_kind", "transcoder_set")) != "transcoder_set":
-        raise ArtifactMismatch(
-            f"{beside}: is a {kind}, wanted a transcoder_set; of a cross_layer_transcoder, give the whole folder: "
-            f"{path.parent}"
-        )
-    if config.get("activation") == "topk":
-        raise ArtifactMismatch(
-            f"{beside}: says activation: topk, which circuit-tracer ignores for such files and which they do not hold "
-            "themselves; what the transcoder computes cannot be told. Import it from the files it was converted from"
-        )
-    return config
+_NOTE_ON_TOPK = (
+    "circuit-tracer keeps the k largest values of a row even where they are below zero; here values below zero do not "
+    "fire, so a row on which fewer than k features are above zero differs"
+)
+
+
+def _k(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> int | None:
+    """Return k of TopK, None for others. Raises ArtifactMismatch where file and configuration contradict each other."""
+    beside = path.parent / CONFIG
+    given = {name: value for name, value in ((path.name, tensors.get(_K)), (CONFIG, said["k"])) if value is not None}
+    numbers = {name: float(value) for name, value in given.items()}
+    problems = []
+    is_topk = said["activation"] == "topk" or _K in tensors
+    if is_topk and _THRESHOLD in tensors:
+        problems.append(f"says topk, and {path.name} holds {_THRESHOLD}, which is another rule")
+    if said["activation"] == "relu" and (_THRESHOLD in tensors or _K in tensors):
+        problems.append(f"activation is 'relu', and {path.name} holds {_THRESHOLD if _THRESHOLD in tensors else _K}")
+    if is_topk and not numbers:
+        problems.append(f"says activation: topk, but neither it nor {path.name} says k")
+    if not is_topk and numbers:
+        problems.append(f"k is {said['k']}, without activation: topk")
+    if len(set(numbers.values())) > 1 or any(number < 1 or number % 1 for number in numbers.values()):
+        listed = ", ".join(f"{number:g} in {name}" for name, number in numbers.items())
+        problems.append(f"k is {listed}; wanted the same whole number from 1 on")
+    refuse(beside, problems)
+    return int(next(iter(numbers.values()))) if is_topk else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration of a set; empty if there is none."""
+    return load_yaml(path) if path.is_file() else {}
 
 
 def _hook(layer: re.Match[str] | None, name: str | None) -> str | None:

@@ -23,6 +23,64 @@ SMALLEST_THRESHOLD = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
+class Key:
+    """A key of another tool's configuration, as all of its releases write it."""
+
+    meaning: str
+    """What it does to the transcoder, or why it does nothing to it."""
+    default: Any = None
+    """What a file means that lacks the key or has null there."""
+    wanted: tuple[Any, ...] | None = None
+    """The values that are understood; None for any."""
+
+
+Keys = Mapping[str, Key]
+"""Every key of a format's configuration, in any of its releases."""
+
+
+def keys_of(meaning: str, names: str) -> dict[str, Key]:
+    """Return keys of one meaning by their ``names``, with spaces between: any value is as good as any other."""
+    return dict.fromkeys(names.split(), Key(meaning))
+
+
+def read_keys(
+    path: Path, config: Mapping[str, Any], known: Keys, former: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the value of every known key, its default where the file has none.
+
+    ``former`` are names that keys had in earlier releases, with today's. Null, false and "none" are the same where the
+    default is None. Raises ArtifactMismatch with every key that is not known and every value that is not wanted.
+    """
+    values, problems = {name: key.default for name, key in known.items()}, []
+    names: dict[str, str] = {}
+    for written, value in config.items():
+        name = (former or {}).get(written, written)
+        if name not in known:
+            problems.append(
+                f"{written} is {jsonable(value)!r}, a key that is not known here; if it changes nothing of what the "
+                "transcoder computes, take it out of the file"
+            )
+            continue
+        key = known[name]
+        is_none = value is None or (key.default is None and (value is False or value == "none"))
+        own = key.default if is_none else value
+        if name in names and own != values[name]:
+            problems.append(f"{names[name]} and {written} are the same key with two values; take the wrong one out")
+        names[name], values[name] = written, own
+        if key.wanted is not None and own not in key.wanted:
+            wanted = ", ".join("none" if one is None else str(one) for one in key.wanted)
+            problems.append(f"{written} is {value!r}, wanted {wanted} ({key.meaning})")
+    refuse(path, problems)
+    return values
+
+
+def refuse(path: Path, problems: Sequence[str]) -> None:
+    """Raise ArtifactMismatch with all problems of a configuration, if there are any."""
+    if problems:
+        raise ArtifactMismatch(f"{path}: cannot be imported: {'; '.join(problems)}")
+
+
+@dataclass(frozen=True)
 class Foreign:
     """What a reader found."""
 
@@ -39,6 +97,16 @@ class Foreign:
     """What else the files say of themselves, as JSON; for the record only."""
     processing: str | None = None
     """What was done to the language model's weights when it was trained (``raw``, ``compatibility``), where known."""
+    notes: tuple[str, ...] = ()
+    """Sentences a user should read: what had to be assumed."""
+    log_sparsity: Tensor | None = None
+    """(d_sae,) log10 of how often each feature fired when it was trained; None if the files do not say."""
+
+    @property
+    def recorded_architecture(self) -> dict[str, Any]:
+        """The architecture as a manifest keeps it: what the files say and none of our defaults for training."""
+        settings = self.architecture
+        return {"kind": settings.model_dump()["kind"], **settings.model_dump(mode="json", exclude_unset=True)}
 
     def build(self, where: Path) -> Transcoder:
         """Return the module with these weights.
@@ -90,10 +158,21 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_names(where: Path, found: Mapping[str, Tensor], wanted: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """Raise ArtifactMismatch, naming all of them, for tensors that are missing or that nothing here understands."""
-    missing = sorted(set(wanted) - found.keys())
-    unknown = sorted(found.keys() - set(wanted) - set(optional))
+Shapes = Mapping[str, tuple[str, ...]]
+"""Names of tensors → the names of their dimensions."""
+
+
+def check_tensors(
+    where: Path, found: Mapping[str, Tensor], wanted: Shapes, optional: Shapes | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors without leading dimensions of length 1 that they should not have.
+
+    What a dimension is long, the first tensor says that has it, vectors before matrices. Raises ArtifactMismatch,
+    naming all of them, for tensors that are missing or that nothing here understands; ArtifactCorrupt with every shape
+    that does not fit the others.
+    """
+    known = {**wanted, **(optional or {})}
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - known.keys())
     problems = [f"has no {', '.join(missing)}"] if missing else []
     problems += [f"holds {', '.join(unknown)}, which would be ignored"] if unknown else []
     if problems:
@@ -102,20 +181,62 @@ def check_names(where: Path, found: Mapping[str, Tensor], wanted: Sequence[str],
             + (f" but {', '.join(optional)}" if optional else "")
             + "; check --from"
         )
-    flat = [name for name in wanted if found[name].ndim != (2 if name.startswith("W_") or "weight" in name else 1)]
-    if flat:
-        shapes = ", ".join(f"{name} {tuple(found[name].shape)}" for name in flat)
-        raise ArtifactCorrupt(f"{where}: {shapes}: wanted matrices and vectors; get the file again")
+    lengths: dict[str, int] = {}
+    tensors, problems = {}, []
+    for name in sorted(known.keys() & found.keys(), key=lambda name: (len(known[name]), list(known).index(name))):
+        tensor, shape = found[name], tuple(found[name].shape)
+        while tensor.ndim > len(known[name]) and len(tensor) == 1:
+            tensor = tensor[0]
+        expected = [lengths.get(dimension, dimension) for dimension in known[name]]
+        if len(expected) == tensor.ndim and all(
+            isinstance(length, str) or length == own for length, own in zip(expected, tensor.shape, strict=True)
+        ):
+            lengths.update(zip(known[name], tensor.shape, strict=True))
+        else:
+            problems.append(f"{name} has shape {shape}, wanted ({', '.join(map(str, expected))})")
+        tensors[name] = tensor
+    if problems:
+        raise ArtifactCorrupt(f"{where}: {'; '.join(problems)}; get the file again")
+    return tensors
+
+
+def read_log_sparsity(path: Path, d_sae: int) -> Tensor | None:
+    """Return log10 of how often each feature fired, (d_sae,), from a safetensors file; None if there is no such file.
+
+    Raises the errors of ``read_tensors`` and ``check_tensors``, ArtifactMismatch for one of another length.
+    """
+    if not path.is_file():
+        return None
+    (values,) = check_tensors(path, read_tensors(path), {"sparsity": ("d_sae",)}).values()
+    return checked_log_sparsity(path, values, d_sae)
+
+
+def checked_log_sparsity(path: Path, values: Tensor, d_sae: int) -> Tensor:
+    """Return ``values`` if there is one for each feature. Raises ArtifactMismatch otherwise."""
+    if tuple(values.shape) != (d_sae,):
+        raise ArtifactMismatch(
+            f"{path}: holds values of shape {tuple(values.shape)} for {d_sae} features; it is of another transcoder: "
+            "take it out of the folder or get the right one"
+        )
+    return values
 
 
 def log_threshold(where: Path, threshold: Tensor) -> Tensor:
-    """Return log θ, (d_sae,). Raises ArtifactMismatch for a threshold below zero, which lets negative values fire."""
+    """Return log θ, (d_sae,), of a format that applies no ReLU besides.
+
+    Raises ArtifactMismatch for a threshold below zero, which lets negative values fire.
+    """
     if bool((threshold < 0).any()):
         n_below = int((threshold < 0).sum())
         raise ArtifactMismatch(
             f"{where}: {n_below} thresholds are below zero, so features would fire with negative activations; "
             "such transcoders cannot be imported"
         )
+    return log_threshold_of_relu(threshold)
+
+
+def log_threshold_of_relu(threshold: Tensor) -> Tensor:
+    """Return log max(θ, 0), (d_sae,), of a format that applies ReLU too, where a threshold below zero is ReLU."""
     return threshold.double().clamp(min=SMALLEST_THRESHOLD).log().float()
 
 

@@ -16,6 +16,8 @@ _IN_BLOCK = re.compile(r"blocks\.(\d+)\.([^\[\]]+)")
 
 MLP_IN, MLP_OUT = "mlp.hook_in", "mlp.hook_out"
 """Exactly what the MLP's module is given and gives."""
+RESID_POST = "hook_resid_post"
+"""The residual stream behind a block, which is what the block's module gives."""
 NORMALISED_IN, STREAM_OUT = "ln2.hook_normalized", "hook_mlp_out"
 """The MLP's input before the norm's gain and bias, and what is added to the stream, as ``HookedTransformer`` says."""
 
@@ -95,6 +97,8 @@ def module_of(site: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
         return None
     if (hooks.input, hooks.output) in ((MLP_IN, MLP_OUT), (MLP_OUT, MLP_OUT)):
         return f"{blocks}.{hooks.layer}.mlp"
+    if hooks.input == hooks.output and hooks.input in (RESID_POST, "hook_out"):
+        return f"{blocks}.{hooks.layer}"
     return None
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tailrace.pipeline.formats import circuit_tracer, dictionary_learning, reference, saelens, sparsify
+from tailrace.pipeline.formats import circuit_tracer, dictionary_learning, gemma_scope, reference, saelens, sparsify
 from tailrace.pipeline.formats.foreign import Foreign
 from tailrace.pipeline.formats.hooks import hooked_transformer_name
 from tailrace.pipeline.formats.settings import ORIGINS, ImportSettings, Origin
@@ -38,6 +39,7 @@ from tailrace.training.rows.batches import iter_once
 _READERS: dict[Origin, Callable[[Path], Foreign]] = {
     "saelens": saelens.read,
     "circuit-tracer": circuit_tracer.read,
+    "gemma-scope": gemma_scope.read,
     "sparsify": sparsify.read,
     "dictionary-learning": dictionary_learning.read,
     "reference": reference.read,
@@ -48,7 +50,15 @@ _IN_FOLDERS: dict[Origin, tuple[str, ...]] = {
     "dictionary-learning": (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
 }
 """Files that are read, of formats that are folders."""
+_BESIDE: dict[Origin, Callable[[Path], Path]] = {
+    "saelens": lambda folder: folder / saelens.SPARSITY,
+    "gemma-scope": lambda path: path.parent / gemma_scope.CONFIG,
+    "reference": reference.sparsity_file,
+}
+"""A file that is read too if it is there."""
 _BATCH_ROWS = 1024
+SILENT = 1e-9
+"""Rates up to this are of features that never fired: files have log10 of the rate plus 1e-10."""
 POOR_FVU = 0.9
 """Above this, a transcoder is taken not to belong to the rows it was measured on."""
 
@@ -95,16 +105,21 @@ def run(
                     "format": FORMAT_VERSION,
                     "model": opened.manifest["model"],
                     "inputs": {"cache": opened.reference, "imported": checksums},
-                    "origin": {"format": origin, "model_name": foreign.model_name, "facts": foreign.facts},
+                    "origin": {
+                        "format": origin,
+                        "model_name": foreign.model_name,
+                        "facts": foreign.facts,
+                        **_firing_rates(foreign),
+                    },
                     "site": asdict(site),
                     "d_sae": transcoder.d_sae,
-                    "architecture": foreign.architecture.model_dump(mode="json"),
+                    "architecture": foreign.recorded_architecture,
                     "normalisation": {"kind": "none", "scale_in": 1.0, "scale_out": 1.0},
                     "precision": "float32",
                     # No step was taken here, and how many were elsewhere the files do not say.
                     "metrics": {"steps": 0, "rows": 0, **({split: score.record()} if split == "heldout" else {})},
                     "measured": {"split": split, "fvu": score.fvu, "l0": score.l0, "n_rows": score.n_rows},
-                    "notes": _notes(foreign, score, opened),
+                    "notes": _notes(foreign, score, opened, site),
                     "versions": describe_versions(),
                 },
                 [WEIGHTS],
@@ -125,14 +140,19 @@ def read_result(path: Path) -> ImportResult:
 def _checksums(source: Path, origin: Origin) -> dict[str, str]:
     """Return the checksum of every file that is read, by name: they say what was imported, wherever it lay.
 
-    Raises ArtifactMissing with all that are not there.
+    Raises ArtifactMissing with all that are not there, ArtifactMismatch for a file that is known to be of another
+    format.
     """
     if not source.exists():
         raise ArtifactMissing(f"{source}: there is nothing to import; check the path")
+    if source.suffix == ".npz" and origin != "gemma-scope":
+        raise ArtifactMismatch(f"{source}: holds arrays of NumPy, as Gemma Scope's files do; give --from gemma-scope")
     names = _IN_FOLDERS.get(origin)
     files = [source] if names is None else [source / name for name in names]
     if missing := [str(path) for path in files if not path.is_file()]:
         raise ArtifactMissing(f"{', '.join(missing)}: not there; --from {origin} wants: {ORIGINS[origin]}")
+    if origin in _BESIDE and (beside := _BESIDE[origin](source)).is_file():
+        files.append(beside)
     return {path.name: checksum_file(path) for path in files}
 
 
@@ -187,8 +207,21 @@ def _measure(transcoder: Transcoder, split: CacheSplit, site: Site, n_rows: int)
     return evaluate(predictor(transcoder), batches)
 
 
-def _notes(foreign: Foreign, score: HeldoutScore, cache: ActivationCache) -> list[str]:
-    notes = []
+def _firing_rates(foreign: Foreign) -> dict[str, Any]:
+    """Return L0 and the number of silent features by the files' own firing rates; nothing where there are none."""
+    if foreign.log_sparsity is None:
+        return {}
+    rates = 10 ** foreign.log_sparsity.double()
+    return {"firing": {"l0": float(rates.sum()), "silent": int((rates <= SILENT).sum())}}
+
+
+def _notes(foreign: Foreign, score: HeldoutScore, cache: ActivationCache, site: Site) -> list[str]:
+    notes = [*foreign.notes, *_note_other_hooks(foreign, site, cache)]
+    if firing := _firing_rates(foreign).get("firing"):
+        notes.append(
+            f"by the firing rates beside its files L0 was {firing['l0']:.1f} when it was trained, "
+            f"{firing['silent']:,} features silent; on the cache's rows it is {score.l0:.1f}"
+        )
     processing = (cache.manifest.get("model") or {}).get("processing", "raw")
     if foreign.processing not in (None, processing):
         notes.append(
@@ -202,6 +235,18 @@ def _notes(foreign: Foreign, score: HeldoutScore, cache: ActivationCache) -> lis
             "processing it was trained on"
         )
     return notes
+
+
+def _note_other_hooks(foreign: Foreign, site: Site, cache: ActivationCache) -> list[str]:
+    """Return a sentence if the site was named and has other hooks than the files say."""
+    hooks = (foreign.hook_in, foreign.hook_out)
+    if hooks[0] is None or hooks[1] is None or site.name in {one.name for one in sites_of((hooks[0], hooks[1]), cache)}:
+        return []
+    return [
+        f"its files say that it reads {hooks[0]} and writes {hooks[1]}; {site.name}, which was named, has "
+        f"{site.hook_in} and {site.hook_out}. Where these hold other vectors (hook_normalized is before a norm's gain "
+        "and bias, mlp.hook_in behind them), its features are not the ones that were trained"
+    ]
 
 
 def note_other_name(model_name: str | None, cache: ActivationCache) -> list[str]:

@@ -10,7 +10,7 @@ is then the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,24 @@ from torch import Tensor
 from tailrace.pipeline.formats.conversion import Converted, Written
 from tailrace.pipeline.formats.foreign import (
     Foreign,
-    check_names,
+    Key,
+    Keys,
+    Shapes,
+    check_tensors,
     jsonable,
-    log_threshold,
+    keys_of,
+    log_threshold_of_relu,
     read_config,
+    read_keys,
+    read_log_sparsity,
     read_tensors,
+    refuse,
     without_input_bias,
 )
 from tailrace.pipeline.formats.hooks import MLP_IN, hooked_transformer_name, why_unnamed
 from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
 from tailrace.pipeline.formats.subjects import Subject, present, write_json
-from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.hook_names import HookName
 from tailrace.training.architectures import Architecture, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import write_tensors
 
@@ -38,13 +45,72 @@ FORMAT_OF = "6.54.12"
 """The release of SAELens whose reader this was written for and tested with."""
 ATTACHES_FROM = "6.34"
 """The first release that puts a transcoder's output where it belongs; earlier ones put it where its input is read."""
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 
 _COMPATIBILITY = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 """What ``HookedTransformer`` did to a model's weights by default, and what our ``compatibility`` stands for."""
 
+_FACTORS = ("scaling_factor", "finetuning_scaling_factor")
+"""What releases called a factor per feature for decoding; ones where it is not used."""
+
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 AUTOENCODERS = ("standard", "jumprelu", "topk")
+
+FORMER = {
+    "activation_fn_str": "activation_fn",
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "hook_point_layer": "hook_layer",
+    "hook_point_eval": "hook_eval",
+}
+"""Names of keys in releases 2 to 5 → later ones."""
+KEYS: Keys = {
+    "architecture": Key("which kind it is", "standard", (*TRANSCODERS, *AUTOENCODERS)),
+    "activation_fn": Key("what becomes of pre-activations, in releases 2 to 5", "relu", ("relu", "topk")),
+    "activation_fn_kwargs": Key("k, in releases 2 to 5"),
+    "k": Key("how many features fire on a row"),
+    "rescale_acts_by_decoder_norm": Key("activations are ranked by what they write", False),
+    "apply_b_dec_to_input": Key("whether an autoencoder's output bias is taken off its input", True),
+    "finetuning_scaling_factor": Key("whether decoding uses a factor per feature; release 2 always did", True),
+    "normalize_activations": Key("inputs rescaled: fold it into the weights in SAELens first", None, (None,)),
+    "reshape_activations": Key("heads side by side, as a site of attn.hook_z has them", None, (None, "hook_z")),
+    "metadata": Key("where it belongs, from release 6 on"),
+    **keys_of(
+        "where it belongs",
+        "hook_name hook_name_out hook_head_index hook_head_index_out hook_layer hook_layer_out hook_eval "
+        "hf_hook_name hf_hook_name_out model_name model_class_name model_from_pretrained_kwargs model_kwargs "
+        "neuronpedia_id sae_lens_version sae_lens_training_version",
+    ),
+    **keys_of("shapes and types, which the weights have themselves", "d_in d_sae d_out dtype device expansion_factor"),
+    **keys_of(
+        "the text it was trained on",
+        "context_size prepend_bos dataset_path dataset_trust_remote_code streaming is_dataset_tokenized "
+        "seqpos_slice exclude_special_tokens use_chat_formatting disable_concat_sequences "
+        "sequence_separator_token use_cached_activations cached_activations_path",
+    ),
+    **keys_of(
+        "how it was trained",
+        "l1_coefficient l1_warm_up_steps l0_coefficient l0_warm_up_steps lp_norm "
+        "scale_sparsity_penalty_by_decoder_norm mse_loss_normalization aux_loss_coefficient "
+        "pre_act_loss_coefficient target_l0 use_ghost_grads noise_scale normalize_sae_decoder b_dec_init_method "
+        "decoder_orthogonal_init decoder_heuristic_init decoder_heuristic_init_norm decoder_init_norm "
+        "init_encoder_as_decoder_transpose from_pretrained_path jumprelu_init_threshold jumprelu_bandwidth "
+        "jumprelu_sparsity_loss_mode jumprelu_tanh_scale jumprelu_ste_to_input use_sparse_activations adam_beta1 "
+        "adam_beta2 lr lr_scheduler_name lr_warm_up_steps lr_end lr_decay_steps n_restart_cycles "
+        "finetuning_tokens finetuning_method training_tokens train_batch_size_tokens store_batch_size_prompts "
+        "n_batches_in_buffer activations_mixing_fraction n_batches_for_norm_estimate feature_sampling_window "
+        "dead_feature_window dead_feature_threshold n_eval_batches eval_batch_size_prompts seed tokens_per_buffer",
+    ),
+    **keys_of(
+        "the machine, the log and the checkpoints of the run",
+        "autocast autocast_lm compile_llm llm_compilation_mode compile_sae sae_compilation_mode act_store_device "
+        "llm_device prefetch_llm_batches log_to_wandb log_activations_store_to_wandb log_optimizer_state_to_wandb "
+        "log_weights_to_wandb wandb_project wandb_id wandb_entity wandb_log_frequency eval_every_n_wandb_logs "
+        "run_name resume resume_from_checkpoint n_checkpoints checkpoint_path save_final_checkpoint output_path "
+        "verbose",
+    ),
+}
+"""Of cfg.json, of releases 2.1 to 6.54."""
 
 
 def problems(subjects: Sequence[Subject]) -> list[str]:
@@ -157,60 +223,99 @@ def _metadata(subject: Subject, hooks: tuple[str, str], model_name: str) -> dict
     }
 
 
+def _shapes(kind: str) -> Shapes:
+    """Return the tensors of a kind and their dimensions."""
+    d_out = "d_out" if kind in TRANSCODERS else "d_in"
+    return {
+        "W_enc": ("d_in", "d_sae"),
+        "b_enc": ("d_sae",),
+        "W_dec": ("d_sae", d_out),
+        "b_dec": (d_out,),
+        **({"threshold": ("d_sae",)} if "jumprelu" in kind else {}),
+        **({"W_skip": (d_out, "d_in")} if "skip" in kind else {}),
+    }
+
+
 def read(folder: Path) -> Foreign:
-    """Read a folder of release 6 or later.
+    """Read a folder of release 2 or later.
 
     Raises ArtifactMissing, ArtifactCorrupt, or ArtifactMismatch with everything in it that has no counterpart here.
     """
-    config = read_config(folder / CONFIG)
-    kind = str(config.get("architecture"))
-    metadata = config.get("metadata") or {}
-    if problems := _config_problems(kind, config, metadata):
-        raise ArtifactMismatch(f"{folder / CONFIG}: cannot be imported: {'; '.join(problems)}")
-    jumps, skips = "jumprelu" in kind, "skip" in kind
-    wanted = ["W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] if jumps else []), *(["W_skip"] if skips else [])]
-    tensors = read_tensors(folder / WEIGHTS)
-    check_names(folder / WEIGHTS, tensors, wanted)
+    path = folder / CONFIG
+    config = read_config(path)
+    said = read_keys(path, config, KEYS, FORMER)
+    # From release 6 on, what says nothing of the weights lies in metadata, which may hold anything.
+    about = {**said, **{name: value for name, value in (said["metadata"] or {}).items() if value is not None}}
+    kind, k = _kind(path, config, said)
+    jumps, skips, transcodes = "jumprelu" in kind, "skip" in kind, kind in TRANSCODERS
+    optional: Shapes = dict.fromkeys(_FACTORS, ("d_sae",))
+    tensors = check_tensors(folder / WEIGHTS, read_tensors(folder / WEIGHTS), _shapes(kind), optional)
     W_enc, b_enc, W_dec = tensors["W_enc"].T.contiguous(), tensors["b_enc"], tensors["W_dec"]
-    # Its default for autoencoders is to subtract the output bias from the input; transcoders never do.
-    if config.get("apply_b_dec_to_input", True) and kind in AUTOENCODERS:
+    for factor in (tensors[name] for name in _FACTORS if name in tensors):
+        if said["finetuning_scaling_factor"]:
+            W_dec = W_dec * factor[:, None]
+        elif bool((factor != 1).any()):
+            refuse(path, [f"finetuning_scaling_factor is false, and {WEIGHTS} holds factors other than 1"])
+    if said["apply_b_dec_to_input"] and not transcodes:
         b_enc = without_input_bias(W_enc, b_enc, tensors["b_dec"])
-    if config.get("rescale_acts_by_decoder_norm"):
+    if said["rescale_acts_by_decoder_norm"]:
         # It ranks and shows activations times the decoder norm, and divides again before decoding.
         norms = W_dec.norm(dim=1)
         W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
     weights: dict[str, Tensor] = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec_out": tensors["b_dec"]}
     if jumps:
-        weights["log_threshold"] = log_threshold(folder, tensors["threshold"])
+        weights["log_threshold"] = log_threshold_of_relu(tensors["threshold"])
     if skips:
         weights["W_skip"] = tensors["W_skip"]
-    hook_in = metadata.get("hook_name")
+    hook_in = _hook(about["hook_name"], about["hook_head_index"])
+    architecture: Architecture = ReLU(input_bias=False, skip=skips)
+    if jumps:
+        architecture = JumpReLU(skip=skips)
+    elif k is not None:
+        architecture = TopK(k=k)
     return Foreign(
-        architecture=_architecture(jumps, skips, config),
+        architecture=architecture,
         weights=weights,
         hook_in=hook_in,
-        hook_out=metadata.get("hook_name_out") if kind in TRANSCODERS else hook_in,
-        model_name=metadata.get("model_name"),
+        hook_out=_hook(about["hook_name_out"], about["hook_head_index_out"]) if transcodes else hook_in,
+        model_name=about["model_name"],
         facts=jsonable(config),
+        processing=_processing(about),
+        log_sparsity=read_log_sparsity(folder / SPARSITY, len(b_enc)),
     )
 
 
-def _config_problems(kind: str, config: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
-    known = (*TRANSCODERS, *AUTOENCODERS)
-    problems = [] if kind in known else [f"architecture {kind!r} is none of {', '.join(known)}"]
-    for name in ("normalize_activations", "reshape_activations"):
-        if (value := config.get(name, "none")) != "none":
-            problems.append(f"{name} is {value!r}, which has to be folded into the weights in SAELens first")
-    if metadata.get("hook_head_index") is not None:
-        problems.append(f"it reads head {metadata['hook_head_index']} only, which a site names as HOOK[HEAD]")
-    if kind in TRANSCODERS and config.get("apply_b_dec_to_input", False):
+def _kind(path: Path, config: Mapping[str, Any], said: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Return the architecture, and k of TopK. Raises ArtifactMismatch for keys that contradict each other."""
+    kind, problems = said["architecture"], []
+    k = said["k"] if said["k"] is not None else _k_of_releases_before_6(path, said["activation_fn_kwargs"])
+    if said["activation_fn"] == "topk":
+        if kind not in ("standard", "topk"):
+            problems.append(f"activation_fn is 'topk' in a {kind}, which has a threshold or a path past its features")
+        kind = "topk"
+    if kind == "topk" and (not isinstance(k, int) or k < 1):
+        problems.append(f"k is {k!r}, wanted a number of features from 1 on")
+    if kind in TRANSCODERS and config.get("apply_b_dec_to_input"):
         problems.append("apply_b_dec_to_input is true, which SAELens itself refuses for transcoders")
-    return problems
+    refuse(path, problems)
+    return kind, k if kind == "topk" else None
 
 
-def _architecture(jumps: bool, skips: bool, config: dict[str, Any]) -> Architecture:
-    if jumps:
-        return JumpReLU(skip=skips)
-    if config["architecture"] == "topk":
-        return TopK(k=config["k"])
-    return ReLU(input_bias=False, skip=skips)
+def _k_of_releases_before_6(path: Path, settings: Mapping[str, Any] | None) -> Any:
+    known = {
+        "k": Key("how many features fire on a row"),
+        "signed": Key("whether values below zero fire too", False, (False,)),
+    }
+    return read_keys(path, settings or {}, known)["k"]
+
+
+def _processing(about: Mapping[str, Any]) -> str | None:
+    """Return what was done to the language model's weights, where the files say so."""
+    asked = about["model_from_pretrained_kwargs"] or {}
+    version = str(about["sae_lens_version"] or about["sae_lens_training_version"])
+    # Release 2 loaded models as HookedTransformer does by itself; later ones do nothing that they are not asked for.
+    return "compatibility" if version.startswith("2.") or any(asked.get(name) for name in _COMPATIBILITY) else None
+
+
+def _hook(name: str | None, head: int | None) -> str | None:
+    return None if name is None else str(HookName(name, head))

@@ -59,15 +59,17 @@ class ExportSettings(Settings):
         ]
 
 
-Origin = Literal["saelens", "circuit-tracer", "sparsify", "dictionary-learning", "reference"]
+Origin = Literal["saelens", "circuit-tracer", "gemma-scope", "sparsify", "dictionary-learning", "reference"]
 
 ORIGINS: dict[Origin, str] = {
     "saelens": "folder with cfg.json and sae_weights.safetensors",
     "circuit-tracer": "one layer's file layer_N.safetensors, its set's config.yaml beside it; or the folder of a "
     "cross-layer transcoder",
+    "gemma-scope": "params.npz, or params.safetensors with config.json beside it",
     "sparsify": "one module's folder with cfg.json and sae.safetensors",
     "dictionary-learning": "folder with config.json and ae.pt",
-    "reference": "checkpoint (.pt) of the original transcoders code; nothing in it is run",
+    "reference": "checkpoint (.pt, .pkl, .pkl.gz) of the original transcoders code, nothing in which is run; or its "
+    "tensors alone (.safetensors)",
 }
 """Every format that can be read, with what to give."""
 

@@ -12,28 +12,32 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tailrace.pipeline.formats.foreign import (
     Foreign,
-    check_names,
+    Key,
+    Keys,
+    Shapes,
+    check_tensors,
     jsonable,
+    keys_of,
     read_config,
+    read_keys,
     read_tensors,
+    refuse,
     without_input_bias,
 )
-from tailrace.pipeline.formats.hooks import module_of
+from tailrace.pipeline.formats.hooks import MLP_IN, MLP_OUT, RESID_POST, module_of
 from tailrace.pipeline.formats.subjects import Subject, present, write_json
-from tailrace.storage.errors import ArtifactMismatch
 from tailrace.storage.names import folder_problem
 from tailrace.training.architectures import TopK
 from tailrace.training.architectures.transcoder import write_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
-_MLP = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)\.mlp")
+_MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?")
 
 
 def problems(subjects: Sequence[Subject], module: str | None) -> list[str]:
@@ -106,37 +110,75 @@ def write(directory: Path, subject: Subject, module: str | None) -> list[str]:
     return [f"{folder}/{CONFIG}", f"{folder}/{WEIGHTS}"]
 
 
+_OTHER_FUNCTION = "no counterpart here"
+_KEYS: Keys = {
+    "activation": Key(_OTHER_FUNCTION, "topk", ("topk",)),
+    "k": Key("how many features fire on a row"),
+    "skip_connection": Key("whether a path goes past the features", False),
+    "transcode": Key("whether it reads the module's input; files from before February 2025 do not say"),
+    "signed": Key("whether values below zero fire too; of 2024", False, (False,)),
+    "embed_skip": Key(_OTHER_FUNCTION, False, (False,)),
+    "gram_lookup": Key(_OTHER_FUNCTION, False, (False,)),
+    **keys_of("shapes, which the weights have themselves", "d_in expansion_factor num_latents"),
+    **keys_of("how it was trained", "normalize_decoder multi_topk"),
+    **keys_of("of gram_lookup, which is off", "lookup_max_order gram_table_hash"),
+}
+"""Of sae 0.1 (2024), which sparsify was called before, to sparsify 1.3."""
+
+
 def read(folder: Path) -> Foreign:
     """Read a folder. Raises ArtifactMissing, ArtifactCorrupt, or ArtifactMismatch for what has no counterpart here."""
-    config = read_config(folder / CONFIG)
-    if problems := _config_problems(config):
-        raise ArtifactMismatch(f"{folder / CONFIG}: cannot be imported: {'; '.join(problems)}")
-    tensors = read_tensors(folder / WEIGHTS)
-    skips = bool(config.get("skip_connection", False))
-    wanted = ["encoder.weight", "encoder.bias", "W_dec", "b_dec", *(["W_skip"] if skips else [])]
-    check_names(folder / WEIGHTS, tensors, wanted)
+    path = folder / CONFIG
+    config = read_config(path)
+    said = read_keys(path, config, _KEYS)
+    if not isinstance(said["k"], int) or said["k"] < 1:
+        refuse(path, [f"k is {said['k']!r}, wanted a number of features from 1 on"])
+    skips = bool(said["skip_connection"])
+    wanted: Shapes = {
+        "encoder.weight": ("d_sae", "d_in"),
+        "encoder.bias": ("d_sae",),
+        "W_dec": ("d_sae", "d_in"),
+        "b_dec": ("d_in",),
+        **({"W_skip": ("d_in", "d_in")} if skips else {}),
+    }
+    tensors = check_tensors(folder / WEIGHTS, read_tensors(folder / WEIGHTS), wanted)
     W_enc, b_enc = tensors["encoder.weight"], tensors["encoder.bias"]
-    transcodes = bool(config.get("transcode", False))
-    if not transcodes:
+    # Until transcode was a key, a transcoder's output bias was taken off its input like an autoencoder's.
+    is_older = "transcode" not in config
+    if not said["transcode"]:
         b_enc = without_input_bias(W_enc, b_enc, tensors["b_dec"])
     weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": tensors["W_dec"], "b_dec_out": tensors["b_dec"]}
     if skips:
         weights["W_skip"] = tensors["W_skip"]
-    match = _MLP.fullmatch(folder.resolve().name)
-    block = None if match is None else f"blocks.{match[1]}.mlp"
+    hook_in, hook_out = _hooks(folder.resolve().name, transcodes=bool(said["transcode"]) or (is_older and skips))
     return Foreign(
-        architecture=TopK(k=config["k"], skip=skips),
+        architecture=TopK(k=said["k"], skip=skips),
         weights=weights,
-        hook_in=None if block is None else f"{block}.{'hook_in' if transcodes else 'hook_out'}",
-        hook_out=None if block is None else f"{block}.hook_out",
+        hook_in=hook_in,
+        hook_out=hook_out,
         facts=jsonable(config),
+        notes=_notes_on_age(hook_in, skips) if is_older else (),
     )
 
 
-def _config_problems(config: dict[str, Any]) -> list[str]:
-    problems = []
-    if (activation := config.get("activation", "topk")) != "topk":
-        problems.append(f"activation is {activation!r}, wanted topk")
-    if not isinstance(config.get("k"), int) or config["k"] < 1:
-        problems.append(f"k is {config.get('k')!r}, wanted a number of features")
-    return problems
+def _hooks(module: str, *, transcodes: bool) -> tuple[str | None, str | None]:
+    """Return what a coder of a module reads and writes; None where the module's name is not known."""
+    match = _MODULE.fullmatch(module)
+    if match is None or (transcodes and match[2] is None):
+        return None, None
+    block = f"blocks.{match[1]}"
+    if match[2] is None:
+        return (f"{block}.{RESID_POST}",) * 2
+    return f"{block}.{MLP_IN if transcodes else MLP_OUT}", f"{block}.{MLP_OUT}"
+
+
+def _notes_on_age(hook_in: str | None, skips: bool) -> tuple[str, ...]:
+    """Return a sentence on what was taken for granted of a file that does not say whether it is a transcoder."""
+    if skips:
+        return ("its files are from before February 2025; with a path past its features it is taken for a transcoder",)
+    if hook_in is None:
+        return ()
+    return (
+        f"its files do not say whether it reads the module's input or its output; it is taken for an autoencoder of "
+        f"{hook_in}. If it is a transcoder, give its site with --site",
+    )
