@@ -66,5 +66,5 @@ def test_paths_that_notebooks_begin_with_are_those_of_the_repository() -> None:
     for name in ("text_to_features", "own_model"):
         names: dict[str, Any] = {}
         exec("".join(code_cells(DOCS / "notebooks" / f"{name}.ipynb")[0]["source"]), names)
-        assert (ROOT / names.get("model", names.get("base")) / "config.json").exists()
+        assert (ROOT / (names.get("model") or names["base"]) / "config.json").exists()
         assert (ROOT / names["text"]).exists()
