@@ -14,7 +14,7 @@ from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, overload
 
-from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_path, as_paths, each_artifact
+from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_path, as_paths
 from tailrace.pipeline.shared.options import current_names, flat_values, read_settings, setting_fields
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Settings
@@ -181,7 +181,7 @@ def analyze(
 ) -> AnalyzeResult | list[AnalyzeResult]:
     """Turn a transcoder into tables of features, examples and activations over ``cache``, published at ``out``.
 
-    Of a list of transcoders, which may be folders of them or one cross-layer transcoder, each gets tables in a folder
+    Of a list of transcoders, which may be folders of them or cross-layer ones, each gets tables in a folder
     of its name inside ``out``, and a list of results is returned. ``settings`` are those of `pipeline analyze`;
     ``live=True`` reads ``rows`` rows of the text ``dataset`` instead of a cache. Raises SettingsError, ArtifactError,
     ModelError or NonFiniteActivation.
@@ -191,7 +191,6 @@ def analyze(
     from tailrace.pipeline.analyze import many, stage
     from tailrace.pipeline.analyze.settings import AnalyzeSettings, read_flat
     from tailrace.pipeline.live.settings import FreshText
-    from tailrace.training.architectures.transcoder import KIND
 
     given = _as_typed((AnalyzeSettings, FreshText), settings)
     analysis, text = read_flat(given, _path(config), is_live=live)
@@ -207,7 +206,7 @@ def analyze(
         "workers": workers,
     }
     if not isinstance(transcoder, str | os.PathLike):
-        return many.run(analysis, transcoders=each_artifact(as_paths(transcoder), KIND), **arguments)
+        return many.run(analysis, transcoders=as_paths(transcoder), **arguments)
     if many.stands_for_many(as_path(transcoder)):
         raise SettingsError(f"{transcoder}: gets tables of each transcoder, or layer, in it; give it in a list")
     return stage.run(analysis, transcoder=as_path(transcoder), **arguments)

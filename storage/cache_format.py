@@ -13,6 +13,7 @@ import numpy as np
 
 from tailrace.storage.encodings import Encoding, Side
 from tailrace.storage.formats import ARTIFACT_FORMATS, Compression
+from tailrace.storage.hook_names import HookName
 from tailrace.storage.layout import ArraySpec
 
 KIND = "activation-cache"
@@ -38,6 +39,12 @@ class Site:
     d_out: int
     dtype: str
     """Storage dtype: bfloat16, float16, float32 or int8."""
+
+    @property
+    def layer(self) -> int | None:
+        """The layer that both hooks name; None if they name none or two."""
+        layers = {HookName.parse(name).layer for name in (self.hook_in, self.hook_out)}
+        return layers.pop() if len(layers) == 1 else None
 
     @property
     def sides(self) -> tuple[Side, ...]:

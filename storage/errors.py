@@ -23,6 +23,8 @@ traceback. A message says what, where, what was there, what was wanted, and the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ActionableError(Exception):
     """An error whose message tells the user what to do next."""
@@ -78,3 +80,11 @@ class ActivationOverflow(ActionableError):
 
 class StorageFull(ActionableError):
     """Writing failed because the disk is full or read-only."""
+
+
+def raise_together(problems: Sequence[ActionableError]) -> None:
+    """Raise one error with every problem, of their class if they share one; return if there is none."""
+    if problems:
+        kinds = {type(problem) for problem in problems}
+        kind = kinds.pop() if len(kinds) == 1 else ActionableError
+        raise kind("\n".join(dict.fromkeys(map(str, problems)))) from problems[0]

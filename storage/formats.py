@@ -34,6 +34,8 @@ TABLES_KIND = "tables"
 """What ``pipeline analyze`` publishes. Its readers need no torch, which making it does."""
 CROSS_LAYER_KIND = "cross_layer_transcoder"
 """One transcoder over several layers."""
+TRANSCODER_KINDS = ("transcoder", CROSS_LAYER_KIND)
+"""What holds transcoders: of one layer, or of several."""
 FOR_ONE_LAYER_ONLY = {
     CROSS_LAYER_KIND: (
         "tables, scores and tasks are of one layer each; pipeline analyze makes tables of every layer of a cross-layer "

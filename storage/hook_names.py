@@ -26,5 +26,12 @@ class HookName(NamedTuple):
         match = _ONE_HEAD.fullmatch(name)
         return cls(name, None) if match is None else cls(match[1], int(match[2]))
 
+    @property
+    def layer(self) -> int | None:
+        """The layer whose block the point is in; None outside all blocks."""
+        first, _, rest = self.point.partition(".")
+        number = rest.partition(".")[0]
+        return int(number) if first == "blocks" and number.isdigit() else None
+
     def __str__(self) -> str:
         return self.point if self.head is None else f"{self.point}[{self.head}]"

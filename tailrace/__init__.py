@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         train,
         verify,
     )
-    from tailrace.pipeline.artifacts.folders import load_transcoders
+    from tailrace.pipeline.artifacts.transcoders import load_transcoders
     from tailrace.pipeline.model.of_transcoders import open_model
     from tailrace.storage.activation_cache import open_cache
     from tailrace.storage.errors import ActionableError, ArtifactError, SettingsError
@@ -88,7 +88,7 @@ _ELSEWHERE = {
     "as_tensor": "tailrace.training.rows.batches",
     "forward": "tailrace.analysis.interventions.forward",
     "load_transcoder": "tailrace.training.cross_layer.artifact",
-    "load_transcoders": "tailrace.pipeline.artifacts.folders",
+    "load_transcoders": "tailrace.pipeline.artifacts.transcoders",
     "open_cache": "tailrace.storage.activation_cache",
     "open_model": "tailrace.pipeline.model.of_transcoders",
     "pad_prompts": "tailrace.analysis.interventions.prompts",

@@ -103,14 +103,7 @@ def _as_needed(transcoder: Transcoder, device: torch.device, dtype: torch.dtype)
 
 def mlp_layer(site: Site) -> int | None:
     """Return the layer that both hooks of a site name; None if they name none or two."""
-    layers = {_layer_in(name) for name in (site.hook_in, site.hook_out)}
-    return layers.pop() if len(layers) == 1 else None
-
-
-def _layer_in(hook: str) -> int | None:
-    first, _, rest = HookName.parse(hook).point.partition(".")
-    number = rest.partition(".")[0]
-    return int(number) if first == "blocks" and number.isdigit() else None
+    return site.layer
 
 
 def _by_layer(transcoders: Mapping[Site, Transcoder], points: Mapping[str, Any]) -> dict[int, tuple[Site, Transcoder]]:

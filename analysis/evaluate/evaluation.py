@@ -1,8 +1,8 @@
 """Evaluation of a language model whose MLPs are replaced by transcoders: cross entropy recovered, KL, FVU, L0.
 
 Every context is run as it is (original), with the transcoders in place (spliced), and with the same sites ablated to
-zero and to their mean; once for each site alone, and once for all of them together. All numbers are nats per
-prediction, over every prediction of every context: at position t it is of the token at t + 1.
+zero and to their mean; once for each transcoder alone, and once for all of them together. All numbers are nats per
+prediction, over every prediction of every context: the one made at position t is of the token at t + 1.
 
 What is ablated or replaced is a site's *output*, at the same positions in all runs. Replacing the input hook, or
 ablating every head where the site is a single head, gives numbers that look alike and mean nothing.
@@ -25,8 +25,8 @@ from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_
 from tailrace.analysis.evaluate.splice_scores import Outcome, SpliceScore
 from tailrace.analysis.harvest.table import record_batch
 from tailrace.analysis.splice.hook_points import observed
-from tailrace.analysis.splice.in_place import InPlaceCoder, InPlaceSums, Measured
-from tailrace.analysis.splice.replacement import MeanAblated, Substitute, ZeroAblated, run_replaced
+from tailrace.analysis.splice.in_place import InPlaceSums, Measured
+from tailrace.analysis.splice.replacement import InPlaceCoder, MeanAblated, Substitute, ZeroAblated, run_replaced
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import NonFiniteActivation
 from tailrace.storage.hook_names import HookName
@@ -91,23 +91,24 @@ class TokenDeltas(NamedTuple):
 class Evaluation:
     """Scores a set of sites on a model, batch by batch. Memory: two batches of logits, (n, positions, vocab) each.
 
-    ``only_together`` leaves out each site by itself, for transcoders that are right only together.
+    ``groups`` are the sites that are replaced together, by a name: a transcoder's, several of a cross-layer one.
     """
 
-    def __init__(self, bridge: Any, spliced: Sequence[SplicedSite], *, only_together: bool = False) -> None:
+    def __init__(self, bridge: Any, groups: Mapping[str, Sequence[SplicedSite]]) -> None:
         self._bridge = bridge
+        spliced = [one for group in groups.values() for one in group]
         self._patterns: dict[str, _SitePattern] = {
             member.site.name: pattern
             for member in spliced
             if (pattern := _pattern_of(member.site, bridge.hook_dict)) is not None
         }
-        self._sets = [] if only_together else [_SetSums(member.site.name, [member]) for member in spliced]
-        if len(spliced) > 1:
+        self._sets = [_SetSums(name, group) for name, group in groups.items()]
+        if len(groups) > 1:
             self._sets.append(_SetSums(ALL_SITES, spliced))
 
     @torch.inference_mode()
     def add(self, batch: ContextBatch) -> list[TokenDeltas]:
-        """Run a batch and count it; return the deltas of each site, then those of all sites together.
+        """Run a batch and count it; return the deltas of each group, then those of all together.
 
         Raises ModelError for hooks that the model does not have or that never fire, and NonFiniteActivation where the
         spliced model predicts nothing.
@@ -134,7 +135,7 @@ class Evaluation:
         return deltas
 
     def scores(self) -> dict[str, SpliceScore]:
-        """Return the scores over all batches so far, by site, and of ``ALL_SITES`` where there are several."""
+        """Return the scores over all batches so far, by group, and of ``ALL_SITES`` where there are several."""
         return {sums.name: sums.score() for sums in self._sets}
 
     def _run(

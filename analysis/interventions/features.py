@@ -7,7 +7,7 @@ are applied in the order given.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Integral, Real
@@ -16,11 +16,20 @@ from typing import Any, Literal, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from tailrace.analysis.splice.in_place import InPlaceCoder
 from tailrace.analysis.splice.passes import PassTokens
-from tailrace.analysis.splice.replacement import Substitute, weights_dtype, width_problems
+from tailrace.analysis.splice.replacement import (
+    ChangedByEarlier,
+    InPlaceCoder,
+    Substitute,
+    change_in_pass,
+    decode_in_pass,
+    other_layers,
+    weights_dtype,
+    width_problems,
+)
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
+from tailrace.training.cross_layer.layers import StackedLayer
 
 
 class FeatureCoder(InPlaceCoder, Protocol):
@@ -169,6 +178,10 @@ class EditedFeatures(Substitute):
     With ``on_top_of="transcoder"`` the output is the transcoder's of the edited activations. With ``"model"`` it is
     the model's own output and the difference that the edits make, so that the transcoder's error stays in and edits
     that change nothing leave the model as it is: that is for steering.
+
+    A feature of a cross-layer transcoder writes to its own and all later layers, and so does a change of it. With
+    ``on_top_of="model"``, one layer may be edited alone, and later ones get their part; else all layers of the
+    transcoder are put in place, with edits or without.
     """
 
     def __init__(
@@ -195,14 +208,23 @@ class EditedFeatures(Substitute):
         for edit in self._edits:
             after = edit(after, tokens)
         if self._on_top_of == "transcoder":
-            return self._coder.decode(after, rows).to(outputs.dtype)
-        return outputs + ((after - before) @ self._coder.W_dec).to(outputs.dtype)
+            return decode_in_pass(self._coder, after, rows, tokens).to(outputs.dtype)
+        return outputs + change_in_pass(self._coder, after - before, tokens).to(outputs.dtype)
 
     def problems(self, site: Site) -> list[str]:
         """Return a sentence for every width that differs and every feature that does not exist."""
         return width_problems(self._coder, site) + [
             problem for edit in self._edits for problem in edit.problems(self._coder.d_sae)
         ]
+
+    def others(self) -> Mapping[Site, Substitute | None]:
+        """Return the other layers of a cross-layer transcoder, or the later ones that get a part of the change."""
+        coder = self._coder
+        if self._on_top_of == "transcoder":
+            return other_layers(coder)
+        if not isinstance(coder, StackedLayer):
+            return {}
+        return {coder.sites[target]: ChangedByEarlier(coder, target) for target in coder.later}
 
 
 class EditedNeurons(Substitute):

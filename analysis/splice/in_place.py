@@ -6,8 +6,9 @@ compared with is the model's own output **for the inputs it gets there**, so the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,22 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tailrace.analysis.splice.passes import PassTokens
-from tailrace.analysis.splice.replacement import Substitute, weights_dtype, width_problems
+from tailrace.analysis.splice.replacement import (
+    InPlaceCoder,
+    Substitute,
+    decode_in_pass,
+    other_layers,
+    weights_dtype,
+    width_problems,
+)
 from tailrace.storage.cache_format import Site
-from tailrace.storage.errors import ModelError
-from tailrace.training.cross_layer.stack import CrossLayerTranscoder
-
-
-class InPlaceCoder(Protocol):
-    """The part of a transcoder that standing in for an MLP needs."""
-
-    def encode(self, inputs: Tensor, /) -> Tensor:
-        """Return activations (rows, d_sae) of inputs (rows, d_in)."""
-        ...
-
-    def decode(self, activations: Tensor, inputs: Tensor, /) -> Tensor:
-        """Return outputs (rows, d_out); the inputs are for transcoders with a path past the features."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -98,16 +92,16 @@ class Measured(Substitute):
 
     def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return the model's outputs with the transcoder's in the chosen rows."""
-        return self._in_rows(inputs, outputs, self._where.to(outputs.device))
+        return self._in_rows(inputs, outputs, self._where.to(outputs.device), None)
 
     def in_pass(self, inputs: Tensor, outputs: Tensor, tokens: PassTokens) -> Tensor:
         """Return the same, in the chosen rows of this pass."""
-        return self._in_rows(inputs, outputs, tokens.part(self._where, "rows to measure"))
+        return self._in_rows(inputs, outputs, tokens.part(self._where, "rows to measure"), tokens)
 
-    def _in_rows(self, inputs: Tensor, outputs: Tensor, chosen: Tensor) -> Tensor:
+    def _in_rows(self, inputs: Tensor, outputs: Tensor, chosen: Tensor, tokens: PassTokens | None) -> Tensor:
         rows = inputs[chosen].to(weights_dtype(self._coder, inputs.dtype))
         activations = self._coder.encode(rows)
-        predicted = self._coder.decode(activations, rows).to(outputs.dtype)
+        predicted = decode_in_pass(self._coder, activations, rows, tokens).to(outputs.dtype)
         self._sums.add(outputs[chosen], predicted, (activations > 0).sum(-1))
         replaced = outputs.clone()
         replaced[chosen] = predicted
@@ -117,57 +111,10 @@ class Measured(Substitute):
         """Return a sentence for every width that differs."""
         return width_problems(self._coder, site)
 
+    def others(self) -> Mapping[Site, Substitute | None]:
+        """Return the other layers of a cross-layer transcoder."""
+        return other_layers(self._coder)
+
 
 def _total(rows: Tensor) -> float:
     return float(rows.cpu().double().sum())
-
-
-class LayerInPlace:
-    """One layer of a cross-layer transcoder in place of its MLP, layer by layer as a forward pass reaches them.
-
-    What stands in for a layer's MLP is the sum of what the features of that layer and of all earlier ones write to it,
-    so the parts of one transcoder share what has fired in the pass under way. They are only right together: every layer
-    below must have been read in the same pass, which ends with the output of the highest.
-    """
-
-    def __init__(self, transcoder: CrossLayerTranscoder, layer: int, fired: dict[int, Tensor]) -> None:
-        self._transcoder, self._layer, self._fired = transcoder, layer, fired
-        self.d_in, self.d_out = transcoder.width_in, transcoder.width_out
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the outputs (…, d_out) of inputs (…, d_in)."""
-        return self.decode(self.encode(inputs), inputs)
-
-    def encode(self, inputs: Tensor) -> Tensor:
-        """Return the activations (…, features_per_layer) of this layer's features on its inputs (…, d_in)."""
-        if self._layer == 0:
-            self._fired.clear()
-        activations = self._transcoder.encode_layer(self._layer, inputs.to(self._transcoder.W_enc.dtype))
-        self._fired[self._layer] = activations
-        return activations
-
-    def decode(self, activations: Tensor, inputs: Tensor) -> Tensor:  # noqa: ARG002
-        """Return what the features of this and all earlier layers write to this one, and its bias, (…, d_out).
-
-        Raises ModelError if an earlier layer has not been read in this pass.
-        """
-        missing = [layer for layer in range(self._layer) if layer not in self._fired]
-        if missing or any(self._fired[layer].shape[:-1] != activations.shape[:-1] for layer in range(self._layer)):
-            raise ModelError(
-                f"layer {self._layer} of a cross-layer transcoder was asked for before layers "
-                f"{', '.join(map(str, missing)) or 'below'} were read on the same rows; put all its layers in place"
-            )
-        width = self._transcoder.width_out
-        bias = self._transcoder.b_dec_out[self._layer * width : (self._layer + 1) * width]
-        outputs = bias.expand(*activations.shape[:-1], -1)
-        for layer in range(self._layer):
-            outputs = outputs + self._fired[layer] @ self._transcoder.writes(layer, self._layer)
-        if self._layer == self._transcoder.n_layers - 1:
-            self._fired.clear()  # no one reads them any more, and logits, which come next, are large too
-        return torch.add(outputs, activations @ self._transcoder.writes(self._layer, self._layer))
-
-
-def layers_in_place(transcoder: CrossLayerTranscoder) -> list[LayerInPlace]:
-    """Return the parts that stand in for each layer's MLP, lowest first. All of them belong in the same passes."""
-    fired: dict[int, Tensor] = {}
-    return [LayerInPlace(transcoder, layer, fired) for layer in range(transcoder.n_layers)]

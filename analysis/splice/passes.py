@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class PassTokens:
     attention_mask: Any
     """What the model was given: None, or (contexts, ``end``) with 0 for padding."""
     device: torch.device
+    written: dict[Any, Any] = field(default_factory=dict)
+    """What substitutes leave in this pass for those of later layers."""
 
     def after_bos(self) -> Tensor:
         """Return (contexts or 1, positions) bool: False at each sequence's first token and at padding before it.
@@ -70,15 +72,17 @@ class Passes:
     def __init__(self) -> None:
         self._first = 0
         self._attention_mask: Any = None
+        self._written: dict[Any, Any] = {}
 
     def begin(self, _model: Any, _arguments: Any, named: Mapping[str, Any]) -> None:
         """Note what a pass that begins is given; a forward pre-hook."""
         self._first, self._attention_mask = _tokens_before(named), named.get("attention_mask")
+        self._written = {}
 
     def tokens(self, value: Tensor, axis: int = 1) -> PassTokens:
         """Return the tokens of the pass under way; a hook holds ``value`` (contexts, …), with positions on ``axis``."""
         end = self._first + value.shape[axis]
-        return PassTokens(len(value), self._first, end, self._attention_mask, value.device)
+        return PassTokens(len(value), self._first, end, self._attention_mask, value.device, self._written)
 
 
 @contextlib.contextmanager

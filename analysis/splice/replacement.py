@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from tailrace.analysis.splice.passes import Passes, PassTokens, check_whole, fol
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ModelError
 from tailrace.storage.hook_names import HookName
+from tailrace.training.cross_layer.layers import StackedLayer
 
 EVERY_POSITION = torch.ones(1, 1, dtype=torch.bool)
 """For ``where``: replace at all positions, the BOS included."""
@@ -52,6 +53,10 @@ class Substitute(ABC):
         """Return a sentence for everything that makes it unfit for ``site``."""
         return []
 
+    def others(self) -> Mapping[Site, Substitute | None]:
+        """Return the sites that have to be replaced with this, and by what; None where that has to be given too."""
+        return {}
+
 
 class Transcoded(Substitute):
     """The output of a transcoder: any function from (…, d_in) to (…, d_out).
@@ -64,11 +69,25 @@ class Transcoded(Substitute):
 
     def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return the transcoder's outputs."""
-        return self.transcoder(inputs.to(weights_dtype(self.transcoder, inputs.dtype))).to(outputs.dtype)
+        return self._transcoded(inputs, None).to(outputs.dtype)
+
+    def in_pass(self, inputs: Tensor, outputs: Tensor, tokens: PassTokens) -> Tensor:
+        """Return the same; of a layer of a cross-layer transcoder, with what earlier layers write to it."""
+        return self._transcoded(inputs, tokens).to(outputs.dtype)
 
     def problems(self, site: Site) -> list[str]:
         """Return a sentence for every width that differs, where the transcoder says its widths."""
         return width_problems(self.transcoder, site)
+
+    def others(self) -> Mapping[Site, Substitute | None]:
+        """Return the other layers of a cross-layer transcoder."""
+        return other_layers(self.transcoder)
+
+    def _transcoded(self, inputs: Tensor, tokens: PassTokens | None) -> Tensor:
+        rows = inputs.to(weights_dtype(self.transcoder, inputs.dtype))
+        if isinstance(self.transcoder, StackedLayer):
+            return decode_in_pass(self.transcoder, self.transcoder.encode(rows), rows, tokens)
+        return self.transcoder(rows)
 
 
 class ZeroAblated(Substitute):
@@ -124,11 +143,13 @@ def replaced(
     ``where`` is a bool tensor that can be expanded to (contexts, positions): True where outputs are replaced,
     everywhere but at each sequence's first token by default. For generated text it needs a column for every token, the
     new ones too, or one column for all. Raises ModelError, listing every problem, for a hook that the model does not
-    have, a substitute of another width, and two sites that write to the same place. In a nested context the inner one
+    have, a substitute of another width, two sites that write to the same place, and a layer of a cross-layer
+    transcoder without its others. In a nested context the inner one
     acts on what the outer one left, so of two substitutes for one site the inner one counts.
     """
     points: Mapping[str, Any] = bridge.hook_dict
-    problems = _site_problems(substitutes, points)
+    substitutes, problems = _completed(substitutes)
+    problems += _site_problems(substitutes, points)
     if problems:
         raise ModelError("cannot replace what was asked for:\n" + "\n".join(f"  {line}" for line in problems))
     with following_passes(bridge) as passes:
@@ -170,13 +191,114 @@ def weights_dtype(transcoder: object, default: torch.dtype) -> torch.dtype:
 
 
 def width_problems(transcoder: object, site: Site) -> list[str]:
-    """Return a sentence for every width of ``transcoder`` that is not the site's."""
+    """Return a sentence for every width of ``transcoder`` that is not the site's, and for another layer's."""
+    if isinstance(transcoder, StackedLayer) and (own := transcoder.sites[transcoder.index]).hook_out != site.hook_out:
+        return [f"the layer of a cross-layer transcoder that stands in for {own.hook_out}, not for {site.hook_out}"]
     pairs = [(name, getattr(transcoder, name, None), getattr(site, name)) for name in ("d_in", "d_out")]
     return [
         f"the transcoder has {name} {own}, the site {wanted}"
         for name, own, wanted in pairs
         if isinstance(own, int) and own != wanted
     ]
+
+
+class InPlaceCoder(Protocol):
+    """The part of a transcoder that standing in for an MLP needs."""
+
+    def encode(self, inputs: Tensor, /) -> Tensor:
+        """Return activations (rows, d_sae) of inputs (rows, d_in)."""
+        ...
+
+    def decode(self, activations: Tensor, inputs: Tensor, /) -> Tensor:
+        """Return outputs (rows, d_out); the inputs are for transcoders with a path past the features."""
+        ...
+
+
+def decode_in_pass(coder: InPlaceCoder, activations: Tensor, rows: Tensor, tokens: PassTokens | None) -> Tensor:
+    """Return outputs (…, d_out) of activations (…, d_sae) of ``rows`` (…, d_in).
+
+    To those of a layer of a cross-layer transcoder, the features of all earlier layers write too, by their activations
+    in the same pass. Raises ModelError if these are not known.
+    """
+    if not isinstance(coder, StackedLayer):
+        return coder.decode(activations, rows)
+    written = {} if tokens is None else tokens.written
+    earlier = _remembered(written, (coder.stack, "activations"), coder, activations)
+    missing = [coder.sites[index].name for index in range(coder.index) if index not in earlier]
+    if missing or any(values.shape[:-1] != activations.shape[:-1] for _, values in earlier.values()):
+        raise ModelError(
+            f"{coder.sites[coder.index].name} of a cross-layer transcoder was asked for before "
+            f"{', '.join(missing) or 'earlier layers'} were read on the same rows; put all its layers in place"
+        )
+    outputs = coder.b_dec_out.expand(*activations.shape[:-1], -1)
+    for layer, values in earlier.values():
+        outputs = outputs + values @ layer.writes_to(coder.index)
+    return torch.add(outputs, activations @ coder.W_dec)
+
+
+def change_in_pass(coder: Any, change: Tensor, tokens: PassTokens | None) -> Tensor:
+    """Return what a change (…, d_sae) of activations adds to outputs (…, d_out).
+
+    Changes at earlier layers of the same cross-layer transcoder, in the same pass, are added as well.
+    """
+    added: Tensor = change @ coder.W_dec
+    if isinstance(coder, StackedLayer):
+        written = {} if tokens is None else tokens.written
+        for layer, values in _remembered(written, (coder.stack, "changes"), coder, change).values():
+            added = added + values @ layer.writes_to(coder.index)
+    return added
+
+
+class ChangedByEarlier(Substitute):
+    """The model's own outputs of a later layer of a cross-layer transcoder, and what ``change_in_pass`` adds there."""
+
+    def __init__(self, layer: StackedLayer, target: int) -> None:
+        self._stack, self._target = layer.stack, target
+
+    def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:  # noqa: ARG002
+        """Return ``outputs``: without a pass, nothing is known of earlier layers."""
+        return outputs
+
+    def in_pass(self, inputs: Tensor, outputs: Tensor, tokens: PassTokens) -> Tensor:  # noqa: ARG002
+        """Return the outputs with every change that earlier layers made in this pass."""
+        for layer, change in tokens.written.get((self._stack, "changes"), {}).values():
+            outputs = outputs + (change @ layer.writes_to(self._target)).to(outputs.dtype)
+        return outputs
+
+
+def other_layers(coder: object) -> dict[Site, Substitute | None]:
+    """Return the sites of the layers that a layer of a cross-layer transcoder stands in together with."""
+    if not isinstance(coder, StackedLayer):
+        return {}
+    return {site: None for index, site in enumerate(coder.sites) if index != coder.index}
+
+
+def _remembered(
+    written: dict[Any, Any], key: Hashable, layer: StackedLayer, values: Tensor
+) -> dict[int, tuple[StackedLayer, Tensor]]:
+    """Return what earlier layers left in this pass, by index, and leave this one's for later ones."""
+    known: dict[int, tuple[StackedLayer, Tensor]] = written.setdefault(key, {})
+    earlier = {index: known[index] for index in sorted(known) if index < layer.index}
+    known[layer.index] = (layer, values)
+    if not layer.later:
+        del written[key]  # no one reads them any more, and logits, which come next, are large too
+    return earlier
+
+
+def _completed(substitutes: Mapping[Site, Substitute]) -> tuple[dict[Site, Substitute], list[str]]:
+    """Return ``substitutes`` and what they bring along for other sites, and a sentence for each that is missing."""
+    completed = dict(substitutes)
+    problems = []
+    for site, substitute in substitutes.items():
+        hooks = {one.hook_out for one in completed}
+        others = {other: own for other, own in substitute.others().items() if other.hook_out not in hooks}
+        completed |= {other: own for other, own in others.items() if own is not None}
+        if missing := [other.name for other, own in others.items() if own is None]:
+            problems.append(
+                f"site {site.name}: is a layer of a cross-layer transcoder, which stands in for all its layers "
+                f"together; put {', '.join(missing)} in place too"
+            )
+    return completed, problems
 
 
 def _site_problems(substitutes: Mapping[Site, Substitute], points: Mapping[str, Any]) -> list[str]:

@@ -77,7 +77,7 @@ DESCRIPTION = TableDescription(
         f"tokens; and for each later transcoder given, the {N_FEATURES} features at either end. A transcoder that does "
         "not read the residual stream has no rows of the first three kinds, one that does not write to it none of the "
         "last. Of a feature of a cross-layer transcoder, the decoder row is the sum of what it writes to its own and "
-        "all later layers; transcoders given as later ones read after all of these."
+        "all later layers, as far as the later transcoder reads after them."
     ),
     schema=SCHEMA,
 )
@@ -91,6 +91,8 @@ class Later:
     reads: StreamPoint
     encoder: Tensor
     """(d_sae, d_in)."""
+    decoder: Tensor | None = None
+    """(d_sae, d_out) of the transcoder analysed: what is written before this one reads, where that is not all."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ def _finders(connected: Connected) -> list[Any]:
     if connected.reads is not None:
         finders.append(_FindEmbedded(connected, connected.reads))
     if connected.writes is not None:
-        finders += [_FindLater(connected.decoder, connected.writes, later) for later in connected.later]
+        for one in connected.later:
+            decoder = connected.decoder if one.decoder is None else one.decoder
+            finders.append(_FindLater(decoder, connected.writes, one))
     return finders
 
 

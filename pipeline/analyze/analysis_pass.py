@@ -33,7 +33,7 @@ from tailrace.analysis.harvest.rows import ShownRows, cached_rows
 from tailrace.analysis.harvest.table import accumulators
 from tailrace.analysis.tables import TABLES
 from tailrace.analysis.weights.unembedding import TokenEffects
-from tailrace.pipeline.analyze.coders import AnalysedCoder
+from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.pipeline.shared.worker_processes import open_workers
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import make_directory
@@ -52,7 +52,7 @@ class AnalysisPass:
     """Which rows are shown to which transcoder, and what is counted."""
 
     rows: ShownRows
-    analysed: AnalysedCoder
+    analysed: TranscoderLayer
     plan: Plan
     device: torch.device
 
@@ -127,7 +127,7 @@ class Job:
     generation: int
     split_name: str
     site: str
-    analysed: AnalysedCoder
+    analysed: TranscoderLayer
     plan: Plan
     density: float | None
     scratch: str | None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tailrace.pipeline.analyze.settings import AnalyzeSettings, read_flat
-from tailrace.pipeline.artifacts.folders import artifacts_inside, each_artifact, unfinished_inside
+from tailrace.pipeline.artifacts.folders import transcoder_paths, unfinished_inside
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import settings_options
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     "--downstream",
     type=options.ARTIFACT,
     multiple=True,
-    help="Transcoder of a later layer of the same model, to tell connections to its features; may be repeated.",
+    help="Transcoder of later layers of the same model, or a folder of some, to tell connections to its features; may "
+    "be repeated.",
 )
 @running(
     "--workers",
@@ -87,13 +88,12 @@ def command(
     pipeline analyze demo/circuits/transcoders --cache demo/circuits/cache --out tables/smollm2
     pipeline dashboard tables/smollm2/layer3 --out dashboards/layer3
 
-    So does each layer of a cross-layer transcoder, which is given alone.
+    So does each layer of a cross-layer transcoder, under the name of its site.
     """
     settings, text = read_flat(given, config, is_live=live)
 
     from tailrace.pipeline.analyze import many as analyze_each
     from tailrace.pipeline.analyze import stage as analyze
-    from tailrace.training.architectures.transcoder import KIND
 
     arguments: dict[str, Any] = {
         "cache": cache,
@@ -111,13 +111,10 @@ def command(
     if len(transcoders) == 1 and not analyze_each.stands_for_many(transcoders[0]):
         say(_line(analyze.run(settings, transcoder=transcoders[0], **arguments)))
         return
-    inside = [one for path in transcoders for one in artifacts_inside(path, KIND)]
     for path in transcoders:
-        if unfinished := unfinished_inside(path) if inside else []:
+        if unfinished := unfinished_inside(path) if transcoder_paths(path) != [path] else []:
             click.echo(f"{path}: left out, as never finished: {', '.join(one.name for one in unfinished)}", err=True)
-    analyze_each.run(
-        settings, transcoders=each_artifact(transcoders, KIND), finished=lambda one: say(_line(one)), **arguments
-    )
+    analyze_each.run(settings, transcoders=transcoders, finished=lambda one: say(_line(one)), **arguments)
 
 
 def _line(result: AnalyzeResult) -> str:

@@ -1,6 +1,7 @@
 """``pipeline analyze`` for many transcoders: a folder that gets ordinary tables of each, under its name.
 
-A cross-layer transcoder stands for its layers, whose tables are named after their sites.
+A cross-layer transcoder stands for its layers, whose tables are named after their sites, and after the transcoder's
+folder and their sites where others are analysed with it.
 
 Tables have the bytes that analysing their transcoder alone gives. Everything is checked before anything is computed,
 and the language model is opened once. Transcoders follow one another, each with a pass of its own: of a pass over
@@ -11,12 +12,12 @@ little and need the memory of all.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from tailrace.pipeline.analyze.analysis_pass import check_workers
-from tailrace.pipeline.analyze.coders import AnalysedCoder, analysed_coders
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.stage import (
     AnalyzeResult,
@@ -25,11 +26,15 @@ from tailrace.pipeline.analyze.stage import (
     plan,
     read_result,
     refuse_unused_model,
+    share_weights,
 )
-from tailrace.pipeline.analyze.weight_tables import SharedWeights, later_problems
-from tailrace.pipeline.artifacts.folders import artifacts_inside
+from tailrace.pipeline.artifacts.folders import transcoder_paths
+from tailrace.pipeline.artifacts.transcoders import (
+    PublishedTranscoder,
+    TranscoderLayer,
+    open_transcoders,
+)
 from tailrace.pipeline.live.settings import FreshText
-from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.shared.device import open_device
 from tailrace.storage.artifact import MANIFEST, REQUEST
 from tailrace.storage.draft import LOCK
@@ -39,9 +44,9 @@ from tailrace.storage.errors import (
     ArtifactMismatch,
     NonFiniteActivation,
     SettingsError,
+    raise_together,
 )
 from tailrace.storage.names import folder_problem
-from tailrace.training.architectures.transcoder import KIND
 from tailrace.training.cross_layer.artifact import is_cross_layer
 
 logger = logging.getLogger(__name__)
@@ -65,30 +70,33 @@ def run(
 ) -> list[AnalyzeResult]:
     """Publish tables of every one of ``transcoders`` at ``output/<its folder's name>``; those that are there stay.
 
-    A cross-layer transcoder is given alone; each of its layers gets tables at ``output/<its site's name>``. The other
+    A folder stands for the transcoders in it. Each layer of a cross-layer transcoder gets tables at
+    ``output/<its site's name>``, or ``output/<folder's name>-<site's name>`` beside other transcoders. The other
     arguments are those of ``tailrace.pipeline.analyze.stage.run``; ``announce`` hears the size of the first only, and
     ``finished`` is told each result when it is there. A transcoder that gives a number that is not finite is told at
     the end, after the others. Raises SettingsError, ArtifactMismatch or another ArtifactError, with every problem of
     every transcoder and before anything is computed, and what ``tailrace.pipeline.analyze.stage.run`` raises.
     """
-    coders = analysed_coders(transcoders)
-    outputs = _outputs(coders, output)
+    opened = open_transcoders(transcoders)
+    outputs = _outputs(opened, output)
     on = open_device(device)
     check_workers(workers, on, is_live=live is not None)
-    open_source = open_sources(settings, transcoders, cache=cache, live=live, model=model, device=device)
+    open_source = open_sources(
+        settings, [one.path for one in opened], cache=cache, live=live, model=model, device=device
+    )
     if live is None:
         refuse_unused_model(settings, model, downstream)
     planned: list[PlannedTables] = []
     problems: list[ActionableError] = []
-    for analysed, own in zip(coders, outputs, strict=True):
+    for analysed, own in outputs.items():
         try:
             planned.append(plan(settings, analysed, own, open_source, downstream))
             _refuse_other_tables(planned[-1])
         except ActionableError as error:
             problems.append(error)
-    _raise_together(problems)
+    raise_together(problems)
     missing = [one for one in planned if not one.is_made]
-    weights = _share_weights(settings, missing, planned[0].source.open_model, downstream)
+    weights = share_weights(settings, {f"{one.analysed}: ": one for one in planned})
     results: list[AnalyzeResult] = []
     for one in planned:
         if not one.is_made:
@@ -100,17 +108,17 @@ def run(
                 continue
         results.append(read_result(one.output))
         finished(results[-1])
-    _raise_together(problems)
+    raise_together(problems)
     return results
 
 
 def stands_for_many(transcoder: Path) -> bool:
     """Return whether a path is a folder of transcoders or a cross-layer one, and so gets tables of each."""
-    return bool(artifacts_inside(transcoder, KIND)) or is_cross_layer(transcoder)
+    return transcoder_paths(transcoder) != [transcoder] or is_cross_layer(transcoder)
 
 
-def _outputs(coders: Sequence[AnalysedCoder], output: Path) -> list[Path]:
-    """Return where the tables of each go.
+def _outputs(transcoders: Sequence[PublishedTranscoder], output: Path) -> dict[TranscoderLayer, Path]:
+    """Return where the tables of each layer go.
 
     Raises ArtifactMismatch or SettingsError if two cannot be told apart, ArtifactCorrupt if one is named elsewhere.
     """
@@ -120,21 +128,27 @@ def _outputs(coders: Sequence[AnalysedCoder], output: Path) -> list[Path]:
                 f"{output}: holds an artifact already; with several transcoders, --out is a folder that gets tables of "
                 "each in a folder of its own, and so of each layer with a cross-layer transcoder. Choose another"
             )
-    if not coders:
+    if not transcoders:
         raise SettingsError("no transcoder given; give the path of at least one, or of a folder that holds some")
-    for one in coders:
-        if (problem := folder_problem(one.name)) is not None:
-            raise ArtifactCorrupt(f"{one.path}: is called {one.name!r}, which {problem}; no folder of tables can be")
-    by_name: dict[str, list[Path]] = {}
-    for one in coders:
-        by_name.setdefault(one.name, []).append(one.path)
-    if repeated := {name: paths for name, paths in by_name.items() if len(paths) > 1}:
-        lines = "\n".join(f"  {output / name}: {', '.join(map(str, paths))}" for name, paths in repeated.items())
+    by_name: dict[str, list[TranscoderLayer]] = {}
+    for one in transcoders:
+        folder = Path(os.path.abspath(one.path)).name
+        for layer in one.layers:
+            name = folder
+            if one.is_cross_layer:
+                name = layer.site.name if len(transcoders) == 1 else f"{folder}-{layer.site.name}"
+            if (problem := folder_problem(name)) is not None:
+                raise ArtifactCorrupt(f"{one.path}: is called {name!r}, which {problem}; no folder of tables can be")
+            by_name.setdefault(name, []).append(layer)
+    if repeated := {name: layers for name, layers in by_name.items() if len(layers) > 1}:
+        lines = "\n".join(
+            f"  {output / name}: {', '.join(str(layer.path) for layer in layers)}" for name, layers in repeated.items()
+        )
         raise SettingsError(
             "tables are named like the folders of their transcoders, and some of these are the same; analyse them "
             f"in separate runs, each with its own --out:\n{lines}"
         )
-    return [output / name for name in by_name]
+    return {layers[0]: output / name for name, layers in by_name.items()}
 
 
 def _refuse_other_tables(one: PlannedTables) -> None:
@@ -144,30 +158,6 @@ def _refuse_other_tables(one: PlannedTables) -> None:
             pass
 
 
-def _share_weights(
-    settings: AnalyzeSettings,
-    missing: Sequence[PlannedTables],
-    open_model: Callable[[], LanguageModel],
-    downstream: Sequence[Path],
-) -> SharedWeights:
-    """Return the weights for the tables that are missing; raise SettingsError if downstream transcoders read earlier.
-
-    Where a transcoder reads is known from the model alone, which is opened for it.
-    """
-    if not (missing and downstream) or settings.without_model:
-        return SharedWeights(open_model, len(missing))
-    weights = SharedWeights(open_model, len(missing) + 1)
-    with weights.used() as found:
-        problems = [
-            f"{one.analysed}: {line}"
-            for one in missing
-            for line in later_problems(one.downstream, found, one.made_of["site"])
-        ]
-    if problems:
-        raise SettingsError("\n".join(problems))
-    return weights
-
-
 def _say_of_first(announce: Callable[[str], object], n_missing: int, line: str) -> None:
     others = {1: "", 2: "; and about as much for the other"}
     announce(line + others.get(n_missing, f"; and about as much for each of the {n_missing - 1} others"))
@@ -175,12 +165,3 @@ def _say_of_first(announce: Callable[[str], object], n_missing: int, line: str) 
 
 def _say_nothing(_: str) -> None:
     """Leave the sizes of all but the first out: they are about the same."""
-
-
-def _raise_together(problems: Sequence[ActionableError]) -> None:
-    """Raise one error with every problem, of their class if they share one."""
-    if problems:
-        kinds = {type(problem) for problem in problems}
-        kind = kinds.pop() if len(kinds) == 1 else ActionableError
-        lines = dict.fromkeys(map(str, problems))  # layers of one transcoder have the same model
-        raise kind("\n".join(lines)) from problems[0]

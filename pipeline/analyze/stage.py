@@ -30,16 +30,18 @@ from tailrace.pipeline.analyze.analysis_pass import (
     scratch_folder,
     with_density,
 )
-from tailrace.pipeline.analyze.coders import AnalysedCoder
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.sources import CacheSource, FreshSource, Source
 from tailrace.pipeline.analyze.weight_tables import (
     CONNECTIONS,
+    Downstream,
     FromWeights,
     SharedWeights,
     check_downstream,
+    later_problems,
     write_weight_tables,
 )
+from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_of, open_transcoders
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.same_model import list_model_differences
@@ -53,7 +55,6 @@ from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
 from tailrace.storage.names import remove_temporary
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures.transcoder import Transcoder
-from tailrace.training.cross_layer.artifact import is_cross_layer
 
 KIND = TABLES_KIND
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -123,9 +124,10 @@ def run(
     other tables lie at ``output``; ModelError if the model cannot be loaded; SettingsError if the disk has no room for
     the activations.
     """
-    if is_cross_layer(transcoder):
+    layers = layers_of(open_transcoders(transcoder))
+    if len(layers) > 1:
         raise ArtifactMismatch(
-            f"{transcoder}: is a cross-layer transcoder, which gets tables of each of its layers; use "
+            f"{transcoder}: has {len(layers)} layers, which get tables each; use "
             "tailrace.pipeline.analyze.many.run, as the command does"
         )
     on = open_device(device)
@@ -133,13 +135,13 @@ def run(
     open_source = open_sources(settings, [transcoder], cache=cache, live=live, model=model, device=device)
     if live is None:
         refuse_unused_model(settings, model, downstream)
-    planned = plan(settings, AnalysedCoder.of_one_layer(transcoder), output, open_source, downstream)
-    weights = SharedWeights(planned.source.open_model)
+    planned = plan(settings, layers[0], output, open_source, downstream)
+    weights = share_weights(settings, {"": planned})
     return planned.make(weights, on, workers=workers, threads=threads, quiet=quiet, announce=announce)
 
 
-SourceOf = Callable[[Path, Mapping[str, Any]], Source]
-"""Where a transcoder, with its manifest, has its rows from. Raises ArtifactMismatch if they are not there."""
+SourceOf = Callable[[TranscoderLayer], Source]
+"""Where a layer has its rows from. Raises ArtifactMismatch if they are not there."""
 
 
 def open_sources(
@@ -155,8 +157,8 @@ def open_sources(
     if cache is not None and live is None:
         opened = open_cache(cache)
 
-        def of_cache(transcoder: Path, made_of: Mapping[str, Any]) -> Source:
-            site = check_same_site(opened, cache, made_of, transcoder)
+        def of_cache(layer: TranscoderLayer) -> Source:
+            site = check_same_site(opened, cache, layer.manifest, layer.path)
             return CacheSource(opened, settings.split, site, model, device)
 
         return of_cache
@@ -169,39 +171,37 @@ def open_sources(
         raise SettingsError("rows: how much of the text to read is not known with --live; give --rows, such as 100k")
     n_rows = settings.rows
     open_model = functools.cache(lambda: open_transcoder_model(transcoders, model=model, device=device))
-    return lambda _, made_of: FreshSource(live, made_of, n_rows, open_model)
+    return lambda layer: FreshSource(live, layer.manifest, n_rows, open_model)
 
 
 def plan(
-    settings: AnalyzeSettings, analysed: AnalysedCoder, output: Path, open_source: SourceOf, downstream: Sequence[Path]
+    settings: AnalyzeSettings,
+    analysed: TranscoderLayer,
+    output: Path,
+    open_source: SourceOf,
+    downstream: Sequence[Path],
 ) -> PlannedTables:
-    """Return what is to be made of a transcoder; raise ArtifactMismatch or SettingsError if it cannot be."""
-    made_of = analysed.read_manifest()
-    source = open_source(analysed.path, made_of)
-    later = check_downstream(analysed.path, made_of, downstream)
-    return PlannedTables(settings, analysed, made_of, later, source, output)
+    """Return what is to be made of a layer; raise ArtifactMismatch or SettingsError if it cannot be."""
+    return PlannedTables(settings, analysed, check_downstream(analysed, downstream), open_source(analysed), output)
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTables:
-    """Tables that are to be made of one transcoder. Neither rows nor model are opened yet."""
+    """Tables that are to be made of one layer. Neither rows nor model are opened yet."""
 
     settings: AnalyzeSettings
-    analysed: AnalysedCoder
-    made_of: Mapping[str, Any]
-    """The transcoder's manifest; of a layer of a cross-layer one, with that layer's site."""
-    downstream: Mapping[Path, Mapping[str, Any]]
-    """Manifests of later transcoders by their paths."""
+    analysed: TranscoderLayer
+    downstream: Downstream
     source: Source
     output: Path
 
     @property
     def inputs(self) -> dict[str, Any]:
         """What the tables are made from, by digests."""
-        inputs: dict[str, Any] = {**self.source.inputs, "transcoder": self.analysed.reference(self.made_of)}
+        inputs: dict[str, Any] = {**self.source.inputs, "transcoder": self.analysed.reference}
         if self.downstream:
-            later = self.downstream.values()
-            inputs["downstream"] = {other["site"]["name"]: {"digest": other["digest"]} for other in later}
+            later = [layer for layers in self.downstream.values() for layer in layers]
+            inputs["downstream"] = {layer.site.name: layer.reference for layer in later}
         return inputs
 
     @property
@@ -247,7 +247,7 @@ class PlannedTables:
                         "format": FORMAT_VERSION,
                         "inputs": {**self.inputs, **self.source.found},
                         "model": self.source.model,
-                        "site": self.made_of["site"],
+                        "site": self.analysed.manifest["site"],
                         "tables": {name: {"n_rows": n_rows} for name, n_rows in written.n_rows.items()},
                         "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
                     },
@@ -264,13 +264,30 @@ class PlannedTables:
         with weights.used() as found:
             return write_weight_tables(
                 coder,
-                self.made_of["site"],
+                self.analysed,
                 downstream=self.downstream,
                 weights=found,
                 vocabulary=vocabulary,
                 output=output,
                 quiet=quiet,
             )
+
+
+def share_weights(settings: AnalyzeSettings, planned: Mapping[str, PlannedTables]) -> SharedWeights:
+    """Return the weights for the tables that are missing of ``planned``, by what errors about them begin with.
+
+    Raises SettingsError if downstream transcoders read too early, for which the model is opened.
+    """
+    first = next(iter(planned.values()))
+    n_missing = sum(not one.is_made for one in planned.values())
+    if not (n_missing and first.downstream) or settings.without_model:
+        return SharedWeights(first.source.open_model, n_missing)
+    weights = SharedWeights(first.source.open_model, n_missing + 1)
+    with weights.used() as found:
+        problems = later_problems(first.downstream, found, {name: one.analysed.site for name, one in planned.items()})
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return weights
 
 
 def check_same_site(

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,19 +21,19 @@ from tailrace.analysis.tables.connections import ROW_GROUP_ROWS, SCHEMA, Connect
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.analysis.weights.stream import read_point, write_point
 from tailrace.analysis.weights.unembedding import TokenEffects, token_effects
+from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_of, open_transcoders
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.weights import read_weights
+from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, SettingsError
 from tailrace.storage.tables import write_table
-from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
-from tailrace.training.cross_layer.artifact import is_cross_layer
+from tailrace.training.architectures.transcoder import Transcoder
+from tailrace.training.cross_layer.layers import open_weights
 
 CONNECTIONS = "connections.parquet"
 
 logger = logging.getLogger(__name__)
-
-Manifest = Mapping[str, Any]
 
 _ADVICE = (
     "The tables need the model for what features do to tokens and for connections.parquet; "
@@ -74,31 +74,30 @@ class SharedWeights:
                 self._weights = None
 
 
-def check_downstream(transcoder: Path, made_of: Manifest, downstream: Sequence[Path]) -> dict[Path, Manifest]:
-    """Return the manifests of transcoders to look for connections to.
+Downstream = Mapping[Path, Sequence[TranscoderLayer]]
+"""Layers to whose features connections are wanted, by the path that was given for them."""
 
-    Raises ArtifactMismatch if some are cross-layer transcoders, or belong to another model than ``transcoder``, with
-    every difference, and SettingsError if two replace one site; that they read later is checked when the model is
-    known.
+
+def check_downstream(analysed: TranscoderLayer, downstream: Sequence[Path]) -> Downstream:
+    """Return the layers to look for connections to.
+
+    Raises ArtifactMismatch if some belong to another model than ``analysed``, with every difference, and SettingsError
+    if two replace one site; that they read later is checked when the model is known.
     """
-    if across := [path for path in downstream if is_cross_layer(path)]:
-        raise ArtifactMismatch(
-            f"--downstream {', '.join(map(str, across))}: a cross-layer transcoder; connections are told to features "
-            "of transcoders of one layer, give those"
-        )
-    found: dict[Path, Manifest] = {path: read_transcoder_manifest(path) for path in downstream}
-    mismatches = [
-        f"--downstream {path}: {line}"
-        for path, other in found.items()
-        for line in list_model_differences(made_of["model"], other["model"])
-    ]
+    found = {path: layers_of(open_transcoders(path)) for path in downstream}
+    mismatches = {
+        f"--downstream {layer.path}: {line}": None
+        for layers in found.values()
+        for layer in layers
+        for line in list_model_differences(analysed.manifest["model"], layer.manifest["model"])
+    }
     if mismatches:
         lines = "\n".join(f"  {line}" for line in mismatches)
         raise ArtifactMismatch(
-            f"{transcoder}: was trained on another model than transcoders given as --downstream; give transcoders of "
-            f"the same model ('there' is the model of {transcoder}):\n{lines}"
+            f"{analysed.path}: was trained on another model than transcoders given as --downstream; give transcoders "
+            f"of the same model ('there' is the model of {analysed.path}):\n{lines}"
         )
-    sites = [manifest["site"]["name"] for manifest in found.values()]
+    sites = [layer.site.name for layers in found.values() for layer in layers]
     if repeated := sorted({site for site in sites if sites.count(site) > 1}):
         raise SettingsError(
             f"--downstream: several transcoders of site {', '.join(repeated)}; give one of each site, since features "
@@ -109,9 +108,9 @@ def check_downstream(transcoder: Path, made_of: Manifest, downstream: Sequence[P
 
 def write_weight_tables(
     coder: Transcoder,
-    site: Manifest,
+    analysed: TranscoderLayer,
     *,
-    downstream: Mapping[Path, Manifest],
+    downstream: Downstream,
     weights: ModelWeights,
     vocabulary: Sequence[str],
     output: Path,
@@ -119,11 +118,12 @@ def write_weight_tables(
 ) -> FromWeights:
     """Write ``connections.parquet`` into ``output`` and return what the tables of features need.
 
-    Raises ModelError for weights that are not finite; SettingsError if a downstream transcoder does not read the
-    residual stream after this one writes to it.
+    Of ``downstream``, the layers that read the residual stream after this one writes to it are connected. Raises
+    ModelError for weights that are not finite.
     """
-    reads, writes = read_point(site["hook_in"], weights), write_point(site["hook_out"], weights)
-    later = _open_later(downstream, weights, site)
+    reads, writes = read_point(analysed.site.hook_in, weights), write_point(analysed.site.hook_out, weights)
+    layers = [layer for layers in downstream.values() for layer in layers]
+    later = [found for layer in layers if (found := _open_later(layer, analysed, weights)) is not None]
     connected = Connected(coder.W_enc, coder.W_dec, reads, writes, weights, later)
     d_sae = coder.W_enc.shape[0]
     with tqdm(total=2 * d_sae, desc="weights", unit="feature", unit_scale=True, disable=quiet or None) as bar:
@@ -146,36 +146,57 @@ def _read_weights(open_model: Callable[[], LanguageModel]) -> ModelWeights:
         raise type(error)(f"{error}\n{_ADVICE}") from error
 
 
-def later_problems(downstream: Mapping[Path, Manifest], weights: ModelWeights, site: Manifest) -> list[str]:
-    """Return a sentence for everything that keeps a transcoder of ``site`` from being connected to those later."""
+def later_problems(downstream: Downstream, weights: ModelWeights, analysed: Mapping[str, Site]) -> list[str]:
+    """Return a sentence for everything that keeps layers from being connected to those later.
+
+    ``analysed`` are the layers' sites by what sentences about them begin with. Of a folder or a cross-layer transcoder,
+    layers that read too early are left out; it is a problem if that leaves none for any.
+    """
     problems: list[str] = []
-    writes = write_point(site["hook_out"], weights)
-    if downstream and writes is None:
-        problems.append(
-            f"site {site['name']}: {site['hook_out']} is not added to the residual stream, so no connection to a later "
-            "transcoder can be told; leave out --downstream"
-        )
-    for path, manifest in downstream.items():
-        hook_in = manifest["site"]["hook_in"]
-        reads = read_point(hook_in, weights)
-        if reads is None:
-            problems.append(f"--downstream {path}: its input, {hook_in}, is not read off the residual stream")
-        elif writes is not None and reads.time < writes.time:
+    ends = {}
+    for name, site in analysed.items():
+        if (writes := write_point(site.hook_out, weights)) is not None:
+            ends[name] = writes.time
+        elif downstream:
             problems.append(
-                f"--downstream {path}: {hook_in} reads before {site['hook_out']} is written; give transcoders "
-                "of later layers"
+                f"{name}site {site.name}: {site.hook_out} is not added to the residual stream, so no connection to a "
+                "later transcoder can be told; leave out --downstream"
             )
+    for path, layers in downstream.items():
+        times = {layer.site.hook_in: read_point(layer.site.hook_in, weights) for layer in layers}
+        problems += [
+            f"--downstream {path}: its input, {hook}, is not read off the residual stream"
+            for hook, reads in times.items()
+            if reads is None
+        ]
+        latest = max((reads.time for reads in times.values() if reads is not None), default=None)
+        early = [name for name, end in ends.items() if latest is not None and latest < end]
+        if len(layers) == 1 or len(early) == len(ends):
+            hooks = next(iter(times)) if len(times) == 1 else f"each of {', '.join(times)}"
+            problems += [
+                f"{name}--downstream {path}: {hooks} reads before {analysed[name].hook_out} is written; give "
+                "transcoders of later layers"
+                for name in early
+            ]
     return problems
 
 
-def _open_later(downstream: Mapping[Path, Manifest], weights: ModelWeights, site: Manifest) -> list[Later]:
-    """Load the encoders of later transcoders; raise SettingsError with everything that cannot be connected."""
-    if problems := later_problems(downstream, weights, site):
-        raise SettingsError("\n".join(problems))
-    later: list[Later] = []
-    for path, manifest in downstream.items():
-        there = manifest["site"]
-        reads = read_point(there["hook_in"], weights)
-        assert reads is not None, "a transcoder that reads no stream is a problem"
-        later.append(Later(there["name"], reads, load_transcoder(path).W_enc))
-    return later
+def _open_later(layer: TranscoderLayer, analysed: TranscoderLayer, weights: ModelWeights) -> Later | None:
+    """Load the encoder of a layer, and what ``analysed`` writes before it reads; None if that is nothing."""
+    reads = read_point(layer.site.hook_in, weights)
+    assert reads is not None, "a transcoder that reads no stream is a problem"
+    written = [Site(**site) for site in analysed.manifest.get("sites", [analysed.manifest["site"]])]
+    before = [
+        index
+        for index, site in enumerate(written)
+        if (writes := write_point(site.hook_out, weights)) is not None and writes.time <= reads.time
+    ]
+    first = analysed.index or 0
+    before = [index for index in before if index >= first]
+    if not before:
+        return None
+    decoder = None
+    if len(before) < len(written) - first:
+        with open_weights(analysed.path) as file:
+            decoder = file.summed_writes(first, before).float()
+    return Later(layer.site.name, reads, layer.load_encoder(), decoder)

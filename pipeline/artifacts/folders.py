@@ -6,14 +6,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
-from tailrace.storage.errors import ArtifactMismatch, SettingsError
-
-if TYPE_CHECKING:
-    from tailrace.storage.cache_format import Site
-    from tailrace.training.architectures.base import Transcoder
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.formats import TRANSCODER_KINDS
 
 PathLike = str | os.PathLike[str]
 """A path, as a string or a ``Path``."""
@@ -35,45 +31,31 @@ def as_paths(paths: Paths) -> list[Path]:
     return [as_path(paths)] if isinstance(paths, str | os.PathLike) else [as_path(path) for path in paths]
 
 
-def each_artifact(paths: Sequence[Path], kind: str) -> list[Path]:
-    """Return ``paths``; one that is no artifact of ``kind`` but a folder that holds some stands for all of these.
+def each_artifact(paths: Sequence[Path], *kinds: str) -> list[Path]:
+    """Return ``paths``; one that is no artifact of ``kinds`` but a folder that holds some stands for all of these.
 
     They come in the order of the numbers in their names: layer 10 after layer 9. Other things in the folder are left
     out. A path at which there is nothing is returned as it is, for its reader to complain about.
     """
     found: list[Path] = []
     for path in paths:
-        found += artifacts_inside(path, kind) or [path]
+        found += artifacts_inside(path, *kinds) or [path]
     return found
 
 
-def load_transcoders(paths: Paths) -> dict[Site, Transcoder]:
-    """Return transcoders of one layer each by their sites, as ``replaced`` and circuits take them.
-
-    A folder stands for the transcoders in it. Raises SettingsError for two of one site, and ArtifactError.
-
-    ``((site, transcoder),) = tailrace.load_transcoders("transcoders/gpt2").items()``
-    """
-    from tailrace.storage.cache_format import Site
-    from tailrace.training.architectures.transcoder import KIND, load_transcoder, read_transcoder_manifest  # torch
-
-    by_site: dict[Site, Path] = {}
-    for path in each_artifact(as_paths(paths), KIND):
-        site = Site(**read_transcoder_manifest(path)["site"])
-        if site in by_site:
-            raise SettingsError(f"{by_site[site]} and {path} are both of site {site.name}; give one of them")
-        by_site[site] = path
-    return {site: load_transcoder(path) for site, path in by_site.items()}
+def transcoder_paths(paths: Path | Sequence[Path]) -> list[Path]:
+    """Return ``paths``; a folder that holds transcoders, of either kind, stands for all of them."""
+    return each_artifact([paths] if isinstance(paths, Path) else paths, *TRANSCODER_KINDS)
 
 
-def artifacts_inside(path: Path, kind: str) -> list[Path]:
-    """Return the artifacts of ``kind`` in a folder, or in a sweep's folder of runs; none for one that is such itself.
+def artifacts_inside(path: Path, *kinds: str) -> list[Path]:
+    """Return the artifacts of ``kinds`` in a folder, or in a sweep's folder of runs; none for one that is such itself.
 
     Those that were never finished are not among them.
     """
-    if _is_of_kind(path / MANIFEST, kind):
+    if _is_of_kind(path / MANIFEST, kinds):
         return []
-    inside = [one.parent for one in _entries(path, MANIFEST) if _is_of_kind(one, kind)]
+    inside = [one.parent for one in _entries(path, MANIFEST) if _is_of_kind(one, kinds)]
     return sorted(inside, key=_by_number)
 
 
@@ -101,11 +83,11 @@ def _entries(path: Path, name: str) -> list[Path]:
     return [*path.glob(f"*/{name}"), *path.glob(f"{RUNS}/*/{name}")]
 
 
-def _is_of_kind(manifest: Path, kind: str) -> bool:
+def _is_of_kind(manifest: Path, kinds: Sequence[str]) -> bool:
     if not manifest.is_file():
         return False
     content = read_json(manifest)
-    return isinstance(content, dict) and content.get("kind") == kind
+    return isinstance(content, dict) and content.get("kind") in kinds
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from tailrace.analysis.dashboards.values import visible_token
 from tailrace.pipeline.artifacts.folders import artifacts_inside
+from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.storage.artifact import read_manifest
 from tailrace.storage.errors import ArtifactMismatch
 from tailrace.storage.formats import TABLES_KIND
@@ -22,14 +23,14 @@ _CONTEXT = 12
 Card = dict[str, Any]
 
 
-def open_tables(tables: Sequence[Path], transcoders: Mapping[int, tuple[str, str]]) -> dict[int, Path]:
-    """Return the tables of each layer. ``transcoders`` has digest and site of what is traced, by layer.
+def open_tables(tables: Sequence[Path], traced: Mapping[int, TranscoderLayer]) -> dict[int, Path]:
+    """Return the tables of each traced layer, by its number.
 
     The digest alone does not tell the layers of a cross-layer transcoder apart. ``tables`` are tables or folders that
     hold some; of a folder, those of other transcoders are left out. Raises ArtifactMismatch, with every problem, for
     tables of another transcoder, a folder without any that fit, and two of one transcoder or layer.
     """
-    layers = {traced: layer for layer, traced in transcoders.items()}
+    layers = {(one.digest, one.site.name): layer for layer, one in traced.items()}
     found: dict[int, Path] = {}
     problems = []
     for given in tables:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from tailrace.analysis.circuits.record import mlp_layer
 from tailrace.pipeline.model.language_model import LanguageModel
-from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
-from tailrace.training.architectures.transcoder import read_transcoder_manifest
 
 
 @dataclass(frozen=True)
@@ -92,29 +88,6 @@ def token_ids(model: LanguageModel, texts: Sequence[str]) -> list[int]:
                 f"logit {text!r}: is {len(ids)} tokens to this model ({pieces}), wanted one; words inside a sentence "
                 "usually begin with a space"
             )
-    if problems:
-        raise SettingsError("\n".join(problems))
-    return found
-
-
-def transcoder_sites(transcoders: Sequence[Path]) -> dict[int, tuple[Path, Site]]:
-    """Return path and site of each transcoder by layer. Raises SettingsError, with every problem, for sites that are
-    no MLP's and for two transcoders of one layer."""
-    found: dict[int, tuple[Path, Site]] = {}
-    problems = []
-    for path in transcoders:
-        manifest: Mapping[str, Any] = read_transcoder_manifest(path)
-        site = Site(**manifest["site"])
-        layer = mlp_layer(site)
-        if layer is None:
-            problems.append(
-                f"{path}: is of {site.hook_in} and {site.hook_out}; circuits need transcoders of one layer's MLP, "
-                "blocks.L.mlp.hook_in to blocks.L.mlp.hook_out"
-            )
-        elif layer in found:
-            problems.append(f"{path} and {found[layer][0]} are both of layer {layer}; give one of them")
-        else:
-            found[layer] = (path, site)
     if problems:
         raise SettingsError("\n".join(problems))
     return found

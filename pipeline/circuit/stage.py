@@ -28,13 +28,13 @@ from tailrace.analysis.circuits.roots import Root, centred_logit_roots, decoder_
 from tailrace.analysis.circuits.run import LinearisedRun
 from tailrace.analysis.circuits.viewer import viewer_document
 from tailrace.analysis.dashboards.values import PART
-from tailrace.pipeline.artifacts.folders import each_artifact
+from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, open_transcoders
 from tailrace.pipeline.cache.recorded_model import explained_passes
 from tailrace.pipeline.circuit.cards import open_tables, read_cards
 from tailrace.pipeline.circuit.page import features_shown, render_page
 from tailrace.pipeline.circuit.question import Question, check_askable, prompt_tokens, token_ids
 from tailrace.pipeline.circuit.settings import CircuitSettings
-from tailrace.pipeline.circuit.traced import TracedLayers, traced_layers, warn_of_poor_layers
+from tailrace.pipeline.circuit.traced import traced_layers, warn_of_poor_layers
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.weights import read_weights
@@ -43,7 +43,6 @@ from tailrace.storage.artifact import MANIFEST, read_manifest, write_atomically
 from tailrace.storage.draft import Draft
 from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
 from tailrace.storage.token_text import join_characters
-from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
 
 KIND = "circuit"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -88,17 +87,22 @@ def run(
     """
     question.check()
     keep = NodeFilter.parse(settings.filter)
-    transcoders = each_artifact(transcoders, TRANSCODER_KIND)
-    traced = traced_layers(transcoders)
-    check_askable(question, traced.d_sae, traced.n_layers, settings.missing_layers)
-    warn_of_poor_layers(question, traced.paths, traced.scores)
+    given = open_transcoders(transcoders)
+    traced = traced_layers(given)
+    n_layers = max((int(one.manifest["model"]["n_layers"]) for one in given), default=0)
+    check_askable(question, {layer: one.d_sae for layer, one in traced.items()}, n_layers, settings.missing_layers)
+    warn_of_poor_layers(
+        question,
+        {layer: one.path for layer, one in traced.items()},
+        {layer: one.heldout for layer, one in traced.items()},
+    )
     open_device(device)
-    known = open_tables(tables, traced.identities)
+    known = open_tables(tables, traced)
     inputs = {
-        "transcoders": {site.name: {"digest": traced.digests[layer]} for layer, site in traced.sites.items()},
+        "transcoders": {one.site.name: {"digest": one.digest} for one in traced.values()},
         "tables": {
-            site.name: {"digest": read_manifest(known[layer], TABLES_KIND)["digest"]}
-            for layer, site in traced.sites.items()
+            one.site.name: {"digest": read_manifest(known[layer], TABLES_KIND)["digest"]}
+            for layer, one in traced.items()
             if layer in known
         },
     }
@@ -111,7 +115,7 @@ def run(
     with limited_threads(threads):
         # Answered before anything is written: a question that turns out to be none leaves no draft in the way of the
         # next one.
-        asked = None if (output / MANIFEST).exists() else _answer(settings, question, keep, traced, model, device)
+        asked = None if (output / MANIFEST).exists() else _answer(settings, question, keep, given, model, device)
         with Draft(output, KIND, request) as draft:
             if not draft.published:
                 assert asked is not None, "what was published before is published"
@@ -139,15 +143,14 @@ def _answer(
     settings: CircuitSettings,
     question: Question,
     keep: NodeFilter,
-    traced: TracedLayers,
+    transcoders: Sequence[PublishedTranscoder],
     model: str | None,
     device: str,
 ) -> _Asked:
     dtype = None if settings.dtype == "recorded" else settings.dtype
-    paths = list(dict.fromkeys(traced.paths.values()))
-    opened = open_transcoder_model(paths, model=model, device=device, dtype=dtype)
+    opened = open_transcoder_model([one.path for one in transcoders], model=model, device=device, dtype=dtype)
     asked = _Asked(opened, question, settings, keep)
-    asked.run_on(traced.load())
+    asked.run_on({site: layer for one in transcoders for site, layer in one.load().items()})
     return asked
 
 

@@ -1,102 +1,42 @@
-"""What circuits are traced through: a transcoder for each of some layers, or one over all of them."""
+"""What circuits are traced through: layers of transcoders, by their numbers in the model, and how good they are."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from tailrace.analysis.circuits.record import mlp_layer
-from tailrace.pipeline.circuit.question import Question, transcoder_sites
+from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, TranscoderLayer, layers_of
+from tailrace.pipeline.circuit.question import Question
 from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers
-from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.tables import read_schema
-from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
-from tailrace.training.cross_layer.artifact import is_cross_layer, read_cross_layer_manifest, sites_of
-from tailrace.training.cross_layer.layers import load_layers
 
 _POOR_FVU = 0.9
 """Above this share of variance left unexplained, a transcoder is told of; 1 is as good as always the mean."""
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TracedLayers:
-    """Layers that something stands in for, by number; everything is known from manifests alone."""
+def traced_layers(transcoders: Sequence[PublishedTranscoder]) -> dict[int, TranscoderLayer]:
+    """Return the layers that something stands in for, by their numbers in the model.
 
-    sites: Mapping[int, Site]
-    paths: Mapping[int, Path]
-    """Where its transcoder lies; the same for all layers of a cross-layer transcoder."""
-    digests: Mapping[int, str]
-    """The transcoder's."""
-    d_sae: Mapping[int, int]
-    """Features that read the layer."""
-    scores: Mapping[int, Mapping[str, Any]]
-    """What manifests say of held-out rows, for layers that were scored: ``fvu``, and ``fvu_ordinary`` where taken."""
-    n_layers: int
-    """Of the language model."""
-    is_cross_layer: bool = False
-
-    @property
-    def identities(self) -> dict[int, tuple[str, str]]:
-        """Digest and site's name by layer, which tell the tables of each from all others."""
-        return {layer: (self.digests[layer], site.name) for layer, site in self.sites.items()}
-
-    def load(self) -> dict[Site, Transcoder]:
-        """Return a transcoder for each site; of a cross-layer one, its layers."""
-        if not self.is_cross_layer:
-            return {site: load_transcoder(self.paths[layer]) for layer, site in self.sites.items()}
-        (path,) = set(self.paths.values())
-        return dict(zip(self.sites.values(), load_layers(path, list(self.sites)), strict=True))
-
-
-def traced_layers(transcoders: Sequence[Path]) -> TracedLayers:
-    """Return what the manifests of ``transcoders`` say.
-
-    Raises SettingsError, with every problem, for sites that are no MLP's, two transcoders of one layer, and a
-    cross-layer transcoder beside others.
+    Raises SettingsError, with every problem, for sites that are no MLP's and for two of one layer.
     """
-    across = [path for path in transcoders if is_cross_layer(path)]
-    if across and len(transcoders) > 1:
-        raise SettingsError(
-            f"{across[0]}: is a cross-layer transcoder, which stands in for all its layers' MLPs; give it alone"
-        )
-    if across:
-        return _cross_layer(across[0])
-    found = transcoder_sites(transcoders)
-    manifests = {layer: read_transcoder_manifest(path) for layer, (path, _) in found.items()}
-    return TracedLayers(
-        sites={layer: site for layer, (_, site) in found.items()},
-        paths={layer: path for layer, (path, _) in found.items()},
-        digests={layer: str(one["digest"]) for layer, one in manifests.items()},
-        d_sae={layer: int(one["d_sae"]) for layer, one in manifests.items()},
-        scores={layer: found for layer, one in manifests.items() if (found := one["metrics"].get("heldout"))},
-        n_layers=max((int(one["model"]["n_layers"]) for one in manifests.values()), default=0),
-    )
-
-
-def _cross_layer(path: Path) -> TracedLayers:
-    manifest = read_cross_layer_manifest(path)
-    sites = {mlp_layer(site): site for site in sites_of(manifest)}
-    by_layer = {layer: site for layer, site in sites.items() if layer is not None}
-    if len(by_layer) < len(manifest["sites"]):
-        raise SettingsError(
-            f"{path}: circuits need a cross-layer transcoder of whole MLPs, blocks.L.mlp.hook_in to "
-            f"blocks.L.mlp.hook_out; this one is of {', '.join(site['hook_out'] for site in manifest['sites'])}"
-        )
-    scores = {one["site"]: one for one in manifest["layers"]}
-    return TracedLayers(
-        sites=by_layer,
-        paths=dict.fromkeys(by_layer, path),
-        digests=dict.fromkeys(by_layer, str(manifest["digest"])),
-        d_sae=dict.fromkeys(by_layer, int(manifest["d_sae"])),
-        scores={layer: scores[site.name] for layer, site in by_layer.items() if site.name in scores},
-        n_layers=int(manifest["model"]["n_layers"]),
-        is_cross_layer=True,
-    )
+    found: dict[int, TranscoderLayer] = {}
+    problems = []
+    for one in layers_of(transcoders):
+        if one.site.layer is None:
+            problems.append(
+                f"{one}: is of {one.site.hook_in} and {one.site.hook_out}; circuits need transcoders of one layer's "
+                "MLP, blocks.L.mlp.hook_in to blocks.L.mlp.hook_out"
+            )
+        elif (other := found.setdefault(one.site.layer, one)) is not one:
+            problems.append(f"{one} and {other} are both of layer {one.site.layer}; give one of them")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return found
 
 
 def warn_of_poor_layers(

@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tailrace.pipeline.artifacts.folders import transcoder_paths
+from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, open_transcoders
 from tailrace.pipeline.evaluate.settings import Measure
 from tailrace.pipeline.evaluate.stage import KIND as EVALUATION
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.runs_table import FINISHED
 from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from tailrace.training.architectures.transcoder import KIND as TRANSCODER
-from tailrace.training.architectures.transcoder import read_transcoder_manifest
+from tailrace.storage.formats import TRANSCODER_KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +57,16 @@ def collect(paths: Sequence[Path]) -> list[Point]:
     Raises the errors of opening them, all that are missing at once, ArtifactMismatch for other kinds of artifacts and
     for transcoders that were not scored on held-out rows.
     """
-    found: dict[str, tuple[str, Path, dict[str, Any]]] = {}
+    found: dict[str, tuple[str, PublishedTranscoder]] = {}
     recovered: dict[str, float] = {}
     for path, kind in _kinds(paths):
         if kind == EVALUATION:
             recovered |= _recovered(path)
             continue
         for name, folder in _transcoders(path, kind):
-            manifest = read_transcoder_manifest(folder)
-            found.setdefault(str(manifest["digest"]), (name, folder, manifest))
-    unscored = [str(folder) for _, folder, manifest in found.values() if "heldout" not in manifest["metrics"]]
+            (one,) = open_transcoders(folder)
+            found.setdefault(str(one.manifest["digest"]), (name, one))
+    unscored = [str(one.path) for _, one in found.values() if "heldout" not in one.manifest["metrics"]]
     if unscored:
         raise ArtifactMismatch(
             f"{', '.join(unscored)}: trained without held-out rows, so nothing says how good they are; leave them out, "
@@ -74,10 +75,11 @@ def collect(paths: Sequence[Path]) -> list[Point]:
     for digest in recovered.keys() - found.keys():
         logger.info("an evaluation is of the transcoder %s, which was not given", digest)
     points = [_point(*one, recovered.get(digest)) for digest, one in found.items()]
-    return _tell_apart(points, [manifest for *_, manifest in found.values()])
+    return _tell_apart(points, [one for _, one in found.values()])
 
 
 def _kinds(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    paths = [one for path in paths for one in ([path] if (path / MANIFEST).exists() else transcoder_paths(path))]
     missing = [path for path in paths if not (path / MANIFEST).exists()]
     if missing:
         raise ArtifactMissing(
@@ -86,13 +88,14 @@ def _kinds(paths: Sequence[Path]) -> list[tuple[Path, str]]:
             )
         )
     kinds = [(path, str(read_sealed(path / MANIFEST)["kind"])) for path in paths]
-    if others := [f"{path} ({kind})" for path, kind in kinds if kind not in (sweep.KIND, TRANSCODER, EVALUATION)]:
+    wanted = (sweep.KIND, EVALUATION, *TRANSCODER_KINDS)
+    if others := [f"{path} ({kind})" for path, kind in kinds if kind not in wanted]:
         raise ArtifactMismatch(f"{', '.join(others)}: wanted sweeps, transcoders or evaluations of them")
     return kinds
 
 
 def _transcoders(path: Path, kind: str) -> Iterable[tuple[str, Path]]:
-    if kind == TRANSCODER:
+    if kind in TRANSCODER_KINDS:
         yield path.resolve().name, path
         return
     for one in sweep.read_result(path).runs:
@@ -107,10 +110,13 @@ def _recovered(path: Path) -> dict[str, float]:
     manifest = read_manifest(path, EVALUATION)
     scores = {score["name"]: score["ce_recovered"] for score in manifest["scores"]}
     digests = {site: made_of["digest"] for site, made_of in manifest["inputs"]["transcoders"].items()}
+    if len(digests) == 1:  # a cross-layer transcoder's score is that of all sites
+        digests = dict(zip(scores, digests.values(), strict=True))
     return {digest: scores[site] for site, digest in digests.items() if scores.get(site) is not None}
 
 
-def _point(name: str, folder: Path, manifest: dict[str, Any], evaluated: float | None) -> Point:
+def _point(name: str, one: PublishedTranscoder, evaluated: float | None) -> Point:
+    manifest = one.manifest
     heldout, model = manifest["metrics"]["heldout"], manifest["metrics"].get("model", {})
     return Point(
         name=name,
@@ -119,15 +125,15 @@ def _point(name: str, folder: Path, manifest: dict[str, Any], evaluated: float |
         fvu=heldout["fvu"],
         ce_recovered=model.get("ce_recovered") if evaluated is None else evaluated,
         d_sae=int(manifest["d_sae"]),
-        site=str(manifest["site"]["name"]),
-        path=str(folder),
+        site=one.name,
+        path=str(one.path),
         digest=str(manifest["digest"]),
     )
 
 
-def _tell_apart(points: list[Point], manifests: list[dict[str, Any]]) -> list[Point]:
+def _tell_apart(points: list[Point], transcoders: list[PublishedTranscoder]) -> list[Point]:
     """Add to the groups' names what their transcoders differ in besides the architecture's kind."""
-    facts = [_facts(manifest) for manifest in manifests]
+    facts = [_facts(one) for one in transcoders]
     differing = [index for index in range(3) if len({fact[index] for fact in facts}) > 1]
     return [
         replace(point, group=" ".join([point.group, *(fact[index] for index in differing if fact[index])]))
@@ -135,10 +141,10 @@ def _tell_apart(points: list[Point], manifests: list[dict[str, Any]]) -> list[Po
     ]
 
 
-def _facts(manifest: dict[str, Any]) -> tuple[str, str, str]:
-    site = manifest["site"]
-    kind = "SAE" if site["hook_in"] == site["hook_out"] else "transcoder"
-    return "with skip" if manifest["architecture"].get("skip") else "", kind, f"at {site['name']}"
+def _facts(one: PublishedTranscoder) -> tuple[str, str, str]:
+    site = one.layers[0].site
+    kind = "cross-layer" if one.is_cross_layer else "SAE" if site.hook_in == site.hook_out else "transcoder"
+    return "with skip" if one.manifest["architecture"].get("skip") else "", kind, f"at {one.name}"
 
 
 def lines(points: Sequence[Point], measure: Measure) -> dict[str, list[Point]]:

@@ -15,13 +15,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_paths, each_artifact
+from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_paths, transcoder_paths
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
-from tailrace.training.architectures.transcoder import KIND
 from tailrace.training.cross_layer.artifact import read_either_manifest
 
 _NAMED = 3
@@ -93,7 +92,7 @@ def open_model(
 
     ``tailrace.open_model("transcoders/gpt2").tokenize(["some text"])``
     """
-    paths = each_artifact(as_paths(transcoders), KIND)
+    paths = transcoder_paths(as_paths(transcoders))
     return open_transcoder_model(paths, model=None if model is None else os.fspath(model), device=device, dtype=dtype)
 
 

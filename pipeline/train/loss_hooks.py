@@ -17,12 +17,12 @@ from torch import Tensor
 from tailrace.analysis.evaluate.evaluation import ContextBatch, refuse_nonfinite
 from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
 from tailrace.analysis.evaluate.splice_scores import recovered
-from tailrace.analysis.splice.in_place import layers_in_place
 from tailrace.analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, sample_contexts
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
+from tailrace.training.cross_layer.layers import split_layers
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 
 
@@ -156,6 +156,6 @@ class _SplicedModel:
         """Return what stands in for each site: copies of a folded transcoder as it would be loaded."""
         published = copy.deepcopy(transcoder).requires_grad_(False).eval().to(self._recorded.model.device)
         if isinstance(published, CrossLayerTranscoder):
-            return dict(zip(self.sites, map(Transcoded, layers_in_place(published)), strict=True))
+            return dict(zip(self.sites, map(Transcoded, split_layers(published, self.sites)), strict=True))
         (site,) = self.sites
         return {site: Transcoded(published)}

@@ -7,14 +7,14 @@ more layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import JumpReLU
@@ -29,74 +29,82 @@ _LATER = "later_"
 class StackedLayer(JumpReLUTranscoder):
     """The features that read one layer. ``W_dec`` is what they write to that layer's own output, of any length.
 
-    What they write to later layers is ``writes``; what earlier layers' features write to this one is not known here,
+    What they write to later layers is ``writes_to``; what earlier layers' features write to this one is not known here,
     so that ``decode`` is a part of the layer's output only. Made with all weights zero.
     """
 
-    def __init__(self, d_in: int, d_out: int, d_sae: int, layers: Sequence[int]) -> None:
-        super().__init__(d_in, d_out, d_sae, settings=JumpReLU())
-        self.layer = layers[0]
-        """The model's number of the layer."""
-        self.later_layers = tuple(layers[1:])
-        """The layers of the model that its features write to besides."""
-        for target in self.later_layers:
-            self.register_buffer(f"{_LATER}{target}", torch.zeros(d_sae, d_out))
+    def __init__(self, sites: Sequence[Site], index: int, d_sae: int, stack: Hashable) -> None:
+        own = sites[index]
+        super().__init__(own.d_in, own.d_out, d_sae, settings=JumpReLU())
+        self.sites = tuple(sites)
+        """Those of all layers of the cross-layer transcoder, lowest first."""
+        self.index = index
+        """Which of them is this layer."""
+        self.stack = stack
+        """Tells the layers of one cross-layer transcoder from those of others."""
+        for target in self.later:
+            self.register_buffer(f"{_LATER}{target}", torch.zeros(d_sae, own.d_out))
+
+    @property
+    def later(self) -> range:
+        """The later layers, by index, that its features write to besides."""
+        return range(self.index + 1, len(self.sites))
+
+    def writes_to(self, target: int) -> Tensor:
+        """Return (d_sae, d_out): what the features write to their own layer or a later one, by index."""
+        return self.W_dec if target == self.index else self.get_buffer(f"{_LATER}{target}")
 
     def writes(self, layer: int) -> Tensor | None:
         """Return (d_sae, d_out): what the features write to a layer of the model; None if nothing."""
-        if layer == self.layer:
-            return self.W_dec
-        return self.get_buffer(f"{_LATER}{layer}") if layer in self.later_layers else None
+        targets = [target for target in (self.index, *self.later) if self.sites[target].layer == layer]
+        return self.writes_to(targets[0]) if targets else None
 
     @torch.no_grad()
     def take_writes(self, written: Iterable[Tensor]) -> None:
         """Copy (d_sae, d_out) of what the features write to their own and each later layer."""
-        for layer, values in zip((self.layer, *self.later_layers), written, strict=True):
-            own = self.writes(layer)
-            assert own is not None, "there is one for each layer"
-            own.copy_(values)
+        for target, values in zip((self.index, *self.later), written, strict=True):
+            self.writes_to(target).copy_(values)
 
 
-@torch.no_grad()
-def split_layers(transcoder: CrossLayerTranscoder, layers: Sequence[int]) -> list[StackedLayer]:
-    """Return copies of the layers of a cross-layer transcoder, lowest first; ``layers`` are their numbers in the model.
-
-    On its device and in its dtype.
-    """
-    split = []
-    width, indices = transcoder.width_out, range(transcoder.n_layers)
-    for index in indices:
-        layer = StackedLayer(transcoder.width_in, width, transcoder.features_per_layer, layers[index:])
-        layer = layer.to(transcoder.W_enc)
+def split_layers(transcoder: CrossLayerTranscoder, sites: Sequence[Site]) -> list[StackedLayer]:
+    """Return the layers of a cross-layer transcoder of ``sites``, lowest first; they share its weights."""
+    layers = []
+    width, stack = transcoder.width_out, transcoder.W_enc.data_ptr()  # of weights that layers keep alive
+    for index in range(transcoder.n_layers):
         own = transcoder.of_layer(index)
-        for name in ("W_enc", "b_enc", "log_threshold"):
-            getattr(layer, name).copy_(getattr(transcoder, name)[own])
-        layer.b_dec_out.copy_(transcoder.b_dec_out[index * width : (index + 1) * width])
-        layer.take_writes(transcoder.writes(index, target) for target in indices[index:])
-        split.append(layer.eval().requires_grad_(False))
-    return split
+        with torch.device("meta"):
+            layer = StackedLayer(sites, index, transcoder.features_per_layer, stack)
+        shared = {name: getattr(transcoder, name)[own] for name in ("W_enc", "b_enc", "log_threshold")}
+        shared["b_dec_out"] = transcoder.b_dec_out[index * width : (index + 1) * width]
+        shared["W_dec"] = transcoder.writes(index, index)
+        for name, values in shared.items():
+            setattr(layer, name, nn.Parameter(values.detach(), requires_grad=False))
+        for target in layer.later:
+            layer.register_buffer(f"{_LATER}{target}", transcoder.writes(index, target).detach())
+        layers.append(layer.eval())
+    return layers
 
 
-def load_layers(path: Path | str, layers: Sequence[int]) -> list[StackedLayer]:
-    """Return the same of a published cross-layer transcoder, on the CPU; it is never in memory as a whole besides.
+def load_layers(path: Path | str) -> list[StackedLayer]:
+    """Return the layers of a published cross-layer transcoder, lowest first, on the CPU, read one by one.
 
     Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
     """
-    loaded = []
+    layers = []
     with open_weights(path) as file:
-        for index, site in enumerate(file.sites):
-            layer = StackedLayer(site.d_in, site.d_out, file.d_sae, layers[index:])
+        for index in range(len(file.sites)):
+            layer = StackedLayer(file.sites, index, file.d_sae, file.digest)
             file.fill(layer, index)
-            layer.take_writes(file.writes(index, target) for target in range(index, len(file.sites)))
-            loaded.append(layer.eval().requires_grad_(False))
-    return loaded
+            layer.take_writes(file.writes(index, target) for target in (index, *layer.later))
+            layers.append(layer.eval().requires_grad_(False))
+    return layers
 
 
 class WeightsFile:
-    """Parts of the weights, on the CPU. Layers are indices in the transcoder, from 0 for its lowest."""
+    """Parts of the weights, on the CPU. Layers count from 0 for the transcoder's lowest."""
 
-    def __init__(self, file: Any, sites: list[Site], d_sae: int) -> None:
-        self._file = file
+    def __init__(self, file: Any, sites: list[Site], d_sae: int, digest: str) -> None:
+        self._file, self.digest = file, digest
         self.sites = sites
         """Lowest layer first."""
         self.d_sae = d_sae
@@ -111,12 +119,24 @@ class WeightsFile:
             getattr(layer, name).copy_(self._file.get_slice(name)[index * self.d_sae : (index + 1) * self.d_sae])
         layer.b_dec_out.copy_(self._file.get_slice("b_dec_out")[index * d_out : (index + 1) * d_out])
 
+    def encoder(self, index: int) -> Tensor:
+        """Return (d_sae, d_in): what the features of layer ``index`` read."""
+        read: Tensor = self._file.get_slice("W_enc")[index * self.d_sae : (index + 1) * self.d_sae]
+        return read
+
     def writes(self, source: int, target: int) -> Tensor:
         """Return (d_sae, d_out): what features that read layer ``source`` write to layer ``target``, no lower one."""
         d_out = self.sites[target].d_out
         start = (target - source) * d_out
         written: Tensor = self._file.get_slice(f"{DECODER}{source}")[:, start : start + d_out]
         return written
+
+    def summed_writes(self, source: int, targets: Iterable[int]) -> Tensor:
+        """Return (d_sae, d_out) float64: the sum of what features that read layer ``source`` write to ``targets``."""
+        total = torch.zeros(self.d_sae, self.sites[source].d_out, dtype=torch.float64)
+        for target in targets:
+            total += self.writes(source, target)
+        return total
 
 
 @contextmanager
@@ -128,7 +148,7 @@ def open_weights(path: Path | str) -> Iterator[WeightsFile]:
     path = Path(path)
     manifest = read_cross_layer_manifest(path)
     with weights_as_described(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file:
-        yield WeightsFile(file, sites_of(manifest), int(manifest["d_sae"]))
+        yield WeightsFile(file, sites_of(manifest), int(manifest["d_sae"]), str(manifest["digest"]))
 
 
 @torch.no_grad()
@@ -144,8 +164,5 @@ def load_summed_layer(path: Path | str, index: int) -> JumpReLUTranscoder:
         site = file.sites[index]
         layer = JumpReLUTranscoder(site.d_in, site.d_out, file.d_sae, settings=JumpReLU())
         file.fill(layer, index)
-        total = torch.zeros(file.d_sae, site.d_out, dtype=torch.float64)
-        for target in range(index, len(file.sites)):
-            total += file.writes(index, target)
-        layer.W_dec.copy_(total)
+        layer.W_dec.copy_(file.summed_writes(index, range(index, len(file.sites))))
     return layer.eval().requires_grad_(False)

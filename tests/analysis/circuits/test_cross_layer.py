@@ -19,7 +19,8 @@ from tailrace.analysis.circuits.record import record_run
 from tailrace.analysis.circuits.roots import Root, centred_logit_roots, decoder_root, feature_root, logit_root
 from tailrace.analysis.circuits.run import LinearisedRun
 from tailrace.analysis.splice.hook_points import observed
-from tailrace.analysis.splice.in_place import layers_in_place
+from tailrace.analysis.splice.passes import PassTokens
+from tailrace.analysis.splice.replacement import decode_in_pass
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ModelError
 from tailrace.training.cross_layer.layers import split_layers
@@ -63,7 +64,8 @@ def stream_site(layer: int) -> Site:
 def run_of(family: str, n_layers: int = 3, *, reads_stream: bool = False) -> LinearisedRun:
     model, weights = tiny_model(family, double=True)
     site = stream_site if reads_stream else mlp_site
-    layers = {site(one.layer): one for one in split_layers(transcoder(n_layers), range(n_layers))}
+    sites = [site(layer) for layer in range(n_layers)]
+    layers = dict(zip(sites, split_layers(transcoder(n_layers), sites), strict=True))
     with exact_norms(model.bridge, weights):
         return record_run(model.bridge, weights, layers, TOKENS, allow_opaque=n_layers < 3)
 
@@ -78,7 +80,7 @@ def some_roots(run: LinearisedRun) -> list[Root]:
 
 def test_what_is_split_by_layers_is_the_transcoder() -> None:
     whole = transcoder()
-    parts = split_layers(whole, [4, 5, 9])
+    parts = split_layers(whole, [mlp_site(layer) for layer in (4, 5, 9)])
     inputs = torch.randn(7, 3 * WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     activations = [part.encode(inputs[:, place * WIDTH : (place + 1) * WIDTH]) for place, part in enumerate(parts)]
     assert torch.equal(torch.cat(activations, 1), whole.encode(inputs))
@@ -241,17 +243,18 @@ def test_layers_above_without_a_transcoder_are_nodes_of_their_own() -> None:
 def test_parts_in_place_add_up_layer_by_layer_and_refuse_to_be_out_of_order() -> None:
     whole = transcoder()
     inputs = torch.randn(7, 3 * WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    parts = layers_in_place(whole)
+    parts = split_layers(whole, [mlp_site(layer) for layer in range(3)])
     made = []
-    for place, part in enumerate(parts):
-        own = inputs[:, place * WIDTH : (place + 1) * WIDTH]
+    tokens = PassTokens(1, 0, 7, None, torch.device("cpu"))
+    for index, part in enumerate(parts):
+        own = inputs[:, index * WIDTH : (index + 1) * WIDTH]
         activations = part.encode(own)
-        made.append(part.decode(activations, own))
+        made.append(decode_in_pass(part, activations, own, tokens))
     held = weakref.ref(activations)
     del activations
     assert held() is None, "a pass that is over holds nothing"
     torch.testing.assert_close(torch.cat(made, 1), whole(inputs))
     own = inputs[:, :WIDTH]
-    parts[0].encode(own)  # a new pass
-    with pytest.raises(ModelError, match="layer 2 of a cross-layer transcoder was asked for before layers 1 were read"):
-        parts[2].decode(parts[2].encode(own), own)
+    decode_in_pass(parts[0], parts[0].encode(own), own, tokens)
+    with pytest.raises(ModelError, match="layer2 of a cross-layer transcoder was asked for before layer1 were read"):
+        decode_in_pass(parts[2], parts[2].encode(own), own, tokens)

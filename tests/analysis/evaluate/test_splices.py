@@ -44,7 +44,7 @@ BATCH = ContextBatch(np.array([7, 4]), TOKENS, WHERE)
 def evaluated(
     sites: list[SplicedSite], family: str = "gpt2", batches: list[ContextBatch] | None = None
 ) -> tuple[dict[str, SpliceScore], list[TokenDeltas]]:
-    evaluation = Evaluation(tiny_model(family).bridge, sites)
+    evaluation = Evaluation(tiny_model(family).bridge, {one.site.name: [one] for one in sites})
     deltas = [one for batch in batches or [BATCH] for one in evaluation.add(batch)]
     return evaluation.scores(), deltas
 
@@ -193,7 +193,8 @@ def test_a_score_survives_its_record() -> None:
 
 def test_a_float32_transcoder_is_scored_in_a_bfloat16_model() -> None:
     settings = ModelSettings(model=tiny_model().bridge.cfg.model_name, model_dtype="bfloat16")
-    rounded = Evaluation(load_language_model(settings).bridge, [SplicedSite(mlp_site(1), random_transcoder(), MEAN)])
+    spliced = SplicedSite(mlp_site(1), random_transcoder(), MEAN)
+    rounded = Evaluation(load_language_model(settings).bridge, {"layer1": [spliced]})
     rounded.add(BATCH)
     scores, _ = evaluated([SplicedSite(mlp_site(1), random_transcoder(), MEAN)])
     for kind in ("spliced", "zero", "mean"):

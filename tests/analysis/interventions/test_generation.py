@@ -24,7 +24,7 @@ from tailrace.analysis.interventions.features import (
 )
 from tailrace.analysis.interventions.patching import Patch, patched
 from tailrace.analysis.splice.hook_points import hooked, observed
-from tailrace.analysis.splice.in_place import InPlaceSums, Measured, layers_in_place
+from tailrace.analysis.splice.in_place import InPlaceSums, Measured
 from tailrace.analysis.splice.replacement import (
     EVERY_POSITION,
     MeanAblated,
@@ -40,6 +40,7 @@ from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ModelError
 from tailrace.storage.hook_names import HookName
+from tailrace.training.cross_layer.layers import StackedLayer, split_layers
 from tests.support.cross_layer_transcoders import random_cross_layer
 from tests.support.paths import ROOT
 from tests.support.spliced_models import (
@@ -98,15 +99,24 @@ def edited(*edits: Edit, **options: Any) -> dict[Site, Substitute]:
 
 
 def across_layers() -> dict[Site, Substitute]:
-    parts = layers_in_place(random_cross_layer(width=WIDTH, n_layers=N_LAYERS))
-    return {mlp_site(layer): Transcoded(part) for layer, part in enumerate(parts)}
+    return {site: Transcoded(layer) for site, layer in stacked().items()}
+
+
+def stacked() -> dict[Site, StackedLayer]:
+    sites = [mlp_site(layer) for layer in range(N_LAYERS)]
+    return dict(zip(sites, split_layers(random_cross_layer(width=WIDTH, n_layers=N_LAYERS), sites), strict=True))
+
+
+def edited_across(edit: Edit, **options: Any) -> dict[Site, Substitute]:
+    """Return all layers of a cross-layer transcoder, the middle one edited."""
+    edits = {mlp_site(1): [edit]}
+    return {site: EditedFeatures(layer, edits.get(site, []), **options) for site, layer in stacked().items()}
 
 
 def measured() -> dict[Site, Substitute]:
     where = torch.ones(2, TEXT, dtype=torch.bool)
     where[:, 0] = False
-    parts = layers_in_place(random_cross_layer(width=WIDTH, n_layers=N_LAYERS))
-    return {mlp_site(layer): Measured(part, InPlaceSums(), where) for layer, part in enumerate(parts)}
+    return {site: Measured(layer, InPlaceSums(), where) for site, layer in stacked().items()}
 
 
 SPLICES: dict[str, Callable[[], dict[Site, Substitute]]] = {
@@ -116,6 +126,10 @@ SPLICES: dict[str, Callable[[], dict[Site, Substitute]]] = {
     "an autoencoder": lambda: {autoencoder_site("blocks.1.hook_resid_post"): Transcoded(random_transcoder())},
     "one across layers": across_layers,
     "one across layers, measured": measured,
+    "one across layers, ablated": lambda: edited_across(Ablate(tuple(range(12)))),
+    "one across layers, steered at one": lambda: {
+        mlp_site(0): EditedFeatures(stacked()[mlp_site(0)], [Clamp((4,), 6.0)], on_top_of="model")
+    },
     "nothing": lambda: {mlp_site(1): ZeroAblated()},
     "the mean": lambda: {mlp_site(1): MeanAblated(np.linspace(-1, 1, WIDTH))},
     "a head's": lambda: {autoencoder_site("blocks.1.attn.hook_z[2]", D_HEAD): MeanAblated(np.full(D_HEAD, 2.0))},

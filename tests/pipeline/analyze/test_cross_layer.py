@@ -18,6 +18,7 @@ from tailrace.pipeline.analyze import many as analyze_each
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.stage import AnalyzeResult
+from tailrace.pipeline.artifacts.transcoders import open_transcoders
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.cards import open_tables, read_cards
 from tailrace.pipeline.circuit.question import Question
@@ -34,10 +35,11 @@ from tailrace.training.cross_layer.layers import load_layers, load_summed_layer,
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tests.support.cache_jobs import CONTEXT_LENGTH, command, differing, model_folder, run_cache, text_file, tree
 from tests.support.cross_layer_transcoders import D_SAE, publish_cross_layer, random_cross_layer
-from tests.support.spliced_models import WIDTH, publish_transcoder, random_transcoder
+from tests.support.spliced_models import WIDTH, mlp_site, publish_transcoder, random_transcoder
 
 SETTINGS = AnalyzeSettings(split="train", examples=2)
 NAMES = ("layer0", "layer1")
+SITES = [mlp_site(layer) for layer in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def summed_decoders(made: Path) -> list[torch.Tensor]:
 def test_a_layer_reads_as_the_whole_transcoder_does_and_writes_the_sum(made: Path) -> None:
     whole = load_cross_layer(made / "clt")
     inputs = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(3))
-    for place, part in enumerate(split_layers(whole, (0, 1))):
+    for place, part in enumerate(split_layers(whole, SITES)):
         summed = load_summed_layer(made / "clt", place)
         activations = summed.encode(inputs)
         assert torch.equal(activations, whole.encode_layer(place, inputs))
@@ -92,9 +94,9 @@ def test_a_layer_reads_as_the_whole_transcoder_does_and_writes_the_sum(made: Pat
 
 
 def test_layers_read_one_by_one_are_those_of_the_whole(made: Path) -> None:
-    split = split_layers(load_cross_layer(made / "clt"), (4, 9))
-    for layer, own in zip(load_layers(made / "clt", (4, 9)), split, strict=True):
-        assert (layer.layer, layer.later_layers, layer.training) == (own.layer, own.later_layers, False)
+    split = split_layers(load_cross_layer(made / "clt"), SITES)
+    for layer, own in zip(load_layers(made / "clt"), split, strict=True):
+        assert (layer.sites, layer.index, layer.training) == (own.sites, own.index, False)
         found, wanted = layer.state_dict(), own.state_dict()
         assert found.keys() == wanted.keys()
         for name, values in found.items():
@@ -109,7 +111,7 @@ def test_weights_of_another_shape_or_none_are_corrupt(made: Path, tmp_path: Path
         with pytest.raises(ArtifactCorrupt, match=f"{name}/weights.safetensors: does not hold the weights"):
             load_summed_layer(tmp_path / name, 1)
         with pytest.raises(ArtifactCorrupt, match=f"{name}/weights.safetensors: does not hold the weights"):
-            load_layers(tmp_path / name, (0, 1))
+            load_layers(tmp_path / name)
 
 
 # ---- tables
@@ -263,14 +265,14 @@ def test_features_of_a_circuit_have_the_cards_of_their_own_layers_tables(made: P
 
 
 def test_tables_are_matched_by_digest_and_site(made: Path, tmp_path: Path) -> None:
-    traced = traced_layers([made / "clt"]).identities
+    traced = traced_layers(open_transcoders(made / "clt"))
     assert open_tables([made / "tables"], traced) == {layer: made / "tables" / name for layer, name in enumerate(NAMES)}
     only = open_tables([made / "tables" / "layer1"], traced)
     assert only == {1: made / "tables" / "layer1"}
     assert read_cards(only, [(0, 3), (1, 3)]).keys() == {(1, 3)}
     other = publish(tmp_path / "other", made, random_cross_layer(width=WIDTH, n_layers=2, seed=1))
     with pytest.raises(ArtifactMismatch, match="made from a transcoder that was not given"):
-        open_tables([made / "tables" / "layer1"], traced_layers([other]).identities)
+        open_tables([made / "tables" / "layer1"], traced_layers(open_transcoders(other)))
     with pytest.raises(ArtifactMismatch, match=r"layer1: .*layer1 is of the same transcoder; give one of them"):
         open_tables([made / "tables", made / "tables" / "layer1"], traced)
 
@@ -278,11 +280,17 @@ def test_tables_are_matched_by_digest_and_site(made: Path, tmp_path: Path) -> No
 # ---- what is refused
 
 
-def test_beside_other_transcoders_it_is_refused(made: Path, tmp_path: Path) -> None:
-    for paths in ([made / "clt", made / "third"], [made / "clt", made / "clt"]):
-        with pytest.raises(SettingsError, match=r"clt: a cross-layer transcoder gets a folder .* analyse it alone"):
-            run(made, tmp_path / "t", *paths)
-    assert not (tmp_path / "t").exists()
+def test_beside_other_transcoders_its_layers_are_named_after_it_too(made: Path, tmp_path: Path) -> None:
+    results = run(made, tmp_path / "t", made / "clt", made / "third")
+    assert [one.path.name for one in results] == ["clt-layer0", "clt-layer1", "third"]
+    for table in ("features", "examples"):
+        beside, alone = (
+            read_table(path / f"{table}.parquet") for path in (results[0].path, made / "tables" / "layer0")
+        )
+        assert beside.equals(alone)
+    with pytest.raises(SettingsError, match=r"some of these are the same[\s\S]*clt-layer0: .*clt, .*clt"):
+        run(made, tmp_path / "u", made / "clt", made / "clt")
+    assert not (tmp_path / "u").exists()
 
 
 def test_every_layers_problem_is_told_before_anything_is_written(made: Path, tmp_path: Path) -> None:
@@ -313,8 +321,36 @@ def test_later_transcoders_must_read_after_all_that_any_layer_writes(made: Path,
     with pytest.raises(SettingsError, match=r"clt, layer1: --downstream .*early: blocks.1.mlp.hook_in reads before"):
         run(made, tmp_path / "t", downstream=[early])
     assert not (tmp_path / "t").exists()
-    with pytest.raises(ArtifactMismatch, match=r"--downstream .*clt: a cross-layer transcoder; connections are told"):
-        run(made, tmp_path / "t", made / "third", downstream=[made / "clt"])
+
+
+def test_connections_to_a_layer_are_of_what_was_written_before_it_reads(made: Path, tmp_path: Path) -> None:
+    """Of itself: layer 0 writes to layers 0 and 1, and what layer 1 reads has seen the former alone."""
+    import transformers
+
+    run(
+        made,
+        tmp_path / "t",
+        downstream=[made / "clt", made / "third"],
+        settings=SETTINGS.model_copy(update={"rows": 30}),
+    )
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_folder(n_layers=3))
+    whole = load_cross_layer(made / "clt").double()
+    gain = model.state_dict()["transformer.h.1.ln_2.weight"].double()
+    read = whole.W_enc[whole.of_layer(1)] * gain
+    read = read - read.mean(-1, keepdim=True)
+    products = whole.writes(0, 0) @ read.T
+    rows = read_table(tmp_path / "t" / "layer0" / "connections.parquet").to_pylist()
+    own = [row for row in rows if row["kind"] == "feature" and row["site"] == "layer1"]
+    assert len(own) == D_SAE * 20
+    for row in own:
+        assert row["weight"] == pytest.approx(float(products[row["feature"], row["other"]]), rel=1e-4, abs=1e-5)
+    last = read_table(tmp_path / "t" / "layer1" / "connections.parquet").to_pylist()
+    assert {row["site"] for row in last if row["kind"] == "feature"} == {"layer2"}
+    with pytest.raises(SettingsError, match=r"third: --downstream .*clt: each of .* reads before"):
+        run(made, tmp_path / "u", made / "third", downstream=[made / "clt"])
+    told = read_manifest(tmp_path / "t" / "layer0", "tables")["inputs"]["downstream"]
+    digest = read_manifest(made / "clt", "cross_layer_transcoder")["digest"]
+    assert [told[name] for name in NAMES] == [{"digest": digest, "layer": layer} for layer in range(2)]
 
 
 def test_a_layer_that_is_not_finite_is_named_and_keeps_no_other_from_its_tables(made: Path, tmp_path: Path) -> None:
@@ -327,11 +363,8 @@ def test_a_layer_that_is_not_finite_is_named_and_keeps_no_other_from_its_tables(
     assert not (tmp_path / "t" / "layer0" / "manifest.json").exists()
 
 
-def test_what_is_for_one_layer_says_where_to_go(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    advice = r"clt: is a cross-layer transcoder.*use tailrace\.pipeline\.analyze\.many\.run"
+def test_what_is_for_one_layer_says_where_to_go(made: Path, tmp_path: Path) -> None:
+    advice = r"clt: has 2 layers, which get tables each; use tailrace\.pipeline\.analyze\.many\.run"
     with pytest.raises(ArtifactMismatch, match=advice):
         analyze.run(SETTINGS, transcoder=made / "clt", cache=made / "cache", output=tmp_path / "t", quiet=True)
-    refused = command(capsys, "score", "some text", "--transcoder", made / "clt")
-    assert refused.code != 0
-    assert "pipeline analyze makes tables of every layer of a cross-layer transcoder" in refused.err
     assert not (tmp_path / "t").exists()

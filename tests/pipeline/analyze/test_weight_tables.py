@@ -17,6 +17,7 @@ from tailrace.analysis.weights.unembedding import token_effects
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.weight_tables import SharedWeights, write_weight_tables
+from tailrace.pipeline.artifacts.transcoders import layers_of, open_transcoders
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
 from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
@@ -237,14 +238,13 @@ def test_the_model_is_gone_when_its_weights_are_read_and_they_after_their_last_u
         seen.extend(weakref.ref(part) for part in (model, model.bridge, model.bridge.original_model))
         return model
 
-    coder = load_transcoder(made / "t0")
-    site = read_transcoder_manifest(made / "t0")["site"]
+    (layer,) = layers_of(open_transcoders(made / "t0"))
     shared = SharedWeights(open_model, n_uses=2)
     given: dict[str, Any] = {"downstream": {}, "vocabulary": cache.vocabulary(), "output": tmp_path, "quiet": True}
     with shared.used() as weights:
         assert len(seen) == 3
         assert [ref() for ref in seen] == [None, None, None]
-        write_weight_tables(coder, site, weights=weights, **given)
+        write_weight_tables(layer.load(), layer, weights=weights, **given)
     unembedding = weakref.ref(weights.W_U)
     with shared.used() as again:
         assert again is weights

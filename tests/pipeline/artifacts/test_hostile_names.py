@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ from tailrace.storage.names import inside
 from tailrace.storage.tables import read_table, write_table
 from tailrace.training.architectures import TopK
 from tests.support.cache_jobs import command
+from tests.support.cross_layer_transcoders import publish_cross_layer, random_cross_layer
 from tests.support.dashboard_tables import make_tables
-from tests.support.layered_transcoders import mlp_site, publish_transcoder, random_transcoder
+from tests.support.layered_transcoders import mlp_site, publish_site_cache, publish_transcoder, random_transcoder
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
 
@@ -278,11 +280,10 @@ def test_a_sweep_reads_its_own_runs_only(tmp_path: Path, run: str, status: str) 
         pareto.collect([tmp_path / "sweep"])
 
 
-def test_a_layer_gets_no_tables_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Coder:
-        path, name = tmp_path / "coder", "../../x"
-
-    monkeypatch.setattr(analyze_each, "analysed_coders", lambda _: [Coder()])
+def test_a_layer_gets_no_tables_elsewhere(tmp_path: Path) -> None:
+    sites = [replace(mlp_site(layer), name=name) for layer, name in enumerate(("layer0", "../../x", "layer2"))]
+    publish_cross_layer(tmp_path / "coder", random_cross_layer(), sites)
+    publish_site_cache(tmp_path / "cache", [mlp_site(0)])
     with pytest.raises(ArtifactCorrupt, match="no folder of tables can be"):
         analyze_each.run(AnalyzeSettings(), transcoders=[tmp_path / "coder"], output=tmp_path / "new")
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "coder"}

@@ -14,6 +14,7 @@ import pytest
 from tailrace.analysis.circuits.documents import describe_node, read_node
 from tailrace.analysis.circuits.nodes import Kind, Node
 from tailrace.analysis.circuits.paths import show_value
+from tailrace.pipeline.artifacts.transcoders import open_transcoders
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.cards import open_tables, read_cards
 from tailrace.pipeline.circuit.question import Question, parse_feature, prompt_tokens
@@ -239,7 +240,7 @@ def test_of_a_folder_of_tables_those_of_the_transcoders_given_are_taken_by_their
     folder = tmp_path / "tables"
     misnamed = write_tables(folder / "layer0", place.transcoders[2])
     write_tables(folder / "other", place.publish("other-layer1", 1, {"name": "elsewhere"}))
-    traced = traced_layers(place.transcoders).identities
+    traced = traced_layers(open_transcoders(place.transcoders))
     assert open_tables([folder], traced) == {2: misnamed}
     with pytest.raises(ArtifactMismatch) as caught:
         open_tables([folder, misnamed], {0: traced[0], 1: traced[1]})

@@ -103,10 +103,10 @@ def test_all_layers_are_replaced_together_as_by_hand(made: Path, tmp_path: Path)
         )) - float(loss)) > 1e-4  # fmt: skip
 
 
-def test_it_is_evaluated_alone_and_on_its_own_model(made: Path, tmp_path: Path) -> None:
+def test_it_is_evaluated_on_its_own_model_and_not_beside_another_of_its_layers(made: Path, tmp_path: Path) -> None:
     cache = open_cache(made / "cache")
     one = publish_transcoder(tmp_path / "one", cache, "layer0", random_transcoder(seed=0))
-    with pytest.raises(SettingsError, match="is a cross-layer transcoder, which stands in for several MLPs together"):
+    with pytest.raises(SettingsError, match=r"across and .*one are both of site layer0; give one of them"):
         evaluated(made, tmp_path / "e", made / "across", one)
     rows = {"train": random_rows(1, 64, WIDTH, WIDTH), "heldout": random_rows(2, 64, WIDTH, WIDTH)}
     other = publish_cache(tmp_path / "other", {"layer0": rows}, model="another")

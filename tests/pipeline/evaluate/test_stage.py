@@ -214,7 +214,7 @@ def test_transcoders_of_another_model_or_site_are_all_refused_with_both_values(m
 
 def test_two_transcoders_for_one_site_and_none_at_all_are_refused(made: Path, tmp_path: Path) -> None:
     publish_transcoder(tmp_path / "more", open_cache(made / "cache"), "layer0", random_transcoder(seed=9))
-    with pytest.raises(SettingsError, match=r"more and .*t0 both replace site layer0"):
+    with pytest.raises(SettingsError, match=r"t0 and .*more are both of site layer0; give one of them"):
         run(made, tmp_path / "e", transcoders=[made / "t0", tmp_path / "more", made / "t1"])
     with pytest.raises(SettingsError, match="no transcoder to evaluate"):
         run(made, tmp_path / "e", transcoders=[])

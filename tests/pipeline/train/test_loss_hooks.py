@@ -31,7 +31,8 @@ def test_the_hook_gives_the_numbers_of_an_evaluation_on_the_same_contexts(record
     transcoder = random_transcoder()
     split = recorded.cache.split("heldout")
     mean = recorded.cache.split("train").statistics("layer1", "out").mean
-    evaluation = Evaluation(recorded.bridge, [SplicedSite(recorded.cache.sites["layer1"], transcoder, mean)])
+    spliced = SplicedSite(recorded.cache.sites["layer1"], transcoder, mean)
+    evaluation = Evaluation(recorded.bridge, {"layer1": [spliced]})
     for batch in recorded.batches(split, sample_contexts(split, 4, 0), 3):
         evaluation.add(batch)
     score = evaluation.scores()["layer1"]
@@ -79,7 +80,7 @@ def deltas_of(recorded: RecordedModel, transcoder, contexts: np.ndarray) -> np.n
     """(contexts, positions − 1), the model's losses with and without the transcoder subtracted token by token."""
     split = recorded.cache.split("train")
     spliced = SplicedSite(recorded.cache.sites["layer0"], transcoder, np.zeros(16))
-    (found,) = Evaluation(recorded.bridge, [spliced]).add(recorded.batch(split, contexts))
+    (found,) = Evaluation(recorded.bridge, {"layer0": [spliced]}).add(recorded.batch(split, contexts))
     return (found.ce_spliced - found.ce_original).reshape(len(contexts), -1)
 
 

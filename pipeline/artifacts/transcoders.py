@@ -1,0 +1,165 @@
+"""Published transcoders as every command sees them: a transcoder has layers, one or several.
+
+A transcoder of one layer has that layer, a cross-layer one several, and a folder stands for the transcoders in it. What
+is needed to refuse, to name and to record is read from manifests; weights are loaded when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tailrace.pipeline.artifacts.folders import Paths, as_paths, transcoder_paths
+from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ActionableError, SettingsError, raise_together
+from tailrace.storage.formats import CROSS_LAYER_KIND
+from tailrace.training.architectures.transcoder import Transcoder, load_transcoder
+from tailrace.training.cross_layer.artifact import read_either_manifest
+from tailrace.training.cross_layer.layers import load_layers, load_summed_layer, open_weights
+
+
+@dataclass(frozen=True)
+class TranscoderLayer:
+    """The features that read one layer. Nothing is loaded; can be hashed and sent to worker processes."""
+
+    path: Path
+    """Of the transcoder."""
+    site: Site
+    index: int | None
+    """Which layer of a cross-layer transcoder, from 0 for its lowest; None for a transcoder of one layer."""
+    manifest: Mapping[str, Any] = field(repr=False, compare=False)
+    """The transcoder's, with ``site`` of this layer."""
+
+    def __str__(self) -> str:
+        return str(self.path) if self.index is None else f"{self.path}, {self.site.name}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its features alone are to give its site's outputs."""
+        return self.index is None
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features that read the layer."""
+        return int(self.manifest["d_sae"])
+
+    @property
+    def digest(self) -> str:
+        """The transcoder's."""
+        return str(self.manifest["digest"])
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """What tells the layer from every other, for manifests."""
+        return {"digest": self.digest, **({} if self.index is None else {"layer": self.index})}
+
+    @property
+    def heldout(self) -> Mapping[str, Any]:
+        """What the manifest says of held-out rows at this layer; empty if it was never scored."""
+        if self.index is None:
+            return self.manifest["metrics"].get("heldout") or {}
+        return next((one for one in self.manifest["layers"] if one["site"] == self.site.name), {})
+
+    def load(self) -> Transcoder:
+        """Return the features on the CPU. Of a cross-layer transcoder, the decoder is the sum of what they write.
+
+        Raises ArtifactCorrupt if the weights are not what the manifest describes.
+        """
+        return load_transcoder(self.path) if self.index is None else load_summed_layer(self.path, self.index)
+
+    def load_encoder(self) -> Tensor:
+        """Return (d_sae, d_in) what the features read; the errors are those of ``load``."""
+        if self.index is None:
+            return load_transcoder(self.path).W_enc.detach()
+        with open_weights(self.path) as file:
+            return file.encoder(self.index)
+
+
+@dataclass(frozen=True, eq=False)
+class PublishedTranscoder:
+    """A transcoder by what its manifest says."""
+
+    path: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def is_cross_layer(self) -> bool:
+        """Whether its features write to several layers."""
+        return bool(self.manifest["kind"] == CROSS_LAYER_KIND)
+
+    @cached_property
+    def layers(self) -> tuple[TranscoderLayer, ...]:
+        """Its layers, lowest first."""
+        if not self.is_cross_layer:
+            return (TranscoderLayer(self.path, Site(**self.manifest["site"]), None, self.manifest),)
+        return tuple(
+            TranscoderLayer(self.path, Site(**site), index, {**self.manifest, "site": site})
+            for index, site in enumerate(self.manifest["sites"])
+        )
+
+    @property
+    def name(self) -> str:
+        """Its site's, or those of its lowest and highest layer."""
+        first, last = self.layers[0].site.name, self.layers[-1].site.name
+        return f"{first} to {last}" if len(self.layers) > 1 else first
+
+    def load(self) -> dict[Site, Transcoder]:
+        """Return each layer on the CPU, as ``replaced`` and circuits take it.
+
+        Raises ArtifactCorrupt if the weights are not what the manifest describes.
+        """
+        sites = [layer.site for layer in self.layers]
+        if self.is_cross_layer:
+            return dict(zip(sites, load_layers(self.path), strict=True))
+        return {sites[0]: load_transcoder(self.path)}
+
+
+def open_transcoders(paths: Path | Sequence[Path]) -> list[PublishedTranscoder]:
+    """Return the transcoders at ``paths``; a folder stands for those in it.
+
+    Raises ArtifactMissing, ArtifactIncomplete or ArtifactMismatch, with the problems of all.
+    """
+    found: list[PublishedTranscoder] = []
+    problems: list[ActionableError] = []
+    for path in transcoder_paths(paths):
+        try:
+            found.append(PublishedTranscoder(path, read_either_manifest(path)))
+        except ActionableError as error:
+            problems.append(error)
+    raise_together(problems)
+    return found
+
+
+def layers_of(transcoders: Sequence[PublishedTranscoder]) -> list[TranscoderLayer]:
+    """Return the layers of all transcoders."""
+    return [layer for transcoder in transcoders for layer in transcoder.layers]
+
+
+def layers_by_site(transcoders: Sequence[PublishedTranscoder]) -> dict[str, TranscoderLayer]:
+    """Return the layers of all transcoders by their sites' names; raise SettingsError for every site given twice."""
+    found: dict[str, TranscoderLayer] = {}
+    problems = []
+    for layer in layers_of(transcoders):
+        if (other := found.setdefault(layer.site.name, layer)) is not layer:
+            problems.append(f"{other.path} and {layer.path} are both of site {layer.site.name}; give one of them")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return found
+
+
+def load_transcoders(paths: Paths) -> dict[Site, Transcoder]:
+    """Return the layers of transcoders by their sites, as ``replaced`` and circuits take them.
+
+    A folder stands for the transcoders in it; of a cross-layer transcoder, all layers have to be in place together.
+    Raises SettingsError for two of one site, and ArtifactError.
+
+    ``((site, transcoder),) = tailrace.load_transcoders("transcoders/gpt2").items()``
+    """
+    transcoders = open_transcoders(as_paths(paths))
+    layers_by_site(transcoders)
+    return {site: layer for transcoder in transcoders for site, layer in transcoder.load().items()}
