@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tailrace.pipeline.artifacts.folders import Paths, as_paths, transcoder_paths
+from tailrace.pipeline.artifacts.folders import Paths, artifacts_inside, as_paths, transcoder_paths
+from tailrace.storage.artifact import read_manifest
 from tailrace.storage.cache_format import Site
-from tailrace.storage.errors import ActionableError, SettingsError, raise_together
-from tailrace.storage.formats import CROSS_LAYER_KIND
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, SettingsError, raise_together
+from tailrace.storage.formats import CROSS_LAYER_KIND, TABLES_KIND
 from tailrace.training.architectures.transcoder import Transcoder, load_transcoder
 from tailrace.training.cross_layer.artifact import read_either_manifest
 from tailrace.training.cross_layer.layers import load_layers, load_summed_layer, open_weights
@@ -163,3 +164,35 @@ def load_transcoders(paths: Paths) -> dict[Site, Transcoder]:
     transcoders = open_transcoders(as_paths(paths))
     layers_by_site(transcoders)
     return {site: layer for transcoder in transcoders for site, layer in transcoder.load().items()}
+
+
+def open_tables(tables: Sequence[Path], known: Mapping[int, TranscoderLayer]) -> dict[int, Path]:
+    """Return the tables of each of the layers ``known`` by a number.
+
+    The digest alone does not tell the layers of a cross-layer transcoder apart. ``tables`` are tables or folders that
+    hold some; of a folder, those of other transcoders are left out. Raises ArtifactMismatch, with every problem, for
+    tables of another transcoder, a folder without any that fit, and two of one transcoder or layer.
+    """
+    layers = {(one.digest, one.site.name): layer for layer, one in known.items()}
+    found: dict[int, Path] = {}
+    problems = []
+    for given in tables:
+        inside = artifacts_inside(given, TABLES_KIND)
+        fitting = {}
+        for path in inside or [given]:
+            manifest = read_manifest(path, TABLES_KIND)
+            layer = layers.get((manifest["inputs"]["transcoder"]["digest"], manifest["site"]["name"]))
+            if layer is not None:
+                fitting[path] = layer
+        if not fitting:
+            which = "the tables inside were" if inside else "was"
+            problems.append(
+                f"{given}: {which} made from a transcoder that was not given; give the tables of those that were"
+            )
+        for path, layer in fitting.items():
+            if layer in found:
+                problems.append(f"{path}: {found[layer]} is of the same transcoder; give one of them")
+            found.setdefault(layer, path)
+    if problems:
+        raise ArtifactMismatch("\n".join(problems))
+    return found

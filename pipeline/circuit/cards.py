@@ -9,11 +9,6 @@ from typing import Any
 import pyarrow.compute as pc
 
 from tailrace.analysis.dashboards.values import visible_token
-from tailrace.pipeline.artifacts.folders import artifacts_inside
-from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
-from tailrace.storage.artifact import read_manifest
-from tailrace.storage.errors import ArtifactMismatch
-from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.tables import read_table
 
 N_EXAMPLES = 4
@@ -21,38 +16,6 @@ _CONTEXT = 12
 """Tokens of an example shown on either side."""
 
 Card = dict[str, Any]
-
-
-def open_tables(tables: Sequence[Path], traced: Mapping[int, TranscoderLayer]) -> dict[int, Path]:
-    """Return the tables of each traced layer, by its number.
-
-    The digest alone does not tell the layers of a cross-layer transcoder apart. ``tables`` are tables or folders that
-    hold some; of a folder, those of other transcoders are left out. Raises ArtifactMismatch, with every problem, for
-    tables of another transcoder, a folder without any that fit, and two of one transcoder or layer.
-    """
-    layers = {(one.digest, one.site.name): layer for layer, one in traced.items()}
-    found: dict[int, Path] = {}
-    problems = []
-    for given in tables:
-        inside = artifacts_inside(given, TABLES_KIND)
-        fitting = {}
-        for path in inside or [given]:
-            manifest = read_manifest(path, TABLES_KIND)
-            layer = layers.get((manifest["inputs"]["transcoder"]["digest"], manifest["site"]["name"]))
-            if layer is not None:
-                fitting[path] = layer
-        if not fitting:
-            which = "the tables inside were" if inside else "was"
-            problems.append(
-                f"{given}: {which} made from a transcoder that was not given; give the tables of those that were"
-            )
-        for path, layer in fitting.items():
-            if layer in found:
-                problems.append(f"{path}: {found[layer]} is of the same transcoder; give one of them")
-            found.setdefault(layer, path)
-    if problems:
-        raise ArtifactMismatch("\n".join(problems))
-    return found
 
 
 def read_cards(tables: Mapping[int, Path], features: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Card]:

@@ -28,9 +28,9 @@ from tailrace.analysis.circuits.roots import Root, centred_logit_roots, decoder_
 from tailrace.analysis.circuits.run import LinearisedRun
 from tailrace.analysis.circuits.viewer import viewer_document
 from tailrace.analysis.dashboards.values import PART
-from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, open_transcoders
+from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, open_tables, open_transcoders
 from tailrace.pipeline.cache.recorded_model import explained_passes
-from tailrace.pipeline.circuit.cards import open_tables, read_cards
+from tailrace.pipeline.circuit.cards import read_cards
 from tailrace.pipeline.circuit.page import features_shown, render_page
 from tailrace.pipeline.circuit.question import Question, check_askable, prompt_tokens, token_ids
 from tailrace.pipeline.circuit.settings import CircuitSettings

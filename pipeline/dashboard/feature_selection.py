@@ -1,9 +1,9 @@
-"""Which features of one transcoder are meant, as typed: ``--feature 89,100-200 --feature 7``."""
+"""Which features are meant, as typed: ``--feature 89,100-200 --feature 7``, and of several layers ``layer8:89``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -53,3 +53,39 @@ def parse_features(texts: Sequence[str], n_features: int) -> list[int]:
         lines = "".join(f"\n  {line}" for line in [*problems[:_SHOWN], *rest])
         raise SettingsError(f"--feature: not every part is a feature, or a range such as 100-200, of these:{lines}")
     return list(chosen)
+
+
+def parse_layer_features(texts: Sequence[str], layers: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Return the chosen features, (layer by its place in ``layers``, feature), in the order they are named, each once.
+
+    ``layers`` has the number of features by name. Where there are several, a part begins with a name and a colon,
+    ``layer8:89,100-200``, or with the number the name ends in, ``8:89``, and what follows is of that layer until
+    another is named. Raises SettingsError for features of no layer, with the layers there are.
+    """
+    names = list(layers)
+    parts: list[tuple[int, str]] = []
+    problems = []
+    index = 0 if len(names) == 1 else None
+    for part in split_features(texts):
+        layer, colon, rest = part.rpartition(":")
+        if colon:
+            fitting = [n for n, name in enumerate(names) if layer in (name, _number_in(name))]
+            index = fitting[0] if len(fitting) == 1 else None
+        if index is None:
+            problems.append(f"{part!r} is of no layer here")
+            continue
+        parts.append((index, rest))
+    if problems:
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        raise SettingsError(
+            f"--feature: {'; '.join(problems)}. There are {shown}; write LAYER:FEATURE, such as {names[-1]}:0"
+        )
+    for index in dict.fromkeys(index for index, _ in parts):
+        parse_features([rest for layer, rest in parts if layer == index], layers[names[index]])  # every problem at once
+    found = [(index, feature) for index, rest in parts for feature in parse_features([rest], layers[names[index]])]
+    return list(dict.fromkeys(found))
+
+
+def _number_in(name: str) -> str | None:
+    match = re.search(r"(\d+)$", name)
+    return match[1] if match else None

@@ -6,19 +6,25 @@ from pathlib import Path
 
 import click
 
-from tailrace.pipeline.dashboard.feature_selection import parse_features
+from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
 
 
 @click.command("score", cls=SectionCommand)
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
-@click.option("--transcoder", required=True, type=options.ARTIFACT, help="Transcoder whose features are asked.")
+@click.option(
+    "--transcoder",
+    required=True,
+    type=options.ARTIFACT,
+    help="Transcoder whose features are asked, or a folder of them.",
+)
 @click.option(
     "--feature",
     "features",
     multiple=True,
-    help="Features to show, e.g. 89,100-120 (both ends belong to a range); may be repeated.",
+    help="Features to show, e.g. 89,100-120 (both ends belong to a range), and of several layers 8:89,100; may be "
+    "repeated.",
 )
 @click.option(
     "--file",
@@ -66,20 +72,21 @@ def command(
     pipeline score --file prompts.jsonl --transcoder transcoders/gpt2-l8 \\
         --tables tables/gpt2-l8 --output scores.html
 
+    Of a cross-layer transcoder, or a folder that holds transcoders, all layers are asked.
+
     Without --feature, shows the strongest features of each token and of all. Every context begins with BOS, as in a
     cache; BOS itself is not scored.
     """
     from tailrace.pipeline.score import pictures as score_pictures
     from tailrace.pipeline.score import stage as score
     from tailrace.pipeline.score.text import show
-    from tailrace.training.architectures.transcoder import read_transcoder_manifest
 
     if output is not None:
         score_pictures.check_output(output)
     scores = score.run(
         score.read_texts(texts, files),
         transcoder=transcoder,
-        features=parse_features(features, read_transcoder_manifest(transcoder)["d_sae"]),
+        features=parse_layer_features(features, score.layer_sizes(transcoder)),
         raw=raw,
         top=top,
         context_length=context_length,

@@ -93,18 +93,22 @@ def _coloured(scores: Scores, text: ScoredText, column: int) -> str:
             spans.append(f'<span style="background:{colour(value, largest)}" title="{value:.4g}">{shown}</span>')
     note = feature_note(scores, feature)
     about = f'<p class="note">{html.escape(note)}</p>' if note else ""
-    return f'<h3>Feature {feature}</h3>{about}<div class="text">{"".join(spans)}</div>'
+    return f'<h3>Feature {html.escape(scores.label(feature))}</h3>{about}<div class="text">{"".join(spans)}</div>'
 
 
 def _table(scores: Scores, text: ScoredText) -> str:
-    head = "".join(f'<th scope="col" class="n">feature {feature}</th>' for feature in scores.features)
+    head = "".join(
+        f'<th scope="col" class="n">feature {html.escape(scores.label(feature))}</th>' for feature in scores.features
+    )
     if not scores.is_chosen:
         head += '<th scope="col">strongest here</th>'
     rows = []
     for position, (token, values) in enumerate(zip(text.tokens, text.values.tolist(), strict=True)):
         cells = "".join(f'<td class="n">{"–" if math.isnan(value) else f"{value:.4g}"}</td>' for value in values)
         if not scores.is_chosen:
-            told = ", ".join(f"{feature} ({value:.4g})" for feature, value in text.strongest[position])
+            told = ", ".join(
+                html.escape(f"{scores.label(feature)} ({value:.4g})") for feature, value in text.strongest[position]
+            )
             cells += f"<td>{told or '–'}</td>"
         rows.append(
             f'<tr><td class="n">{position}</td><td class="token">{html.escape(visible_token(token))}</td>{cells}</tr>'
@@ -154,6 +158,6 @@ def _draw_row(axes: Any, scores: Scores, text: ScoredText, column: int, tokens: 
     axes.bar(range(len(tokens)), values, color=colours)
     labels = [visible_token(text.tokens[place]) for place in tokens]
     axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8, parse_math=False)
-    axes.set_ylabel(f"feature {scores.features[column]}", fontsize=8)
+    axes.set_ylabel(f"feature {scores.label(scores.features[column])}", fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

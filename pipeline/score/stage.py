@@ -1,4 +1,4 @@
-"""``pipeline score``: what a transcoder's features make of a text, token by token.
+"""``pipeline score``: what features make of a text, token by token: of a transcoder, or of all layers of several.
 
 One rule for the beginning of a text, the one by which a cache is made: every context begins with the model's BOS, the
 tokenizer adds nothing by itself, and the BOS has no score, since no transcoder has learnt it. A text longer than a
@@ -21,16 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tailrace.analysis.text_scores import feature_scores, strongest_features
+from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_by_site, open_tables, open_transcoders
 from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.shared.device import limited_threads, open_device
-from tailrace.storage.artifact import read_manifest
-from tailrace.storage.errors import ArtifactMismatch, SettingsError, TextError
-from tailrace.storage.formats import TABLES_KIND
+from tailrace.storage.errors import SettingsError, TextError
 from tailrace.storage.tables import read_schema, read_table
 from tailrace.storage.token_text import join_characters
-from tailrace.training.architectures.base import Transcoder
-from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
 
 CONTEXT_LENGTH = 1024
 """Tokens of a context unless asked otherwise: attention patterns take memory by the square of it."""
@@ -56,10 +53,11 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class Scores:
-    """Texts scored by one transcoder."""
+    """Texts scored by transcoders. Features of several layers are numbered through, layer after layer."""
 
     transcoder: str
     site: str
+    """Its name; of several layers, those of the first and the last."""
     features: list[int]
     """The columns of ``values``: those asked for, or else the strongest of all texts."""
     is_chosen: bool
@@ -69,6 +67,26 @@ class Scores:
     texts: list[ScoredText]
     about: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What the tables say of a feature."""
+    layers: dict[str, int] = field(default_factory=dict)
+    """Number of features by site, where there are several."""
+
+    def label(self, feature: int) -> str:
+        """Return a feature's name: its number, after that of its site where there are several."""
+        site, own = self.place(feature)
+        return str(own) if site is None else f"{site}:{own}"
+
+    def place(self, feature: int) -> tuple[str | None, int]:
+        """Return the site, None if there is only one, and the number there."""
+        for site, d_sae in self.layers.items():
+            if feature < d_sae:
+                return site, feature
+            feature -= d_sae
+        return None, feature
+
+    def record(self, feature: int) -> dict[str, Any]:
+        """Return the same as JSON."""
+        site, own = self.place(feature)
+        return {"feature": own} if site is None else {"site": site, "feature": own}
 
     def largest(self) -> float:
         """Return the largest absolute value of all, 0 if none is different from it."""
@@ -80,7 +98,7 @@ def run(
     texts: Sequence[str],
     *,
     transcoder: Path,
-    features: Sequence[int] = (),
+    features: Sequence[int | tuple[int, int]] = (),
     raw: bool = False,
     top: int = 5,
     context_length: int | None = None,
@@ -91,29 +109,41 @@ def run(
 ) -> Scores:
     """Score ``texts`` with ``features`` of a published transcoder, or with the ``top`` strongest it finds in them.
 
-    ``tables`` of the same transcoder add what is known of a feature; ``model`` says where the language model lies if it
-    is not under its recorded name; ``context_length`` counts tokens, the BOS included, and is ``CONTEXT_LENGTH`` unless
-    given, or the model's longest if that is less. Activations are float32. Memory: a row of the transcoder's input per
-    token, and the model.
+    Of a cross-layer transcoder, or a folder of transcoders, features of all layers are scored: each is (layer, feature)
+    then, with layers counted from 0 for the first. ``tables`` of the same transcoders, or a folder of some, add what is
+    known of a feature; ``model`` says where the language model lies if it is not under its recorded name;
+    ``context_length`` counts tokens, the BOS included, and is ``CONTEXT_LENGTH`` unless given, or the model's longest
+    if that is less. Activations are float32. Memory: a row of each layer's input per token, a layer's weights at a
+    time, and the model.
 
     Raises SettingsError for features that are not there or settings that do not go together, TextError for an empty
     text, ArtifactMismatch if tables or model are not the transcoder's, ModelError if the model cannot be loaded.
     """
-    made_of = read_transcoder_manifest(transcoder)
-    _check(texts, features, raw, made_of["d_sae"])
-    about = _Tables(tables, transcoder, made_of) if tables is not None else None
+    given = open_transcoders(transcoder)
+    layers = list(layers_by_site(given).values())
+    asked = [(0, one) if isinstance(one, int) else one for one in dict.fromkeys(features)]
+    _check(texts, asked, raw, [layer.d_sae for layer in layers])
+    known = open_tables([tables], dict(enumerate(layers))) if tables is not None else {}
     on = open_device(device)
     with limited_threads(threads):
-        language_model = open_transcoder_model([transcoder], model=model, device=device)
+        language_model = open_transcoder_model([one.path for one in given], model=model, device=device)
         length = _context_length(context_length, language_model)
-        hook = made_of["site"]["hook_in"]
-        read = [_read(text, language_model, hook, length) for text in texts]
-        coder = load_transcoder(transcoder).to(on)
-        scores = _score(read, coder, transcoder.name, made_of["site"]["name"], list(dict.fromkeys(features)), raw, top)
-    if about is not None:
-        mentioned = {feature for text in scores.texts for row in text.strongest for feature, _ in row}
-        scores.about.update(about.of(mentioned.union(scores.features)))
+        hooks = [layer.site.hook_in for layer in layers]
+        read = [_read(text, language_model, hooks, length) for text in texts]
+        scores = _score(read, layers, asked, raw, top, transcoder.name, on)
+    mentioned = {feature for text in scores.texts for row in text.strongest for feature, _ in row}
+    mentioned.update(scores.features)
+    start = 0
+    for index, layer in enumerate(layers):
+        if index in known:
+            scores.about.update(_about(known[index], mentioned, start, layer.d_sae))
+        start += layer.d_sae
     return scores
+
+
+def layer_sizes(transcoder: Path) -> dict[str, int]:
+    """Return the number of features by site, of a transcoder or of several. Raises SettingsError, ArtifactError."""
+    return {site: layer.d_sae for site, layer in layers_by_site(open_transcoders(transcoder)).items()}
 
 
 @dataclass(frozen=True)
@@ -123,15 +153,21 @@ class _ReadText:
     tokens: list[str]
     token_ids: list[int]
     is_scored: NDArray[np.bool_]
-    inputs: Tensor
-    """(scored tokens, d_in) what the transcoder reads."""
+    inputs: list[Tensor]
+    """(scored tokens, d_in) what each layer reads."""
 
 
-def _check(texts: Sequence[str], features: Sequence[int], raw: bool, d_sae: int) -> None:
+def _check(texts: Sequence[str], features: Sequence[tuple[int, int]], raw: bool, d_sae: Sequence[int]) -> None:
     if not texts:
         raise TextError("no text to score; give one as an argument, by --file, or on standard input as '-'")
-    problems = [f"--feature {one}: this transcoder has features 0 to {d_sae - 1}" for one in features if one >= d_sae]
-    problems += [f"--feature {one}: features count from 0" for one in features if one < 0]
+    if unknown := sorted({layer for layer, _ in features if not 0 <= layer < len(d_sae)}):
+        raise SettingsError(f"layers {', '.join(map(str, unknown))}: there are {len(d_sae)} here, counted from 0")
+    problems = [
+        f"--feature {one}: this transcoder has features 0 to {d_sae[layer] - 1}"
+        for layer, one in features
+        if one >= d_sae[layer]
+    ]
+    problems += [f"--feature {one}: features count from 0" for _, one in features if one < 0]
     if raw and not features:
         problems.append("--raw shows pre-activations of features named by --feature; without one, activations are told")
     if problems:
@@ -145,58 +181,78 @@ def _context_length(wanted: int | None, model: LanguageModel) -> int:
     return min(CONTEXT_LENGTH, longest) if wanted is None else wanted
 
 
-def _read(text: str, model: LanguageModel, hook: str, length: int) -> _ReadText:
-    """Run the model on a text, a context at a time, as far as the transcoder's input."""
+def _read(text: str, model: LanguageModel, hooks: Sequence[str], length: int) -> _ReadText:
+    """Run the model on a text, a context at a time, as far as the last layer's input."""
     [ids] = model.tokenize([text])
     if not ids:
         raise TextError(f"the text {text!r} has no token; give one that is not empty")
     vocabulary = model.vocabulary()
     all_ids: list[int] = []
-    inputs = []
+    inputs: list[list[Tensor]] = [[] for _ in hooks]
     for start in range(0, len(ids), length - 1):
         context = [model.bos_token_id, *ids[start : start + length - 1]]
-        captured = model.capture(torch.tensor([context]), [SiteHooks("scored", hook, hook)])
-        inputs.append(captured[hook][0, 1:].float().clone())  # the next capture may use the same memory
+        captured = model.capture(torch.tensor([context]), [SiteHooks(hook, hook, hook) for hook in hooks])
+        for own, hook in zip(inputs, hooks, strict=True):
+            own.append(captured[hook][0, 1:].float().clone())  # the next capture may use the same memory
         all_ids += context
     is_scored = np.arange(len(all_ids)) % length != 0
-    return _ReadText(join_characters([vocabulary[token] for token in all_ids]), all_ids, is_scored, torch.cat(inputs))
+    tokens = join_characters([vocabulary[token] for token in all_ids])
+    return _ReadText(tokens, all_ids, is_scored, [torch.cat(own) for own in inputs])
 
 
 def _score(
-    read: Sequence[_ReadText], coder: Transcoder, name: str, site: str, features: list[int], raw: bool, top: int
+    read: Sequence[_ReadText],
+    layers: Sequence[TranscoderLayer],
+    asked: Sequence[tuple[int, int]],
+    raw: bool,
+    top: int,
+    name: str,
+    device: torch.device,
 ) -> Scores:
-    is_chosen = bool(features)
-    strongest: list[list[list[tuple[int, float]]]] = [[] for _ in read]
-    if not is_chosen:
-        found = strongest_features(coder, torch.cat([text.inputs for text in read]), top)
-        features = found.overall
-        rows = iter(found.per_row)
-        strongest = [[next(rows) if scored else [] for scored in text.is_scored] for text in read]
-    texts = []
-    for text, own in zip(read, strongest, strict=True):
+    """Score layer after layer, each loaded for itself. Features are numbered through."""
+    columns: dict[int, NDArray[np.float32]] = {}  # (scored tokens of all texts,) by feature
+    strongest: list[list[tuple[int, float]]] = [[] for _ in range(sum(len(text.inputs[0]) for text in read))]
+    start = 0
+    for index, layer in enumerate(layers):
+        coder = layer.load().to(device)
+        inputs = torch.cat([text.inputs[index] for text in read])
+        chosen = [feature for own, feature in asked if own == index]
+        if not asked:
+            found = strongest_features(coder, inputs, top)
+            chosen = found.overall
+            for row, own in zip(strongest, found.per_row, strict=True):
+                row += [(start + feature, value) for feature, value in own]
+        values = feature_scores(coder, inputs, chosen, raw=raw)
+        columns |= {start + feature: values[:, column] for column, feature in enumerate(chosen)}
+        start += layer.d_sae
+    starts = np.cumsum([0, *(layer.d_sae for layer in layers)]).tolist()
+    features = [starts[layer] + feature for layer, feature in asked]
+    if not asked:  # sorts are stable: features of one layer come as they were ranked
+        features = sorted(columns, key=lambda feature: -float(columns[feature].max(initial=0)))[:top]
+        strongest = [sorted(row, key=lambda one: -one[1])[:top] for row in strongest]
+    texts, first = [], 0
+    for text in read:
+        rows = slice(first, first := first + len(text.inputs[0]))
         values = np.full((len(text.tokens), len(features)), np.nan, np.float32)
-        values[text.is_scored] = feature_scores(coder, text.inputs, features, raw=raw)
-        texts.append(ScoredText(text.tokens, text.token_ids, text.is_scored, values, own))
-    return Scores(name, site, features, is_chosen, raw, texts)
+        for column, feature in enumerate(features):
+            values[text.is_scored, column] = columns[feature][rows]
+        own_strongest = iter(strongest[rows])
+        told = [next(own_strongest) if scored else [] for scored in text.is_scored]
+        texts.append(ScoredText(text.tokens, text.token_ids, text.is_scored, values, told))
+    sites = [layer.site.name for layer in layers]
+    if len(layers) == 1:
+        return Scores(name, sites[0], features, bool(asked), raw, texts)
+    sizes = dict(zip(sites, (layer.d_sae for layer in layers), strict=True))
+    return Scores(name, f"{sites[0]} to {sites[-1]}", features, bool(asked), raw, texts, layers=sizes)
 
 
-class _Tables:
-    """The table of features of the same transcoder."""
-
-    def __init__(self, tables: Path, transcoder: Path, made_of: dict[str, Any]) -> None:
-        recorded = read_manifest(tables, TABLES_KIND)["inputs"]["transcoder"]["digest"]
-        if recorded != made_of["digest"]:
-            raise ArtifactMismatch(
-                f"--tables {tables}: were made from another transcoder ({recorded}) than {transcoder} "
-                f"({made_of['digest']}); give the tables of this one, or leave them out"
-            )
-        self._file = tables / "features.parquet"
-
-    def of(self, features: set[int]) -> dict[int, dict[str, Any]]:
-        """Return what there is to tell of each feature."""
-        there = [name for name in _NOTED if name in read_schema(self._file).names]
-        rows = read_table(self._file, ["feature", *there], pc.field("feature").isin(sorted(features))).to_pylist()
-        return {row.pop("feature"): row for row in rows}
+def _about(tables: Path, features: set[int], start: int, d_sae: int) -> dict[int, dict[str, Any]]:
+    """Return what a layer's tables tell of those of ``features`` that are its own, the first being ``start``."""
+    file = tables / "features.parquet"
+    there = [name for name in _NOTED if name in read_schema(file).names]
+    own = sorted(feature - start for feature in features if start <= feature < start + d_sae)
+    rows = read_table(file, ["feature", *there], pc.field("feature").isin(own)).to_pylist()
+    return {start + row.pop("feature"): row for row in rows}
 
 
 def read_texts(arguments: Sequence[str], files: Sequence[Path]) -> list[str]:

@@ -17,7 +17,7 @@ def show(scores: Scores) -> str:
     parts = [] if scores.is_chosen else ["\n".join(_overall(scores))]
     for number, text in enumerate(scores.texts, start=1):
         heading = [f"text {number} of {len(scores.texts)}"] if len(scores.texts) > 1 else []
-        lines = _columns(scores, text) if scores.is_chosen else _strongest(text)
+        lines = _columns(scores, text) if scores.is_chosen else _strongest(scores, text)
         parts.append("\n".join([*heading, *lines]))
     what = "pre-activations" if scores.is_raw else "activations"
     parts.append(f"{what} of {scores.transcoder} ({scores.site}), float32; every context begins with BOS, unscored (–)")
@@ -31,7 +31,7 @@ def as_json(scores: Scores) -> dict[str, Any]:
         "site": scores.site,
         "values": "pre-activation" if scores.is_raw else "activation",
         "bos": "prepended to every context; not scored (null)",
-        "features": [{"feature": feature, **scores.about.get(feature, {})} for feature in scores.features],
+        "features": [{**scores.record(feature), **scores.about.get(feature, {})} for feature in scores.features],
         "texts": [_text_as_json(scores, text) for text in scores.texts],
     }
 
@@ -55,7 +55,9 @@ def _text_as_json(scores: Scores, text: ScoredText) -> dict[str, Any]:
     values = [[None if math.isnan(value) else value for value in row] for row in text.values.tolist()]
     told: dict[str, Any] = {"tokens": text.tokens, "token_ids": text.token_ids, "values": values}
     if not scores.is_chosen:
-        told["strongest"] = [[{"feature": feature, "value": value} for feature, value in row] for row in text.strongest]
+        told["strongest"] = [
+            [{**scores.record(feature), "value": value} for feature, value in row] for row in text.strongest
+        ]
     return told
 
 
@@ -73,7 +75,7 @@ def _overall(scores: Scores) -> Iterator[str]:
         ]
         value, token = max(places, key=lambda place: place[0])
         n_active = sum(bool(one > 0) for one, _ in places)
-        rows.append((str(feature), f"{value:.3f}", token, str(n_active), feature_note(scores, feature)))
+        rows.append((scores.label(feature), f"{value:.3f}", token, str(n_active), feature_note(scores, feature)))
     yield from _aligned(rows, left=(2, 4))
 
 
@@ -86,19 +88,21 @@ def _token(text: ScoredText, position: int) -> str:
     return f"{own} of {visible_token(completed)}" if completed else own
 
 
-def _strongest(text: ScoredText) -> list[str]:
+def _strongest(scores: Scores, text: ScoredText) -> list[str]:
     rows = [("position", "token", "strongest features")]
     for position, (token, found) in enumerate(zip(text.tokens, text.strongest, strict=True)):
-        told = "  ".join(f"{feature} ({value:.3f})" for feature, value in found)
+        told = "  ".join(f"{scores.label(feature)} ({value:.3f})" for feature, value in found)
         rows.append((str(position), visible_token(token), told if text.is_scored[position] else "–"))
     return _aligned(rows, left=(1, 2))
 
 
 def _columns(scores: Scores, text: ScoredText) -> list[str]:
-    notes = [f"feature {one}: {note}" for one in scores.features if (note := feature_note(scores, one))]
+    notes = [f"feature {scores.label(one)}: {note}" for one in scores.features if (note := feature_note(scores, one))]
     has_bar = len(scores.features) == 1
     largest = scores.largest()
-    rows = [("position", "token", *(f"feature {feature}" for feature in scores.features), *([""] * has_bar))]
+    rows = [
+        ("position", "token", *(f"feature {scores.label(feature)}" for feature in scores.features), *([""] * has_bar))
+    ]
     for position, token in enumerate(text.tokens):
         values = text.values[position].tolist()
         shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]

@@ -18,9 +18,9 @@ from tailrace.pipeline.analyze import many as analyze_each
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.stage import AnalyzeResult
-from tailrace.pipeline.artifacts.transcoders import open_transcoders
+from tailrace.pipeline.artifacts.transcoders import open_tables, open_transcoders
 from tailrace.pipeline.circuit import stage as circuit
-from tailrace.pipeline.circuit.cards import open_tables, read_cards
+from tailrace.pipeline.circuit.cards import read_cards
 from tailrace.pipeline.circuit.question import Question
 from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.circuit.traced import traced_layers

@@ -14,9 +14,9 @@ import pytest
 from tailrace.analysis.circuits.documents import describe_node, read_node
 from tailrace.analysis.circuits.nodes import Kind, Node
 from tailrace.analysis.circuits.paths import show_value
-from tailrace.pipeline.artifacts.transcoders import open_transcoders
+from tailrace.pipeline.artifacts.transcoders import open_tables, open_transcoders
 from tailrace.pipeline.circuit import stage as circuit
-from tailrace.pipeline.circuit.cards import open_tables, read_cards
+from tailrace.pipeline.circuit.cards import read_cards
 from tailrace.pipeline.circuit.question import Question, parse_feature, prompt_tokens
 from tailrace.pipeline.circuit.traced import traced_layers
 from tailrace.pipeline.model.language_model import load_language_model

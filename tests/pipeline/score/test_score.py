@@ -164,7 +164,8 @@ def tables_of(path: Path, transcoder: Path, digest: str | None = None) -> Path:
         table = pa.table(columns)
         write_table(path / "features.parquet", table.schema, table.to_batches())
         digest = digest or read_transcoder_manifest(transcoder)["digest"]
-        draft.publish({"inputs": {"transcoder": {"digest": digest}}}, ["features.parquet"])
+        site = read_transcoder_manifest(transcoder)["site"]
+        draft.publish({"inputs": {"transcoder": {"digest": digest}}, "site": site}, ["features.parquet"])
     return path
 
 
@@ -172,7 +173,7 @@ def test_tables_tell_what_is_known_of_a_feature(transcoder: Path, tmp_path: Path
     scores = run(transcoder, features=[7], tables=tables_of(tmp_path / "tables", transcoder))
     assert scores.about == {7: {"frequency": 0.25, "max": 2.0, "top_token": "top7", "promoted_tokens": ["up7", "b"]}}
     assert "feature 7: active on 25.00%, at most 2, top token 'top7', promotes 'up7' 'b'" in show(scores)
-    with pytest.raises(ArtifactMismatch, match="made from another transcoder"):
+    with pytest.raises(ArtifactMismatch, match="made from a transcoder that was not given"):
         run(transcoder, features=[7], tables=tables_of(tmp_path / "others", transcoder, "sha256:0"))
 
 
