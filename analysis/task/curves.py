@@ -42,34 +42,58 @@ class Task:
         )
 
 
-def keep_top_features(
-    task: Task, site: Site, coder: FeatureCoder, order: Sequence[int], counts: Sequence[int]
-) -> Tensor:
+Coders = Mapping[Site, FeatureCoder]
+"""What is put in place together: a transcoder, or the layers of a cross-layer one. Features, and neurons of several
+sites, are numbered through, site after site."""
+
+
+def keep_top_features(task: Task, coders: Coders, order: Sequence[int], counts: Sequence[int]) -> Tensor:
     """Return (counts, prompts) float64: scores with only the first n features of ``order`` left of the transcoder.
 
     Its bias (and skip path) stay, so n = 0 is the task without any feature.
     """
-    return torch.stack(
-        [task.scores({site: EditedFeatures(coder, [KeepOnly(tuple(order[:count]))])}) for count in counts]
-    )
+    found = []
+    for count in counts:
+        own = by_site({site: coder.d_sae for site, coder in coders.items()}, order[:count])
+        found.append(
+            task.scores({site: EditedFeatures(coder, [KeepOnly(own[site])]) for site, coder in coders.items()})
+        )
+    return torch.stack(found)
 
 
-def keep_top_neurons(task: Task, neurons: Site, order: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Return (counts, prompts) float64: scores with only the first n neurons of ``order`` left of the MLP.
+def keep_top_neurons(task: Task, neurons: Sequence[Site], order: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Return (counts, prompts) float64: scores with only the first n neurons of ``order`` left of the MLPs.
 
-    ``neurons`` is a site with an MLP's hidden activations, such as ``blocks.L.mlp.hook_post``, on both sides.
+    ``neurons`` are sites with an MLP's hidden activations, such as ``blocks.L.mlp.hook_post``, on both sides.
     """
-    return torch.stack([task.scores({neurons: EditedNeurons([KeepOnly(tuple(order[:count]))])}) for count in counts])
+    found = []
+    for count in counts:
+        own = by_site({site: site.d_out for site in neurons}, order[:count])
+        found.append(task.scores({site: EditedNeurons([KeepOnly(own[site])]) for site in neurons}))
+    return torch.stack(found)
 
 
-def leave_one_out(
-    task: Task, site: Site, coder: FeatureCoder, features: Sequence[int], kept: Sequence[int] | None = None
-) -> Tensor:
+def leave_one_out(task: Task, coders: Coders, features: Sequence[int], kept: Sequence[int] | None = None) -> Tensor:
     """Return (features, prompts) float64: scores with each of ``features`` alone taken out of the transcoder.
 
     With ``kept``, out of the transcoder of which only these features are left.
     """
-    first: list[Edit] = [] if kept is None else [KeepOnly(tuple(kept))]
-    return torch.stack(
-        [task.scores({site: EditedFeatures(coder, [*first, Ablate((feature,))])}) for feature in features]
-    )
+    sizes = {site: coder.d_sae for site, coder in coders.items()}
+    first = None if kept is None else by_site(sizes, kept)
+    found = []
+    for feature in features:
+        out = by_site(sizes, [feature])
+        edits: dict[Site, list[Edit]] = {site: [] if first is None else [KeepOnly(first[site])] for site in coders}
+        for site, own in out.items():
+            edits[site] += [Ablate(own)] if own else []
+        found.append(task.scores({site: EditedFeatures(coder, edits[site]) for site, coder in coders.items()}))
+    return torch.stack(found)
+
+
+def by_site(sizes: Mapping[Site, int], numbers: Sequence[int]) -> dict[Site, tuple[int, ...]]:
+    """Return each site's own of features, or neurons, that are numbered through; ``sizes`` has how many each has."""
+    found, start = {}, 0
+    for site, size in sizes.items():
+        found[site] = tuple(number - start for number in numbers if start <= number < start + size)
+        start += size
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,21 +46,28 @@ def rank_by_variance(activations: Tensor) -> Ranking:
     return Ranking(order, values.mean(axis=0), variance, (values > 0).sum(axis=0).astype(np.int64))
 
 
-def last_activations(bridge: Any, prompts: Prompts, site: Site, coder: InPlaceCoder, batch: int = 64) -> Tensor:
-    """Return (prompts, d_sae) activations of ``coder`` at each prompt's last token, in the plain model."""
-    rows = _last_values(bridge, prompts, site.hook_in, batch)
-    return coder.encode(rows.to(weights_dtype(coder, rows.dtype)))
+def last_activations(bridge: Any, prompts: Prompts, coders: Mapping[Site, InPlaceCoder], batch: int = 64) -> Tensor:
+    """Return (prompts, d_sae) activations of ``coders`` at each prompt's last token, in the plain model.
+
+    Those of several sites stand side by side.
+    """
+    rows = _last_values(bridge, prompts, [site.hook_in for site in coders], batch)
+    pairs = zip(coders.values(), rows, strict=True)
+    return torch.cat([coder.encode(own.to(weights_dtype(coder, own.dtype))) for coder, own in pairs], 1)
 
 
-def last_neurons(bridge: Any, prompts: Prompts, hook: str, batch: int = 64) -> Tensor:
-    """Return (prompts, n) the values of ``hook`` at each prompt's last token, in the plain model."""
-    return _last_values(bridge, prompts, hook, batch)
+def last_neurons(bridge: Any, prompts: Prompts, hooks: Sequence[str], batch: int = 64) -> Tensor:
+    """Return (prompts, n) the values of ``hooks``, side by side, at each prompt's last token, in the plain model."""
+    return torch.cat(_last_values(bridge, prompts, hooks, batch), 1)
 
 
-def _last_values(bridge: Any, prompts: Prompts, hook: str, batch: int) -> Tensor:
-    address = HookName.parse(hook)
-    found = []
+def _last_values(bridge: Any, prompts: Prompts, hooks: Sequence[str], batch: int) -> list[Tensor]:
+    """Return (prompts, width) of each hook."""
+    addresses = [HookName.parse(hook) for hook in hooks]
+    found: list[list[Tensor]] = [[] for _ in hooks]
     for _, part in prompts.batches(batch):
-        values = part.at_last(forward(bridge, part, hooks=[address.point]).observed[address.point])
-        found.append(values.flatten(1) if address.head is None else values[:, address.head])
-    return torch.cat(found)
+        seen = forward(bridge, part, hooks=[address.point for address in addresses]).observed
+        for own, address in zip(found, addresses, strict=True):
+            values = part.at_last(seen[address.point])
+            own.append(values.flatten(1) if address.head is None else values[:, address.head])
+    return [torch.cat(own) for own in found]

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     required=True,
     multiple=True,
     type=options.ARTIFACT,
-    help="Transcoder to look into, or a folder that holds some. May be repeated; each is put in place alone.",
+    help="Transcoder to look into, or a folder that holds some. May be repeated; each is put in place alone, a "
+    "cross-layer one at all its layers.",
 )
 @options.out
 @settings_options(TaskSettings)
@@ -79,16 +80,23 @@ def show(result: TaskResult, n_features: int = 8) -> Iterator[str]:
 
     (model,) = [one for one in result.curves if one.kind == MODEL]
     yield f"score of the model itself: {model.score:.4f}, mean of {len(model.scores)} prompts"
-    for site in dict.fromkeys(one.site for one in result.curves if one.site is not None):
+    ranked: list[list[Ranked]] = []  # by transcoder, in the order of the curves
+    for row in (row for row in result.ranking if row.kind == FEATURES):
+        ranked += [[]] if row.rank == 0 else []
+        ranked[-1].append(row)
+    for number, site in enumerate(dict.fromkeys(one.site for one in result.curves if one.site is not None)):
         own = [one for one in result.curves if one.site == site]
         (whole,) = [one for one in own if one.kind == TRANSCODER]
         yield f"\n{site}, whole transcoder: {whole.score:.4f}"
         yield f"{'kept':>6} {'features':>9} {'neurons':>9}"
         for count in dict.fromkeys(one.n_kept for one in own if one.n_kept is not None):
             yield f"{count:>6} {_score(own, FEATURES, count):>9} {_score(own, NEURONS, count):>9}"
-        yield f"{'feature':>9} {'variance':>9} {'mean':>8} {'active':>7} {'without it':>11}"
-        for one in [one for one in result.ranking if one.site == site and one.kind == FEATURES][:n_features]:
-            yield _feature(one)
+        features = ranked[number][:n_features] if ranked else []
+        names = [str(one.index) if one.site == site else f"{one.site}:{one.index}" for one in features]
+        width = max([9, *map(len, names)])
+        yield f"{'feature':>{width}} {'variance':>9} {'mean':>8} {'active':>7} {'without it':>11}"
+        for name, one in zip(names, features, strict=True):
+            yield _feature(name.rjust(width), one)
 
 
 def _score(curves: list[Curve], kind: str, count: int) -> str:
@@ -96,6 +104,6 @@ def _score(curves: list[Curve], kind: str, count: int) -> str:
     return f"{found[0]:.4f}" if found else "–"
 
 
-def _feature(one: Ranked) -> str:
+def _feature(name: str, one: Ranked) -> str:
     without = "–" if one.score_without is None else f"{one.score_without:.4f}"
-    return f"{one.index:>9} {one.variance:>9.3g} {one.mean:>8.3g} {one.n_active:>7} {without:>11}"
+    return f"{name} {one.variance:>9.3g} {one.mean:>8.3g} {one.n_active:>7} {without:>11}"

@@ -8,10 +8,9 @@ way, to compare with. Outputs are replaced everywhere but at the BOS, in every r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,11 @@ from tqdm import tqdm
 from tailrace.analysis.interventions.prompts import pad_prompts
 from tailrace.analysis.splice.replacement import Transcoded
 from tailrace.analysis.task.answers import CorrectMinusIncorrect
-from tailrace.analysis.task.curves import Task, keep_top_features, keep_top_neurons, leave_one_out
-from tailrace.analysis.task.ranking import last_activations, last_neurons, rank_by_variance
+from tailrace.analysis.task.curves import Task, by_site, keep_top_features, keep_top_neurons, leave_one_out
+from tailrace.analysis.task.ranking import Ranking, last_activations, last_neurons, rank_by_variance
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.analysis.weights.unembedding import logit_effects
-from tailrace.pipeline.artifacts.folders import each_artifact
+from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_by_site, open_transcoders
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.sites import SiteHooks
@@ -50,11 +49,10 @@ from tailrace.pipeline.task.tables import (
 from tailrace.storage.artifact import MANIFEST, digest, read_manifest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
-from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.tables import read_table, write_table
-from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
-from tailrace.training.architectures.transcoder import Transcoder, load_transcoder, read_transcoder_manifest
+from tailrace.training.architectures.transcoder import Transcoder
+from tailrace.training.cross_layer.layers import StackedLayer
 
 KIND = "task"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -82,12 +80,14 @@ def run(
 ) -> TaskResult:
     """Publish what ``transcoders``, each alone, do for the task in ``prompts``; return at once if it is there already.
 
-    A folder that holds transcoders stands for all of them. ``model`` says where the language model lies if it moved.
+    A folder that holds transcoders stands for all of them; a cross-layer transcoder is put in place at all its layers
+    together, and its features of all layers are ranked together. ``model`` says where the language model lies if it
+    moved.
     Raises TextError with every problem of the prompts, SettingsError if two transcoders replace one site, and the
     errors of opening transcoders and model.
     """
-    transcoders = each_artifact(transcoders, TRANSCODER_KIND)
-    sites = _sites(transcoders)
+    given = open_transcoders(transcoders)
+    layers_by_site(given)
     lines = read_lines(prompts)
     open_device(device)
     request = {
@@ -95,18 +95,18 @@ def run(
         "settings": settings.model_dump(mode="json"),
         "inputs": {
             "prompts": {"digest": digest([value for _, value in lines])},
-            "transcoders": {site.name: {"digest": made["digest"]} for site, _, made in sites},
+            "transcoders": {one.name: {"digest": one.manifest["digest"]} for one in given},
         },
     }
     work = None
     if not (output / MANIFEST).exists():
         # Prompts that turn out wrong leave no draft behind, which would refuse the corrected ones.
-        loaded = open_transcoder_model(transcoders, model=model, device=device)
+        loaded = open_transcoder_model([one.path for one in given], model=model, device=device)
         read = tokenized(prompts, lines, loaded.tokenize, loaded.bos_token_id, loaded.max_context_length)
         work = _Work(settings, loaded, read, quiet)
     with limited_threads(threads), Draft(output, KIND, request) as draft:
         if work is not None and not draft.published:
-            work.publish(draft, sites)
+            work.publish(draft, given)
     return read_result(output)
 
 
@@ -115,20 +115,6 @@ def read_result(path: Path) -> TaskResult:
     read_manifest(path, KIND)
     curves = [Curve(**row) for row in read_table(path / f"{CURVES}.parquet").to_pylist()]
     return TaskResult(path, curves, [Ranked(**row) for row in read_table(path / f"{RANKING}.parquet").to_pylist()])
-
-
-def _sites(transcoders: Sequence[Path]) -> list[tuple[Site, Path, dict[str, Any]]]:
-    found: dict[str, tuple[Site, Path, dict[str, Any]]] = {}
-    problems = []
-    for path in transcoders:
-        made = read_transcoder_manifest(path)
-        site = Site(**made["site"])
-        if site.name in found:
-            problems.append(f"{path} and {found[site.name][1]} both replace site {site.name}; leave one out")
-        found.setdefault(site.name, (site, path, made))
-    if problems:
-        raise SettingsError("\n".join(problems))
-    return list(found.values())
 
 
 class _Work:
@@ -142,59 +128,82 @@ class _Work:
         self._weights: ModelWeights = read_weights(model)
 
     @torch.inference_mode()
-    def publish(self, draft: Draft, sites: Sequence[tuple[Site, Path, dict[str, Any]]]) -> None:
+    def publish(self, draft: Draft, transcoders: Sequence[PublishedTranscoder]) -> None:
         """Measure everything and publish it."""
         curves, ranking = [_curve(None, MODEL, None, self._task.scores())], []
-        for site, path, _ in sites:
-            found = self._site(site, load_transcoder(path).to(self._model.device))
+        for one in transcoders:
+            coders = {site: coder.to(self._model.device) for site, coder in one.load().items()}
+            found = self._measure(one.name, coders)
             curves += found[0]
             ranking += found[1]
         _write(draft, self._model, self.metric.tokens, self._read, curves, ranking)
 
-    def _site(self, site: Site, coder: Transcoder) -> tuple[list[Curve], list[Ranked]]:
-        """Return curves and ranking of one transcoder."""
+    def _measure(self, name: str, coders: dict[Site, Transcoder]) -> tuple[list[Curve], list[Ranked]]:
+        """Return curves and ranking of one transcoder, given as its layers."""
         batch = self._settings.prompts_per_batch
-        features = rank_by_variance(last_activations(self._model.bridge, self._prompts, site, coder, batch))
-        curves = [_curve(site.name, TRANSCODER, None, self._task.scores({site: Transcoded(coder)}))]
-        counts = [count for count in self._settings.kept if count <= coder.d_sae]
+        features = rank_by_variance(last_activations(self._model.bridge, self._prompts, coders, batch))
+        in_place = {site: Transcoded(coder) for site, coder in coders.items()}
+        curves = [_curve(name, TRANSCODER, None, self._task.scores(in_place))]
         order = features.order.tolist()
-        for count in self._shown(counts, f"{site.name}: features kept"):
-            scores = keep_top_features(self._task, site, coder, order, [count])[0]
-            curves.append(_curve(site.name, FEATURES, count, scores))
+        counts = [count for count in self._settings.kept if count <= len(order)]
+        for count in self._shown(counts, f"{name}: features kept"):
+            scores = keep_top_features(self._task, coders, order, [count])[0]
+            curves.append(_curve(name, FEATURES, count, scores))
         shown = order[: max([*counts, self._settings.leave_out])]
         without = {
-            feature: float(leave_one_out(self._task, site, coder, [feature])[0].mean())
-            for feature in self._shown(order[: self._settings.leave_out], f"{site.name}: features left out")
+            feature: float(leave_one_out(self._task, coders, [feature])[0].mean())
+            for feature in self._shown(order[: self._settings.leave_out], f"{name}: features left out")
         }
-        effects = logit_effects(coder.W_dec[shown], self._weights, self.metric.tokens)
+        sizes = {site: coder.d_sae for site, coder in coders.items()}
+        places = [_place(sizes, feature) for feature in shown]
+        effects = logit_effects(_written(coders, places), self._weights, self.metric.tokens)
         ranking = [
-            _ranked(site.name, FEATURES, rank, feature, features, without.get(feature), effects[rank])
-            for rank, feature in enumerate(shown)
+            _ranked(place, FEATURES, rank, feature, features, without.get(feature), effects[rank])
+            for rank, (place, feature) in enumerate(zip(places, shown, strict=True))
         ]
-        if (neurons := self._neurons(site)) is not None:
-            varied = rank_by_variance(last_neurons(self._model.bridge, self._prompts, neurons.hook_out, batch))
+        if neurons := self._neurons(list(coders)):
+            hooks = [one.hook_out for one in neurons.values()]
+            varied = rank_by_variance(last_neurons(self._model.bridge, self._prompts, hooks, batch))
             order = varied.order.tolist()
-            for count in self._shown([n for n in self._settings.kept if n <= len(order)], f"{site.name}: neurons kept"):
-                curves.append(
-                    _curve(site.name, NEURONS, count, keep_top_neurons(self._task, neurons, order, [count])[0])
-                )
-            ranking += [
-                _ranked(site.name, NEURONS, rank, neuron, varied, None, None)
-                for rank, neuron in enumerate(order[: len(shown)])
-            ]
+            for count in self._shown([n for n in self._settings.kept if n <= len(order)], f"{name}: neurons kept"):
+                scores = keep_top_neurons(self._task, list(neurons.values()), order, [count])[0]
+                curves.append(_curve(name, NEURONS, count, scores))
+            owners = {own: site for site, own in neurons.items()}
+            for rank, neuron in enumerate(order[: len(shown)]):
+                own, index = _place({one: one.d_out for one in owners}, neuron)
+                ranking.append(_ranked((owners[own], index), NEURONS, rank, neuron, varied, None, None))
         return curves, ranking
 
-    def _neurons(self, site: Site) -> Site | None:
-        """Return the hidden activations of the MLP that a transcoder of ``site`` replaces; None if it replaces none."""
-        match = re.fullmatch(r"(blocks\.\d+\.mlp)\.hook_out", site.hook_out)
-        hook = f"{match[1]}.hook_post" if match else ""
-        if hook not in self._model.bridge.hook_dict:
-            return None
-        width, _ = self._model.widths([SiteHooks(hook, hook, hook)])[hook]
-        return Site(f"{site.name} neurons", hook, hook, width, width, "float32")
+    def _neurons(self, sites: Sequence[Site]) -> dict[Site, Site]:
+        """Return the hidden activations of the MLP that is replaced at each of ``sites``; none if one is no MLP."""
+        found = {}
+        for site in sites:
+            match = re.fullmatch(r"(blocks\.\d+\.mlp)\.hook_out", site.hook_out)
+            hook = f"{match[1]}.hook_post" if match else ""
+            if hook not in self._model.bridge.hook_dict:
+                return {}
+            width, _ = self._model.widths([SiteHooks(hook, hook, hook)])[hook]
+            found[site] = Site(f"{site.name} neurons", hook, hook, width, width, "float32")
+        return found
 
     def _shown(self, values: Sequence[int], what: str) -> Iterator[int]:
         return iter(tqdm(values, desc=what, unit="run", disable=True if self._quiet else None))
+
+
+def _place(sizes: Mapping[Site, int], number: int) -> tuple[Site, int]:
+    """Return the site, and the number there, of a feature or neuron that is numbered through."""
+    ((site, index),) = ((site, own[0]) for site, own in by_site(sizes, [number]).items() if own)
+    return site, index
+
+
+def _written(coders: Mapping[Site, Transcoder], features: Sequence[tuple[Site, int]]) -> Tensor:
+    """Return (features, d_out): what each feature writes, to all layers together."""
+    rows = []
+    for site, index in features:
+        coder = coders[site]
+        later = [coder.writes_to(target)[index] for target in coder.later] if isinstance(coder, StackedLayer) else []
+        rows.append(sum(later, coder.W_dec[index]))
+    return torch.stack(rows) if rows else next(iter(coders.values())).W_dec[:0]
 
 
 def _curve(site: str | None, kind: str, n_kept: int | None, scores: Tensor) -> Curve:
@@ -202,16 +211,23 @@ def _curve(site: str | None, kind: str, n_kept: int | None, scores: Tensor) -> C
 
 
 def _ranked(
-    site: str, kind: str, rank: int, index: int, found: Any, without: float | None, effects: Tensor | None
+    place: tuple[Site, int],
+    kind: str,
+    rank: int,
+    number: int,
+    found: Ranking,
+    without: float | None,
+    effects: Tensor | None,
 ) -> Ranked:
+    """Return a feature or neuron at a site, whose ``number`` counts through all sites."""
     return Ranked(
-        site=site,
+        site=place[0].name,
         kind=kind,
         rank=rank,
-        index=index,
-        mean=float(found.mean[index]),
-        variance=float(found.variance[index]),
-        n_active=int(found.n_active[index]),
+        index=place[1],
+        mean=float(found.mean[number]),
+        variance=float(found.variance[number]),
+        n_active=int(found.n_active[number]),
         score_without=without,
         answer_effects=None if effects is None else effects.tolist(),
     )

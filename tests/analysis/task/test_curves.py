@@ -103,9 +103,9 @@ def test_activations_are_those_at_each_prompts_own_last_token(family: str) -> No
     alone = [forward(bridge, pad_prompts([tokens]), hooks=hooks).observed for tokens in LISTS]
     expected = torch.stack([transcoder.encode(one[hooks[0]][0, -1]) for one in alone])
     for batch in (64, 2):
-        found = last_activations(bridge, PROMPTS, mlp_site(1), transcoder, batch)
+        found = last_activations(bridge, PROMPTS, {mlp_site(1): transcoder}, batch)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    neurons = last_neurons(bridge, PROMPTS, hooks[1], batch=2)
+    neurons = last_neurons(bridge, PROMPTS, [hooks[1]], batch=2)
     torch.testing.assert_close(neurons, torch.stack([one[hooks[1]][0, -1] for one in alone]), rtol=1e-4, atol=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_keeping_the_first_n_features_is_the_transcoder_of_these_alone(family: s
     transcoder = random_transcoder()
     task = Task(tiny_model(family).bridge, PROMPTS, METRIC, batch=batch)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(5)).tolist()
-    curve = keep_top_features(task, mlp_site(1), transcoder, order, [0, 3, 24])
+    curve = keep_top_features(task, {mlp_site(1): transcoder}, order, [0, 3, 24])
     for row, count in zip(curve, (0, 3, 24), strict=True):
         torch.testing.assert_close(row, by_hand(family, only(order[:count])), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(curve[2], task.scores({mlp_site(1): Transcoded(transcoder)}), rtol=1e-4, atol=1e-6)
@@ -150,11 +150,11 @@ def test_keeping_the_first_n_features_is_the_transcoder_of_these_alone(family: s
 
 def test_leaving_a_feature_out_is_the_transcoder_of_all_others() -> None:
     task = Task(tiny_model().bridge, PROMPTS, METRIC)
-    found = leave_one_out(task, mlp_site(1), random_transcoder(), [4, 9])
+    found = leave_one_out(task, {mlp_site(1): random_transcoder()}, [4, 9])
     for row, feature in zip(found, (4, 9), strict=True):
         expected = by_hand("gpt2", only([other for other in range(24) if other != feature]))
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-6)
-    within = leave_one_out(task, mlp_site(1), random_transcoder(), [4], kept=[4, 5, 6])
+    within = leave_one_out(task, {mlp_site(1): random_transcoder()}, [4], kept=[4, 5, 6])
     torch.testing.assert_close(within[0], by_hand("gpt2", only([5, 6])), rtol=1e-4, atol=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_leaving_a_feature_out_is_the_transcoder_of_all_others() -> None:
 def test_no_neuron_leaves_the_mlps_bias_and_every_neuron_the_model(family: str) -> None:
     task = Task(tiny_model(family).bridge, PROMPTS, METRIC)
     site = autoencoder_site("blocks.1.mlp.hook_post", 64)
-    curve = keep_top_neurons(task, site, list(range(64)), [0, 64])
+    curve = keep_top_neurons(task, [site], list(range(64)), [0, 64])
     torch.testing.assert_close(curve[1], task.scores(), rtol=1e-5, atol=1e-7)
     bias = forward(tiny_model(family).bridge, PROMPTS, substitutes={site: ZeroAblated()})
     assert torch.equal(curve[0], METRIC(bias))

@@ -164,7 +164,7 @@ def test_answers_of_several_tokens_and_contradictions_are_named(tmp_path: Path) 
 def test_two_transcoders_of_one_site_are_refused(tmp_path: Path) -> None:
     paths = [published(tmp_path / "one"), published(tmp_path / "two")]
     prompts = write_prompts(tmp_path / "prompts.jsonl", LINES)
-    with pytest.raises(SettingsError, match="both replace site layer1"):
+    with pytest.raises(SettingsError, match="are both of site layer1; give one of them"):
         task.run(SETTINGS, prompts=prompts, transcoders=paths, output=tmp_path / "out")
     with pytest.raises(SettingsError, match="wanted numbers of features, none below 0"):
         TaskSettings.read({"kept": [-1]})
