@@ -38,9 +38,8 @@ TRANSCODER_KINDS = ("transcoder", CROSS_LAYER_KIND)
 """What holds transcoders: of one layer, or of several."""
 FOR_ONE_LAYER_ONLY = {
     CROSS_LAYER_KIND: (
-        "tables, scores and tasks are of one layer each; pipeline analyze makes tables of every layer of a cross-layer "
-        "transcoder, which can also be given to pipeline evaluate, pipeline circuit, and pipeline export --to "
-        "circuit-tracer"
+        "what is wanted here is of one layer; pipeline analyze makes tables of each layer of a cross-layer transcoder, "
+        "and pipeline export --to circuit-tracer writes it for another tool"
     )
 }
 """The reason to refuse a kind where a transcoder of one layer, or its tables, are wanted."""

@@ -27,7 +27,14 @@ command.add_command(study)
 
 
 @command.command("draw", cls=SectionCommand, short_help="Put features of two dictionaries on pages to be rated.")
-@click.option("--tables", "tables", type=options.ARTIFACT, multiple=True, required=True, help="Tables; give it twice.")
+@click.option(
+    "--tables",
+    "tables",
+    type=options.ARTIFACT,
+    multiple=True,
+    required=True,
+    help="Tables, or a folder of some; give it twice.",
+)
 @options.out
 @settings_options(DrawSettings)
 @options.quiet

@@ -35,8 +35,10 @@ def study() -> None:
 
 @study.command("begin")
 @DIRECTORY
-@click.option("--tables", type=options.ARTIFACT, required=True, help="Tables of the feature's dictionary.")
-@click.option("--feature", type=click.IntRange(min=0), help="Feature to study; by default a random live one.")
+@click.option(
+    "--tables", type=options.ARTIFACT, required=True, help="Tables of the feature's dictionary, or a folder of some."
+)
+@click.option("--feature", help="Feature to study, in a folder of tables layer8:89; by default a random live one.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides the random one.")
 @click.option(
     "--mode",
@@ -45,7 +47,7 @@ def study() -> None:
     show_default=True,
     help="super-blind withholds active features of a layer-0 transcoder too.",
 )
-def begin(directory: Path, tables: Path, feature: int | None, seed: int, mode: Mode) -> None:
+def begin(directory: Path, tables: Path, feature: str | None, seed: int, mode: Mode) -> None:
     """Open a ledger at DIR, with the evidence that tables hold."""
     from tailrace.pipeline.blind.study import begin_from_tables
 

@@ -6,15 +6,19 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from tailrace.analysis.blind.sampling import Drawn, LiveRule, draw
 from tailrace.analysis.blind.tally import Tally, tally
 from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.blind import ratings
 from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.pipeline.blind.settings import DrawSettings
@@ -51,6 +55,51 @@ class DrawResult:
 
 
 @dataclass(frozen=True)
+class Dictionary:
+    """Tables of one layer's features, or of all layers in a folder, whose features are then numbered through."""
+
+    path: Path
+    tables: tuple[Path, ...]
+    manifests: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def open(cls, path: Path) -> Dictionary:
+        """Read the manifests; the errors are those of ``tailrace.storage.artifact.read_manifest``."""
+        tables = each_artifact([path], analyze.KIND)
+        return cls(path, tuple(tables), tuple(read_manifest(one, analyze.KIND) for one in tables))
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """What tells it from every other."""
+        digests = [manifest["digest"] for manifest in self.manifests]
+        return {"digest": digests[0]} if len(digests) == 1 else {"digests": digests}
+
+    @cached_property
+    def liveness(self) -> tuple[NDArray[np.float64], NDArray[np.integer]]:
+        """(features,) the log₁₀ of each frequency, and on how many rows each fires."""
+        columns = pa.concat_tables(
+            [read_table(one / "features.parquet", ["log10_frequency", "n_active"]) for one in self.tables]
+        )
+        return columns["log10_frequency"].to_numpy().astype(np.float64), columns["n_active"].to_numpy()
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The number of each table's first feature, and of all features."""
+        sizes = [read_table(one / "features.parquet", ["feature"]).num_rows for one in self.tables]
+        return [0, *np.cumsum(sizes).tolist()]
+
+    def place(self, feature: int) -> tuple[Path, int]:
+        """Return the tables that a feature is in, and its number there."""
+        index = int(np.searchsorted(self.starts, feature, "right")) - 1
+        return self.tables[index], feature - self.starts[index]
+
+    def label(self, feature: int) -> int | str:
+        """Return a feature's number, of several tables after the name of its own."""
+        path, own = self.place(feature)
+        return own if len(self.tables) == 1 else f"{path.name}:{own}"
+
+
+@dataclass(frozen=True)
 class _Item:
     number: int
     dictionary: int
@@ -60,21 +109,22 @@ class _Item:
 def run(settings: DrawSettings, *, tables: Sequence[Path], output: Path) -> DrawResult:
     """Publish pages, an empty ratings file and a sealed key at ``output``; return at once if they are there already.
 
-    Raises SettingsError unless there are two artifacts of tables made with the same settings from the same cache (or
-    the pages would tell them apart), or if a dictionary has too few live features.
+    ``tables`` are of two dictionaries; a folder of tables, as of all layers of a transcoder, is one. Raises
+    SettingsError unless there are two, made with the same settings from the same cache (or the pages would tell them
+    apart), or if a dictionary has too few live features.
     """
-    manifests = [read_manifest(path, analyze.KIND) for path in tables]
-    _check(tables, manifests)
-    items = _draw_items(settings, tables)
+    dictionaries = [Dictionary.open(path) for path in tables]
+    _check(dictionaries)
+    items = _draw_items(settings, dictionaries)
     request = {
         "format": FORMAT_VERSION,
         "settings": settings.model_dump(mode="json"),
-        "inputs": [{"digest": manifest["digest"]} for manifest in manifests],
+        "inputs": [one.reference for one in dictionaries],
     }
     with Draft(output, KIND, request) as draft:
         if not draft.published:
-            files = _write_pages(output, items, tables, settings.window)
-            key = {"tables": _names(tables, manifests), "items": [_record(item) for item in items]}
+            files = _write_pages(output, items, dictionaries, settings.window)
+            key = {"tables": _names(dictionaries), "items": [_record(item, dictionaries) for item in items]}
             commitment = seal(output / KEY, key)
             _write_form(output / FORM, len(items), commitment)
             ratings.write_blank(output / ratings.FILE, len(items))
@@ -97,18 +147,23 @@ def item_page(number: int) -> str:
     return f"{ITEMS}/{number:04d}.html"
 
 
-def _check(tables: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
-    if len(tables) != 2:
-        raise SettingsError(f"give two artifacts of tables, each after --tables; there is {len(tables)}")
-    first, second = manifests
-    if first["digest"] == second["digest"]:
-        raise SettingsError(f"{tables[0]} and {tables[1]} are the same tables; give two different ones")
-    models = list_model_differences(first["model"], second["model"])
-    if differences := [*list_differences(_seen(first), _seen(second)), *(f"model.{line}" for line in models)]:
+def _check(dictionaries: Sequence[Dictionary]) -> None:
+    if len(dictionaries) != 2:
+        raise SettingsError(f"give two artifacts of tables, each after --tables; there is {len(dictionaries)}")
+    first, second = dictionaries
+    if {one["digest"] for one in first.manifests} & {one["digest"] for one in second.manifests}:
+        raise SettingsError(f"{first.path} and {second.path} are the same tables; give two different ones")
+    there = first.manifests[0]
+    found: dict[str, None] = {}
+    for one in (*first.manifests[1:], *second.manifests):
+        models = list_model_differences(there["model"], one["model"])
+        lines = [*list_differences(_seen(there), _seen(one)), *(f"model.{line}" for line in models)]
+        found |= dict.fromkeys(lines)
+    if found:
         raise SettingsError(
-            f"{tables[0]} and {tables[1]}: were not made in the same way, so that pages would tell which dictionary an "
-            "item is from; analyze both with the same settings over the same cache or text ('there' is the first):\n"
-            + "\n".join(f"  {line}" for line in differences)
+            f"{first.path} and {second.path}: were not made in the same way, so that pages would tell which dictionary "
+            "an item is from; analyze both with the same settings over the same cache or text ('there' is the first):\n"
+            + "\n".join(f"  {line}" for line in found)
         )
 
 
@@ -121,59 +176,65 @@ def _seen(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "live": inputs["live"], "text": inputs.get("text")}
 
 
-def _draw_items(settings: DrawSettings, tables: Sequence[Path]) -> list[_Item]:
+def _draw_items(settings: DrawSettings, dictionaries: Sequence[Dictionary]) -> list[_Item]:
     rule = LiveRule(settings.min_log10_frequency, settings.min_active)
     samples, problems = [], []
-    for place, path in enumerate(tables):
-        columns = read_table(path / "features.parquet", ["log10_frequency", "n_active"])
-        frequency = columns["log10_frequency"].to_numpy().astype(np.float64)
+    for index, one in enumerate(dictionaries):
         try:
-            sample = draw(frequency, columns["n_active"].to_numpy(), settings.n, rule, settings.seed, str(place))
+            sample = draw(*one.liveness, settings.n, rule, settings.seed, str(index))
         except SettingsError as error:
-            problems.append(f"{path}: dictionary {error}")
+            problems.append(f"{one.path}: dictionary {error}")
         else:
-            samples += [(place, drawn) for drawn in sample]
+            samples += [(index, drawn) for drawn in sample]
     if problems:
         raise SettingsError("\n".join(problems))
     order = random_permutation(philox(settings.seed, "blind/order"), len(samples))
     return [_Item(number, *samples[place]) for number, place in enumerate(order.tolist(), start=1)]
 
 
-def _write_pages(output: Path, items: Sequence[_Item], tables: Sequence[Path], window: int) -> list[str]:
+def _write_pages(output: Path, items: Sequence[_Item], dictionaries: Sequence[Dictionary], window: int) -> list[str]:
     """Write the items' pages in the order of their numbers: not even the files' times are to tell anything."""
     make_directory(output / ITEMS)
-    features = [_rows(path / "features.parquet", items, place) for place, path in enumerate(tables)]
-    examples = [_rows(path / "examples.parquet", items, place) for place, path in enumerate(tables)]
+    rows = {
+        name: [
+            _rows(one, f"{name}.parquet", [item.drawn.feature for item in items if item.dictionary == index])
+            for index, one in enumerate(dictionaries)
+        ]
+        for name in ("features", "examples")
+    }
     for item in items:
-        (row,) = features[item.dictionary][item.drawn.feature]
-        shown = examples[item.dictionary][item.drawn.feature]
+        (row,) = rows["features"][item.dictionary][item.drawn.feature]
+        shown = rows["examples"][item.dictionary][item.drawn.feature]
         write_blind_page(output / item_page(item.number), row, shown, item.number, window=window)
     return [item_page(item.number) for item in items]
 
 
-def _rows(path: Path, items: Sequence[_Item], dictionary: int) -> dict[int, list[dict[str, Any]]]:
+def _rows(dictionary: Dictionary, file: str, wanted: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
     """Return a table's rows of the features drawn from one dictionary, by feature."""
-    wanted = [item.drawn.feature for item in items if item.dictionary == dictionary]
     rows: dict[int, list[dict[str, Any]]] = {feature: [] for feature in wanted}
-    for row in read_table(path, where=pc.field("feature").isin(wanted)).to_pylist():
-        rows[row["feature"]].append(row)
+    for path, start in zip(dictionary.tables, dictionary.starts, strict=False):
+        own = [dictionary.place(feature)[1] for feature in wanted if dictionary.place(feature)[0] == path]
+        if own:
+            for row in read_table(path / file, where=pc.field("feature").isin(own)).to_pylist():
+                rows[start + row["feature"]].append(row)
     return rows
 
 
-def _names(tables: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _names(dictionaries: Sequence[Dictionary]) -> list[dict[str, Any]]:
     """Return what a tally calls the dictionaries: their folders' names, numbered where these are the same."""
-    names = [path.resolve().name for path in tables]
+    names = [one.path.resolve().name for one in dictionaries]
     if names[0] == names[1]:
         names = [f"{name} ({place})" for place, name in enumerate(names, start=1)]
-    return [{"name": name, "digest": manifest["digest"]} for name, manifest in zip(names, manifests, strict=True)]
+    return [{"name": name, **one.reference} for name, one in zip(names, dictionaries, strict=True)]
 
 
-def _record(item: _Item) -> dict[str, Any]:
+def _record(item: _Item, dictionaries: Sequence[Dictionary]) -> dict[str, Any]:
+    label = dictionaries[item.dictionary].label
     return {
         "item": item.number,
         "dictionary": item.dictionary,
-        "feature": item.drawn.feature,
-        "replaced": list(item.drawn.replaced),
+        "feature": label(item.drawn.feature),
+        "replaced": [label(feature) for feature in item.drawn.replaced],
     }
 
 

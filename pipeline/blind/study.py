@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import pyarrow.compute as pc
 
 from tailrace.analysis.blind.sampling import LiveRule, draw
 from tailrace.analysis.blind.withholding import Mode, Source, withhold
 from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.blind.draw import Dictionary
 from tailrace.pipeline.blind.ledger import Clock, Entry, Ledger, utc_now
 from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.pipeline.blind.settings import OUTCOMES, Outcome
+from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
 from tailrace.storage.artifact import read_manifest
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.tables import read_schema, read_table
@@ -202,24 +205,29 @@ def begin_from_tables(
     directory: Path,
     tables: Path,
     *,
-    feature: int | None,
+    feature: int | str | None,
     mode: Mode,
     seed: int = 0,
     rule: LiveRule = _LIVE,
 ) -> BlindStudy:
     """Begin a study of ``feature``, or of a random live one, with the evidence its tables hold.
 
-    Raises the errors of opening tables, SettingsError for a feature they do not have, and ArtifactMismatch if a study
-    was begun at ``directory`` already.
+    Of a folder of tables, a feature is written ``layer8:89``. Raises the errors of opening tables, SettingsError for a
+    feature they do not have, and ArtifactMismatch if a study was begun at ``directory`` already.
     """
-    manifest = read_manifest(tables, analyze.KIND)
-    columns = read_table(tables / "features.parquet", ["log10_frequency", "n_active"])
+    dictionary = Dictionary.open(tables)
     if feature is None:
-        frequency = columns["log10_frequency"].to_numpy().astype(float)
-        (drawn,) = draw(frequency, columns["n_active"].to_numpy(), 1, rule, seed, "study")
-        feature = drawn.feature
-    if not 0 <= feature < columns.num_rows:
-        raise SettingsError(f"{tables}: has no feature {feature}, only 0 to {columns.num_rows - 1}")
+        (drawn,) = draw(*dictionary.liveness, 1, rule, seed, "study")
+        tables, feature = dictionary.place(drawn.feature)
+    else:
+        names = [one.name for one in dictionary.tables]
+        sizes = dict(zip(names, np.diff(dictionary.starts).tolist(), strict=True))
+        chosen = parse_layer_features([str(feature)], sizes)
+        if len(chosen) != 1:
+            raise SettingsError(f"--feature {feature}: is {len(chosen)} features; a study is of one")
+        ((index, feature),) = chosen
+        tables = dictionary.tables[index]
+    manifest = read_manifest(tables, analyze.KIND)
     site = manifest["site"]["name"]
     subject = {"site": site, "feature": feature, "tables": manifest["digest"], "seed": seed}
     study = BlindStudy.begin(directory, subject, mode)

@@ -7,12 +7,10 @@ from typing import Any
 
 import click
 
-from tailrace.pipeline.artifacts.folders import refuse_folder
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
-from tailrace.storage.formats import TABLES_KIND
 
 
 @click.command("dashboard", cls=SectionCommand)
@@ -27,15 +25,17 @@ def command(tables: Path, output: Path, config: Path | None, quiet: bool, **give
     pipeline dashboard tables/gpt2-l8 --out dashboards/gpt2-l8
     pipeline dashboard tables/gpt2-l8 --feature 89,100-200 --out dashboards/some
 
+    Of a folder of tables, each gets a site under its own name, and features are chosen as layer8:89.
+
     It opens from disk: no server, no network. Copy the folder to share it. A link to one feature ends in
     index.html#feature=89.
     """
-    refuse_folder(tables, TABLES_KIND)
     settings = read_settings(DashboardSettings, config, given)
 
     from tailrace.pipeline.dashboard import stage as dashboard
 
-    result = dashboard.run(settings, tables=tables, output=output, quiet=quiet)
-    if not quiet:
+    for result in dashboard.run_each(settings, tables=tables, output=output, quiet=quiet):
+        if quiet:
+            continue
         size = f"{result.n_bytes / 1e6:.1f} MB in {result.n_files:,} files"
         click.echo(f"{result.page}: {result.n_features:,} features, {size}; open it in a browser")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,13 +16,22 @@ from typing import Any
 from tqdm import tqdm
 
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.pipeline.dashboard.blind import write_blind_page
-from tailrace.pipeline.dashboard.feature_selection import parse_features
+from tailrace.pipeline.dashboard.feature_selection import parse_features, parse_layer_features
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
-from tailrace.storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
+from tailrace.storage.artifact import (
+    MANIFEST,
+    REQUEST,
+    canonical_json,
+    make_directory,
+    read_manifest,
+    write_atomically,
+)
 from tailrace.storage.draft import Draft
-from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
 
 KIND = "dashboard"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -73,6 +83,31 @@ def run(settings: DashboardSettings, *, tables: Path, output: Path, quiet: bool 
                 files,
             )
     return read_result(output)
+
+
+def run_each(
+    settings: DashboardSettings, *, tables: Path, output: Path, quiet: bool = False
+) -> Iterator[DashboardResult]:
+    """Publish the site of ``tables``; of a folder of tables, a site for each at ``output/<its name>``.
+
+    Features of several are chosen as ``layer8:89``, and those of which none is chosen get no site. The errors are those
+    of ``run``, and ArtifactMismatch if something else lies at ``output``.
+    """
+    inside = artifacts_inside(tables, TABLES_KIND)
+    if not inside:
+        yield run(settings, tables=tables, output=output, quiet=quiet)
+        return
+    if (output / REQUEST).exists() or (output / MANIFEST).exists():
+        raise ArtifactMismatch(
+            f"{output}: holds an artifact already; of a folder of tables, --out is a folder that gets a site for each. "
+            "Choose another"
+        )
+    chosen = parse_layer_features(settings.feature, {one.name: FeatureTables(one).n_features for one in inside})
+    for index, one in enumerate(inside):
+        own = tuple(str(feature) for layer, feature in chosen if layer == index)
+        if own or not chosen:
+            part = settings.model_copy(update={"feature": own})
+            yield run(part, tables=one, output=output / one.name, quiet=quiet)
 
 
 def read_result(path: Path) -> DashboardResult:

@@ -10,7 +10,6 @@ import click
 
 from tailrace.pipeline.query import saved as queries
 from tailrace.pipeline.shared.sections import SectionCommand
-from tailrace.storage.errors import SettingsError
 
 if TYPE_CHECKING:
     from tailrace.pipeline.query.stage import Format
@@ -73,18 +72,13 @@ def command(
     if saved is not None:
         ready = queries.saved_query(saved)
         parameters = ready.values(values)
-        views = find_views(opened)
-        if folders := list(dict.fromkeys(folder for view in views for folder in view.folders)):
-            raise SettingsError(
-                f"--saved: ready queries are about one transcoder's features; give --tables one of the folders inside: "
-                f"{', '.join(folders)}"
-            )
-        ready.check_tables([view.sql_name for view in views])
+        ready.check_tables([view.sql_name for view in find_views(opened)])
         sql = ready.sql
     else:
         parameters = queries.parse_values(values)
     assert sql is not None, "checked above"
-    answer = query.run(sql, tables=opened, format=chosen, output=output, parameters=parameters)
+    is_ready = saved is not None  # of one transcoder's features, and so asked of each in a folder
+    answer = query.run(sql, tables=opened, format=chosen, output=output, parameters=parameters, each=is_ready)
     if output is None:
         click.echo(answer, nl=False)
     else:

@@ -21,7 +21,7 @@ import duckdb
 import pyarrow as pa
 
 from tailrace.pipeline.query.saved import MADE_BY
-from tailrace.pipeline.query.views import Tables, View, find_views, open_views
+from tailrace.pipeline.query.views import FOLDER, Tables, View, each_folder, find_views, open_views
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ActionableError
 from tailrace.storage.tables import write_table
@@ -46,18 +46,21 @@ def run(
     format: Format = "table",
     output: Path | None = None,
     parameters: Parameters | None = None,
+    each: bool = False,
 ) -> str | pa.Table:
     """Answer one SELECT over ``tables``, in DuckDB's SQL; write the answer to ``output`` where given.
 
     ``tables`` is the path of tables, a sweep or an evaluation; or several paths, whose views are then seen side by
     side; or paths by name, whose views are then ``name.features`` and so on. Returns text, or for ``parquet`` an Arrow
-    table. ``table`` shows the first rows only, unless it goes to a file. Raises ActionableError with DuckDB's own
+    table. ``table`` shows the first rows only, unless it goes to a file. ``each`` asks the tables inside a folder one
+    after the other, and says in the column ``folder`` whose an answer is. Raises ActionableError with DuckDB's own
     message for SQL that it refuses.
     """
     views = find_views(tables)
     if output is not None:
         _check_output(output, views)
-    answer = _select(sql, views, parameters)
+    folders = each_folder(tables) if each else []
+    answer = _select_each(sql, folders, parameters) if folders else _select(sql, views, parameters)
     if format == "parquet":
         if output is not None:
             write_table(output, answer.schema, answer.to_batches())
@@ -124,6 +127,14 @@ def _select(sql: str, views: Sequence[View], parameters: Parameters | None) -> p
             return connection.sql(sql, params=dict(parameters) if parameters else None).to_arrow_table()
         except duckdb.Error as error:
             raise ActionableError(f"{_explained(error, views)}\n{_name_tables(views)}") from error
+
+
+def _select_each(sql: str, folders: Sequence[tuple[str, Tables]], parameters: Parameters | None) -> pa.Table:
+    answers = []
+    for folder, tables in folders:
+        answer = _select(sql, find_views(tables), parameters)
+        answers.append(answer.add_column(0, FOLDER.name, pa.array([folder] * len(answer), pa.string())))
+    return pa.concat_tables(answers, promote_options="default")
 
 
 def _explained(error: duckdb.Error, views: Sequence[View]) -> str:

@@ -87,6 +87,19 @@ def find_views(tables: Tables) -> list[View]:
     return views
 
 
+def each_folder(tables: Tables) -> list[tuple[str, list[Path]]]:
+    """Return for each tables inside a folder its name, and the artifacts with these in the folder's stead.
+
+    None if no folder of tables is given, or artifacts have names.
+    """
+    if isinstance(tables, Mapping):
+        return []
+    paths = [tables] if isinstance(tables, Path) else list(tables)
+    insides = [artifacts_inside(path, KINDS[0]) if not (path / MANIFEST).exists() else [] for path in paths]
+    others = [path for path, inside in zip(paths, insides, strict=True) if not inside]
+    return [(one.name, [one, *others]) for inside in insides for one in inside]
+
+
 def parse_tables(given: Sequence[str]) -> Tables:
     """Read ``PATH`` or ``NAME=PATH`` of every artifact; raise SettingsError if only some have a name."""
     pairs = [_parse(text) for text in given]

@@ -8,7 +8,6 @@ import pytest
 from click.testing import CliRunner
 
 from tailrace.pipeline.artifacts.folders import each_artifact, refuse_folder, unfinished_inside
-from tailrace.pipeline.dashboard import command as dashboard
 from tailrace.pipeline.dashboard import command_serve as serve
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch
@@ -60,13 +59,8 @@ def test_where_one_is_wanted_a_folder_is_refused_with_what_is_in_it(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["tables", "dashboard"])
-def test_dashboards_and_the_server_name_what_to_choose_from(tmp_path: Path, kind: str) -> None:
+def test_the_server_names_what_to_choose_from(tmp_path: Path, kind: str) -> None:
     publish(tmp_path / "t" / "layer3", kind)
     wanted = rf"holds {kind.removesuffix('s')}s in 1 folder, wanted those of one; give one of layer3, as"
     with pytest.raises(ArtifactMismatch, match=wanted):
         CliRunner().invoke(serve.command, [str(tmp_path / "t")], catch_exceptions=False)
-    if kind == "tables":
-        with pytest.raises(ArtifactMismatch, match=wanted):
-            CliRunner().invoke(
-                dashboard.command, [str(tmp_path / "t"), "--out", str(tmp_path / "d")], catch_exceptions=False
-            )

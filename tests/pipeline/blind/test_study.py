@@ -284,7 +284,7 @@ def test_a_random_study_is_of_a_live_feature_and_an_unknown_one_is_refused(table
     made = begin_from_tables(tmp_path / "study", tables, feature=None, mode="super-blind", seed=5)
     assert made.entries()[0]["subject"]["feature"] == 1  # the others are dead or fire on too few rows
     assert made.mode == "super-blind"
-    with pytest.raises(SettingsError, match="has no feature 3, only 0 to 2"):
+    with pytest.raises(SettingsError, match="'3' is beyond the last feature, 2"):
         begin_from_tables(tmp_path / "other", tables, feature=3, mode="blind")
 
 

@@ -165,6 +165,6 @@ def test_what_wants_one_layer_or_tables_says_what_can_be_done_with_one(
     assert not (tmp_path / "out").exists()
     assert "holds a cross_layer_transcoder, wanted a transcoder;" in str(refused.value)
     assert "holds a cross_layer_transcoder, wanted tables;" in answer.err
-    for said in ("of one layer each", "pipeline evaluate", "pipeline circuit", "pipeline export --to circuit-tracer"):
+    for said in ("is of one layer", "pipeline analyze", "pipeline export --to circuit-tracer"):
         assert said in str(refused.value)
         assert said in answer.err

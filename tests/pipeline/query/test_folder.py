@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,11 +47,14 @@ def test_a_folder_may_be_named_beside_others(folder: Path) -> None:
     assert query.select(sql, {"a": folder, "b": folder / "layer3"}).to_pylist() == [{"n": 3}]
 
 
-def test_ready_queries_want_the_tables_of_one_transcoder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer = command(capsys, "query", "--saved", "examples", "--set", "feature=0", "--tables", folder)
-    assert answer.code != 0
-    assert "ready queries are about one transcoder's features" in answer.err
-    assert "layer2, layer3, layer10" in answer.err
+def test_each_folder_is_asked_by_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sql = "SELECT feature, max FROM features WHERE max > $least ORDER BY max DESC LIMIT 2"
+    given: dict[str, Any] = {"format": "json", "parameters": {"least": 201}}
+    answer = json.loads(query.run(sql, tables=folder, each=True, **given))
+    names = ("layer2", "layer3", "layer10")
+    alone = {name: json.loads(query.run(sql, tables=folder / name, each=True, **given)) for name in names}
+    assert answer == [{"folder": name, **row} for name, rows in alone.items() for row in rows]
+    assert [row["folder"] for row in answer] == ["layer3"] * 2 + ["layer10"] * 2
     assert command(capsys, "query", "SELECT folder FROM examples", "--tables", folder).out.count("layer") == 3
 
 
