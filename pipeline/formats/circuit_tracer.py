@@ -32,6 +32,7 @@ from tailrace.pipeline.formats.foreign import (
     read_tensors,
     refuse,
 )
+from tailrace.pipeline.formats.hooks import is_normalised_otherwise
 from tailrace.pipeline.formats.subjects import Subject, present
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ArtifactMismatch
@@ -103,7 +104,9 @@ def layer_problems(subject: Subject) -> list[str]:
     return found
 
 
-def write(directory: Path, layers: Iterable[Converted], model_name: str, scan: str | None) -> Written:
+def write(
+    directory: Path, layers: Iterable[Converted], model: Mapping[str, Any], model_name: str, scan: str | None
+) -> Written:
     """Write a set whose layers have been checked, one at a time; return the files, and what the thresholds cost."""
     files, costs, hooks = [], {}, ("", "")
     for one in layers:
@@ -121,18 +124,27 @@ def write(directory: Path, layers: Iterable[Converted], model_name: str, scan: s
         }
         write_tensors(directory / name, present(tensors))
         files.append(name)
-    write_config(directory, "transcoder_set", model_name, hooks, scan)
+    write_config(directory, "transcoder_set", model_name, hooks, scan, model)
     return Written([CONFIG, *files], costs)
 
 
-def write_config(directory: Path, kind: str, model_name: str, hooks: tuple[str, str], scan: str | None) -> None:
+def write_config(
+    directory: Path,
+    kind: str,
+    model_name: str,
+    hooks: tuple[str, str],
+    scan: str | None,
+    model: Mapping[str, Any] | None = None,
+) -> None:
     """Write what the package reads first, so it comes last; ``hooks`` are those of any layer, with its block."""
+    is_of_release_3 = any(is_normalised_otherwise(hook, model or {}) for hook in hooks)
     config: dict[str, Any] = {
         "model_name": model_name,
         "model_kind": kind,
         "feature_input_hook": hooks[0].split(".", 2)[2],
         "feature_output_hook": hooks[1].split(".", 2)[2],
         **({} if scan is None else {"scan": scan}),
+        **({NEEDS: ">=3"} if is_of_release_3 else {}),
     }
     write_atomically(directory / CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
 

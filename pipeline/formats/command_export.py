@@ -28,7 +28,9 @@ class _ListsFormats(SectionCommand):
 @click.option("--to", required=True, type=click.Choice(list(FORMATS)), help="Format to write.")
 @options.out
 @click.option(
-    "--cache", type=options.ARTIFACT, help="Rows to calibrate TopK's thresholds on; contexts of the tables (delphi)."
+    "--cache",
+    type=options.ARTIFACT,
+    help="Rows to calibrate TopK's thresholds on; what was trained on (saelens); contexts of the tables (delphi).",
 )
 @settings_options(ExportSettings)
 @options.model_moved
@@ -59,7 +61,7 @@ def command(
     from tailrace.pipeline.formats import export
 
     result = export.run(settings, to=to, sources=sources, output=output, cache=cache, model=model, device=device)
+    for note in result.costs if quiet else result.notes:  # what an export is worth is no chatter
+        click.echo(note)
     if not quiet:
-        for note in result.notes:
-            click.echo(note)
         click.echo(f"{result.path}: {len(result.files):,} files for {result.to}")

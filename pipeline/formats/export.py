@@ -18,10 +18,11 @@ from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.pipeline.analyze.stage import KIND as TABLES_KIND
 from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.formats import circuit_tracer, cross_layer, delphi, saelens, sparsify, viewer_features
+from tailrace.pipeline.formats.calibration import Calibration
 from tailrace.pipeline.formats.conversion import Converted, convert
-from tailrace.pipeline.formats.hooks import NORMALISED_IN, normalised_note
+from tailrace.pipeline.formats.hooks import NORMALISED_IN, STREAM_OUT, is_normalised_otherwise
 from tailrace.pipeline.formats.settings import TABLE_FORMATS, ExportSettings, Format
-from tailrace.pipeline.formats.subjects import Subject, open_subjects
+from tailrace.pipeline.formats.subjects import Subject, open_subjects, trained_on
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, canonical_json, read_manifest, read_sealed
 from tailrace.storage.draft import Draft
@@ -43,8 +44,10 @@ class ExportResult:
     path: Path
     to: str
     files: list[str]
+    costs: list[str] = field(default_factory=list)
+    """Of the notes, those on what thresholds in place of k cost."""
     notes: list[str] = field(default_factory=list)
-    """Sentences a user should read: what the exchange of formats costs."""
+    """Sentences a user should read."""
 
 
 def run(
@@ -92,18 +95,20 @@ def run(
 def read_result(path: Path) -> ExportResult:
     """Return what a published export says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
     manifest = read_manifest(path, KIND)
-    return ExportResult(path, manifest["to"], sorted(manifest["files"]), list(manifest["notes"]))
+    rows = [{**row} for row in manifest["calibration"]]
+    costs = [f"{row.pop('site')}: {Calibration(**row).sentence()}" for row in rows]
+    return ExportResult(path, manifest["to"], sorted(manifest["files"]), costs, list(manifest["notes"]))
 
 
 def _refuse_former_names(output: Path, request: Mapping[str, Any]) -> None:
-    """Raise ArtifactMismatch if the same export lies at ``output`` with hook names that SAELens passes over."""
+    """Raise ArtifactMismatch if the same export lies at ``output`` as SAELens does not attach it where it belongs."""
     if "hooks" not in request or not (output / MANIFEST).exists():
         return
     former = read_manifest(output, KIND)["request"]
     if former == json.loads(canonical_json({key: value for key, value in request.items() if key != "hooks"})):
         raise ArtifactMismatch(
-            f"{output}: holds this export as an earlier release wrote it, with hook names that SAELens passes over, "
-            "so that it attaches nowhere; delete it and run the same command again, or choose another path"
+            f"{output}: holds this export as an earlier release wrote it, so that SAELens attaches it nowhere or where "
+            "other vectors are; delete it and run the same command again, or choose another path"
         )
 
 
@@ -155,15 +160,17 @@ class _Job:
         return cross_layer.problems(self._cross_layer)
 
     def renamed_hooks(self) -> dict[str, list[str]]:
-        """Return the hooks' names if they are not the recorded ones, for the request.
+        """Return what is written of the hooks if it is not their recorded names, for the request.
 
         Earlier releases wrote the recorded ones, and the same command must not take such an export for its own.
         """
-        if self._to != "saelens" or self._settings.fold_norm:
+        if self._to != "saelens":
             return {}
         (subject,) = self._subjects
         recorded = [subject.site["hook_in"], subject.site["hook_out"]]
-        written = saelens.hook_names(subject, recorded)
+        if self._settings.fold_norm and (hooks := subject.hooks) is not None:
+            recorded = [f"blocks.{hooks.layer}.{name}" for name in (NORMALISED_IN, STREAM_OUT)]
+        written = saelens.written_hooks(subject, recorded)
         return {} if written == recorded else {"hooks": written}
 
     def write(self, directory: Path) -> tuple[list[str], dict[str, Any]]:
@@ -184,28 +191,49 @@ class _Job:
             case "circuit-tracer" if (across := self._cross_layer) is not None:
                 weights, name = self._weights([across.path]), self._name(across.manifest)
                 names = cross_layer.write(directory, across, name, self._settings.scan, weights)
-                return names, {"notes": self._notes_on_norms(across.layers[0]), "calibration": []}
+                notes = [*self._notes_on_norms(across.layers[0]), *self._notes_on_name(across.layers[0])]
+                return names, {"notes": notes, "calibration": []}
         name = self._name(self._subjects[0].manifest)
         if self._to == "circuit-tracer":
-            done = circuit_tracer.write(directory, self._convert(), name, self._settings.scan)
-        elif saelens.is_topk_autoencoder(self._subjects[0]):
-            done = saelens.write_topk_autoencoder(directory, self._subjects[0], name)
+            model = self._subjects[0].model
+            done = circuit_tracer.write(directory, self._convert(), model, name, self._settings.scan)
         else:
-            (converted,) = self._convert()
-            done = saelens.write(directory, converted, name)
+            text = trained_on(self._subjects[0], None if self._cache is None else open_cache(self._cache))
+            if saelens.is_topk_autoencoder(self._subjects[0]):
+                done = saelens.write_topk_autoencoder(directory, self._subjects[0], name, text)
+            else:
+                (converted,) = self._convert()
+                done = saelens.write(directory, converted, name, text)
         return done.files, {
             "notes": [
                 *(f"{site}: {cost.sentence()}" for site, cost in done.costs.items()),
                 *done.notes,
                 *self._notes_on_norms(self._subjects[0]),
+                *self._notes_on_name(self._subjects[0]),
             ],
             "calibration": [{"site": site, **cost.record()} for site, cost in done.costs.items()],
         }
 
     def _notes_on_norms(self, subject: Subject) -> list[str]:
+        """Return a sentence on which TransformerLens circuit-tracer must load; a SAELens export holds under each."""
         reads = NORMALISED_IN if self._settings.fold_norm else subject.site["hook_in"]
-        note = normalised_note(reads, subject.model) if subject.is_raw else None
-        return [] if note is None else [note]
+        if self._to != "circuit-tracer" or not is_normalised_otherwise(reads, subject.model):
+            return []
+        return [
+            f"{reads}: of a model with LayerNorms (GPT-2, Pythia) this needs TransformerLens 3 or later, which "
+            f"{circuit_tracer.CONFIG} says and circuit-tracer does not look at; earlier releases have it behind the "
+            "norm's gain and bias, and every number is another there"
+            + (". Without --fold-norm the set holds under all of them" if self._settings.fold_norm else "")
+        ]
+
+    def _notes_on_name(self, subject: Subject) -> list[str]:
+        """Return a sentence if the model is recorded by the name of a folder, by which nobody else can load it."""
+        if self._settings.model_name is not None or not subject.model.get("files_digest"):
+            return []
+        return [
+            f"the model is called {subject.model.get('name')}, after a folder of this machine; if the other tool finds "
+            "it under another name, give that with --model-name"
+        ]
 
     def _convert(self) -> Iterator[Converted]:
         weights = self._weights([one.path for one in self._subjects])

@@ -133,12 +133,10 @@ def why_unnamed(hook: str, model: Mapping[str, Any]) -> str:
     return f"may have none: whether a norm follows in {unknown} is not known here; if none does, {other} is the same"
 
 
-def normalised_note(hook: str, model: Mapping[str, Any]) -> str | None:
-    """Return a sentence where a hook of a model as published is another to older releases of TransformerLens."""
+def is_normalised_otherwise(hook: str, model: Mapping[str, Any]) -> bool:
+    """Tell whether a hook of a model as published is, or may be, another to older releases of TransformerLens.
+
+    They have ``hook_normalized`` of a LayerNorm behind its gain and bias, release 3 and later before them.
+    """
     architecture = model.get("architecture")
-    if not hook.endswith("hook_normalized") or (architecture in _BLOCKS_OF and architecture not in _LAYER_NORMS):
-        return None
-    return (
-        f"{hook}: TransformerLens before release 3 has this hook after the gain and bias of a LayerNorm (GPT-2, "
-        "Pythia), and the loss is another there; load such a model with release 3 or later"
-    )
+    return hook.endswith("hook_normalized") and (architecture not in _BLOCKS_OF or architecture in _LAYER_NORMS)

@@ -34,9 +34,9 @@ from tailrace.pipeline.formats.foreign import (
     refuse,
     without_input_bias,
 )
-from tailrace.pipeline.formats.hooks import MLP_IN, hooked_transformer_name, why_unnamed
+from tailrace.pipeline.formats.hooks import MLP_IN, hooked_transformer_name, is_normalised_otherwise, why_unnamed
 from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
-from tailrace.pipeline.formats.subjects import Subject, present, write_json
+from tailrace.pipeline.formats.subjects import Subject, TrainedOn, present, write_json
 from tailrace.storage.hook_names import HookName
 from tailrace.training.architectures import Architecture, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import write_tensors
@@ -45,6 +45,10 @@ FORMAT_OF = "6.54.12"
 """The release of SAELens whose reader this was written for and tested with."""
 ATTACHES_FROM = "6.34"
 """The first release that puts a transcoder's output where it belongs; earlier ones put it where its input is read."""
+FIRST_RELEASE, WITH_SKIP_AND_THRESHOLD = "6.0", "6.24"
+"""The first releases that read what is written here."""
+_HEADS, _PER_HEAD = "attn.hook_z", ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
+"""Hooks that hold a dimension of heads there, and the one of them that SAELens itself lays side by side."""
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 
 _COMPATIBILITY = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
@@ -131,16 +135,16 @@ def is_topk_autoencoder(subject: Subject) -> bool:
     return subject.is_autoencoder and subject.needs_calibration
 
 
-def write_topk_autoencoder(directory: Path, subject: Subject, model_name: str) -> Written:
+def write_topk_autoencoder(directory: Path, subject: Subject, model_name: str, text: TrainedOn | None) -> Written:
     """Write a TopK autoencoder with its k."""
     form = jump_form(subject.load(), torch.zeros(subject.d_sae))
     config = {"architecture": "topk", "k": subject.manifest["architecture"]["k"], "rescale_acts_by_decoder_norm": False}
     hooks = (subject.site["hook_in"], subject.site["hook_out"])
-    files = _write(directory, form, config, _metadata(subject, hooks, model_name))
-    return Written(files, {}, attaching(subject, *hooks))
+    files = _write(directory, form, config, _metadata(subject, hooks, model_name, text))
+    return Written(files, {}, [*attaching(subject, *hooks), *_notes_on_text(subject, text)])
 
 
-def write(directory: Path, converted: Converted, model_name: str) -> Written:
+def write(directory: Path, converted: Converted, model_name: str, text: TrainedOn | None) -> Written:
     """Write a transcoder or autoencoder; what the thresholds cost, and where it attaches, is returned too."""
     form, subject = converted.form, converted.subject
     if subject.is_autoencoder:
@@ -149,14 +153,39 @@ def write(directory: Path, converted: Converted, model_name: str) -> Written:
         kind = ("jumprelu_" if form.threshold is not None else "") + ("skip_" if form.W_skip is not None else "")
         config = {"architecture": f"{kind}transcoder", "d_out": form.d_out}
     hooks = (converted.hook_in, converted.hook_out)
-    files = _write(directory, form, config, _metadata(subject, hooks, model_name))
+    files = _write(directory, form, config, _metadata(subject, hooks, model_name, text))
     costs = {} if converted.cost is None else {subject.site["name"]: converted.cost}
-    return Written(files, costs, attaching(subject, *hooks))
+    return Written(files, costs, [*attaching(subject, *hooks), *_notes_on_text(subject, text)])
 
 
 def hook_names(subject: Subject, hooks: Iterable[str]) -> list[str]:
     """Return hooks by the names that are written: those of ``HookedSAETransformer``, or our own where it has none."""
     return [hooked_transformer_name(hook, subject.model) or hook for hook in hooks]
+
+
+def written_hooks(subject: Subject, hooks: Sequence[str]) -> list[str]:
+    """Return what the files say of the hooks: their names, and what has to be done for them to hold our vectors."""
+    names = hook_names(subject, hooks)
+    return [
+        *names,
+        *(["reshape_activations"] if _has_heads_side_by_side(names) else []),
+        *_processing_for(subject, hooks),
+    ]
+
+
+def _has_heads_side_by_side(names: Iterable[str]) -> bool:
+    """Tell whether SAELens has to lay heads side by side, which it can for what both reads and writes ``hook_z``."""
+    return all(name.endswith(_HEADS) for name in names)
+
+
+def _processing_for(subject: Subject, hooks: Iterable[str]) -> dict[str, bool]:
+    """Return how the model has to be loaded for its hooks to hold what ours hold, in every release of TransformerLens.
+
+    A norm's output before the gain is what every release has where the gain is folded into what follows.
+    """
+    if not subject.is_raw:
+        return dict.fromkeys(_COMPATIBILITY, True)
+    return {"fold_ln": True} if any(is_normalised_otherwise(hook, subject.model) for hook in hooks) else {}
 
 
 def attaching(subject: Subject, hook_in: str, hook_out: str) -> list[str]:
@@ -172,6 +201,15 @@ def attaching(subject: Subject, hook_in: str, hook_out: str) -> list[str]:
     adds = f", which adds {hook_in}" if str(names[hook_in]).endswith(f".{MLP_IN}") else ""
     if None not in names.values() and (adds or not subject.is_autoencoder):
         notes.append(f"attach it in HookedSAETransformer of SAELens {ATTACHES_FROM} or later{adds} (docs/export.md)")
+    written = hook_names(subject, (hook_in, hook_out))
+    if per_head := [name for name in written if name.endswith(_PER_HEAD) and not _has_heads_side_by_side(written)]:
+        notes.append(
+            f"{per_head[0]}: SAELens lays no heads side by side here; flatten the last two dimensions yourself"
+        )
+    if asked := _processing_for(subject, (hook_in, hook_out)):
+        notes.append(f"load the model with model_from_pretrained_kwargs of its metadata: {', '.join(asked)}")
+    from_release = WITH_SKIP_AND_THRESHOLD if subject.skips and subject.kind != "relu" else FIRST_RELEASE
+    notes.append(f"read by SAELens from {from_release} on")
     if subject.skips:
         notes.append(
             f"SAELens, up to {FORMAT_OF} at least, leaves out the path past the features of a transcoder it attaches; "
@@ -190,6 +228,7 @@ def _write(directory: Path, form: JumpForm, config: dict[str, Any], metadata: di
         "W_skip": form.W_skip,
     }
     write_tensors(directory / WEIGHTS, present(tensors))
+    reshaped = _has_heads_side_by_side([metadata["hook_name"], metadata["hook_name_out"]])
     # Last: without it there is no folder of SAELens here.
     write_json(
         directory / CONFIG,
@@ -201,25 +240,46 @@ def _write(directory: Path, form: JumpForm, config: dict[str, Any], metadata: di
             "device": "cpu",
             "apply_b_dec_to_input": False,
             "normalize_activations": "none",
-            "reshape_activations": "none",
+            "reshape_activations": "hook_z" if metadata["hook_head_index"] is None and reshaped else "none",
             "metadata": metadata,
         },
     )
     return [CONFIG, WEIGHTS]
 
 
-def _metadata(subject: Subject, hooks: tuple[str, str], model_name: str) -> dict[str, Any]:
-    name_in, name_out = hook_names(subject, hooks)
+def _notes_on_text(subject: Subject, text: TrainedOn | None) -> list[str]:
+    if text is not None:
+        return []
+    return [
+        f"{subject.site['name']}: the files lack the length of contexts, which SAELens' ActivationsStore needs; the "
+        "cache that it was trained on says it: give --cache"
+    ]
+
+
+def _metadata(subject: Subject, hooks: tuple[str, str], model_name: str, text: TrainedOn | None) -> dict[str, Any]:
+    read, written = (HookName.parse(name) for name in hook_names(subject, hooks))
+    about = (
+        {}
+        if text is None
+        else {
+            "context_size": text.context_length,
+            "seqpos_slice": [text.first_position, None] if text.first_position else [None],
+            "exclude_special_tokens": text.without_special_tokens,
+            "dataset_path": text.dataset,
+        }
+    )
     return {
         "sae_lens_version": FORMAT_OF,
         "sae_lens_training_version": None,
         "model_name": model_name,
         "model_class_name": "HookedTransformer",
-        "model_from_pretrained_kwargs": {} if subject.is_raw else dict.fromkeys(_COMPATIBILITY, True),
-        "hook_name": name_in,
-        "hook_name_out": name_out,
-        "hook_head_index": None,
+        "model_from_pretrained_kwargs": _processing_for(subject, hooks),
+        "hook_name": read.point,
+        "hook_name_out": written.point,
+        "hook_head_index": read.head,
+        **({} if written.head is None else {"hook_head_index_out": written.head}),
         "prepend_bos": True,
+        **about,
     }
 
 

@@ -9,11 +9,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tailrace.pipeline.formats.hooks import LayerHooks, layer_hooks
+from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
@@ -75,6 +76,36 @@ class Subject:
     def hooks(self) -> LayerHooks | None:
         """Its hooks within their block; None for any other pair."""
         return layer_hooks(self.site)
+
+
+class TrainedOn(NamedTuple):
+    """What is known of the text and the positions that a transcoder was trained on."""
+
+    context_length: int
+    first_position: int
+    """Positions before this one were left out."""
+    without_special_tokens: bool
+    dataset: str | None
+    """On a hub; None for files of a machine."""
+
+
+def trained_on(subject: Subject, cache: ActivationCache | None) -> TrainedOn | None:
+    """Return what a live run recorded, or what ``cache`` says if it is the cache that was trained on; else None."""
+    inputs = subject.manifest["inputs"]
+    if "live" in inputs:
+        packing, text = inputs["live"]["packing"], inputs["live"]["text"]
+        rows = packing
+    elif cache is not None and "imported" not in inputs and inputs.get("cache", {}).get("cache_id") == cache.cache_id:
+        packing, text = cache.manifest["packing"], cache.manifest["text"]
+        rows = packing["row_filter"]
+    else:
+        return None
+    return TrainedOn(
+        context_length=packing["context_length"],
+        first_position=max(rows["first_position"], 0 if rows["exclude"] == "none" else 1),
+        without_special_tokens=rows["exclude"] == "special",
+        dataset=text.get("dataset") if text.get("source") != "local" else None,
+    )
 
 
 def open_subjects(paths: Sequence[Path]) -> list[Subject]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -44,8 +46,12 @@ def test_on_a_model_s_own_activations_the_folded_set_writes_the_same(tmp_path, f
         model=str(folder),
     )
     # of a LayerNorm, TransformerLens 2 has the same hook after the gain
-    assert [note.split(" ")[0] for note in result.notes] == (["ln2.hook_normalized:"] if family == "gpt2" else [])
+    *norms, name = result.notes
+    assert [note.split(" ")[0] for note in norms] == (["ln2.hook_normalized:"] if family == "gpt2" else [])
+    assert all("Without --fold-norm the set holds under all" in note for note in norms)
+    assert "after a folder of this machine" in name
     config = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert config.get("transformer_lens") == (">=3" if family == "gpt2" else None)
     assert (config["feature_input_hook"], config["feature_output_hook"]) == ("ln2.hook_normalized", "hook_mlp_out")
     tokens = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
     for layer, module in enumerate(modules):
@@ -61,6 +67,21 @@ def test_on_a_model_s_own_activations_the_folded_set_writes_the_same(tmp_path, f
         acts = pre * (pre > tensors["activation_function.threshold"])
         outputs = acts @ tensors["W_dec"] + tensors["b_dec"] + inputs @ tensors["W_skip"].T
         torch.testing.assert_close(outputs, module(held[after.hook_in].float()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_folded_saelens_export_says_how_to_load_the_model_for_every_release(tmp_path, family):
+    # with fold_ln, TransformerLens 2 and 3 both have ln2.hook_normalized before the gain, which is folded away
+    folder = save_tiny_model(tmp_path / "model", family)
+    model = load_language_model(ModelSettings(model=str(folder)))
+    _, (path,) = publish_layers(tmp_path, model, 1)
+    settings = ExportSettings(fold_norm=True)
+    result = export.run(settings, to="saelens", sources=[path], output=tmp_path / "out", model=str(folder))
+    metadata = json.loads((tmp_path / "out/cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == "blocks.0.ln2.hook_normalized"
+    asked = {"fold_ln": True} if family == "gpt2" else {}
+    assert metadata["model_from_pretrained_kwargs"] == asked
+    assert any("model_from_pretrained_kwargs of its metadata: fold_ln" in note for note in result.notes) == bool(asked)
 
 
 def test_a_model_with_a_norm_after_its_mlp_is_refused(tmp_path):

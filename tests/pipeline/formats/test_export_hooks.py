@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tailrace.pipeline.formats.hooks import hooked_transformer_name
+from tailrace.pipeline.formats.hooks import hooked_transformer_name, module_of
 from tailrace.pipeline.model.language_model import SiteHooks, load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tests.support.tiny_models import FAMILIES, save_tiny_model
@@ -22,3 +22,10 @@ def test_another_name_means_the_same_vectors_and_is_given_for_the_mlp_s_output_u
     held = model.capture(torch.randint(3, 40, (2, 12)), sites)
     for hook, name in renamed.items():
         torch.testing.assert_close(held[hook], held[name], rtol=0, atol=0)
+
+
+def test_the_stream_behind_a_block_is_what_the_block_s_module_gives():
+    model = {"architecture": "LlamaForCausalLM"}
+    for hook in ("blocks.3.hook_resid_post", "blocks.3.hook_out"):
+        assert module_of({"hook_in": hook, "hook_out": hook}, model) == "layers.3"
+    assert module_of({"hook_in": "blocks.3.hook_resid_pre", "hook_out": "blocks.3.hook_resid_pre"}, model) is None

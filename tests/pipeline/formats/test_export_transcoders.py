@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from tailrace.pipeline.formats import export
 from tailrace.pipeline.formats.settings import ExportSettings
+from tailrace.pipeline.formats.subjects import Subject, TrainedOn, trained_on
+from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull
@@ -80,7 +82,7 @@ def test_a_topk_autoencoder_keeps_its_k_in_saelens(tmp_path):
     path, module = published(tmp_path / "t", TopK(k=3), sae_site(0))
     result = write("saelens", [path], tmp_path / "out")
     config = json.loads((tmp_path / "out" / "cfg.json").read_text())
-    assert (config["architecture"], config["k"], result.notes) == ("topk", 3, [])
+    assert (config["architecture"], config["k"], result.costs) == ("topk", 3, [])
     tensors = load_file(tmp_path / "out" / "sae_weights.safetensors")
     assert sorted(tensors) == ["W_dec", "W_enc", "b_dec", "b_enc"]
     torch.testing.assert_close(tensors["W_enc"].T, module.W_enc)
@@ -125,8 +127,46 @@ def test_where_a_norm_may_follow_the_mlp_saelens_is_given_the_true_hook_and_the_
         ("embed.hook_out", "hook_embed"),
     ],
 )
-def test_an_autoencoder_of_another_place_is_named_as_saelens_has_it_and_there_is_nothing_to_tell(tmp_path, hook, name):
-    assert hooks_written(tmp_path, {}, hook) == ((name, name), [])
+def test_an_autoencoder_of_another_place_is_named_as_saelens_has_it_and_needs_no_other_class(tmp_path, hook, name):
+    written, notes = hooks_written(tmp_path, {}, hook)
+    assert written == (name, name)
+    reads, lacks = notes
+    assert reads == "here: read by SAELens from 6.0 on"
+    assert "the files lack the length of contexts" in lacks
+
+
+@pytest.mark.parametrize(
+    ("hook", "reshaped", "head"),
+    [
+        ("blocks.1.attn.hook_z", "hook_z", None),
+        ("blocks.1.attn.o.hook_in", "hook_z", None),
+        ("blocks.1.attn.hook_z[1]", "none", 1),
+        ("blocks.1.hook_resid_pre", "none", None),
+    ],
+)
+def test_attention_is_written_as_saelens_lays_out_its_heads(tmp_path, hook, reshaped, head):
+    written, _ = hooks_written(tmp_path, {}, hook)
+    config = json.loads((tmp_path / "out" / "cfg.json").read_text())
+    assert written[0] == ("blocks.1.hook_resid_pre" if "resid" in hook else "blocks.1.attn.hook_z")
+    assert (config["reshape_activations"], config["metadata"]["hook_head_index"]) == (reshaped, head)
+
+
+def test_queries_that_saelens_cannot_lay_side_by_side_are_told(tmp_path):
+    _, notes = hooks_written(tmp_path, {}, "blocks.1.attn.hook_q")
+    assert any("flatten the last two dimensions yourself" in note for note in notes)
+
+
+def test_what_was_trained_on_is_in_the_metadata_where_the_cache_says_it(tmp_path):
+    cache = publish_site_cache(tmp_path / "cache", [mlp_site(0)])
+    packing = {"context_length": 8, "row_filter": {"exclude": "special", "first_position": 4}}
+    opened = open_cache(cache)
+    opened.manifest.update({"packing": packing, "text": {"source": "hub", "dataset": "some/text"}})
+    of_cache = Subject(tmp_path, {"inputs": {"cache": {"cache_id": opened.cache_id}}})
+    assert trained_on(of_cache, opened) == TrainedOn(8, 4, True, "some/text")
+    for inputs in ({}, {"cache": {"cache_id": "another"}}, {**of_cache.manifest["inputs"], "imported": {}}):
+        assert trained_on(Subject(tmp_path, {"inputs": inputs}), opened) is None
+    live = {"packing": {"context_length": 16, "exclude": "bos", "first_position": 0}, "text": {"source": "local"}}
+    assert trained_on(Subject(tmp_path, {"inputs": {"live": live}}), None) == TrainedOn(16, 1, False, None)
 
 
 def test_a_hook_that_saelens_has_under_no_name_is_kept_and_told(tmp_path):
@@ -139,7 +179,8 @@ def test_what_saelens_does_not_do_with_a_transcoder_is_told_with_its_releases(tm
     _, notes = hooks_written(
         tmp_path, {}, "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out", architecture=ReLU(skip=True)
     )
-    attach, skip = notes
+    attach, versions, skip, _ = notes
+    assert versions == "here: read by SAELens from 6.0 on"
     assert "attach it in HookedSAETransformer of SAELens 6.34 or later, which adds blocks.1.mlp.hook_in" in attach
     assert "leaves out the path past the features" in skip
 
@@ -149,7 +190,7 @@ def test_an_export_whose_hooks_saelens_passes_over_is_not_taken_for_one_of_today
     with monkeypatch.context() as earlier:
         earlier.setattr("tailrace.pipeline.formats.saelens.hook_names", lambda _, hooks: list(hooks))
         write("saelens", [path], tmp_path / "out")
-    with pytest.raises(ArtifactMismatch, match="an earlier release wrote it, with hook names that SAELens passes over"):
+    with pytest.raises(ArtifactMismatch, match="an earlier release wrote it, so that SAELens attaches it nowhere"):
         write("saelens", [path], tmp_path / "out")
 
 
@@ -159,6 +200,8 @@ def test_a_topk_transcoder_is_written_with_a_threshold_and_its_cost_is_told(tmp_
     cache = publish_site_cache(tmp_path / "cache", [site])
     result = write("saelens", [path], tmp_path / "out", cache=cache)
     assert "a threshold per feature stands in for k: L0 " in result.notes[0]
+    assert result.costs == result.notes[:1]
+    assert (tmp_path / "out/sae_weights.safetensors").stat().st_mode == (tmp_path / "out/cfg.json").stat().st_mode
     tensors = load_file(tmp_path / "out" / "sae_weights.safetensors")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     (calibration,) = manifest["calibration"]
