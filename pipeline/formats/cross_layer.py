@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tailrace.analysis.weights.model_weights import ModelWeights
-from tailrace.pipeline.formats.circuit_tracer import CONFIG, layer_problems, unlike_layers, write_config
+from tailrace.pipeline.formats.circuit_tracer import CONFIG, KEYS, layer_problems, unlike_layers, write_config
 from tailrace.pipeline.formats.conversion import folding_problems
-from tailrace.pipeline.formats.foreign import jsonable, log_threshold, read_tensors
+from tailrace.pipeline.formats.foreign import jsonable, log_threshold, read_keys, read_tensors, refuse
 from tailrace.pipeline.formats.hooks import NORMALISED_IN, STREAM_OUT
 from tailrace.pipeline.formats.jump_form import JumpForm
 from tailrace.pipeline.formats.subjects import Subject, present
@@ -131,7 +131,7 @@ def write(
         for name, tensors in {"W_enc": present(encoder), "W_dec": {"W_dec": decoder}}.items():
             files.append(f"{name}_{number}.safetensors")
             write_tensors(directory / files[-1], {f"{key}_{number}": value for key, value in tensors.items()})
-    write_config(directory, MODEL_KIND, model_name, hooks, scan)
+    write_config(directory, MODEL_KIND, model_name, hooks, scan, layers[0].model)
     return files
 
 
@@ -248,6 +248,8 @@ def inspect_folder(folder: Path) -> ForeignLayers:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     config = load_yaml(path) if path.is_file() else {}
+    if read_keys(path, config, KEYS)["activation"] == "topk":
+        refuse(path, ["activation is 'topk'; of a cross-layer transcoder, wanted ReLU or thresholds"])
     if (kind := config.get("model_kind", MODEL_KIND)) != MODEL_KIND:
         raise ArtifactMismatch(
             f"{path}: is a {kind}; of a set of transcoders, give one layer's file, such as "

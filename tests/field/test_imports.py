@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tailrace.pipeline.formats import import_transcoder
+from tailrace.pipeline.formats import import_cross_layer, import_transcoder
 from tailrace.pipeline.formats.settings import ImportSettings
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch
@@ -523,3 +523,13 @@ def test_negative_thresholds_and_unknown_keys_of_dictionary_learning(tmp_path, c
     (folder / "config.json").write_text(json.dumps({"trainer": {**trainer, "clip": 4}}))
     with pytest.raises(ArtifactMismatch, match="clip is 4, a key that is not known here"):
         take("dictionary-learning", folder, cache, tmp_path / "again")
+
+
+def test_a_cross_layer_set_s_keys_are_known_too(tmp_path, cache):
+    (tmp_path / "config.yaml").write_text("model_kind: cross_layer_transcoder\nactivation: topk\nk: 3\n")
+    settings = ImportSettings()
+    with pytest.raises(ArtifactMismatch, match="activation is 'topk'; of a cross-layer transcoder"):
+        import_cross_layer.run(settings, source=tmp_path, cache=cache, output=tmp_path / "out")
+    (tmp_path / "config.yaml").write_text("model_kind: cross_layer_transcoder\nsoft: 1\n")
+    with pytest.raises(ArtifactMismatch, match="soft is 1, a key that is not known here"):
+        import_cross_layer.run(settings, source=tmp_path, cache=cache, output=tmp_path / "out")
