@@ -131,6 +131,9 @@ dictionary_learning offer bfloat16 on GPUs only and were given it here; what the
 
 | claim | measured | script |
 |---|---|---|
+| held-out FVU over that of a uniformly random order (less is better), text in the order of the years, TopK / BatchTopK: the cache's order | {shuffle_worth[topk_cache_fvu_over_uniform]:3} / {shuffle_worth[batch_topk_cache_fvu_over_uniform]:3} | [shuffle_worth](#shuffle_worth) |
+| … a mixing buffer of 131,072 rows | {shuffle_worth[topk_buffer_of_131072_fvu_over_uniform]:3} / {shuffle_worth[batch_topk_buffer_of_131072_fvu_over_uniform]:3} | [shuffle_worth](#shuffle_worth) |
+| … the same buffer after documents were shuffled (within noise of 1) | {shuffle_worth[topk_speeches_shuffled_buffer_of_131072_fvu_over_uniform]:3} / {shuffle_worth[batch_topk_speeches_shuffled_buffer_of_131072_fvu_over_uniform]:3} | [shuffle_worth](#shuffle_worth) |
 | geometric median, an iteration over a loop over points | {geometric_median[compiled_vs_loop]:t} | [geometric_median](#geometric_median) |
 | a cross-layer step of six layers: over the dense one / over a transcoder a layer | {cross_layer_step[sparse_vs_dense]} / {cross_layer_step[sparse_vs_one_transcoder_a_layer]} | [cross_layer_step](#cross_layer_step) |
 | time of a sweep of eight runs (less is better): over eight processes one after another / over its steps alone | {sweep[sweep_over_separate_runs]:t} / {sweep[sweep_steps_over_steps_alone]:3t} | [sweep](#sweep) |

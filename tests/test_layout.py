@@ -79,15 +79,17 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def folder_map() -> list[str]:
-    """Return the folders of the README's map: lines ``folder/  what is in it`` in the block under its heading."""
+    """Return the folders of docs/contributing.md's map: lines ``folder/  what is in it`` under its heading."""
     block = re.search(
-        r"^#+ [^\n]*folder map[^\n]*\n.*?^```[^\n]*\n(.*?)^```", (ROOT / "README.md").read_text(), re.I | re.M | re.S
+        r"^#+ [^\n]*folder map[^\n]*\n.*?^```[^\n]*\n(.*?)^```",
+        (ROOT / "docs" / "contributing.md").read_text(),
+        re.I | re.M | re.S,
     )
-    assert block is not None, "README.md has no heading with 'Folder map' and a fenced block after it"
+    assert block is not None, "docs/contributing.md has no heading with 'Folder map' and a fenced block after it"
     return re.findall(r"^([\w./-]+)/(?:\s|$)", block[1], re.M)
 
 
-def test_readme_folder_map_is_the_tree() -> None:
+def test_the_folder_map_is_the_tree() -> None:
     mapped = folder_map()
     top_level = {path.relative_to(ROOT).parts[0] for path in tracked_files() if path.parent != ROOT}
     visible = {name for name in top_level if not name.startswith(".")}

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import tailrace
+from benchmarks.results_page import results
 from docs.theme import pages
 from tailrace import circuits
 from tailrace.pipeline.cache import stage as cache
@@ -53,7 +54,7 @@ def command_lines() -> Iterator[tuple[str, str]]:
         lines = "\n".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
         for line in lines:
             if match := re.match(r"(?:pipeline|tailrace) \S.*", line.strip()):
-                yield name_of(path), re.sub(r"\$\(.*?\) --|\$\(.*?done\)", "--", match[0]).replace("-- -", "-")
+                yield name_of(path), re.sub(r"\$\(for .*?; done\)", "--hooks many", match[0])
 
 
 def python_blocks() -> Iterator[tuple[str, str]]:
@@ -172,10 +173,48 @@ def test_every_python_block_of_the_start_runs_in_order(demo: Path, monkeypatch: 
     assert (demo / "demo" / "tiny-layer2" / "small-tables" / "features.parquet").exists()
 
 
+@pytest.mark.parametrize("page", sorted((DOCS / "porting").glob("*.md")), ids=name_of)
+def test_every_flag_in_the_right_column_of_a_porting_page_is_a_flag(page: Path) -> None:
+    cells = re.findall(r"^\| .* \| (.*) \|$", TEXTS[page], re.MULTILINE)
+    named = {
+        flag for cell in cells for code in re.findall(r"`([^`]+)`", cell) for flag in re.findall(r"--[a-z0-9-]+", code)
+    }
+    assert named
+    assert named - set().union(*(flags(find_command([name])[0]) for name in COMMANDS)) == set()
+
+
+def test_the_six_files_of_the_readme_are_short_and_in_their_order() -> None:
+    listed = re.findall(r"^\d\. \[([\w/.]+)\]\(([\w/.]+)\)", TEXTS[README], re.MULTILINE)
+    assert len(listed) == 6
+    assert all(name == link for name, link in listed)
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name, _ in listed}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+    assert len(TEXTS[README].splitlines()) <= 170
+
+
+def test_numbers_of_the_readme_with_a_result_beside_them_are_that_results() -> None:
+    text = " ".join(TEXTS[README].split())
+    claims = {
+        "written at {} times": ("saelens_cache", "write_vs_saelens"),
+        "read shuffled at {} times": ("saelens_cache", "gathered_read_vs_saelens"),
+        "takes 1/{} of the time of SAELens'": ("train_step_24576_topk", "topk_vs_saelens_24576"),
+        "and 1/{} of sparsify's": ("train_step_24576_topk", "topk_vs_sparsify_24576"),
+        "side by side take {} of the time": ("sweep", "sweep_over_separate_runs"),
+        "are made {} times as fast as SAEDashboard": ("analyze", "pass_and_tables_vs_saedashboard_extrapolated"),
+    }
+    recorded = results()
+    for words, (name, ratio) in claims.items():
+        assert words.format(f"{recorded[name]['ratios'][ratio]:.2g}") in text, words
+        assert f"docs/results.md#{name}" in text
+    worth = recorded["shuffle_worth"]["ratios"]["topk_buffer_of_131072_fvu_over_uniform"]
+    assert f"131,072 rows costs {100 * worth - 100:.0f} % of held-out FVU" in text
+    assert round(recorded["attribution"]["ratios"]["graph_vs_circuit_tracer"]) == 9, "a ninth"
+
+
 def test_every_make_target_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = {
-        match for text in TEXTS.values() for match in re.findall(r"(?<![\w-])make ([a-z-]+)(?=[` \n])", code(text))
+        match for text in TEXTS.values() for match in re.findall(r"(?<![\w-])make ([a-z][a-z-]*)(?=[` \n])", code(text))
     }
     assert {"demo", "test", "docs", "check"} <= named
     assert [name for name in named if not re.search(rf"^[a-z -]*\b{name}\b[a-z -]*:", makefile, re.MULTILINE)] == []
