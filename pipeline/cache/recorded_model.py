@@ -72,7 +72,7 @@ def sample_contexts(split: CacheSplit, n_contexts: int, seed: int) -> np.ndarray
 
 @contextmanager
 def explained_passes(n_contexts: int) -> Iterator[None]:
-    """Run whole passes inside; if memory runs out, say which batch to try."""
+    """Run passes of the model inside; if memory runs out, say which batch to try."""
     try:
         with explained_failures(n_contexts), without_padding_advice():
             yield

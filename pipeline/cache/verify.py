@@ -93,8 +93,8 @@ def run(
 ) -> Verification:
     """Check the artifact at ``path``: bytes; of a cache also ``pairs`` contexts, and the order with ``shuffle``.
 
-    Where one check finds something wrong, the next are left out. ``finished`` is told what each check of a cache
-    alone found. The other arguments are those of ``check_pairs`` and ``check_shuffle``, and so are the errors.
+    Where one check finds something wrong, the next are left out. ``finished`` is given what each check of a cache
+    alone has shown. The other arguments are those of ``check_pairs`` and ``check_shuffle``, and so are the errors.
     """
     if (kind := kind_of(path)) != KIND:
         return Verification(path, verify_artifact(path, kind))

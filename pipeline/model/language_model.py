@@ -141,7 +141,7 @@ class LanguageModel:
         return _capture(self.bridge, self._points, hooks, tokens.to(self.device))
 
     def widths(self, sites: Sequence[SiteHooks]) -> dict[str, tuple[int, int]]:
-        """Return (d_in, d_out) of each site, found by running one short context."""
+        """Return (d_in, d_out) of each site, seen in a pass over one short context."""
         captured = self.capture(self._short_context(), sites)
         return {site.name: (captured[site.hook_in].shape[-1], captured[site.hook_out].shape[-1]) for site in sites}
 
@@ -220,17 +220,17 @@ def load_language_model(settings: ModelSettings, *, device: str = "cpu", compile
     With ``compile_model``, MLPs are compiled: the same activations within rounding, not bit for bit.
     Raises ModelError if that cannot be done, saying what to do instead.
     """
-    place = parse_device(device)
+    chosen = parse_device(device)
     checkpoint = open_checkpoint(settings.model, settings.revision)
     opened = open_tokenizer(checkpoint)  # before the weights: it fails sooner
-    dtype = choose_dtype(checkpoint, settings.model_dtype, place)
-    bridge = boot(checkpoint, dtype, place, settings.processing)
+    dtype = choose_dtype(checkpoint, settings.model_dtype, chosen)
+    bridge = boot(checkpoint, dtype, chosen, settings.processing)
     if compile_model:
         compile_mlps(bridge)
     tokenizer = ModelTokenizer(
         opened, name=settings.model, d_vocab=int(bridge.cfg.d_vocab), bos_token_id=settings.bos_token_id
     )
-    logger.info("loaded %s in %s on %s", settings.model, str(dtype).removeprefix("torch."), place)
+    logger.info("loaded %s in %s on %s", settings.model, str(dtype).removeprefix("torch."), chosen)
     return LanguageModel(bridge, tokenizer, settings, checkpoint)
 
 

@@ -21,7 +21,7 @@ _MEANINGS = {
 
 
 def list_model_differences(
-    recorded: Mapping[str, Any], found: Mapping[str, Any], *, ignored: Collection[str] = ()
+    recorded: Mapping[str, Any], opened: Mapping[str, Any], *, ignored: Collection[str] = ()
 ) -> list[str]:
     """Return a line for everything in which two models differ, with both values; none if they are the same model.
 
@@ -29,10 +29,10 @@ def list_model_differences(
     Keys that only one of the identities has were recorded by another release. ``ignored`` names keys that may differ
     as well, such as ``dtype`` where another precision is asked for.
     """
-    if recorded.get("files_digest") and recorded["files_digest"] == found.get("files_digest"):
+    if recorded.get("files_digest") and recorded["files_digest"] == opened.get("files_digest"):
         ignored = {*ignored, "name"}
     left_out = {"versions", *ignored}
-    left, right = ({key: value for key, value in side.items() if key not in left_out} for side in (recorded, found))
+    left, right = ({key: value for key, value in side.items() if key not in left_out} for side in (recorded, opened))
     return [_explained(line) for line in list_differences(_shared(left, right), _shared(right, left))]
 
 

@@ -178,8 +178,8 @@ def _unknown_heads(sites: Sequence[SiteHooks], hook_names: Collection[str], coun
     if not asked:
         return []
     counts = count_heads(list(dict.fromkeys(part.point for _, part in asked)))
-    found = [(name, head_problem(part, counts[part.point])) for name, part in asked if part.point in counts]
-    return [f"site {name}: {problem}" for name, problem in found if problem is not None]
+    problems = [(name, head_problem(part, counts[part.point])) for name, part in asked if part.point in counts]
+    return [f"site {name}: {problem}" for name, problem in problems if problem is not None]
 
 
 def _repeated(sites: Sequence[SiteHooks]) -> list[str]:

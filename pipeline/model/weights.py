@@ -92,9 +92,9 @@ class _Reader:
     def _attention(self, attention: Any, here: str) -> AttentionWeights:
         W_V, W_O = _optional(attention, "W_V"), _optional(attention, "W_O")
         if W_V is None or W_O is None or W_V.ndim != 3 or W_O.ndim != 3 or W_O.shape[0] % W_V.shape[0]:
-            found = {name: None if w is None else tuple(w.shape) for name, w in (("W_V", W_V), ("W_O", W_O))}
+            held = {name: None if w is None else tuple(w.shape) for name, w in (("W_V", W_V), ("W_O", W_O))}
             raise ModelError(
-                f"{here}attention has {found}, wanted W_V (value heads, d_model, d_head) and W_O (heads, d_head, "
+                f"{here}attention has {held}, wanted W_V (value heads, d_model, d_head) and W_O (heads, d_head, "
                 "d_model); this family's attention is not supported"
             )
         b_V = _optional(attention, "b_V")
