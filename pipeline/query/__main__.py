@@ -40,6 +40,9 @@ pipeline query "SELECT folder, feature, max FROM features WHERE top_token = ' Fr
     --tables demo/circuits/tables
 ```
 
+A ready query is asked of each of them, one after the other: `--saved densest --set n=5` gives five features of every
+folder.
+
 A query can read the tables and nothing else; what DuckDB has to say about SQL it cannot run is shown as it says it.
 Activations are sorted by feature in small pieces, so a query of one feature reads only its own: say
 `WHERE feature = 89` rather than computing with the column.
