@@ -50,7 +50,8 @@ class Ratio(float):
         text = f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{float(self):#.{digits}g}"
         if not spec.endswith("t") or not self.target:
             return text + self.mark
-        return f"{text}{self.mark} ({self.target}{': missed' if self.verdict == 'missed' else ''})"
+        target = self.target.replace(" ", "\N{NO-BREAK SPACE}")
+        return f"{text}{self.mark} ({target}{': missed' if self.verdict == 'missed' else ''})"
 
 
 def results() -> dict[str, dict[str, Any]]:

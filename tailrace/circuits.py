@@ -1,6 +1,6 @@
 """Circuits by hand: what `pipeline circuit` is made of, to ask one prompt what no setting of it asks.
 
-Record a run of the model, choose what is to be explained, and have its terms, paths or graph::
+Record a run of the model, choose what is to be explained, and have its terms, paths or graph:
 
     model = tailrace.open_model(paths)
     tokens = torch.tensor(circuits.prompt_tokens(model, "The capital of France is"))
