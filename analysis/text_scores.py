@@ -1,4 +1,4 @@
-"""Activations of a transcoder on the tokens of a text, in float32: of chosen features, or which features are strongest.
+"""Activations of a transcoder on the tokens of a text, in float32: of chosen features, or of the strongest.
 
 Rows are the positions of a text at the transcoder's input. Rows × d_sae exists only for ``ROWS_AT_ONCE`` rows.
 """
@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 1024
 
 
 class Strongest(NamedTuple):
-    """Which features are active on the rows of a text."""
+    """The strongest features on the rows of a text."""
 
     per_row: list[list[tuple[int, float]]]
     """For each row the features of largest activation with it, the largest first; only those that are active."""
@@ -40,7 +40,7 @@ def feature_scores(
             parts = [coder.pre_activations_of(chosen, rows) for rows in _pieces(coder, inputs)]
         else:
             parts = [coder.encode(rows).index_select(1, chosen) for rows in _pieces(coder, inputs)]
-    # an encoder may leave zeros with a sign, which would be shown
+    # adding 0 removes the sign of zeros, which would be shown
     return torch.cat(parts).float().cpu().numpy() + np.float32(0)
 
 

@@ -76,7 +76,7 @@ class ActivationCache:
 
     @property
     def cache_id(self) -> str:
-        """Identity of the cache: what it was asked to hold, not where it lies."""
+        """Identity of the cache, from its request; independent of its path."""
         return str(self.manifest["cache_id"])
 
     @property
@@ -204,7 +204,7 @@ class CacheSplit:
         return resolved
 
     def read_shard(self, spec: ArraySpec, unit: int, read: Callable[[Path], Read]) -> Read:
-        """Return what ``read`` makes of the Zarr group that holds one shard as it was at this generation.
+        """Return ``read(group)`` for the Zarr group that holds a shard as it was at this generation.
 
         ``read`` is called again if an extension moved the shard meanwhile. Raises what it raises.
         """

@@ -67,7 +67,7 @@ def storage_refused(error: OSError, path: Path) -> StorageFull:
 
 
 def is_disk_refusal(error: OSError) -> bool:
-    """Tell whether the disk refused a write: full, read-only, no permission, or failing."""
+    """Return whether the disk refused a write: full, read-only, no permission, or failing."""
     return error.errno in _DISK_REFUSALS
 
 
@@ -144,7 +144,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_files(root: Path, names: Iterable[str]) -> None:
-    """Make files under ``root``, and their names, survive a power cut. Raises ArtifactCorrupt for others."""
+    """Make files under ``root``, and their names, survive a power cut. Raises ArtifactCorrupt for names outside."""
     folders: set[Path] = set()
     for path in (inside(root, name) for name in names):
         with path.open("rb") as file:
@@ -245,6 +245,6 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, JSON]]) -> list[str
 
 
 def describe_files(path: Path, names: Iterable[str]) -> dict[str, dict[str, JSON]]:
-    """Return ``{name: {bytes, checksum}}`` of files under ``path``. Raises ArtifactCorrupt for others."""
+    """Return ``{name: {bytes, checksum}}`` of files under ``path``. Raises ArtifactCorrupt for names outside."""
     files = {name: inside(path, name) for name in sorted(names)}
     return {name: {"bytes": file.stat().st_size, "checksum": checksum_file(file)} for name, file in files.items()}

@@ -232,5 +232,5 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def cache_id_of(request: Mapping[str, Any]) -> str:
-    """Return the identity of a cache: the digest of what it was asked to hold."""
+    """Return the identity of a cache, from the digest of its request."""
     return digest(dict(request)).removeprefix("sha256:")[:16]

@@ -1,4 +1,4 @@
-"""Re-reading every byte of a cache against what was recorded when it was written."""
+"""Verification: every byte of a cache is compared with what was recorded when it was written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops over rows compiled at their first use, for what NumPy and torch would need several passes to do.
+"""Loops over rows, compiled at their first use, for work that takes NumPy and torch several passes.
 
 Compiled code is kept beside the source, or in the user's cache directory, so that only the first process waits for it.
 """

@@ -1,4 +1,4 @@
-"""How one side of one site becomes Zarr arrays, and back.
+"""Encodings of one side of a site as Zarr arrays.
 
 A float dtype is one array of the values as they are. int8 is a group of three plain arrays that any Zarr library
 opens: ``q`` (rows, d) int8, ``scale`` (rows,) float32 and ``column_scale`` (d,) float32, with

@@ -1,4 +1,4 @@
-"""Kinds of artifacts, the format of each that this version writes, and the refusal of what later versions write.
+"""Kinds of artifacts, the format of each that this version writes, and the refusal of later formats.
 
 A format is raised when the readers of the one before could not read the new one; see *Versions* in docs/format.md.
 """
@@ -46,7 +46,7 @@ FOR_ONE_LAYER_ONLY = {
 
 
 def refuse_newer(path: Path, kind: str, record: Mapping[str, Any]) -> None:
-    """Raise ArtifactMismatch if ``record``, of what lies at ``path``, says that it has a format not known here.
+    """Raise ArtifactMismatch if ``record``, of the artifact at ``path``, has a format that this version cannot read.
 
     A record that names no format has the first; a record of an unknown kind is left to its reader.
     """

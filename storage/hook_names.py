@@ -1,4 +1,4 @@
-"""How a hook is named wherever a name is recorded: a hook point of the model, or one attention head's slice of it.
+"""Names of hooks as they are recorded: a hook point of the model, or an attention head's slice of it.
 
 ``blocks.3.attn.hook_z`` is all of the point and ``blocks.3.attn.hook_z[5]`` its head 5. Nothing here knows a model,
 so nothing here checks that it has such a point or head.

@@ -1,4 +1,4 @@
-"""Names: what kinds of artifacts are called, files that are being written, and files that a manifest lists."""
+"""Names of kinds of artifacts, of files that are being written, and of files that a manifest lists."""
 
 from __future__ import annotations
 

@@ -44,11 +44,11 @@ class OrderedSplit(Protocol):
         """The cache's id, generation and digest."""
 
     def read_shard(self, spec: ArraySpec, unit: int, read: Callable[[Path], Read]) -> Read:
-        """Return what ``read`` makes of the Zarr group that holds one shard."""
+        """Return ``read(group)`` for the Zarr group that holds a shard."""
 
 
 class GatheredOrder:
-    """Segments are buckets: one run of rows per unit, read by threads straight to their shuffled positions."""
+    """The order of an epoch, bucket by bucket: threads read a run of rows per unit straight to shuffled positions."""
 
     n_buffers = 2
 
@@ -90,7 +90,7 @@ class GatheredOrder:
 
 
 class MaterialisedOrder:
-    """Segments are single batches of a copy that lies on disk in the epoch's order."""
+    """The order of an epoch read batch by batch from a copy on disk in that order."""
 
     n_buffers = 2
     """For the batch served and the batch filled: a third only pushes them out of the cache (0.82 of the speed)."""

@@ -1,4 +1,4 @@
-"""Randomness named by what it is for: (seed, purpose, indices) decides every draw, nothing else does.
+"""Random numbers by purpose: (seed, purpose, indices) alone decide every draw.
 
 Permutations are the sorting order of raw Philox words rather than ``Generator.permutation``: the words are fixed by
 the algorithm, while NumPy may change how it turns them into a permutation, and an order that is half on disk and half

@@ -20,7 +20,7 @@ class RowSums(NamedTuple):
     """Sums over rows (n, d)."""
 
     shift: np.ndarray
-    """float32 (d,): near the mean of the first block; what ``sums`` and ``squares`` are taken about."""
+    """float32 (d,): near the mean of the first block; ``sums`` and ``squares`` are taken about it."""
     sums: np.ndarray
     """float64 (d,): sum of rows less the shift."""
     squares: np.ndarray

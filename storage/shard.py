@@ -138,7 +138,7 @@ def _open_for_writing(path: Path, *, aligned: bool) -> tuple[int, bool]:
 
 
 def _reserve(descriptor: int, n_bytes: int) -> None:
-    """Ask for the space at once: a full disk shows before anything is written, and the file lies in one piece."""
+    """Reserve the space at once: a full disk shows before anything is written, and the file is not fragmented."""
     try:
         os.posix_fallocate(descriptor, 0, n_bytes)
     except OSError as error:

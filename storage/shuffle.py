@@ -23,7 +23,7 @@ _NUMPY_POPULATION_LIMIT = 10**9
 
 @dataclass(frozen=True)
 class Run:
-    """A contiguous run of the stored rows of one unit, and where each of its rows goes in the bucket."""
+    """A contiguous run of the stored rows of a unit, and the position in the bucket of each of its rows."""
 
     unit: int
     start: int
@@ -34,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The order of one epoch over rows that lie in permuted units."""
+    """The order of one epoch over rows of permuted units."""
 
     seed: int
     epoch: int

@@ -93,7 +93,7 @@ class SiteStatistics:
         return self._norm_in(int(np.flatnonzero(self.energy_counts)[-1]))
 
     def massive_note(self) -> str | None:
-        """Return in words how a few rows dwarf all others; None if they do not."""
+        """Return a sentence on rows of extreme norm, or None if no few rows dwarf all others."""
         share = self.energy_share()
         if share <= MASSIVE_SHARE:
             return None

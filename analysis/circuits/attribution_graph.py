@@ -35,7 +35,7 @@ class GraphSettings:
     node_threshold: float = 0.8
     """Share of all influence that the nodes kept must have."""
     edge_threshold: float = 0.98
-    """Share of what flows between them that the edges kept must carry."""
+    """Share of the flow between these nodes that the edges kept must carry."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,7 @@ def describe_path_graph(graph: PathGraph) -> JSON:
 
 
 def describe_attribution_graph(graph: AttributionGraph, pruned: Pruned, names: Sequence[str]) -> JSON:
-    """Return the nodes and edges that were kept, and what each row has besides them; ``names`` are the targets'."""
+    """Return the nodes and edges that were kept, and the rest of each row; ``names`` are the targets'."""
     kept = torch.nonzero(pruned.nodes).flatten().tolist()
     indices = {row: index for index, row in enumerate(kept)}
     shown = graph.adjacency * pruned.edges

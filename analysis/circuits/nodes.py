@@ -37,7 +37,7 @@ class Kind(StrEnum):
     BIAS = "bias"
     """What the node itself adds whatever it reads: a feature's b_enc, the bias of the norm it reads through."""
     PRUNED = "pruned"
-    """Everything else that makes up a node: what a search or a threshold left out."""
+    """The rest of a node's value, which a search or a threshold left out."""
     DECODER = "decoder"
     """What an MLP's output has along a feature's decoder direction."""
     LOGIT = "logit"

@@ -1,4 +1,4 @@
-"""The record of one pass over a prompt, with what makes it linear.
+"""Record of one pass over a prompt, with the patterns and scales that make it linear.
 
 Attention patterns, the outputs of MLPs and the stream are read from the model's hooks; norm scales and values are
 computed from them. Each part is then put together from its pieces and compared with the model's own, so that a model

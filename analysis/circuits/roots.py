@@ -19,7 +19,7 @@ from tailrace.storage.errors import SettingsError
 
 @dataclass(frozen=True, eq=False)
 class Root:
-    """A quantity of one pass, and its value as the pass and the transcoder have it."""
+    """A quantity of a pass, and its recorded value."""
 
     node: Node
     probe: Probe

@@ -1,1 +1,1 @@
-"""One pass over rows in bounded memory: what every table counts while blocks of active pairs stream past."""
+"""One pass over rows in bounded memory: the counts of every table, from blocks of active pairs."""

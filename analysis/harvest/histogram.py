@@ -1,4 +1,4 @@
-"""Log-spaced histograms of activations, and the quantiles they give with a known error.
+"""Log-spaced histograms of activations, and quantiles from them with a known error.
 
 Sixteen bins per octave from 2⁻¹⁶ to 2¹⁶, the same for every feature of every transcoder, so that histograms of
 different passes can be added. A bin is [low, high). Values below the range count in the first bin and values above

@@ -1,4 +1,4 @@
-"""``rows``: which token each row is, for the rows whose activations are kept."""
+"""``rows``: the token of each row whose activations are kept."""
 
 from __future__ import annotations
 

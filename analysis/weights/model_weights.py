@@ -89,7 +89,7 @@ class AttentionWeights:
         return rearrange(read, "... kv_head query d_model -> ... (kv_head query) d_model")
 
     def pull_back(self, v: Tensor) -> Tensor:
-        """Return (…, n_heads, d_model) W_V[h] (W_O[h] v): what each head must see at its source to write ``v``."""
+        """Return (…, n_heads, d_model) W_V[h] (W_O[h] v): the direction that each head reads at its source."""
         return self.pull_back_value(self.pull_back_output(v))
 
 
