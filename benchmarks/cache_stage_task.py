@@ -16,7 +16,7 @@ import torch
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
-from tailrace.pipeline.shared.device import limited_threads
+from tailrace.pipeline.shared.compute import limited_threads
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 
 

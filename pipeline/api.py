@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, overload
 
 from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_path, as_paths
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import current_names, flat_values, read_settings, setting_fields
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Settings
@@ -106,9 +107,7 @@ def train(
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
         loggers=_loggers(tensorboard, wandb),
-        device=device,
-        threads=threads,
-        quiet=quiet,
+        compute=Compute(device, threads, quiet),
     )
 
 
@@ -150,9 +149,7 @@ def sweep(
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
         loggers=_loggers(tensorboard, wandb),
-        device=device,
-        threads=threads,
-        quiet=quiet,
+        compute=Compute(device, threads, quiet),
     )
 
 

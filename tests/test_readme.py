@@ -24,6 +24,7 @@ from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.cli import COMMANDS, cli
 from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.notebooks import NOTEBOOKS, code_cells
@@ -158,7 +159,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training = TrainSettings.model_validate(
         {"architecture": {"kind": "topk", "k": 8}, "d_sae": 64, "steps": 5, "batch_rows": 512}
     )
-    train.run(training, cache=place / "cache", output=place / "transcoder", quiet=True)
+    train.run(training, cache=place / "cache", output=place / "transcoder", compute=Compute(quiet=True))
     return folder
 
 

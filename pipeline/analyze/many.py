@@ -35,7 +35,7 @@ from tailrace.pipeline.artifacts.transcoders import (
     open_transcoders,
 )
 from tailrace.pipeline.live.settings import FreshText
-from tailrace.pipeline.shared.device import open_device
+from tailrace.pipeline.shared.compute import open_device
 from tailrace.storage.artifact import MANIFEST, REQUEST
 from tailrace.storage.draft import LOCK
 from tailrace.storage.errors import (

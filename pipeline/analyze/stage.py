@@ -45,7 +45,7 @@ from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_of, 
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.same_model import list_model_differences
-from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.shared.compute import limited_threads, open_device
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import MANIFEST, read_manifest
 from tailrace.storage.differences import list_differences

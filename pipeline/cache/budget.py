@@ -15,7 +15,7 @@ from tailrace.pipeline.cache.plan import choose_rows, row_bytes_of
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.pipeline.shared.device import limited_threads
+from tailrace.pipeline.shared.compute import limited_threads
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.storage.cache_format import Site

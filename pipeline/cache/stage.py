@@ -44,7 +44,7 @@ from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.cache.units import UnitFiles, UnitPlanner, Workers, write_units, write_units_on_workers
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.pipeline.shared.device import limited_threads
+from tailrace.pipeline.shared.compute import limited_threads
 from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule

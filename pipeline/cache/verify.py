@@ -15,7 +15,7 @@ from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_
 from tailrace.pipeline.cache.rows import RowMaker
 from tailrace.pipeline.model.language_model import PairingCheck
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.pipeline.shared.device import limited_threads
+from tailrace.pipeline.shared.compute import limited_threads
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
 from tailrace.storage.cache_format import KIND, Site

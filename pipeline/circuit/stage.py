@@ -38,7 +38,7 @@ from tailrace.pipeline.circuit.traced import traced_layers, warn_of_poor_layers
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.weights import read_weights
-from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.shared.compute import limited_threads, open_device
 from tailrace.storage.artifact import MANIFEST, read_manifest, write_atomically
 from tailrace.storage.draft import Draft
 from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND

@@ -12,6 +12,7 @@ import click
 
 from tailrace.pipeline.samples.bundled_models import DemoModel
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.sections import SectionCommand
 
 if TYPE_CHECKING:
@@ -47,8 +48,7 @@ def command(
         layer=layer,
         tokens=tokens,
         steps=steps,
-        threads=threads,
-        quiet=quiet,
+        compute=Compute(threads=threads, quiet=quiet),
         say=click.echo,
     )
     show_result(result)

@@ -23,6 +23,7 @@ from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.samples.bundled_models import DemoModel, bundled_model
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.pipeline.samples.speeches import fetch_sotu
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.tables import read_table
@@ -71,8 +72,7 @@ def run(
     layer: int | None = None,
     tokens: int | None = None,
     steps: int | None = None,
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
     say: Say = lambda _: None,
 ) -> DemoResult:
     """Cache, verify, train and analyze on presidents' speeches. ``say`` is told what happens next.
@@ -92,9 +92,9 @@ def run(
         layers=str(layer),
         holdout="7::20",  # the speeches the tiny model never saw
     )
-    cached = cache.run(settings, output=folder / "cache", threads=threads, quiet=quiet)
+    cached = cache.run(settings, output=folder / "cache", threads=compute.threads, quiet=compute.quiet)
     say("2/5 verify: every byte, and pairs against the model run again")
-    _verify(cached.path, threads)
+    _verify(cached.path, compute.threads)
     say("3/5 train: a BatchTopK transcoder from the cache; the language model is not needed any more")
     training = TrainSettings.model_validate(
         {
@@ -106,18 +106,18 @@ def run(
             "evaluate_every": 200,
         }
     )
-    trained = train.run(training, cache=cached.path, output=folder / "transcoder", threads=threads, quiet=quiet)
+    trained = train.run(training, cache=cached.path, output=folder / "transcoder", compute=compute)
     say("4/5 analyze: features and examples over held-out speeches, as Parquet")
     tables = analyze.run(
         AnalyzeSettings(),
         cache=cached.path,
         transcoder=trained.path,
         output=folder / "tables",
-        threads=threads,
-        quiet=quiet,
+        threads=compute.threads,
+        quiet=compute.quiet,
     )
     say("5/5 dashboard: a page for every feature, which a browser opens from disk")
-    site = dashboard.run(DashboardSettings(), tables=tables.path, output=folder / "dashboard", quiet=quiet)
+    site = dashboard.run(DashboardSettings(), tables=tables.path, output=folder / "dashboard", quiet=compute.quiet)
     return DemoResult(cached.path, trained.path, tables, site.page)
 
 

@@ -28,7 +28,7 @@ from tailrace.pipeline.analyze.stage import check_same_site
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_by_site, layers_of, open_transcoders
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
-from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.shared.compute import limited_threads, open_device
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.artifact import read_manifest
 from tailrace.storage.draft import Draft

@@ -24,7 +24,7 @@ from tailrace.analysis.text_scores import feature_scores, strongest_features
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_by_site, open_tables, open_transcoders
 from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
-from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.shared.compute import limited_threads, open_device
 from tailrace.storage.errors import SettingsError, TextError
 from tailrace.storage.tables import read_schema, read_table
 from tailrace.storage.token_text import join_characters

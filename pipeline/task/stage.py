@@ -28,7 +28,7 @@ from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.model.weights import read_weights
-from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.shared.compute import limited_threads, open_device
 from tailrace.pipeline.task.prompts import TaskPrompts, read_lines, tokenized
 from tailrace.pipeline.task.settings import TaskSettings
 from tailrace.pipeline.task.tables import (

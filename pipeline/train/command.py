@@ -12,6 +12,7 @@ import click
 
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, option, running
 from tailrace.pipeline.train.from_flags import train_one, train_sweep
@@ -52,9 +53,7 @@ YAML_FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Steps between checkpoints; sooner when a minute, and 20 times what the last ones took, have passed.",
 )
-@options.device
-@options.threads
-@options.quiet
+@options.compute
 def command(
     cache: Path | None,
     output: Path,
@@ -67,9 +66,7 @@ def command(
     wandb_project: str | None,
     fresh: bool,
     checkpoint_steps: int,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
     **given: Any,
 ) -> None:
     """Train a transcoder on one site of CACHE, or several side by side.
@@ -90,9 +87,7 @@ def command(
         "live": live,
         "config": config,
         "output": output,
-        "device": device,
-        "threads": threads,
-        "quiet": quiet,
+        "compute": compute,
         "fresh": fresh,
         "checkpoint_steps": checkpoint_steps,
         "start_from": start_from,
@@ -100,14 +95,14 @@ def command(
     }
     if sweeps or sweep_file:
         swept = train_sweep(read_grid(sweeps, sweep_file), given, **arguments)
-        if not quiet:
+        if not compute.quiet:
             show_sweep(swept)
         return
     result = train_one(given, **arguments)
 
     from tailrace.training.cross_layer.artifact import is_cross_layer, read_cross_layer_manifest
 
-    if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if not compute.quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         layers = show_layers(read_cross_layer_manifest(result.path)) if is_cross_layer(result.path) else ""
         click.echo(f"{result.path}: {layers or show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and (score.get("fvu_ordinary", score["fvu"]) or 0) > 1:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
 from tailrace.pipeline.train.settings import TOGETHER_BYTES, CircuitsModelSettings
@@ -27,16 +28,12 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help=f"Transcoders trained side by side; by default as many as {TOGETHER_BYTES >> 30} GiB holds.",
 )
-@options.device
-@options.threads
-@options.quiet
+@options.compute
 def command(
     output: Path,
     config: Path | None,
     together: int | None,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
     **given: Any,
 ) -> None:
     """Train a transcoder for every layer of a model, so that circuits can be traced on it.
@@ -53,13 +50,11 @@ def command(
     result = circuits_model.run(
         settings,
         output=output,
-        device=device,
-        threads=threads,
+        compute=compute,
         together=together,
-        quiet=quiet,
-        say=(lambda _: None) if quiet else click.echo,
+        say=(lambda _: None) if compute.quiet else click.echo,
     )
-    if not quiet:
+    if not compute.quiet:
         for line in show_layers(result.layers):
             click.echo(line)
         click.echo(f"\n{result.path / LAYERS}: written, beside {len(result.transcoders)} transcoders")

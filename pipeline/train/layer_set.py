@@ -21,7 +21,7 @@ from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.budget import Budget, plan_budget
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.pipeline.samples.speeches import fetch_sotu
-from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.layer_set_cost import TrainingCost, disk_problem, training_cost
 from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
 from tailrace.pipeline.train.model_scores import ModelScores
@@ -71,10 +71,8 @@ def run(
     settings: CircuitsModelSettings,
     *,
     output: Path,
-    device: str = "cpu",
-    threads: int | None = None,
+    compute: Compute = Compute(),
     together: int | None = None,
-    quiet: bool = False,
     checkpoint_steps: int = 100,
     say: Say = lambda _: None,
 ) -> CircuitsModelResult:
@@ -91,15 +89,18 @@ def run(
     caching = settings.caching(model, dataset)
     settings.training("layer0")  # a wrong setting is told before an hour of caching
     if not (folder / "cache" / MANIFEST).exists():
-        budget = plan_budget(caching, output=folder, device=device, threads=threads)
+        budget = plan_budget(caching, output=folder, device=compute.device, threads=compute.threads)
         widths = [(site.d_in, site.d_out) for site in budget.sites]
-        cost = training_cost(settings, widths, device=open_device(device), threads=threads)
+        with compute.opened() as device:
+            cost = training_cost(settings, widths, device=device)
         for line in _announced(budget, cost):
             say(line)
         if problem := disk_problem(budget, cost, folder):
             raise StorageFull(problem)
     say("1/3 cache: every layer's MLP inputs and outputs, from one run of the model")
-    cached = cache.run(caching, output=folder / "cache", device=device, threads=threads, quiet=quiet)
+    cached = cache.run(
+        caching, output=folder / "cache", device=compute.device, threads=compute.threads, quiet=compute.quiet
+    )
     sites = list(cached.cache.sites)
     n_together = together or fitting_together(cached.cache, settings.d_sae)
     say(f"2/3 train: {len(sites)} transcoders, at most {min(n_together, len(sites))} side by side")
@@ -108,9 +109,7 @@ def run(
         cached.cache,
         folder / KIND,
         n_together,
-        device=device,
-        threads=threads,
-        quiet=quiet,
+        compute=compute,
         checkpoint_steps=checkpoint_steps,
         say=say,
     )
@@ -139,17 +138,14 @@ def _train(
     output: Path,
     n_together: int,
     *,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
     checkpoint_steps: int,
     say: Say,
 ) -> CircuitsModelResult:
-    on = open_device(device)
     runs = {site: settings.training(site) for site in cached.sites}
-    with limited_threads(threads), ExitStack() as stack:
+    with compute.opened() as on, ExitStack() as stack:
         source = CacheSource(cached.path, batch_rows=settings.batch_rows, order_seed=settings.seed, device=on)
-        context = RunContext(on, ModelScores(ModelScoreSettings(), source, model=None, device=device))
+        context = RunContext(on, ModelScores(ModelScoreSettings(), source, model=None, device=compute.device))
         requests = {site: context.request(training, source) for site, training in runs.items()}
         request = {"format": FORMAT_VERSION, "runs": requests}
         model_set = stack.enter_context(Draft(output, KIND, request))
@@ -165,7 +161,7 @@ def _train(
                 context,
                 output=output,
                 checkpoint_steps=checkpoint_steps,
-                quiet=quiet,
+                quiet=compute.quiet,
                 others_go_on=True,
             )
         say("3/3 score: every transcoder on held-out rows, with and without massive activations")

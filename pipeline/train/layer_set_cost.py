@@ -11,7 +11,6 @@ import torch
 from pydantic import BaseModel
 
 from tailrace.pipeline.cache.budget import Budget
-from tailrace.pipeline.shared.device import limited_threads
 from tailrace.pipeline.train.settings import CACHE_DTYPE
 from tailrace.training.kernels.adaptive import resolve_precision
 
@@ -53,16 +52,13 @@ class TrainingCost(BaseModel):
     """Afterwards: weights."""
 
 
-def training_cost(
-    sizes: Sizes, widths: Sequence[tuple[int, int]], *, device: torch.device, threads: int | None = None
-) -> TrainingCost:
+def training_cost(sizes: Sizes, widths: Sequence[tuple[int, int]], *, device: torch.device) -> TrainingCost:
     """Return the cost of one transcoder per (d_in, d_out): one encoder product is timed, the rest is arithmetic."""
     n_parameters = sum((d_in + d_out + 1) * sizes.d_sae + d_out for d_in, d_out in widths)
-    with limited_threads(threads):
-        seconds = sum(
-            _product_seconds(sizes, width, device) * sum(d_in == width for d_in, _ in widths)
-            for width in {d_in for d_in, _ in widths}
-        )
+    seconds = sum(
+        _product_seconds(sizes, width, device) * sum(d_in == width for d_in, _ in widths)
+        for width in {d_in for d_in, _ in widths}
+    )
     return TrainingCost(
         seconds=seconds * _PRODUCTS_PER_STEP * sizes.steps,
         disk_bytes=n_parameters * (4 + _STATE_BYTES * _KEPT_CHECKPOINTS),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tailrace.pipeline.live.settings import LiveSettings
-from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import RunContext, RunDraft, kind_of, train_beside, train_drafts
 from tailrace.pipeline.train.settings import ModelScoreSettings
@@ -54,9 +54,7 @@ def run(
     output: Path,
     cache: Path | None = None,
     live: LiveSettings | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
     fresh: bool = False,
     checkpoint_steps: int = 1000,
     hooks: Sequence[tuple[int, PeriodicHook]] = (),
@@ -75,8 +73,8 @@ def run(
 
     Started by torchrun, several processes train the transcoder of a cache together; the first one writes its files.
     """
-    on = open_device(device)
     with ExitStack() as stack:
+        on = stack.enter_context(compute.opened())
         group = open_group(on)
         if group is not None:
             on = stack.enter_context(group).device
@@ -84,11 +82,10 @@ def run(
             raise SettingsError("live rows come from one process; cache them to train with several")
         if fresh and (group is None or group.is_first):
             discard_draft(output)
-        stack.enter_context(limited_threads(threads))
         if group is None or group.is_first:
             stack.enter_context(nothing_left_if_refused(output))
         source = stack.enter_context(open_source(cache, live, settings, output, on))
-        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
+        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=compute.device)
         start = None if start_from is None else WarmStart(start_from)
         context = RunContext(on, scores, start, hooks, loggers, group)
         if group is not None and not group.is_first:
@@ -106,7 +103,7 @@ def run(
         if not draft.published:
             chosen = context.sites(settings, source) if sites is None else sites
             drafts = {"transcoder": RunDraft(settings, chosen, draft)}
-            train_drafts(source, drafts, context, output=output, checkpoint_steps=checkpoint_steps, quiet=quiet)
+            train_drafts(source, drafts, context, output=output, checkpoint_steps=checkpoint_steps, quiet=compute.quiet)
         if group is not None:
             group.share_first(None)
         Checkpoints(output / CHECKPOINTS).clear()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.pipeline.live.settings import LiveSettings
-from tailrace.pipeline.shared.device import limited_threads, open_device
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.grid import SHARED
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ended, kind_of, train_drafts
@@ -60,9 +60,7 @@ def run(
     output: Path,
     cache: Path | None = None,
     live: LiveSettings | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
     fresh: bool = False,
     checkpoint_steps: int = 1000,
     hooks: Sequence[tuple[int, PeriodicHook]] = (),
@@ -80,13 +78,12 @@ def run(
     check_shared(runs)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingsError("a sweep trains in one process; start one run with torchrun, or the sweep without it")
-    on = open_device(device)
-    if fresh:
-        discard_draft(output)
-    with nothing_left_if_refused(output), ExitStack() as stack:
-        stack.enter_context(limited_threads(threads))
+    with compute.opened() as on, ExitStack() as stack:
+        if fresh:
+            discard_draft(output)
+        stack.enter_context(nothing_left_if_refused(output))
         source = stack.enter_context(open_source(cache, live, next(iter(runs.values())), output, on))
-        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=device)
+        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=compute.device)
         context = RunContext(on, scores, None if start_from is None else WarmStart(start_from), hooks, loggers)
         begun = (output / REQUEST).exists()
         sites = None if begun else _choose_sites(runs, context, source)
@@ -108,7 +105,7 @@ def run(
                     context,
                     output=output,
                     checkpoint_steps=checkpoint_steps,
-                    quiet=quiet,
+                    quiet=compute.quiet,
                     others_go_on=True,
                 )
             _publish(sweep, drafts)

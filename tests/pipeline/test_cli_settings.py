@@ -13,7 +13,7 @@ from pydantic import Field
 from tailrace.pipeline import api
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.cache.settings import CacheSettings
-from tailrace.pipeline.shared.device import open_device
+from tailrace.pipeline.shared.compute import open_device
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.train.grid import grid_of, read_grid
 from tailrace.storage.errors import SettingsError

@@ -13,6 +13,7 @@ from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.command import command
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.live.settings import FreshText
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ActionableError, ModelError, SettingsError, TextError
@@ -32,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training = TrainSettings.read(
         {"architecture": {"kind": "batch_topk", "k": 4}, "d_sae": 32, "steps": 12, "batch_rows": 32, "lr": 1e-2}
     )
-    train.run(training, cache=root / "cache", output=root / "transcoder", threads=1, quiet=True)
+    train.run(training, cache=root / "cache", output=root / "transcoder", compute=Compute(threads=1, quiet=True))
     return root
 
 

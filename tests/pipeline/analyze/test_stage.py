@@ -19,6 +19,7 @@ from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.stage import plan_of
 from tailrace.pipeline.demo.stage import summary
 from tailrace.pipeline.query import stage as query
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
@@ -46,7 +47,7 @@ def train_on(cache, output):
     settings = TrainSettings(
         architecture=TopK(k=3), d_sae=24, steps=20, batch_rows=64, warmup_steps=1, decay_steps=1, lr=1e-2, seed=1
     )
-    train.run(settings, cache=cache, output=output, threads=1, quiet=True)
+    train.run(settings, cache=cache, output=output, compute=Compute(threads=1, quiet=True))
     return output
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures import BatchTopK
@@ -25,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training = TrainSettings(
         architecture=BatchTopK(k=3), d_sae=48, steps=20, batch_rows=64, warmup_steps=1, decay_steps=1, lr=1e-2
     )
-    train.run(training, cache=root / "cache", output=root / "transcoder", threads=1, quiet=True)
+    train.run(training, cache=root / "cache", output=root / "transcoder", compute=Compute(threads=1, quiet=True))
     return root
 
 

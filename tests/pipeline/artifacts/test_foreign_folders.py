@@ -11,6 +11,7 @@ import pytest
 
 from tailrace.pipeline.blind.study import BlindStudy
 from tailrace.pipeline.cache import stage
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.artifact import REQUEST
 from tailrace.storage.draft import LOCK
@@ -30,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a cache, a transcoder of it, and tables."""
     place = tmp_path_factory.mktemp("made")
     run_cache(place / "cache", tokens=100, layers="0-1")
-    train.run(TRAINING, cache=place / "cache", output=place / "coder", threads=1, quiet=True)
+    train.run(TRAINING, cache=place / "cache", output=place / "coder", compute=Compute(threads=1, quiet=True))
     make_tables(place / "tables", d_sae=8)
     for number in (1, 2):
         publish_tables(place / f"tables{number}", [feature_row(0, max=float(number))], [example_row(0)])

@@ -17,6 +17,7 @@ from tailrace.pipeline.circuit.question import Question
 from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.settings import ModelScoreSettings
@@ -42,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         TrainSettings.read(settings, {"steps": 40, "batch_rows": 64}),
         cache=place / "cache",
         output=place / "across",
-        quiet=True,
+        compute=Compute(quiet=True),
     )
     return place
 
@@ -55,7 +56,9 @@ def test_scores_on_the_way_are_those_of_an_evaluation(made: Path, tmp_path: Path
         for name, kind in (("plain", {"kind": "none"}), ("resampled", resampling))
     }
     scores = ModelScoreSettings(evaluate_model_every=5, evaluate_model_contexts=3)
-    swept = sweep.run(runs, cache=made / "cache", output=tmp_path / "sweep", quiet=True, model_scores=scores)
+    swept = sweep.run(
+        runs, cache=made / "cache", output=tmp_path / "sweep", compute=Compute(quiet=True), model_scores=scores
+    )
     plain, resampled = swept.runs
     evaluation = evaluated(made, tmp_path / "evaluation", swept.path / plain.path).scores[ALL_SITES]
     assert plain.metrics["model"]["ce_spliced"] == pytest.approx(evaluation.spliced.ce, abs=1e-5)

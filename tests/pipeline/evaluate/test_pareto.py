@@ -16,6 +16,7 @@ from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.pareto import Point, as_json, collect, front, lines
 from tailrace.pipeline.evaluate.pareto_plot import COLOURS, style, table, write_plot
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand, read_grid
@@ -125,9 +126,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("pareto")
     run_cache(place / "cache", layers="0")
     runs = expand(read_grid(["k=2,4,8", "lr=1e-3,2e-2"], None), _read)
-    sweep.run(runs, cache=place / "cache", output=place / "sweep", threads=1, quiet=True)
+    sweep.run(runs, cache=place / "cache", output=place / "sweep", compute=Compute(threads=1, quiet=True))
     relu = TrainSettings.read(BASE, {"architecture": {"kind": "relu", "l1": 0.01}})
-    train.run(relu, cache=place / "cache", output=place / "relu", threads=1, quiet=True)
+    train.run(relu, cache=place / "cache", output=place / "relu", compute=Compute(threads=1, quiet=True))
     evaluate.run(
         EvaluateSettings(contexts=3, contexts_per_batch=3),
         transcoders=[place / "sweep" / "runs" / "k=4,lr=0.02"],
@@ -156,7 +157,7 @@ def test_points_have_the_numbers_of_their_manifests_and_evaluations(made: Path) 
 
 def test_lines_are_told_apart_by_what_their_transcoders_differ_in(made: Path, tmp_path: Path) -> None:
     skip = TrainSettings.read(BASE, {"architecture": {"kind": "topk", "k": 2, "skip": True}})
-    train.run(skip, cache=made / "cache", output=tmp_path / "skip", threads=1, quiet=True)
+    train.run(skip, cache=made / "cache", output=tmp_path / "skip", compute=Compute(threads=1, quiet=True))
     alone = collect([tmp_path / "skip"])
     assert [one.group for one in alone] == ["topk"]
     groups = lines(collect([tmp_path / "skip", made / "relu", made / "sweep"]), "fvu")
@@ -190,6 +191,6 @@ def test_a_diverged_run_is_left_out_with_a_warning(
 ) -> None:
     bad = TrainSettings.read(BASE, {"lr": 1e39})
     runs = {"good": TrainSettings.read(BASE), "bad": bad}
-    sweep.run(runs, cache=made / "cache", output=tmp_path / "s", threads=1, quiet=True)
+    sweep.run(runs, cache=made / "cache", output=tmp_path / "s", compute=Compute(threads=1, quiet=True))
     assert [one.name for one in pareto.collect([tmp_path / "s"])] == ["good"]
     assert "run bad diverged and is left out" in caplog.text

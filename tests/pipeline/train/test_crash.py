@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import CHECKPOINT_STEPS, SETTINGS, results
@@ -24,7 +25,7 @@ def run_training(cache: Path, output: Path, kill: Kill | None = None) -> None:
         die_at(kill)
     torch.set_num_threads(1)
     settings = TrainSettings.read(SETTINGS)
-    train.run(settings, cache=cache, output=output, quiet=True, checkpoint_steps=CHECKPOINT_STEPS)
+    train.run(settings, cache=cache, output=output, compute=Compute(quiet=True), checkpoint_steps=CHECKPOINT_STEPS)
 
 
 def run_in_child(cache: Path, output: Path, kill: Kill | None = None, seconds: float | None = None) -> int:

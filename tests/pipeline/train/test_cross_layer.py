@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tailrace.pipeline.artifacts.info_stage import summarise
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.sources import CacheSource, choose_sites
@@ -72,7 +73,7 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResul
 
 def train_on(cache: Path, output: Path, **changes: Any) -> TrainResult:
     settings = TrainSettings.read(SETTINGS, {name: value for name, value in changes.items() if name != "run"})
-    return train.run(settings, cache=cache, output=output, quiet=True, **changes.get("run", {}))
+    return train.run(settings, cache=cache, output=output, compute=Compute(quiet=True), **changes.get("run", {}))
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def test_features_that_write_to_later_layers_explain_what_a_layer_alone_cannot(
         ),
         cache=cache,
         output=tmp_path / "alone",
-        quiet=True,
+        compute=Compute(quiet=True),
     )
     inputs, outputs = rows(2, N_HELDOUT)[hooks(1)]
     by_itself = fvu(outputs, load_transcoder(alone.path)(torch.from_numpy(inputs)).numpy())
@@ -229,7 +230,7 @@ def test_sites_are_named_one_by_one_or_as_a_range(tmp_path: Path) -> None:
         choose_sites(TrainSettings.read(SETTINGS, {"site": "layer0-2"}), source)
     settings = TrainSettings.read(SETTINGS, {"cross_layer": False, "site": "layer0,layer1"})
     with pytest.raises(SettingsError, match="names several; that is for --cross-layer"):
-        train.run(settings, cache=cache, output=tmp_path / "t", quiet=True)
+        train.run(settings, cache=cache, output=tmp_path / "t", compute=Compute(quiet=True))
 
 
 def test_a_loader_of_one_layer_says_that_it_is_another_kind(trained: TrainResult) -> None:
@@ -242,9 +243,9 @@ def test_a_sweep_of_both_kinds_ends_with_what_each_run_makes_alone(
 ) -> None:
     alone = TrainSettings.read(SETTINGS, {"cross_layer": False, "site": hooks(1), "snapshots": 1})
     runs = {"across": TrainSettings.read(SETTINGS, {"snapshots": 1}), "alone": alone}
-    result = sweep.run(runs, cache=cache, output=tmp_path / "sweep", quiet=True)
+    result = sweep.run(runs, cache=cache, output=tmp_path / "sweep", compute=Compute(quiet=True))
     assert [one.settings["site"] for one in result.runs] == [f"{hooks(0)},{hooks(1)}", hooks(1)]
-    train.run(alone, cache=cache, output=tmp_path / "alone", quiet=True)
+    train.run(alone, cache=cache, output=tmp_path / "alone", compute=Compute(quiet=True))
     for name, path in (("across", trained.path), ("alone", tmp_path / "alone")):
         for file in ("weights.safetensors", "metrics.jsonl", "manifest.json"):
             swept = (tmp_path / "sweep" / "runs" / name / file).read_bytes()
@@ -255,7 +256,7 @@ def test_a_run_starts_from_a_published_one_and_keeps_what_it_was(
     cache: Path, trained: TrainResult, tmp_path: Path
 ) -> None:
     same = TrainSettings.read(SETTINGS, {"steps": 1, "lr": 1e-9})
-    result = train.run(same, cache=cache, output=tmp_path / "t", quiet=True, start_from=trained.path)
+    result = train.run(same, cache=cache, output=tmp_path / "t", compute=Compute(quiet=True), start_from=trained.path)
     before, after = (load_cross_layer(path) for path in (trained.path, result.path))
     for name, value in before.state_dict().items():
         if name != "log_threshold":  # moves on with the first batch
@@ -268,7 +269,7 @@ def test_a_run_starts_from_a_published_one_and_keeps_what_it_was(
             TrainSettings.read(SETTINGS, {"cross_layer": False, "site": hooks(1), "d_sae": 12}),
             cache=cache,
             output=tmp_path / "u",
-            quiet=True,
+            compute=Compute(quiet=True),
             start_from=trained.path,
         )
     for wanted in ("layers:", "has 2, asked for 'one, by itself'", "d_sae:", "has 24, asked for 12"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import layer_set as circuits_model
 from tailrace.pipeline.train.settings import CircuitsModelSettings
 from tests.support.notebooks import run_notebook
@@ -23,7 +24,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     settings = CircuitsModelSettings(
         model=model, dataset=text, tokens=8000, holdout="3", d_sae=256, k=16, steps=100, batch_rows=512, lr=2e-3
     )
-    made = circuits_model.run(settings, output=tmp_path_factory.mktemp("set"), threads=1, quiet=True)
+    made = circuits_model.run(settings, output=tmp_path_factory.mktemp("set"), compute=Compute(threads=1, quiet=True))
     prompt = "It is my duty to give to the Congress information of the state of the"
     question = {"prompt": prompt, "answer": " Union", "other": " war", "draws": 39}
     return run_notebook(NOTEBOOK, {"circuits": made.path.parent, "model_folder": model, **question})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import layer_set as circuits_model
 from tailrace.pipeline.train import layer_set_cost as circuits_cost
 from tailrace.pipeline.train.command_layer_set import command
@@ -38,7 +39,7 @@ SETTINGS = CircuitsModelSettings(
 
 def run(output: Path, together: int | None = None, say: Any = lambda _: None) -> circuits_model.CircuitsModelResult:
     return circuits_model.run(
-        SETTINGS, output=output, together=together, threads=1, quiet=True, checkpoint_steps=5, say=say
+        SETTINGS, output=output, together=together, compute=Compute(threads=1, quiet=True), checkpoint_steps=5, say=say
     )
 
 
@@ -156,7 +157,7 @@ def test_a_disk_that_is_too_small_is_refused_with_what_would_fit(
 def test_wrong_settings_are_refused_before_anything_is_cached(tmp_path: Path) -> None:
     wrong = SETTINGS.model_copy(update={"k": 64})
     with pytest.raises(SettingsError, match="64 features per row cannot be chosen from d_sae = 48"):
-        circuits_model.run(wrong, output=tmp_path / "out", quiet=True)
+        circuits_model.run(wrong, output=tmp_path / "out", compute=Compute(quiet=True))
     assert not (tmp_path / "out").exists()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
 from tailrace.pipeline.live.batches import LiveBatches
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.loss_hooks import SplicedLoss
@@ -47,7 +48,9 @@ def settings(**changes: Any) -> TrainSettings:
 
 def run_live(output: Path, live: dict[str, Any] | None = None, **arguments: Any) -> TrainResult:
     chosen = arguments.pop("settings", settings())
-    return train.run(chosen, live=live_settings(**live or {}), output=output, threads=1, quiet=True, **arguments)
+    return train.run(
+        chosen, live=live_settings(**live or {}), output=output, compute=Compute(threads=1, quiet=True), **arguments
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,7 @@ def test_bad_settings_of_a_live_run_leave_nothing_behind(tmp_path: Path) -> None
 
 def test_a_live_sweep_runs_the_model_once_and_equals_runs_alone(trained: TrainResult, tmp_path: Path) -> None:
     runs = {"same": settings(), "other": settings(lr=3e-2, steps=7)}
-    swept = sweep.run(runs, live=live_settings(), output=tmp_path / "s", threads=1, quiet=True)
+    swept = sweep.run(runs, live=live_settings(), output=tmp_path / "s", compute=Compute(threads=1, quiet=True))
     assert differing(results(swept.path / "runs" / "same"), results(trained.path)) == []
     assert not (swept.path / "checkpoints").exists()
 
@@ -175,7 +178,7 @@ def test_a_wrong_run_of_a_live_sweep_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(LiveBatches, "__init__", lambda *_, **__: pytest.fail("the model was loaded"))
     runs = {"right": settings(), "wrong": settings(steps=None), "also": settings(bias_init="geometric_median")}
     with pytest.raises(SettingsError) as refused:
-        sweep.run(runs, live=live_settings(), output=tmp_path / "s", threads=1, quiet=True)
+        sweep.run(runs, live=live_settings(), output=tmp_path / "s", compute=Compute(threads=1, quiet=True))
     assert "wrong: epochs: how many rows the text gives" in str(refused.value)
     assert "also: bias_init: geometric_median" in str(refused.value)
     assert not (tmp_path / "s").exists()
@@ -207,10 +210,12 @@ def test_the_command_trains_live_and_one_seed_feeds_both(tmp_path: Path, capsys:
 
 
 def test_a_run_starts_from_the_weights_of_a_transcoder(cache: Path, tmp_path: Path) -> None:
-    first = train.run(settings(), cache=cache, output=tmp_path / "first", threads=1, quiet=True)
+    first = train.run(settings(), cache=cache, output=tmp_path / "first", compute=Compute(threads=1, quiet=True))
     # one step at a learning rate of next to nothing leaves the weights where they started
     still = settings(steps=1, lr=1e-12)
-    second = train.run(still, cache=cache, output=tmp_path / "second", threads=1, quiet=True, start_from=first.path)
+    second = train.run(
+        still, cache=cache, output=tmp_path / "second", compute=Compute(threads=1, quiet=True), start_from=first.path
+    )
     assert second.metrics["heldout"]["fvu"] == pytest.approx(first.metrics["heldout"]["fvu"], rel=1e-4)
     before, after = load_transcoder(first.path), load_transcoder(second.path)
     rows = torch.from_numpy(np.random.Generator(np.random.Philox(0)).standard_normal((50, 16)).astype(np.float32))
@@ -219,14 +224,16 @@ def test_a_run_starts_from_the_weights_of_a_transcoder(cache: Path, tmp_path: Pa
     digest = json.loads((first.path / "manifest.json").read_text())["digest"]
     assert manifest["request"]["from"] == manifest["inputs"]["transcoder"] == {"digest": digest}
     with pytest.raises(ArtifactMismatch, match="from: is there, not asked for"):
-        train.run(still, cache=cache, output=second.path, threads=1, quiet=True)
+        train.run(still, cache=cache, output=second.path, compute=Compute(threads=1, quiet=True))
 
 
 def test_a_transcoder_of_another_shape_is_refused_with_every_difference(cache: Path, tmp_path: Path) -> None:
-    first = train.run(settings(steps=1), cache=cache, output=tmp_path / "first", threads=1, quiet=True)
+    first = train.run(settings(steps=1), cache=cache, output=tmp_path / "first", compute=Compute(threads=1, quiet=True))
     other = settings(architecture={"kind": "relu", "skip": True}, d_sae=48)
     with pytest.raises(SettingsError) as caught:
-        train.run(other, cache=cache, output=tmp_path / "t", threads=1, quiet=True, start_from=first.path)
+        train.run(
+            other, cache=cache, output=tmp_path / "t", compute=Compute(threads=1, quiet=True), start_from=first.path
+        )
     lines = str(caught.value).splitlines()[1:]
     assert lines == [
         f"  architecture: {first.path} has 'topk', asked for 'relu'",
@@ -241,7 +248,9 @@ def test_a_transcoder_of_another_shape_is_refused_with_every_difference(cache: P
 
 def test_scores_of_the_model_are_those_of_the_hook_and_part_of_the_run(cache: Path, tmp_path: Path) -> None:
     scores = ModelScoreSettings(evaluate_model_every=5, evaluate_model_contexts=3)
-    result = train.run(settings(), cache=cache, output=tmp_path / "t", threads=1, quiet=True, model_scores=scores)
+    result = train.run(
+        settings(), cache=cache, output=tmp_path / "t", compute=Compute(threads=1, quiet=True), model_scores=scores
+    )
     lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if line["split"] == "model"]
     assert [line["step"] for line in found] == [5, 10, 12]
@@ -250,14 +259,14 @@ def test_scores_of_the_model_are_those_of_the_hook_and_part_of_the_run(cache: Pa
     assert {name: found[-1][name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert result.metrics["model"]["ce_recovered"] == found[-1]["ce_recovered"]
     with pytest.raises(ArtifactMismatch, match="model_scores"):
-        train.run(settings(), cache=cache, output=result.path, threads=1, quiet=True)
+        train.run(settings(), cache=cache, output=result.path, compute=Compute(threads=1, quiet=True))
 
 
 def test_dead_features_are_resampled_by_what_rows_cost_the_model(cache: Path, tmp_path: Path) -> None:
     resampling = {"kind": "anthropic", "resample_by": "model_loss", "resample_every": 4, "resample_rows": 32}
     result = train.run(
         settings(resampling=resampling),
-        cache=cache, output=tmp_path / "t", threads=1, quiet=True,
+        cache=cache, output=tmp_path / "t", compute=Compute(threads=1, quiet=True),
     )  # fmt: skip
-    plain = train.run(settings(), cache=cache, output=tmp_path / "plain", threads=1, quiet=True)
+    plain = train.run(settings(), cache=cache, output=tmp_path / "plain", compute=Compute(threads=1, quiet=True))
     assert result.metrics["heldout"] != plain.metrics["heldout"]

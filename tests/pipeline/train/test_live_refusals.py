@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.live_source import names_asked_for
@@ -32,7 +33,9 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(output: Path, live: dict[str, Any] | None = None, **changes: Any) -> list[str]:
     """Return the sentences a run is refused with."""
     with pytest.raises(SettingsError) as caught:
-        train.run(settings(**changes), live=live_settings(**live or {}), output=output, threads=1, quiet=True)
+        train.run(
+            settings(**changes), live=live_settings(**live or {}), output=output, compute=Compute(threads=1, quiet=True)
+        )
     assert not output.exists()
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
@@ -89,13 +92,13 @@ def test_all_that_is_known_before_is_told_at_once(tmp_path: Path) -> None:
 def test_a_text_that_is_not_there_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
     live = live_settings(dataset=str(tmp_path / "nothing.txt"))
     with pytest.raises(TextError, match=r"nothing\.txt"):
-        train.run(settings(), live=live, output=tmp_path / "t", threads=1, quiet=True)
+        train.run(settings(), live=live, output=tmp_path / "t", compute=Compute(threads=1, quiet=True))
 
 
 def test_a_sweep_of_which_every_run_is_refused_loads_nothing_and_names_each(tmp_path: Path) -> None:
     runs = {"a": settings(bias_init="geometric_median"), "b": settings(max_norm_multiple=10)}
     with pytest.raises(SettingsError, match=r"(?s)a: .*bias_init: geometric_median.*b: .*max_norm_multiple: 10"):
-        sweep.run(runs, live=live_settings(), output=tmp_path / "s", threads=1, quiet=True)
+        sweep.run(runs, live=live_settings(), output=tmp_path / "s", compute=Compute(threads=1, quiet=True))
     assert not (tmp_path / "s").exists()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.stage import run
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.errors import ArtifactCorrupt
@@ -79,7 +80,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("whole") / "transcoder"
     # without a single checkpoint, so that nothing of the result comes from one
-    run(TrainSettings.read(SETTINGS), cache=cache, output=output, quiet=True, checkpoint_steps=10**9)
+    run(TrainSettings.read(SETTINGS), cache=cache, output=output, compute=Compute(quiet=True), checkpoint_steps=10**9)
     return results(output)
 
 
@@ -120,11 +121,11 @@ def test_a_run_interrupted_in_process_ends_with_the_same_bytes(
             settings,
             cache=cache,
             output=output,
-            quiet=True,
+            compute=Compute(quiet=True),
             checkpoint_steps=CHECKPOINT_STEPS,
             hooks=[(1, interrupt)],
         )
-    run(settings, cache=cache, output=output, quiet=True, checkpoint_steps=CHECKPOINT_STEPS)
+    run(settings, cache=cache, output=output, compute=Compute(quiet=True), checkpoint_steps=CHECKPOINT_STEPS)
     assert results(output) == uninterrupted
 
 
@@ -151,8 +152,15 @@ def test_a_damaged_checkpoint_is_named_and_not_skipped(cache: Path, tmp_path: Pa
 
     settings = TrainSettings.read(SETTINGS)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, cache=cache, output=output, quiet=True, checkpoint_steps=6, hooks=[(1, interrupt)])
+        run(
+            settings,
+            cache=cache,
+            output=output,
+            compute=Compute(quiet=True),
+            checkpoint_steps=6,
+            hooks=[(1, interrupt)],
+        )
     damaged = output / CHECKPOINTS / "000000018.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(ArtifactCorrupt, match=r"000000018.safetensors.*delete it to continue"):
-        run(settings, cache=cache, output=output, quiet=True)
+        run(settings, cache=cache, output=output, compute=Compute(quiet=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.stage import run
 from tailrace.training.architectures import ARCHITECTURES
 from tailrace.training.architectures.base import Transcoder
@@ -66,7 +67,7 @@ def test_resumed_is_uninterrupted_with_every_option_on(cache: Path, tmp_path: Pa
         if at == INTERRUPTED_AT:
             raise KeyboardInterrupt
 
-    arguments: dict[str, Any] = {"cache": cache, "quiet": True, "checkpoint_steps": CHECKPOINT_STEPS}
+    arguments: dict[str, Any] = {"cache": cache, "compute": Compute(quiet=True), "checkpoint_steps": CHECKPOINT_STEPS}
     run(settings, output=tmp_path / "whole", **{**arguments, "checkpoint_steps": 10**9})
     with pytest.raises(KeyboardInterrupt):
         run(settings, output=tmp_path / "resumed", hooks=[(1, interrupt)], **arguments)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tailrace.pipeline.artifacts.info_stage import summarise
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.stage import TrainResult, run
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
@@ -41,7 +42,7 @@ QUICK: dict[str, Any] = {
 
 
 def train_on(cache: Path, output: Path, **changes: Any) -> TrainResult:
-    return run(TrainSettings.read(QUICK, changes), cache=cache, output=output, quiet=True)
+    return run(TrainSettings.read(QUICK, changes), cache=cache, output=output, compute=Compute(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -155,16 +156,23 @@ def test_fresh_throws_away_an_unfinished_run_but_never_a_published_one(
     output = tmp_path / "transcoder"
     settings = TrainSettings.read(QUICK)
     with pytest.raises(KeyboardInterrupt):
-        run(settings, cache=cache, output=output, quiet=True, checkpoint_steps=5, hooks=[(11, interrupt)])
+        run(
+            settings,
+            cache=cache,
+            output=output,
+            compute=Compute(quiet=True),
+            checkpoint_steps=5,
+            hooks=[(11, interrupt)],
+        )
     with pytest.raises(ArtifactIncomplete):
         load_transcoder(output)
     assert summarise(output)["steps kept"] == 10
     other = TrainSettings.read(QUICK, {"lr": 0.02})
     with pytest.raises(ArtifactMismatch, match="or throw it away with --fresh"):
-        run(other, cache=cache, output=output, quiet=True)
-    assert run(other, cache=cache, output=output, quiet=True, fresh=True).metrics["steps"] == 60
+        run(other, cache=cache, output=output, compute=Compute(quiet=True))
+    assert run(other, cache=cache, output=output, compute=Compute(quiet=True), fresh=True).metrics["steps"] == 60
     with pytest.raises(ArtifactMismatch, match="is published"):
-        run(settings, cache=cache, output=trained.path, quiet=True, fresh=True)
+        run(settings, cache=cache, output=trained.path, compute=Compute(quiet=True), fresh=True)
 
 
 def test_a_misspelt_site_is_answered_with_the_near_ones(cache: Path, tmp_path: Path) -> None:
@@ -184,12 +192,22 @@ def test_a_cache_of_several_sites_wants_one_chosen(tmp_path: Path) -> None:
 
 def test_an_unknown_device_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--device abacus"):
-        run(TrainSettings.read(QUICK), cache=cache, output=tmp_path / "transcoder", device="abacus", quiet=True)
+        run(
+            TrainSettings.read(QUICK),
+            cache=cache,
+            output=tmp_path / "transcoder",
+            compute=Compute(device="abacus", quiet=True),
+        )
 
 
 def test_threads_are_given_back(cache: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    run(TrainSettings.read(QUICK), cache=cache, output=tmp_path / "transcoder", threads=before + 1, quiet=True)
+    run(
+        TrainSettings.read(QUICK),
+        cache=cache,
+        output=tmp_path / "transcoder",
+        compute=Compute(threads=before + 1, quiet=True),
+    )
     assert torch.get_num_threads() == before
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand
 from tailrace.storage.errors import NonFiniteActivation
@@ -52,7 +53,9 @@ def run_sweep(cache: Path, output: Path, kill: Kill | None = None, checkpoint_st
         die_at(kill)
     torch.set_num_threads(1)
     hooks = [(1, diverge)]
-    sweep.run(runs(), cache=cache, output=output, quiet=True, checkpoint_steps=checkpoint_steps, hooks=hooks)
+    sweep.run(
+        runs(), cache=cache, output=output, compute=Compute(quiet=True), checkpoint_steps=checkpoint_steps, hooks=hooks
+    )
 
 
 def run_in_child(cache: Path, output: Path, kill: Kill | None = None, seconds: float | None = None) -> int:
@@ -164,7 +167,9 @@ def test_runs_that_have_ended_are_not_trained_again(cache: Path, tmp_path: Path)
             raise KeyboardInterrupt
 
     def run() -> None:
-        sweep.run(runs(), cache=cache, output=output, quiet=True, checkpoint_steps=4, hooks=[(1, interrupt)])
+        sweep.run(
+            runs(), cache=cache, output=output, compute=Compute(quiet=True), checkpoint_steps=4, hooks=[(1, interrupt)]
+        )
 
     with pytest.raises(KeyboardInterrupt):
         run()

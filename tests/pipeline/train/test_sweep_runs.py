@@ -13,6 +13,7 @@ import pytest
 from tailrace.pipeline.artifacts.info_stage import describe as describe_artifact
 from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.query import stage as query
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand, read_grid
@@ -44,7 +45,7 @@ def settings(**changes: Any) -> TrainSettings:
 
 
 def run_sweep(runs: dict[str, TrainSettings], cache: Path, output: Path, **arguments: Any) -> SweepResult:
-    return sweep.run(runs, cache=cache, output=output, threads=1, quiet=True, **arguments)
+    return sweep.run(runs, cache=cache, output=output, compute=Compute(threads=1, quiet=True), **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def swept(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
 def test_every_run_is_byte_for_byte_what_it_would_be_alone(
     swept: SweepResult, cache: Path, tmp_path: Path, name: str
 ) -> None:
-    alone = train.run(RUNS[name], cache=cache, output=tmp_path / "alone", threads=1, quiet=True)
+    alone = train.run(RUNS[name], cache=cache, output=tmp_path / "alone", compute=Compute(threads=1, quiet=True))
     assert results(swept.path / "runs" / name) == results(alone.path)
     load_transcoder(swept.path / "runs" / name)
 
@@ -155,7 +156,7 @@ def test_runs_on_different_sites_share_a_stream(tmp_path: Path) -> None:
     runs = expand(read_grid(["site=a,b"], None), lambda point: settings(**point))
     swept = run_sweep(runs, cache, tmp_path / "sweep")
     assert [one.name for one in swept.runs] == ["site=a", "site=b"]
-    alone = train.run(runs["site=b"], cache=cache, output=tmp_path / "alone", threads=1, quiet=True)
+    alone = train.run(runs["site=b"], cache=cache, output=tmp_path / "alone", compute=Compute(threads=1, quiet=True))
     assert results(swept.path / "runs" / "site=b") == results(alone.path)
 
 
@@ -182,7 +183,7 @@ def test_a_diverging_run_stops_alone_and_keeps_its_last_checkpoints(cache: Path,
     assert not (swept.path / "runs" / "bad" / "manifest.json").exists()
     row = read_table(swept.path / "runs.parquet").to_pylist()[1]
     assert (row["status"], row["heldout_fvu"], row["n_steps"]) == ("diverged", None, bad.metrics["steps"])
-    alone = train.run(settings(), cache=cache, output=tmp_path / "alone", threads=1, quiet=True)
+    alone = train.run(settings(), cache=cache, output=tmp_path / "alone", compute=Compute(threads=1, quiet=True))
     assert results(swept.path / "runs" / "good") == results(alone.path)
 
 
@@ -199,7 +200,7 @@ def test_when_all_runs_diverge_nothing_is_published(cache: Path, tmp_path: Path)
 def test_weights_that_are_not_finite_after_the_last_step_are_not_published(cache: Path, tmp_path: Path) -> None:
     bad = diverging().model_copy(update={"steps": 1, "lr": 1e39})
     with pytest.raises(NonFiniteActivation):
-        train.run(bad, cache=cache, output=tmp_path / "alone", threads=1, quiet=True)
+        train.run(bad, cache=cache, output=tmp_path / "alone", compute=Compute(threads=1, quiet=True))
     assert not (tmp_path / "alone" / "manifest.json").exists()
 
 
@@ -316,7 +317,7 @@ def test_the_command_sweeps_and_prints_a_line_per_run(
     config.write_text("architecture: {kind: topk, k: 3}\nlr: 1e-2\n")
     plain = train.run(
         TrainSettings(architecture={"kind": "topk", "k": 3}, d_sae=24, batch_rows=64, steps=4, lr=1e-2),
-        cache=cache, output=tmp_path / "plain", threads=1, quiet=True,
+        cache=cache, output=tmp_path / "plain", compute=Compute(threads=1, quiet=True),
     )  # fmt: skip
     again = command(
         capsys, "train", cache, "--config", config, "--sweep", "seed=0,1", *base[:-1], tmp_path / "configured"

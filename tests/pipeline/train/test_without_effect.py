@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.training_caches import small_cache
@@ -42,5 +43,5 @@ def test_training_says_so_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureF
     settings = TrainSettings.model_validate(
         {"d_sae": 8, "steps": 2, "batch_rows": 64, "warmup_steps": 5, "architecture": {"kind": "topk", "k": 2}}
     )
-    train.run(settings, cache=small_cache(tmp_path / "cache"), output=tmp_path / "out", quiet=True)
+    train.run(settings, cache=small_cache(tmp_path / "cache"), output=tmp_path / "out", compute=Compute(quiet=True))
     assert "warmup_steps 5 is as long as the run of 2 steps" in caplog.text

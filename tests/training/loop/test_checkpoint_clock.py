@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import sweep
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.checkpoint import (
@@ -127,7 +128,9 @@ def train(cache: Path, output: Path, seconds: Seconds | None = None, stop_at: in
             raise KeyboardInterrupt
 
     hooks = [(1, pass_time)]
-    sweep.run(runs, cache=cache, output=output, quiet=True, checkpoint_steps=NEVER, hooks=hooks, threads=1)
+    sweep.run(
+        runs, cache=cache, output=output, compute=Compute(quiet=True, threads=1), checkpoint_steps=NEVER, hooks=hooks
+    )
 
 
 def test_runs_side_by_side_share_one_clock_and_end_with_the_same_bytes_whenever_it_strikes(

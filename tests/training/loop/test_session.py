@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.stage import TrainResult, run
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
@@ -50,7 +51,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     output = tmp_path_factory.mktemp("trained") / "transcoder"
-    return run(TrainSettings.read(QUICK), cache=cache, output=output, quiet=True)
+    return run(TrainSettings.read(QUICK), cache=cache, output=output, compute=Compute(quiet=True))
 
 
 def lines(path: Path, split: str) -> list[dict[str, Any]]:
@@ -76,7 +77,7 @@ def test_every_weights_file_has_its_log_frequencies_beside_it_and_all_are_part_o
 def test_frequencies_are_defined_before_the_first_window_is_complete(cache: Path, tmp_path: Path) -> None:
     # so that a run shorter than a window has them too
     settings = TrainSettings.read(QUICK, {"steps": 3, "snapshots": 2, "evaluate_every": 1})
-    path = run(settings, cache=cache, output=tmp_path / "transcoder", quiet=True).path
+    path = run(settings, cache=cache, output=tmp_path / "transcoder", compute=Compute(quiet=True)).path
     assert verify_artifact(path, "transcoder") == []
     for name in ("weights", "best", "snapshots/000000001", "snapshots/000000002"):
         assert load_file(path / log_sparsity_name(f"{name}.safetensors"))["log_feature_sparsity"].isfinite().all()
@@ -109,7 +110,7 @@ def test_training_lines_agree_with_themselves_under_both_sets_of_names(trained: 
 
 def test_fvu_of_a_batch_of_all_rows_is_the_loss_in_units_of_their_variance(cache: Path, tmp_path: Path) -> None:
     settings = TrainSettings.read(QUICK, {"steps": 4, "batch_rows": 640, "log_every": 2, "snapshots": 0})
-    path = run(settings, cache=cache, output=tmp_path / "transcoder", quiet=True).path
+    path = run(settings, cache=cache, output=tmp_path / "transcoder", compute=Compute(quiet=True)).path
     for line in lines(path, "train"):
         assert line["fvu"] == pytest.approx(line["reconstruction"], rel=1e-4)
 
@@ -117,7 +118,7 @@ def test_fvu_of_a_batch_of_all_rows_is_the_loss_in_units_of_their_variance(cache
 def test_best_weights_have_the_lowest_score_of_all_on_the_same_rows(cache: Path, tmp_path: Path) -> None:
     # a learning rate that grows too large: the best step is not the last
     settings = TrainSettings.read(QUICK, {"lr": 3.0, "warmup_steps": 50, "decay_steps": 0})
-    result = run(settings, cache=cache, output=tmp_path / "transcoder", quiet=True)
+    result = run(settings, cache=cache, output=tmp_path / "transcoder", compute=Compute(quiet=True))
     best = result.metrics["best"]
     scored = {line["step"]: line["fvu"] for line in lines(result.path, "heldout") if line["step"] < 50}
     assert best["step"] == min(scored, key=lambda step: scored[step]) < 40
@@ -190,4 +191,4 @@ def test_resampled_features_are_logged_once_even_across_a_resume(tmp_path: Path)
 def test_keeping_the_best_without_held_out_rows_is_refused_before_training(tmp_path: Path) -> None:
     cache = publish_cache(tmp_path / "cache", {"mlp": {"train": random_rows(1, 128, 6, 5)}})
     with pytest.raises(SettingsError, match="keep_best needs held-out rows"):
-        run(TrainSettings.read(QUICK), cache=cache, output=tmp_path / "transcoder", quiet=True)
+        run(TrainSettings.read(QUICK), cache=cache, output=tmp_path / "transcoder", compute=Compute(quiet=True))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.stage import TrainResult, run
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_format import Site
@@ -53,7 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_on(cache: Path, output: Path, **changes: Any) -> TrainResult:
-    return run(TrainSettings.read(SETTINGS, changes), cache=cache, output=output, quiet=True)
+    return run(TrainSettings.read(SETTINGS, changes), cache=cache, output=output, compute=Compute(quiet=True))
 
 
 def statistics_of(batch: Batch) -> dict[Side, SiteStatistics]:
@@ -177,6 +178,13 @@ def test_a_run_interrupted_and_continued_learns_from_the_same_rows(cache: Path, 
 
     settings = TrainSettings.read(SETTINGS, {"max_norm_multiple": 10})
     with pytest.raises(KeyboardInterrupt):
-        run(settings, cache=cache, output=tmp_path / "cut", quiet=True, checkpoint_steps=20, hooks=[(40, interrupt)])
+        run(
+            settings,
+            cache=cache,
+            output=tmp_path / "cut",
+            compute=Compute(quiet=True),
+            checkpoint_steps=20,
+            hooks=[(40, interrupt)],
+        )
     whole, cut = (train_on(cache, tmp_path / name, max_norm_multiple=10).path for name in ("whole", "cut"))
     assert (whole / "weights.safetensors").read_bytes() == (cut / "weights.safetensors").read_bytes()

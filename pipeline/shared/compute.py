@@ -1,17 +1,40 @@
-"""Where tensors are computed: the device by name, and how many threads of a CPU."""
+"""Where and with how much a stage computes: the device by name, how many threads of a CPU, and progress bars."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tailrace.storage.errors import SettingsError
+
+if TYPE_CHECKING:  # commands import this module, and torch takes seconds
+    import torch
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and with how much a stage computes, and whether it shows progress; it decides nothing about a result."""
+
+    device: str = "cpu"
+    threads: int | None = None
+    """CPU threads of torch; its own choice if None."""
+    quiet: bool = False
+    """Show no progress."""
+
+    @contextmanager
+    def opened(self) -> Iterator[torch.device]:
+        """Yield the device, with torch held to ``threads`` inside; raise SettingsError if the device is not here."""
+        device = open_device(self.device)
+        with limited_threads(self.threads):
+            yield device
 
 
 def open_device(name: str) -> torch.device:
     """Return the device called ``name``; raise SettingsError if it does not exist here."""
+    import torch
+
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -27,6 +50,8 @@ def open_device(name: str) -> torch.device:
 @contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
     """Use ``threads`` CPU threads inside; as many as torch likes if None."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
