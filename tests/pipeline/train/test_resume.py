@@ -40,6 +40,7 @@ CHILD = f"""
 import os, signal, sys
 from pathlib import Path
 import tailrace.training.architectures.transcoder
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.stage import run
 from tailrace.training.loop.settings import TrainSettings
 
@@ -59,7 +60,7 @@ def save_half(tensors, path, metadata):
 
 tailrace.training.architectures.transcoder.save_file = save_half
 settings = TrainSettings.read({SETTINGS!r})
-run(settings, cache=cache, output=output, quiet=True, checkpoint_steps={CHECKPOINT_STEPS}, hooks=[(1, kill)])
+run(settings, cache=cache, output=output, compute=Compute(quiet=True), checkpoint_steps={CHECKPOINT_STEPS}, hooks=[(1, kill)])
 strangers = {{"transformers", "transformer_lens", "datasets"}} & sys.modules.keys()
 assert not strangers, f"training imported {{strangers}}"
 """
