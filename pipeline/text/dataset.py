@@ -24,6 +24,7 @@ from tailrace.pipeline.text.files import (
     near_paths,
     offer_zstandard,
 )
+from tailrace.pipeline.text.json_rows import JsonExamples
 from tailrace.pipeline.text.settings import MIN_WINDOW, TextSettings
 from tailrace.pipeline.text.stream import (
     HTTP_ERROR,
@@ -80,7 +81,7 @@ def _open_local(settings: TextSettings) -> tuple[Any, Column, dict[str, JSON], T
         )
     unit = settings.text_unit or "document"
     try:
-        examples = load_text_files(files, unit)
+        examples = JsonExamples(files) if files.format == "json" else load_text_files(files, unit)
         column = _find_column(examples, settings)
     except StopIteration as error:
         raise empty_dataset(settings.dataset) from error
@@ -98,7 +99,7 @@ def _find_column(examples: Any, settings: TextSettings) -> Column:
     rows = list(examples.take(MIN_WINDOW))
     if not rows:
         raise empty_dataset(settings.dataset)
-    return choose_column(infer_schema(rows, settings.dataset), settings.column, settings.dataset)
+    return choose_column(infer_schema(rows), settings.column, settings.dataset)
 
 
 def find_commit(dataset: str, revision: str | None, sleep: Callable[[float], None]) -> str:
@@ -198,12 +199,28 @@ def kind_of(column_type: pa.DataType) -> Kind | None:
     return None
 
 
-def infer_schema(rows: list[dict[str, Any]], dataset: str) -> pa.Schema:
-    """Return the Arrow schema of the first rows of a dataset that declares none; raise TextError if they disagree."""
+def infer_schema(rows: list[dict[str, Any]]) -> pa.Schema:
+    """Return the Arrow types of the first rows of a dataset that declares none, each column judged by itself."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pa.schema([(name, _infer_type([row.get(name) for row in rows])) for name in names])
+
+
+def _infer_type(values: list[Any]) -> pa.DataType:
+    """Return the type that all values share; where they share none, that of the first text or list of token ids.
+
+    The row that differs is then named when its turn comes.
+    """
     try:
-        return pa.Table.from_pylist(rows).schema
-    except pa.ArrowException as error:
-        raise TextError(f"{dataset}: its first {len(rows)} rows disagree about a column's type ({error})") from error
+        return pa.array(values).type
+    except (pa.ArrowException, OverflowError):
+        usable: list[Any] = [value for value in values if isinstance(value, str)]
+        usable = usable or [
+            value for value in values if isinstance(value, list) and value and all(type(item) is int for item in value)
+        ]
+        try:
+            return pa.array(usable[:1]).type
+        except (pa.ArrowException, OverflowError):
+            return pa.null()
 
 
 def _refusal(schema: pa.Schema, kinds: dict[str, Kind], wanted: str | None, dataset: str) -> str:

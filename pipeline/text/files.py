@@ -86,8 +86,7 @@ def load_text_files(files: TextFiles, text_unit: str) -> Any:
     if any(path.suffix.lower() == ".zst" for path in files.paths):
         offer_zstandard()
     options: dict[Format, dict[str, Any]] = {
-        "text": {"sample_by": text_unit},
-        "json": {},
+        "text": {"sample_by": text_unit, "encoding": "utf-8-sig"},  # editors of Windows write a byte order mark
         # Left alone, `datasets` takes the size of the first row group, and fails where that is empty.
         "parquet": {"batch_size": 1024},
     }
@@ -122,10 +121,14 @@ def _matching_files(dataset: str) -> list[Path]:
     if os.path.isfile(expanded):
         return [Path(expanded).absolute()]
     if os.path.isdir(expanded):
-        inside = (Path(folder, name) for folder, _, names in os.walk(expanded) for name in names)
-        return sorted(path.absolute() for path in inside if not path.name.startswith("."))
+        inside = (path for path in Path(expanded).rglob("*") if not _is_hidden(path.relative_to(expanded)))
+        return sorted(path.absolute() for path in inside if path.is_file())
     matches = (Path(name) for name in glob.glob(expanded, recursive=True))
     return sorted(path.absolute() for path in matches if path.is_file())
+
+
+def _is_hidden(below: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in below.parts)
 
 
 def _no_text_file(dataset: str, matching: list[Path]) -> str:

@@ -23,6 +23,7 @@ import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from tailrace.pipeline.text.files import TextFiles, describe_text_files
+from tailrace.pipeline.text.json_rows import JsonExamples
 from tailrace.pipeline.text.settings import MIN_WINDOW
 from tailrace.storage.artifact import JSON
 from tailrace.storage.errors import TextError
@@ -206,8 +207,9 @@ class DocumentReader:
         if self._stream.kind == "tokens" and isinstance(value, list) and all(type(token) is int for token in value):
             return Document(index, None, value)
         wanted = "text" if self._stream.kind == "text" else "a list of whole numbers"
+        where = self._stream.examples.location or self._stream.name
         raise TextError(
-            f"{self._stream.name}: document {index} holds {_show(value)} in column {self._stream.examples.column!r}, "
+            f"{where}: document {index} holds {_show(value)} in column {self._stream.examples.column!r}, "
             f"wanted {wanted}; repair or remove that row, or pass --column to read another"
         )
 
@@ -220,7 +222,7 @@ def empty_dataset(name: str) -> TextError:
 def _show(value: object) -> str:
     if value is None:
         return "nothing (null)"
-    if isinstance(value, list):
+    if isinstance(value, list) and any(type(item) is not int for item in value):
         wrong = next(item for item in value if type(item) is not int)
         return f"a list with {wrong!r:.60}"
     return f"{value!r:.60}"
@@ -244,6 +246,8 @@ class TextExamples:
     def rewind(self, state: JSON | None, index: int) -> None:
         """Go to ``state`` (the start if None), where the document numbered ``index`` lies."""
         self._mark = self._beginning if state is None else state
+        if "shard_idx" not in self._mark and isinstance(self._examples, JsonExamples):
+            self._mark = self._examples.rows_before(index)  # a state that `datasets` wrote in an older cache
         self._mark_index = index
         self._taken = 0
         self._iterator: Iterator[dict[str, Any]] | None = None
@@ -286,7 +290,12 @@ class TextExamples:
         if example is None:
             return END
         self._taken += 1
-        return example[self.column]
+        return example.get(self.column)
+
+    @property
+    def location(self) -> str:
+        """File, row and line of the last value where they are known; else nothing."""
+        return self._examples.location if isinstance(self._examples, JsonExamples) else ""
 
     def _unreadable(self, error: BaseException) -> TextError:
         path = self._current_file()

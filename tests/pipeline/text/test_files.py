@@ -181,12 +181,12 @@ def test_damaged_file_is_named_and_not_retried(tmp_path, name):
 def test_damaged_file_among_others_is_named_with_the_document(tmp_path):
     write_texts(tmp_path / "a.jsonl", 20)
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(TextError, match=r"b.jsonl: cannot be read at document 20 of the dataset"):
+    with pytest.raises(TextError, match=r"b.jsonl: cannot be read at document 21 of the dataset .line 2"):
         texts_of(open_text(tmp_path))
 
 
-def test_files_with_other_columns_are_refused(tmp_path):
+def test_row_without_the_column_is_refused(tmp_path):
     write_texts(tmp_path / "a.jsonl", 3)
     write_jsonl(tmp_path / "b.jsonl", [{"body": "x"}])
-    with pytest.raises(TextError, match=r"b.jsonl: cannot be read at document 3 .*column names don't match"):
+    with pytest.raises(TextError, match=r"b.jsonl, row 1 .line 1.: document 3 holds nothing"):
         texts_of(open_text(tmp_path))

@@ -1,0 +1,141 @@
+"""Text as people have it: every value is read as its file says, or refused with its row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tailrace.storage.errors import TextError
+from tests.support.text_files_written import open_text, texts_of, write_jsonl
+
+CASES = Path(__file__).parent / "cases"
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=2), inner, max_size=3),
+    max_leaves=4,
+)
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+
+
+def read_until_refused(path):
+    read = []
+    try:
+        for document in open_text(path, column="text"):
+            read.append(document.text)
+    except TextError as error:
+        return read, str(error)
+    return read, None
+
+
+# One number among the texts (case 01)
+
+
+def test_number_among_texts_is_named_and_no_text_is_spelled_anew(monkeypatch):
+    monkeypatch.setattr("tailrace.pipeline.text.stream.UNSHUFFLED_BLOCK", 1)
+    folder = CASES / "01-json-one-number-rewrites-its-chunk" / "text"
+    rows = [json.loads(line) for name in "ab" for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    read, refusal = read_until_refused(folder)
+    assert read == [row["text"] for row in rows[:3]]
+    assert "b.jsonl, row 2 (line 2): document 3 holds 1861 in column 'text', wanted text" in refusal
+
+
+@given(
+    rows=st.lists(st.tuples(texts, json_values), min_size=1, max_size=8),
+    wrong=st.none() | json_values.filter(lambda value: not isinstance(value, str)),
+    layout=st.sampled_from(["lines", "blank lines", "list", "indented list"]),
+    cut=st.integers(0, 8),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_mixture_is_read_as_python_reads_it_or_refused_at_the_same_row(
+    tmp_path_factory, rows, wrong, layout, cut, data
+):
+    folder = tmp_path_factory.mktemp("mixed")
+    written = [{"text": text, "beside": beside} for text, beside in rows]
+    at = data.draw(st.integers(1, len(rows)))
+    if wrong is not None:
+        written.insert(at, {"text": wrong, "beside": 1})
+    # The first file has the first text, so that the column is one of texts.
+    for name, part in (("a", written[: cut + 1]), ("b", written[cut + 1 :])):
+        if layout.endswith("list"):
+            content = json.dumps(part, indent=1 if layout == "indented list" else None)
+        else:
+            content = ("\n" if layout == "lines" else "\r\n\n").join(json.dumps(row) for row in part) + "\n"
+        (folder / f"{name}.json").write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tailrace.pipeline.text.stream.UNSHUFFLED_BLOCK", 1)
+        patch.setattr("tailrace.pipeline.text.json_rows._READ_BYTES", data.draw(st.integers(1, 30)))
+        read, refusal = read_until_refused(folder)
+    expected = [row["text"] for row in written]
+    if wrong is None:
+        assert (read, refusal) == (expected, None)
+    else:
+        assert read == expected[:at]
+        assert f"document {at} holds" in refusal
+
+
+def test_text_that_looks_like_a_date_stays_as_it_is(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "2020-01-01"}, {"text": "2020-01-01 10:00:00"}])
+    assert texts_of(open_text(tmp_path)) == ["2020-01-01", "2020-01-01 10:00:00"]
+
+
+def test_state_of_an_older_cache_goes_on_at_its_document(tmp_path):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{n}"} for n in range(20)])
+    shuffled = open_text(tmp_path, shuffle_window=16)
+    expected = list(shuffled)[16:]
+    # As written by datasets 4.4 for the state after 16 of these documents.
+    arrow = {"shard_idx": 0, "shard_example_idx": 20, "type": "ArrowExamplesIterable"}
+    rebatched = {
+        "examples_iterable": arrow,
+        "previous_state": {**arrow, "shard_example_idx": 0},
+        "batch_idx": 16,
+        "num_chunks_since_previous_state": 16,
+        "cropped_chunk_length": 0,
+        "type": "RebatchedArrowExamplesIterable",
+    }
+    examples = {"examples_iterable": rebatched, "epoch": 0}
+    state = {"examples": examples, "window": 1, "first_index": 16, "position": 0}
+    assert list(shuffled.read_from(state)) == expected
+
+
+# Columns that nobody reads (case 20)
+
+
+def test_column_that_is_not_read_may_hold_anything():
+    folder = CASES / "20-a-column-that-is-not-read-stops-the-reading" / "text"
+    rows = [json.loads(line) for name in "ab" for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    assert texts_of(open_text(folder)) == [row["text"] for row in rows]
+    assert len(rows) == 4
+
+
+# Hidden folders (case 33)
+
+
+def test_hidden_folders_are_left_out(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "new"}])
+    for hidden in (".ipynb_checkpoints", "__MACOSX", ".git/deep"):
+        (tmp_path / hidden).mkdir(parents=True)
+        write_jsonl(tmp_path / hidden / "a.jsonl", [{"text": "old"}])
+    assert texts_of(open_text(tmp_path)) == ["new"]
+
+
+# A byte order mark (case 34)
+
+
+def test_byte_order_mark_is_no_text():
+    folder = CASES / "34-byte-order-mark-becomes-tokens" / "text"
+    texts = [(folder / name).read_text(encoding="utf-8-sig") for name in ("a.txt", "b.txt")]
+    assert (folder / "a.txt").read_bytes().startswith(b"\xef\xbb\xbf")
+    assert texts_of(open_text(folder)) == texts
+
+
+def test_byte_order_mark_before_json_is_no_text(tmp_path):
+    for name, content in (("a.json", '{"text": "a"}\n'), ("b.json", '[{"text": "b"}]')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert texts_of(open_text(tmp_path)) == ["a", "b"]
