@@ -54,6 +54,12 @@ def find_text_files(dataset: str) -> TextFiles:
     Raises TextError if there is none, naming near matches, or if the files are of several formats.
     """
     matching = _matching_files(dataset)
+    if saved := next((path for path in matching if _is_saved_dataset(path)), None):
+        raise TextError(
+            f"{dataset}: {saved.parent} is a folder of Dataset.save_to_disk, whose .json files describe the dataset "
+            "and hold no text; write it with datasets.load_from_disk(folder).to_parquet(file), or to_json, and pass "
+            "that file"
+        )
     formats: list[Format] = sorted({kind for path in matching if (kind := format_of(path)) is not None})
     if not formats:
         raise TextError(_no_text_file(dataset, matching))
@@ -125,6 +131,10 @@ def _matching_files(dataset: str) -> list[Path]:
         return sorted(path.absolute() for path in inside if path.is_file())
     matches = (Path(name) for name in glob.glob(expanded, recursive=True))
     return sorted(path.absolute() for path in matches if path.is_file())
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return path.name == "dataset_info.json" and (path.parent / "state.json").is_file()
 
 
 def _is_hidden(below: Path) -> bool:

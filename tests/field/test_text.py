@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,6 +124,16 @@ def test_hidden_folders_are_left_out(tmp_path):
         (tmp_path / hidden).mkdir(parents=True)
         write_jsonl(tmp_path / hidden / "a.jsonl", [{"text": "old"}])
     assert texts_of(open_text(tmp_path)) == ["new"]
+
+
+# A folder of Dataset.save_to_disk (case 32)
+
+
+@pytest.mark.parametrize("asked", ["saved", "."])
+def test_folder_of_save_to_disk_is_refused_with_what_to_do(tmp_path, asked):
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(TextError, match=r"saved is a folder of Dataset\.save_to_disk.*to_parquet"):
+        open_text(tmp_path / asked, column="description")
 
 
 # A byte order mark (case 34)
