@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from tailrace.pipeline.text.files import TextFiles, offer_zstandard
 from tailrace.storage.artifact import JSON
 
 _READ_BYTES = 1 << 20
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class JsonExamples:
@@ -105,29 +107,38 @@ def _read_list(file: IO[bytes]) -> Iterator[Any]:
     """Yield the items of one JSON list without reading the list as one value."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     parse = json.JSONDecoder().raw_decode
-    text, n_items = "", 0
+    text, before, n_items = "", 0, 0
     while True:
-        start = text.lstrip()
         try:
-            if not n_items and start.startswith("[") and start[1:].lstrip().startswith("]"):
-                _check_end(start[1:].lstrip()[1:] + decode(file.read(), True))
-                return
-            value, end = parse(start[1:].lstrip())
-            rest = start[1:].lstrip()[end:].lstrip()
-            if rest[:1] not in (",", "]"):  # perhaps the rest of a number is still to be read
-                raise ValueError(f"a list item is followed by {rest[:20]!r}; wanted a comma or the list's end")
+            opening = _after_space(text, before)  # of the list, or the comma before an item
+            start = _after_space(text, opening + 1)
+            if not n_items and text[start : start + 1] == "]":
+                closing = start
+                break
+            value, end = parse(text, start)
+            closing = _after_space(text, end)
+            if text[closing : closing + 1] not in (",", "]"):  # perhaps the rest of a number is still to be read
+                raise ValueError(
+                    f"a list item is followed by {text[closing : closing + 20]!r}; wanted a comma or the list's end"
+                )
         except ValueError:
-            more = file.read(max(_READ_BYTES, len(text)))
-            text += decode(more, not more)
+            more = file.read(max(_READ_BYTES, len(text) - before))
+            text, before = text[before:] + decode(more, not more), 0
             if not more:
                 raise
             continue
         n_items += 1
         yield value
-        if rest[0] == "]":
-            _check_end(rest[1:] + decode(file.read(), True))
-            return
-        text = rest
+        if text[closing] == "]":
+            break
+        before = closing
+    _check_end(text[closing + 1 :] + decode(file.read(), True))
+
+
+def _after_space(text: str, start: int) -> int:
+    match = _SPACE.match(text, start)
+    assert match is not None, "no space is a match too"
+    return match.end()
 
 
 def _check_end(rest: str) -> None:
