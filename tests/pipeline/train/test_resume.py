@@ -60,7 +60,8 @@ def save_half(tensors, path, metadata):
 
 tailrace.training.architectures.transcoder.save_file = save_half
 settings = TrainSettings.read({SETTINGS!r})
-run(settings, cache=cache, output=output, compute=Compute(quiet=True), checkpoint_steps={CHECKPOINT_STEPS}, hooks=[(1, kill)])
+quiet = Compute(quiet=True)
+run(settings, cache=cache, output=output, compute=quiet, checkpoint_steps={CHECKPOINT_STEPS}, hooks=[(1, kill)])
 strangers = {{"transformers", "transformer_lens", "datasets"}} & sys.modules.keys()
 assert not strangers, f"training imported {{strangers}}"
 """
