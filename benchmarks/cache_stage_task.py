@@ -16,19 +16,19 @@ import torch
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
-from tailrace.pipeline.shared.compute import limited_threads
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 
 
 def stage(settings: CacheSettings, path: Path, threads: int) -> tuple[int, float]:
     """Return tokens and seconds of the whole stage with a model that is loaded and warm."""
     model = load_language_model(settings)
-    with limited_threads(threads):
+    with Compute(threads=threads).opened():
         tokens = torch.full((settings.contexts_per_batch, settings.context_length), model.bos_token_id)
         model.capture(tokens, model.resolve_sites(settings.layers))
     setattr(cache, "load_language_model", lambda *_, **__: model)  # noqa: B010
     start = time.perf_counter()
-    result = cache.run(settings, output=path, threads=threads, quiet=True)
+    result = cache.run(settings, output=path, compute=Compute(threads=threads, quiet=True))
     return n_tokens(result.cache), time.perf_counter() - start
 
 
@@ -63,7 +63,7 @@ def model_alone(kind: str, settings: CacheSettings, path: Path, threads: int) ->
     n_batches = int(settings.tokens) // ((settings.context_length - 1) * size)
     model = load_language_model(settings)
     run = {"capture": capture, "run_with_cache": run_with_cache}[kind](model, settings)
-    with limited_threads(threads):
+    with Compute(threads=threads).opened():
         run(batches[0])
         start = time.perf_counter()
         for batch in itertools.islice(itertools.cycle(batches), n_batches):

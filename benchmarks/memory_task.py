@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.made_up_rows import KEYS, cache_format, write_cache
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 
 
@@ -32,7 +33,7 @@ def stage(path: str, n_rows: int, text: str) -> None:
 
     model = str(bundled_model("tiny-lm"))
     settings = CacheSettings(model=model, dataset=text, tokens=n_rows, layers="2", shard_rows=16_384)
-    cache_stage.run(settings, output=Path(path), quiet=True)
+    cache_stage.run(settings, output=Path(path), compute=Compute(quiet=True))
 
 
 def resident(field: str) -> int:

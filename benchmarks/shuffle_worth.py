@@ -23,6 +23,7 @@ from tailrace.pipeline.cache import stage as cache_stage
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.pipeline.samples.speeches import fetch_sotu
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.cache_format import Site
 from tailrace.storage.null_laws import Groups, pair_moments
@@ -229,7 +230,7 @@ def write_cache(speeches: Path, output: Path, size: Size) -> ActivationCache:
         layers="2",
         holdout="7::20",  # the speeches the model never saw
     )
-    return open_cache(cache_stage.run(settings, output=output, threads=1, quiet=True).path)
+    return open_cache(cache_stage.run(settings, output=output, compute=Compute(threads=1, quiet=True)).path)
 
 
 def new_report(rows: Rows, size: Size, n_heldout: int) -> Report:

@@ -57,16 +57,12 @@ def cache(
     """
     from tailrace.pipeline.cache import stage
     from tailrace.pipeline.cache.settings import CacheSettings
-    from tailrace.pipeline.cache.units import Workers
 
     return stage.run(
         _read(CacheSettings, config, settings),
         output=as_path(out),
-        device=device,
-        threads=threads,
         compile_model=compile,
-        workers=Workers(workers, scheduler, threads) if workers or scheduler else None,
-        quiet=quiet,
+        compute=Compute(device, threads, workers, scheduler, quiet),
     )
 
 
@@ -107,7 +103,7 @@ def train(
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
         loggers=_loggers(tensorboard, wandb),
-        compute=Compute(device, threads, quiet),
+        compute=Compute(device, threads, quiet=quiet),
     )
 
 
@@ -149,7 +145,7 @@ def sweep(
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
         loggers=_loggers(tensorboard, wandb),
-        compute=Compute(device, threads, quiet),
+        compute=Compute(device, threads, quiet=quiet),
     )
 
 
@@ -170,7 +166,7 @@ def analyze(
     config: PathLike | None = None,
     model: PathLike | None = None,
     downstream: Paths = (),
-    workers: int = 1,
+    workers: int = 0,
     device: str = "cpu",
     threads: int | None = None,
     quiet: bool = True,
@@ -195,12 +191,9 @@ def analyze(
         "cache": _path(cache),
         "live": text,
         "output": as_path(out),
-        "device": device,
-        "threads": threads,
-        "quiet": quiet,
+        "compute": Compute(device, threads, workers, quiet=quiet),
         "model": _text(model),
         "downstream": as_paths(downstream),
-        "workers": workers,
     }
     if not isinstance(transcoder, str | os.PathLike):
         return many.run(analysis, transcoders=as_paths(transcoder), **arguments)
@@ -236,9 +229,7 @@ def evaluate(
         transcoders=as_paths(transcoders),
         cache=as_path(cache),
         output=as_path(out),
-        device=device,
-        threads=threads,
-        quiet=quiet,
+        compute=Compute(device, threads, quiet=quiet),
         model=_text(model),
     )
 
@@ -258,6 +249,7 @@ def circuit(
     model: PathLike | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    quiet: bool = True,
     **settings: Any,
 ) -> CircuitResult:
     """Explain a feature's activation, or a predicted token, on ``prompt`` by features, heads and tokens before it.
@@ -280,8 +272,7 @@ def circuit(
         output=as_path(out),
         tables=as_paths(tables),
         model=_text(model),
-        device=device,
-        threads=threads,
+        compute=Compute(device, threads, quiet=quiet),
     )
 
 
@@ -330,9 +321,7 @@ def verify(
         batch_rows=batch_rows,
         epoch=epoch,
         model=_text(model),
-        device=device,
-        threads=threads,
-        quiet=quiet,
+        compute=Compute(device, threads, quiet=quiet),
     )
 
 

@@ -155,7 +155,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = CacheSettings(
         model=str(bundled_model("tiny-lm")), dataset=str(SPEECHES), layers="2", tokens=6000, holdout="1"
     )
-    cache.run(settings, output=place / "cache", quiet=True)
+    cache.run(settings, output=place / "cache", compute=Compute(quiet=True))
     training = TrainSettings.model_validate(
         {"architecture": {"kind": "topk", "k": 8}, "d_sae": 64, "steps": 5, "batch_rows": 512}
     )

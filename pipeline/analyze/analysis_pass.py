@@ -34,6 +34,7 @@ from tailrace.analysis.harvest.table import accumulators
 from tailrace.analysis.tables import TABLES
 from tailrace.analysis.weights.unembedding import TokenEffects
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.worker_processes import open_workers
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import make_directory
@@ -88,16 +89,16 @@ class AnalysisPass:
         n_rows = self.rows.split.n_rows
         return min(self.plan.n_rows or n_rows, n_rows)
 
-    def run(self, subject: Subject, *, workers: int = 1, threads: int | None = None, quiet: bool = False) -> Harvest:
-        """Count over all units; ``threads`` are those of each worker, by default this process's divided."""
+    def run(self, subject: Subject, compute: Compute) -> Harvest:
+        """Count over all units."""
         logger.info("reading %d %s rows of %s", self.n_rows, self.rows.split_name, self.rows.site)
-        with tqdm(total=self.n_rows, desc="analyze", unit="row", unit_scale=True, disable=quiet or None) as bar:
-            if workers == 1:
+        with tqdm(total=self.n_rows, desc="analyze", unit="row", unit_scale=True, disable=compute.quiet or None) as bar:
+            if not compute.has_workers:
                 return gather(subject, self.plan, accumulators(TABLES), progress=bar.update)
-            job = self._job(subject, threads or max(1, torch.get_num_threads() // workers))
-            return _gather_on_workers(workers, job, self._units(subject), bar.update)
+            job = self._job(subject, compute.worker_threads)
+            return _gather_on_workers(compute.workers, job, self._units(subject), bar.update)
 
-    def _job(self, subject: Subject, threads: int) -> Job:
+    def _job(self, subject: Subject, threads: int | None) -> Job:
         cache = self.rows.cache
         assert cache is not None, "rows that only this process has are not shared"
         return Job(
@@ -131,12 +132,13 @@ class Job:
     plan: Plan
     density: float | None
     scratch: str | None
-    threads: int
+    threads: int | None
 
 
 def count_unit(job: Job, unit: int) -> Harvest:
     """Return what one unit holds, counted in this process."""
-    torch.set_num_threads(job.threads)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     return gather(_open_job(job), job.plan, accumulators(TABLES), units=range(unit, unit + 1))
 
 
@@ -177,15 +179,18 @@ def _merged(whole: Harvest | None, counted: tuple[Any, int], progress: Callable[
     return whole
 
 
-def check_workers(workers: int, device: torch.device, *, is_live: bool = False) -> None:
+def check_workers(compute: Compute, *, is_live: bool = False) -> None:
     """Raise SettingsError if the pass cannot be shared like this."""
-    if workers < 1:
-        raise SettingsError(f"--workers {workers}: at least one is needed")
-    if workers > 1 and is_live:
-        raise SettingsError(f"--workers {workers}: not with --live, whose rows only one process has; use --threads")
-    if workers > 1 and device.type != "cpu":
+    if not compute.has_workers:
+        return
+    if is_live:
         raise SettingsError(
-            f"--workers {workers}: workers share the cores of a CPU; with --device {device} leave it out"
+            f"--workers {compute.workers}: not with --live, whose rows only one process has; use --threads"
+        )
+    if compute.device != "cpu":
+        raise SettingsError(
+            f"--workers {compute.workers}: workers share the cores of a CPU; with --device {compute.device} leave it "
+            "out"
         )
 
 

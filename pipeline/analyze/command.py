@@ -12,8 +12,9 @@ from tailrace.pipeline.analyze.settings import AnalyzeSettings, read_flat
 from tailrace.pipeline.artifacts.folders import transcoder_paths, unfinished_inside
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import settings_options
-from tailrace.pipeline.shared.sections import SectionCommand, running
+from tailrace.pipeline.shared.sections import SectionCommand
 
 if TYPE_CHECKING:
     from tailrace.pipeline.analyze.stage import AnalyzeResult
@@ -47,17 +48,7 @@ if TYPE_CHECKING:
     help="Transcoder of later layers of the same model, or a folder of some, to tell connections to its features; may "
     "be repeated.",
 )
-@running(
-    "--workers",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Processes that share the units; with equal --threads (those of each) tables are the same to the bit.",
-)
-@options.device
-@options.threads
-@options.quiet
+@options.computing(options.workers, options.device, options.threads, options.quiet)
 def command(
     transcoders: tuple[Path, ...],
     cache: Path | None,
@@ -66,10 +57,7 @@ def command(
     config: Path | None,
     model: str | None,
     downstream: tuple[Path, ...],
-    workers: int,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
     **given: Any,
 ) -> None:
     """Make tables of TRANSCODER's features, examples and scores in one pass over a cache, or over fresh text.
@@ -99,15 +87,12 @@ def command(
         "cache": cache,
         "live": text,
         "output": output,
-        "device": device,
-        "threads": threads,
-        "quiet": quiet,
+        "compute": compute,
         "model": model,
         "downstream": downstream,
-        "workers": workers,
-        "announce": _say_nothing if quiet else partial(click.echo, err=True),
+        "announce": _say_nothing if compute.quiet else partial(click.echo, err=True),
     }
-    say = _say_nothing if quiet else click.echo
+    say = _say_nothing if compute.quiet else click.echo
     if len(transcoders) == 1 and not analyze_each.stands_for_many(transcoders[0]):
         say(_line(analyze.run(settings, transcoder=transcoders[0], **arguments)))
         return

@@ -35,9 +35,8 @@ from tailrace.pipeline.artifacts.transcoders import (
     open_transcoders,
 )
 from tailrace.pipeline.live.settings import FreshText
-from tailrace.pipeline.shared.compute import open_device
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.artifact import MANIFEST, REQUEST
-from tailrace.storage.draft import LOCK
 from tailrace.storage.errors import (
     ActionableError,
     ArtifactCorrupt,
@@ -59,12 +58,9 @@ def run(
     output: Path,
     cache: Path | None = None,
     live: FreshText | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
     model: str | None = None,
     downstream: Sequence[Path] = (),
-    workers: int = 1,
     announce: Callable[[str], object] = logger.info,
     finished: Callable[[AnalyzeResult], object] = lambda _: None,
 ) -> list[AnalyzeResult]:
@@ -79,37 +75,37 @@ def run(
     """
     opened = open_transcoders(transcoders)
     outputs = _outputs(opened, output)
-    on = open_device(device)
-    check_workers(workers, on, is_live=live is not None)
-    open_source = open_sources(
-        settings, [one.path for one in opened], cache=cache, live=live, model=model, device=device
-    )
-    if live is None:
-        refuse_unused_model(settings, model, downstream)
-    planned: list[PlannedTables] = []
-    problems: list[ActionableError] = []
-    for analysed, own in outputs.items():
-        try:
-            planned.append(plan(settings, analysed, own, open_source, downstream))
-            _refuse_other_tables(planned[-1])
-        except ActionableError as error:
-            problems.append(error)
-    raise_together(problems)
-    missing = [one for one in planned if not one.is_made]
-    weights = share_weights(settings, {f"{one.analysed}: ": one for one in planned})
-    results: list[AnalyzeResult] = []
-    for one in planned:
-        if not one.is_made:
-            say = partial(_say_of_first, announce, len(missing)) if one is missing[0] else _say_nothing
+    check_workers(compute, is_live=live is not None)
+    with compute.opened():
+        open_source = open_sources(
+            settings, [one.path for one in opened], cache=cache, live=live, model=model, device=compute.device
+        )
+        if live is None:
+            refuse_unused_model(settings, model, downstream)
+        planned: list[PlannedTables] = []
+        problems: list[ActionableError] = []
+        for analysed, own in outputs.items():
             try:
-                one.make(weights, on, workers=workers, threads=threads, quiet=quiet, announce=say)
-            except NonFiniteActivation as error:
-                problems.append(NonFiniteActivation(f"{one.analysed}: {error}"))
-                continue
-        results.append(read_result(one.output))
-        finished(results[-1])
-    raise_together(problems)
-    return results
+                planned.append(plan(settings, analysed, own, open_source, downstream))
+                planned[-1].refuse_other_tables()
+            except ActionableError as error:
+                problems.append(error)
+        raise_together(problems)
+        missing = [one for one in planned if not one.is_made]
+        weights = share_weights(settings, {f"{one.analysed}: ": one for one in planned})
+        results: list[AnalyzeResult] = []
+        for one in planned:
+            if not one.is_made:
+                say = partial(_say_of_first, announce, len(missing)) if one is missing[0] else _say_nothing
+                try:
+                    one.make(weights, compute, announce=say)
+                except NonFiniteActivation as error:
+                    problems.append(NonFiniteActivation(f"{one.analysed}: {error}"))
+                    continue
+            results.append(read_result(one.output))
+            finished(results[-1])
+        raise_together(problems)
+        return results
 
 
 def stands_for_many(transcoder: Path) -> bool:
@@ -149,13 +145,6 @@ def _outputs(transcoders: Sequence[PublishedTranscoder], output: Path) -> dict[T
             f"in separate runs, each with its own --out:\n{lines}"
         )
     return {layers[0]: output / name for name, layers in by_name.items()}
-
-
-def _refuse_other_tables(one: PlannedTables) -> None:
-    """Raise ArtifactMismatch, or ArtifactBusy, if the place is taken; nothing is begun there."""
-    if one.output.exists() and any(entry.name != LOCK for entry in one.output.iterdir()):
-        with one.draft():
-            pass
 
 
 def _say_of_first(announce: Callable[[str], object], n_missing: int, line: str) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +44,19 @@ from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_of, 
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.same_model import list_model_differences
-from tailrace.pipeline.shared.compute import limited_threads, open_device
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.stage import Made, open_draft, publish_stage
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import MANIFEST, read_manifest
 from tailrace.storage.differences import list_differences
-from tailrace.storage.draft import Draft
+from tailrace.storage.draft import LOCK
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
-from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
+from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.names import remove_temporary
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures.transcoder import Transcoder
 
 KIND = TABLES_KIND
-FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +104,9 @@ def run(
     output: Path,
     cache: Path | None = None,
     live: FreshText | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
     model: str | None = None,
     downstream: Sequence[Path] = (),
-    workers: int = 1,
     announce: Callable[[str], object] = logger.info,
 ) -> AnalyzeResult:
     """Publish the tables of ``transcoder`` at ``output``; return at once if they are there already.
@@ -118,7 +114,7 @@ def run(
     Rows come from ``cache`` or, with ``live``, from the language model that is run over fresh text for the purpose.
 
     ``model`` says where the language model lies if it moved; ``downstream`` are transcoders of later layers, to whose
-    features connections are told. With several ``workers``, processes share the units, each with ``threads``; tables
+    features connections are told. Workers share the units, and tables
     are the same to the bit for any number of them. ``announce`` is told how large the activations will be before they
     are made. Raises ArtifactMismatch if the transcoder is a cross-layer one or belongs to another model or site, or if
     other tables lie at ``output``; ModelError if the model cannot be loaded; SettingsError if the disk has no room for
@@ -130,14 +126,14 @@ def run(
             f"{transcoder}: has {len(layers)} layers, which get tables each; use "
             "tailrace.pipeline.analyze.many.run, as the command does"
         )
-    on = open_device(device)
-    check_workers(workers, on, is_live=live is not None)
-    open_source = open_sources(settings, [transcoder], cache=cache, live=live, model=model, device=device)
-    if live is None:
-        refuse_unused_model(settings, model, downstream)
-    planned = plan(settings, layers[0], output, open_source, downstream)
-    weights = share_weights(settings, {"": planned})
-    return planned.make(weights, on, workers=workers, threads=threads, quiet=quiet, announce=announce)
+    check_workers(compute, is_live=live is not None)
+    with compute.opened():
+        open_source = open_sources(settings, [transcoder], cache=cache, live=live, model=model, device=compute.device)
+        if live is None:
+            refuse_unused_model(settings, model, downstream)
+        planned = plan(settings, layers[0], output, open_source, downstream)
+        weights = share_weights(settings, {"": planned})
+        return planned.make(weights, compute, announce=announce)
 
 
 SourceOf = Callable[[TranscoderLayer], Source]
@@ -206,54 +202,64 @@ class PlannedTables:
 
     @property
     def is_made(self) -> bool:
-        """Whether tables are published at the output; ``draft`` tells if they are these."""
+        """Whether tables are published at the output; ``refuse_other_tables`` tells if they are these."""
         return (self.output / MANIFEST).exists()
 
-    def draft(self) -> Draft:
-        """Open the output. Raises ArtifactMismatch if other tables lie there, ArtifactBusy."""
-        settings = self.settings.model_dump(mode="json")
-        return Draft(self.output, KIND, {"format": FORMAT_VERSION, "settings": settings, "inputs": self.inputs})
+    @property
+    def request(self) -> dict[str, Any]:
+        """What decides the tables."""
+        return {"settings": self.settings.model_dump(mode="json"), "inputs": self.inputs}
+
+    def refuse_other_tables(self) -> None:
+        """Raise ArtifactMismatch, or ArtifactBusy, if something else lies at the output; nothing is begun there."""
+        if self.output.exists() and any(entry.name != LOCK for entry in self.output.iterdir()):
+            with open_draft(self.output, KIND, self.request):
+                pass
 
     def make(
         self,
         weights: SharedWeights,
-        device: torch.device,
+        compute: Compute,
         *,
-        workers: int = 1,
-        threads: int | None = None,
-        quiet: bool = False,
         announce: Callable[[str], object] = logger.info,
     ) -> AnalyzeResult:
         """Publish the tables unless they are there already. The other arguments are those of ``run``."""
-        with self.draft() as draft:
-            if not draft.published:
-                remove_temporary(draft.path.rglob(".*"))
-                with limited_threads(threads), scratch_folder(draft.path) as scratch:
-                    whole = AnalysisPass(self.source.rows(), self.analysed, plan_of(self.settings), device)
-                    coder = self.analysed.load().to(device)
-                    subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
-                    _announce_size(subject, whole, draft.path, announce)
-                    from_weights = self._write_weight_tables(weights, coder, whole.rows.vocabulary, draft.path, quiet)
-                    if from_weights is not None:
-                        subject = dataclasses.replace(subject, effects=from_weights.effects)
-                    harvest = whole.run(subject, workers=workers, threads=threads, quiet=quiet)
-                    written = write_tables(TABLES, harvest, subject, whole.plan, draft.path)
-                    if from_weights is not None:
-                        written = written.joined(
-                            WrittenTables({"connections": from_weights.n_connections}, [CONNECTIONS])
-                        )
-                draft.publish(
-                    {
-                        "format": FORMAT_VERSION,
-                        "inputs": {**self.inputs, **self.source.found},
-                        "model": self.source.model,
-                        "site": self.analysed.manifest["site"],
-                        "tables": {name: {"n_rows": n_rows} for name, n_rows in written.n_rows.items()},
-                        "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
-                    },
-                    written.files,
-                )
+
+        def make(path: Path) -> Made:
+            remove_temporary(path.rglob(".*"))
+            with scratch_folder(path) as scratch:
+                written = self._write_tables(weights, compute, path, scratch, announce)
+            record = {
+                "inputs": {**self.inputs, **self.source.found},
+                "model": self.source.model,
+                "site": self.analysed.manifest["site"],
+                "tables": {name: {"n_rows": n_rows} for name, n_rows in written.n_rows.items()},
+            }
+            return Made(record, written.files, ("torch", "numpy", "pyarrow"))
+
+        publish_stage(self.output, KIND, self.request, make)
         return read_result(self.output)
+
+    def _write_tables(
+        self,
+        weights: SharedWeights,
+        compute: Compute,
+        path: Path,
+        scratch: Path,
+        announce: Callable[[str], object],
+    ) -> WrittenTables:
+        device = torch.device(compute.device)
+        whole = AnalysisPass(self.source.rows(), self.analysed, plan_of(self.settings), device)
+        coder = self.analysed.load().to(device)
+        subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
+        _announce_size(subject, whole, path, announce)
+        from_weights = self._write_weight_tables(weights, coder, whole.rows.vocabulary, path, compute.quiet)
+        if from_weights is not None:
+            subject = dataclasses.replace(subject, effects=from_weights.effects)
+        written = write_tables(TABLES, whole.run(subject, compute), subject, whole.plan, path)
+        if from_weights is None:
+            return written
+        return written.joined(WrittenTables({"connections": from_weights.n_connections}, [CONNECTIONS]))
 
     def _write_weight_tables(
         self, weights: SharedWeights, coder: Transcoder, vocabulary: Sequence[str], output: Path, quiet: bool

@@ -24,16 +24,14 @@ from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.pipeline.blind.settings import DrawSettings
 from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.shared.stage import Made, publish_stage
 from tailrace.storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
 from tailrace.storage.differences import list_differences
-from tailrace.storage.draft import Draft
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.randomness import philox, random_permutation
 from tailrace.storage.tables import read_table
 
 KIND = "blind-comparison"
-FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 KEY, FORM, ITEMS = "key.sealed", "rate.html", "items"
 SITE = Path(__file__).parent / "site"
 _UNSEEN = ("coactivation_floor", "without_model")
@@ -116,23 +114,19 @@ def run(settings: DrawSettings, *, tables: Sequence[Path], output: Path) -> Draw
     dictionaries = [Dictionary.open(path) for path in tables]
     _check(dictionaries)
     items = _draw_items(settings, dictionaries)
-    request = {
-        "format": FORMAT_VERSION,
-        "settings": settings.model_dump(mode="json"),
-        "inputs": [one.reference for one in dictionaries],
-    }
-    with Draft(output, KIND, request) as draft:
-        if not draft.published:
-            files = _write_pages(output, items, dictionaries, settings.window)
-            key = {"tables": _names(dictionaries), "items": [_record(item, dictionaries) for item in items]}
-            commitment = seal(output / KEY, key)
-            _write_form(output / FORM, len(items), commitment)
-            ratings.write_blank(output / ratings.FILE, len(items))
-            # The ratings are the rater's to change, so they are no file of the artifact.
-            draft.publish(
-                {"format": FORMAT_VERSION, "n_items": len(items), "commitment": commitment}, [*files, KEY, FORM]
-            )
-            logger.info("wrote %d items", len(items))
+
+    def make(path: Path) -> Made:
+        files = _write_pages(path, items, dictionaries, settings.window)
+        key = {"tables": _names(dictionaries), "items": [_record(item, dictionaries) for item in items]}
+        commitment = seal(path / KEY, key)
+        _write_form(path / FORM, len(items), commitment)
+        ratings.write_blank(path / ratings.FILE, len(items))
+        logger.info("wrote %d items", len(items))
+        # The ratings are the rater's to change, so they are no file of the artifact.
+        return Made({"n_items": len(items), "commitment": commitment}, [*files, KEY, FORM], ("tailrace", "pyarrow"))
+
+    inputs = [one.reference for one in dictionaries]
+    publish_stage(output, KIND, {"settings": settings.model_dump(mode="json"), "inputs": inputs}, make)
     return read_result(output)
 
 

@@ -15,7 +15,7 @@ from tailrace.pipeline.cache.plan import choose_rows, row_bytes_of
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.pipeline.shared.compute import limited_threads
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.storage.cache_format import Site
@@ -49,10 +49,10 @@ class Budget:
         return None if self.n_rows is None else self.n_rows * self.row_bytes[dtype]
 
 
-def plan_budget(settings: CacheSettings, *, output: Path, device: str = "cpu", threads: int | None = None) -> Budget:
+def plan_budget(settings: CacheSettings, *, output: Path, compute: Compute = Compute()) -> Budget:
     """Measure the model on the first batches of the text and say what the cache would cost. Writes nothing."""
-    with limited_threads(threads):
-        model = load_language_model(settings, device=device)
+    with compute.opened():
+        model = load_language_model(settings, device=compute.device)
         hooks = model.resolve_sites(settings.layers, settings.hooks)
         widths = model.widths(hooks)
         rate = _rows_per_second(settings, model, hooks)

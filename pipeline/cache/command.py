@@ -10,6 +10,7 @@ import click
 
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
 from tailrace.storage.settings import parse_quantity
@@ -21,30 +22,25 @@ if TYPE_CHECKING:
     from tailrace.storage.shuffle_evidence import ShuffleEvidence
 
 
-@click.command("cache", cls=SectionCommand)
-@options.out
-@settings_options(CacheSettings)
-@click.option("--dry-run", is_flag=True, help="Measure for a moment, print rows, bytes and hours, and write nothing.")
-@running("--workers", metavar="N", type=click.IntRange(min=0), default=0, help="Worker processes; 0 runs in this one.")
-@running(
+_SCHEDULER = running(
     "--scheduler",
     help="Address of a Dask scheduler to use instead of --workers; it must be your own and secured (tls://...), since "
     "whoever reaches it runs code as you.",
 )
+
+
+@click.command("cache", cls=SectionCommand)
+@options.out
+@settings_options(CacheSettings)
+@click.option("--dry-run", is_flag=True, help="Measure for a moment, print rows, bytes and hours, and write nothing.")
 @running("--compile", "compile_model", is_flag=True, help="Compile the model's MLPs with torch.compile.")
-@options.device
-@options.threads
-@options.quiet
+@options.computing(options.workers, _SCHEDULER, options.device, options.threads, options.quiet)
 def command(
     output: Path,
     config: Path | None,
     dry_run: bool,
-    workers: int,
-    scheduler: str | None,
     compile_model: bool,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
     **given: Any,
 ) -> None:
     """Cache a language model's MLP inputs and outputs on text.
@@ -59,22 +55,17 @@ def command(
 
     from tailrace.pipeline.cache import stage as cache
     from tailrace.pipeline.cache.budget import plan_budget
-    from tailrace.pipeline.cache.units import Workers
 
     if dry_run:
-        show_budget(plan_budget(settings, output=output, device=device, threads=threads))
+        show_budget(plan_budget(settings, output=output, compute=compute))
         return
-    on = Workers(workers, scheduler, threads) if workers or scheduler else None
     result = cache.run(
         settings,
         output=output,
-        device=device,
-        threads=threads,
         compile_model=compile_model,
-        workers=on,
-        quiet=quiet,
+        compute=compute,
     )
-    if not quiet:
+    if not compute.quiet:
         show_result(result)
 
 
@@ -124,17 +115,13 @@ def _size(n_bytes: int) -> str:
 )
 @options.model_moved
 @click.option("--dataset", help="Where the dataset lies now, if it moved since the cache was made.")
-@options.device
-@options.threads
-@options.quiet
+@options.compute
 def extend(
     cache: Path,
     tokens: str,
     model: str | None,
     dataset: str | None,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
 ) -> None:
     """Add training rows to CACHE, continuing its text where it stopped."""
     from tailrace.pipeline.cache import stage
@@ -143,8 +130,8 @@ def extend(
         n_rows: int | Literal["all"] = "all" if tokens == "all" else int(parse_quantity(tokens))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--tokens") from error
-    result = stage.extend(cache, n_rows, device=device, threads=threads, quiet=quiet, model=model, dataset=dataset)
-    if not quiet:
+    result = stage.extend(cache, n_rows, compute=compute, model=model, dataset=dataset)
+    if not compute.quiet:
         show_result(result)
 
 
@@ -153,23 +140,19 @@ def extend(
 @click.option("--layers", help="Layers to add, such as 4,5 or all.")
 @click.option("--hooks", multiple=True, help="Sites to add by hook names, as of pipeline cache. May be repeated.")
 @options.model_moved
-@options.device
-@options.threads
-@options.quiet
+@options.compute
 def widen(
     cache: Path,
     layers: str | None,
     hooks: tuple[str, ...],
     model: str | None,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
 ) -> None:
     """Add layers to CACHE for the rows it holds, by running its recorded contexts again."""
     from tailrace.pipeline.cache import stage
 
-    result = stage.widen(cache, layers, hooks, device=device, threads=threads, quiet=quiet, model=model)
-    if not quiet:
+    result = stage.widen(cache, layers, hooks, compute=compute, model=model)
+    if not compute.quiet:
         show_result(result)
 
 
@@ -178,9 +161,8 @@ def widen(
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch whose order is written.")
 @click.option("--seed", type=int, help="Seed of the epochs; by default the cache's.")
 @click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Rows.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, help="Worker processes; 0 runs in this one.")
-@options.quiet
-def shuffle(cache: Path, epoch: int, seed: int | None, split: str, workers: int, quiet: bool) -> None:
+@options.computing(options.workers, options.quiet)
+def shuffle(cache: Path, epoch: int, seed: int | None, split: str, compute: Compute) -> None:
     """Write the shuffled order of one epoch of CACHE as sequential shards.
 
     Not needed for training: an epoch is shuffled while it is read. Worth it with little memory, a slow disk, or many
@@ -188,8 +170,8 @@ def shuffle(cache: Path, epoch: int, seed: int | None, split: str, workers: int,
     """
     from tailrace.pipeline.cache.shuffle import run
 
-    path = run(cache, epoch=epoch, seed=seed, split=split, workers=workers, quiet=quiet)
-    if not quiet:
+    path = run(cache, epoch=epoch, seed=seed, split=split, compute=compute)
+    if not compute.quiet:
         click.echo(f"{path}: training reads epoch {epoch} from here")
 
 
@@ -203,9 +185,7 @@ def shuffle(cache: Path, epoch: int, seed: int | None, split: str, workers: int,
 @click.option("--batch-rows", type=click.IntRange(min=2), help="Batch of that report; 4096 unless there are few rows.")
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch of that report.")
 @options.model_moved
-@options.device
-@options.threads
-@options.quiet
+@options.compute
 def verify(
     path: Path,
     checksums: bool,
@@ -214,9 +194,7 @@ def verify(
     batch_rows: int | None,
     epoch: int,
     model: str | None,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
 ) -> None:
     """Check the artifact at PATH; exit with 1 if anything is wrong.
 
@@ -236,9 +214,7 @@ def verify(
         batch_rows=batch_rows,
         epoch=epoch,
         model=model,
-        device=device,
-        threads=threads,
-        quiet=quiet,
+        compute=compute,
         finished=show_check,
     )
     problems = [*done.damage, *(_line(report) for report in done.pairs if not report.passed)]

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tailrace.pipeline.cache.plan import row_bytes_of
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.errors import StorageFull
@@ -23,8 +24,7 @@ def run(
     epoch: int = 0,
     seed: int | None = None,
     split: str = "train",
-    workers: int = 0,
-    quiet: bool = False,
+    compute: Compute = Compute(),
 ) -> Path:
     """Write the order of one epoch into the cache and return where it lies; does nothing if it is there.
 
@@ -38,8 +38,8 @@ def run(
 
     def run_tasks(task: Callable[[int], None], buckets: Iterable[int]) -> None:
         waiting = list(buckets)
-        with tqdm(total=len(waiting), desc="shuffling", unit=" bucket", disable=quiet or None) as bar:
-            for _ in _completed(task, waiting, workers):
+        with tqdm(total=len(waiting), desc="shuffling", unit=" bucket", disable=compute.quiet or None) as bar:
+            for _ in _completed(task, waiting, compute.workers):
                 bar.update()
 
     return materialise_epoch(rows, seed=plan.seed, epoch=epoch, run_tasks=run_tasks)

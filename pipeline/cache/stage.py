@@ -41,10 +41,10 @@ from tailrace.pipeline.cache.draft import (
 from tailrace.pipeline.cache.plan import FirstBatch, choose_sites, complete_format, context_format, probe_batches
 from tailrace.pipeline.cache.rows import RowMaker, UnitRows
 from tailrace.pipeline.cache.settings import CacheSettings
-from tailrace.pipeline.cache.units import UnitFiles, UnitPlanner, Workers, write_units, write_units_on_workers
+from tailrace.pipeline.cache.units import UnitFiles, UnitPlanner, write_units, write_units_on_workers
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.pipeline.shared.compute import limited_threads
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
@@ -91,27 +91,24 @@ def run(
     settings: CacheSettings,
     *,
     output: Path,
-    device: str = "cpu",
-    threads: int | None = None,
     compile_model: bool = False,
-    workers: Workers | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
 ) -> CacheResult:
     """Write the cache that ``settings`` describe to ``output``; continue an unfinished one, return a finished one.
 
     Raises SettingsError, TextError, ModelError, ArtifactMismatch, ArtifactBusy, NonFiniteActivation,
     ActivationOverflow or StorageFull; finished units are kept whatever happens.
     """
-    with limited_threads(threads), Draft(output, KIND, settings.request()) as draft:
+    with compute.opened(), Draft(output, KIND, settings.request()) as draft:
         if draft.published:
             return _finished(settings, output)
         remove_temporary_files(output)
         with nothing_left_behind(output):
-            model = load_language_model(settings, device=device, compile_model=compile_model)
+            model = load_language_model(settings, device=compute.device, compile_model=compile_model)
             documents = open_documents(settings, settings.seed)
-            job = CacheJob(output, settings, model, quiet=quiet)
+            job = CacheJob(output, settings, model, quiet=compute.quiet)
             try:
-                return job.create(documents, draft.request, workers, device=device, compile_model=compile_model)
+                return job.create(documents, draft.request, compute, compile_model=compile_model)
             except OutOfMemoryError as error:
                 # not on the same path: rows of two batch sizes differ in their last bits
                 raise OutOfMemoryError(f"{error}, with --contexts-per-batch and another --out") from error
@@ -121,9 +118,7 @@ def extend(
     path: Path,
     tokens: int | Literal["all"],
     *,
-    device: str = "cpu",
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
     model: str | None = None,
     dataset: str | None = None,
 ) -> CacheResult:
@@ -132,13 +127,13 @@ def extend(
     ``model`` and ``dataset`` say where these lie now, if they moved. Raises SettingsError if it holds more already,
     ArtifactMismatch for another model or text, and what ``run`` raises.
     """
-    with _locked(path) as cache, limited_threads(threads):
+    with _locked(path) as cache, compute.opened():
         n_rows = cache.split("train").n_rows
         if tokens == n_rows or (tokens == "all" and dataset_ended(path, cache.generation)):
             return _unchanged(cache)
         if tokens != "all" and tokens < n_rows:
             raise SettingsError(f"{path}: holds {n_rows:,} training rows already; ask for more than that with --tokens")
-        job = _reopened(cache, {"model": model, "dataset": dataset}, device, quiet=quiet)
+        job = _reopened(cache, {"model": model, "dataset": dataset}, compute)
         return job.extend(open_documents(job.settings, job.settings.seed), None if tokens == "all" else tokens)
 
 
@@ -147,9 +142,7 @@ def widen(
     layers: str | None,
     hooks: Sequence[str] = (),
     *,
-    device: str = "cpu",
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
     model: str | None = None,
 ) -> CacheResult:
     """Add sites to a cache by running its recorded contexts again, in its recorded order.
@@ -157,8 +150,8 @@ def widen(
     Does nothing if they are there. ``model`` says where it lies now, if it moved. Raises ModelError for hooks the model
     lacks, ArtifactMismatch for another model or for a site that is there under the same name with other hooks.
     """
-    with _locked(path) as cache, limited_threads(threads):
-        job = _reopened(cache, {"model": model}, device, quiet=quiet)
+    with _locked(path) as cache, compute.opened():
+        job = _reopened(cache, {"model": model}, compute)
         wanted = job.model.resolve_sites(layers, hooks)
         _refuse_taken_names(cache, wanted)
         new = [site for site in wanted if site.name not in cache.sites]
@@ -197,7 +190,7 @@ def _locked(path: Path) -> Iterator[ActivationCache]:
     lock.release()
 
 
-def _reopened(cache: ActivationCache, moved: Mapping[str, str | None], device: str, *, quiet: bool) -> CacheJob:
+def _reopened(cache: ActivationCache, moved: Mapping[str, str | None], compute: Compute) -> CacheJob:
     """Return the job that gives a published cache its next generation."""
     settings = CacheSettings.read(
         {**cache.manifest["request"], "tokens": "all"},
@@ -205,7 +198,8 @@ def _reopened(cache: ActivationCache, moved: Mapping[str, str | None], device: s
         where=f"the request recorded in {cache.path}",
     )
     remove_temporary_files(cache.path)
-    return CacheJob(cache.path, settings, load_language_model(settings, device=device), cache, quiet=quiet)
+    model = load_language_model(settings, device=compute.device)
+    return CacheJob(cache.path, settings, model, cache, quiet=compute.quiet)
 
 
 def _refuse_taken_names(cache: ActivationCache, wanted: Sequence[SiteHooks]) -> None:
@@ -254,9 +248,8 @@ class CacheJob:
         self,
         documents: DocumentStream,
         request: Mapping[str, Any],
-        workers: Workers | None,
+        compute: Compute,
         *,
-        device: str,
         compile_model: bool,
     ) -> CacheResult:
         """Make the first generation."""
@@ -266,12 +259,10 @@ class CacheJob:
         self.facts = begin_draft(self.root, "cache", 0, self._facts(documents))
 
         def write(files: UnitFiles, planner: UnitPlanner, rows: UnitRows, bar: RowProgress) -> None:
-            if workers is None:
+            if not compute.has_workers:
                 write_units(files, planner, rows, bar)
             else:
-                write_units_on_workers(
-                    files, planner, bar, workers, self.settings, device=device, compile_model=compile_model
-                )
+                write_units_on_workers(files, planner, bar, compute, self.settings, compile_model=compile_model)
 
         return self._pack_and_write(documents, tokens, lambda: self._first_layout(hooks, tokens), write)
 

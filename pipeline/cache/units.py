@@ -29,6 +29,7 @@ from tailrace.pipeline.cache.context_packing import PackingProgress
 from tailrace.pipeline.cache.rows import RowMaker, Rows, UnitRows, UnitTask
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.artifact import read_json, sync_directory
@@ -197,23 +198,6 @@ class UnitWriter:
 
 
 @dataclass(frozen=True)
-class Workers:
-    """Where unit tasks run: ``n`` processes of this machine, or a Dask scheduler by its address."""
-
-    n: int = 0
-    scheduler: str | None = None
-    threads: int | None = None
-    """Threads of each worker's language model; None divides this process's. Bytes are the same for equal threads."""
-
-    @property
-    def model_threads(self) -> int | None:
-        """Threads to set in each worker; None leaves a scheduler's workers as they are."""
-        if self.threads is not None or self.scheduler is not None:
-            return self.threads
-        return max(1, torch.get_num_threads() // self.n)
-
-
-@dataclass(frozen=True)
 class WorkerJob:
     """What a worker needs to know to write any unit; hashable, so that it is set up once per process."""
 
@@ -240,10 +224,9 @@ def write_units_on_workers(
     files: UnitFiles,
     planner: UnitPlanner,
     bar: RowProgress,
-    workers: Workers,
+    compute: Compute,
     settings: CacheSettings,
     *,
-    device: str,
     compile_model: bool,
 ) -> None:
     """Write every missing unit in worker processes; raises the first error of a task."""
@@ -252,12 +235,12 @@ def write_units_on_workers(
         settings=settings.model_dump_json(),
         layout=json.dumps(files.layout.as_json()),
         generation=files.generation,
-        device=device,
-        threads=workers.model_threads,
+        device=compute.device,
+        threads=compute.worker_threads,
         compile_model=compile_model,
     )
     tasks = ((job, task) for task in files.missing(planner, bar))
-    with open_workers(workers.n, workers.scheduler) as submit:
+    with open_workers(compute.workers, compute.scheduler) as submit:
         for n_rows, n_bytes in completed(submit, write_unit, tasks):
             bar.passed(n_rows)
             bar.committed(n_bytes)

@@ -15,7 +15,7 @@ from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_
 from tailrace.pipeline.cache.rows import RowMaker
 from tailrace.pipeline.model.language_model import PairingCheck
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.pipeline.shared.compute import limited_threads
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
 from tailrace.storage.cache_format import KIND, Site
@@ -86,9 +86,7 @@ def run(
     batch_rows: int | None = None,
     epoch: int = 0,
     model: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
     finished: Callable[[Verification], object] = lambda _: None,
 ) -> Verification:
     """Check the artifact at ``path``: bytes; of a cache also ``pairs`` contexts, and the order with ``shuffle``.
@@ -100,10 +98,10 @@ def run(
         return Verification(path, verify_artifact(path, kind))
     done = Verification(path)
     if checksums:
-        done = Verification(path, check_bytes(path, quiet=quiet))
+        done = Verification(path, check_bytes(path, quiet=compute.quiet))
         finished(done)
     if pairs and done.passed:
-        done = replace(done, pairs=check_pairs(path, n_contexts=pairs, model=model, device=device, threads=threads))
+        done = replace(done, pairs=check_pairs(path, n_contexts=pairs, model=model, compute=compute))
         finished(replace(done, damage=[]))
     if shuffle and done.passed:
         done = replace(done, shuffle=check_shuffle(path, batch_rows=batch_rows, epoch=epoch))
@@ -128,8 +126,7 @@ def check_pairs(
     *,
     n_contexts: int = 16,
     model: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
+    compute: Compute = Compute(),
     seed: int = 0,
 ) -> list[PairingReport]:
     """Run the model again over random recorded contexts and compare with their stored rows.
@@ -137,8 +134,8 @@ def check_pairs(
     ``model`` says where the model lies if it moved. Raises ArtifactMismatch if it is not the recorded one.
     """
     cache = open_cache(path)
-    with limited_threads(threads):
-        checker = _PairChecker(open_recorded_model(cache, model=model, device=device))
+    with compute.opened():
+        checker = _PairChecker(open_recorded_model(cache, model=model, device=compute.device))
         reports = []
         for name in cache.manifest["splits"]:
             split = cache.split(name)

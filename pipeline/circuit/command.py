@@ -10,6 +10,7 @@ import click
 
 from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, option
 
@@ -49,9 +50,7 @@ asked = partial(option, section="What to explain")
 @options.out
 @settings_options(CircuitSettings)
 @options.model_elsewhere
-@options.device
-@options.threads
-@options.quiet
+@options.compute
 def command(
     prompt: str,
     transcoders: tuple[Path, ...],
@@ -64,9 +63,7 @@ def command(
     output: Path,
     config: Path | None,
     model: str | None,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
     **given: Any,
 ) -> None:
     """Explain a feature's activation or a predicted token on PROMPT by features, heads and tokens before it.
@@ -100,10 +97,9 @@ def command(
         output=output,
         tables=tables,
         model=model,
-        device=device,
-        threads=threads,
+        compute=compute,
     )
-    if not quiet:
+    if not compute.quiet:
         for line in show_circuit(result):
             click.echo(line)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,9 @@ from tailrace.pipeline.circuit.traced import traced_layers, warn_of_poor_layers
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.weights import read_weights
-from tailrace.pipeline.shared.compute import limited_threads, open_device
-from tailrace.storage.artifact import MANIFEST, read_manifest, write_atomically
-from tailrace.storage.draft import Draft
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
+from tailrace.storage.artifact import read_manifest, write_atomically
 from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
 from tailrace.storage.token_text import join_characters
 
@@ -73,8 +72,7 @@ def run(
     output: Path,
     tables: Sequence[Path] = (),
     model: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
+    compute: Compute = Compute(),
 ) -> CircuitResult:
     """Publish the circuit that answers ``question``; return at once if it is there already.
 
@@ -96,7 +94,6 @@ def run(
         {layer: one.path for layer, one in traced.items()},
         {layer: one.heldout for layer, one in traced.items()},
     )
-    open_device(device)
     known = open_tables(tables, traced)
     inputs = {
         "transcoders": {one.site.name: {"digest": one.digest} for one in traced.values()},
@@ -107,29 +104,18 @@ def run(
         },
     }
     request = {
-        "format": FORMAT_VERSION,
         "question": question.record(),
         "settings": settings.model_dump(mode="json"),
         "inputs": inputs,
     }
-    with limited_threads(threads):
-        # Answered before anything is written: a question that turns out to be none leaves no draft in the way of the
-        # next one.
-        asked = None if (output / MANIFEST).exists() else _answer(settings, question, keep, given, model, device)
-        with Draft(output, KIND, request) as draft:
-            if not draft.published:
-                assert asked is not None, "what was published before is published"
-                files = _write(asked, known, output)
-                draft.publish(
-                    {
-                        "format": FORMAT_VERSION,
-                        "inputs": inputs,
-                        "model": asked.model.identity(),
-                        "root": asked.document["root"],
-                        "versions": {name: version(name) for name in ("torch", "transformer_lens", "transformers")},
-                    },
-                    files,
-                )
+
+    def make(path: Path) -> Made:
+        asked = _answer(settings, question, keep, given, model, compute.device)
+        record = {"model": asked.model.identity(), "root": asked.document["root"]}
+        return Made(record, _write(asked, known, path), MODEL_LIBRARIES)
+
+    with compute.opened():
+        publish_stage(output, KIND, request, make)
     return read_result(output)
 
 

@@ -9,7 +9,6 @@ import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.dashboard.feature_selection import parse_features, parse_layer_features
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
+from tailrace.pipeline.shared.stage import Made, publish_stage
 from tailrace.storage.artifact import (
     MANIFEST,
     REQUEST,
@@ -29,12 +29,10 @@ from tailrace.storage.artifact import (
     read_manifest,
     write_atomically,
 )
-from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch
-from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
+from tailrace.storage.formats import TABLES_KIND
 
 KIND = "dashboard"
-FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 SITE = Path(__file__).parent / "site"
 """The site's own files: its page, styles and scripts."""
 
@@ -66,22 +64,14 @@ def run(settings: DashboardSettings, *, tables: Path, output: Path, quiet: bool 
     opened = FeatureTables(tables)
     features = sorted(parse_features(settings.feature, opened.n_features)) or list(range(opened.n_features))
     inputs = {"tables": {"digest": opened.manifest["digest"]}}
-    request = {"format": FORMAT_VERSION, "settings": settings.model_dump(mode="json"), "inputs": inputs}
-    with Draft(output, KIND, request) as draft:
-        if not draft.published:
-            write = _write_blind if settings.blind else _write_site
-            files = write(opened, features, settings, draft.path, quiet)
-            draft.publish(
-                {
-                    "format": FORMAT_VERSION,
-                    "inputs": inputs,
-                    "model": opened.manifest["model"],
-                    "site": opened.manifest["site"],
-                    "n_features": len(features),
-                    "versions": {name: version(name) for name in ("tailrace", "pyarrow")},
-                },
-                files,
-            )
+
+    def make(path: Path) -> Made:
+        write = _write_blind if settings.blind else _write_site
+        files = write(opened, features, settings, path, quiet)
+        record = {name: opened.manifest[name] for name in ("model", "site")}
+        return Made({**record, "n_features": len(features)}, files, ("tailrace", "pyarrow"))
+
+    publish_stage(output, KIND, {"settings": settings.model_dump(mode="json"), "inputs": inputs}, make)
     return read_result(output)
 
 

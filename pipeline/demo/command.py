@@ -25,16 +25,14 @@ if TYPE_CHECKING:
 @click.option("--layer", type=click.IntRange(min=0), help="Layer to transcode, instead of the recipe's.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Training rows, instead of the recipe's.")
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps, instead of the recipe's.")
-@options.threads
-@options.quiet
+@options.computing(options.threads, options.quiet)
 def command(
     model: DemoModel,
     output: Path,
     layer: int | None,
     tokens: int | None,
     steps: int | None,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
 ) -> None:
     """Run everything on a small real language model and real text, and show what came out.
 
@@ -48,7 +46,7 @@ def command(
         layer=layer,
         tokens=tokens,
         steps=steps,
-        compute=Compute(threads=threads, quiet=quiet),
+        compute=compute,
         say=click.echo,
     )
     show_result(result)

@@ -92,9 +92,9 @@ def run(
         layers=str(layer),
         holdout="7::20",  # the speeches the tiny model never saw
     )
-    cached = cache.run(settings, output=folder / "cache", threads=compute.threads, quiet=compute.quiet)
+    cached = cache.run(settings, output=folder / "cache", compute=compute)
     say("2/5 verify: every byte, and pairs against the model run again")
-    _verify(cached.path, compute.threads)
+    _verify(cached.path, compute)
     say("3/5 train: a BatchTopK transcoder from the cache; the language model is not needed any more")
     training = TrainSettings.model_validate(
         {
@@ -113,8 +113,7 @@ def run(
         cache=cached.path,
         transcoder=trained.path,
         output=folder / "tables",
-        threads=compute.threads,
-        quiet=compute.quiet,
+        compute=compute,
     )
     say("5/5 dashboard: a page for every feature, which a browser opens from disk")
     site = dashboard.run(DashboardSettings(), tables=tables.path, output=folder / "dashboard", quiet=compute.quiet)
@@ -125,9 +124,9 @@ def _fetch_model(model: DemoModel, output: Path) -> Path:
     return bundled_model("tiny-lm") if model == "tiny" else fetch_smollm2(output / "smollm2-135m")
 
 
-def _verify(path: Path, threads: int | None) -> None:
+def _verify(path: Path, compute: Compute) -> None:
     problems = verify.check_bytes(path)
-    failed = [report for report in verify.check_pairs(path, n_contexts=8, threads=threads) if not report.passed]
+    failed = [report for report in verify.check_pairs(path, n_contexts=8, compute=compute) if not report.passed]
     problems += [
         f"{report.site}/{report.side} differs from the model by {report.relative_error:.1e}" for report in failed
     ]

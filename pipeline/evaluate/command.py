@@ -9,6 +9,7 @@ import click
 
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
 
@@ -22,18 +23,14 @@ if TYPE_CHECKING:
 @options.out
 @settings_options(EvaluateSettings)
 @options.model_moved
-@options.device
-@options.threads
-@options.quiet
+@options.compute
 def command(
     transcoders: tuple[Path, ...],
     cache: Path,
     output: Path,
     config: Path | None,
     model: str | None,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
     **given: Any,
 ) -> None:
     """Run the language model with TRANSCODERs in place of its MLPs, each alone and all at once.
@@ -55,12 +52,10 @@ def command(
         transcoders=transcoders,
         cache=cache,
         output=output,
-        device=device,
-        threads=threads,
-        quiet=quiet,
+        compute=compute,
         model=model,
     )
-    if not quiet:
+    if not compute.quiet:
         for line in show_scores(result.scores):
             click.echo(line)
         click.echo(f"{result.path}: written")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,16 +27,14 @@ from tailrace.pipeline.analyze.stage import check_same_site
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_by_site, layers_of, open_transcoders
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
-from tailrace.pipeline.shared.compute import limited_threads, open_device
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.artifact import read_manifest
-from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
-from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.tables import write_table
 
 KIND = "evaluation"
-FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 TOKENS = "tokens.parquet"
 """Per-token deltas; the meaning of its columns lies in the file."""
 
@@ -60,9 +57,7 @@ def run(
     transcoders: Sequence[Path],
     cache: Path,
     output: Path,
-    device: str = "cpu",
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
     model: str | None = None,
 ) -> EvaluateResult:
     """Publish the evaluation of ``transcoders``, each alone and all at once; return at once if it is there already.
@@ -75,29 +70,25 @@ def run(
     opened = open_cache(cache)
     split = opened.split(settings.split)
     given = _check_fit(opened, open_transcoders(transcoders))
-    open_device(device)
     digests = {name: {"digest": one.manifest["digest"]} for name, one in _named(given, "cross-layer").items()}
     inputs = {"cache": opened.reference, "transcoders": digests}
-    request = {"format": FORMAT_VERSION, "settings": settings.model_dump(mode="json"), "inputs": inputs}
-    with limited_threads(threads), Draft(output, KIND, request) as draft:
-        if not draft.published:
-            recorded = open_recorded_model(opened, model=model, device=device)
-            groups = {name: _open_spliced(recorded, one) for name, one in _named(given, ALL_SITES).items()}
-            evaluation = Evaluation(recorded.bridge, groups)
-            rows = _evaluate(evaluation, recorded, split, settings, quiet)
-            n_rows = write_table(output / TOKENS, TOKEN_SCHEMA, rows)
-            draft.publish(
-                {
-                    "format": FORMAT_VERSION,
-                    "inputs": inputs,
-                    "model": opened.manifest["model"],
-                    "sites": {layer.site.name: layer.manifest["site"] for layer in layers_of(given)},
-                    "scores": [{"name": name, **score.record()} for name, score in evaluation.scores().items()],
-                    "tables": {"tokens": {"n_rows": n_rows}},
-                    "versions": {name: version(name) for name in ("torch", "transformer_lens", "transformers")},
-                },
-                [TOKENS],
-            )
+
+    def make(path: Path) -> Made:
+        recorded = open_recorded_model(opened, model=model, device=compute.device)
+        groups = {name: _open_spliced(recorded, one) for name, one in _named(given, ALL_SITES).items()}
+        evaluation = Evaluation(recorded.bridge, groups)
+        rows = _evaluate(evaluation, recorded, split, settings, compute.quiet)
+        n_rows = write_table(path / TOKENS, TOKEN_SCHEMA, rows)
+        record = {
+            "model": opened.manifest["model"],
+            "sites": {layer.site.name: layer.manifest["site"] for layer in layers_of(given)},
+            "scores": [{"name": name, **score.record()} for name, score in evaluation.scores().items()],
+            "tables": {"tokens": {"n_rows": n_rows}},
+        }
+        return Made(record, [TOKENS], MODEL_LIBRARIES)
+
+    with compute.opened():
+        publish_stage(output, KIND, {"settings": settings.model_dump(mode="json"), "inputs": inputs}, make)
     return read_result(output)
 
 

@@ -8,6 +8,7 @@ import click
 
 from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.sections import SectionCommand
 
 
@@ -47,9 +48,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
     help="Picture or data to write: .html, .png or .json.",
 )
 @options.model_elsewhere
-@options.device
-@options.threads
-@options.quiet
+@options.compute
 def command(
     texts: tuple[str, ...],
     transcoder: Path,
@@ -61,9 +60,7 @@ def command(
     tables: Path | None,
     output: Path | None,
     model: str | None,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
 ) -> None:
     """Show what features make of TEXT, token by token; '-' reads standard input.
 
@@ -92,10 +89,9 @@ def command(
         context_length=context_length,
         tables=tables,
         model=model,
-        device=device,
-        threads=threads,
+        compute=compute,
     )
-    if not quiet:
+    if not compute.quiet:
         click.echo(show(scores), nl=False)
     if output is not None:
         score_pictures.write_scores(output, scores)

@@ -24,7 +24,7 @@ from tailrace.analysis.text_scores import feature_scores, strongest_features
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_by_site, open_tables, open_transcoders
 from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
-from tailrace.pipeline.shared.compute import limited_threads, open_device
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.errors import SettingsError, TextError
 from tailrace.storage.tables import read_schema, read_table
 from tailrace.storage.token_text import join_characters
@@ -104,8 +104,7 @@ def run(
     context_length: int | None = None,
     tables: Path | None = None,
     model: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
+    compute: Compute = Compute(),
 ) -> Scores:
     """Score ``texts`` with ``features`` of a published transcoder, or with the ``top`` strongest it finds in them.
 
@@ -124,13 +123,12 @@ def run(
     asked = [(0, one) if isinstance(one, int) else one for one in dict.fromkeys(features)]
     _check(texts, asked, raw, [layer.d_sae for layer in layers])
     known = open_tables([tables], dict(enumerate(layers))) if tables is not None else {}
-    on = open_device(device)
-    with limited_threads(threads):
-        language_model = open_transcoder_model([one.path for one in given], model=model, device=device)
+    with compute.opened() as device:
+        language_model = open_transcoder_model([one.path for one in given], model=model, device=compute.device)
         length = _context_length(context_length, language_model)
         hooks = [layer.site.hook_in for layer in layers]
         read = [_read(text, language_model, hooks, length) for text in texts]
-        scores = _score(read, layers, asked, raw, top, transcoder.name, on)
+        scores = _score(read, layers, asked, raw, top, transcoder.name, device)
     mentioned = {feature for text in scores.texts for row in text.strongest for feature, _ in row}
     mentioned.update(scores.features)
     start = 0

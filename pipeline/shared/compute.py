@@ -1,4 +1,4 @@
-"""Where and with how much a stage computes: the device by name, how many threads of a CPU, and progress bars."""
+"""Where and with how much a stage computes: the device by name, threads of a CPU, processes, and progress bars."""
 
 from __future__ import annotations
 
@@ -19,20 +19,50 @@ class Compute:
 
     device: str = "cpu"
     threads: int | None = None
-    """CPU threads of torch; its own choice if None."""
+    """CPU threads of torch, in each worker if there are some; torch's own choice, or a worker's share of it, if None.
+    """
+    workers: int = 0
+    """Processes that share the work; 0: this process does it."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler to use instead of own workers."""
     quiet: bool = False
     """Show no progress."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or (self.threads is not None and self.threads < 1):
+            raise SettingsError(
+                f"--workers {self.workers}, --threads {self.threads}: give at least 1 thread, and 0 workers or more"
+            )
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether other processes do the work."""
+        return self.workers > 0 or self.scheduler is not None
+
+    @property
+    def worker_threads(self) -> int | None:
+        """Threads to set in each worker; None leaves a scheduler's workers as they are."""
+        import torch
+
+        if self.threads is not None or self.scheduler is not None:
+            return self.threads
+        return max(1, torch.get_num_threads() // self.workers)
 
     @contextmanager
     def opened(self) -> Iterator[torch.device]:
         """Yield the device, with torch held to ``threads`` inside; raise SettingsError if the device is not here."""
-        device = open_device(self.device)
-        with limited_threads(self.threads):
+        import torch
+
+        device = _open_device(self.device)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
             yield device
+        finally:
+            torch.set_num_threads(before)
 
 
-def open_device(name: str) -> torch.device:
-    """Return the device called ``name``; raise SettingsError if it does not exist here."""
+def _open_device(name: str) -> torch.device:
     import torch
 
     try:
@@ -45,16 +75,3 @@ def open_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise SettingsError(f"--device {name}: cannot be used here ({reason}); use --device cpu") from error
     return device
-
-
-@contextmanager
-def limited_threads(threads: int | None) -> Iterator[None]:
-    """Use ``threads`` CPU threads inside; as many as torch likes if None."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -12,6 +13,8 @@ import click
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.sections import running
 
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
 ARTIFACT = click.Path(file_okay=False, path_type=Path)
 """A directory that holds, or will hold, an artifact."""
 
@@ -21,16 +24,35 @@ threads = running(
     "--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads of torch; by default its own choice."
 )
 quiet = running("--quiet", is_flag=True, help="No progress bar and no summary.")
+workers = running(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes that share the work, each with --threads; 0: this one does it. Results are the same to the bit for "
+    "equal --threads.",
+)
 
 
-def compute(command: Callable[..., None]) -> Callable[..., None]:
-    """Add --device, --threads and --quiet to a command, which is given them as ``compute``."""
+def computing(*flags: Decorator) -> Decorator:
+    """Return a decorator that adds flags named like fields of Compute to a command, which is given ``compute``."""
 
-    @wraps(command)
-    def with_compute(*, device: str, threads: int | None, quiet: bool, **given: Any) -> None:
-        command(compute=Compute(device, threads, quiet), **given)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_compute(**given: Any) -> None:
+            fields = {field.name: given.pop(field.name) for field in dataclasses.fields(Compute) if field.name in given}
+            command(compute=Compute(**fields), **given)
 
-    return device(threads(quiet(with_compute)))
+        decorated: Callable[..., None] = with_compute
+        for flag in reversed(flags):
+            decorated = flag(decorated)
+        return decorated
+
+    return decorate
+
+
+compute = computing(device, threads, quiet)
 
 
 model_moved = click.option("--model", help="Where the model lies now, if it moved since the cache was made.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
 from tailrace.pipeline.task.settings import TaskSettings
@@ -32,18 +33,14 @@ if TYPE_CHECKING:
 @options.out
 @settings_options(TaskSettings)
 @options.model_elsewhere
-@options.device
-@options.threads
-@options.quiet
+@options.compute
 def command(
     prompts: Path,
     transcoders: tuple[Path, ...],
     output: Path,
     config: Path | None,
     model: str | None,
-    device: str,
-    threads: int | None,
-    quiet: bool,
+    compute: Compute,
     **given: Any,
 ) -> None:
     """Find the features that do a task: PROMPTS is a JSON Lines file of prompts with their answers.
@@ -64,11 +61,9 @@ def command(
         transcoders=transcoders,
         output=output,
         model=model,
-        device=device,
-        threads=threads,
-        quiet=quiet,
+        compute=compute,
     )
-    if not quiet:
+    if not compute.quiet:
         for line in show(result):
             click.echo(line)
         click.echo(f"\n{result.path}: written")

@@ -28,7 +28,8 @@ from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.model.weights import read_weights
-from tailrace.pipeline.shared.compute import limited_threads, open_device
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.pipeline.task.prompts import TaskPrompts, read_lines, tokenized
 from tailrace.pipeline.task.settings import TaskSettings
 from tailrace.pipeline.task.tables import (
@@ -46,16 +47,13 @@ from tailrace.pipeline.task.tables import (
     ranking_batch,
     schema_of,
 )
-from tailrace.storage.artifact import MANIFEST, digest, read_manifest
+from tailrace.storage.artifact import digest, read_manifest
 from tailrace.storage.cache_format import Site
-from tailrace.storage.draft import Draft
-from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.tables import read_table, write_table
 from tailrace.training.architectures.transcoder import Transcoder
 from tailrace.training.cross_layer.layers import StackedLayer
 
 KIND = "task"
-FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,7 @@ def run(
     transcoders: Sequence[Path],
     output: Path,
     model: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    quiet: bool = False,
+    compute: Compute = Compute(),
 ) -> TaskResult:
     """Publish what ``transcoders``, each alone, do for the task in ``prompts``; return at once if it is there already.
 
@@ -89,24 +85,21 @@ def run(
     given = open_transcoders(transcoders)
     layers_by_site(given)
     lines = read_lines(prompts)
-    open_device(device)
     request = {
-        "format": FORMAT_VERSION,
         "settings": settings.model_dump(mode="json"),
         "inputs": {
             "prompts": {"digest": digest([value for _, value in lines])},
             "transcoders": {one.name: {"digest": one.manifest["digest"]} for one in given},
         },
     }
-    work = None
-    if not (output / MANIFEST).exists():
-        # Prompts that turn out wrong leave no draft behind, which would refuse the corrected ones.
-        loaded = open_transcoder_model([one.path for one in given], model=model, device=device)
+
+    def make(path: Path) -> Made:
+        loaded = open_transcoder_model([one.path for one in given], model=model, device=compute.device)
         read = tokenized(prompts, lines, loaded.tokenize, loaded.bos_token_id, loaded.max_context_length)
-        work = _Work(settings, loaded, read, quiet)
-    with limited_threads(threads), Draft(output, KIND, request) as draft:
-        if work is not None and not draft.published:
-            work.publish(draft, given)
+        return _Work(settings, loaded, read, compute.quiet).write(path, given)
+
+    with compute.opened():
+        publish_stage(output, KIND, request, make)
     return read_result(output)
 
 
@@ -128,15 +121,15 @@ class _Work:
         self._weights: ModelWeights = read_weights(model)
 
     @torch.inference_mode()
-    def publish(self, draft: Draft, transcoders: Sequence[PublishedTranscoder]) -> None:
-        """Measure everything and publish it."""
+    def write(self, path: Path, transcoders: Sequence[PublishedTranscoder]) -> Made:
+        """Measure everything and write it into the directory ``path``."""
         curves, ranking = [_curve(None, MODEL, None, self._task.scores())], []
         for one in transcoders:
             coders = {site: coder.to(self._model.device) for site, coder in one.load().items()}
             found = self._measure(one.name, coders)
             curves += found[0]
             ranking += found[1]
-        _write(draft, self._model, self.metric.tokens, self._read, curves, ranking)
+        return _write(path, self._model, self.metric.tokens, self._read, curves, ranking)
 
     def _measure(self, name: str, coders: dict[Site, Transcoder]) -> tuple[list[Curve], list[Ranked]]:
         """Return curves and ranking of one transcoder, given as its layers."""
@@ -234,13 +227,13 @@ def _ranked(
 
 
 def _write(
-    draft: Draft,
+    path: Path,
     model: LanguageModel,
     answers: Sequence[int],
     read: TaskPrompts,
     curves: Sequence[Curve],
     ranking: Sequence[Ranked],
-) -> None:
+) -> Made:
     vocabulary = model.vocabulary()
     tables = {
         PROMPTS: prompts_batch(read.texts, read.tokens, read.correct, read.incorrect),
@@ -248,14 +241,10 @@ def _write(
         RANKING: ranking_batch(ranking),
     }
     for name, batch in tables.items():
-        write_table(draft.path / f"{name}.parquet", schema_of(name), [batch])
-    draft.publish(
-        {
-            "format": FORMAT_VERSION,
-            "inputs": draft.request["inputs"],
-            "model": model.identity(),
-            "answers": [{"token_id": token, "token": vocabulary[token]} for token in answers],
-            "tables": {name: {"n_rows": batch.num_rows} for name, batch in tables.items()},
-        },
-        [f"{name}.parquet" for name in tables],
-    )
+        write_table(path / f"{name}.parquet", schema_of(name), [batch])
+    record = {
+        "model": model.identity(),
+        "answers": [{"token_id": token, "token": vocabulary[token]} for token in answers],
+        "tables": {name: {"n_rows": batch.num_rows} for name, batch in tables.items()},
+    }
+    return Made(record, [f"{name}.parquet" for name in tables], MODEL_LIBRARIES)

@@ -89,7 +89,7 @@ def run(
     caching = settings.caching(model, dataset)
     settings.training("layer0")  # a wrong setting is told before an hour of caching
     if not (folder / "cache" / MANIFEST).exists():
-        budget = plan_budget(caching, output=folder, device=compute.device, threads=compute.threads)
+        budget = plan_budget(caching, output=folder, compute=compute)
         widths = [(site.d_in, site.d_out) for site in budget.sites]
         with compute.opened() as device:
             cost = training_cost(settings, widths, device=device)
@@ -98,9 +98,7 @@ def run(
         if problem := disk_problem(budget, cost, folder):
             raise StorageFull(problem)
     say("1/3 cache: every layer's MLP inputs and outputs, from one run of the model")
-    cached = cache.run(
-        caching, output=folder / "cache", device=compute.device, threads=compute.threads, quiet=compute.quiet
-    )
+    cached = cache.run(caching, output=folder / "cache", compute=compute)
     sites = list(cached.cache.sites)
     n_together = together or fitting_together(cached.cache, settings.d_sae)
     say(f"2/3 train: {len(sites)} transcoders, at most {min(n_together, len(sites))} side by side")

@@ -13,7 +13,7 @@ from pydantic import Field
 from tailrace.pipeline import api
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.cache.settings import CacheSettings
-from tailrace.pipeline.shared.compute import open_device
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.train.grid import grid_of, read_grid
 from tailrace.storage.errors import SettingsError
@@ -203,8 +203,8 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: s
     ("device", "said"), [("gpu", "is no device; use cpu, cuda"), ("cpu:x", "is no device"), ("cuda:99", "--device cpu")]
 )
 def test_a_device_that_is_not_there_is_told_in_a_line(device: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=said) as caught:
-        open_device(device)
+    with pytest.raises(SettingsError, match=said) as caught, Compute(device).opened():
+        pass
     assert str(caught.value).startswith(f"--device {device}: ")
     assert len(str(caught.value)) < 200
 

@@ -23,6 +23,7 @@ from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.score import stage as score
 from tailrace.pipeline.score.text import as_json
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.task import stage as task
 from tailrace.pipeline.task.settings import TaskSettings
 from tailrace.pipeline.task.tables import FEATURES, TRANSCODER
@@ -166,7 +167,7 @@ def test_commands_about_tables(made: Path, tmp_path: Path, capsys: pytest.Captur
 
 def scored(path: Path, **given: Any) -> score.Scores:
     texts = [" ".join(words()[:8]), " ".join(words()[5:20])]
-    return score.run(texts, transcoder=path, model=str(model_folder()), threads=1, **given)
+    return score.run(texts, transcoder=path, model=str(model_folder()), compute=Compute(threads=1), **given)
 
 
 def test_scores_of_a_cross_layer_transcoder_are_those_of_its_layers(made: Path) -> None:
@@ -192,7 +193,7 @@ def test_tables_of_a_folder_tell_what_is_known_of_each_layers_features(made: Pat
 
 def done(made: Path, path: Path, output: Path) -> task.TaskResult:
     settings = TaskSettings(kept=(0, 3, 2 * D_SAE), leave_out=2)
-    given: dict[str, Any] = {"model": str(model_folder()), "quiet": True, "threads": 1}
+    given: dict[str, Any] = {"model": str(model_folder()), "compute": Compute(threads=1, quiet=True)}
     return task.run(settings, prompts=made / "prompts.jsonl", transcoders=[path], output=output, **given)
 
 
@@ -229,7 +230,11 @@ def test_an_evaluation_of_a_cross_layer_transcoder_is_that_of_its_layers_togethe
     settings = EvaluateSettings(contexts=3)
     found = {
         form: evaluate.run(
-            settings, transcoders=[made / form], cache=made / "cache", output=tmp_path / form, threads=1, quiet=True
+            settings,
+            transcoders=[made / form],
+            cache=made / "cache",
+            output=tmp_path / form,
+            compute=Compute(threads=1, quiet=True),
         ).scores
         for form in ("cross-layer", "folder")
     }
@@ -250,8 +255,7 @@ def test_one_beside_a_transcoder_of_another_layer_is_evaluated_alone_and_with_it
     publish_one(tmp_path / "third", sites[2], split_layers(third, sites[2:])[0].state_dict(), model)
     result = evaluate.run(
         EvaluateSettings(contexts=3), transcoders=[tmp_path / "third", tmp_path / "across"],
-        cache=tmp_path / "cache", output=tmp_path / "evaluation", threads=1, quiet=True,
-    )  # fmt: skip
+        cache=tmp_path / "cache", output=tmp_path / "evaluation", compute=Compute(threads=1, quiet=True), )  # fmt: skip
     assert list(result.scores) == ["layer0 to layer1", "layer2", ALL_SITES]
     assert result.scores["layer0 to layer1"].sites == ("layer0", "layer1")
     assert result.scores[ALL_SITES].sites == ("layer0", "layer1", "layer2")

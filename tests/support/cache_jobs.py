@@ -29,6 +29,7 @@ from tailrace.pipeline.cache import plan as cache_plan
 from tailrace.pipeline.cache import shuffle
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.artifact import MANIFEST, canonical_json, checksum_file, describe_files, read_json, seal
 from tests.support.paths import SPEECHES
 from tests.support.tiny_models import save_tiny_model
@@ -86,7 +87,7 @@ def settings(**changes: Any) -> CacheSettings:
 def run_cache(output: Path, **changes: Any) -> cache.CacheResult:
     """Make a cache in this process, on one thread."""
     with small_blocks():
-        return cache.run(settings(**changes), output=output, threads=1, quiet=True)
+        return cache.run(settings(**changes), output=output, compute=Compute(threads=1, quiet=True))
 
 
 class small_blocks:
@@ -100,7 +101,7 @@ class small_blocks:
         cache_plan.BLOCK_TOKENS = self._before
 
 
-HERE: dict[str, Any] = {"threads": 1, "quiet": True}
+HERE: dict[str, Any] = {"compute": Compute(threads=1, quiet=True)}
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -132,13 +133,13 @@ class Job:
         with small_blocks():
             if self.stage == "cache":
                 wanted = CacheSettings.model_validate_json(self.settings)
-                cache.run(wanted, output=self.output, threads=1, quiet=True)
+                cache.run(wanted, output=self.output, compute=Compute(threads=1, quiet=True))
             elif self.stage == "extend":
                 cache.extend(self.output, self.tokens, **HERE)
             elif self.stage == "widen":
                 cache.widen(self.output, self.layers, (), **HERE)
             else:
-                shuffle.run(self.output, quiet=True)
+                shuffle.run(self.output, compute=Compute(quiet=True))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tailrace.pipeline.circuit.question import Question
 from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.circuit.traced import traced_layers
 from tailrace.pipeline.live.settings import FreshText
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import read_manifest, verify_artifact
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, NonFiniteActivation, SettingsError
@@ -62,7 +63,7 @@ def publish(path: Path, made: Path, module: CrossLayerTranscoder) -> Path:
 def run(
     made: Path, output: Path, *paths: Path, settings: AnalyzeSettings = SETTINGS, **given: Any
 ) -> list[AnalyzeResult]:
-    arguments = {"cache": made / "cache", "threads": 1, "quiet": True, **given}
+    arguments = {"cache": made / "cache", "compute": Compute(threads=1, quiet=True), **given}
     return analyze_each.run(settings, transcoders=paths or [made / "clt"], output=output, **arguments)
 
 
@@ -197,9 +198,10 @@ def test_a_layers_faithfulness_is_no_number_and_not_printed(
 
 def test_two_workers_write_the_bytes_of_one_process(made: Path, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"rows": 130, "without_model": True})  # three units, the last one in part
-    for workers in (1, 2):
-        run(made, tmp_path / str(workers), settings=settings, workers=workers)
-    alone, together = tree(tmp_path / "1"), tree(tmp_path / "2")
+    for workers in (0, 2):
+        on = Compute(threads=1, workers=workers, quiet=True)
+        run(made, tmp_path / str(workers), settings=settings, compute=on)
+    alone, together = tree(tmp_path / "0"), tree(tmp_path / "2")
     assert differing(alone, together) == []
     assert {f"{name}/features.parquet" for name in NAMES} < alone.keys()
 
@@ -247,7 +249,7 @@ def test_features_of_a_circuit_have_the_cards_of_their_own_layers_tables(made: P
         tables=[misnamed],
         output=tmp_path / "circuit",
         model=str(model_folder(n_layers=3)),
-        threads=1,
+        compute=Compute(threads=1),
     )
     page = (result.path / "index.html").read_text()
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
@@ -366,5 +368,7 @@ def test_a_layer_that_is_not_finite_is_named_and_keeps_no_other_from_its_tables(
 def test_what_is_for_one_layer_says_where_to_go(made: Path, tmp_path: Path) -> None:
     advice = r"clt: has 2 layers, which get tables each; use tailrace\.pipeline\.analyze\.many\.run"
     with pytest.raises(ArtifactMismatch, match=advice):
-        analyze.run(SETTINGS, transcoder=made / "clt", cache=made / "cache", output=tmp_path / "t", quiet=True)
+        analyze.run(
+            SETTINGS, transcoder=made / "clt", cache=made / "cache", output=tmp_path / "t", compute=Compute(quiet=True)
+        )
     assert not (tmp_path / "t").exists()

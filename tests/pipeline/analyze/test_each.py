@@ -16,6 +16,7 @@ from tailrace.pipeline.analyze.command import command
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.stage import AnalyzeResult
 from tailrace.pipeline.live.settings import FreshText
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, read_manifest
 from tailrace.storage.draft import Draft
@@ -37,7 +38,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = place / "set" / f"layer{layer}"
         publish_transcoder(path, cache, f"layer{layer}", random_transcoder(seed=layer))
         analyze.run(
-            SETTINGS, transcoder=path, cache=place / "cache", output=place / "alone" / path.name, threads=1, quiet=True
+            SETTINGS,
+            transcoder=path,
+            cache=place / "cache",
+            output=place / "alone" / path.name,
+            compute=Compute(threads=1, quiet=True),
         )
     return place
 
@@ -48,7 +53,7 @@ def transcoders(made: Path) -> list[Path]:
 
 def run(made: Path, output: Path, paths: list[Path] | None = None, **arguments: Any) -> list[AnalyzeResult]:
     settings = arguments.pop("settings", SETTINGS)
-    given: dict[str, Any] = {"cache": made / "cache", "threads": 1, "quiet": True, **arguments}
+    given: dict[str, Any] = {"cache": made / "cache", "compute": Compute(threads=1, quiet=True), **arguments}
     return analyze_each.run(settings, transcoders=paths or transcoders(made), output=output, **given)
 
 
@@ -109,7 +114,7 @@ def test_every_problem_is_told_before_anything_is_written(made: Path, tmp_path: 
         transcoder=made / "set" / "layer1",
         cache=made / "cache",
         output=tmp_path / "t" / "layer1",
-        quiet=True,
+        compute=Compute(quiet=True),
     )
     with pytest.raises(ArtifactMismatch) as caught:
         run(made, tmp_path / "t", [*transcoders(made), *strangers])
@@ -161,7 +166,9 @@ def test_fresh_text_is_read_with_one_model_for_all(made: Path, tmp_path: Path, m
     run(made, tmp_path / "t", **fresh)
     assert len(opened) == 1
     alone = tmp_path / "alone" / "layer1"
-    analyze.run(SETTINGS, transcoder=made / "set" / "layer1", output=alone, threads=1, quiet=True, **fresh)
+    analyze.run(
+        SETTINGS, transcoder=made / "set" / "layer1", output=alone, compute=Compute(threads=1, quiet=True), **fresh
+    )
     assert files(tmp_path / "t" / "layer1") == files(alone)
 
 

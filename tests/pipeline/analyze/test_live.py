@@ -44,9 +44,9 @@ def from_text(made: Path, output: Path, text: dict[str, Any] | None = None, **ar
         "transcoder": made / "transcoder",
         "output": output,
         "model": str(model_folder()),
-        "threads": 1,
+        "compute": Compute(threads=1, quiet=True),
     }
-    return analyze.run(settings, **{**place, "live": live, "quiet": True, **arguments})
+    return analyze.run(settings, **{**place, "live": live, **arguments})
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_tables_of_fresh_text_have_the_bytes_of_a_caches(
     from_text(made, tmp_path / "live")
     settings = AnalyzeSettings.read(SETTINGS, {"split": "train"})
     cached: dict[str, Any] = {"cache": made / "cache", "transcoder": made / "transcoder", "model": str(model_folder())}
-    analyze.run(settings, **cached, output=tmp_path / "cached", threads=1, quiet=True)
+    analyze.run(settings, **cached, output=tmp_path / "cached", compute=Compute(threads=1, quiet=True))
     for name in ("activations/features-000000-000031", "rows", "coactivation", "connections"):
         live, stored = ((tmp_path / side / f"{name}.parquet").read_bytes() for side in ("live", "cached"))
         assert live == stored, name
@@ -114,7 +114,7 @@ def refused(made: Path, tmp_path: Path, error: type[ActionableError], match: str
 def test_what_cannot_be_done_is_refused_with_what_to_do(made: Path, tmp_path: Path) -> None:
     refused(made, tmp_path, SettingsError, "not both: give --cache, or --live", cache=made / "cache")
     refused(made, tmp_path, SettingsError, "give --rows, such as 100k", settings={"rows": None})
-    refused(made, tmp_path, SettingsError, "not with --live", workers=2)
+    refused(made, tmp_path, SettingsError, "not with --live", compute=Compute(workers=2))
     refused(made, tmp_path, ModelError, "use at most 64", text={"context_length": 65})
     (tmp_path / "short.txt").write_text("the of to")
     refused(made, tmp_path, TextError, "too short", text={"dataset": str(tmp_path / "short.txt")})

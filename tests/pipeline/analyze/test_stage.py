@@ -57,13 +57,19 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("stages")
     write_synthetic_cache(root / "cache", n_heldout_contexts=20)
     train_on(root / "cache", root / "transcoder")
-    analyze.run(SETTINGS, cache=root / "cache", transcoder=root / "transcoder", output=root / "tables", quiet=True)
+    analyze.run(
+        SETTINGS,
+        cache=root / "cache",
+        transcoder=root / "transcoder",
+        output=root / "tables",
+        compute=Compute(quiet=True),
+    )
     return root
 
 
 def rerun(made, output, settings=SETTINGS, **paths):
     arguments = {"cache": made / "cache", "transcoder": made / "transcoder", "output": output, **paths}
-    return analyze.run(settings, **arguments, quiet=True)
+    return analyze.run(settings, **arguments, compute=Compute(quiet=True))
 
 
 def all_rows(made, split_name="heldout"):
@@ -159,7 +165,7 @@ def test_activations_are_every_pair_of_the_rows_kept(made, tmp_path):
 def test_fewer_activations_or_none_can_be_kept_and_their_size_is_told_first(made, tmp_path):
     heard: list[str] = []
     few = SETTINGS.model_copy(update={"activations": 40})
-    arguments = {"cache": made / "cache", "transcoder": made / "transcoder", "quiet": True}
+    arguments = {"cache": made / "cache", "transcoder": made / "transcoder", "compute": Compute(quiet=True)}
     analyze.run(few, output=tmp_path / "few", announce=heard.append, **arguments)
     assert "activations of 40 of 300 rows: about 120," in heard[0]  # 3 of each row
     kept = pq.read_table(tmp_path / "few" / "activations")

@@ -23,6 +23,7 @@ from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.pipeline.query import stage as query
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
@@ -54,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(made: Path, transcoder: str, output: Path, settings: AnalyzeSettings | None = None, **arguments: Any) -> Path:
     settings = settings or AnalyzeSettings(examples=2, rows=50)
-    given = {"cache": made / "cache", "transcoder": made / transcoder, "threads": 1, "quiet": True}
+    given = {"cache": made / "cache", "transcoder": made / transcoder, "compute": Compute(threads=1, quiet=True)}
     return analyze.run(settings, output=output, **{**given, **arguments}).path
 
 

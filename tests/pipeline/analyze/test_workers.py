@@ -30,16 +30,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def tables_of(made: Path, name: str, settings: AnalyzeSettings = SETTINGS, workers: int = 1) -> dict[str, bytes]:
+def tables_of(made: Path, name: str, settings: AnalyzeSettings = SETTINGS, workers: int = 0) -> dict[str, bytes]:
     output = made / name
     analyze.run(
         settings,
         cache=made / "cache",
         transcoder=made / "transcoder",
         output=output,
-        workers=workers,
-        threads=1,
-        quiet=True,
+        compute=Compute(workers=workers, threads=1, quiet=True),
     )
     files = sorted(path for path in output.rglob("*") if path.is_file())
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
@@ -47,11 +45,13 @@ def tables_of(made: Path, name: str, settings: AnalyzeSettings = SETTINGS, worke
 
 def test_two_workers_write_the_bytes_of_one_process(made: Path) -> None:
     settings = SETTINGS.model_copy(update={"rows": 500, "activations": 400})  # the last units in part, or not at all
-    alone, together = (tables_of(made, str(workers), settings, workers) for workers in (1, 2))
+    alone, together = (tables_of(made, str(workers), settings, workers) for workers in (0, 2))
     assert alone == together
     assert {"features.parquet", "coactivation.parquet", "activations/features-000000-000047.parquet"} < alone.keys()
 
 
-def test_workers_are_for_a_cpu_and_at_least_one(made: Path) -> None:
-    with pytest.raises(SettingsError, match="--workers 0: at least one"):
-        tables_of(made, "none", workers=0)
+def test_a_number_of_workers_or_threads_that_cannot_be_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"--workers -1, .*0 workers or more"):
+        Compute(workers=-1)
+    with pytest.raises(SettingsError, match="--threads 0: give at least 1 thread"):
+        Compute(threads=0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tailrace.pipeline.cache import stage
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactBusy, ArtifactMismatch, ModelError, SettingsError, TextError
@@ -212,11 +213,11 @@ def test_growing_refuses_another_model_another_text_and_a_busy_cache(small: Path
     with pytest.raises(
         ArtifactMismatch, match=r"model\.files_digest \(.*\): there it is 'sha256:\w{12}…', asked for 'sha256:"
     ):
-        stage.widen(small, "1", (), threads=1, quiet=True, model=str(model_folder(seed=5)))
+        stage.widen(small, "1", (), compute=Compute(threads=1, quiet=True), model=str(model_folder(seed=5)))
     other = tmp_path / "speeches.jsonl"
     other.write_text(text_file().read_text().replace("Fellow", "Dear"))
     with pytest.raises(ArtifactMismatch, match=r"text\.files: there it is"):
-        stage.extend(small, 900, threads=1, quiet=True, dataset=str(other))
+        stage.extend(small, 900, compute=Compute(threads=1, quiet=True), dataset=str(other))
     from tailrace.storage.draft import Lock
 
     lock = Lock(small)
@@ -235,7 +236,7 @@ def test_growing_follows_a_model_and_a_text_that_moved(small: Path, large: Path,
     moved.parent.mkdir()
     shutil.copy(text_file(), moved)
     with small_blocks():
-        stage.extend(path, 900, threads=1, quiet=True, model=str(model), dataset=str(moved))
+        stage.extend(path, 900, compute=Compute(threads=1, quiet=True), model=str(model), dataset=str(moved))
     assert differing(shards(path), shards(large)) == []
 
 

@@ -11,6 +11,7 @@ import pytest
 from tailrace.pipeline.cache import stage, verify
 from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import read_json
 from tailrace.storage.cache_verify import verify_bytes
@@ -114,7 +115,7 @@ def test_the_manifest_keeps_the_brackets_and_one_side_where_both_hooks_are_the_s
 def test_verifying_runs_the_slices_again_and_says_that_pairing_is_not_applicable(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reports = verify.check_pairs(cache, n_contexts=5, threads=1)
+    reports = verify.check_pairs(cache, n_contexts=5, compute=Compute(threads=1))
     assert {(report.site, report.side) for report in reports} == {tuple(key.split("/")) for key in PLAIN}
     for report in reports:
         assert (report.relative_error, report.is_mlp, report.mlp_relative_error) == (0, False, None)
@@ -130,7 +131,7 @@ def test_a_slice_of_another_head_fails_verification(tmp_path: Path) -> None:
     run_cache(path, layers=None, hooks=(f"one={Z}[1]", f"two={Z}[2]"), holdout="0")
     for shard in sorted((path / "train/sites/one/in/c").glob("*/0")):
         shard.write_bytes((path / "train/sites/two/in/c" / shard.parent.name / "0").read_bytes())
-    reports = {report.site: report for report in verify.check_pairs(path, threads=1)}
+    reports = {report.site: report for report in verify.check_pairs(path, compute=Compute(threads=1))}
     assert (reports["one"].passed, reports["two"].passed) == (False, True)
 
 
@@ -217,7 +218,7 @@ def test_a_cache_widened_by_heads_and_extended_holds_the_bytes_of_one_made_at_on
     )
     assert differing(found, expected) == []
     assert verify_bytes(grown) == []
-    assert all(report.passed for report in verify.check_pairs(grown, threads=1))
+    assert all(report.passed for report in verify.check_pairs(grown, compute=Compute(threads=1)))
     scales = read_json(grown / "manifest.json")["format"]["column_scales"]
     assert sorted(scales) == sorted(
         ["layer0/in", "layer0/out", f"{Z}.head0/in", "zero-to-attn/in", "zero-to-attn/out", "mid/in"]

@@ -15,6 +15,7 @@ import pytest
 
 import tailrace.storage.shard
 from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.draft import Lock
@@ -359,4 +360,4 @@ def test_settings_that_cannot_go_together_are_refused(changes: dict[str, Any], m
 def test_a_run_on_a_finished_cache_loads_no_model(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cache, "load_language_model")
     with small_blocks():
-        assert cache.run(settings(), output=finished, quiet=True).n_new_rows == 0
+        assert cache.run(settings(), output=finished, compute=Compute(quiet=True)).n_new_rows == 0

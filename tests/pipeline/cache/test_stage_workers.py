@@ -12,7 +12,7 @@ import pytest
 
 from tailrace.pipeline.cache import shuffle
 from tailrace.pipeline.cache import stage as cache
-from tailrace.pipeline.cache.units import Workers
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tests.support.cache_jobs import copy_cache, differing, run_cache, settings, small_blocks, tree
 
@@ -40,9 +40,7 @@ def test_two_workers_one_of_which_is_killed_write_the_bytes_of_one_process(tmp_p
         cache.run(
             settings(**small),
             output=tmp_path / "cache",
-            threads=1,
-            workers=Workers(n=2, threads=1),
-            quiet=True,
+            compute=Compute(threads=1, workers=2, quiet=True),
         )
     killer.join()
     assert len(killed) == 1
@@ -59,23 +57,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_workers_materialise_the_order_that_one_process_does(finished: Path, tmp_path: Path) -> None:
     alone, together = (copy_cache(finished, tmp_path / name) for name in ("alone", "together"))
-    shuffle.run(alone, epoch=1, quiet=True)
-    shuffle.run(together, epoch=1, workers=2, quiet=True)
+    shuffle.run(alone, epoch=1, compute=Compute(quiet=True))
+    shuffle.run(together, epoch=1, compute=Compute(workers=2, quiet=True))
     assert differing(tree(together), tree(alone)) == []
 
 
 def test_workers_share_the_threads_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
-    assert Workers(n=3).model_threads == 2
-    assert Workers(n=16).model_threads == 1
-    assert Workers(n=3, threads=5).model_threads == 5
-    assert Workers(scheduler="tcp://10.0.0.1:8786").model_threads is None
+    assert Compute(workers=3).worker_threads == 2
+    assert Compute(workers=16).worker_threads == 1
+    assert Compute(workers=3, threads=5).worker_threads == 5
+    assert Compute(scheduler="tcp://10.0.0.1:8786").worker_threads is None
 
 
 def test_training_streams_read_a_materialised_epoch_and_get_the_same_rows(finished: Path, tmp_path: Path) -> None:
     path = copy_cache(finished, tmp_path / "cache")
     before = read_epochs(path, "gathered")
-    copied = shuffle.run(path, epoch=1, quiet=True)
+    copied = shuffle.run(path, epoch=1, compute=Compute(quiet=True))
     assert copied == path / "epochs/train-generation0-seed0-epoch1"
     assert read_epochs(path, "auto") == before
     for shard in copied.rglob("sites/layer0/in/c/*/0"):  # what is read is the copy
@@ -103,8 +101,8 @@ def test_materialising_needs_room_only_for_what_is_missing(
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
         with pytest.raises(StorageFull, match="needed for one epoch's order"):
-            shuffle.run(path, quiet=True)
+            shuffle.run(path, compute=Compute(quiet=True))
     assert not (path / "epochs").exists()
-    copied = shuffle.run(path, quiet=True)
+    copied = shuffle.run(path, compute=Compute(quiet=True))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert shuffle.run(path, quiet=True) == copied
+    assert shuffle.run(path, compute=Compute(quiet=True)) == copied

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tailrace.pipeline.cache import stage, verify
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMismatch
@@ -67,7 +68,7 @@ def test_a_good_cache_passes_every_check(cache: Path, capsys: pytest.CaptureFixt
 
 
 def test_pairs_of_every_site_and_side_are_compared_with_the_model(cache: Path) -> None:
-    reports = verify.check_pairs(cache, n_contexts=5, threads=1)
+    reports = verify.check_pairs(cache, n_contexts=5, compute=Compute(threads=1))
     places = [(report.split, report.site, report.side) for report in reports]
     assert sorted(places) == sorted(
         (split, site, side) for split in ("train", "heldout") for site in ("layer0", "layer1") for side in ("in", "out")
@@ -153,7 +154,7 @@ def test_another_model_is_refused_with_both_values(cache: Path, capsys: pytest.C
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_rounding_by_storage_is_no_failure(tmp_path: Path, dtype: str) -> None:
     run_cache(tmp_path / "cache", storage_dtype=dtype)
-    for report in verify.check_pairs(tmp_path / "cache", threads=1):
+    for report in verify.check_pairs(tmp_path / "cache", compute=Compute(threads=1)):
         assert 0 < report.relative_error <= report.tolerance
 
 

@@ -67,7 +67,9 @@ def test_scores_on_the_way_are_those_of_an_evaluation(made: Path, tmp_path: Path
 
 
 def evaluated(made: Path, output: Path, *transcoders: Path) -> evaluate.EvaluateResult:
-    return evaluate.run(SETTINGS, transcoders=transcoders, cache=made / "cache", output=output, threads=1, quiet=True)
+    return evaluate.run(
+        SETTINGS, transcoders=transcoders, cache=made / "cache", output=output, compute=Compute(threads=1, quiet=True)
+    )
 
 
 def test_all_layers_are_replaced_together_as_by_hand(made: Path, tmp_path: Path) -> None:
@@ -114,7 +116,9 @@ def test_it_is_evaluated_on_its_own_model_and_not_beside_another_of_its_layers(m
     rows = {"train": random_rows(1, 64, WIDTH, WIDTH), "heldout": random_rows(2, 64, WIDTH, WIDTH)}
     other = publish_cache(tmp_path / "other", {"layer0": rows}, model="another")
     with pytest.raises(ArtifactMismatch) as refused:
-        evaluate.run(SETTINGS, transcoders=[made / "across"], cache=other, output=tmp_path / "e", quiet=True)
+        evaluate.run(
+            SETTINGS, transcoders=[made / "across"], cache=other, output=tmp_path / "e", compute=Compute(quiet=True)
+        )
     assert "has no site 'layer1'" in str(refused.value)
     assert "was not trained on what" in str(refused.value)
 
@@ -128,7 +132,7 @@ def test_a_circuit_is_traced_through_it(made: Path, tmp_path: Path) -> None:
         transcoders=[made / "across"],
         output=tmp_path / "circuit",
         model=str(model_folder()),
-        threads=1,
+        compute=Compute(threads=1),
     )
     document = result.document
     assert document["root"]["incompleteness"] < 1e-5

@@ -134,8 +134,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         transcoders=[place / "sweep" / "runs" / "k=4,lr=0.02"],
         cache=place / "cache",
         output=place / "evaluation",
-        threads=1,
-        quiet=True,
+        compute=Compute(threads=1, quiet=True),
     )
     return place
 

@@ -15,6 +15,7 @@ from tailrace.pipeline.cache.recorded_model import open_recorded_model, sample_c
 from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.query import stage as query
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
@@ -39,7 +40,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(made: Path, output: Path, settings: EvaluateSettings = SETTINGS, **changes) -> evaluate.EvaluateResult:
-    arguments = {"transcoders": [made / "t1", made / "t0"], "cache": made / "cache", "threads": 1, "quiet": True}
+    arguments = {
+        "transcoders": [made / "t1", made / "t0"],
+        "cache": made / "cache",
+        "compute": Compute(threads=1, quiet=True),
+    }
     return evaluate.run(settings, output=output, **{**arguments, **changes})
 
 

@@ -20,6 +20,7 @@ from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.formats import export, import_cross_layer
 from tailrace.pipeline.formats.import_cross_layer import CrossLayerImport
 from tailrace.pipeline.formats.settings import ExportSettings, ImportSettings
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
@@ -225,8 +226,7 @@ def test_one_that_reads_the_stream_is_evaluated_on_its_model_and_traced(
             transcoders=[tmp_path / name],
             cache=tmp_path / "cache",
             output=tmp_path / f"{name}-evaluation",
-            threads=1,
-            quiet=True,
+            compute=Compute(threads=1, quiet=True),
         ).scores["all sites"]
         for name in ("ours", "back")
     ]
@@ -258,7 +258,7 @@ def traced(transcoder: Path, output: Path) -> dict[str, Any]:
         transcoders=[transcoder],
         output=output,
         model=str(model_folder()),
-        threads=1,
+        compute=Compute(threads=1),
     ).document
 
 

@@ -18,6 +18,7 @@ from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.formats import export, import_transcoder
 from tailrace.pipeline.formats.settings import ExportSettings, ImportSettings
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
@@ -129,7 +130,7 @@ def test_an_imported_transcoder_is_analysed_like_a_trained_one(tmp_path):
         cache=tmp_path / "cache",
         transcoder=tmp_path / "back",
         output=tmp_path / "tables",
-        quiet=True,
+        compute=Compute(quiet=True),
     )
     assert tables.fvu == pytest.approx(result.fvu, rel=1e-5)
     assert tables.l0 == pytest.approx(result.l0)

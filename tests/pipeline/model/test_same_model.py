@@ -15,6 +15,7 @@ from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.formats import export
 from tailrace.pipeline.formats.settings import ExportSettings
 from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tests.support.cache_jobs import run_cache
 from tests.support.paths import ROOT
@@ -70,11 +71,14 @@ def test_a_transcoder_of_a_cache_made_with_other_libraries_is_taken_by_every_com
     older = {**cache.manifest["model"], "versions": {"torch": "2.6.0", "transformers": "5.9.0"}}
     transcoder = tmp_path / "transcoder"
     publish_transcoder(transcoder, cache, "layer0", random_transcoder(), {"model": older})
-    given: dict[str, Any] = {"cache": tmp_path / "cache", "quiet": True}
+    given: dict[str, Any] = {"cache": tmp_path / "cache", "compute": Compute(threads=1, quiet=True)}
     settings = AnalyzeSettings(rows=30, without_model=True)
     assert analyze.run(settings, transcoder=transcoder, output=tmp_path / "tables", **given).n_rows == 30
     scored = evaluate.run(
-        EvaluateSettings(contexts=2), transcoders=[transcoder], output=tmp_path / "evaluation", threads=1, **given
+        EvaluateSettings(contexts=2),
+        transcoders=[transcoder],
+        output=tmp_path / "evaluation",
+        **given,
     )
     assert scored.scores.keys() == {"layer0"}
     written = export.run(

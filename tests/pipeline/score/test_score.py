@@ -20,6 +20,7 @@ from tailrace.pipeline.score import pictures as score_pictures
 from tailrace.pipeline.score import stage as score
 from tailrace.pipeline.score.stage import ScoredText, Scores
 from tailrace.pipeline.score.text import as_json, show
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError, TextError
@@ -50,7 +51,9 @@ def transcoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(transcoder: Path, *texts: str, **arguments: Any) -> Scores:
-    return score.run(texts or (text(),), transcoder=transcoder, model=str(model_folder()), threads=1, **arguments)
+    return score.run(
+        texts or (text(),), transcoder=transcoder, model=str(model_folder()), compute=Compute(threads=1), **arguments
+    )
 
 
 def by_hand(transcoder: Path, text: str) -> tuple[list[int], np.ndarray]:

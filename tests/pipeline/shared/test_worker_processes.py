@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tailrace.pipeline.cache import shuffle
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.errors import SettingsError
 from tests.support.cache_jobs import run_cache
@@ -47,7 +48,7 @@ def test_nothing_listens_while_workers_run(tmp_path: Path) -> None:
     stop = threading.Event()
     watcher = threading.Thread(target=watch_ports, args=(psutil.Process(), workers, ports, stop))
     watcher.start()
-    shuffle.run(tmp_path / "cache", workers=2, quiet=True)
+    shuffle.run(tmp_path / "cache", compute=Compute(workers=2, quiet=True))
     stop.set()
     watcher.join()
     assert len(workers) == 2

@@ -15,6 +15,7 @@ from tailrace.analysis.interventions.prompts import pad_prompts
 from tailrace.analysis.splice.replacement import Transcoded
 from tailrace.analysis.task.answers import CorrectMinusIncorrect
 from tailrace.analysis.task.curves import Task
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.task import stage as task
 from tailrace.pipeline.task.command import command
 from tailrace.pipeline.task.settings import TaskSettings
@@ -57,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> task.TaskResult:
         transcoders=[published(place / "transcoder")],
         output=place / "out",
         model=model_folder(),
-        quiet=True,
+        compute=Compute(quiet=True),
     )
 
 
@@ -131,7 +132,7 @@ def refused(tmp_path: Path, lines: list[Any]) -> str:
             transcoders=[transcoder],
             output=tmp_path / "out",
             model=model_folder(),
-            quiet=True,
+            compute=Compute(quiet=True),
         )
     assert not (tmp_path / "out").exists()  # nothing that would refuse the corrected prompts
     return str(caught.value)
@@ -179,7 +180,7 @@ def test_scores_do_not_depend_on_the_batch(made: task.TaskResult) -> None:
         transcoders=[place / "transcoder"],
         output=place / "alone",
         model=model_folder(),
-        quiet=True,
+        compute=Compute(quiet=True),
     )
     for one, other in zip(alone.curves, made.curves, strict=True):
         torch.testing.assert_close(torch.tensor(one.scores), torch.tensor(other.scores), rtol=1e-4, atol=1e-6)

@@ -145,7 +145,7 @@ def test_a_disk_that_is_too_small_is_refused_with_what_would_fit(
         run(tmp_path / "out")
     assert not (tmp_path / "out" / "circuits").exists()
     many = SETTINGS.model_copy(update={"tokens": 100_000})
-    plan = budget.plan_budget(many.caching(model_folder(), text_file()), output=tmp_path, threads=1)
+    plan = budget.plan_budget(many.caching(model_folder(), text_file()), output=tmp_path, compute=Compute(threads=1))
     row_bytes = 2 * 2 * 16 * 2 + 14  # two layers, two sides, 16 wide, two bytes; token, context, position, document
     assert plan.row_bytes["bfloat16"] == row_bytes
     cost = circuits_cost.TrainingCost(seconds=1, disk_bytes=500_000, kept_bytes=1)
