@@ -74,6 +74,8 @@ def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
         split = cache.split(name)
         yield f"{name} rows", split.n_rows
         yield f"{name} contexts", split.n_contexts
+        if n_bad := manifest["splits"][name]["counts"].get("bad_rows"):
+            yield f"{name} bad rows", f"{n_bad:,}, passed over"
     sums = cache.split("train").output_statistics()
     for site in cache.sites.values():
         statistics = sums[site.name]

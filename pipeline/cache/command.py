@@ -115,12 +115,14 @@ def _size(n_bytes: int) -> str:
 )
 @options.model_moved
 @click.option("--dataset", help="Where the dataset lies now, if it moved since the cache was made.")
+@click.option("--on-bad-row", type=click.Choice(["fail", "skip"]), help="As of pipeline cache.  [default: fail]")
 @options.compute
 def extend(
     cache: Path,
     tokens: str,
     model: str | None,
     dataset: str | None,
+    on_bad_row: str | None,
     compute: Compute,
 ) -> None:
     """Add training rows to CACHE, continuing its text where it stopped."""
@@ -130,7 +132,7 @@ def extend(
         n_rows: int | Literal["all"] = "all" if tokens == "all" else int(parse_quantity(tokens))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--tokens") from error
-    result = stage.extend(cache, n_rows, compute=compute, model=model, dataset=dataset)
+    result = stage.extend(cache, n_rows, compute=compute, model=model, dataset=dataset, on_bad_row=on_bad_row)
     if not compute.quiet:
         show_result(result)
 

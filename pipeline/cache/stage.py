@@ -121,11 +121,12 @@ def extend(
     compute: Compute = Compute(),
     model: str | None = None,
     dataset: str | None = None,
+    on_bad_row: str | None = None,
 ) -> CacheResult:
     """Add training rows to a cache until it holds ``tokens``; held-out rows stay as they are.
 
-    ``model`` and ``dataset`` say where these lie now, if they moved. Raises SettingsError if it holds more already,
-    ArtifactMismatch for another model or text, and what ``run`` raises.
+    ``model`` and ``dataset`` say where these lie now, if they moved; ``on_bad_row`` is the setting of that name. Raises
+    SettingsError if it holds more already, ArtifactMismatch for another model or text, and what ``run`` raises.
     """
     with _locked(path) as cache, compute.opened():
         n_rows = cache.split("train").n_rows
@@ -133,7 +134,7 @@ def extend(
             return _unchanged(cache)
         if tokens != "all" and tokens < n_rows:
             raise SettingsError(f"{path}: holds {n_rows:,} training rows already; ask for more than that with --tokens")
-        job = _reopened(cache, {"model": model, "dataset": dataset}, compute)
+        job = _reopened(cache, {"model": model, "dataset": dataset, "on_bad_row": on_bad_row}, compute)
         return job.extend(open_documents(job.settings, job.settings.seed), None if tokens == "all" else tokens)
 
 
@@ -173,7 +174,7 @@ def _finished(settings: CacheSettings, output: Path) -> CacheResult:
 
 def _unchanged(cache: ActivationCache) -> CacheResult:
     """Return the result of a stage that has nothing to do."""
-    return CacheResult(cache.path, cache, massive_warnings(cache), 0, 0.0)
+    return CacheResult(cache.path, cache, warnings_of(cache), 0, 0.0)
 
 
 @contextmanager
@@ -190,11 +191,11 @@ def _locked(path: Path) -> Iterator[ActivationCache]:
     lock.release()
 
 
-def _reopened(cache: ActivationCache, moved: Mapping[str, str | None], compute: Compute) -> CacheJob:
+def _reopened(cache: ActivationCache, given: Mapping[str, str | None], compute: Compute) -> CacheJob:
     """Return the job that gives a published cache its next generation."""
     settings = CacheSettings.read(
         {**cache.manifest["request"], "tokens": "all"},
-        {name: value for name, value in moved.items() if value is not None},
+        {name: value for name, value in given.items() if value is not None},
         where=f"the request recorded in {cache.path}",
     )
     remove_temporary_files(cache.path)
@@ -335,6 +336,9 @@ class CacheJob:
                 split: SplitSize(planner.n_rows(split), self.progress.n_contexts(split), source.counts[split])
                 for split in targets
             }
+            if source.first_problems:
+                packing = {**self.facts["packing"], "bad_rows": source.first_problems}
+                self.facts = {**self.facts, "packing": packing}
             files = {packing_state_name(self.number): packing_state(source)}
             if change == "create":
                 files[VOCABULARY] = canonical_json({"tokens": self.model.vocabulary()})
@@ -452,7 +456,7 @@ class CacheJob:
         forget_draft(self.root)
         cache = open_cache(self.root)
         log_event(self.root, change, seconds=bar.seconds, n_rows=bar.n_new_rows)
-        return CacheResult(self.root, cache, massive_warnings(cache), bar.n_new_rows, bar.seconds)
+        return CacheResult(self.root, cache, warnings_of(cache), bar.n_new_rows, bar.seconds)
 
 
 def check_pairing(model: LanguageModel, hooks: Sequence[SiteHooks], tokens: np.ndarray, name: str) -> None:
@@ -477,6 +481,22 @@ def check_pairing(model: LanguageModel, hooks: Sequence[SiteHooks], tokens: np.n
             logger.info("%s: pairs agree within %.1e, not bit for bit", hook.name, check.relative_error)
     if wrong:
         raise ModelError("\n".join(wrong))
+
+
+def warnings_of(cache: ActivationCache) -> tuple[str, ...]:
+    """Return a warning if bad rows of the text were passed over, and for every site with massive activations."""
+    return (*bad_row_warnings(cache), *massive_warnings(cache))
+
+
+def bad_row_warnings(cache: ActivationCache) -> tuple[str, ...]:
+    """Return how many rows of the text were no documents and were passed over, with the first of them."""
+    n_bad = sum(split["counts"].get("bad_rows", 0) for split in cache.manifest["splits"].values())
+    if not n_bad:
+        return ()
+    first = cache.manifest["packing"]["bad_rows"]
+    rest = "" if n_bad == len(first) else f"\n  and {n_bad - len(first):,} more"
+    rows = f"{n_bad:,} row{'s were' if n_bad > 1 else ' was'}"
+    return (f"{rows} no document and passed over:" + "".join(f"\n  {problem}" for problem in first) + rest,)
 
 
 def massive_warnings(cache: ActivationCache) -> tuple[str, ...]:

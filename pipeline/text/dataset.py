@@ -1,21 +1,18 @@
 """Text in: a dataset of the hub or local files, opened as one resumable stream of documents.
 
 A name on the hub may point to other text tomorrow. The commit is therefore looked up first, streamed from, and
-recorded. Columns are judged by their Arrow type, never by the first value alone: a first row that is empty or missing
-says nothing about the rest, and a column called ``tokens`` often holds words rather than ids.
+recorded.
 """
 
 from __future__ import annotations
 
-import difflib
-import logging
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import pyarrow as pa
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from tailrace.pipeline.text.columns import BadRow, Column, choose_column, infer_schema
 from tailrace.pipeline.text.files import (
     TextFiles,
     find_text_files,
@@ -38,13 +35,6 @@ from tailrace.pipeline.text.stream import (
 from tailrace.storage.artifact import JSON
 from tailrace.storage.errors import TextError
 
-logger = logging.getLogger(__name__)
-
-TOKEN_COLUMNS = ("tokens", "input_ids")
-TEXT_COLUMNS = ("text", "content", "document", "raw_content", "article", "passage", "sentence")
-
-Kind = Literal["text", "tokens"]
-
 OPENING_FAILURES = (OSError, HTTP_ERROR, ValueError, RuntimeError, NotImplementedError)
 """What looking up or opening a hub dataset raises: no network, no such name, split or configuration, not streamable."""
 
@@ -56,8 +46,15 @@ def open_documents(settings: TextSettings, seed: int, *, sleep: Callable[[float]
     """
     opened = _open_local(settings) if looks_local(settings.dataset) else _open_hub(settings, sleep)
     examples, column, source, files = opened
-    values = TextExamples(settings.dataset, examples.select_columns([column.name]), column.name, files, sleep)
-    return DocumentStream(values, column.kind, source, shuffle_window=settings.shuffle_window, seed=seed)
+    values = TextExamples(settings.dataset, examples.select_columns([column.name]), files, sleep)
+    return DocumentStream(
+        values,
+        column,
+        source,
+        shuffle_window=settings.shuffle_window,
+        seed=seed,
+        skips_bad_rows=settings.on_bad_row == "skip",
+    )
 
 
 def _open_hub(
@@ -99,7 +96,10 @@ def _find_column(examples: Any, settings: TextSettings) -> Column:
     rows = list(examples.take(MIN_WINDOW))
     if not rows:
         raise empty_dataset(settings.dataset)
-    return choose_column(infer_schema(rows), settings.column, settings.dataset)
+    good = [row for row in rows if not isinstance(row, BadRow)]
+    if not good:
+        raise TextError(f"{settings.dataset}: its first {len(rows)} rows are no rows: the first {rows[0].reason}")
+    return choose_column(infer_schema(good), settings.column, settings.dataset)
 
 
 def find_commit(dataset: str, revision: str | None, sleep: Callable[[float], None]) -> str:
@@ -160,78 +160,3 @@ def refuse(dataset: str, revision: str | None, error: BaseException) -> TextErro
         f"{dataset}: cannot be streamed as asked: {reason}\n"
         "Check --dataset-config and --split, or download its files and give their path"
     )
-
-
-class Column(NamedTuple):
-    """The column that documents are taken from, and what it holds."""
-
-    name: str
-    kind: Kind
-
-
-def choose_column(schema: pa.Schema, wanted: str | None, dataset: str) -> Column:
-    """Return the column named ``wanted``, or else the first usable one of the customary names; token ids win.
-
-    Raises TextError that lists every column with its type when ``wanted`` is absent or of another type, or when no
-    customary name is usable.
-    """
-    kinds: dict[str, Kind] = {field.name: kind for field in schema if (kind := kind_of(field.type)) is not None}
-    if wanted is not None:
-        if wanted in kinds:
-            return Column(wanted, kinds[wanted])
-        raise TextError(_refusal(schema, kinds, wanted, dataset))
-    usable = [name for name in TOKEN_COLUMNS if kinds.get(name) == "tokens"]
-    usable += [name for name in TEXT_COLUMNS if kinds.get(name) == "text"]
-    if not usable:
-        raise TextError(_refusal(schema, kinds, None, dataset))
-    if len(usable) > 1:
-        logger.info("%s: reading column %r; pass --column to read %s", dataset, usable[0], " or ".join(usable[1:]))
-    return Column(usable[0], kinds[usable[0]])
-
-
-def kind_of(column_type: pa.DataType) -> Kind | None:
-    """Tell what a column of this Arrow type can be read as: text, token ids, or neither."""
-    if pa.types.is_string(column_type) or pa.types.is_large_string(column_type):
-        return "text"
-    is_list = pa.types.is_list(column_type) or pa.types.is_large_list(column_type)
-    if (is_list or pa.types.is_fixed_size_list(column_type)) and pa.types.is_integer(column_type.value_type):
-        return "tokens"
-    return None
-
-
-def infer_schema(rows: list[dict[str, Any]]) -> pa.Schema:
-    """Return the Arrow types of the first rows of a dataset that declares none, each column judged by itself."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.schema([(name, _infer_type([row.get(name) for row in rows])) for name in names])
-
-
-def _infer_type(values: list[Any]) -> pa.DataType:
-    """Return the type that all values share; where they share none, that of the first text or list of token ids.
-
-    The row that differs is then named when its turn comes.
-    """
-    try:
-        return pa.array(values).type
-    except (pa.ArrowException, OverflowError):
-        usable: list[Any] = [value for value in values if isinstance(value, str)]
-        usable = usable or [
-            value for value in values if isinstance(value, list) and value and all(type(item) is int for item in value)
-        ]
-        try:
-            return pa.array(usable[:1]).type
-        except (pa.ArrowException, OverflowError):
-            return pa.null()
-
-
-def _refusal(schema: pa.Schema, kinds: dict[str, Kind], wanted: str | None, dataset: str) -> str:
-    if wanted is None:
-        problem = f"has no column named {', '.join(TOKEN_COLUMNS + TEXT_COLUMNS)} that holds text or token ids"
-    elif wanted in schema.names:
-        problem = f"column {wanted!r} holds {schema.field(wanted).type}, wanted text or lists of token ids"
-    else:
-        problem = f"has no column {wanted!r}"
-    near = difflib.get_close_matches(wanted, schema.names, n=2, cutoff=0.5) if wanted else []
-    offers = [name for name in near if name in kinds] or list(kinds)
-    step = f"pass --column {' or --column '.join(offers)}" if offers else "choose another dataset"
-    lines = [f"  {field.name}: {field.type}" for field in schema]
-    return "\n".join([f"{dataset}: {problem}. Its columns are:", *lines, f"To go on, {step}"])

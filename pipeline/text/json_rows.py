@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from tailrace.pipeline.text.columns import BadRow, Row
 from tailrace.pipeline.text.files import TextFiles, offer_zstandard
 from tailrace.storage.artifact import JSON
 
@@ -32,7 +33,8 @@ class JsonExamples:
     features = None
 
     def __init__(self, files: TextFiles, columns: list[str] | None = None) -> None:
-        self.location = ""
+        self.line = ""
+        """The row and line of the last row."""
         self._files = files
         self._columns = columns
         self._file = 0
@@ -42,7 +44,7 @@ class JsonExamples:
         """Return the same rows with these columns only; a row without one keeps lacking it."""
         return JsonExamples(self._files, columns)
 
-    def take(self, n: int) -> Iterator[dict[str, Any]]:
+    def take(self, n: int) -> Iterator[Row]:
         """Return the first rows, without a position."""
         return islice(iter(JsonExamples(self._files, self._columns)), n)
 
@@ -63,22 +65,27 @@ class JsonExamples:
             n -= n_rows
         return {"shard_idx": len(self._files.paths), "shard_example_idx": 0}
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         while self._file < len(self._files.paths):
             path = self._files.paths[self._file]
             for value, line in islice(_read_rows(path, self._row), self._row, None):
                 self._row += 1
-                self.location = f"{path}, row {self._row}" + (f" (line {line})" if line else "")
+                self.line = f"row {self._row}" + (f" (line {line})" if line else "")
                 yield self._select(value)
             self._file, self._row = self._file + 1, 0
 
-    def _select(self, value: Any) -> dict[str, Any]:
+    def _select(self, value: Any) -> Row:
+        if isinstance(value, BadRow):
+            return value
         row = value if isinstance(value, dict) else {"text": value}
         return row if self._columns is None else {name: row[name] for name in self._columns if name in row}
 
 
 def _read_rows(path: Path, n_unparsed: int) -> Iterator[tuple[Any, int | None]]:
-    """Yield each value and its line; the first ``n_unparsed`` of a file of lines are only counted (None)."""
+    """Yield each value and its line; the first ``n_unparsed`` of a file of lines are only counted (None).
+
+    A line that is no JSON is a ``BadRow``; of a list, everything after an error is unreadable, so it is raised.
+    """
     from fsspec.compression import compr
     from fsspec.utils import infer_compression
 
@@ -92,15 +99,15 @@ def _read_rows(path: Path, n_unparsed: int) -> Iterator[tuple[Any, int | None]]:
         for number, line in enumerate(buffered, start=1):
             stripped = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
             if stripped:
-                yield (_parse(stripped, number) if row >= n_unparsed else None), number
+                yield (_parse(stripped) if row >= n_unparsed else None), number
                 row += 1
 
 
-def _parse(line: bytes, number: int) -> Any:
+def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: {error}") from error
+        return BadRow(f"cannot be read as JSON ({error})")
 
 
 def _read_list(file: IO[bytes]) -> Iterator[Any]:

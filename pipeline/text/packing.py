@@ -37,6 +37,9 @@ BATCH_WEIGHT = 1 << 20
 """A batch ends early once its documents weigh this much; see ``Document.weight``."""
 
 
+FIRST_PROBLEMS = 5
+"""Bad rows of each split that are recorded with their file, row and reason; the others are counted."""
+
 _LARGEST_TOKEN_ID = int(np.iinfo(np.int32).max)
 
 
@@ -49,10 +52,11 @@ class PackedContexts(NamedTuple):
 
 
 class DocumentTokens(NamedTuple):
-    """One document's index and its token ids, int32."""
+    """One document's index and its token ids, int32; none for a bad row, with its file, row and reason."""
 
     document: int
     tokens: np.ndarray
+    problem: str | None = None
 
     @property
     def n_stream_tokens(self) -> int:
@@ -171,6 +175,15 @@ class Progress:
     documents: int = 0
     empty_documents: int = 0
     stream_tokens: int = 0
+    bad_rows: int = 0
+    first_problems: tuple[str, ...] = ()
+    """File, row and reason of the first bad rows."""
+
+    def to_json(self) -> dict[str, JSON]:
+        """Return the progress as JSON; bad rows only where there are any, as states of older caches."""
+        return {
+            name: value for name, value in asdict(self).items() if value or name not in ("bad_rows", "first_problems")
+        }
 
 
 class ContextSource:
@@ -261,7 +274,7 @@ class ContextSource:
         return {
             # "lanes": the key that published caches have
             "lanes": {split: position.to_json() for split, position in self._positions.items()},
-            "progress": {split: asdict(progress) for split, progress in self._progress.items()},
+            "progress": {split: progress.to_json() for split, progress in self._progress.items()},
             "held": [list(pair) for pair in self._held],
             "n_assigned": self._n_assigned,
             "first": None if self._first is None else list(self._first),
@@ -269,9 +282,10 @@ class ContextSource:
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Per split: contexts, their tokens and rows, documents read, and how many of them were empty.
+        """Per split: contexts, their tokens and rows, documents read, and how many of them were empty or bad rows.
 
-        ``partial_tokens`` were read but lie in no context handed out: they wait for a run that extends this one.
+        ``bad_rows`` is there only where there were any. ``partial_tokens`` were read but lie in no context handed out:
+        they wait for a run that extends this one.
         """
         return {split: self._count(progress) for split, progress in self._progress.items()}
 
@@ -283,7 +297,13 @@ class ContextSource:
             "documents": progress.documents,
             "empty_documents": progress.empty_documents,
             "partial_tokens": progress.stream_tokens - progress.contexts * (self._packer.context_length - 1),
+            **({"bad_rows": progress.bad_rows} if progress.bad_rows else {}),
         }
+
+    @property
+    def first_problems(self) -> list[str]:
+        """File, row and reason of the first bad rows of each split."""
+        return [problem for progress in self._progress.values() for problem in progress.first_problems]
 
     def __iter__(self) -> Iterator[PackedContexts]:
         reader, reader_batch = None, -1
@@ -392,16 +412,22 @@ class ContextSource:
         else:
             checked = (check_token_ids(item.index, item.tokens or [], self._vocabulary_size) for item in documents)
             arrays = [self._packer.strip_boundaries(tokens) for tokens in checked]
-        return [DocumentTokens(item.index, tokens) for item, tokens in zip(documents, arrays, strict=True)]
+        return [
+            DocumentTokens(item.index, tokens, item.problem) for item, tokens in zip(documents, arrays, strict=True)
+        ]
 
     def _count_documents(self, split: str, documents: Sequence[DocumentTokens]) -> None:
         if self._positions[split].is_counted:
             return
         progress = self._progress[split]
+        problems = [document.problem for document in documents if document.problem is not None]
+        n_empty = sum(len(document.tokens) == 0 for document in documents) - len(problems)
         self._progress[split] = replace(
             progress,
             documents=progress.documents + len(documents),
-            empty_documents=progress.empty_documents + sum(len(document.tokens) == 0 for document in documents),
+            empty_documents=progress.empty_documents + n_empty,
+            bad_rows=progress.bad_rows + len(problems),
+            first_problems=(*progress.first_problems, *problems)[:FIRST_PROBLEMS],
             stream_tokens=progress.stream_tokens + sum(document.n_stream_tokens for document in documents),
         )
         self._positions[split] = replace(self._positions[split], is_counted=True)

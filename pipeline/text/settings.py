@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import NonNegativeInt, ValidationInfo, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
 
 from tailrace.pipeline.text.files import looks_local
 from tailrace.pipeline.text.holdout import HoldoutRule
@@ -41,6 +41,9 @@ class TextSettings(Settings):
     """Column that holds the text or the token ids; found by its name and type if not given."""
     text_unit: Literal["document", "paragraph", "line"] | None = None
     """What one document is in .txt files: the whole file (the default), a paragraph, or a line."""
+    on_bad_row: Literal["fail", "skip"] = Field("fail", exclude=True)
+    """What to do at a row that is no document, such as a null text or a line that is no JSON: stop, or go on and count
+    it. May be changed until the run is finished."""
     shuffle_window: Quantity = 10_000
     """Documents are shuffled within windows of this many; 0 keeps the dataset's order."""
 

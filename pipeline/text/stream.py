@@ -16,12 +16,12 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from lzma import LZMAError
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from tailrace.pipeline.text.columns import BadRow, Column, Kind, Row, read_row
 from tailrace.pipeline.text.files import TextFiles, describe_text_files
 from tailrace.pipeline.text.json_rows import JsonExamples
 from tailrace.pipeline.text.settings import MIN_WINDOW
@@ -43,9 +43,6 @@ _TOKEN_WEIGHT = 32
 
 UNREADABLE = (ValueError, EOFError, zlib.error, LZMAError, pa.ArrowException, NotImplementedError)
 """What reading a damaged or foreign file raises, beside OSError."""
-
-END = object()
-"""Returned instead of a value at the end of the dataset."""
 
 # The HTTP library below huggingface_hub has changed twice; its root error is always the first base of the hub's own.
 HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
@@ -70,11 +67,13 @@ Result = TypeVar("Result")
 
 
 class Document(NamedTuple):
-    """One document: its index in the dataset's own order, and either its text or its token ids."""
+    """One document: its index in the dataset's own order, and either its text or its token ids, or why it has none."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which no document needs
     text: str | None
     tokens: list[int] | None
+    problem: str | None = None
+    """File, row and reason of a bad row that is passed over."""
 
     @property
     def weight(self) -> int:
@@ -88,16 +87,20 @@ class DocumentStream:
     def __init__(
         self,
         examples: TextExamples,
-        kind: Literal["text", "tokens"],
+        column: Column,
         source: dict[str, JSON],
         *,
         shuffle_window: int,
         seed: int,
+        skips_bad_rows: bool = False,
     ) -> None:
         self.examples = examples
-        self.kind = kind
+        self.column = column
         self.shuffle_window = shuffle_window
         self.seed = seed
+        self.skips_bad_rows = skips_bad_rows
+        self.has_skipped = False
+        """Whether the user was warned of a bad row."""
         self.newest_reader: DocumentReader | None = None
         self._source = source
 
@@ -106,11 +109,16 @@ class DocumentStream:
         """The dataset as the user named it."""
         return self.examples.name
 
+    @property
+    def kind(self) -> Kind:
+        """Whether documents are texts or token ids."""
+        return self.column.kind
+
     def identity(self) -> dict[str, JSON]:
         """Return everything that decides which documents come in which order, for local files with their checksums."""
         files = self.examples.files
         listed = {} if files is None else {"files": describe_text_files(files)}
-        column = {"column": self.examples.column, "kind": self.kind}
+        column = {"column": self.column.name, "kind": self.kind}
         return {**self._source, **listed, **column, "shuffle_window": self.shuffle_window, "seed": self.seed}
 
     def read_from(self, state: JSON | None = None) -> DocumentReader:
@@ -187,10 +195,10 @@ class DocumentReader:
         documents: list[Document] = []
         weight = 0
         while len(documents) < limit and (weight < WINDOW_CHARACTERS or len(documents) < MIN_WINDOW):
-            value = self._stream.examples.next_value()
-            if value is END:
+            row = self._stream.examples.next_row()
+            if row is None:
                 break
-            documents.append(self._make_document(self._first_index + len(documents), value))
+            documents.append(self._make_document(self._first_index + len(documents), row))
             weight += documents[-1].weight
         return documents
 
@@ -201,17 +209,27 @@ class DocumentReader:
         self._position = 0
         self._window = []
 
-    def _make_document(self, index: int, value: object) -> Document:
-        if self._stream.kind == "text" and isinstance(value, str):
+    def _make_document(self, index: int, row: Row) -> Document:
+        value = read_row(row, self._stream.column)
+        if isinstance(value, str):
             return Document(index, value, None)
-        if self._stream.kind == "tokens" and isinstance(value, list) and all(type(token) is int for token in value):
+        if isinstance(value, list):
             return Document(index, None, value)
-        wanted = "text" if self._stream.kind == "text" else "a list of whole numbers"
-        where = self._stream.examples.location or self._stream.name
-        raise TextError(
-            f"{where}: document {index} holds {_show(value)} in column {self._stream.examples.column!r}, "
-            f"wanted {wanted}; repair or remove that row, or pass --column to read another"
-        )
+        examples = self._stream.examples
+        if self._stream.skips_bad_rows:
+            if not self._stream.has_skipped:
+                logger.warning("%s: document %d %s; such rows are passed over", examples.locate(), index, value.reason)
+            self._stream.has_skipped = True
+            return Document(index, None, None, f"{examples.locate(recorded=True)}: {value.reason}")
+        raise refuse_row(examples.locate(), index, value)
+
+
+def refuse_row(where: str, index: int, bad: BadRow) -> TextError:
+    """Return the error for a row that is no document."""
+    return TextError(
+        f"{where}: document {index} {bad.reason}. Repair or remove that row, pass --column to read another column, or "
+        "pass over such rows with --on-bad-row skip"
+    )
 
 
 def empty_dataset(name: str) -> TextError:
@@ -219,23 +237,11 @@ def empty_dataset(name: str) -> TextError:
     return TextError(f"{name}: holds no document; check the path, the split or the pattern")
 
 
-def _show(value: object) -> str:
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, list) and any(type(item) is not int for item in value):
-        wrong = next(item for item in value if type(item) is not int)
-        return f"a list with {wrong!r:.60}"
-    return f"{value!r:.60}"
-
-
 class TextExamples:
-    """One column of a streaming dataset. There is one position in it, set by ``rewind``."""
+    """Rows of a streaming dataset. There is one position in it, set by ``rewind``."""
 
-    def __init__(
-        self, name: str, examples: Any, column: str, files: TextFiles | None, sleep: Callable[[float], None]
-    ) -> None:
+    def __init__(self, name: str, examples: Any, files: TextFiles | None, sleep: Callable[[float], None]) -> None:
         self.name = name
-        self.column = column
         self.files = files
         self._examples = examples  # a streaming dataset of `datasets`
         self._sleep = sleep
@@ -250,17 +256,17 @@ class TextExamples:
             self._mark = self._examples.rows_before(index)  # a state that `datasets` wrote in an older cache
         self._mark_index = index
         self._taken = 0
-        self._iterator: Iterator[dict[str, Any]] | None = None
+        self._iterator: Iterator[Row] | None = None
 
     def mark(self) -> JSON:
-        """Return the state after the last value, and wind back no further than this from now on."""
+        """Return the state after the last row, and wind back no further than this from now on."""
         self._mark = self._examples.state_dict()
         self._mark_index += self._taken
         self._taken = 0
         return self._mark
 
-    def next_value(self) -> Any:
-        """Return the next value of the column, or ``END``.
+    def next_row(self) -> Row | None:
+        """Return the next row, or None at the end of the dataset.
 
         Raises TextError for a damaged file, or when the stream keeps failing.
         """
@@ -279,26 +285,32 @@ class TextExamples:
                 raise self._unreadable(error) from error
         raise AssertionError("the last attempt either returns or raises")
 
-    def _read(self) -> Any:
+    def _read(self) -> Row | None:
         if self._iterator is None:
             self._examples.load_state_dict(self._mark)
             iterator = iter(self._examples)
             for _ in range(self._taken):
                 next(iterator, None)
             self._iterator = iterator
-        example = next(self._iterator, None)
-        if example is None:
-            return END
-        self._taken += 1
-        return example.get(self.column)
+        row = next(self._iterator, None)
+        if row is not None:
+            self._taken += 1
+        return row
 
-    @property
-    def location(self) -> str:
-        """File, row and line of the last value where they are known; else nothing."""
-        return self._examples.location if isinstance(self._examples, JsonExamples) else ""
+    def locate(self, *, recorded: bool = False) -> str:
+        """Return file, row and line of the last row, as far as they are known.
+
+        ``recorded``: the file by the name that it is recorded under, else by its path.
+        """
+        number = self._current_shard()
+        if self.files is None or number is None:
+            return self.name
+        file = self.files.names[number] if recorded else str(self.files.paths[number])
+        return f"{file}, {self._examples.line}" if isinstance(self._examples, JsonExamples) else file
 
     def _unreadable(self, error: BaseException) -> TextError:
-        path = self._current_file()
+        number = self._current_shard()
+        path = None if self.files is None or number is None else self.files.paths[number]
         return TextError(
             f"{path or self.name}: cannot be read at document {self._mark_index + self._taken} of the dataset "
             f"({describe_failure(error)}). Repair the {'file' if path else 'dataset'} or leave it out"
@@ -311,15 +323,13 @@ class TextExamples:
             "is kept: run the same command again to continue"
         )
 
-    def _current_file(self) -> Path | None:
-        """Return the file being read, known because each local file is one shard."""
+    def _current_shard(self) -> int | None:
+        """Return the number of the file being read, known because each local file is one shard."""
         state = self._examples.state_dict()
         while "shard_idx" not in state and "examples_iterable" in state:
             state = state["examples_iterable"]
         shard: int | None = state.get("shard_idx")
-        if self.files is None or shard is None or shard >= len(self.files.paths):
-            return None
-        return self.files.paths[shard]
+        return None if self.files is None or shard is None or shard >= len(self.files.paths) else shard
 
 
 def describe_failure(error: BaseException) -> str:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tailrace.pipeline.cache import stage as cache
+from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.errors import TextError
+from tests.support.cache_jobs import HERE
+from tests.support.cache_jobs import settings as cache_settings
 from tests.support.text_files_written import open_text, texts_of, write_jsonl
 
 CASES = Path(__file__).parent / "cases"
@@ -150,3 +155,78 @@ def test_byte_order_mark_before_json_is_no_text(tmp_path):
     for name, content in (("a.json", '{"text": "a"}\n'), ("b.json", '[{"text": "b"}]')):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
     assert texts_of(open_text(tmp_path)) == ["a", "b"]
+
+
+# Rows that are no documents (case 22)
+
+BAD_LINES = {
+    '{"text": null}': "holds nothing (null) in column 'text', wanted text",
+    '{"body": "b"}': "holds nothing (null) in column 'text', wanted text",
+    '{"text": 5}': "holds 5 in column 'text', wanted text",
+    '{"text": ["a"]}': "holds a list with 'a' in column 'text', wanted text",
+    '{"text": "half \\ud83d"}': r"holds half a character ('\ud83d' at 5), wanted text",
+    '{"text": "cut': "cannot be read as JSON (Unterminated string starting at: line 1 column 10 (char 9))",
+    "\xff": "cannot be read as JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte)",
+}
+
+
+def write_lines(path, lines):
+    path.write_bytes(b"".join(line.encode("latin-1") + b"\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_bad_row_stops_the_reading_and_is_passed_over_if_asked_for(tmp_path, line):
+    path = write_lines(tmp_path / "a.jsonl", ['{"text": "a"}', "", line, '{"text": "b"}'])
+    with pytest.raises(TextError) as refused:
+        list(open_text(path))
+    said = f"{path}, row 2 (line 3): document 1 {BAD_LINES[line]}. "
+    assert str(refused.value).startswith(said)
+    assert str(refused.value).endswith("--on-bad-row skip")
+    documents = list(open_text(path, on_bad_row="skip"))
+    assert [(document.index, document.text) for document in documents] == [(0, "a"), (1, None), (2, "b")]
+    assert [document.problem for document in documents] == [None, f"a.jsonl, row 2 (line 3): {BAD_LINES[line]}", None]
+
+
+@pytest.mark.parametrize("value", ["null", "[1, null]", '[1, "x"]', "5"])
+def test_token_list_that_is_none_is_a_bad_row(tmp_path, value):
+    path = write_lines(tmp_path / "a.jsonl", ['{"tokens": [1, 2]}', f'{{"tokens": {value}}}', '{"tokens": [3]}'])
+    with pytest.raises(TextError, match=r"a.jsonl, row 2 .line 2.: document 1 holds .* wanted a list of whole numbers"):
+        list(open_text(path))
+    assert [document.tokens for document in open_text(path, on_bad_row="skip")] == [[1, 2], None, [3]]
+
+
+def test_null_of_a_parquet_file_is_a_bad_row(tmp_path):
+    Dataset.from_dict({"text": ["a", None, "b"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(TextError, match=r"a.parquet: document 1 holds nothing .null. in column 'text'"):
+        list(open_text(tmp_path))
+    (bad,) = [document.problem for document in open_text(tmp_path, on_bad_row="skip") if document.problem]
+    assert bad == "a.parquet: holds nothing (null) in column 'text', wanted text"
+
+
+def test_rows_passed_over_keep_their_index_and_are_recorded(tmp_path):
+    lines = [json.dumps({"text": " ".join(["the people of the states"] * 3)})] * 40
+    for at in (6, 20, 33):
+        lines[at] = '{"text": null}'
+    chosen = cache_settings(
+        dataset=str(write_lines(tmp_path / "text.jsonl", lines)), tokens=100, holdout="3", shuffle_window=0
+    )
+    with pytest.raises(TextError, match=r"text.jsonl, row 7 .line 7.: document 6 holds nothing .*--on-bad-row skip"):
+        cache.run(chosen, output=tmp_path / "made", **HERE)
+    # The same output: what to do at a bad row is no part of the request.
+    skipping = chosen.model_copy(update={"on_bad_row": "skip"})
+    first = cache.run(skipping, output=tmp_path / "made", **HERE)
+    reason = "holds nothing (null) in column 'text', wanted text"
+    recorded = [f"text.jsonl, row {row} (line {row}): {reason}" for row in (7, 21, 34)]
+    assert first.cache.manifest["packing"]["bad_rows"] == recorded
+    assert first.cache.manifest["splits"]["train"]["counts"]["bad_rows"] == 3
+    assert first.cache.manifest["splits"]["train"]["counts"]["empty_documents"] == 0
+    assert first.warnings[0].startswith("3 rows were no document and passed over:\n  text.jsonl, row 7 (line 7)")
+    with pytest.raises(TextError, match=r"document 6 holds nothing"):
+        cache.extend(tmp_path / "made", "all", **HERE)
+    grown = cache.extend(tmp_path / "made", "all", on_bad_row="skip", **HERE).cache
+    train = grown.split("train")
+    documents = train.context_documents(np.arange(train.n_contexts))
+    assert set(documents.ravel().tolist()) == set(range(40)) - {3, 6, 20, 33}
+    assert grown.manifest["packing"]["bad_rows"] == recorded
+    assert open_cache(tmp_path / "made").manifest["splits"]["train"]["counts"]["bad_rows"] == 3

@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from tailrace.pipeline.text.dataset import Column, choose_column
+from tailrace.pipeline.text.columns import Column, choose_column
 from tailrace.storage.errors import TextError
 from tests.support.text_files_written import open_text, texts_of, write_jsonl
 

@@ -165,7 +165,7 @@ BROKEN = {
     "latin.txt": "café".encode("latin-1"),
     "torn.txt.gz": COMPRESSORS[".gz"](b"hello world\n" * 100)[:-20],
     "plain.txt.gz": b"not compressed",
-    "broken.jsonl": b'{"text": "a"}\n{"text": \n',
+    "broken.json": b'[{"text": "a"}, {"text": ',
     "broken.parquet": b"nothing like it",
     "broken.txt.zst": b"nothing like it",
 }
@@ -179,9 +179,9 @@ def test_damaged_file_is_named_and_not_retried(tmp_path, name):
 
 
 def test_damaged_file_among_others_is_named_with_the_document(tmp_path):
-    write_texts(tmp_path / "a.jsonl", 20)
-    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(TextError, match=r"b.jsonl: cannot be read at document 21 of the dataset .line 2"):
+    write_texts(tmp_path / "a.json", 20)
+    (tmp_path / "b.json").write_text('[{"text": "a"}, {"text": ')
+    with pytest.raises(TextError, match=r"b.json: cannot be read at document 21 of the dataset .Expecting value"):
         texts_of(open_text(tmp_path))
 
 

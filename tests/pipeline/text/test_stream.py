@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tailrace.pipeline.text.stream
-from tailrace.pipeline.text.dataset import Column
+from tailrace.pipeline.text.columns import Column
 from tailrace.pipeline.text.stream import DocumentStream, TextExamples
 from tailrace.storage.errors import TextError
 from tests.support.text_files_written import open_text, texts_of, write_jsonl, write_texts
@@ -131,9 +131,8 @@ class FlakyExamples:
 
 
 def flaky_stream(n, failures, waits, shuffle_window=16):
-    column = Column("text", "text")
-    examples = TextExamples("corpus", FlakyExamples(n, failures), column.name, None, waits.append)
-    return DocumentStream(examples, column.kind, {}, shuffle_window=shuffle_window, seed=0)
+    examples = TextExamples("corpus", FlakyExamples(n, failures), None, waits.append)
+    return DocumentStream(examples, Column("text", "text"), {}, shuffle_window=shuffle_window, seed=0)
 
 
 def test_transient_failures_are_waited_out_without_losing_a_document():
