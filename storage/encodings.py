@@ -79,3 +79,17 @@ RELATIVE_ERROR: dict[str, float] = {"float32": 0.0, "float16": 2.0**-11, "bfloat
 """Largest relative error ‖stored − value‖/‖value‖ of one row by storing: half a unit in the last place for the floats
 (a value that the dtype holds exactly has none); for int8 half a step of 1/127 of the row's largest scaled value in
 every column, up to √d/254 of a row that is one spike and about 0.01 for real rows."""
+
+FLOAT16_NORMAL = float(np.finfo(np.float16).smallest_normal)
+"""Root mean square of a row below which its float16 values are further off than ``RELATIVE_ERROR`` says: float16 has
+steps of 2⁻²⁴ there, however small the value."""
+
+
+def relative_error(difference: float, size: float) -> float:
+    """Return one norm as a share of another: 0 for no difference, also between zeros; infinity where ``size`` is 0.
+
+    NaN stays NaN, which is within no tolerance.
+    """
+    if size == 0:
+        return difference * float("inf") if difference else 0.0
+    return difference / size

@@ -14,7 +14,7 @@ from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.settings import CapturedContexts
 from tailrace.storage.cache_format import PROVENANCE, CacheFormat, Site
-from tailrace.storage.encodings import column_scale_of
+from tailrace.storage.encodings import FLOAT16_NORMAL, column_scale_of
 
 CHUNK_ROWS = 4096
 LARGEST_SHARD_ROWS = 262_144
@@ -25,7 +25,8 @@ BLOCK_TOKENS = 1 << 19
 PROBE_BATCHES = 16
 PROBE_SHARE = 0.02
 FLOAT16_SAFE = 8192.0
-"""Largest probed magnitude at which float16 is chosen: an eighth of what it can hold."""
+"""Largest probed magnitude at which float16 is chosen: an eighth of what it can hold. At the other end, no probed row
+may be so small that float16 rounds it to few digits (``FLOAT16_NORMAL``)."""
 
 FirstBatch = tuple[np.ndarray, np.ndarray, int]
 """Tokens and documents (contexts, context_length), and the number of the first context."""
@@ -90,8 +91,9 @@ def choose_sites(
 ) -> tuple[tuple[Site, ...], dict[str, list[float]]]:
     """Return the sites of ``hooks`` with their storage dtypes, and the int8 column scales by ``site/side``.
 
-    The dtype is as asked for or as the model computes; else float16 where the first batches stay small, bfloat16 where
-    they do not. Raises NonFiniteActivation: a model that overflows in its own dtype cannot be stored in any.
+    The dtype is as asked for or as the model computes; else float16 where the first batches stay between its limits,
+    bfloat16 where a value is large, or a row so small that float16 would round it to few digits. Raises
+    NonFiniteActivation: a model that overflows in its own dtype cannot be stored in any.
     """
     widths = model.widths(hooks)
     wide = [Site(*hook, *widths[hook.name], "float32") for hook in hooks]
@@ -99,18 +101,22 @@ def choose_sites(
     if fixed not in (None, "int8"):
         return tuple(replace(site, dtype=fixed) for site in wide), {}
     maker = RowMaker(model, wide, settings.rows_of(model), settings.contexts_per_batch)
-    largest, squares, n_rows = dict.fromkeys(widths, 0.0), dict[str, np.ndarray](), 0
+    largest, smallest = dict.fromkeys(widths, 0.0), dict.fromkeys(widths, float("inf"))
+    squares, n_rows = dict[str, np.ndarray](), 0
     for batch in first_batches():
         rows = maker.rows(*batch)
         n_rows += len(rows)
         for key, values in rows.activations.items():
             exact, name = values.to(torch.float64), key.rpartition("/")[0]
             largest[name] = max(largest[name], float(exact.abs().max()) if len(exact) else 0.0)
+            sizes = (exact**2).mean(1)
+            smallest[name] = min([smallest[name], *sizes[sizes > 0].sqrt().tolist()])
             squares[key] = squares.get(key, 0.0) + (exact**2).sum(0).numpy()
     if fixed:
         scales = {key: column_scale_of(total, n_rows).tolist() for key, total in squares.items()}
         return tuple(replace(site, dtype=fixed) for site in wide), scales
-    dtypes = {name: "float16" if value < FLOAT16_SAFE else "bfloat16" for name, value in largest.items()}
+    is_safe = {name: largest[name] < FLOAT16_SAFE and smallest[name] >= FLOAT16_NORMAL for name in widths}
+    dtypes = {name: "float16" if safe else "bfloat16" for name, safe in is_safe.items()}
     return tuple(replace(site, dtype=dtypes[site.name]) for site in wide), {}
 
 

@@ -49,7 +49,8 @@ class CacheLayout(Settings):
 
     storage_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     """Stored dtype. auto: bfloat16 for a bfloat16 model; otherwise float16 where a probe of the first batches stays
-    below 8192, else bfloat16. int8 keeps a scale per row and per column: a quarter of float32, FVU below 1e-4."""
+    below 8192 and no row below 6e-5, else bfloat16. int8 keeps a scale per row and per column: a quarter of float32,
+    FVU below 1e-4."""
     compression: Compression = "none"
     """Lossless compression; slower than a local disk, worth it on slow or network storage."""
     shard_rows: int | Literal["auto"] = "auto"

@@ -58,6 +58,7 @@ from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_s
 from tailrace.storage.cache_writer import remove_temporary_files
 from tailrace.storage.context_blocks import ContextBlocks
 from tailrace.storage.draft import Draft, Lock
+from tailrace.storage.encodings import FLOAT16_NORMAL
 from tailrace.storage.errors import (
     ActivationOverflow,
     ArtifactMismatch,
@@ -472,12 +473,15 @@ def check_pairing(model: LanguageModel, hooks: Sequence[SiteHooks], tokens: np.n
             logger.info(
                 "%s: pairing check not applicable: no MLP joins its hooks, or its weights are processed", hook.name
             )
-        elif not check.exact and check.relative_error > 1e-2:
+        elif check.exact:
+            continue
+        elif not check.relative_error <= 1e-2 and bool(captured[hook.hook_out].isfinite().all()):
+            # NaN is no agreement, but of the model's own NaN storing says more
             wrong.append(
                 f"{hook.name}: {hook.hook_out} is not the MLP of {hook.hook_in} (relative error "
                 f"{check.relative_error:.2g}) in {name}; give the right pair with --hooks"
             )
-        elif not check.exact:
+        else:
             logger.info("%s: pairs agree within %.1e, not bit for bit", hook.name, check.relative_error)
     if wrong:
         raise ModelError("\n".join(wrong))
@@ -485,7 +489,7 @@ def check_pairing(model: LanguageModel, hooks: Sequence[SiteHooks], tokens: np.n
 
 def warnings_of(cache: ActivationCache) -> tuple[str, ...]:
     """Return a warning if bad rows of the text were passed over, and for every site with massive activations."""
-    return (*bad_row_warnings(cache), *massive_warnings(cache))
+    return (*bad_row_warnings(cache), *row_warnings(cache))
 
 
 def bad_row_warnings(cache: ActivationCache) -> tuple[str, ...]:
@@ -499,12 +503,23 @@ def bad_row_warnings(cache: ActivationCache) -> tuple[str, ...]:
     return (f"{rows} no document and passed over:" + "".join(f"\n  {problem}" for problem in first) + rest,)
 
 
-def massive_warnings(cache: ActivationCache) -> tuple[str, ...]:
-    """Return a warning for every site of which a small share of rows holds much of the output energy."""
-    statistics = cache.split("train").output_statistics()
+def row_warnings(cache: ActivationCache) -> tuple[str, ...]:
+    """Return a warning for every site of which a small share of rows holds much of the output energy, and for every
+    side that float16, if it was asked for, rounds to few digits or to zero.
+    """
+    split = cache.split("train")
+    statistics = split.output_statistics()
     return tuple(
         f"{site}: massive activations: {note}; squared error is about those few tokens and little else. Train there "
         "with --max-norm-multiple 10, which leaves them out, or at another layer"
         for site, sums in statistics.items()
         if (note := sums.massive_note())
+    ) + tuple(
+        f"{site.name}/{side}: half of the rows have a root mean square below {FLOAT16_NORMAL:.1e}, where float16 keeps "
+        "few digits or none; make the cache anew with --storage-dtype bfloat16 or float32"
+        for site in cache.sites.values()
+        for side in site.sides
+        if site.dtype == "float16" != cache.manifest["model"]["dtype"]
+        and cache.manifest["request"]["storage_dtype"] == "float16"
+        and split.statistics(site.name, side).median_norm < FLOAT16_NORMAL * site.width(side) ** 0.5
     )

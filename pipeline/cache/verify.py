@@ -20,7 +20,7 @@ from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
 from tailrace.storage.cache_format import KIND, Site
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
-from tailrace.storage.encodings import RELATIVE_ERROR, Side
+from tailrace.storage.encodings import RELATIVE_ERROR, Side, relative_error
 from tailrace.storage.errors import ActionableError
 from tailrace.storage.randomness import philox
 from tailrace.storage.shuffle_evidence import ShuffleEvidence, shuffle_evidence
@@ -40,7 +40,7 @@ class PairingReport:
     side: Side
     n_rows: int
     relative_error: float
-    """‖stored − computed‖ / ‖computed‖ over all rows checked."""
+    """‖stored − computed‖ / ‖computed‖ over all rows checked; 0 if both are zero."""
     tolerance: float
     mlp_relative_error: float | None
     """‖MLP(stored input) − stored output‖ / ‖stored output‖, on the output of a layer's own MLP; None elsewhere."""
@@ -190,7 +190,7 @@ class _PairChecker:
     ) -> PairingReport:
         key = f"{site.name}/{side}"
         kept, again = as_float32(stored[key]).astype(np.float64), computed[key].astype(np.float64)
-        error = float(np.linalg.norm(kept - again) / np.linalg.norm(again))
+        error = relative_error(float(np.linalg.norm(kept - again)), float(np.linalg.norm(again)))
         tolerance = RELATIVE_ERROR[site.dtype] + MODEL_TOLERANCE[self.model.dtype]
         mlp_error = pairing.relative_error if pairing.applicable and side == "out" else None
         return PairingReport(split, site.name, side, len(kept), error, tolerance, mlp_error, pairing.applicable)

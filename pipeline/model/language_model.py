@@ -27,6 +27,7 @@ from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks, head_problem
 from tailrace.pipeline.model.tokenizer import ModelTokenizer, open_tokenizer
 from tailrace.storage.artifact import JSON, checksum_file, digest
+from tailrace.storage.encodings import relative_error
 from tailrace.storage.errors import ModelError, OutOfMemoryError
 from tailrace.storage.hook_names import HookName
 
@@ -51,7 +52,7 @@ class PairingCheck:
     """Bit for bit."""
     max_abs_difference: float = float("nan")
     relative_error: float = float("nan")
-    """Norm of the difference over the norm of the outputs, over all rows."""
+    """Norm of the difference over the norm of the outputs, over all rows; 0 if both are zero."""
 
 
 class _AllCaptured(Exception):
@@ -279,7 +280,7 @@ def _compare_pair(mlp: Callable[[Tensor], Any], inputs: Tensor, outputs: Tensor)
             applicable=True,
             exact=torch.equal(computed, outputs),
             max_abs_difference=float(difference.max()),
-            relative_error=float(difference.norm() / outputs.double().norm()),
+            relative_error=relative_error(float(difference.norm()), float(outputs.double().norm())),
         )
 
 

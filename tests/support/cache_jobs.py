@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tailrace.pipeline import cli
 from tailrace.pipeline.cache import plan as cache_plan
@@ -51,6 +52,16 @@ def model_folder(**shape: Any) -> Path:
     vocabulary = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))[:150]]
     name = "model" + "".join(f"-{value}" for value in shape.values())
     return save_tiny_model(Path(_folder().name) / name, vocabulary=vocabulary, **shape)
+
+
+def scaled_model(folder: Path, scale: float) -> Path:
+    """Return a copy of the tiny model whose first MLP's outputs are ``scale`` times larger."""
+    shutil.copytree(model_folder(), folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in ("weight", "bias"):
+        weights[f"transformer.h.0.mlp.c_proj.{name}"] *= scale
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def speech_texts() -> list[str]:

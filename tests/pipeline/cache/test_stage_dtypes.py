@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks
 from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ActivationOverflow, NonFiniteActivation, OutOfMemoryError
-from tests.support.cache_jobs import differing, model_folder, run_cache, tree
+from tests.support.cache_jobs import differing, model_folder, run_cache, scaled_model, tree
 
 BAD_CONTEXT, BAD_POSITION = 21, 3
 BAD_UNIT = 4  # row 21 · 15 + 2 = 317 lies in rows 256 to 319
-
-
-def scaled_model(folder: Path, scale: float) -> Path:
-    """Return a copy of the tiny model whose first MLP's outputs are ``scale`` times larger."""
-    shutil.copytree(model_folder(), folder)
-    weights = load_file(folder / "model.safetensors")
-    for name in ("weight", "bias"):
-        weights[f"transformer.h.0.mlp.c_proj.{name}"] *= scale
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def stored_dtypes(cache: ActivationCache) -> dict[str, str]:

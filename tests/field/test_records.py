@@ -1,0 +1,84 @@
+"""What is recorded of a cache, a model and a transcoder, and numbers at the ends of their ranges."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tailrace.pipeline.cache import verify
+from tailrace.pipeline.model.language_model import LanguageModel, PairingCheck
+from tailrace.storage.encodings import FLOAT16_NORMAL, RELATIVE_ERROR, relative_error
+from tailrace.storage.errors import ModelError
+from tests.support.cache_jobs import command, run_cache, scaled_model
+
+# Relative errors of zero (case 26)
+
+
+@pytest.mark.parametrize(
+    ("difference", "size", "share"),
+    [(0.0, 0.0, 0.0), (1e-300, 0.0, math.inf), (0.0, 2.0, 0.0), (1.0, 2.0, 0.5), (math.inf, 2.0, math.inf)],
+)
+def test_difference_of_zero_is_no_relative_error(difference: float, size: float, share: float) -> None:
+    assert relative_error(difference, size) == share
+    assert math.isnan(relative_error(math.nan, size))
+
+
+@pytest.mark.parametrize("storage_dtype", ["auto", "int8"])
+def test_cache_of_a_layer_that_writes_zeros_is_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], storage_dtype: str
+) -> None:
+    model = scaled_model(tmp_path / "model", 0.0)
+    made = run_cache(tmp_path / "cache", model=str(model), layers="all", storage_dtype=storage_dtype)
+    assert made.warnings == ()
+    answer = command(capsys, "verify", made.path, "--threads", 1)
+    assert answer.code == 0, answer
+    assert "layer0/out" in answer.out
+    zeros = [one for one in verify.check_pairs(made.path, threads=1) if (one.site, one.side) == ("layer0", "out")]
+    assert [(one.relative_error, one.mlp_relative_error) for one in zeros] == [(0.0, 0.0)] * 2
+
+
+def test_pairing_that_gives_nan_is_refused_while_caching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(LanguageModel, "compare_pair", lambda *_: PairingCheck(applicable=True))
+    with pytest.raises(ModelError, match=r"is not the MLP of blocks\.0\.mlp\.hook_in"):
+        run_cache(tmp_path / "cache")
+
+
+# The lower end of float16 (case 27)
+
+
+def largest_error(cache: Path) -> float:
+    return max(report.relative_error for report in verify.check_pairs(cache, threads=1))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-12])
+def test_auto_does_not_store_small_activations_in_float16(tmp_path: Path, scale: float) -> None:
+    model = scaled_model(tmp_path / "model", scale)
+    made = run_cache(tmp_path / "cache", model=str(model), layers="all", storage_dtype="auto")
+    assert {name: site.dtype for name, site in made.cache.sites.items()} == {"layer0": "bfloat16", "layer1": "float16"}
+    assert largest_error(made.path) <= RELATIVE_ERROR["bfloat16"]
+
+
+@given(
+    rows=st.lists(st.lists(st.floats(-4, 4, width=32), min_size=8, max_size=8), min_size=1, max_size=8),
+    exponent=st.integers(-30, 12),
+)
+def test_rows_that_are_not_small_keep_what_float16_promises(rows: list[list[float]], exponent: int) -> None:
+    values = np.array(rows, np.float64) * 2.0**exponent
+    for row in values:
+        if np.sqrt((row**2).mean()) >= FLOAT16_NORMAL:
+            error = np.linalg.norm(row.astype(np.float16).astype(np.float64) - row)
+            assert relative_error(float(error), float(np.linalg.norm(row))) <= RELATIVE_ERROR["float16"]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-12])
+def test_float16_asked_for_where_it_rounds_to_few_digits_is_warned_of(tmp_path: Path, scale: float) -> None:
+    model = scaled_model(tmp_path / "model", scale)
+    made = run_cache(tmp_path / "cache", model=str(model), layers="all", storage_dtype="float16")
+    assert len(made.warnings) == 1
+    assert "layer0/out: half of the rows have a root mean square below 6.1e-05" in made.warnings[0]
+    assert "--storage-dtype bfloat16 or float32" in made.warnings[0]
