@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from tailrace.analysis.evaluate.next_tokens import next_token_losses
-from tailrace.analysis.evaluate.splice_scores import recovered
+from tailrace.analysis.evaluate.recovered import recovered
 from tailrace.analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
 from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_model, sample_contexts
 from tailrace.pipeline.evaluate.pareto_plot import COLOURS, MARKS
@@ -110,7 +110,8 @@ def main() -> None:
         for point in measured(models, path, group):
             points.append(point)
             share = recovered(zero, point.loss, original)
-            print(f"| {group} | {point.l0:.1f} | {point.fvu:.4f} | {point.loss:.4f} | {share or 0:.1%} |", flush=True)
+            shown = "–" if share is None else f"{share:.1%}"
+            print(f"| {group} | {point.l0:.1f} | {point.fvu:.4f} | {point.loss:.4f} | {shown} |", flush=True)
     found.out.parent.mkdir(parents=True, exist_ok=True)
     draw(points, original, found.out)
 

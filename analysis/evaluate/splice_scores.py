@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tailrace.analysis.evaluate.recovered import recovered
 from tailrace.analysis.splice.in_place import InPlaceScore
 
 
@@ -40,7 +41,7 @@ class SpliceScore:
 
     @property
     def ce_recovered(self) -> float | None:
-        """(zero − spliced) / (zero − original): 1 is as good as the MLPs; None if zero ablation changes nothing."""
+        """(zero − spliced) / (zero − original): 1 is as good as the MLPs; None where zero ablation costs nothing."""
         return recovered(self.zero.ce, self.spliced.ce, self.ce_original)
 
     @property
@@ -60,8 +61,3 @@ class SpliceScore:
         outcomes = {name: Outcome(**record[name]) for name in ("spliced", "zero", "mean")}
         in_place = {name: InPlaceScore(**score) for name, score in record["in_place"].items()}
         return cls(**{**fields, **outcomes, "sites": tuple(record["sites"]), "in_place": in_place})
-
-
-def recovered(ablated: float, spliced: float, original: float) -> float | None:
-    """Return (ablated − spliced) / (ablated − original), None where ablation changes nothing."""
-    return (ablated - spliced) / (ablated - original) if ablated != original else None

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tailrace.analysis.evaluate.recovered import recorded_share
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, read_json, read_sealed
 from tailrace.storage.cache_format import KIND, PROVENANCE, SPLITS, Site
@@ -202,7 +203,7 @@ def _summarise_evaluation(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]
     yield "run on", f"{first['n_predictions']:,} tokens of {first['n_contexts']:,} {split} contexts"
     yield "cross entropy", f"{first['ce_original']:.4f} nats per token"
     for score in manifest["scores"]:
-        share = score["ce_recovered"]
+        share = recorded_share(score)
         recovered = "" if share is None else f", {share:.1%} recovered"
         yield f"with {score['name']}", f"{score['spliced']['ce']:.4f}{recovered}, KL {score['spliced']['kl']:.4f}"
     yield from _tables(manifest["tables"])

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tailrace.analysis.evaluate.recovered import recorded_share
 from tailrace.pipeline.artifacts.folders import transcoder_paths
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, open_transcoders
 from tailrace.pipeline.evaluate.settings import Measure
@@ -38,7 +39,7 @@ class Point:
     fvu: float | None
     """Share of the held-out outputs' variance left unexplained; None if they do not vary."""
     ce_recovered: float | None
-    """Share of zero ablation's loss recovered; None if it was not measured."""
+    """Share of zero ablation's loss recovered; None if it was not measured, or ablation costs nothing."""
     d_sae: int
     site: str
     path: str
@@ -108,7 +109,7 @@ def _transcoders(path: Path, kind: str) -> Iterable[tuple[str, Path]]:
 def _recovered(path: Path) -> dict[str, float]:
     """Return the CE recovered of each transcoder of an evaluation, by digest, replaced alone."""
     manifest = read_manifest(path, EVALUATION)
-    scores = {score["name"]: score["ce_recovered"] for score in manifest["scores"]}
+    scores = {score["name"]: recorded_share(score) for score in manifest["scores"]}
     digests = {site: made_of["digest"] for site, made_of in manifest["inputs"]["transcoders"].items()}
     if len(digests) == 1:  # a cross-layer transcoder's score is that of all sites
         digests = dict(zip(scores, digests.values(), strict=True))
@@ -123,7 +124,7 @@ def _point(name: str, one: PublishedTranscoder, evaluated: float | None) -> Poin
         group=str(manifest["architecture"]["kind"]),
         l0=float(heldout["l0"]),
         fvu=heldout["fvu"],
-        ce_recovered=model.get("ce_recovered") if evaluated is None else evaluated,
+        ce_recovered=recorded_share(model) if evaluated is None else evaluated,
         d_sae=int(manifest["d_sae"]),
         site=one.name,
         path=str(one.path),
@@ -152,7 +153,8 @@ def lines(points: Sequence[Point], measure: Measure) -> dict[str, list[Point]]:
     measured = [point for point in points if point.value(measure) is not None]
     if not measured:
         advice = (
-            "run `pipeline evaluate`, and give its directory beside those of the transcoders or their sweep"
+            "run `pipeline evaluate`, and give its directory beside those of the transcoders or their sweep; where "
+            "ablating the site costs no cross entropy, there is none to recover"
             if measure == "ce_recovered"
             else "train on a cache whose held-out outputs vary"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tailrace.analysis.evaluate.evaluation import ContextBatch, refuse_nonfinite
 from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_token_losses
-from tailrace.analysis.evaluate.splice_scores import recovered
+from tailrace.analysis.evaluate.recovered import recovered
 from tailrace.analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, sample_contexts
 from tailrace.storage.cache_format import Site
@@ -63,7 +63,7 @@ class SplicedLoss:
     def __call__(self, step: int, transcoder: Transcoder) -> dict[str, float]:  # noqa: ARG002 - a periodic hook's
         """Return ce_original, ce_spliced, ce_zero and kl, in nats, and ce_recovered, after ``step`` steps.
 
-        ``ce_recovered`` is left out where zero ablation changes nothing. Raises NonFiniteActivation for a transcoder
+        ``ce_recovered`` is left out where zero ablation costs nothing. Raises NonFiniteActivation for a transcoder
         that makes the model's loss infinite or NaN.
         """
         substitutes = self._model.in_place(transcoder)

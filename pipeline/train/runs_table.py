@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pyarrow as pa
 from pydantic.fields import FieldInfo
 
+from tailrace.analysis.evaluate.recovered import recorded_share
 from tailrace.pipeline.shared.options import flat_values, setting_fields
 from tailrace.storage.tables import column, write_table
 from tailrace.training.loop.settings import TrainSettings
@@ -47,7 +48,7 @@ class RunOutcome:
             "n_rows": self.metrics["rows"],
             # an earlier score of a run that diverged is no result
             **{name: heldout.get(name.removeprefix("heldout_")) if finished else None for name in _HELDOUT},
-            "ce_recovered": model.get("ce_recovered") if finished else None,
+            "ce_recovered": recorded_share(model) if finished else None,
             **{f"train_{name}": value for name, value in self.metrics.get("train", {}).items()},
             **flat_values(TrainSettings, self.settings),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tailrace.analysis.evaluate.recovered import recorded_share
+from tailrace.analysis.evaluate.splice_scores import Outcome, SpliceScore
 from tailrace.pipeline.cache import verify
+from tailrace.pipeline.evaluate.command import show_scores
 from tailrace.pipeline.model.language_model import LanguageModel, PairingCheck
+from tailrace.pipeline.train.runs_table import FINISHED, RunOutcome
 from tailrace.storage.encodings import FLOAT16_NORMAL, RELATIVE_ERROR, relative_error
 from tailrace.storage.errors import ModelError
 from tests.support.cache_jobs import command, run_cache, scaled_model
@@ -82,3 +87,28 @@ def test_float16_asked_for_where_it_rounds_to_few_digits_is_warned_of(tmp_path: 
     assert len(made.warnings) == 1
     assert "layer0/out: half of the rows have a root mean square below 6.1e-05" in made.warnings[0]
     assert "--storage-dtype bfloat16 or float32" in made.warnings[0]
+
+
+# A share of a gap of the wrong sign (case 40)
+
+
+def outcome(ce):
+    return Outcome(ce, 0.1, {})
+
+
+def test_ablation_that_costs_nothing_leaves_nothing_to_recover():
+    # the report's second model: the splice is worse than both, and the share was 321 %
+    score = SpliceScore(("mlp",), 4, 60, 7.008, outcome(7.193), outcome(6.924), outcome(7.109), 0.1, {})
+    assert score.ce_recovered is None
+    assert score.ce_recovered_from_mean == pytest.approx((7.109 - 7.193) / (7.109 - 7.008))
+    record = json.loads(json.dumps(score.record()))
+    assert record["ce_recovered"] is None
+    assert show_scores({"mlp": score})[2].split()[:6] == ["mlp", "7.1930", "6.9240", "7.1090", "–", "-83.2%"]
+    older = {**record, "ce_recovered": 3.21}
+    assert SpliceScore.from_record(older) == score
+    assert recorded_share(older) is None
+    trained = {"ce_original": 7.008, "ce_spliced": 7.193, "ce_zero": 6.924, "ce_recovered": 3.21, "kl": 0.1}
+    assert recorded_share(trained) is None
+    assert recorded_share({**trained, "ce_zero": 8.0}) == pytest.approx((8.0 - 7.193) / (8.0 - 7.008))
+    outcomes = {"train": {}, "steps": 1, "rows": 1, "model": trained}
+    assert RunOutcome("k=2", FINISHED, "runs/k=2", {}, outcomes).row()["ce_recovered"] is None

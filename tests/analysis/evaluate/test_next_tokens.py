@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tailrace.analysis.evaluate import next_tokens
 from tailrace.analysis.evaluate.next_tokens import next_token_divergences, next_token_losses, pattern_divergences
-from tailrace.analysis.evaluate.splice_scores import recovered
+from tailrace.analysis.evaluate.recovered import recovered
 from tailrace.analysis.splice.in_place import InPlaceSums
 
 
@@ -72,7 +72,13 @@ def test_patterns_diverge_in_nats_and_a_source_without_weight_is_no_infinity() -
 
 @pytest.mark.parametrize(
     ("ablated", "spliced", "original", "share"),
-    [(10.0, 4.0, 3.0, 6 / 7), (10.0, 3.0, 3.0, 1.0), (10.0, 11.0, 3.0, -1 / 7), (3.0, 4.0, 3.0, None)],
+    [
+        (10.0, 4.0, 3.0, 6 / 7),
+        (10.0, 3.0, 3.0, 1.0),
+        (10.0, 11.0, 3.0, -1 / 7),
+        (3.0, 4.0, 3.0, None),
+        (2.9, 4.0, 3.0, None),
+    ],
 )
 def test_the_share_recovered_is_of_what_ablation_costs(
     ablated: float, spliced: float, original: float, share: float | None

@@ -81,18 +81,19 @@ def test_every_cross_entropy_is_that_of_the_model_with_plain_module_hooks(family
         outcome = getattr(score, kind)
         assert outcome.ce == pytest.approx(ce[kind], abs=1e-5)
         assert outcome.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), abs=1e-5)
-    share = (ce["zero"] - ce["spliced"]) / (ce["zero"] - original.mean().item())
-    assert score.ce_recovered == pytest.approx(share, abs=1e-3)
-    share = (ce["mean"] - ce["spliced"]) / (ce["mean"] - original.mean().item())
-    assert score.ce_recovered_from_mean == pytest.approx(share, abs=1e-3)
+    for kind, share in (("zero", score.ce_recovered), ("mean", score.ce_recovered_from_mean)):
+        gap = ce[kind] - original.mean().item()
+        assert share == (pytest.approx((ce[kind] - ce["spliced"]) / gap, abs=1e-3) if gap > 0 else None)
 
 
 def test_the_mlp_itself_recovers_everything_and_explains_everything() -> None:
     sites = [SplicedSite(mlp_site(layer), MlpItself("llama", layer), MEAN) for layer in range(N_LAYERS)]
     scores, _ = evaluated(sites, "llama")
     assert list(scores) == ["layer0", "layer1", "layer2", ALL_SITES]
+    assert any(score.ce_recovered is not None for score in scores.values())
     for score in scores.values():
-        assert score.ce_recovered == pytest.approx(1, abs=1e-4)
+        costs = score.zero.ce > score.ce_original
+        assert score.ce_recovered == (pytest.approx(1, abs=1e-4) if costs else None)
         assert score.spliced.kl == pytest.approx(0, abs=1e-6)
         assert all(in_place.fvu == pytest.approx(0, abs=1e-9) for in_place in score.in_place.values())
 
