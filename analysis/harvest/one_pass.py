@@ -40,13 +40,13 @@ class Plan:
     """The decisions that shape a harvest."""
 
     n_rows: int | None = None
-    """Rows from the start of the split; None for all."""
+    """Rows from the start of what is read; None for all."""
     block_rows: int = 8192
     n_examples: int = 20
     window_before: int = 16
     window_after: int = 16
     activation_rows: int = 0
-    """Rows from the start of the split whose activations are kept; whole contexts only."""
+    """Rows from the start of what is read whose activations are kept; whole contexts only."""
     n_bands: int = 5
     """Equal parts of the range from zero to a feature's maximum."""
     n_band_examples: int = 5

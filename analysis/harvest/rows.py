@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.randomness import philox, random_permutation
 
 
 class TokenOrderSplit(Protocol):
@@ -52,6 +53,85 @@ class TokenOrderSplit(Protocol):
     def context_documents(self, context_ids: NDArray[np.integer], /) -> NDArray[np.uint32]:
         """Return the document ids (contexts, positions) of contexts."""
         ...
+
+
+class SampledSplit:
+    """Contexts of a split with all their rows, drawn uniformly by ``seed``: as many as fit into ``n_rows``, at least 1.
+
+    Rows are numbered among themselves; ``rows`` are their numbers in the split. Units without a drawn row are left out.
+    """
+
+    def __init__(self, split: TokenOrderSplit, n_rows: int, seed: int) -> None:
+        starts = _context_starts(split)
+        sizes = np.diff(starts, append=split.n_rows)
+        order = random_permutation(philox(seed, "analyze/contexts"), len(starts))
+        n_drawn = max(1, int(np.searchsorted(np.cumsum(sizes[order]), n_rows, side="right")))
+        drawn = np.sort(order[:n_drawn])
+        before = np.cumsum(sizes[drawn]) - sizes[drawn]
+        self.rows: NDArray[np.int64] = np.arange(sizes[drawn].sum()) + np.repeat(starts[drawn] - before, sizes[drawn])
+        """(n_rows,) the number in the split of each row."""
+        self.n_contexts = n_drawn
+        """Contexts that were drawn."""
+        self.of_contexts = len(starts)
+        """Contexts of the split that have rows."""
+        self.split = split
+        self._units = np.unique(units_of(split, self.rows))
+        self._first_rows = np.searchsorted(self.rows, [split.first_row(unit) for unit in self._units])
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that were drawn."""
+        return len(self.rows)
+
+    @property
+    def n_units(self) -> int:
+        """Units with a drawn row."""
+        return len(self._units)
+
+    def first_row(self, u: int) -> int:
+        """Return the index of the first row of a unit."""
+        return int(self._first_rows[u])
+
+    def read_unit(self, u: int, keys: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+        """Return the drawn rows of a unit, sorted by (context, position)."""
+        unit = int(self._units[u])
+        stop = self.first_row(u + 1) if u + 1 < self.n_units else self.n_rows
+        drawn = self.rows[self.first_row(u) : stop] - self.split.first_row(unit)
+        return {key: array[drawn] for key, array in self.split.read_unit(unit, keys).items()}
+
+    def dtype(self, key: str) -> str:
+        """Return the stored dtype of an array."""
+        return self.split.dtype(key)
+
+    def context_tokens(self, context_ids: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Return the token ids (contexts, positions) of contexts."""
+        return self.split.context_tokens(context_ids)
+
+    def context_documents(self, context_ids: NDArray[np.integer]) -> NDArray[np.uint32]:
+        """Return the document ids (contexts, positions) of contexts."""
+        return self.split.context_documents(context_ids)
+
+
+def _context_starts(split: TokenOrderSplit) -> NDArray[np.int64]:
+    """Return (contexts,) the index in token order of each context's first row."""
+    starts, last = [], -1
+    for unit in range(split.n_units):
+        contexts = split.read_unit(unit, ["context"])["context"].astype(np.int64)
+        starts.append(split.first_row(unit) + np.flatnonzero(np.diff(contexts, prepend=last)))
+        last = contexts[-1]
+    return np.concatenate(starts)
+
+
+def in_split(split: TokenOrderSplit, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the numbers that rows have in the split itself, whether all of it is read or some contexts."""
+    return split.rows[rows] if isinstance(split, SampledSplit) else rows
+
+
+def units_of(split: TokenOrderSplit, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the unit of the split itself that each of ``rows`` lies in."""
+    of = split.split if isinstance(split, SampledSplit) else split
+    starts = [of.first_row(unit) for unit in range(of.n_units)]
+    return np.searchsorted(starts, in_split(split, rows), side="right") - 1
 
 
 class RowBlock(NamedTuple):
@@ -233,7 +313,13 @@ class ShownRows:
     """The cache that other processes read them from; None for rows in this process only."""
 
 
-def cached_rows(cache: ActivationCache, split_name: str, site: str) -> ShownRows:
-    """Return the rows of a cache's split. Raises ArtifactMismatch if the cache has no such split."""
+def cached_rows(
+    cache: ActivationCache, split_name: str, site: str, n_rows: int | None = None, seed: int = 0
+) -> ShownRows:
+    """Return the rows of a cache's split, or about ``n_rows`` of them: those of contexts drawn uniformly.
+
+    Raises ArtifactMismatch if the cache has no such split.
+    """
     split = cache.split(split_name)
-    return ShownRows(split, split_name, site, split.statistics(site, "out").mean, cache.vocabulary(), cache)
+    read = split if n_rows is None or n_rows >= split.n_rows else SampledSplit(split, n_rows, seed)
+    return ShownRows(read, split_name, site, split.statistics(site, "out").mean, cache.vocabulary(), cache)

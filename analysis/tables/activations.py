@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from tailrace.analysis.harvest.activations import KeptPairs
 from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
+from tailrace.analysis.harvest.rows import in_split
 from tailrace.analysis.harvest.table import Rows, Table, feature_ranges, record_batch
 from tailrace.storage.tables import column
 
@@ -26,7 +27,7 @@ SCHEMA = pa.schema(
 def files(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[tuple[str, Rows]]:  # noqa: ARG001 - as Table.parts
     """Yield the name and the rows of each file: a run of features."""
     for features in feature_ranges(subject.coder.d_sae):
-        yield f"features-{features.start:06}-{features.stop - 1:06}", _rows(harvest[KeptPairs], features)
+        yield f"features-{features.start:06}-{features.stop - 1:06}", _rows(harvest[KeptPairs], features, subject)
 
 
 def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Rows:
@@ -35,9 +36,9 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Rows:
         yield from rows
 
 
-def _rows(kept: KeptPairs, features: range) -> Rows:
+def _rows(kept: KeptPairs, features: range, subject: Subject) -> Rows:
     for pairs in kept.sorted_pairs(features):
-        columns = {"feature": pairs.feature, "row": pairs.row, "activation": pairs.value}
+        columns = {"feature": pairs.feature, "row": in_split(subject.split, pairs.row), "activation": pairs.value}
         yield record_batch(SCHEMA, columns)
 
 

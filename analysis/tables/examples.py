@@ -14,7 +14,7 @@ from tailrace.analysis.harvest.activations import KeptPairs, KeptRows
 from tailrace.analysis.harvest.examples import Examples, TopExamples, rank_in_group, sample_examples
 from tailrace.analysis.harvest.features import FeatureTotals
 from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
-from tailrace.analysis.harvest.rows import documents_at, tokens_of
+from tailrace.analysis.harvest.rows import documents_at, in_split, tokens_of, units_of
 from tailrace.analysis.harvest.table import Table, feature_ranges, list_array, record_batch
 from tailrace.analysis.tables.activations import are_kept
 from tailrace.storage.tables import column
@@ -67,7 +67,6 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
     """Make the rows, a run of features at a time."""
     strongest = harvest[TopExamples].kept
     texts = WindowTexts(subject.vocabulary)
-    unit_starts = np.array([subject.split.first_row(unit) for unit in range(subject.split.n_units)])
     for features in feature_ranges(subject.coder.d_sae):
         start, stop = np.searchsorted(strongest.feature, [features.start, features.stop])
         shown = _Shown.of_kind(strongest.take(np.arange(start, stop)), TOP)
@@ -75,7 +74,7 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Iterator[pa.Recor
             for sampled in _sampled(harvest, plan, features):
                 shown = shown.joined(sampled)
         if len(shown.kind):
-            yield _rows(shown.ordered(), subject, plan, texts, unit_starts)
+            yield _rows(shown.ordered(), subject, plan, texts)
 
 
 class _Shown(NamedTuple):
@@ -117,9 +116,7 @@ def _sampled(harvest: Harvest, plan: Plan, features: range) -> Iterator[_Shown]:
         yield _Shown(sampled.examples, np.where(sampled.band < 0, RANDOM, BAND), sampled.band)
 
 
-def _rows(
-    shown: _Shown, subject: Subject, plan: Plan, texts: WindowTexts, unit_starts: NDArray[np.int64]
-) -> pa.RecordBatch:
+def _rows(shown: _Shown, subject: Subject, plan: Plan, texts: WindowTexts) -> pa.RecordBatch:
     examples = shown.examples
     tokens = tokens_of(subject.split, examples.context)
     token = tokens[np.arange(len(tokens)), examples.position]
@@ -137,8 +134,8 @@ def _rows(
         "band": pa.array(shown.band, pa.int32(), mask=shown.band < 0),
         "rank": shown.rank(),
         "activation": examples.activation,
-        "row": examples.row,
-        "unit": np.searchsorted(unit_starts, examples.row, side="right") - 1,
+        "row": in_split(subject.split, examples.row),
+        "unit": units_of(subject.split, examples.row),
         "context": examples.context,
         "position": examples.position,
         "document": documents_at(subject.split, examples.context, examples.position).astype(np.int64),

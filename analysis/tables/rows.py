@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from tailrace.analysis.harvest.activations import KeptRows
 from tailrace.analysis.harvest.one_pass import Harvest, Plan, Subject
-from tailrace.analysis.harvest.rows import documents_at, tokens_at
+from tailrace.analysis.harvest.rows import documents_at, in_split, tokens_at
 from tailrace.analysis.harvest.table import Rows, Table, record_batch
 from tailrace.analysis.tables.activations import are_kept
 from tailrace.storage.tables import column
@@ -38,7 +38,7 @@ def compute(harvest: Harvest, subject: Subject, plan: Plan) -> Rows:  # noqa: AR
         where = (subject.split, contexts[chosen], positions[chosen])
         tokens = tokens_at(*where)
         columns = {
-            "row": np.arange(start, start + len(tokens)),
+            "row": in_split(subject.split, np.arange(start, start + len(tokens))),
             "token_id": tokens,
             "token": vocabulary.take(pa.array(tokens)),
             "context": contexts[chosen],

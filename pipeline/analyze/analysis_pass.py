@@ -145,7 +145,9 @@ def count_unit(job: Job, unit: int) -> Harvest:
 @lru_cache(maxsize=1)
 def _open_job(job: Job) -> Subject:
     whole = AnalysisPass(
-        rows=cached_rows(open_cache(job.cache, job.generation), job.split_name, job.site),
+        rows=cached_rows(
+            open_cache(job.cache, job.generation), job.split_name, job.site, job.plan.n_rows, job.plan.seed
+        ),
         analysed=job.analysed,
         plan=job.plan,
         device=torch.device("cpu"),

@@ -104,8 +104,9 @@ def command(
 
 def _line(result: AnalyzeResult) -> str:
     fvu = "" if result.fvu is None else f", FVU {result.fvu:.4f}"
+    drawn = "" if result.of_rows is None else f" of {result.of_rows:,} (contexts drawn uniformly)"
     return (
-        f"{result.path}: {result.n_features:,} features over {result.n_rows:,} rows, L0 {result.l0:.1f}{fvu}, "
+        f"{result.path}: {result.n_features:,} features over {result.n_rows:,} rows{drawn}, L0 {result.l0:.1f}{fvu}, "
         f"{result.n_dead:,} dead"
     )
 

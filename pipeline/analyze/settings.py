@@ -33,7 +33,8 @@ class AnalyzeSettings(Settings):
     """Rows to read: heldout (documents the transcoder never saw) or train."""
 
     rows: Quantity | None = Field(default=None, gt=0)
-    """Read only this many rows, from the start of the split in token order; all of them if not given."""
+    """Read about this many rows, those of contexts drawn uniformly from the split; all of them if not given. With
+    --live: the first of the text."""
 
     examples: int = Field(default=20, ge=1)
     """Strongest examples kept per feature, at most one from each context."""
@@ -48,11 +49,12 @@ class AnalyzeSettings(Settings):
     """Examples per feature taken from all rows where it is active."""
 
     seed: int = 0
-    """Decides which examples of bands and of active rows are taken."""
+    """Decides which contexts --rows draws, and which examples of bands and of active rows are taken."""
 
     activations: Literal["all", "none"] | Annotated[Quantity, Field(gt=0)] = 2_000_000
-    """Rows, from the first, whose activations are kept one by one (activations/, rows and coactivation, and examples of
-    bands and of active rows): a number, all or none. About 8 bytes per active feature of a row, and 16 in scratch."""
+    """Rows, from the first read, whose activations are kept one by one (activations/, rows and coactivation, and
+    examples of bands and of active rows): a number, all or none. About 8 bytes per active feature of a row, and 16 in
+    scratch."""
 
     coactivation_floor: float = Field(default=1e-4, ge=0, le=1)
     """Share of rows on which a feature must be active to be counted together with others."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
-from tailrace.analysis.harvest.rows import ShownRows, cached_rows
+from tailrace.analysis.harvest.rows import SampledSplit, ShownRows, cached_rows
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.live.token_order import fresh_rows
@@ -43,18 +44,29 @@ class Source(Protocol):
 
 
 class CacheSource:
-    """The rows of a split of a cache; its model is opened for its weights alone."""
+    """The rows of a split of a cache, or of some of its contexts; its model is opened for its weights alone."""
 
-    def __init__(self, cache: ActivationCache, split_name: str, site: str, model: str | None, device: str) -> None:
-        self._cache, self._split_name, self._site = cache, split_name, site
+    def __init__(
+        self, cache: ActivationCache, settings: AnalyzeSettings, site: str, model: str | None, device: str
+    ) -> None:
+        self._cache, self._settings, self._site = cache, settings, site
         self._place, self._device = model, device
         self.inputs: dict[str, Any] = {"cache": cache.reference}
+        if settings.rows is not None:  # tables of a release that read the first rows are other tables
+            self.inputs["rows"] = {"drawn": "contexts, uniformly"}
         self.found: dict[str, Any] = {}
         self.model: Mapping[str, Any] = cache.manifest["model"]
 
     def rows(self) -> ShownRows:
-        """Return the rows of the split."""
-        return cached_rows(self._cache, self._split_name, self._site)
+        """Return the rows."""
+        asked = self._settings
+        rows = cached_rows(self._cache, asked.split, self._site, asked.rows, asked.seed)
+        if isinstance(drawn := rows.split, SampledSplit):
+            counts = {"n_contexts": drawn.n_contexts, "of_contexts": drawn.of_contexts}
+            self.found = {
+                "rows": {**self.inputs["rows"], **counts, "n_rows": drawn.n_rows, "of_rows": drawn.split.n_rows}
+            }
+        return rows
 
     def open_model(self) -> LanguageModel:
         """Return the model that the cache was made with."""

@@ -95,6 +95,8 @@ class AnalyzeResult:
     n_dead: int
     l0: float
     fvu: float | None
+    of_rows: int | None = None
+    """Rows of the split, where ``n_rows`` of them were drawn; None if all were read."""
 
 
 def run(
@@ -155,7 +157,7 @@ def open_sources(
 
         def of_cache(layer: TranscoderLayer) -> Source:
             site = check_same_site(opened, cache, layer.manifest, layer.path)
-            return CacheSource(opened, settings.split, site, model, device)
+            return CacheSource(opened, settings, site, model, device)
 
         return of_cache
     if live is None or cache is not None:
@@ -345,6 +347,7 @@ def _announce_size(subject: Subject, whole: AnalysisPass, output: Path, announce
 
 def read_result(tables: Path) -> AnalyzeResult:
     """Return what published tables say as a whole. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    read_manifest(tables, KIND)
+    drawn = read_manifest(tables, KIND)["inputs"].get("rows", {})
     (layer,) = read_table(tables / "layers.parquet").to_pylist()
-    return AnalyzeResult(tables, layer["n_rows"], layer["d_sae"], layer["n_dead"], layer["l0_mean"], layer["fvu"])
+    counts = (layer["n_rows"], layer["d_sae"], layer["n_dead"])
+    return AnalyzeResult(tables, *counts, layer["l0_mean"], layer["fvu"], drawn.get("of_rows"))

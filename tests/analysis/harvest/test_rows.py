@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tailrace.analysis.harvest.rows import RowBlock, block_edges, iter_blocks
+from tailrace.analysis.harvest.rows import RowBlock, SampledSplit, block_edges, in_split, iter_blocks, units_of
 from tests.support.analysis_subject import FakeSplit
 
 
@@ -54,3 +54,33 @@ def test_blocks_hold_as_many_whole_contexts_as_fit():
     assert block_edges(contexts, 4) == [0, 2, 7, 10]  # context 1 alone is longer than a block
     assert block_edges(contexts, 7) == [0, 7, 10]
     assert block_edges(contexts, 100) == [0, 10]
+
+
+@pytest.mark.parametrize("unit_rows", [3, 7, 10, 1000])
+@pytest.mark.parametrize(("n_rows", "n_contexts"), [(1, 1), (14, 2), (20, 2), (41, 5)])
+def test_drawn_contexts_come_with_all_their_rows_whatever_the_units(unit_rows, n_rows, n_contexts):
+    split = FakeSplit(6, unit_rows=unit_rows)  # 7 rows per context
+    drawn = SampledSplit(split, n_rows, seed=3)
+    blocks = list(iter_blocks(drawn, ["layer0/in"], block_rows=10))
+    contexts = np.concatenate([block.context for block in blocks])
+    assert np.unique(contexts, return_counts=True)[1].tolist() == [7] * n_contexts
+    assert (drawn.n_contexts, drawn.of_contexts, drawn.n_rows) == (n_contexts, 6, 7 * n_contexts)
+    rows = in_split(drawn, np.arange(drawn.n_rows))
+    assert rows.tolist() == SampledSplit(FakeSplit(6), n_rows, seed=3).rows.tolist()
+    assert np.array_equal(split.context[rows], contexts)
+    assert np.array_equal(split.inputs[rows], np.concatenate([block.arrays["layer0/in"] for block in blocks]))
+    assert units_of(drawn, np.arange(drawn.n_rows)).tolist() == (rows // unit_rows).tolist()
+    single = [
+        block
+        for unit in range(drawn.n_units)
+        for block in iter_blocks(drawn, [], block_rows=10, units=range(unit, unit + 1))
+    ]
+    assert describe(single) == describe(list(iter_blocks(drawn, [], block_rows=10)))
+
+
+def test_every_context_is_drawn_equally_often():
+    counts = np.zeros(12)
+    for seed in range(300):
+        counts[np.unique(SampledSplit(FakeSplit(12), 28, seed).rows // 7)] += 1
+    assert counts.sum() == 300 * 4
+    assert ((counts - 100) ** 2 / 100).sum() < 24.7  # chi-square with 11 degrees of freedom, 1 %; seeds are fixed

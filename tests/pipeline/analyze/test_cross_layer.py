@@ -222,8 +222,8 @@ def test_interrupted_it_goes_on_with_the_first_layer_that_is_not_finished(made: 
 
 def test_fresh_text_gives_every_layer_what_a_cache_of_it_does(made: Path, tmp_path: Path) -> None:
     text = FreshText.read({"dataset": str(text_file()), "context_length": CONTEXT_LENGTH, "contexts_per_batch": 4}, {})
-    settings = SETTINGS.model_copy(update={"rows": 100})
-    run(made, tmp_path / "cached", settings=settings)
+    run(made, tmp_path / "cached")
+    settings = SETTINGS.model_copy(update={"rows": open_cache(made / "cache").split(SETTINGS.split).n_rows})
     fresh = {"cache": None, "live": text, "model": str(model_folder(n_layers=3))}
     run(made, tmp_path / "live", settings=settings, **fresh)
     kept = f"activations/features-000000-{D_SAE - 1:06d}.parquet"

@@ -189,7 +189,7 @@ def test_the_command_takes_one_a_folder_or_several(made: Path, tmp_path: Path) -
     invoke(made, tmp_path / "several", *transcoders(made))
     assert files(tmp_path / "folder") == files(tmp_path / "several") == files(made / "alone")
     lines, beside = invoke(made, tmp_path / "one", made / "set" / "layer1")
-    assert lines[0].startswith(f"{tmp_path / 'one'}: 24 features over 50 rows")
+    assert lines[0].startswith(f"{tmp_path / 'one'}: 24 features over 45 rows of 60 (contexts drawn uniformly)")
     assert files(tmp_path / "one") == files(made / "alone" / "layer1")
 
 

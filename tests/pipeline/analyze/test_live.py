@@ -27,9 +27,9 @@ SETTINGS: dict[str, Any] = {"rows": 450, "examples": 3, "window_before": 3, "win
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of all of the text, and a transcoder trained on it."""
+    """A cache of the first 450 rows of the text, and a transcoder trained on it."""
     root = tmp_path_factory.mktemp("live")
-    run_cache(root / "cache", tokens="all", holdout="0")
+    run_cache(root / "cache", tokens="450", holdout="0")
     training = TrainSettings.read(
         {"architecture": {"kind": "batch_topk", "k": 4}, "d_sae": 32, "steps": 12, "batch_rows": 32, "lr": 1e-2}
     )
@@ -62,7 +62,7 @@ def test_tables_of_fresh_text_have_the_bytes_of_a_caches(
     """But for the unit that a row is stored in, and rounding of sums where units are cut elsewhere."""
     monkeypatch.setattr("tailrace.pipeline.live.token_order.UNIT_ROWS", unit_rows)
     from_text(made, tmp_path / "live")
-    settings = AnalyzeSettings.read(SETTINGS, {"split": "train"})
+    settings = AnalyzeSettings.read(SETTINGS, {"split": "train", "rows": None})
     cached: dict[str, Any] = {"cache": made / "cache", "transcoder": made / "transcoder", "model": str(model_folder())}
     analyze.run(settings, **cached, output=tmp_path / "cached", compute=Compute(threads=1, quiet=True))
     for name in ("activations/features-000000-000031", "rows", "coactivation", "connections"):

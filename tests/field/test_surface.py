@@ -1,0 +1,67 @@
+"""What commands say of data: the answer is the asked one, or it says that there is none."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.train import stage as train
+from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.tables import read_table
+from tailrace.training.architectures import TopK
+from tailrace.training.loop.settings import TrainSettings
+from tests.support.synthetic_cache import write_synthetic_cache
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cache and a transcoder."""
+    root = tmp_path_factory.mktemp("surface")
+    write_synthetic_cache(root / "cache", n_heldout_contexts=40)
+    settings = TrainSettings(
+        architecture=TopK(k=3), d_sae=24, steps=5, batch_rows=64, warmup_steps=1, decay_steps=1, lr=1e-2
+    )
+    compute = Compute(threads=1, quiet=True)
+    train.run(settings, cache=root / "cache", output=root / "transcoder", compute=compute)
+    return root
+
+
+def test_some_rows_are_those_of_contexts_drawn_from_all_of_the_split(made, tmp_path):
+    settings = AnalyzeSettings(rows=150, examples=2, without_model=True, block_rows=50)
+    paths = {"cache": made / "cache", "transcoder": made / "transcoder"}
+    result = analyze.run(settings, **paths, output=tmp_path / "tables", quiet=True, threads=1)
+    assert (result.n_rows, result.of_rows) == (150, 600)
+    split = open_cache(made / "cache").split("heldout")
+    keys = ["layer0/in", "context", "position"]
+    units = [split.read_unit(unit, keys) for unit in range(split.n_units)]
+    cached = {key: np.concatenate([unit[key] for unit in units]) for key in keys}
+    rows = read_table(tmp_path / "tables" / "rows.parquet").to_pydict()
+    assert len(set(rows["context"])) == 10
+    assert max(rows["context"]) - min(rows["context"]) > 20  # not the first ten
+    for key in ("context", "position"):
+        assert cached[key][rows["row"]].tolist() == rows[key]
+    for row in read_table(tmp_path / "tables" / "examples.parquet").to_pylist():
+        assert cached["context"][row["row"]] == row["context"]
+        assert row["unit"] == row["row"] // 128
+    for part in (tmp_path / "tables" / "activations").iterdir():
+        assert set(read_table(part).to_pydict()["row"]) <= set(rows["row"])
+    manifest = json.loads((tmp_path / "tables" / "manifest.json").read_text())
+    assert manifest["inputs"]["rows"] == {
+        "drawn": "contexts, uniformly",
+        "n_contexts": 10,
+        "of_contexts": 40,
+        "n_rows": 150,
+        "of_rows": 600,
+    }
+    shared = analyze.run(settings, **paths, output=tmp_path / "shared", quiet=True, threads=1, workers=2)
+    for name in ("features.parquet", "examples.parquet", "rows.parquet"):
+        assert (shared.path / name).read_bytes() == (result.path / name).read_bytes()
+    other = analyze.run(
+        settings.model_copy(update={"seed": 1}), **paths, output=tmp_path / "other", quiet=True, threads=1
+    )
+    assert read_table(other.path / "rows.parquet").to_pydict()["row"] != rows["row"]
