@@ -34,7 +34,7 @@ def stage(settings: CacheSettings, path: Path, threads: int) -> tuple[int, float
 
 def n_tokens(made: ActivationCache) -> int:
     """Return the tokens the model has to read for a cache: those of every context, held-out ones included."""
-    return sum(made.split(name).n_contexts for name in made.manifest["splits"]) * made.layout.context_length
+    return sum(made.split(name).n_contexts for name in made.manifest.splits) * made.layout.context_length
 
 
 def capture(model: LanguageModel, settings: CacheSettings) -> Callable[[torch.Tensor], object]:

@@ -6,7 +6,7 @@ Rows are read here unit by unit and in token order, which is what analysis wants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from tailrace.storage.artifact import read_json, read_manifest, read_sealed
+from tailrace.storage.artifact import read_json
 from tailrace.storage.cache_format import (
-    KIND,
     PROVENANCE,
     VOCABULARY,
+    BlockRecord,
     CacheFormat,
+    CacheManifest,
     Site,
+    SplitRecord,
+    UnitRecord,
     manifest_name,
     pieces,
     split_path,
@@ -42,24 +45,24 @@ def open_cache(path: Path | str, generation: int | None = None) -> ActivationCac
     Raises ArtifactMissing, ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch for any other artifact.
     """
     root = Path(path).expanduser()
-    manifest = read_manifest(root, KIND)
-    if generation is not None and generation != manifest["generation"]:
+    manifest = CacheManifest.read(root)
+    if generation is not None and generation != manifest.generation:
         older = root / manifest_name(generation)
         # a manifest beyond the newest belongs to a growth that was never published
-        if not 0 <= generation < manifest["generation"]:
+        if not 0 <= generation < manifest.generation:
             raise ArtifactMissing(
-                f"{root}: has no generation {generation}; it has generations 0 to {manifest['generation']}"
+                f"{root}: has no generation {generation}; it has generations 0 to {manifest.generation}"
             )
         if not older.exists():
-            raise ArtifactCorrupt(f"{older}: is missing; restore it, or open generation {manifest['generation']}")
-        manifest = read_sealed(older)
+            raise ArtifactCorrupt(f"{older}: is missing; restore it, or open generation {manifest.generation}")
+        manifest = CacheManifest.read_file(older)
     _check_names(root, manifest)
     return ActivationCache(root, manifest)
 
 
-def _check_names(root: Path, manifest: dict[str, Any]) -> None:
+def _check_names(root: Path, manifest: CacheManifest) -> None:
     """Raise ArtifactCorrupt if the folder of a split or site could lie outside the cache."""
-    for name in (*manifest["splits"], *(site["name"] for site in manifest["format"]["sites"])):
+    for name in (*manifest.splits, *(site.name for site in manifest.format.sites)):
         if (problem := folder_problem(name)) is not None:
             raise ArtifactCorrupt(
                 f"{root}: its manifest names {name!r} as a split or site, which {problem}; restore it, or make the "
@@ -72,27 +75,27 @@ class ActivationCache:
     """A published activation cache at one generation."""
 
     path: Path
-    manifest: dict[str, Any] = field(repr=False)
+    manifest: CacheManifest = field(repr=False)
 
     @property
     def cache_id(self) -> str:
         """Identity of the cache, from its request; independent of its path."""
-        return str(self.manifest["cache_id"])
+        return self.manifest.cache_id
 
     @property
     def generation(self) -> int:
         """0 when first published; one more each time the cache was extended or widened."""
-        return int(self.manifest["generation"])
+        return self.manifest.generation
 
     @property
     def seed(self) -> int:
         """The seed of the shuffle inside units, and the default seed of epochs."""
-        return int(self.manifest["seed"])
+        return self.manifest.seed
 
-    @cached_property
+    @property
     def layout(self) -> CacheFormat:
         """How the arrays lie on disk."""
-        return CacheFormat.from_json(self.manifest["format"])
+        return self.manifest.format
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -102,13 +105,13 @@ class ActivationCache:
     @property
     def reference(self) -> dict[str, Any]:
         """What an artifact made from this cache records of it."""
-        return {"cache_id": self.cache_id, "generation": self.generation, "digest": self.manifest["digest"]}
+        return {"cache_id": self.cache_id, "generation": self.generation, "digest": self.manifest.digest}
 
     def split(self, name: str) -> CacheSplit:
         """Return the rows of ``train`` or ``heldout``; raise ArtifactMismatch if the cache has no such rows."""
-        if name not in self.manifest["splits"]:
+        if name not in self.manifest.splits:
             raise ArtifactMismatch(
-                f"{self.path}: has no {name} rows, only {', '.join(sorted(self.manifest['splits']))}; "
+                f"{self.path}: has no {name} rows, only {', '.join(sorted(self.manifest.splits))}; "
                 "use another split, or make the cache again with --holdout"
             )
         return CacheSplit(self, name)
@@ -136,8 +139,8 @@ class CacheSplit:
         return self.cache.reference
 
     @property
-    def _record(self) -> dict[str, Any]:
-        return dict(self.cache.manifest["splits"][self.name])
+    def _record(self) -> SplitRecord:
+        return self.cache.manifest.splits[self.name]
 
     @property
     def layout(self) -> CacheFormat:
@@ -147,17 +150,17 @@ class CacheSplit:
     @property
     def n_rows(self) -> int:
         """Rows in this split."""
-        return int(self._record["n_rows"])
+        return self._record.n_rows
 
     @property
     def n_contexts(self) -> int:
         """Contexts in this split; their rows may not all be stored."""
-        return int(self._record["n_contexts"])
+        return self._record.n_contexts
 
     @property
     def bucket_rows(self) -> int:
         """Rows that are shuffled together in memory when an epoch is gathered."""
-        return int(self._record["bucket_rows"])
+        return self._record.bucket_rows
 
     @property
     def unit_rows(self) -> list[int]:
@@ -287,11 +290,9 @@ class CacheSplit:
     def merged_statistics(self, keys: Sequence[str]) -> dict[str, SiteStatistics]:
         """Return the statistics of several stored ``site/side``, from one pass over the commit records."""
         merged = {key: SiteStatistics(self.layout.encodings()[key].width) for key in keys}
-        for names in self._record["unit_records"]:
-            for name in names:
-                stored = self._read_record(name)["statistics"]
-                for key in merged.keys() & stored.keys():
-                    merged[key].merge(SiteStatistics.from_json(stored[key]))
+        for record in self.unit_records():
+            for key in merged.keys() & record.statistics.keys():
+                merged[key].merge(SiteStatistics.from_json(record.statistics[key]))
         return merged
 
     def output_statistics(self) -> dict[str, SiteStatistics]:
@@ -300,20 +301,18 @@ class CacheSplit:
         merged = self.merged_statistics(list(keys.values()))
         return {site: merged[key] for site, key in keys.items()}
 
-    def _read_record(self, name: str) -> Any:
-        return read_json(inside(self.cache.path, name))
-
-    def unit_records(self) -> list[dict[str, Any]]:
-        """Return the commit records of this split's units, in unit order; a widened unit has several."""
-        return [self._read_record(name) for names in self._record["unit_records"] for name in names]
+    def unit_records(self) -> Iterator[UnitRecord]:
+        """Yield the commit records of this split's units, in unit order; a widened unit has several."""
+        return (UnitRecord.read_file(inside(self.root, name)) for names in self._record.unit_records for name in names)
 
     def first_contexts(self) -> list[int]:
         """Return the context of each unit's first row, in unit order; a context may span two units."""
-        return [self._read_record(names[0])["first_context"] for names in self._record["unit_records"]]
+        first = [inside(self.root, names[0]) for names in self._record.unit_records]
+        return [UnitRecord.read_file(path).first_context for path in first]
 
-    def block_records(self) -> list[dict[str, Any]]:
-        """Return the commit records of this split's blocks of contexts."""
-        return [self._read_record(name) for name in self._record["block_records"]]
+    def block_records(self) -> Iterator[BlockRecord]:
+        """Yield the commit records of this split's blocks of contexts."""
+        return (BlockRecord.read_file(inside(self.root, name)) for name in self._record.block_records)
 
     def stream(
         self,

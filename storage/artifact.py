@@ -10,13 +10,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tailrace.storage.errors import (
     ArtifactCorrupt,
@@ -27,6 +30,9 @@ from tailrace.storage.errors import (
 )
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.names import inside, is_plural, temporary_path, with_article
+from tailrace.storage.settings import describe_problems
+
+logger = logging.getLogger(__name__)
 
 JSON = Any
 """A value that ``json`` can write: null, bool, number, string, list or string-keyed mapping of these."""
@@ -156,12 +162,112 @@ def sync_files(root: Path, names: Iterable[str]) -> None:
 
 def read_json(path: Path) -> Any:
     """Return the JSON value in a file; raise ArtifactCorrupt if it is gone or not JSON."""
+    return _parse_json(_read_bytes(path), path)
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        return json.loads(path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactCorrupt(f"{path}: is missing; restore it or rebuild the artifact") from error
-    except (ValueError, UnicodeDecodeError) as error:
+
+
+def _parse_json(data: bytes, path: Path) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
         raise ArtifactCorrupt(f"{path}: is not valid JSON ({error}); restore it or rebuild the artifact") from error
+
+
+KEEPING = ConfigDict(extra="allow", strict=True)
+"""A type of JSON objects that keeps keys it does not know: a newer version may have written them."""
+
+
+class Record(BaseModel):
+    """A JSON object in an artifact. Keys that this version does not know are kept."""
+
+    model_config = ConfigDict(**KEEPING, frozen=True)
+
+    @classmethod
+    def read_file(cls, path: Path) -> Self:
+        """Return the record in a file; raise ArtifactCorrupt if it is gone, not JSON or of another shape."""
+        return cls.parse(_read_bytes(path), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Self:
+        """Return the record in the bytes of a file; raise ArtifactCorrupt with every key that is wrong."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise ArtifactCorrupt(
+                f"{describe_problems(cls, error, str(path))}\nRestore it or rebuild the artifact"
+            ) from error
+
+    def as_json(self) -> dict[str, JSON]:
+        """Return the object as it was read, with the keys that this version does not know."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class FileRecord(Record):
+    """What is known of a file that an artifact vouches for."""
+
+    bytes: int
+    checksum: str
+
+
+class Manifest(Record):
+    """What a published artifact says of itself; each kind has a class of its own that names the other keys."""
+
+    of_kind: ClassVar[str]
+    """The artifact's kind."""
+    instead: ClassVar[Mapping[str, str]] = {}
+    """The next step to report for each wrong kind."""
+
+    kind: str
+    digest: str
+    """Of the manifest without this key."""
+    request: dict[str, JSON]
+    """What was asked for."""
+    files: dict[str, FileRecord]
+    """Every file by its name below the artifact's folder."""
+
+    @classmethod
+    def read(cls, path: Path, kind: str | None = None) -> Self:
+        """Return the manifest of the artifact at ``path``; the base class reads what is common to all, of any ``kind``.
+
+        Raises ArtifactMissing, ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch for another kind.
+        """
+        return cls.parse(_read_published(path, kind or cls.of_kind, cls.instead)[0], path / MANIFEST)
+
+    @classmethod
+    def read_file(cls, path: Path) -> Self:
+        """Return the manifest in a file, the errors are those of ``read_sealed``."""
+        data = _read_bytes(path)
+        _check_seal(data, path)
+        return cls.parse(data, path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Self:
+        """Return the manifest in the bytes of a file; warn of keys that this version does not know."""
+        if cls is Manifest:
+            return super().parse(data, path)
+        try:
+            return cls.model_validate_json(data, extra="forbid")
+        except ValidationError as error:
+            found = [problem for problem in error.errors(include_url=False) if problem["type"] in _UNKNOWN_KEY]
+        manifest = super().parse(data, path)
+        _report_unknown(path, tuple(".".join(map(str, problem["loc"])) for problem in found))
+        return manifest
+
+
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+"""Pydantic's names for a key that a class, or a dataclass, does not have."""
+
+
+@cache
+def _report_unknown(path: Path, keys: tuple[str, ...]) -> None:
+    """Warn, once for a file, of keys that a newer version must have written."""
+    logger.warning("%s: has keys that this version does not know, and keeps: %s", path, ", ".join(keys))
 
 
 def seal(manifest: Mapping[str, JSON]) -> bytes:
@@ -174,11 +280,15 @@ def read_sealed(path: Path) -> dict[str, JSON]:
 
     Raises ArtifactMismatch for a format that a newer version wrote.
     """
-    manifest = read_json(path)
+    return _check_seal(_read_bytes(path), path)
+
+
+def _check_seal(data: bytes, path: Path) -> dict[str, JSON]:
+    manifest = _parse_json(data, path)
     if not isinstance(manifest, dict) or "digest" not in manifest:
         raise ArtifactCorrupt(f"{path}: is no manifest (it has no digest); restore it or rebuild the artifact")
     content = {key: value for key, value in manifest.items() if key != "digest"}
-    if seal(content) != path.read_bytes():
+    if seal(content) != data:
         raise ArtifactCorrupt(f"{path}: differs from its own digest; restore it or rebuild the artifact")
     refuse_newer(path.parent, str(manifest.get("kind")), manifest)
     return manifest
@@ -190,6 +300,11 @@ def read_manifest(path: Path, kind: str, instead: Mapping[str, str] | None = Non
     ``instead`` has the next step to report for each wrong kind. Raises ArtifactMissing, ArtifactIncomplete,
     ArtifactCorrupt, or ArtifactMismatch for another kind.
     """
+    return _read_published(path, kind, instead or {})[1]
+
+
+def _read_published(path: Path, kind: str, instead: Mapping[str, str]) -> tuple[bytes, dict[str, JSON]]:
+    """Return the bytes of a manifest, and what they say."""
     if not (path / MANIFEST).exists():
         if (path / REQUEST).exists():
             this, was, it, they = ("these", "were", "them", "they") if is_plural(kind) else ("this", "was", "it", "it")
@@ -199,31 +314,32 @@ def read_manifest(path: Path, kind: str, instead: Mapping[str, str] | None = Non
             )
         verb, it = ("are", "them") if is_plural(kind) else ("is", "it")
         raise ArtifactMissing(f"{path}: there {verb} no {kind} here; check the path, or make {it} first")
-    manifest = read_sealed(path / MANIFEST)
+    data = _read_bytes(path / MANIFEST)
+    manifest = _check_seal(data, path / MANIFEST)
     if (actual := str(manifest.get("kind"))) != kind:
-        way_on = (instead or {}).get(actual, f"give the path of {with_article(kind)}")
+        way_on = instead.get(actual, f"give the path of {with_article(kind)}")
         raise ArtifactMismatch(f"{path}: holds {with_article(actual)}, wanted {with_article(kind)}; {way_on}")
-    return manifest
+    return data, manifest
 
 
 def verify_artifact(path: Path, kind: str) -> list[str]:
     """Re-read every file of a published artifact and return a sentence for each that differs from its record."""
     try:
-        manifest = read_manifest(path, kind)
+        manifest = Manifest.read(path, kind)
     except ArtifactCorrupt as error:
         return [str(error)]
-    return check_request(path, manifest) + check_files(path, manifest["files"])
+    return check_request(path, manifest.request) + check_files(path, manifest.files)
 
 
-def check_request(path: Path, manifest: Mapping[str, JSON]) -> list[str]:
-    """Compare ``request.json`` with the request in the manifest; return the difference."""
+def check_request(path: Path, recorded: Mapping[str, JSON]) -> list[str]:
+    """Compare ``request.json`` with the request that a manifest records; return the difference."""
     request = path / REQUEST
-    if not request.exists() or request.read_bytes() != canonical_json(manifest["request"]):
+    if not request.exists() or request.read_bytes() != canonical_json(recorded):
         return [f"{request}: differs from the request in the manifest"]
     return []
 
 
-def check_files(path: Path, files: Mapping[str, Mapping[str, JSON]]) -> list[str]:
+def check_files(path: Path, files: Mapping[str, FileRecord]) -> list[str]:
     """Compare files under ``path`` with their recorded ``bytes`` and ``checksum``; return the differences.
 
     A name that leads out of ``path`` is a difference too; its file is not read.
@@ -237,10 +353,10 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, JSON]]) -> list[str
             continue
         if not file.exists():
             problems.append(f"{file}: is missing")
-        elif (n_bytes := file.stat().st_size) != recorded["bytes"]:
-            problems.append(f"{file}: has {n_bytes} bytes, its record says {recorded['bytes']}")
-        elif (checksum := checksum_file(file)) != recorded["checksum"]:
-            problems.append(f"{file}: checksum is {checksum}, its record says {recorded['checksum']}")
+        elif (n_bytes := file.stat().st_size) != recorded.bytes:
+            problems.append(f"{file}: has {n_bytes} bytes, its record says {recorded.bytes}")
+        elif (checksum := checksum_file(file)) != recorded.checksum:
+            problems.append(f"{file}: checksum is {checksum}, its record says {recorded.checksum}")
     return problems
 
 

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
+from pydantic import Field, TypeAdapter, model_serializer
+from pydantic.dataclasses import dataclass
 
+from tailrace.storage.artifact import JSON, KEEPING, FileRecord, Manifest, Record
 from tailrace.storage.encodings import Encoding, Side
 from tailrace.storage.formats import ARTIFACT_FORMATS, Compression
 from tailrace.storage.hook_names import HookName
@@ -28,7 +31,7 @@ EPOCHS = "epochs"
 """Folder of the materialised epochs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KEEPING)
 class Site:
     """One pair of hooks whose activations are cached; an SAE site has the same hook on both sides."""
 
@@ -61,8 +64,13 @@ class Site:
         item = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.dtype]
         return sum(self.width(side) * item + (4 if self.dtype == "int8" else 0) for side in self.sides)
 
+    @model_serializer
+    def as_json(self) -> dict[str, JSON]:
+        """Return the site as JSON, with keys that this version does not know."""
+        return dict(vars(self))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=KEEPING)
 class CacheFormat:
     """Everything that fixes the arrays of a cache apart from how many rows they have."""
 
@@ -112,14 +120,84 @@ class CacheFormat:
             for name, dtype in CONTEXT_ARRAYS.items()
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the format as JSON."""
-        return {**asdict(self), "sites": [asdict(site) for site in self.sites]}
+    @model_serializer
+    def as_json(self) -> dict[str, JSON]:
+        """Return the format as JSON, with keys that this version does not know."""
+        return {**vars(self), "sites": [site.as_json() for site in self.sites]}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """Return the format written by ``as_json``."""
-        return cls(**{**value, "sites": tuple(Site(**site) for site in value["sites"])})
+    def from_json(cls, text: str) -> Self:
+        """Return the format in a text of JSON."""
+        return TypeAdapter(cls).validate_json(text)
+
+
+class SplitRecord(Record):
+    """What a manifest says of one split."""
+
+    n_rows: int
+    n_contexts: int
+    """Their rows may not all be stored."""
+    bucket_rows: int
+    """Rows that are shuffled together in memory when an epoch is gathered."""
+    counts: dict[str, int]
+    """What became of the tokens."""
+    unit_records: list[list[str]]
+    """For each unit the paths of its commit records; a widened unit has several."""
+    block_records: list[str]
+    """For each block of contexts the path of its commit record."""
+
+
+class CacheManifest(Manifest):
+    """The manifest of one generation of a cache."""
+
+    of_kind = KIND
+
+    format_version: int
+    cache_id: str
+    """Identity of the cache, from its first request; independent of its path."""
+    generation: int
+    """0 when first published; one more each time the cache was extended or widened."""
+    change: str
+    previous: str | None
+    """Digest of the generation before."""
+    seed: int
+    """Of the shuffle inside units, and the default of epochs."""
+    model: dict[str, JSON]
+    """Identity of the language model."""
+    text: dict[str, JSON]
+    packing: dict[str, JSON] = Field(default_factory=dict)
+    """How contexts are built."""
+    format: CacheFormat
+    splits: dict[str, SplitRecord]
+    metadata: dict[str, FileRecord]
+    """Files that later generations replace."""
+
+
+class CommitRecord(Record):
+    """What vouches for a part of a split: it is written after the part's shards."""
+
+    split: str
+    shards: dict[str, FileRecord]
+    """By path below the split's group."""
+
+
+class BlockRecord(CommitRecord):
+    """The commit record of a block of contexts."""
+
+    block: int
+    n_contexts: int
+
+
+class UnitRecord(CommitRecord):
+    """The commit record of a unit."""
+
+    unit: int
+    n_rows: int
+    first_context: int
+    """Context of the first row in token order."""
+    first_position: int
+    statistics: dict[str, dict[str, JSON]]
+    """Of each ``site/side``, as ``SiteStatistics`` writes them."""
 
 
 def manifest_name(generation: int) -> str:

@@ -22,7 +22,6 @@ from tailrace.storage.artifact import (
     describe_files,
     digest,
     make_directory,
-    read_json,
     seal,
     sync_directory,
     write_atomically,
@@ -32,6 +31,8 @@ from tailrace.storage.cache_format import (
     KIND,
     VOCABULARY,
     CacheFormat,
+    CacheManifest,
+    SplitRecord,
     block_record_name,
     manifest_name,
     pieces,
@@ -69,13 +70,13 @@ class Generation:
     bucket_rows: int | None
     """None: chosen from the number of rows."""
     splits: Mapping[str, SplitSize]
-    previous: Mapping[str, Any] | None
-    """Manifest of the generation before."""
+    previous: CacheManifest | None
+    """Of the generation before."""
 
     def unit_records(self, split: str) -> list[list[str]]:
         """Return the commit records that make up each unit of a split."""
         n_units = len(pieces(self.splits[split].n_rows, self.layout.shard_rows))
-        before = list(self.previous["splits"].get(split, {}).get("unit_records", [])) if self.previous else []
+        before = self._before(split).unit_records
         records = []
         for unit in range(n_units):
             kept = before[unit] if unit < len(before) else []
@@ -90,22 +91,28 @@ class Generation:
     def block_records(self, split: str) -> list[str]:
         """Return the commit record of each block of contexts of a split."""
         n_blocks = len(pieces(self.splits[split].n_contexts, self.layout.block_contexts))
-        before = list(self.previous["splits"].get(split, {}).get("block_records", [])) if self.previous else []
+        before = self._before(split).block_records
         records = []
         for block in range(n_blocks):
             new = block_record_name(self.number, split, block)
             records.append(new if (self.root / new).exists() else before[block])
         return records
 
+    def _before(self, split: str) -> SplitRecord:
+        """Return what the generation before says of a split; it may have had none."""
+        none = SplitRecord(n_rows=0, n_contexts=0, bucket_rows=0, counts={}, unit_records=[], block_records=[])
+        return self.previous.splits.get(split, none) if self.previous else none
+
 
 def publish_generation(
     generation: Generation, request: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, bytes]
-) -> dict[str, Any]:
-    """Write metadata, statistics, ``files`` (name → bytes) and the manifests; return the manifest.
+) -> None:
+    """Write metadata, statistics, ``files`` (name → bytes) and the manifests; every unit must have been committed.
 
-    ``facts`` goes into the manifest as it is (model, text, packing); every unit must have been committed.
+    ``facts`` goes into the manifest as it is (model, text, packing), and so does what a newer version wrote into that
+    of the generation before.
     """
-    root, layout = generation.root, generation.layout
+    root, layout, previous = generation.root, generation.layout, generation.previous
     for name, data in files.items():
         write_file(root / name, data)
     metadata = dict(_metadata(generation))
@@ -123,19 +130,21 @@ def publish_generation(
         for split, size in generation.splits.items()
     }
     content = {
+        **((previous.model_extra or {}) if previous else {}),
         **facts,
-        "cache_id": generation.previous["cache_id"] if generation.previous else cache_id_of(request),
+        "cache_id": previous.cache_id if previous else cache_id_of(request),
         "kind": KIND,
         "format_version": FORMAT_VERSION,
         "generation": generation.number,
         "change": generation.change,
-        "previous": generation.previous["digest"] if generation.previous else None,
+        "previous": previous.digest if previous else None,
         "request": dict(request),
         "seed": generation.seed,
         "format": layout.as_json(),
         "splits": splits,
     }
-    statistics = dict(_statistics(root, content))
+    without_files = CacheManifest.parse(seal({**content, "files": {}, "metadata": {}}), root / MANIFEST)
+    statistics = dict(_statistics(ActivationCache(root, without_files)))
     for name, data in statistics.items():
         write_file(root / name, data)
     records = [name for split in splits.values() for names in split["unit_records"] for name in names]
@@ -145,7 +154,6 @@ def publish_generation(
     sealed = seal(content)
     write_file(root / manifest_name(generation.number), sealed)
     write_atomically(root / MANIFEST, sealed)
-    return dict(read_json(root / MANIFEST))
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -176,10 +184,9 @@ def _metadata(generation: Generation) -> Iterator[tuple[str, bytes]]:
             yield f"{split}/{spec.name}/zarr.json", array_metadata(spec, size.n_contexts, {})
 
 
-def _statistics(root: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+def _statistics(cache: ActivationCache) -> Iterator[tuple[str, bytes]]:
     """Yield mean and variance of every side of every site as small Zarr arrays; the scalars are their attributes."""
-    cache = ActivationCache(root, manifest)
-    for split in manifest["splits"]:
+    for split in cache.manifest.splits:
         for key, statistics in CacheSplit(cache, split).merged_statistics(list(cache.layout.encodings())).items():
             scalars = {
                 "n_rows": statistics.n_rows,
@@ -192,7 +199,7 @@ def _statistics(root: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, byt
             }
             for name, values in (("mean", statistics.mean), ("variance", statistics.variance)):
                 for file, data in small_array_files(values.astype(np.float64), scalars).items():
-                    yield f"{statistics_path(manifest['generation'], split, key)}/{name}/{file}", data
+                    yield f"{statistics_path(cache.generation, split, key)}/{name}/{file}", data
 
 
 def keep_superseded(cache: ActivationCache) -> None:
@@ -201,7 +208,7 @@ def keep_superseded(cache: ActivationCache) -> None:
     Safe to repeat. Readers look there first, so the published generation stays complete at every moment.
     """
     layout = cache.layout
-    for name in cache.manifest["splits"]:
+    for name in cache.manifest.splits:
         split = cache.split(name)
         rows = (*layout.provenance_specs(), *layout.site_specs())
         for specs, n_rows in ((rows, split.n_rows), (layout.context_specs(), split.n_contexts)):

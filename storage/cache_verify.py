@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache, read_settled
-from tailrace.storage.artifact import MANIFEST, check_files, check_request, read_manifest, verify_artifact
-from tailrace.storage.cache_format import EPOCHS, SPLITS, CacheFormat, manifest_name, superseded_path, unit_record_name
+from tailrace.storage.artifact import MANIFEST, FileRecord, check_files, check_request, verify_artifact
+from tailrace.storage.cache_format import (
+    EPOCHS,
+    SPLITS,
+    CacheFormat,
+    CommitRecord,
+    manifest_name,
+    superseded_path,
+    unit_record_name,
+)
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.layout import ArraySpec, array_metadata
-from tailrace.storage.orders import EPOCH_KIND
+from tailrace.storage.orders import EPOCH_KIND, EpochManifest
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just checked."""
@@ -22,7 +29,7 @@ Progress = Callable[[int], None]
 
 def total_bytes(cache: ActivationCache) -> int:
     """Return the bytes of the shards that verifying a cache reads."""
-    return sum(recorded["bytes"] for _, _, recorded in _shards(_generations(cache)))
+    return sum(recorded.bytes for _, _, recorded in _shards(_generations(cache)))
 
 
 def verify_bytes(path: Path, progress: Progress = lambda _: None) -> list[str]:
@@ -36,7 +43,7 @@ def verify_bytes(path: Path, progress: Progress = lambda _: None) -> list[str]:
     except ArtifactCorrupt as error:
         return [str(error)]
     problems = _check_manifests(generations)
-    problems += check_request(path, cache.manifest)
+    problems += check_request(path, cache.manifest.request)
     problems += _check_metadata(cache)
     for generation in generations:
         problems += _check_superseded_metadata(generation)
@@ -45,7 +52,7 @@ def verify_bytes(path: Path, progress: Progress = lambda _: None) -> list[str]:
         return problems
     for split, name, recorded in _shards(generations):
         problems += read_settled(partial(split.group_of, name), partial(check_files, files={name: recorded}))
-        progress(recorded["bytes"])
+        progress(recorded.bytes)
     for epoch in sorted((path / EPOCHS).glob("*")):
         if (epoch / MANIFEST).exists():
             problems += verify_artifact(epoch, EPOCH_KIND)
@@ -58,9 +65,9 @@ def _generations(cache: ActivationCache) -> list[ActivationCache]:
     return [cache, *(open_cache(cache.path, generation) for generation in range(cache.generation - 1, -1, -1))]
 
 
-def _epoch_shards(epoch: Path) -> dict[str, Any]:
+def _epoch_shards(epoch: Path) -> dict[str, FileRecord]:
     try:
-        return dict(read_manifest(epoch, EPOCH_KIND)["shards"])
+        return EpochManifest.read(epoch).shards
     except ArtifactCorrupt:
         return {}
 
@@ -73,17 +80,17 @@ def _check_manifests(generations: list[ActivationCache]) -> list[str]:
     if not newest.exists() or newest.read_bytes() != (cache.path / MANIFEST).read_bytes():
         problems[f"{newest}: differs from {MANIFEST}"] = None
     for later, at in pairwise(generations):
-        if at.manifest["digest"] != later.manifest["previous"]:
+        if at.manifest.digest != later.manifest.previous:
             name = cache.path / manifest_name(at.generation)
             problems[f"{name}: generation {later.generation} grew on another one"] = None
     for at in generations:
-        problems |= dict.fromkeys(check_files(cache.path, at.manifest["files"]))
+        problems |= dict.fromkeys(check_files(cache.path, at.manifest.files))
     return list(problems)
 
 
 def _check_metadata(cache: ActivationCache) -> list[str]:
     """Check the Zarr metadata of the newest generation; an unfinished growth may have lengthened its arrays already."""
-    recorded = cache.manifest["metadata"]
+    recorded = cache.manifest.metadata
     if (cache.path / unit_record_name(cache.generation + 1, SPLITS[0], 0)).parent.exists():
         lengthened = {f"{split}/{spec.name}/zarr.json": spec for split in SPLITS for spec in _specs(cache.layout)}
         recorded = {
@@ -106,15 +113,15 @@ def _specs(layout: CacheFormat) -> tuple[ArraySpec, ...]:
     return (*layout.provenance_specs(), *layout.site_specs(), *layout.context_specs())
 
 
-def _shards(generations: list[ActivationCache]) -> Iterator[tuple[CacheSplit, str, dict[str, Any]]]:
+def _shards(generations: list[ActivationCache]) -> Iterator[tuple[CacheSplit, str, FileRecord]]:
     """Yield (split, shard, its record) as every generation would read it, nothing twice."""
     seen = set()
     for cache in generations:
-        for name in cache.manifest["splits"]:
+        for name in cache.manifest.splits:
             split = cache.split(name)
-            for record in (*split.unit_records(), *split.block_records()):
-                for shard, recorded in record["shards"].items():
-                    if (key := (split.group_of(shard) / shard, recorded["checksum"])) not in seen:
+            for record in chain[CommitRecord](split.unit_records(), split.block_records()):
+                for shard, recorded in record.shards.items():
+                    if (key := (split.group_of(shard) / shard, recorded.checksum)) not in seen:
                         seen.add(key)
                         yield split, shard, recorded
 
@@ -122,7 +129,7 @@ def _shards(generations: list[ActivationCache]) -> Iterator[tuple[CacheSplit, st
 def _check_superseded_metadata(cache: ActivationCache) -> list[str]:
     """Compare the metadata of superseded groups with what it is derived from; nothing else records it."""
     problems = []
-    for name in cache.manifest["splits"]:
+    for name in cache.manifest.splits:
         split, aside = cache.split(name), superseded_path(cache.path, cache.generation, name)
         for spec in _specs(cache.layout):
             n_rows = split.n_contexts if spec.name.startswith("contexts/") else split.n_rows

@@ -10,15 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tailrace.storage.artifact import canonical_json, make_directory, sync_directory, write_atomically
+from tailrace.storage.artifact import (
+    FileRecord,
+    Record,
+    canonical_json,
+    make_directory,
+    sync_directory,
+    write_atomically,
+)
 from tailrace.storage.cache_format import (
     EPOCHS,
     PROVENANCE,
+    BlockRecord,
     CacheFormat,
+    UnitRecord,
     block_record_name,
     split_path,
     unit_record_name,
@@ -28,7 +36,7 @@ from tailrace.storage.layout import ArraySpec
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.names import remove_temporary
 from tailrace.storage.randomness import invert
-from tailrace.storage.shard import WrittenShard, write_shard
+from tailrace.storage.shard import write_shard
 from tailrace.storage.shuffle import unit_permutation
 from tailrace.storage.statistics import SiteStatistics
 
@@ -106,14 +114,14 @@ class UnitBuffer:
                 self._rows[name][destinations] = stored
         return statistics, bad
 
-    def commit(self, root: Path, generation: int) -> dict[str, Any]:
+    def commit(self, root: Path, generation: int) -> UnitRecord:
         """Write every array's shard, sync, then write the commit record, which is returned."""
         assert self.is_full, "a unit is committed when all its rows are there"
         assert self._first is not None, "a unit has rows"
         group = split_path(root, self.split)
         names = [spec.shard_name(self.unit) for spec in self._specs]
 
-        def write(spec: ArraySpec, name: str) -> WrittenShard:
+        def write(spec: ArraySpec, name: str) -> FileRecord:
             return write_shard(group / name, self._rows[spec.name], self.n_rows, spec)
 
         # two at a time: the disk is kept busy while a shard is synced
@@ -122,20 +130,17 @@ class UnitBuffer:
         for shard in pending:
             shard.cancel()
         wait(pending)  # a shard still being written after a failure would leave its temporary file
-        written = [shard.result() for shard in pending if not shard.cancelled()]
-        shards = {
-            name: {"bytes": file.n_bytes, "checksum": file.checksum} for name, file in zip(names, written, strict=True)
-        }
-        sync_shards(group, shards)
-        record = {
-            "split": self.split,
-            "unit": self.unit,
-            "n_rows": self.n_rows,
-            "first_context": self._first[0],
-            "first_position": self._first[1],
-            "shards": shards,
-            "statistics": {key: statistics.as_json() for key, statistics in self.statistics.items()},
-        }
+        written: list[FileRecord] = [shard.result() for shard in pending if not shard.cancelled()]
+        sync_shards(group, names)
+        record = UnitRecord(
+            split=self.split,
+            unit=self.unit,
+            n_rows=self.n_rows,
+            first_context=self._first[0],
+            first_position=self._first[1],
+            shards=dict(zip(names, written, strict=True)),
+            statistics={key: statistics.as_json() for key, statistics in self.statistics.items()},
+        )
         write_record(root / unit_record_name(generation, self.split, self.unit), record)
         return record
 
@@ -151,17 +156,16 @@ def write_context_block(
         rows = aligned_rows(spec.shard_rows, spec.width, spec.memory_dtype)
         rows[:n_contexts] = arrays[spec.name.removeprefix("contexts/")]
         name = spec.shard_name(block)
-        written = write_shard(group / name, rows, n_contexts, spec)
-        shards[name] = {"bytes": written.n_bytes, "checksum": written.checksum}
+        shards[name] = write_shard(group / name, rows, n_contexts, spec)
     sync_shards(group, shards)
-    record = {"split": split, "block": block, "n_contexts": n_contexts, "shards": shards}
+    record = BlockRecord(split=split, block=block, n_contexts=n_contexts, shards=shards)
     write_record(root / block_record_name(generation, split, block), record)
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
+def write_record(path: Path, record: Record) -> None:
     """Write a commit record: from then on its unit or block counts as written."""
     make_directory(path.parent)
-    write_atomically(path, canonical_json(dict(record)))
+    write_atomically(path, canonical_json(record.as_json()))
 
 
 def remove_temporary_files(root: Path) -> None:

@@ -10,8 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tailrace.storage.artifact import read_json
-from tailrace.storage.cache_format import CONTEXT_ARRAYS, CacheFormat, block_record_name, split_path, superseded_path
+from tailrace.storage.cache_format import (
+    CONTEXT_ARRAYS,
+    BlockRecord,
+    CacheFormat,
+    block_record_name,
+    split_path,
+    superseded_path,
+)
 from tailrace.storage.cache_writer import write_context_block
 from tailrace.storage.layout import ArraySpec
 from tailrace.storage.shard import read_rows
@@ -66,5 +72,5 @@ class ContextBlocks:
         for generation in range(self._generation, -1, -1):
             record = self._root / block_record_name(generation, self._split, block)
             if record.exists():
-                return generation, int(read_json(record)["n_contexts"])
+                return generation, BlockRecord.read_file(record).n_contexts
         raise AssertionError(f"block {block} of {self._split} contexts was never committed")

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from tailrace.storage.activation_cache import CacheSplit, open_cache
-from tailrace.storage.artifact import read_json
+from tailrace.storage.artifact import FileRecord, Record
 from tailrace.storage.cache_publish import write_file
 from tailrace.storage.cache_writer import remove_temporary_files, sync_shards, write_record
 from tailrace.storage.draft import Draft
@@ -25,6 +24,13 @@ from tailrace.storage.shuffle import EpochPlan
 
 RunTasks = Callable[[Callable[[int], None], Iterable[int]], None]
 """Calls a function with every id, in turn or on workers."""
+
+
+class BucketRecord(Record):
+    """The commit record of a bucket."""
+
+    bucket: int
+    shards: dict[str, FileRecord]
 
 
 def plan_epoch(split: CacheSplit, seed: int, epoch: int) -> EpochPlan:
@@ -56,7 +62,7 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
             write_file(path / name, data)
         shards = {}
         for bucket in range(plan.n_buckets):
-            shards.update(read_json(path / _record_name(bucket))["shards"])
+            shards.update(BucketRecord.read_file(path / _record_name(bucket)).as_json()["shards"])
         records = [_record_name(bucket) for bucket in range(plan.n_buckets)]
         draft.publish({"shards": shards}, [*_metadata(split, plan), *records])
     return path
@@ -73,18 +79,18 @@ class BucketTask:
         split = open_cache(self.cache, self.generation).split(self.split)
         plan = plan_epoch(split, self.seed, self.epoch)
         path = epoch_path(split.root, plan, self.generation)
-        shards: dict[str, Any] = {}
+        shards: dict[str, FileRecord] = {}
         with ThreadPoolExecutor(4) as pool:
             for spec in _specs(split):
                 order = GatheredOrder(split, plan, [spec], pool)
                 shards.update(_write_bucket(path, order, plan, spec, bucket))
         sync_shards(path, shards)
-        write_record(path / _record_name(bucket), {"bucket": bucket, "shards": shards})
+        write_record(path / _record_name(bucket), BucketRecord(bucket=bucket, shards=shards))
 
 
 def _write_bucket(
     path: Path, order: GatheredOrder, plan: EpochPlan, spec: ArraySpec, bucket: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, FileRecord]:
     n_rows = plan.rows_in_bucket(bucket)
     n_padded = -(-n_rows // spec.chunk_rows) * spec.chunk_rows
     rows = aligned_rows(n_padded, spec.width, spec.memory_dtype)
@@ -92,8 +98,7 @@ def _write_bucket(
     shards = {}
     for start in range(0, n_rows, spec.shard_rows):
         name = spec.shard_name((bucket * plan.bucket_rows + start) // spec.shard_rows)
-        written = write_shard(path / name, rows[start:], min(spec.shard_rows, n_rows - start), spec)
-        shards[name] = {"bytes": written.n_bytes, "checksum": written.checksum}
+        shards[name] = write_shard(path / name, rows[start:], min(spec.shard_rows, n_rows - start), spec)
     return shards
 
 

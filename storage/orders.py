@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from tailrace.storage.artifact import MANIFEST, read_manifest
+from tailrace.storage.artifact import MANIFEST, FileRecord, Manifest
 from tailrace.storage.cache_format import EPOCHS
 from tailrace.storage.layout import ArraySpec
 from tailrace.storage.scatter import read_run, read_sequential
@@ -19,6 +19,15 @@ from tailrace.storage.shard import open_shard, read_zarr, shard_errors
 from tailrace.storage.shuffle import EpochPlan, Run
 
 EPOCH_KIND = "shuffled-epoch"
+
+
+class EpochManifest(Manifest):
+    """The manifest of a materialised epoch."""
+
+    of_kind = EPOCH_KIND
+
+    shards: dict[str, FileRecord]
+
 
 Read = TypeVar("Read")
 """The result of reading a shard."""
@@ -168,5 +177,4 @@ def find_materialised(split: OrderedSplit, plan: EpochPlan) -> Path | None:
     path = epoch_path(split.root, plan, int(split.identity["generation"]))
     if plan.unit_rows != tuple(split.unit_rows) or not (path / MANIFEST).exists():
         return None
-    manifest = read_manifest(path, EPOCH_KIND)
-    return path if manifest["request"] == epoch_request(split.identity, plan) else None
+    return path if EpochManifest.read(path).request == epoch_request(split.identity, plan) else None

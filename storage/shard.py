@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from io import FileIO
 from pathlib import Path
@@ -28,7 +27,7 @@ import xxhash
 import zarr
 from zarr.storage import LocalStore
 
-from tailrace.storage.artifact import discard, is_disk_refusal, make_directory, storage_refused
+from tailrace.storage.artifact import FileRecord, discard, is_disk_refusal, make_directory, storage_refused
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.layout import ArraySpec, codec_of
 from tailrace.storage.memory import PAGE, aligned_rows, as_bytes
@@ -38,14 +37,6 @@ from tailrace.storage.scatter import read_sequential
 _BLOCK_BYTES = 8 << 20
 _EMPTY_CHUNK = 2**64 - 1
 _DIRECT = getattr(os, "O_DIRECT", 0)
-
-
-@dataclass(frozen=True)
-class WrittenShard:
-    """What is recorded of a shard file when it is written."""
-
-    n_bytes: int
-    checksum: str
 
 
 def rows_to_chunks(spec: ArraySpec, n_rows: int) -> int:
@@ -63,7 +54,7 @@ def shard_footer(spec: ArraySpec, chunk_sizes: list[int]) -> bytes:
     return encoded + int(google_crc32c.value(encoded)).to_bytes(4, "little")
 
 
-def write_shard(path: Path, rows: np.ndarray, n_rows: int, spec: ArraySpec) -> WrittenShard:
+def write_shard(path: Path, rows: np.ndarray, n_rows: int, spec: ArraySpec) -> FileRecord:
     """Write the first ``n_rows`` of ``rows`` as the shard file ``path``: synced, then renamed into place.
 
     ``rows`` is (at least n_rows rounded up to chunks, width), page-aligned, zero beyond
@@ -91,7 +82,7 @@ def write_shard(path: Path, rows: np.ndarray, n_rows: int, spec: ArraySpec) -> W
     return written
 
 
-def _write_file(path: Path, body: memoryview, footer: bytes) -> WrittenShard:
+def _write_file(path: Path, body: memoryview, footer: bytes) -> FileRecord:
     """Write ``body ‖ footer`` past the page cache where the file system allows, checksumming beside the writing."""
     direct_bytes = len(body) - len(body) % PAGE
     tail = bytes(body[direct_bytes:]) + footer
@@ -111,7 +102,7 @@ def _write_file(path: Path, body: memoryview, footer: bytes) -> WrittenShard:
             os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
-        return WrittenShard(n_bytes, checksum.result())
+        return FileRecord(bytes=n_bytes, checksum=checksum.result())
 
 
 def _update(hasher: xxhash.xxh3_128, body: memoryview, tail: bytes) -> str:

@@ -55,7 +55,7 @@ class CacheSource:
         if settings.rows is not None:  # tables of a release that read the first rows are other tables
             self.inputs["rows"] = {"drawn": "contexts, uniformly"}
         self.found: dict[str, Any] = {}
-        self.model: Mapping[str, Any] = cache.manifest["model"]
+        self.model: Mapping[str, Any] = cache.manifest.model
 
     def rows(self) -> ShownRows:
         """Return the rows."""

@@ -314,7 +314,7 @@ def check_same_site(
         )
     found = {key: value for key, value in dataclasses.asdict(there).items() if key in wanted}
     differences = [
-        *(f"model.{line}" for line in list_model_differences(cache.manifest["model"], transcoder["model"])),
+        *(f"model.{line}" for line in list_model_differences(cache.manifest.model, transcoder["model"])),
         *list_differences({"site": found}, {"site": wanted}),
     ]
     if differences:

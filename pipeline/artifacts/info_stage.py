@@ -65,17 +65,17 @@ def _progress(draft: Path) -> dict[str, int]:
 
 def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
     manifest = cache.manifest
-    yield "kind", manifest["kind"]
+    yield "kind", manifest.kind
     yield "cache id", f"{cache.cache_id}, generation {cache.generation}"
-    yield "model", f"{manifest['model']['name']} ({manifest['model'].get('dtype', '?')})"
-    yield "text", manifest["text"].get("dataset") or manifest["request"].get("dataset")
+    yield "model", f"{manifest.model['name']} ({manifest.model.get('dtype', '?')})"
+    yield "text", manifest.text.get("dataset") or manifest.request.get("dataset")
     yield "context length", cache.layout.context_length
     yield "rows per shard", cache.layout.shard_rows
-    for name in (name for name in SPLITS if name in manifest["splits"]):
+    for name in (name for name in SPLITS if name in manifest.splits):
         split = cache.split(name)
         yield f"{name} rows", split.n_rows
         yield f"{name} contexts", split.n_contexts
-        if n_bad := manifest["splits"][name]["counts"].get("bad_rows"):
+        if n_bad := manifest.splits[name].counts.get("bad_rows"):
             yield f"{name} bad rows", f"{n_bad:,}, passed over"
     sums = cache.split("train").output_statistics()
     for site in cache.sites.values():

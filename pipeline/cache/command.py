@@ -73,8 +73,8 @@ def show_result(result: CacheResult) -> None:
     """Print what a cache holds now."""
     from tailrace.storage.cache_format import SPLITS
 
-    splits = result.cache.manifest["splits"]
-    rows = ", ".join(f"{splits[name]['n_rows']:,} {name} rows" for name in SPLITS if name in splits)
+    splits = result.cache.manifest.splits
+    rows = ", ".join(f"{splits[name].n_rows:,} {name} rows" for name in SPLITS if name in splits)
     rate = f" ({result.n_new_rows / result.seconds:,.0f} rows/s)" if result.seconds else ""
     click.echo(f"{result.path}: {rows} of {', '.join(result.cache.sites)}{rate}")
     for warning in result.warnings:

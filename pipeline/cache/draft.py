@@ -14,7 +14,7 @@ from typing import Any
 from tailrace.pipeline.cache.context_packing import CHECKPOINT
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.storage.artifact import REQUEST, canonical_json, read_json
+from tailrace.storage.artifact import REQUEST, Record, canonical_json
 from tailrace.storage.cache_format import CacheFormat
 from tailrace.storage.cache_publish import write_file
 from tailrace.storage.differences import list_differences
@@ -29,6 +29,20 @@ PLAN = "draft/plan.json"
 LOG = "log.jsonl"
 
 
+class Begun(Record):
+    """What is being made, from which inputs."""
+
+    change: str
+    generation: int
+    inputs: dict[str, Any]
+
+
+class Plan(Record):
+    """What was decided before the first unit."""
+
+    layout: CacheFormat
+
+
 def begin_draft(root: Path, change: str, generation: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Note what is being made from which inputs, before anything else is; return the inputs first noted.
 
@@ -37,13 +51,13 @@ def begin_draft(root: Path, change: str, generation: int, inputs: Mapping[str, A
     forget_finished_draft(root, generation - 1)
     if not (root / BEGUN).exists():
         write_file(root / BEGUN, canonical_json({"change": change, "generation": generation, "inputs": dict(inputs)}))
-    begun = read_json(root / BEGUN)
-    if begun["change"] != change:
+    begun = Begun.read_file(root / BEGUN)
+    if begun.change != change:
         raise ArtifactMismatch(
-            f"{root}: an unfinished `{begun['change']}` lies here; finish it first, with {_finishing(root, begun)}"
+            f"{root}: an unfinished `{begun.change}` lies here; finish it first, with {_finishing(root, begun)}"
         )
-    refuse_other_inputs(str(root), begun["inputs"], inputs)
-    return dict(begun["inputs"])
+    refuse_other_inputs(str(root), begun.inputs, inputs)
+    return begun.inputs
 
 
 def refuse_other_inputs(path: str, recorded: Mapping[str, Any], opened: Mapping[str, Any]) -> None:
@@ -58,11 +72,11 @@ def refuse_other_inputs(path: str, recorded: Mapping[str, Any], opened: Mapping[
         )
 
 
-def _finishing(root: Path, begun: Mapping[str, Any]) -> str:
+def _finishing(root: Path, begun: Begun) -> str:
     """Return the command that finishes what was begun. An extension may end at other rows than it was begun for."""
-    if begun["change"] == "extend":
+    if begun.change == "extend":
         return f"`pipeline extend {root} --tokens N`, N as large as its dataset allows (`all` always works)"
-    if begun["change"] == "widen" and (layout := recall_plan(root)) is not None:
+    if begun.change == "widen" and (layout := recall_plan(root)) is not None:
         return f"`pipeline widen {root} {hook_options(map(SiteHooks.of, layout.sites))}`"
     return "the command that began it"
 
@@ -74,7 +88,7 @@ def hook_options(hooks: Iterable[SiteHooks]) -> str:
 
 def forget_finished_draft(root: Path, published: int) -> None:
     """Remove the draft of a generation that was published, which a kill right after publishing leaves behind."""
-    if not (root / BEGUN).exists() or read_json(root / BEGUN)["generation"] <= published:
+    if not (root / BEGUN).exists() or Begun.read_file(root / BEGUN).generation <= published:
         forget_draft(root)
 
 
@@ -85,7 +99,7 @@ def keep_plan(root: Path, layout: CacheFormat) -> None:
 
 def recall_plan(root: Path) -> CacheFormat | None:
     """Return the format that an interrupted draft has settled on."""
-    return CacheFormat.from_json(read_json(root / PLAN)["layout"]) if (root / PLAN).exists() else None
+    return Plan.read_file(root / PLAN).layout if (root / PLAN).exists() else None
 
 
 def forget_draft(root: Path) -> None:

@@ -55,8 +55,8 @@ def open_recorded_model(cache: ActivationCache, *, model: str | None = None, dev
 
     Raises ModelError if it cannot be loaded, ArtifactMismatch, with every difference, if it is another one.
     """
-    recorded = cache.manifest["model"]
-    request = {**cache.manifest["request"], "tokens": "all"}
+    recorded = cache.manifest.model
+    request = {**cache.manifest.request, "tokens": "all"}
     moved = {"model": model or recorded_location(recorded, str(request["model"]), cache.path)}
     settings = CacheSettings.read(request, moved, where=str(cache.path))
     loaded = load_recorded(settings, recorded, f"{cache.path} was made with", device)

@@ -195,7 +195,7 @@ def _locked(path: Path) -> Iterator[ActivationCache]:
 def _reopened(cache: ActivationCache, given: Mapping[str, str | None], compute: Compute) -> CacheJob:
     """Return the job that gives a published cache its next generation."""
     settings = CacheSettings.read(
-        {**cache.manifest["request"], "tokens": "all"},
+        {**cache.manifest.request, "tokens": "all"},
         {name: value for name, value in given.items() if value is not None},
         where=f"the request recorded in {cache.path}",
     )
@@ -233,13 +233,14 @@ class CacheJob:
         splits = SPLITS if HoldoutRule.parse(settings.holdout).holds_out else SPLITS[:1]
         self.recorded: dict[str, SplitSize] = {}
         """What the published generation holds."""
-        self.request: Mapping[str, Any] = cache.manifest["request"] if cache else {}
-        self.facts: Mapping[str, Any] = cache.manifest if cache else {}
+        self.request: Mapping[str, Any] = cache.manifest.request if cache else {}
+        self.facts: Mapping[str, Any] = {}
         """Model, text and packing, for the manifest."""
         if cache:
+            self.facts = cache.manifest.model_dump(include={"model", "text", "packing"})
             self._refuse_other("model", model.identity())
-            for split, size in cache.manifest["splits"].items():
-                self.recorded[split] = SplitSize(size["n_rows"], size["n_contexts"], size["counts"])
+            for split, size in cache.manifest.splits.items():
+                self.recorded[split] = SplitSize(size.n_rows, size.n_contexts, size.counts)
         self.blocks = {
             split: ContextBlocks(root, self.contexts, self.number, split) for split in self.recorded or splits
         }
@@ -296,11 +297,9 @@ class CacheJob:
         planner = UnitPlanner(self.progress, added, self.settings.contexts_per_batch, targets)
         with RowProgress(sum(targets.values()), quiet=self.quiet, title=_TITLES["widen"]) as bar:
             self._write(added, planner, bar, write_units, with_provenance=False)
-            layout = dataclasses.replace(
-                before,
-                sites=(*before.sites, *added.sites),
-                column_scales={**before.column_scales, **added.column_scales},
-            )
+            sites, scales = (*before.sites, *added.sites), {**before.column_scales, **added.column_scales}
+            # not by `replace`, which would lose what a newer version wrote
+            layout = CacheFormat(**{**vars(before), "sites": sites, "column_scales": scales})
             return self._publish("widen", layout, self.recorded, bar, {})
 
     def _pack_and_write(
@@ -436,8 +435,7 @@ class CacheJob:
         }
 
     def _refuse_other(self, part: str, opened: Mapping[str, Any]) -> None:
-        assert self.cache is not None, "a first generation has no other inputs than its own"
-        refuse_other_inputs(str(self.root), {part: self.cache.manifest[part]}, {part: opened})
+        refuse_other_inputs(str(self.root), {part: self.facts[part]}, {part: opened})
 
     def _publish(
         self,
@@ -452,8 +450,7 @@ class CacheJob:
         generation = Generation(
             self.root, self.number, change, layout, self.settings.seed, bucket_rows, sizes, previous=previous
         )
-        facts = {name: self.facts[name] for name in ("model", "text", "packing")}
-        publish_generation(generation, self.request, facts, files)
+        publish_generation(generation, self.request, self.facts, files)
         forget_draft(self.root)
         cache = open_cache(self.root)
         log_event(self.root, change, seconds=bar.seconds, n_rows=bar.n_new_rows)
@@ -494,10 +491,10 @@ def warnings_of(cache: ActivationCache) -> tuple[str, ...]:
 
 def bad_row_warnings(cache: ActivationCache) -> tuple[str, ...]:
     """Return how many rows of the text were no documents and were passed over, with the first of them."""
-    n_bad = sum(split["counts"].get("bad_rows", 0) for split in cache.manifest["splits"].values())
+    n_bad = sum(split.counts.get("bad_rows", 0) for split in cache.manifest.splits.values())
     if not n_bad:
         return ()
-    first = cache.manifest["packing"]["bad_rows"]
+    first = cache.manifest.packing["bad_rows"]
     rest = "" if n_bad == len(first) else f"\n  and {n_bad - len(first):,} more"
     rows = f"{n_bad:,} row{'s were' if n_bad > 1 else ' was'}"
     return (f"{rows} no document and passed over:" + "".join(f"\n  {problem}" for problem in first) + rest,)
@@ -519,7 +516,7 @@ def row_warnings(cache: ActivationCache) -> tuple[str, ...]:
         "few digits or none; make the cache anew with --storage-dtype bfloat16 or float32"
         for site in cache.sites.values()
         for side in site.sides
-        if site.dtype == "float16" != cache.manifest["model"]["dtype"]
-        and cache.manifest["request"]["storage_dtype"] == "float16"
+        if site.dtype == "float16" != cache.manifest.model["dtype"]
+        and cache.manifest.request["storage_dtype"] == "float16"
         and split.statistics(site.name, side).median_norm < FLOAT16_NORMAL * site.width(side) ** 0.5
     )

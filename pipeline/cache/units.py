@@ -32,8 +32,8 @@ from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
-from tailrace.storage.artifact import read_json, sync_directory
-from tailrace.storage.cache_format import SPLITS, CacheFormat, unit_record_name
+from tailrace.storage.artifact import sync_directory
+from tailrace.storage.cache_format import SPLITS, CacheFormat, UnitRecord, unit_record_name
 from tailrace.storage.cache_writer import UnitBuffer, remove_temporary_files
 from tailrace.storage.context_blocks import ContextBlocks
 
@@ -63,7 +63,7 @@ class UnitFiles:
         for task in planner.tasks():
             bar.expect(task.n_rows)
             record = self.root / unit_record_name(self.generation, task.split, task.unit)
-            if record.exists() and read_json(record)["n_rows"] == task.n_rows:
+            if record.exists() and UnitRecord.read_file(record).n_rows == task.n_rows:
                 bar.skipped(task.n_rows)
                 continue
             if record.exists():
@@ -261,7 +261,7 @@ def _worker(job: WorkerJob) -> tuple[UnitFiles, UnitRows, UnitBuffer]:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     settings = CacheSettings.model_validate_json(job.settings)
-    layout = CacheFormat.from_json(json.loads(job.layout))
+    layout = CacheFormat.from_json(job.layout)
     model = load_language_model(settings, device=job.device, compile_model=job.compile_model)
     files = UnitFiles(Path(job.root), layout, job.generation, settings.seed, with_provenance=True)
     blocks = {split: ContextBlocks(files.root, layout, job.generation, split) for split in SPLITS}
@@ -269,6 +269,6 @@ def _worker(job: WorkerJob) -> tuple[UnitFiles, UnitRows, UnitBuffer]:
     return files, UnitRows(maker, blocks), files.buffer()
 
 
-def _n_bytes(record: Mapping[str, Any]) -> int:
+def _n_bytes(record: UnitRecord) -> int:
     """Return the bytes of the unit that a commit record stands for."""
-    return sum(shard["bytes"] for shard in record["shards"].values())
+    return sum(shard.bytes for shard in record.shards.values())

@@ -137,7 +137,7 @@ def check_pairs(
     with compute.opened():
         checker = _PairChecker(open_recorded_model(cache, model=model, device=compute.device))
         reports = []
-        for name in cache.manifest["splits"]:
+        for name in cache.manifest.splits:
             split = cache.split(name)
             generator = np.random.Generator(philox(seed, f"verify/{name}"))
             used = _used_contexts(split)

@@ -113,7 +113,7 @@ def _recovered(path: Path) -> dict[str, float]:
     digests = {site: made_of["digest"] for site, made_of in manifest["inputs"]["transcoders"].items()}
     if len(digests) == 1:  # a cross-layer transcoder's score is that of all sites
         digests = dict(zip(scores, digests.values(), strict=True))
-    return {digest: scores[site] for site, digest in digests.items() if scores.get(site) is not None}
+    return {digest: share for site, digest in digests.items() if (share := scores.get(site)) is not None}
 
 
 def _point(name: str, one: PublishedTranscoder, evaluated: float | None) -> Point:

@@ -80,7 +80,7 @@ def run(
         rows = _evaluate(evaluation, recorded, split, settings, compute.quiet)
         n_rows = write_table(path / TOKENS, TOKEN_SCHEMA, rows)
         record = {
-            "model": opened.manifest["model"],
+            "model": opened.manifest.model,
             "sites": {layer.site.name: layer.manifest["site"] for layer in layers_of(given)},
             "scores": [{"name": name, **score.record()} for name, score in evaluation.scores().items()],
             "tables": {"tokens": {"n_rows": n_rows}},

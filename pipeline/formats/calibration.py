@@ -68,7 +68,7 @@ def calibrate(transcoder: Transcoder, cache: ActivationCache, site: Site, n_rows
     batches = iter_once(cache.split("train"), site, batch_rows=BLOCK_ROWS, max_rows=n_rows)
     inputs = torch.cat([batch.inputs.clone() for batch in batches])
     form = jump_form(transcoder, thresholds(transcoder, inputs))
-    name = "heldout" if "heldout" in cache.manifest["splits"] else "train"
+    name = "heldout" if "heldout" in cache.manifest.splits else "train"
     before, after = (
         evaluate(predict, iter_once(cache.split(name), site, batch_rows=BLOCK_ROWS, max_rows=n_rows))
         for predict in (predictor(transcoder), _predictor(form))

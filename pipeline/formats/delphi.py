@@ -113,7 +113,7 @@ def write(directory: Path, tables: LatentTables, module: str | None, model_name:
         name = f"{first}_{last}.safetensors"
         write_tensors(folder / name, {"locations": _narrow(locations), "activations": values, "tokens": tokens})
         files.append(f"{FOLDER}/{named}/{name}")
-    text = tables.split.cache.manifest.get("text") or {}
+    text = tables.split.cache.manifest.text
     write_json(
         folder / CONFIG,
         {

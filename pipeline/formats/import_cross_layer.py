@@ -78,7 +78,7 @@ def run(settings: ImportSettings, *, source: Path, cache: Path, output: Path, de
                     "format": FORMAT_VERSION,
                     "inputs": {"cache": opened.reference, "imported": checksums},
                     "origin": {"format": ORIGIN, "model_name": foreign.model_name, "facts": foreign.facts},
-                    "model": opened.manifest["model"],
+                    "model": opened.manifest.model,
                     "sites": [asdict(site) for site in sites],
                     "d_sae": foreign.d_sae,
                     "architecture": foreign.architecture.model_dump(mode="json"),
@@ -167,7 +167,7 @@ def _measure(
     transcoder: CrossLayerTranscoder, cache: ActivationCache, sites: Sequence[Site], n_rows: int
 ) -> dict[str, Any]:
     """Return the score of each layer's output on held-out rows if there are any, else on training rows."""
-    split = "heldout" if "heldout" in cache.manifest["splits"] else "train"
+    split = "heldout" if "heldout" in cache.manifest.splits else "train"
     batches = iter_sites_once(
         cache.split(split),
         sites,

@@ -98,12 +98,12 @@ def run(
     with Draft(output, KIND, request) as draft:
         if not draft.published:
             save_weights(output / WEIGHTS, transcoder)
-            split = "heldout" if "heldout" in opened.manifest["splits"] else "train"
+            split = "heldout" if "heldout" in opened.manifest.splits else "train"
             score = _measure(transcoder.to(torch.device(device)), opened.split(split), site, settings.rows)
             draft.publish(
                 {
                     "format": FORMAT_VERSION,
-                    "model": opened.manifest["model"],
+                    "model": opened.manifest.model,
                     "inputs": {"cache": opened.reference, "imported": checksums},
                     "origin": {
                         "format": origin,
@@ -192,7 +192,7 @@ def sites_of(hooks: tuple[str, str], cache: ActivationCache) -> list[Site]:
     Other tools know some of our hooks under a name of ``HookedTransformer``: where no norm follows the MLP,
     ``blocks.3.hook_mlp_out`` is ``blocks.3.mlp.hook_out``.
     """
-    model = cache.manifest.get("model") or {}
+    model = cache.manifest.model
 
     def usual(pair: tuple[str, str]) -> tuple[str, ...]:
         return tuple(hooked_transformer_name(hook, model) or hook for hook in pair)
@@ -222,7 +222,7 @@ def _notes(foreign: Foreign, score: HeldoutScore, cache: ActivationCache, site: 
             f"by the firing rates beside its files L0 was {firing['l0']:.1f} when it was trained, "
             f"{firing['silent']:,} features silent; on the cache's rows it is {score.l0:.1f}"
         )
-    processing = (cache.manifest.get("model") or {}).get("processing", "raw")
+    processing = cache.manifest.model.get("processing", "raw")
     if foreign.processing not in (None, processing):
         notes.append(
             f"it was trained on a model of processing {foreign.processing}, the cache holds {processing}: its outputs "
@@ -251,7 +251,7 @@ def _note_other_hooks(foreign: Foreign, site: Site, cache: ActivationCache) -> l
 
 def note_other_name(model_name: str | None, cache: ActivationCache) -> list[str]:
     """Return a sentence if the files name another language model than the cache, whoever published it."""
-    name = str((cache.manifest.get("model") or {}).get("name"))
+    name = str(cache.manifest.model.get("name"))
     if model_name is None or model_name.split("/")[-1] == name.split("/")[-1]:
         return []
     return [f"its files name the model {model_name}, the cache {name}"]

@@ -96,7 +96,7 @@ def trained_on(subject: Subject, cache: ActivationCache | None) -> TrainedOn | N
         packing, text = inputs["live"]["packing"], inputs["live"]["text"]
         rows = packing
     elif cache is not None and "imported" not in inputs and inputs.get("cache", {}).get("cache_id") == cache.cache_id:
-        packing, text = cache.manifest["packing"], cache.manifest["text"]
+        packing, text = cache.manifest.packing, cache.manifest.text
         rows = packing["row_filter"]
     else:
         return None

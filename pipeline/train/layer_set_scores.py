@@ -108,7 +108,7 @@ def score_layer(
     massive = massive_note({"input": sides["in"], "output": sides["out"]})
     notes = [note for note in (massive, None if diverged is None else f"diverged: {diverged['reason']}") if note]
     score = None
-    if coder is not None and "heldout" in cached.manifest["splits"]:
+    if coder is not None and "heldout" in cached.manifest.splits:
         split = cached.split("heldout")
 
         batches = iter_once(split, cached.sites[site], batch_rows=batch_rows, device=device)

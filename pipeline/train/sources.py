@@ -142,7 +142,7 @@ class CacheSource:
 
     def description(self) -> dict[str, Any]:
         """Return the cache's identity and its model's."""
-        return {"inputs": {"cache": self.cache.reference}, "model": self.cache.manifest.get("model")}
+        return {"inputs": {"cache": self.cache.reference}, "model": self.cache.manifest.model}
 
     @contextmanager
     def open(self, sites: Sequence[Site], draft: Path) -> Iterator[CachedRows]:  # noqa: ARG002
@@ -178,7 +178,7 @@ class CachedRows:
 
     def heldout(self, sites: Sequence[Site]) -> HeldoutBatches | None:
         """Return the held-out rows, the same for every run; warn, once, if there are none."""
-        if "heldout" in self._cache.manifest["splits"]:
+        if "heldout" in self._cache.manifest.splits:
             split = self._cache.split("heldout")
             return lambda max_rows: iter_sites_once(
                 split, sites, batch_rows=self._batch_rows, device=self._device, max_rows=max_rows

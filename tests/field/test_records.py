@@ -16,6 +16,7 @@ from tailrace.analysis.evaluate.splice_scores import Outcome, SpliceScore
 from tailrace.pipeline.cache import verify
 from tailrace.pipeline.evaluate.command import show_scores
 from tailrace.pipeline.model.language_model import LanguageModel, PairingCheck
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.runs_table import FINISHED, RunOutcome
 from tailrace.storage.encodings import FLOAT16_NORMAL, RELATIVE_ERROR, relative_error
 from tailrace.storage.errors import ModelError
@@ -43,7 +44,11 @@ def test_cache_of_a_layer_that_writes_zeros_is_verified(
     answer = command(capsys, "verify", made.path, "--threads", 1)
     assert answer.code == 0, answer
     assert "layer0/out" in answer.out
-    zeros = [one for one in verify.check_pairs(made.path, threads=1) if (one.site, one.side) == ("layer0", "out")]
+    zeros = [
+        one
+        for one in verify.check_pairs(made.path, compute=Compute(threads=1))
+        if (one.site, one.side) == ("layer0", "out")
+    ]
     assert [(one.relative_error, one.mlp_relative_error) for one in zeros] == [(0.0, 0.0)] * 2
 
 
@@ -57,7 +62,7 @@ def test_pairing_that_gives_nan_is_refused_while_caching(monkeypatch: pytest.Mon
 
 
 def largest_error(cache: Path) -> float:
-    return max(report.relative_error for report in verify.check_pairs(cache, threads=1))
+    return max(report.relative_error for report in verify.check_pairs(cache, compute=Compute(threads=1)))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-12])

@@ -34,7 +34,7 @@ def made(tmp_path_factory):
 def test_some_rows_are_those_of_contexts_drawn_from_all_of_the_split(made, tmp_path):
     settings = AnalyzeSettings(rows=150, examples=2, without_model=True, block_rows=50)
     paths = {"cache": made / "cache", "transcoder": made / "transcoder"}
-    result = analyze.run(settings, **paths, output=tmp_path / "tables", quiet=True, threads=1)
+    result = analyze.run(settings, **paths, output=tmp_path / "tables", compute=Compute(quiet=True, threads=1))
     assert (result.n_rows, result.of_rows) == (150, 600)
     split = open_cache(made / "cache").split("heldout")
     keys = ["layer0/in", "context", "position"]
@@ -58,10 +58,11 @@ def test_some_rows_are_those_of_contexts_drawn_from_all_of_the_split(made, tmp_p
         "n_rows": 150,
         "of_rows": 600,
     }
-    shared = analyze.run(settings, **paths, output=tmp_path / "shared", quiet=True, threads=1, workers=2)
+    shared = analyze.run(settings, **paths, output=tmp_path / "shared", compute=Compute(threads=1, workers=2, quiet=True))
+        settings, **paths, output=tmp_path / "shared", compute=Compute(quiet=True, threads=1, workers=2)
+    )
     for name in ("features.parquet", "examples.parquet", "rows.parquet"):
         assert (shared.path / name).read_bytes() == (result.path / name).read_bytes()
-    other = analyze.run(
-        settings.model_copy(update={"seed": 1}), **paths, output=tmp_path / "other", quiet=True, threads=1
-    )
+    on = Compute(quiet=True, threads=1)
+    other = analyze.run(settings.model_copy(update={"seed": 1}), **paths, output=tmp_path / "other", compute=on)
     assert read_table(other.path / "rows.parquet").to_pydict()["row"] != rows["row"]

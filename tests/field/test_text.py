@@ -218,9 +218,9 @@ def test_rows_passed_over_keep_their_index_and_are_recorded(tmp_path):
     first = cache.run(skipping, output=tmp_path / "made", **HERE)
     reason = "holds nothing (null) in column 'text', wanted text"
     recorded = [f"text.jsonl, row {row} (line {row}): {reason}" for row in (7, 21, 34)]
-    assert first.cache.manifest["packing"]["bad_rows"] == recorded
-    assert first.cache.manifest["splits"]["train"]["counts"]["bad_rows"] == 3
-    assert first.cache.manifest["splits"]["train"]["counts"]["empty_documents"] == 0
+    assert first.cache.manifest.packing["bad_rows"] == recorded
+    assert first.cache.manifest.splits["train"].counts["bad_rows"] == 3
+    assert first.cache.manifest.splits["train"].counts["empty_documents"] == 0
     assert first.warnings[0].startswith("3 rows were no document and passed over:\n  text.jsonl, row 7 (line 7)")
     with pytest.raises(TextError, match=r"document 6 holds nothing"):
         cache.extend(tmp_path / "made", "all", **HERE)
@@ -228,5 +228,5 @@ def test_rows_passed_over_keep_their_index_and_are_recorded(tmp_path):
     train = grown.split("train")
     documents = train.context_documents(np.arange(train.n_contexts))
     assert set(documents.ravel().tolist()) == set(range(40)) - {3, 6, 20, 33}
-    assert grown.manifest["packing"]["bad_rows"] == recorded
-    assert open_cache(tmp_path / "made").manifest["splits"]["train"]["counts"]["bad_rows"] == 3
+    assert grown.manifest.packing["bad_rows"] == recorded
+    assert open_cache(tmp_path / "made").manifest.splits["train"].counts["bad_rows"] == 3

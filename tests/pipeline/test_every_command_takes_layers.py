@@ -86,7 +86,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("layers")
     run_cache(place / "cache", layers="all")
     cache = open_cache(place / "cache")
-    sites, model = [cache.sites[name] for name in NAMES], cache.manifest["model"]
+    sites, model = [cache.sites[name] for name in NAMES], cache.manifest.model
     module = own_layer_only()
     publish_cross_layer(place / "cross-layer", module, sites, model=model)
     publish_cross_layer(place / "writes-on", random_cross_layer(width=WIDTH, n_layers=N_LAYERS), sites, model=model)
@@ -200,7 +200,7 @@ def done(made: Path, path: Path, output: Path) -> task.TaskResult:
 def test_a_task_of_one_layer_of_either_kind_has_the_same_numbers(made: Path, tmp_path: Path) -> None:
     cache = open_cache(made / "cache")
     module = random_cross_layer(width=WIDTH, n_layers=1, seed=6)
-    sites, model = [cache.sites["layer1"]], cache.manifest["model"]
+    sites, model = [cache.sites["layer1"]], cache.manifest.model
     publish_cross_layer(tmp_path / "stack", module, sites, model=model)
     publish_one(tmp_path / "one", sites[0], split_layers(module, sites)[0].state_dict(), model)
     stack, one = (done(made, tmp_path / name, tmp_path / f"{name}-task") for name in ("stack", "one"))
@@ -249,7 +249,7 @@ def test_an_evaluation_of_a_cross_layer_transcoder_is_that_of_its_layers_togethe
 def test_one_beside_a_transcoder_of_another_layer_is_evaluated_alone_and_with_it(tmp_path: Path) -> None:
     run_cache(tmp_path / "cache", model=str(model_folder(n_layers=3)), layers="all")
     cache = open_cache(tmp_path / "cache")
-    sites, model = list(cache.sites.values()), cache.manifest["model"]
+    sites, model = list(cache.sites.values()), cache.manifest.model
     publish_cross_layer(tmp_path / "across", random_cross_layer(width=WIDTH, n_layers=2), sites[:2], model=model)
     third = random_cross_layer(width=WIDTH, n_layers=1, seed=9)
     publish_one(tmp_path / "third", sites[2], split_layers(third, sites[2:])[0].state_dict(), model)

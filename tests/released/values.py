@@ -72,7 +72,7 @@ def _cache(path: Path) -> Values:
     values = _values({}, {}, {})
     for generation in range(newest.generation + 1):
         cache = open_cache(path, generation)
-        for name in sorted(cache.manifest["splits"]):
+        for name in sorted(cache.manifest.splits):
             _add_split(values, f"{generation}/{name}", cache, cache.split(name))
     values["order"]["epochs"] = sorted(folder.name for folder in (path / "epochs").glob("*"))
     values["order"]["vocabulary"] = _digest(newest.vocabulary())

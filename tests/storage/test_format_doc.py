@@ -125,7 +125,7 @@ def test_every_array_is_as_documented(caches: list[ActivationCache]) -> None:
     found = set()
     for cache in caches:
         layout = cache.layout
-        for split_name in cache.manifest["splits"]:
+        for split_name in cache.manifest.splits:
             split = cache.split(split_name)
             sizes: dict[str, int | None] = {
                 "n": split.n_rows,
@@ -259,7 +259,7 @@ def test_materialised_epochs_are_as_documented(caches: list[ActivationCache]) ->
 def test_checksums_are_as_documented(caches: list[ActivationCache]) -> None:
     manifest = caches[0].manifest
     data = (caches[0].path / "vocabulary.json").read_bytes()
-    assert manifest["files"]["vocabulary.json"]["checksum"] == f"xxh3:{xxhash.xxh3_128(data).hexdigest()}"
+    assert manifest.files["vocabulary.json"].checksum == f"xxh3:{xxhash.xxh3_128(data).hexdigest()}"
 
 
 def words(name: str, n: int) -> list[int]:

@@ -34,8 +34,8 @@ def path() -> Iterator[Path]:
 
 def content(cache: ActivationCache) -> dict[str, bytes]:
     """Return everything that reading a cache gives: epochs, units, contexts, statistics."""
-    found = {"digest": cache.manifest["digest"].encode()}
-    for name in cache.manifest["splits"]:
+    found = {"digest": cache.manifest.digest.encode()}
+    for name in cache.manifest.splits:
         split = cache.split(name)
         with split.stream(KEYS, batch_rows=100, n_epochs=1) as stream:
             for batch in stream:
@@ -178,7 +178,7 @@ def test_generations_know_their_cache(path: Path) -> None:
         pass
     second = open_cache(path)
     assert second.cache_id == first.cache_id
-    assert second.manifest["previous"] == first.manifest["digest"]
+    assert second.manifest.previous == first.manifest.digest
     assert (first.reference["generation"], second.reference["generation"]) == (0, 1)
     assert first.reference["digest"] != second.reference["digest"]
 

@@ -170,7 +170,7 @@ def test_the_recorded_checksum_and_size_are_those_of_the_file(tmp_path: Path) ->
         buffer[...] = stored_rows("float32", n_rows=128)
         written = write_shard(tmp_path / spec.shard_name(0), buffer, 100, spec)
         assert written.checksum == checksum_file(tmp_path / spec.shard_name(0))
-        assert written.n_bytes == (tmp_path / spec.shard_name(0)).stat().st_size
+        assert written.bytes == (tmp_path / spec.shard_name(0)).stat().st_size
 
 
 def test_rows_do_not_depend_on_where_their_memory_begins(tmp_path: Path) -> None:

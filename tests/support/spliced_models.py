@@ -107,7 +107,7 @@ def publish_transcoder(
 ) -> Path:
     """Publish a transcoder as if it had been trained on ``site`` of ``cache``."""
     inputs = {"inputs": {"cache": cache.reference}, **(changes or {})}
-    return publish_transcoder_of(path, cache.manifest["model"], cache.sites[site], transcoder, inputs)
+    return publish_transcoder_of(path, cache.manifest.model, cache.sites[site], transcoder, inputs)
 
 
 def publish_transcoder_of(

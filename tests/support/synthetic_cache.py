@@ -130,15 +130,15 @@ def _size(layout: CacheFormat, n_contexts: int) -> SplitSize:
 
 
 def _sizes(cache: ActivationCache) -> dict[str, SplitSize]:
-    return {split: _size(cache.layout, cache.split(split).n_contexts) for split in cache.manifest["splits"]}
+    return {split: _size(cache.layout, cache.split(split).n_contexts) for split in cache.manifest.splits}
 
 
 def _publish_growth(
     cache: ActivationCache, change: Change, layout: CacheFormat, splits: Mapping[str, SplitSize]
 ) -> None:
     generation = Generation(cache.path, cache.generation + 1, change, layout, cache.seed, None, splits, cache.manifest)
-    facts = {name: cache.manifest[name] for name in ("model", "text")}
-    publish_generation(generation, cache.manifest["request"], facts, {})
+    facts = cache.manifest.model_dump(include={"model", "text"})
+    publish_generation(generation, cache.manifest.request, facts, {})
 
 
 class _Text:
@@ -211,4 +211,4 @@ def _with_column_scales(layout: CacheFormat, rows: Rows | None) -> CacheFormat:
     for key, encoding in layout.encodings().items():
         sample = (rows or hashed_rows(encoding.width))(identity, key).astype(np.float64)
         scales[key] = column_scale_of((sample**2).sum(0), len(sample)).tolist()
-    return CacheFormat.from_json({**layout.as_json(), "column_scales": scales})
+    return replace(layout, column_scales=scales)

@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def publish(path: Path, made: Path, module: CrossLayerTranscoder) -> Path:
     cache = open_cache(made / "cache")
-    return publish_cross_layer(path, module, [cache.sites[name] for name in NAMES], model=cache.manifest["model"])
+    return publish_cross_layer(path, module, [cache.sites[name] for name in NAMES], model=cache.manifest.model)
 
 
 def run(
@@ -299,7 +299,7 @@ def test_every_layers_problem_is_told_before_anything_is_written(made: Path, tmp
     cache = open_cache(made / "cache")
     sites = [cache.sites["layer0"], *(replace(cache.sites["layer1"], name=name) for name in ("layer7", "layer8"))]
     module = random_cross_layer(width=WIDTH, n_layers=3)
-    path = publish_cross_layer(tmp_path / "clt", module, sites, model=cache.manifest["model"])
+    path = publish_cross_layer(tmp_path / "clt", module, sites, model=cache.manifest.model)
     with pytest.raises(ArtifactMismatch, match=r"has no site 'layer7'[\s\S]*has no site 'layer8'"):
         run(made, tmp_path / "t", path)
     path = publish_cross_layer(tmp_path / "stranger", module, [*cache.sites.values()], model={"name": "another"})

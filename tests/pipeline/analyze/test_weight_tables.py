@@ -204,7 +204,7 @@ def test_downstream_transcoders_must_read_later_and_be_of_the_same_model(made: P
     assert "queries: its input, blocks.0.attn.hook_q, is not read off the residual stream" in str(caught.value)
     with pytest.raises(SettingsError, match="several transcoders of site layer1"):
         run(made, "t0", tmp_path / "u", downstream=[made / "t1", made / "t1" / ".." / "t1"])
-    other = {"model": {**open_cache(made / "cache").manifest["model"], "files_digest": "sha256:0"}}
+    other = {"model": {**open_cache(made / "cache").manifest.model, "files_digest": "sha256:0"}}
     publish_transcoder(tmp_path / "other", open_cache(made / "cache"), "layer1", random_transcoder(), other)
     with pytest.raises(ArtifactMismatch, match=r"another model[\s\S]*other: files_digest"):
         run(made, "t0", tmp_path / "v", downstream=[tmp_path / "other"])

@@ -42,7 +42,7 @@ def test_auto_stores_a_bfloat16_model_as_it_computes(tmp_path: Path) -> None:
     model = model_folder(dtype=torch.bfloat16)
     cache = run_cache(tmp_path / "cache", storage_dtype="auto", model=str(model)).cache
     assert stored_dtypes(cache) == {"layer0": "bfloat16"}
-    assert cache.manifest["model"]["dtype"] == "bfloat16"
+    assert cache.manifest.model["dtype"] == "bfloat16"
 
 
 @pytest.fixture

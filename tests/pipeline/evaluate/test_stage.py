@@ -207,7 +207,7 @@ def test_one_attention_heads_autoencoder_is_evaluated_on_its_slice(tmp_path: Pat
 def test_transcoders_of_another_model_or_site_are_all_refused_with_both_values(made: Path, tmp_path: Path) -> None:
     cache = open_cache(made / "cache")
     site = {**json.loads((made / "t0" / "manifest.json").read_text())["site"]}
-    other = {**cache.manifest["model"], "files_digest": "sha256:0"}
+    other = {**cache.manifest.model, "files_digest": "sha256:0"}
     publish_transcoder(tmp_path / "model", cache, "layer0", random_transcoder(), {"model": other})
     moved = {**site, "hook_in": "blocks.0.hook_resid_mid"}
     publish_transcoder(tmp_path / "hook", cache, "layer0", random_transcoder(), {"site": moved})

@@ -160,7 +160,8 @@ def test_what_was_trained_on_is_in_the_metadata_where_the_cache_says_it(tmp_path
     cache = publish_site_cache(tmp_path / "cache", [mlp_site(0)])
     packing = {"context_length": 8, "row_filter": {"exclude": "special", "first_position": 4}}
     opened = open_cache(cache)
-    opened.manifest.update({"packing": packing, "text": {"source": "hub", "dataset": "some/text"}})
+    opened.manifest.packing.update(packing)
+    opened.manifest.text.update({"source": "hub", "dataset": "some/text"})
     of_cache = Subject(tmp_path, {"inputs": {"cache": {"cache_id": opened.cache_id}}})
     assert trained_on(of_cache, opened) == TrainedOn(8, 4, True, "some/text")
     for inputs in ({}, {"cache": {"cache_id": "another"}}, {**of_cache.manifest["inputs"], "imported": {}}):

@@ -122,7 +122,7 @@ def test_an_imported_transcoder_is_analysed_like_a_trained_one(tmp_path):
     opened = write_synthetic_cache(tmp_path / "cache", n_heldout_contexts=20)
     site = opened.sites["layer0"]
     module = random_transcoder(JumpReLU(), site)
-    publish_transcoder(tmp_path / "ours", module, JumpReLU(), site, model=opened.manifest["model"])
+    publish_transcoder(tmp_path / "ours", module, JumpReLU(), site, model=opened.manifest.model)
     export.run(ExportSettings(), to="saelens", sources=[tmp_path / "ours"], output=tmp_path / "theirs")
     result = take("saelens", tmp_path / "theirs", tmp_path / "cache", tmp_path / "back")
     tables = analyze.run(

@@ -68,7 +68,7 @@ def test_what_is_ignored_may_differ_and_nothing_else():
 def test_a_transcoder_of_a_cache_made_with_other_libraries_is_taken_by_every_command(tmp_path: Path) -> None:
     run_cache(tmp_path / "cache", layers="0")
     cache = open_cache(tmp_path / "cache")
-    older = {**cache.manifest["model"], "versions": {"torch": "2.6.0", "transformers": "5.9.0"}}
+    older = {**cache.manifest.model, "versions": {"torch": "2.6.0", "transformers": "5.9.0"}}
     transcoder = tmp_path / "transcoder"
     publish_transcoder(transcoder, cache, "layer0", random_transcoder(), {"model": older})
     given: dict[str, Any] = {"cache": tmp_path / "cache", "compute": Compute(threads=1, quiet=True)}

@@ -77,7 +77,7 @@ def test_a_live_transcoder_is_published_like_any_and_says_what_it_was_trained_on
     assert set(origin) == {"text", "packing", "mixing"}
     assert origin["mixing"] == {"seed": 0, "block_rows": 192, "batch_rows": 32}
     assert manifest["site"]["name"] == "layer0"
-    assert manifest["model"] == open_cache(cache).manifest["model"]
+    assert manifest["model"] == open_cache(cache).manifest.model
     assert manifest["metrics"]["heldout"]["n_rows"] == 315
     assert load_transcoder(trained.path).d_sae == 32
 
