@@ -58,8 +58,8 @@ def test_some_rows_are_those_of_contexts_drawn_from_all_of_the_split(made, tmp_p
         "n_rows": 150,
         "of_rows": 600,
     }
-    shared = analyze.run(settings, **paths, output=tmp_path / "shared", compute=Compute(threads=1, workers=2, quiet=True))
-        settings, **paths, output=tmp_path / "shared", compute=Compute(quiet=True, threads=1, workers=2)
+    shared = analyze.run(
+        settings, **paths, output=tmp_path / "shared", compute=Compute(threads=1, workers=2, quiet=True)
     )
     for name in ("features.parquet", "examples.parquet", "rows.parquet"):
         assert (shared.path / name).read_bytes() == (result.path / name).read_bytes()
