@@ -164,7 +164,7 @@ class CacheManifest(Manifest):
     """Of the shuffle inside units, and the default of epochs."""
     model: dict[str, JSON]
     """Identity of the language model."""
-    text: dict[str, JSON] = Field(default_factory=dict)
+    text: dict[str, JSON]
     packing: dict[str, JSON] = Field(default_factory=dict)
     """How contexts are built."""
     format: CacheFormat
