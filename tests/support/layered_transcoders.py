@@ -51,7 +51,7 @@ def publish_site_cache(path: Path, sites: list[Site], *, model: dict[str, Any] =
     generation = Generation(path, 0, "create", layout, 0, None, sizes, None)
     vocabulary = canonical_json({"tokens": ["<eos>", "the"]})
     request = {"sites": [site.name for site in sites], "model": model}
-    publish_generation(generation, request, {"model": model}, {VOCABULARY: vocabulary})
+    publish_generation(generation, request, {"model": model, "text": {}}, {VOCABULARY: vocabulary})
     return path
 
 

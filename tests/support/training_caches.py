@@ -39,7 +39,8 @@ def publish_cache(
         sizes[split] = SplitSize(n_rows, 0, {})
     generation = Generation(path, 0, "create", layout, 0, None, sizes, None)
     vocabulary = canonical_json({"tokens": ["<eos>", "the"]})
-    publish_generation(generation, {"rows": str(sites.keys())}, {"model": {"name": model}}, {VOCABULARY: vocabulary})
+    facts = {"model": {"name": model}, "text": {}}
+    publish_generation(generation, {"rows": str(sites.keys())}, facts, {VOCABULARY: vocabulary})
     return path
 
 
