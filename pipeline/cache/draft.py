@@ -60,6 +60,11 @@ def begin_draft(root: Path, change: str, generation: int, inputs: Mapping[str, A
     return begun.inputs
 
 
+def begun_with(root: Path) -> dict[str, Any]:
+    """Return the inputs that an unfinished draft was begun with; nothing if there is none."""
+    return dict(read_json(root / BEGUN)["inputs"]) if (root / BEGUN).exists() else {}
+
+
 def refuse_other_inputs(path: str, recorded: Mapping[str, Any], opened: Mapping[str, Any]) -> None:
     """Raise ArtifactMismatch where the model or the text is not the one the cache was begun with."""
     differences = list_differences(*({k: v for k, v in side.items() if k != "model"} for side in (recorded, opened)))

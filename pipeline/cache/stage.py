@@ -29,6 +29,7 @@ from tailrace.pipeline.cache.context_packing import (
 )
 from tailrace.pipeline.cache.draft import (
     begin_draft,
+    begun_with,
     forget_draft,
     forget_finished_draft,
     hook_options,
@@ -49,6 +50,7 @@ from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import ContextSource
+from tailrace.pipeline.text.reading import Reading, choose_reading
 from tailrace.pipeline.text.settings import RowFilter
 from tailrace.pipeline.text.stream import DocumentStream
 from tailrace.storage.activation_cache import ActivationCache, open_cache
@@ -259,7 +261,9 @@ class CacheJob:
         tokens = None if self.settings.tokens == "all" else self.settings.tokens
         hooks = self.model.resolve_sites(self.settings.layers, self.settings.hooks)
         self.request = request
-        self.facts = begin_draft(self.root, "cache", 0, self._facts(documents))
+        begun = begun_with(self.root)
+        reading = choose_reading(self.settings, self.model, documents, begun["packing"] if begun else None)
+        self.facts = begin_draft(self.root, "cache", 0, self._facts(documents, reading))
 
         def write(files: UnitFiles, planner: UnitPlanner, rows: UnitRows, bar: RowProgress) -> None:
             if not compute.has_workers:
@@ -318,7 +322,8 @@ class CacheJob:
             state = last_packing(self.root, self.number - 1)["state"]
             packer.continue_from(state, {split: size.n_contexts for split, size in self.recorded.items()})
         wanted = {**{split: size.n_rows for split, size in self.recorded.items()}, "train": tokens}
-        source = ContextSource.of(self.settings, self.model, documents, wanted, packer.state)
+        reading = choose_reading(self.settings, self.model, documents, self.facts["packing"])
+        source = ContextSource.of(self.settings, self.model, documents, wanted, packer.state, reading)
         change: Change = "extend" if self.recorded else "create"
         # the first unit that is missing or short
         first = self.recorded["train"].n_rows // self.contexts.shard_rows if self.recorded else 0
@@ -418,7 +423,7 @@ class CacheJob:
         except (ActivationOverflow, NonFiniteActivation) as error:
             raise type(error)(f"{error}. Finished units are kept") from error
 
-    def _facts(self, documents: DocumentStream) -> dict[str, Any]:
+    def _facts(self, documents: DocumentStream, reading: Reading) -> dict[str, Any]:
         settings = self.settings
         row_filter = settings.model_dump(include=set(RowFilter.model_fields))
         return {
@@ -431,6 +436,7 @@ class CacheJob:
                 "contexts_per_batch": settings.contexts_per_batch,
                 "row_filter": row_filter,
                 "holdout": settings.holdout,
+                **reading.as_json(),
             },
         }
 

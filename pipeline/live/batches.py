@@ -33,6 +33,7 @@ from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import HELDOUT, TRAIN, ContextSource
+from tailrace.pipeline.text.reading import choose_reading
 from tailrace.storage.artifact import JSON, digest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.differences import list_differences
@@ -106,6 +107,8 @@ class LiveBatches:
         hooks = self._model.resolve_sites(settings.layers, settings.hooks)
         self._row_mask = settings.rows_of(self._model)
         self._rule = HoldoutRule.parse(settings.holdout, settings.seed)
+        recorded = opening.made_from if opening else None
+        self._reading = choose_reading(settings, self._model, self._documents, recorded)
         sites = self._choose_sites(hooks, opening.dtypes if opening else {})
         self.sites = {site.name: site for site in sites}
         row_bytes = sum(site.row_bytes for site in sites)
@@ -302,7 +305,7 @@ class LiveBatches:
     def _open_source(self, state: JSON | None) -> ContextSource:
         # held-out documents depend on how many of their rows are wanted, so every reader of the text asks for as many
         targets = {TRAIN: None, HELDOUT: self._settings.heldout_rows}
-        return ContextSource.of(self._settings, self._model, self._documents, targets, state)
+        return ContextSource.of(self._settings, self._model, self._documents, targets, state, self._reading)
 
     def _facts(self) -> dict[str, Any]:
         settings = self._settings
@@ -318,6 +321,7 @@ class LiveBatches:
                 "first_position": settings.first_position,
                 "holdout": settings.holdout,
                 "heldout_rows": settings.heldout_rows,
+                **self._reading.as_json(),
             },
         }
 

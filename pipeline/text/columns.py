@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "content", "document", "raw_content", "article", "passage", "sentence")
+
+ATTENTION_MASK, SPECIAL_TOKENS_MASK, LENGTH = "attention_mask", "special_tokens_mask", "length"
 
 Kind = Literal["text", "tokens"]
 
@@ -33,11 +36,29 @@ Row = dict[str, Any] | BadRow
 """Values by column, or why there are none."""
 
 
+class Padding(NamedTuple):
+    """What fills rows of token ids up to one length, learnt from rows that say how many of their ids are text."""
+
+    token_id: int
+    is_left: bool
+
+
 class Column(NamedTuple):
-    """The column that documents are taken from, and what it holds."""
+    """The column that documents are taken from, what it holds, and what says more about it."""
 
     name: str
     kind: Kind
+    masks: tuple[str, ...] = ()
+    """Columns that say which of the token ids are text."""
+    text: str | None = None
+    """A column of text beside token ids that nobody asked for by name."""
+    padding: Padding | None = None
+    """What rows are filled up with, where ``masks`` has their length."""
+
+    @property
+    def names(self) -> list[str]:
+        """Every column that is read."""
+        return [self.name, *self.masks]
 
 
 def choose_column(schema: pa.Schema, wanted: str | None, dataset: str) -> Column:
@@ -49,15 +70,64 @@ def choose_column(schema: pa.Schema, wanted: str | None, dataset: str) -> Column
     kinds: dict[str, Kind] = {field.name: kind for field in schema if (kind := kind_of(field.type)) is not None}
     if wanted is not None:
         if wanted in kinds:
-            return Column(wanted, kinds[wanted])
+            return Column(wanted, kinds[wanted], _masks(schema, kinds[wanted]))
         raise TextError(_refusal(schema, kinds, wanted, dataset))
     usable = [name for name in TOKEN_COLUMNS if kinds.get(name) == "tokens"]
     usable += [name for name in TEXT_COLUMNS if kinds.get(name) == "text"]
     if not usable:
         raise TextError(_refusal(schema, kinds, None, dataset))
+    chosen, kind = usable[0], kinds[usable[0]]
+    texts = [name for name in usable if kinds[name] == "text"] if kind == "tokens" else []
     if len(usable) > 1:
-        logger.info("%s: reading column %r; pass --column to read %s", dataset, usable[0], " or ".join(usable[1:]))
-    return Column(usable[0], kinds[usable[0]])
+        level = logging.WARNING if texts else logging.INFO
+        logger.log(level, "%s: reading column %r; pass --column to read %s", dataset, chosen, " or ".join(usable[1:]))
+    return Column(chosen, kind, _masks(schema, kind), texts[0] if texts else None)
+
+
+def _masks(schema: pa.Schema, kind: Kind) -> tuple[str, ...]:
+    """Return the columns that say which of the token ids are text; lengths say nothing that a mask does not."""
+    if kind == "text":
+        return ()
+    types = {field.name: field.type for field in schema}
+    masks = [name for name in (ATTENTION_MASK, SPECIAL_TOKENS_MASK) if name in types and _is_mask(types[name])]
+    if ATTENTION_MASK not in masks and LENGTH in types and pa.types.is_integer(types[LENGTH]):
+        masks.append(LENGTH)
+    return tuple(masks)
+
+
+def _is_mask(column_type: pa.DataType) -> bool:
+    return kind_of(column_type) == "tokens" or (
+        pa.types.is_list(column_type) and pa.types.is_boolean(column_type.value_type)
+    )
+
+
+def learn_padding(column: Column, rows: Sequence[Row]) -> Column:
+    """Return the column with the padding that the first rows show where they tell their lengths.
+
+    A column called ``length`` counts something else, such as letters, where the ids beyond it are not one token
+    repeated, the same in all rows: it is then left alone.
+    """
+    if LENGTH not in column.masks:
+        return column
+    shown: list[set[Padding]] = []
+    for row in rows:
+        ids = read_row(row, column._replace(masks=()))
+        length = None if isinstance(row, BadRow) else row.get(LENGTH)
+        if isinstance(ids, list) and type(length) is int and length != len(ids):
+            shown.append({padding for padding in _paddings(ids, length) if _pads(padding, ids, length)})
+    common = set.intersection(*shown) if shown else set()
+    if shown and not common:
+        return column._replace(masks=tuple(name for name in column.masks if name != LENGTH))
+    return column._replace(padding=min(common, key=lambda padding: padding.is_left)) if common else column
+
+
+def _paddings(ids: list[int], length: int) -> list[Padding]:
+    return [Padding(ids[-1], False), Padding(ids[0], True)] if 0 <= length < len(ids) else []
+
+
+def _pads(padding: Padding, ids: list[int], length: int) -> bool:
+    rest = ids[: len(ids) - length] if padding.is_left else ids[length:]
+    return all(token == padding.token_id for token in rest)
 
 
 def kind_of(column_type: pa.DataType) -> Kind | None:
@@ -118,9 +188,32 @@ def read_row(row: Row, column: Column) -> str | list[int] | BadRow:
     if column.kind == "text" and isinstance(value, str):
         return value if value.isascii() else _check_text(value)
     if column.kind == "tokens" and isinstance(value, list) and all(type(token) is int for token in value):
-        return value
+        return _mask_ids(value, row, column) if column.masks else value
     wanted = "text" if column.kind == "text" else "a list of whole numbers"
     return BadRow(f"holds {_show(value)} in column {column.name!r}, wanted {wanted}")
+
+
+def _mask_ids(ids: list[int], row: dict[str, Any], column: Column) -> list[int] | BadRow:
+    """Return the ids that the row's masks call text: without padding, and without special tokens at either end."""
+    masks = {name: row.get(name) for name in column.masks}
+    n_text = masks.pop(LENGTH, len(ids))
+    for name, mask in masks.items():
+        if not isinstance(mask, list) or len(mask) != len(ids) or not all(value in (0, 1) for value in mask):
+            return BadRow(f"holds {len(ids)} ids and {_show(mask)} in column {name!r}, wanted 0 or 1 for each id")
+    attended, special = (masks.get(name) for name in (ATTENTION_MASK, SPECIAL_TOKENS_MASK))
+    kept = [at for at in range(len(ids)) if attended is None or attended[at]]
+    if n_text != len(ids):
+        padding = column.padding
+        if type(n_text) is not int or not 0 <= n_text < len(ids) or not padding or not _pads(padding, ids, n_text):
+            return BadRow(
+                f"holds {len(ids)} ids and {_show(n_text)} in column {LENGTH!r}, and it is not clear which of them are "
+                f"text: wanted no padding, or the column {ATTENTION_MASK!r}"
+            )
+        kept = kept[len(ids) - n_text :] if padding.is_left else kept[:n_text]
+    if special is not None:
+        ordinary = [number for number, at in enumerate(kept) if not special[at]]
+        kept = kept[ordinary[0] : ordinary[-1] + 1] if ordinary else []
+    return [ids[at] for at in kept]
 
 
 def _check_text(text: str) -> str | BadRow:

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from tailrace.pipeline.text.columns import BadRow, Column, choose_column, infer_schema
+from tailrace.pipeline.text.columns import BadRow, Column, Row, choose_column, infer_schema, learn_padding
 from tailrace.pipeline.text.files import (
     TextFiles,
     find_text_files,
@@ -45,31 +45,44 @@ def open_documents(settings: TextSettings, seed: int, *, sleep: Callable[[float]
     Raises TextError if it does not exist, cannot be reached or read, is empty, or has no usable column.
     """
     opened = _open_local(settings) if looks_local(settings.dataset) else _open_hub(settings, sleep)
-    examples, column, source, files = opened
-    values = TextExamples(settings.dataset, examples.select_columns([column.name]), files, sleep)
+    examples, column, first_rows, source, files = opened
     return DocumentStream(
-        values,
+        TextExamples(settings.dataset, examples.select_columns(column.names), files, sleep),
         column,
         source,
+        first_rows=first_rows,
         shuffle_window=settings.shuffle_window,
         seed=seed,
         skips_bad_rows=settings.on_bad_row == "skip",
     )
 
 
-def _open_hub(
-    settings: TextSettings, sleep: Callable[[float], None]
-) -> tuple[Any, Column, dict[str, JSON], TextFiles | None]:
+Opened = tuple[Any, Column, list[Row], dict[str, JSON], TextFiles | None]
+"""Examples, their column and first rows, where they come from, and their files if they are local."""
+
+
+def _open_hub(settings: TextSettings, sleep: Callable[[float], None]) -> Opened:
     dataset, config, split = settings.dataset, settings.dataset_config, settings.split
     commit = find_commit(dataset, settings.dataset_revision, sleep)
     options = {"sample_by": settings.text_unit} if settings.text_unit else {}
     examples = load_hub_dataset(dataset, config, split, commit, options, sleep)
-    column = _find_column(examples, settings)
+    try:
+        column, first_rows = retry_opening(lambda: _find_column(examples, settings), sleep)
+    except TextError:
+        raise
+    except OPENING_FAILURES as error:
+        raise refuse(dataset, commit, error) from error
     source = {"source": "hub", "dataset": dataset, "config": config, "split": split, "commit": commit}
-    return examples, column, {**source, **({"text_unit": settings.text_unit} if settings.text_unit else {})}, None
+    return (
+        examples,
+        column,
+        first_rows,
+        {**source, **({"text_unit": settings.text_unit} if settings.text_unit else {})},
+        None,
+    )
 
 
-def _open_local(settings: TextSettings) -> tuple[Any, Column, dict[str, JSON], TextFiles | None]:
+def _open_local(settings: TextSettings) -> Opened:
     files = find_text_files(settings.dataset)
     if settings.text_unit is not None and files.format != "text":
         raise TextError(
@@ -79,27 +92,36 @@ def _open_local(settings: TextSettings) -> tuple[Any, Column, dict[str, JSON], T
     unit = settings.text_unit or "document"
     try:
         examples = JsonExamples(files) if files.format == "json" else load_text_files(files, unit)
-        column = _find_column(examples, settings)
+        column, first_rows = _find_column(examples, settings)
     except StopIteration as error:
         raise empty_dataset(settings.dataset) from error
     except (OSError, *UNREADABLE) as error:
         where = files.paths[0] if len(files.paths) == 1 else f"{settings.dataset}: one of its files"
         raise TextError(f"{where}: cannot be read ({describe_failure(error)}); repair it or leave it out") from error
     source = {"source": "local", "format": files.format}
-    return examples, column, {**source, **({"text_unit": unit} if files.format == "text" else {})}, files
+    return examples, column, first_rows, {**source, **({"text_unit": unit} if files.format == "text" else {})}, files
 
 
-def _find_column(examples: Any, settings: TextSettings) -> Column:
-    """Choose the column from the declared types, or from the first rows, which stay unread for the stream."""
+def _find_column(examples: Any, settings: TextSettings) -> tuple[Column, list[Row]]:
+    """Choose the column from the declared types or from the first rows; the stream reads those rows again.
+
+    Rows are returned only of token ids, of which types say too little.
+    """
     if examples.features is not None:
-        return choose_column(examples.features.arrow_schema, settings.column, settings.dataset)
-    rows = list(examples.take(MIN_WINDOW))
-    if not rows:
-        raise empty_dataset(settings.dataset)
-    good = [row for row in rows if not isinstance(row, BadRow)]
-    if not good:
-        raise TextError(f"{settings.dataset}: its first {len(rows)} rows are no rows: the first {rows[0].reason}")
-    return choose_column(infer_schema(good), settings.column, settings.dataset)
+        column = choose_column(examples.features.arrow_schema, settings.column, settings.dataset)
+    else:
+        rows = list(examples.take(MIN_WINDOW))
+        if not rows:
+            raise empty_dataset(settings.dataset)
+        good = [row for row in rows if not isinstance(row, BadRow)]
+        if not good:
+            raise TextError(f"{settings.dataset}: its first {len(rows)} rows are no rows: the first {rows[0].reason}")
+        column = choose_column(infer_schema(good), settings.column, settings.dataset)
+    if column.kind == "text":
+        return column, []
+    beside = [] if column.text is None else [column.text]
+    rows = list(examples.select_columns([*column.names, *beside]).take(MIN_WINDOW))
+    return learn_padding(column, rows), rows
 
 
 def find_commit(dataset: str, revision: str | None, sleep: Callable[[float], None]) -> str:

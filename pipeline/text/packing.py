@@ -21,6 +21,7 @@ import numpy as np
 
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.text.holdout import FIRST_DOCUMENTS, FirstChoices, HoldoutRule
+from tailrace.pipeline.text.reading import FIRST_RELEASE, Reading, choose_reading
 from tailrace.pipeline.text.settings import CapturedContexts, RowMask
 from tailrace.pipeline.text.stream import Document, DocumentReader, DocumentStream
 from tailrace.storage.artifact import JSON
@@ -58,11 +59,6 @@ class DocumentTokens(NamedTuple):
     tokens: np.ndarray
     problem: str | None = None
 
-    @property
-    def n_stream_tokens(self) -> int:
-        """Tokens it adds to the stream: its own and a separator; none if it is empty."""
-        return len(self.tokens) + 1 if len(self.tokens) else 0
-
 
 class Contexts(NamedTuple):
     """Packed token ids (contexts, T) int32, and the index of each token's document, uint32."""
@@ -97,6 +93,7 @@ class Packer:
     context_length: int
     bos_token_id: int
     separator_token_id: int
+    reading: Reading = FIRST_RELEASE
 
     def add(self, partial: Partial, documents: Sequence[DocumentTokens]) -> tuple[Contexts, Partial]:
         """Append documents to the stream; return the contexts that are full now, and what is left over.
@@ -118,22 +115,38 @@ class Packer:
 
     def _extend_stream(self, partial: Partial, documents: Sequence[DocumentTokens]) -> tuple[np.ndarray, np.ndarray]:
         separator = np.array([self.separator_token_id], dtype=np.int32)
-        pieces = [partial.tokens]
+        pieces, lengths = [partial.tokens], []
         for document in documents:
-            if len(document.tokens):
-                pieces += [document.tokens, separator]
-        lengths = [document.n_stream_tokens for document in documents]
+            own = [document.tokens] if len(document.tokens) else []
+            if own and self.reading.token_rows == "documents":
+                own.append(separator)
+            pieces += own
+            lengths.append(sum(map(len, own)))
         indices = np.array([document.document for document in documents], dtype=np.uint32)
         return np.concatenate(pieces), np.concatenate([partial.documents, np.repeat(indices, lengths)])
 
     def strip_boundaries(self, tokens: np.ndarray) -> np.ndarray:
-        """Return pre-tokenised ``tokens`` without one leading BOS and one trailing separator: packing adds its own.
+        """Return pre-tokenised ``tokens`` without what packing adds: one leading BOS and one trailing separator.
 
-        Where BOS and separator are one token, a document that is that token alone is empty.
+        Where BOS and separator are one token, a document that is that token alone is empty. Contexts and pieces lose
+        only a BOS that all of them have: their separators are the data's own.
         """
-        start = int(len(tokens) > 0 and tokens[0] == self.bos_token_id)
-        stop = len(tokens) - int(len(tokens) > start and tokens[-1] == self.separator_token_id)
-        return tokens[start:stop]
+        is_document = self.reading.token_rows == "documents"
+        starts = len(tokens) > 0 and tokens[0] == self.bos_token_id
+        start = int(starts and (is_document or self.reading.rows_begin_with_bos))
+        ends = is_document and len(tokens) > start and tokens[-1] == self.separator_token_id
+        return tokens[start : len(tokens) - int(ends)]
+
+    def misfit(self, tokens: np.ndarray) -> str | None:
+        """Return why a row that is to be a context of its own is none; None if it is, or need not be."""
+        if self.reading.token_rows != "contexts" or not len(tokens):
+            return None
+        wanted = self.context_length - (not self.reading.rows_begin_with_bos)
+        if len(tokens) != wanted:
+            return f"has {len(tokens)} ids, wanted {wanted} as in the first rows, which are contexts"
+        if self.reading.rows_begin_with_bos and tokens[0] != self.bos_token_id:
+            return f"begins with id {tokens[0]}, wanted the BOS {self.bos_token_id} as in the first rows"
+        return None
 
 
 def check_token_ids(document: int, tokens: Sequence[int], vocabulary_size: int | None) -> np.ndarray:
@@ -211,13 +224,14 @@ class ContextSource:
         targets: Mapping[str, int | None],
         state: JSON | None = None,
         vocabulary_size: int | None = None,
+        reading: Reading = FIRST_RELEASE,
     ) -> None:
         if context_length < 2:
             raise SettingsError(f"context_length is {context_length}; wanted at least 2, for BOS and one token")
         self.finished: Literal["targets", "dataset"] | None = None
         self._stream = documents
         self._tokenize = tokenize
-        self._packer = Packer(context_length, bos_token_id, separator_token_id)
+        self._packer = Packer(context_length, bos_token_id, separator_token_id, reading)
         self._holdout = holdout
         self._row_mask = row_mask
         self._vocabulary_size = vocabulary_size
@@ -233,10 +247,12 @@ class ContextSource:
         documents: DocumentStream,
         targets: Mapping[str, int | None],
         state: JSON | None = None,
+        reading: Reading | None = None,
     ) -> Self:
         """Return the contexts of ``documents`` as ``settings`` ask for them, in the tokens of ``model``.
 
-        Raises ModelError if the model cannot read contexts that long.
+        ``reading`` is chosen from settings and first rows unless given. Raises ModelError if the model cannot read
+        contexts that long.
         """
         if settings.context_length > model.max_context_length:
             raise ModelError(
@@ -254,6 +270,7 @@ class ContextSource:
             targets=targets,
             state=state,
             vocabulary_size=model.d_vocab,
+            reading=reading or choose_reading(settings, model, documents),
         )
 
     def _load(self, state: JSON | None) -> None:
@@ -287,9 +304,9 @@ class ContextSource:
         ``bad_rows`` is there only where there were any. ``partial_tokens`` were read but lie in no context handed out:
         they wait for a run that extends this one.
         """
-        return {split: self._count(progress) for split, progress in self._progress.items()}
+        return {split: self._counts_of(progress) for split, progress in self._progress.items()}
 
-    def _count(self, progress: Progress) -> dict[str, int]:
+    def _counts_of(self, progress: Progress) -> dict[str, int]:
         return {
             "contexts": progress.contexts,
             "tokens": progress.contexts * self._packer.context_length,
@@ -361,12 +378,12 @@ class ContextSource:
             offered = [document for document in tokens if document.document in held]
             held, contexts, partial = self._hold_out(offered, number)
             packed[HELDOUT] = (contexts, partial)
-            self._count_documents(HELDOUT, [document for document in offered if document.document in held])
+            self._count(HELDOUT, [document for document in offered if document.document in held], contexts, partial)
         self._assign(number, held)
         if TRAIN in active:
             trained = [document for document in tokens if document.document not in held]
             packed[TRAIN] = self._packer.add(self._positions[TRAIN].partial, trained)
-            self._count_documents(TRAIN, trained)
+            self._count(TRAIN, trained, *packed[TRAIN])
         return packed
 
     def _candidates(self, batch: list[Document], number: int, active: Sequence[str]) -> set[int]:
@@ -406,19 +423,32 @@ class ContextSource:
                 self._held += [(batch, document) for document in sorted(held)]
 
     def _token_arrays(self, documents: list[Document]) -> list[DocumentTokens]:
-        if self._stream.kind == "text":
-            tokenized = self._tokenize([document.text or "" for document in documents]) if documents else []
-            arrays = [np.array(tokens, dtype=np.int32) for tokens in tokenized]
-        else:
-            checked = (check_token_ids(item.index, item.tokens or [], self._vocabulary_size) for item in documents)
-            arrays = [self._packer.strip_boundaries(tokens) for tokens in checked]
+        if self._stream.kind == "tokens":
+            return [self._fit(document) for document in documents]
+        tokenized = self._tokenize([document.text or "" for document in documents]) if documents else []
         return [
-            DocumentTokens(item.index, tokens, item.problem) for item, tokens in zip(documents, arrays, strict=True)
+            DocumentTokens(document.index, np.array(tokens, dtype=np.int32), document.problem)
+            for document, tokens in zip(documents, tokenized, strict=True)
         ]
 
-    def _count_documents(self, split: str, documents: Sequence[DocumentTokens]) -> None:
+    def _fit(self, document: Document) -> DocumentTokens:
+        """Return a pre-tokenised document as it is packed; raise TextError, or note it, if it should be a context."""
+        tokens = check_token_ids(document.index, document.tokens or [], self._vocabulary_size)
+        if (misfit := self._packer.misfit(tokens)) is None:
+            return DocumentTokens(document.index, self._packer.strip_boundaries(tokens), document.problem)
+        if not self._stream.skips_bad_rows:
+            raise TextError(
+                f"{self._stream.name}: document {document.index} {misfit}. Pass over such rows with --on-bad-row skip, "
+                "or read every row as a document with --token-rows documents"
+            )
+        return DocumentTokens(document.index, NOTHING.tokens, f"document {document.index}: {misfit}")
+
+    def _count(self, split: str, documents: Sequence[DocumentTokens], contexts: Contexts, partial: Partial) -> None:
+        """Count the documents of a batch, which became these contexts and left this partial one."""
         if self._positions[split].is_counted:
             return
+        n_before = len(self._positions[split].partial.tokens)
+        n_added = len(contexts.tokens) * (self._packer.context_length - 1) + len(partial.tokens) - n_before
         progress = self._progress[split]
         problems = [document.problem for document in documents if document.problem is not None]
         n_empty = sum(len(document.tokens) == 0 for document in documents) - len(problems)
@@ -428,7 +458,7 @@ class ContextSource:
             empty_documents=progress.empty_documents + n_empty,
             bad_rows=progress.bad_rows + len(problems),
             first_problems=(*progress.first_problems, *problems)[:FIRST_PROBLEMS],
-            stream_tokens=progress.stream_tokens + sum(document.n_stream_tokens for document in documents),
+            stream_tokens=progress.stream_tokens + n_added,
         )
         self._positions[split] = replace(self._positions[split], is_counted=True)
 

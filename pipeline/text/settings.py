@@ -106,6 +106,11 @@ class CapturedContexts(RowFilter):
 
     context_length: int = 128
     """Tokens per context, the BOS that begins it included."""
+    token_rows: Literal["auto", "documents", "contexts", "pieces"] = Field(
+        "auto", exclude_if=lambda value: value == "auto"
+    )
+    """What a row of token ids is: a document, which a separator then ends; a context made beforehand, taken as it is;
+    or a piece of longer text. auto: contexts or pieces where the first rows have one length, else documents."""
     contexts_per_batch: int = 32
     """Contexts per pass of the language model. Part of a cache's identity: a row's last bits depend on it."""
     holdout: str = "0.01"

@@ -14,7 +14,7 @@ import gzip
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from lzma import LZMAError
 from typing import Any, NamedTuple, TypeVar
 
@@ -92,10 +92,13 @@ class DocumentStream:
         *,
         shuffle_window: int,
         seed: int,
+        first_rows: Sequence[Row] = (),
         skips_bad_rows: bool = False,
     ) -> None:
         self.examples = examples
         self.column = column
+        self.first_rows = first_rows
+        """The rows that a dataset of token ids begins with, and the text beside them."""
         self.shuffle_window = shuffle_window
         self.seed = seed
         self.skips_bad_rows = skips_bad_rows
@@ -113,6 +116,10 @@ class DocumentStream:
     def kind(self) -> Kind:
         """Whether documents are texts or token ids."""
         return self.column.kind
+
+    def honour(self, masks: tuple[str, ...]) -> None:
+        """Let these columns say which token ids are text, and no others."""
+        self.column = self.column._replace(masks=masks)
 
     def identity(self) -> dict[str, JSON]:
         """Return everything that decides which documents come in which order, for local files with their checksums."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.text.packing import ContextSource
+from tailrace.pipeline.text.reading import FIRST_RELEASE, choose_reading
+from tailrace.pipeline.text.settings import CapturedContexts
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.errors import TextError
 from tests.support.cache_jobs import HERE
@@ -230,3 +236,195 @@ def test_rows_passed_over_keep_their_index_and_are_recorded(tmp_path):
     assert set(documents.ravel().tolist()) == set(range(40)) - {3, 6, 20, 33}
     assert grown.manifest.packing["bad_rows"] == recorded
     assert open_cache(tmp_path / "made").manifest.splits["train"].counts["bad_rows"] == 3
+
+
+# Columns that say which ids are text (case 09)
+
+
+def tokens_of(path, **settings):
+    return [document.tokens for document in open_text(path, **settings)]
+
+
+PADDED = [
+    {"input_ids": [0, 101, 102, 103, 3, 3, 3, 3], "attention_mask": [1, 1, 1, 1, 0, 0, 0, 0]},
+    {"input_ids": [0, 111, 112, 113, 114, 3, 3, 3], "attention_mask": [1, 1, 1, 1, 1, 0, 0, 0]},
+    {"input_ids": [3, 3, 3, 0, 121, 122, 123, 124], "attention_mask": [0, 0, 0, 1, 1, 1, 1, 1]},
+]
+UNPADDED = [[0, 101, 102, 103], [0, 111, 112, 113, 114], [0, 121, 122, 123, 124]]
+
+
+@pytest.mark.parametrize("column", [None, "input_ids"])
+def test_ids_that_the_attention_mask_leaves_out_are_no_text(tmp_path, column):
+    assert tokens_of(write_jsonl(tmp_path / "a.jsonl", PADDED), column=column) == UNPADDED
+    Dataset.from_list(PADDED).to_parquet(tmp_path / "a.parquet")
+    assert tokens_of(tmp_path / "a.parquet", column=column) == UNPADDED
+
+
+def test_padding_becomes_no_row(tmp_path):
+    rows = [{"input_ids": [1, *range(10, 14), 3, 3, 3], "attention_mask": [1] * 5 + [0] * 3}] * 20
+    chosen = cache_settings(
+        dataset=str(write_jsonl(tmp_path / "a.jsonl", rows)), tokens="all", holdout="0", shuffle_window=0
+    )
+    made = cache.run(chosen, output=tmp_path / "made", **HERE).cache
+    tokens = made.split("train").context_tokens(np.arange(2))
+    stream = [10, 11, 12, 13, 1] * 6  # id 1 is BOS and separator
+    assert tokens.tolist() == [[1, *stream[:15]], [1, *stream[15:]]]
+    assert made.manifest.packing["masks"] == ["attention_mask"]
+
+
+def test_special_tokens_that_a_mask_names_are_left_out_at_either_end(tmp_path):
+    rows = [
+        {"tokens": [7, 20, 21, 8, 3, 3], "special_tokens_mask": [1, 0, 0, 1, 1, 1]},
+        {"tokens": [7, 30, 8, 7, 31, 8], "special_tokens_mask": [1, 0, 1, 1, 0, 1]},
+        {"tokens": [7, 8, 3, 3, 3, 3], "special_tokens_mask": [1, 1, 1, 1, 1, 1]},
+    ]
+    assert tokens_of(write_jsonl(tmp_path / "a.jsonl", rows)) == [[20, 21], [30, 8, 7, 31], []]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_length_leaves_padding_out_on_the_side_where_it_is(tmp_path, side):
+    texts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [5, 9]]
+    filled = [([0] * (4 - len(ids)) + ids if side == "left" else ids + [0] * (4 - len(ids))) for ids in texts]
+    rows = [{"input_ids": ids, "length": len(text)} for ids, text in zip(filled, texts, strict=True)]
+    assert tokens_of(write_jsonl(tmp_path / "a.jsonl", rows)) == texts
+
+
+def test_length_of_something_else_is_left_alone(tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "length": 17}, {"input_ids": [8, 9], "length": 1}]
+    assert tokens_of(write_jsonl(tmp_path / "a.jsonl", rows)) == [[5, 6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"input_ids": [5, 6], "attention_mask": [1]},
+            r"holds 2 ids and \[1\] in column 'attention_mask', wanted 0 or 1",
+        ),
+        ({"input_ids": [5, 6], "attention_mask": None}, r"holds 2 ids and nothing .null. in column 'attention_mask'"),
+        ({"input_ids": [5, 6], "attention_mask": [1, 2]}, r"holds 2 ids and \[1, 2\] in column 'attention_mask'"),
+    ],
+)
+def test_mask_that_does_not_fit_its_ids_is_refused(tmp_path, row, said):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"input_ids": [1, 2], "attention_mask": [1, 1]}, row])
+    with pytest.raises(TextError, match=f"row 2 .line 2.: document 1 {said}"):
+        list(open_text(path))
+    assert tokens_of(path, on_bad_row="skip") == [[1, 2], None]
+
+
+def test_length_that_does_not_say_which_ids_are_text_is_refused(tmp_path):
+    rows = [{"input_ids": [1, 2, 3, 4], "length": 4}] * 20 + [{"input_ids": [1, 2, 0, 0], "length": 2}]
+    with pytest.raises(TextError, match=r"document 20 holds 4 ids and 2 in column 'length', and it is not clear"):
+        list(open_text(write_jsonl(tmp_path / "a.jsonl", rows)))
+
+
+# Contexts made beforehand (case 11)
+
+
+def read_contexts(path, *, context_length=8, bos=0, separator=0, **changes):
+    """Return the contexts that these rows become, and what is recorded of how they were read."""
+    documents = open_text(path, **{name: changes.pop(name) for name in ("on_bad_row", "column") if name in changes})
+    chosen = CapturedContexts(context_length=context_length, holdout="0", **changes)
+    model: Any = SimpleNamespace(
+        bos_token_id=bos,
+        separator_token_id=separator,
+        special_token_ids=(bos, separator),
+        d_vocab=1000,
+        max_context_length=64,
+        tokenize=lambda texts: [[len(word) for word in text.split()] for text in texts],
+    )
+    source = ContextSource.of(chosen, model, documents, {"train": None})
+    contexts = [row for piece in source for row in piece.tokens.tolist()]
+    return contexts, source
+
+
+MADE = [[0, *range(start, start + 7)] for start in range(100, 160, 10)]
+
+
+@pytest.mark.parametrize("rows", [MADE, [row[1:] for row in MADE]], ids=["with BOS", "without BOS"])
+def test_contexts_made_beforehand_stay_as_they_are(tmp_path, rows):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"input_ids": row} for row in rows])
+    contexts, source = read_contexts(path)
+    assert contexts == MADE
+    assert source.counts["train"]["partial_tokens"] == 0
+
+
+def test_row_that_is_no_context_among_contexts_is_refused(tmp_path):
+    rows = [{"input_ids": row} for row in [*MADE * 4, [0, 1, 2], [9, *range(7)], MADE[0]]]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        TextError, match=r"document 24 has 3 ids, wanted 8 .*--on-bad-row skip, .*--token-rows documents"
+    ):
+        read_contexts(path)
+    contexts, source = read_contexts(path, on_bad_row="skip")
+    assert contexts == [*MADE * 4, MADE[0]]
+    assert source.first_problems == [
+        "document 24: has 3 ids, wanted 8 as in the first rows, which are contexts",
+        "document 25: begins with id 9, wanted the BOS 0 as in the first rows",
+    ]
+
+
+def test_long_documents_cut_in_rows_get_no_separator_for_each_row(tmp_path, caplog):
+    stream = list(range(100, 148))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"tokens": stream[at : at + 12]} for at in range(0, 48, 12)])
+    contexts, _ = read_contexts(path, context_length=9)
+    assert contexts == [[0, *stream[at : at + 8]] for at in range(0, 48, 8)]
+    assert "every row has 12 ids, so rows are pieces of longer text" in caplog.text
+    assert read_contexts(path, context_length=9, token_rows="documents")[0][1] == [0, *stream[8:12], 0, *stream[12:15]]
+
+
+def test_pieces_lose_the_bos_that_all_of_them_have(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"tokens": row} for row in MADE])
+    contexts, _ = read_contexts(path, context_length=4)
+    assert [token for row in contexts for token in row[1:]] == [token for row in MADE for token in row[1:]]
+
+
+def test_rows_of_one_length_below_a_context_are_documents_unless_said_otherwise(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"tokens": [10, 11, 12]}] * 6)
+    assert read_contexts(path, separator=9)[0][0] == [0, 10, 11, 12, 9, 10, 11, 12]
+    assert "pass --token-rows pieces, or --context-length 4" in caplog.text
+    assert read_contexts(path, separator=9, token_rows="pieces")[0][0] == [0, 10, 11, 12, 10, 11, 12, 10]
+
+
+def test_what_rows_are_is_recorded_and_an_older_cache_keeps_its_way(tmp_path):
+    rows = [{"input_ids": [1, *range(10, 25)]}] * 80
+    chosen = cache_settings(
+        dataset=str(write_jsonl(tmp_path / "a.jsonl", rows)), tokens=600, holdout="0", shuffle_window=0
+    )
+    made = cache.run(chosen, output=tmp_path / "made", **HERE).cache
+    assert (
+        made.split("train").context_tokens(np.arange(made.split("train").n_contexts)).tolist()
+        == [rows[0]["input_ids"]] * 40
+    )
+    assert made.manifest.packing["token_rows"] == "contexts"
+    documents, no_model = open_text(tmp_path / "a.jsonl"), cast(LanguageModel, None)
+    older = {"context_length": 16, "bos_token_id": 1}
+    assert choose_reading(chosen, no_model, documents, older) == FIRST_RELEASE
+    again = choose_reading(chosen, no_model, documents, made.manifest.packing)
+    assert again == FIRST_RELEASE._replace(token_rows="contexts", rows_begin_with_bos=True)
+    assert "token_rows" not in made.manifest.request
+
+
+# Token ids beside text (case 25)
+
+
+def test_ids_of_another_tokenizer_beside_text_are_refused(tmp_path, caplog):
+    rows = [{"text": "The law of the land", "input_ids": [50, 51, 52]}, {"text": "The states", "input_ids": [60, 61]}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(TextError) as refused:
+        read_contexts(path)
+    assert str(refused.value) == (
+        f"{path}: document 0 has ids in column 'input_ids' that this model's tokenizer does not make of the text in "
+        "column 'text': they begin 50 51 52, wanted 3 3 2 3 4. Another tokenizer made them: pass --column text to read "
+        "the text, or --column input_ids to read these ids all the same"
+    )
+    assert "reading column 'input_ids'; pass --column to read text" in caplog.text
+    assert read_contexts(path, column="input_ids", context_length=4)[0][0] == [0, 50, 51, 52]
+    assert read_contexts(path, column="text", context_length=6)[0][0] == [0, 3, 3, 2, 3, 4]
+
+
+@pytest.mark.parametrize("ids", [[3, 3, 2, 3, 4], [0, 3, 3, 2, 3, 4, 0], [0, 3, 3, 2]])
+def test_ids_that_the_tokenizer_makes_of_the_text_are_read(tmp_path, ids):
+    rows = [{"text": "", "input_ids": [0]}, {"text": "The law of the land", "input_ids": ids}] * 3
+    contexts, _ = read_contexts(write_jsonl(tmp_path / "a.jsonl", rows), context_length=4)
+    assert contexts[0] == [0, 3, 3, 2]

@@ -20,7 +20,7 @@ def test_text_column_is_found_by_its_customary_name(name):
 
 @pytest.mark.parametrize("ids", [IDS, pa.large_list(pa.int32()), pa.list_(pa.uint16(), 8)])
 def test_token_ids_win_over_text(ids):
-    assert choose(text=pa.string(), input_ids=ids) == Column("input_ids", "tokens")
+    assert choose(text=pa.string(), input_ids=ids) == Column("input_ids", "tokens", text="text")
 
 
 def test_column_of_words_called_tokens_is_no_token_ids():
