@@ -20,6 +20,7 @@ from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.packing import TRAIN, ContextSource
+from tailrace.pipeline.text.reading import choose_reading
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import TextError
 
@@ -109,7 +110,8 @@ def fresh_rows(text: FreshText, model: LanguageModel, site: Site, n_rows: int) -
     """
     documents = open_documents(text, text.seed)
     row_mask = text.rows_of(model)
-    source = ContextSource.of(text, model, documents, {TRAIN: n_rows})
+    reading = choose_reading(text, model, documents)
+    source = ContextSource.of(text, model, documents, {TRAIN: n_rows}, reading=reading)
     packed = [piece for piece in source if piece.split == TRAIN]
     if not packed or not sum(int(row_mask(piece.tokens).sum()) for piece in packed):
         raise TextError(
@@ -125,4 +127,4 @@ def fresh_rows(text: FreshText, model: LanguageModel, site: Site, n_rows: int) -
         )
     first = split.read_unit(0, [f"{site.name}/out"])[f"{site.name}/out"]
     mean = first.mean(axis=0, dtype=np.float64)
-    return ShownRows(split, SPLIT, site.name, mean, model.vocabulary()), documents.identity()
+    return ShownRows(split, SPLIT, site.name, mean, model.vocabulary()), documents.identity() | reading.as_json()

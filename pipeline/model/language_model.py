@@ -115,9 +115,12 @@ class LanguageModel:
         """Every token the tokenizer calls special, the BOS and the separator among them."""
         return self._tokenizer.special_token_ids
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text; no special token is added and nothing is cut."""
-        return self._tokenizer.tokenize(texts)
+    def tokenize(self, texts: Sequence[str], *, is_markup: bool = True) -> list[list[int]]:
+        """Return the token ids of each text; no special token is added and nothing is cut.
+
+        ``is_markup``: the name of a special token in a text is that token, else it is letters like any.
+        """
+        return self._tokenizer.tokenize(texts, is_markup=is_markup)
 
     def vocabulary(self) -> list[str]:
         """Return the text of every token id, ``d_vocab`` of them."""
@@ -211,7 +214,8 @@ class LanguageModel:
         if smallest < 0 or largest >= self.d_vocab:
             raise ModelError(
                 f"token ids reach from {smallest} to {largest}, but {self._settings.model} knows 0 to "
-                f"{self.d_vocab - 1}: they were made by another model's tokenizer"
+                f"{self.d_vocab - 1}: they were made by another model's tokenizer, or name a token that it has no "
+                "embedding for"
             )
 
 

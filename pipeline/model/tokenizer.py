@@ -7,6 +7,7 @@ it so that it always does. This one never does.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from tailrace.pipeline.model.loading import Checkpoint, quiet, read_checkpoint_j
 from tailrace.storage.artifact import JSON, digest
 from tailrace.storage.errors import ModelError
 from tailrace.storage.token_text import text_of_bytes
+
+logger = logging.getLogger(__name__)
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space at the start of a token
@@ -42,15 +45,31 @@ class ModelTokenizer:
                 f"model {name}: special token ids {sorted(outside)} lie outside its vocabulary, 0 to {d_vocab - 1}; "
                 "the tokenizer belongs to another model, or --bos-token-id is wrong"
             )
+        self._warn_of_unembedded(name)
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without special tokens and without any limit on length."""
+    def _warn_of_unembedded(self, name: str) -> None:
+        """Say which tokens the tokenizer can make for which the model has no embedding."""
+        unembedded = {token: number for token, number in self._tokenizer.get_vocab().items() if number >= self._d_vocab}
+        if unembedded:
+            first = min(unembedded, key=unembedded.__getitem__)
+            logger.warning(
+                "model %s: its tokenizer makes %s that it has no embedding for, %r (id %d) first; its ids are 0 to %d, "
+                "and a text in which such a token is read is refused",
+                *(name, f"{len(unembedded):,} token{'s' * (len(unembedded) > 1)}", first, unembedded[first]),
+                self._d_vocab - 1,
+            )
+
+    def tokenize(self, texts: Sequence[str], *, is_markup: bool = True) -> list[list[int]]:
+        """Return the token ids of each text; no special token is added and nothing is cut.
+
+        ``is_markup``: the name of a special token in a text, such as ``</s>``, is that token; else it is letters.
+        """
         if not texts:
             return []
         # verbose=False: a text longer than a context is cut by packing, so the warning about it would be wrong.
         encoded = self._tokenizer(
             list(texts), add_special_tokens=False, truncation=False, padding=False,
-            return_attention_mask=False, return_token_type_ids=False, verbose=False,
+            return_attention_mask=False, return_token_type_ids=False, verbose=False, split_special_tokens=not is_markup,
         )  # fmt: skip
         ids: list[list[int]] = encoded["input_ids"]
         return ids

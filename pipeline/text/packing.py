@@ -13,6 +13,7 @@ once over all runs, and no document changes sides.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple, Self
@@ -26,6 +27,8 @@ from tailrace.pipeline.text.settings import CapturedContexts, RowMask
 from tailrace.pipeline.text.stream import Document, DocumentReader, DocumentStream
 from tailrace.storage.artifact import JSON
 from tailrace.storage.errors import ModelError, SettingsError, TextError
+
+logger = logging.getLogger(__name__)
 
 TRAIN = "train"
 HELDOUT = "heldout"
@@ -235,6 +238,7 @@ class ContextSource:
         self._holdout = holdout
         self._row_mask = row_mask
         self._vocabulary_size = vocabulary_size
+        self._has_warned = False
         heldout = targets[HELDOUT] if HELDOUT in targets else holdout.target_rows(targets[TRAIN])
         self._targets = {TRAIN: targets[TRAIN], HELDOUT: None if heldout is None else max(1, heldout)}
         self._load(state)
@@ -259,9 +263,10 @@ class ContextSource:
                 f"--context-length {settings.context_length} is more than the model's {model.max_context_length}; "
                 f"use at most {model.max_context_length}"
             )
+        reading = reading or choose_reading(settings, model, documents)
         return cls(
             documents,
-            model.tokenize,
+            lambda texts: model.tokenize(texts, is_markup=reading.special_tokens == "markup"),
             context_length=settings.context_length,
             bos_token_id=model.bos_token_id,
             separator_token_id=model.separator_token_id,
@@ -270,7 +275,7 @@ class ContextSource:
             targets=targets,
             state=state,
             vocabulary_size=model.d_vocab,
-            reading=reading or choose_reading(settings, model, documents),
+            reading=reading,
         )
 
     def _load(self, state: JSON | None) -> None:
@@ -427,9 +432,31 @@ class ContextSource:
             return [self._fit(document) for document in documents]
         tokenized = self._tokenize([document.text or "" for document in documents]) if documents else []
         return [
-            DocumentTokens(document.index, np.array(tokens, dtype=np.int32), document.problem)
+            DocumentTokens(document.index, self._check_text(document.index, tokens), document.problem)
             for document, tokens in zip(documents, tokenized, strict=True)
         ]
+
+    def _check_text(self, document: int, ids: list[int]) -> np.ndarray:
+        """Return the token ids of a text; raise TextError if the model has no embedding for one of them."""
+        tokens = np.array(ids, dtype=np.int32)
+        limit = self._vocabulary_size
+        if limit is not None and len(tokens) and tokens.max() >= limit:
+            step = "" if self._packer.reading.special_tokens == "text" else ", pass --special-tokens text"
+            raise TextError(
+                f"document {document}: the tokenizer reads token {tokens.max()} in its text, which the model has no "
+                f"embedding for: its ids are 0 to {limit - 1}. Leave the document out{step}, or give the model an "
+                "embedding (resize_token_embeddings)"
+            )
+        if self._packer.reading.special_tokens == "text" and not self._has_warned:
+            boundary = np.isin(tokens, (self._packer.bos_token_id, self._packer.separator_token_id))
+            if boundary.any():
+                self._has_warned = True
+                logger.warning(
+                    "%s: the tokenizer has no other way to read the text of document %d than with token %d, which also "
+                    "begins contexts or ends documents",
+                    *(self._stream.name, document, tokens[boundary][0]),
+                )
+        return tokens
 
     def _fit(self, document: Document) -> DocumentTokens:
         """Return a pre-tokenised document as it is packed; raise TextError, or note it, if it should be a context."""

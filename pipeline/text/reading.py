@@ -24,6 +24,8 @@ _SHOWN = 5
 class Reading(NamedTuple):
     """How rows become tokens; the defaults are what the first release did."""
 
+    special_tokens: Literal["text", "markup"] = "markup"
+    """What the name of a special token in a text is: letters like any, or that token."""
     token_rows: Literal["documents", "contexts", "pieces"] = "documents"
     """What a row of token ids is: a document, a context made beforehand, or a piece that the next row goes on from."""
     rows_begin_with_bos: bool = False
@@ -65,7 +67,7 @@ def choose_reading(
                 f"{documents.name}: --token-rows is for token ids, and column {documents.column.name!r} holds text; "
                 "leave it out"
             )
-        reading = Reading()
+        reading = Reading(special_tokens=settings.special_tokens)
     else:
         _compare_with_text(documents, model)
         reading = _read_token_rows(settings, model.bos_token_id, documents)
@@ -85,7 +87,7 @@ def _read_token_rows(settings: CapturedContexts, bos: int, documents: DocumentSt
         chosen = _tell_token_rows(rows, settings.context_length, documents.name, begin_with_bos=begin_with_bos)
     if chosen == "documents":
         return Reading(masks=masks)
-    return Reading(chosen, begin_with_bos, padding)
+    return Reading(token_rows=chosen, rows_begin_with_bos=begin_with_bos, masks=padding)
 
 
 def _tell_token_rows(
@@ -132,8 +134,8 @@ def _compare_with_text(documents: DocumentStream, model: LanguageModel) -> None:
         if not ordinary:
             continue
         stored = ids[ordinary[0] : ordinary[-1] + 1]
-        (made,) = model.tokenize([text])
-        if made[: len(stored)] == stored:  # a long text may have been cut
+        made, as_markup = (model.tokenize([text], is_markup=is_markup)[0] for is_markup in (False, True))
+        if stored in (made[: len(stored)], as_markup[: len(stored)]):  # a long text may have been cut
             return
         raise TextError(
             f"{documents.name}: document {number} has ids in column {column.name!r} that this model's tokenizer does "

@@ -106,6 +106,8 @@ class CapturedContexts(RowFilter):
 
     context_length: int = 128
     """Tokens per context, the BOS that begins it included."""
+    special_tokens: Literal["text", "markup"] = Field("text", exclude_if=lambda value: value == "text")
+    """What the name of a special token in a text, such as </s>, is: letters like any, or that token."""
     token_rows: Literal["auto", "documents", "contexts", "pieces"] = Field(
         "auto", exclude_if=lambda value: value == "auto"
     )

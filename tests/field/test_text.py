@@ -12,9 +12,11 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.tokenizer import ModelTokenizer
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.pipeline.text.reading import FIRST_RELEASE, choose_reading
 from tailrace.pipeline.text.settings import CapturedContexts
@@ -22,8 +24,11 @@ from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.errors import TextError
 from tests.support.cache_jobs import HERE
 from tests.support.cache_jobs import settings as cache_settings
+from tests.support.paths import ROOT
 from tests.support.text_files_written import open_text, texts_of, write_jsonl
+from tests.support.tiny_models import save_tiny_model
 
+TINY_LM = ROOT / "pipeline" / "samples" / "models" / "tiny-lm"
 CASES = Path(__file__).parent / "cases"
 
 json_values = st.recursive(
@@ -331,7 +336,7 @@ def read_contexts(path, *, context_length=8, bos=0, separator=0, **changes):
         special_token_ids=(bos, separator),
         d_vocab=1000,
         max_context_length=64,
-        tokenize=lambda texts: [[len(word) for word in text.split()] for text in texts],
+        tokenize=lambda texts, is_markup: [[len(word) for word in text.split()] for text in texts],
     )
     source = ContextSource.of(chosen, model, documents, {"train": None})
     contexts = [row for piece in source for row in piece.tokens.tolist()]
@@ -428,3 +433,78 @@ def test_ids_that_the_tokenizer_makes_of_the_text_are_read(tmp_path, ids):
     rows = [{"text": "", "input_ids": [0]}, {"text": "The law of the land", "input_ids": ids}] * 3
     contexts, _ = read_contexts(write_jsonl(tmp_path / "a.jsonl", rows), context_length=4)
     assert contexts[0] == [0, 3, 3, 2]
+
+
+# Special tokens spelled in text (case 24)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The bundled model's: byte-level BPE, whose only special token is <|endoftext|>."""
+    return ModelTokenizer(AutoTokenizer.from_pretrained(TINY_LM), name="tiny-lm", d_vocab=4096)
+
+
+SPELLED = "ends with <|endoftext|> and goes on"
+
+
+def test_name_of_a_special_token_in_a_text_is_letters_unless_the_text_is_markup(tokenizer):
+    as_text, as_markup = (tokenizer.tokenize([SPELLED], is_markup=is_markup)[0] for is_markup in (False, True))
+    vocabulary = tokenizer.vocabulary()
+    assert "".join(vocabulary[token] for token in as_text) == SPELLED
+    assert 0 not in as_text
+    assert as_markup.count(0) == 1
+    plain = ["nothing of this kind", " < | endoftext > ", "x\n\n y"]
+    assert tokenizer.tokenize(plain, is_markup=False) == tokenizer.tokenize(plain, is_markup=True)
+
+
+def test_texts_are_cached_as_letters_by_default_and_older_caches_stay_as_they_were(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": SPELLED}] * 40)
+    chosen = cache_settings(
+        model=str(TINY_LM), dataset=str(path), tokens=100, holdout="0", shuffle_window=0, layers="0"
+    )
+    as_text, as_markup = (tokenizer.tokenize([SPELLED], is_markup=is_markup)[0] for is_markup in (False, True))
+    tokens = {}
+    for name, changes in {"new": {}, "asked": {"special_tokens": "markup"}}.items():
+        asked = chosen.model_copy(update=changes)
+        made = cache.run(asked, output=tmp_path / name, **HERE).cache
+        assert made.manifest["packing"].get("special_tokens") == (None if changes else "text")
+        assert made.manifest["request"].get("special_tokens") == changes.get("special_tokens")
+        cache.extend(tmp_path / name, 300, **HERE)
+        train = open_cache(tmp_path / name).split("train")
+        tokens[name] = train.context_tokens(np.arange(train.n_contexts))[:, 1:].ravel().tolist()
+    for name, ids in (("new", as_text), ("asked", as_markup)):
+        assert (
+            tokens[name]
+            == [*ids, 0] * (len(tokens[name]) // (len(ids) + 1)) + [*ids, 0][: len(tokens[name]) % (len(ids) + 1)]
+        )
+    # What an older release recorded has neither key, and means markup.
+    documents, no_model = open_text(path), cast(LanguageModel, None)
+    assert choose_reading(chosen, no_model, documents, {"context_length": 16}).special_tokens == "markup"
+
+
+# Tokens that the model has no embedding for (case 23)
+
+
+def save_model_with_a_token_too_many(path):
+    save_tiny_model(path, vocabulary=["the", "law", "pads", "with"], n_layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_token_without_an_embedding_is_letters_by_default_and_said_before_anything_is_read(tmp_path, caplog):
+    texts = ["the law"] * 20 + ["pads with [PAD]"] + ["the law"] * 20
+    chosen = cache_settings(
+        model=str(save_model_with_a_token_too_many(tmp_path / "model")),
+        dataset=str(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])),
+        tokens="all",
+        holdout="0",
+        shuffle_window=0,
+        context_length=8,
+    )
+    made = cache.run(chosen, output=tmp_path / "made", **HERE).cache
+    assert made.split("train").context_tokens(np.arange(made.split("train").n_contexts)).max() < 6
+    assert "makes 1 token that it has no embedding for, '[PAD]' (id 6) first; its ids are 0 to 5" in caplog.text
+    with pytest.raises(TextError, match=r"document 20: the tokenizer reads token 6 .*pass --special-tokens text"):
+        cache.run(chosen.model_copy(update={"special_tokens": "markup"}), output=tmp_path / "markup", **HERE)
