@@ -101,7 +101,8 @@ class Packer:
     def add(self, partial: Partial, documents: Sequence[DocumentTokens]) -> tuple[Contexts, Partial]:
         """Append documents to the stream; return the contexts that are full now, and what is left over.
 
-        A separator belongs to the document it ends, a BOS to the document of the token after it.
+        A separator belongs to the document it ends, a BOS to the document of the token after it. Where a document just
+        fits, its separator would follow a BOS, which is left out where the two are one token.
         """
         tokens, indices = self._extend_stream(partial, documents)
         n_contexts, n_left = divmod(len(tokens), self.context_length - 1)
@@ -118,13 +119,15 @@ class Packer:
 
     def _extend_stream(self, partial: Partial, documents: Sequence[DocumentTokens]) -> tuple[np.ndarray, np.ndarray]:
         separator = np.array([self.separator_token_id], dtype=np.int32)
-        pieces, lengths = [partial.tokens], []
+        pieces, lengths, n_stream = [partial.tokens], [], len(partial.tokens)
         for document in documents:
             own = [document.tokens] if len(document.tokens) else []
-            if own and self.reading.token_rows == "documents":
+            fits = (n_stream + len(document.tokens)) % (self.context_length - 1) == 0
+            if own and self.reading.token_rows == "documents" and (self.reading.separator_after_bos or not fits):
                 own.append(separator)
             pieces += own
             lengths.append(sum(map(len, own)))
+            n_stream += lengths[-1]
         indices = np.array([document.document for document in documents], dtype=np.uint32)
         return np.concatenate(pieces), np.concatenate([partial.documents, np.repeat(indices, lengths)])
 

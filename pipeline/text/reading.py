@@ -32,6 +32,8 @@ class Reading(NamedTuple):
     """Whether contexts or pieces have a BOS of their own in front."""
     masks: tuple[str, ...] = ()
     """The columns that say which token ids are text."""
+    separator_after_bos: bool = True
+    """Whether the separator of a document that just fits its context begins the next, after the BOS."""
 
     @classmethod
     def from_json(cls, packing: Mapping[str, Any]) -> Self:
@@ -67,26 +69,31 @@ def choose_reading(
                 f"{documents.name}: --token-rows is for token ids, and column {documents.column.name!r} holds text; "
                 "leave it out"
             )
-        reading = Reading(special_tokens=settings.special_tokens)
+        reading = Reading(special_tokens=settings.special_tokens, separator_after_bos=_may_follow_bos(model))
     else:
         _compare_with_text(documents, model)
-        reading = _read_token_rows(settings, model.bos_token_id, documents)
+        reading = _read_token_rows(settings, model, documents)
     documents.honour(reading.masks)
     return reading
 
 
-def _read_token_rows(settings: CapturedContexts, bos: int, documents: DocumentStream) -> Reading:
+def _may_follow_bos(model: LanguageModel) -> bool:
+    """Tell whether a separator after a BOS says anything: not where they are the same token."""
+    return model.bos_token_id != model.separator_token_id
+
+
+def _read_token_rows(settings: CapturedContexts, model: LanguageModel, documents: DocumentStream) -> Reading:
     """Tell what rows of token ids are; special tokens inside contexts and pieces are the data's own."""
     masks = documents.column.masks
     padding = tuple(name for name in masks if name != SPECIAL_TOKENS_MASK)
     values = (read_row(row, documents.column._replace(masks=padding)) for row in documents.first_rows)
     rows = [value for value in values if isinstance(value, list) and value]
-    begin_with_bos = all(row[0] == bos for row in rows)
+    begin_with_bos = all(row[0] == model.bos_token_id for row in rows)
     chosen = settings.token_rows
     if chosen == "auto":
         chosen = _tell_token_rows(rows, settings.context_length, documents.name, begin_with_bos=begin_with_bos)
     if chosen == "documents":
-        return Reading(masks=masks)
+        return Reading(masks=masks, separator_after_bos=_may_follow_bos(model))
     return Reading(token_rows=chosen, rows_begin_with_bos=begin_with_bos, masks=padding)
 
 

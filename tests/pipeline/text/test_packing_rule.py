@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tailrace.pipeline.text.packing import NOTHING, DocumentTokens, Packer, Partial, check_token_ids
+from tailrace.pipeline.text.reading import Reading
 from tailrace.pipeline.text.settings import RowFilter
 from tailrace.storage.errors import SettingsError, TextError
 from tests.support.packing_streams import contexts_of, documents_of, make_source
@@ -41,6 +44,31 @@ def test_context_is_handed_out_as_soon_as_it_is_full():
     contexts, partial = packer.add(NOTHING, [DocumentTokens(5, np.array([1, 2], dtype=np.int32))])
     assert contexts.tokens.tolist() == [[99, 1, 2, 98]]
     assert partial.to_json() == {"tokens": [], "documents": []}
+
+
+def test_separator_of_a_document_that_just_fits_does_not_follow_a_bos_that_is_the_same_token():
+    packer = Packer(4, bos_token_id=7, separator_token_id=7, reading=Reading(separator_after_bos=False))
+    documents = [DocumentTokens(n, np.array(tokens, np.int32)) for n, tokens in enumerate([[1, 2, 3], [4], [5, 6], []])]
+    contexts, partial = packer.add(NOTHING, documents)
+    assert contexts.tokens.tolist() == [[7, 1, 2, 3], [7, 4, 7, 5]]
+    assert partial.to_json() == {"tokens": [6, 7], "documents": [2, 2]}
+    before = Packer(4, bos_token_id=7, separator_token_id=7)
+    assert before.add(NOTHING, documents)[0].tokens.tolist() == [[7, 1, 2, 3], [7, 7, 4, 7], [7, 5, 6, 7]]
+
+
+@given(st.lists(st.lists(st.integers(0, 6), max_size=9), min_size=1), st.integers(3, 6), st.data())
+def test_no_context_begins_with_one_token_twice_however_documents_are_cut(documents, context_length, data):
+    packer = Packer(context_length, bos_token_id=7, separator_token_id=7, reading=Reading(separator_after_bos=False))
+    partial, contexts = NOTHING, []
+    rest = [DocumentTokens(n, np.array(tokens, np.int32)) for n, tokens in enumerate(documents)]
+    while rest:
+        n = data.draw(st.integers(1, len(rest)))
+        packed, partial = packer.add(partial, rest[:n])
+        contexts += packed.tokens.tolist()
+        rest = rest[n:]
+    assert [row for row in contexts if row[1] == 7] == []
+    kept = [token for row in contexts for token in row[1:] if token != 7] + [t for t in partial.tokens if t != 7]
+    assert kept == [token for tokens in documents for token in tokens]
 
 
 def test_left_over_tokens_wait_for_the_next_document():
