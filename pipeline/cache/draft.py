@@ -62,7 +62,7 @@ def begin_draft(root: Path, change: str, generation: int, inputs: Mapping[str, A
 
 def begun_with(root: Path) -> dict[str, Any]:
     """Return the inputs that an unfinished draft was begun with; nothing if there is none."""
-    return dict(read_json(root / BEGUN)["inputs"]) if (root / BEGUN).exists() else {}
+    return dict(Begun.read_file(root / BEGUN).inputs) if (root / BEGUN).exists() else {}
 
 
 def refuse_other_inputs(path: str, recorded: Mapping[str, Any], opened: Mapping[str, Any]) -> None:

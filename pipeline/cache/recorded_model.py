@@ -58,7 +58,7 @@ def open_recorded_model(cache: ActivationCache, *, model: str | None = None, dev
     recorded = cache.manifest.model
     request = {**cache.manifest.request, "tokens": "all"}
     moved = {"model": model or recorded_location(recorded, str(request["model"]), cache.path)}
-    settings = CacheSettings.read(request, moved, where=str(cache.path))
+    settings = CacheSettings.read(request, moved, where=str(cache.path)).in_dtype_of(recorded)
     loaded = load_recorded(settings, recorded, f"{cache.path} was made with", device)
     return RecordedModel(cache, loaded, settings.rows_of(loaded), settings.contexts_per_batch)
 

@@ -107,8 +107,11 @@ def run(
             return _finished(settings, output)
         remove_temporary_files(output)
         with nothing_left_behind(output):
+            settings = settings.in_dtype_of(begun_with(output).get("model", {}))
             model = load_language_model(settings, device=compute.device, compile_model=compile_model)
             documents = open_documents(settings, settings.seed)
+            # workers may have other devices
+            settings = settings.in_dtype_of({"dtype": str(model.dtype).removeprefix("torch.")})
             job = CacheJob(output, settings, model, quiet=compute.quiet)
             try:
                 return job.create(documents, draft.request, compute, compile_model=compile_model)
@@ -200,7 +203,7 @@ def _reopened(cache: ActivationCache, given: Mapping[str, str | None], compute: 
         {**cache.manifest.request, "tokens": "all"},
         {name: value for name, value in given.items() if value is not None},
         where=f"the request recorded in {cache.path}",
-    )
+    ).in_dtype_of(cache.manifest.model)
     remove_temporary_files(cache.path)
     model = load_language_model(settings, device=compute.device)
     return CacheJob(cache.path, settings, model, cache, quiet=compute.quiet)

@@ -53,13 +53,20 @@ class Opening:
     """What they belong to; see ``LiveBatches.made_from``."""
     dtypes: dict[str, str]
     statistics: dict[str, dict[Side, SiteStatistics]]
+    model_dtype: str | None = None
+    """What the model computed in; None if an older release did not keep it."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the opening as JSON; about 22 characters for every dimension of every side."""
         statistics = {
             site: {side: sums.as_json() for side, sums in sides.items()} for site, sides in self.statistics.items()
         }
-        return {"made_from": self.made_from, "dtypes": self.dtypes, "statistics": statistics}
+        return {
+            "made_from": self.made_from,
+            "dtypes": self.dtypes,
+            "statistics": statistics,
+            "model_dtype": self.model_dtype,
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
@@ -68,7 +75,7 @@ class Opening:
             site: {side: SiteStatistics.from_json(sums) for side, sums in sides.items()}
             for site, sides in value["statistics"].items()
         }
-        return cls(value["made_from"], value["dtypes"], statistics)
+        return cls(value["made_from"], value["dtypes"], statistics, value.get("model_dtype"))
 
 
 class LiveBatches:
@@ -103,7 +110,8 @@ class LiveBatches:
         self.batch_rows = batch_rows
         self._settings, self._device = settings, torch.device(device)
         self._documents = open_documents(settings, settings.seed)  # first: a wrong path is refused before a long wait
-        self._model = load_language_model(settings, device=str(device), compile_model=compile_model)
+        recorded = settings.in_dtype_of({"dtype": opening.model_dtype} if opening else {})
+        self._model = load_language_model(recorded, device=str(device), compile_model=compile_model)
         hooks = self._model.resolve_sites(settings.layers, settings.hooks)
         self._row_mask = settings.rows_of(self._model)
         self._rule = HoldoutRule.parse(settings.holdout, settings.seed)
@@ -132,7 +140,7 @@ class LiveBatches:
         """What was decided and measured at the start of the text; opening again with it saves the first block."""
         dtypes = {name: site.dtype for name, site in self.sites.items()}
         statistics = {name: dict(sides) for name, sides in self.statistics.items()}
-        return Opening(self.made_from, dtypes, statistics)
+        return Opening(self.made_from, dtypes, statistics, self.facts["model"]["dtype"])
 
     @property
     def block_rows(self) -> int:

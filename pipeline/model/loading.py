@@ -109,6 +109,8 @@ def choose_dtype(checkpoint: Checkpoint, wanted: str, device: torch.device) -> t
     assert isinstance(dtype, torch.dtype)
     if device.type != "cpu":
         return dtype
+    if dtype is torch.float16 and wanted != "auto":
+        logger.warning("CPUs have no float16 arithmetic: it is emulated, several times slower than float32")
     if dtype is torch.bfloat16 and _emulates_bfloat16():
         logger.warning(
             "this CPU has no bfloat16 arithmetic and emulates it, 2 to 4 times slower than float32; "

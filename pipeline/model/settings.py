@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from tailrace.storage.settings import Settings
 
@@ -26,3 +27,10 @@ class ModelSettings(Settings):
 
     bos_token_id: int | None = None
     """Token that begins every context; by default the tokenizer's BOS, or its EOS if it has no BOS."""
+
+    def in_dtype_of(self, identity: Mapping[str, Any]) -> Self:
+        """Return settings that ask for the dtype in a recorded ``identity``, if it is there: ``auto`` depends on the
+        device.
+        """
+        dtype = identity.get("dtype")
+        return self if dtype is None else self.model_copy(update={"model_dtype": dtype})

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tailrace.analysis.evaluate.recovered import recorded_share
 from tailrace.analysis.evaluate.splice_scores import Outcome, SpliceScore
-from tailrace.pipeline.cache import verify
+from tailrace.pipeline.cache import stage, verify
+from tailrace.pipeline.cache.recorded_model import open_recorded_model
 from tailrace.pipeline.evaluate.command import show_scores
+from tailrace.pipeline.live.batches import LiveBatches, Opening
 from tailrace.pipeline.model.language_model import LanguageModel, PairingCheck
+from tailrace.pipeline.model.loading import choose_dtype
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.runs_table import FINISHED, RunOutcome
+from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.encodings import FLOAT16_NORMAL, RELATIVE_ERROR, relative_error
 from tailrace.storage.errors import ModelError
-from tests.support.cache_jobs import command, run_cache, scaled_model
+from tests.support.cache_jobs import (
+    HERE,
+    Job,
+    Kill,
+    command,
+    differing,
+    model_folder,
+    run_cache,
+    run_job,
+    scaled_model,
+    tree,
+)
+from tests.support.live_runs import BATCH_ROWS, live_settings
 
 # Relative errors of zero (case 26)
 
@@ -117,3 +136,57 @@ def test_ablation_that_costs_nothing_leaves_nothing_to_recover():
     assert recorded_share({**trained, "ce_zero": 8.0}) == pytest.approx((8.0 - 7.193) / (8.0 - 7.008))
     outcomes = {"train": {}, "steps": 1, "rows": 1, "model": trained}
     assert RunOutcome("k=2", FINISHED, "runs/k=2", {}, outcomes).row()["ce_recovered"] is None
+
+
+# A recorded dtype is asked for, whatever ``auto`` is on this device (case 41)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Return a context in which ``auto`` is the dtype that a GPU would take."""
+
+    @contextmanager
+    def on_a_gpu():
+        with monkeypatch.context() as patch:
+            chosen = functools.partial(choose_dtype, device=torch.device("cuda"))
+            patch.setattr(
+                "tailrace.pipeline.model.language_model.choose_dtype",
+                lambda checkpoint, wanted, _: chosen(checkpoint, wanted),
+            )
+            yield
+
+    return on_a_gpu
+
+
+def test_float16_cache_of_a_gpu_is_used_and_grown_on_a_cpu(tmp_path, as_on_a_gpu):
+    model = {"model": str(model_folder(dtype=torch.float16)), "storage_dtype": "auto", "tokens": 100}
+    with as_on_a_gpu():
+        expected = run_cache(tmp_path / "expected", **model)
+        path = run_cache(tmp_path / "cache", **model).path
+        stage.extend(expected.path, 150, **HERE)
+        stage.widen(expected.path, "1", (), **HERE)
+    assert open_cache(path).manifest.model["dtype"] == "float16"
+    assert open_recorded_model(open_cache(path)).model.dtype == torch.float16
+    stage.extend(path, 150, **HERE)
+    stage.widen(path, "1", (), **HERE)
+    assert differing(tree(path), tree(expected.path)) == []
+
+
+def test_float32_cache_of_a_cpu_is_used_on_a_gpu_and_an_interrupted_one_goes_on(tmp_path, as_on_a_gpu):
+    model = {"model": str(model_folder(dtype=torch.float16)), "storage_dtype": "auto", "tokens": 100}
+    expected = run_cache(tmp_path / "expected", **model).path
+    assert run_job(Job.cache(tmp_path / "cache", **model), Kill(3, "commits")) != 0
+    with as_on_a_gpu():
+        assert open_recorded_model(open_cache(expected)).model.dtype == torch.float32
+        path = run_cache(tmp_path / "cache", **model).path
+    assert open_cache(path).manifest.model["dtype"] == "float32"
+    assert differing(tree(path), tree(expected)) == []
+
+
+def test_live_rows_go_on_in_the_dtype_they_began_in(as_on_a_gpu):
+    live = {"model": str(model_folder(dtype=torch.float16)), "storage_dtype": "auto"}
+    with LiveBatches(live_settings(**live), batch_rows=BATCH_ROWS) as began:
+        opening = Opening.from_json(json.loads(json.dumps(began.opening.as_json())))
+        expected = began.next_batch()["layer0"].inputs.clone()
+    with as_on_a_gpu(), LiveBatches(live_settings(**live), batch_rows=BATCH_ROWS, opening=opening) as resumed:
+        assert torch.equal(resumed.next_batch()["layer0"].inputs, expected)
