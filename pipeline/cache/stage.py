@@ -243,7 +243,7 @@ class CacheJob:
         """Model, text and packing, for the manifest."""
         if cache:
             self.facts = cache.manifest.model_dump(include={"model", "text", "packing"})
-            self._refuse_other("model", model.identity())
+            self._refuse_other("model", model.identity(cache.manifest.model))
             for split, size in cache.manifest.splits.items():
                 self.recorded[split] = SplitSize(size.n_rows, size.n_contexts, size.counts)
         self.blocks = {
@@ -430,7 +430,7 @@ class CacheJob:
         settings = self.settings
         row_filter = settings.model_dump(include=set(RowFilter.model_fields))
         return {
-            "model": self.model.identity(),
+            "model": self.model.identity(begun_model(self.root)),
             "text": documents.identity(),
             "packing": {
                 "context_length": settings.context_length,

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from tailrace.pipeline.model import sites
-from tailrace.pipeline.model.loading import Checkpoint, boot, choose_dtype, compile_mlps, open_checkpoint, parse_device
+from tailrace.pipeline.model.loading import (
+    Checkpoint,
+    boot,
+    choose_dtype,
+    compile_mlps,
+    loaded_files,
+    open_checkpoint,
+    parse_device,
+)
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks, head_problem
 from tailrace.pipeline.model.tokenizer import ModelTokenizer, open_tokenizer
@@ -169,15 +177,17 @@ class LanguageModel:
         mlp_in, mlp_out = (side.reshape(*batched[:-1], -1) for side in on_model)
         return _compare_pair(mlp, mlp_in, mlp_out)
 
-    def identity(self) -> dict[str, JSON]:
+    def identity(self, recorded: Mapping[str, Any] | None = None) -> dict[str, JSON]:
         """Return what decides every activation, as JSON; holds no path, only a folder's own name.
 
-        ``versions`` are for the record: activations of other versions agree within rounding, not bit for bit.
+        ``recorded`` is what to compare it with: if the files have that digest by the older rule, which took every file
+        that looked like weights, it is kept. ``versions`` are for the record: activations of other versions agree
+        within rounding, not bit for bit.
         """
         return {
             "name": Path(self._checkpoint.name).resolve().name if self._checkpoint.is_local else self._settings.model,
             "revision": self._checkpoint.commit,
-            "files_digest": _files_digest(Path(self._checkpoint.name)) if self._checkpoint.is_local else None,
+            "files_digest": self._files_digest((recorded or {}).get("files_digest")),
             "architecture": type(self.bridge.original_model).__name__,
             "dtype": str(self.dtype).removeprefix("torch."),
             "processing": self._settings.processing,
@@ -188,6 +198,20 @@ class LanguageModel:
             "tokenizer": self._tokenizer.identity(),
             "versions": {library: version(library) for library in _LIBRARIES},
         }
+
+    def _files_digest(self, recorded: str | None) -> str | None:
+        """Return one digest of a folder's configuration and weights; the tokenizer has its own."""
+        if not self._checkpoint.is_local:
+            return None
+        folder = Path(self._checkpoint.name)
+        files = loaded_files(folder)
+        checksums = {path: checksum_file(path) for path in files}
+        own = digest({path.name: checksum for path, checksum in checksums.items()})
+        if recorded in (None, own):
+            return own
+        beside = [path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES and path not in checksums]
+        older = digest({path.name: checksums.get(path) or checksum_file(path) for path in [*files, *beside]})
+        return older if older == recorded else own
 
     def _count_heads(self, hooks: Sequence[str]) -> dict[str, int]:
         tokens = self._short_context().to(self.device)
@@ -237,12 +261,6 @@ def load_language_model(settings: ModelSettings, *, device: str = "cpu", compile
     )
     logger.info("loaded %s in %s on %s", settings.model, str(dtype).removeprefix("torch."), chosen)
     return LanguageModel(bridge, tokenizer, settings, checkpoint)
-
-
-def _files_digest(folder: Path) -> str:
-    """Return one digest of a folder's configuration and weights; the tokenizer has its own."""
-    files = [path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES or path.name == "config.json"]
-    return digest({path.name: checksum_file(path) for path in files})
 
 
 def _capture(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:

@@ -99,6 +99,19 @@ def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
     return Checkpoint(name, False, _commit_hash(name, revision), config)
 
 
+def loaded_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that decide what is loaded: its configuration, and the weights that are read.
+
+    Of several formats the first of ``WEIGHT_FILES`` is read, and of shards those that their index names. A trainer's
+    ``training_args.bin``, its optimizer's state and weights in a maker's own format lie beside and change nothing.
+    """
+    weights = next(folder / name for name in WEIGHT_FILES if (folder / name).exists())
+    if weights.suffix != ".json":
+        return [folder / "config.json", weights]
+    shards = json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / "config.json", *(folder / name for name in sorted(set(shards)))]
+
+
 def choose_dtype(checkpoint: Checkpoint, wanted: str, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in; ``auto`` is the checkpoint's own, except float16 on a CPU.
 

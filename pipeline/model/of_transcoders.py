@@ -73,7 +73,7 @@ def load_recorded(
     ``use`` is what was done with that one, for the message; ``ignored`` names keys that may differ.
     """
     loaded = load_language_model(settings, device=device)
-    if differences := list_model_differences(recorded, loaded.identity(), ignored=ignored):
+    if differences := list_model_differences(recorded, loaded.identity(recorded), ignored=ignored):
         lines = "\n".join(f"  {line}" for line in differences)
         raise ArtifactMismatch(
             f"{settings.model}: is not the model that {use}; give the right one with --model ('there' is the "

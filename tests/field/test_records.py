@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tailrace.analysis.evaluate.recovered import recorded_share
 from tailrace.analysis.evaluate.splice_scores import Outcome, SpliceScore
@@ -20,11 +22,13 @@ from tailrace.pipeline.cache import stage, verify
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
 from tailrace.pipeline.evaluate.command import show_scores
 from tailrace.pipeline.live.batches import LiveBatches, Opening
-from tailrace.pipeline.model.language_model import LanguageModel, PairingCheck
-from tailrace.pipeline.model.loading import choose_dtype
+from tailrace.pipeline.model.language_model import LanguageModel, PairingCheck, load_language_model
+from tailrace.pipeline.model.loading import choose_dtype, loaded_files
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.runs_table import FINISHED, RunOutcome
 from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.artifact import checksum_file, digest
 from tailrace.storage.encodings import FLOAT16_NORMAL, RELATIVE_ERROR, relative_error
 from tailrace.storage.errors import ModelError
 from tests.support.cache_jobs import (
@@ -190,3 +194,51 @@ def test_live_rows_go_on_in_the_dtype_they_began_in(as_on_a_gpu):
         expected = began.next_batch()["layer0"].inputs.clone()
     with as_on_a_gpu(), LiveBatches(live_settings(**live), batch_rows=BATCH_ROWS, opening=opening) as resumed:
         assert torch.equal(resumed.next_batch()["layer0"].inputs, expected)
+
+
+# The files that are loaded are the model (case 45)
+
+
+def files_digest(folder, recorded=None):
+    settings = ModelSettings(model=str(folder))
+    return load_language_model(settings).identity({"files_digest": recorded})["files_digest"]
+
+
+def test_what_lies_beside_the_weights_is_no_part_of_the_model(tmp_path):
+    folder = shutil.copytree(model_folder(), tmp_path / "model")
+    own = files_digest(folder)
+    older = digest({path.name: checksum_file(folder / path.name) for path in loaded_files(folder)})
+    assert own == older  # of a folder with nothing beside, as it always was
+    for name in ("training_args.bin", "optimizer.bin", "consolidated.safetensors", "pytorch_model.bin"):
+        (folder / name).write_bytes(name.encode())
+    assert files_digest(folder) == own
+    with_all = digest(
+        {path.name: checksum_file(path) for path in folder.iterdir() if path.suffix in (".bin", ".safetensors")}
+        | {"config.json": checksum_file(folder / "config.json")}
+    )
+    assert files_digest(folder, with_all) == with_all  # recorded by the older rule
+    assert files_digest(folder, "sha256:another") == own
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wte.weight"] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert files_digest(folder, with_all) not in (own, with_all)
+
+
+def test_shards_count_where_their_index_names_them(tmp_path):
+    names = {name: shard for shard, name in enumerate(load_file(model_folder() / "model.safetensors"))}
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder(), folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    index = {"weight_map": {name: f"part-{shard % 2}.safetensors" for name, shard in names.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for shard in range(3):
+        (folder / f"part-{shard}.safetensors").touch()
+    (folder / "pytorch_model.bin").touch()
+    assert [path.name for path in loaded_files(folder)] == ["config.json", "part-0.safetensors", "part-1.safetensors"]
+
+
+def test_cache_of_a_folder_with_training_arguments_is_verified_without_them(tmp_path):
+    folder = shutil.copytree(model_folder(), tmp_path / "model")
+    (folder / "training_args.bin").write_text("x")
+    path = run_cache(tmp_path / "cache", model=str(folder), tokens=100).path
+    (folder / "training_args.bin").unlink()
+    assert all(report.passed for report in verify.check_pairs(path, compute=Compute(threads=1)))
