@@ -43,7 +43,7 @@ REPEATS = 3
 
 def make(model: LanguageModel, folder: Path, n_tokens: int, d_sae: int, k: int) -> dict[str, Any]:
     """Write a prompt, its likeliest next token and random transcoders in circuit-tracer's layout."""
-    tokens = [model.bos_token_id, *model.tokenize([TEXT])[0]][:n_tokens]
+    tokens = model.prompt_tokens([TEXT])[0][:n_tokens]
     assert len(tokens) == n_tokens, "the text is long enough"
     names = [f"blocks.{layer}.mlp.hook_in" for layer in range(model.n_layers)]
     with torch.inference_mode():

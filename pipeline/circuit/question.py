@@ -56,13 +56,8 @@ def parse_feature(text: str) -> tuple[int, int]:
 
 
 def prompt_tokens(model: LanguageModel, prompt: str) -> list[int]:
-    """Return the BOS and the prompt's tokens; a BOS that the text begins with is not doubled.
-
-    Contexts of caches begin the same way, whatever the tokenizer does by itself, so features are what they were when
-    trained. Raises SettingsError for a prompt without any token.
-    """
-    (ids,) = model.tokenize([prompt])
-    ids = ids if ids[:1] == [model.bos_token_id] else [model.bos_token_id, *ids]
+    """Return the BOS and the prompt's tokens. Raises SettingsError for a prompt of no token, or of too many."""
+    (ids,) = model.prompt_tokens([prompt])
     if len(ids) == 1:
         raise SettingsError(
             f"prompt {prompt!r}: has no token but the BOS, at which no transcoder stands in; give some text"

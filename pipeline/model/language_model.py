@@ -130,6 +130,15 @@ class LanguageModel:
         """
         return self._tokenizer.tokenize(texts, is_markup=is_markup)
 
+    def prompt_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the BOS and the tokens of each text; a BOS that a text begins with is not doubled.
+
+        Contexts of caches begin the same way, whatever the tokenizer does by itself, so features are what they were
+        when trained.
+        """
+        bos = self.bos_token_id
+        return [ids if ids[:1] == [bos] else [bos, *ids] for ids in self.tokenize(texts)]
+
     def vocabulary(self) -> list[str]:
         """Return the text of every token id, ``d_vocab`` of them."""
         return self._tokenizer.vocabulary()

@@ -1,7 +1,8 @@
 """``pipeline score``: what features make of a text, token by token: of a transcoder, or of all layers of several.
 
 One rule for the beginning of a text, the one by which a cache is made: every context begins with the model's BOS, the
-tokenizer adds nothing by itself, and the BOS has no score, since no transcoder has learnt it. A text longer than a
+tokenizer adds nothing by itself, a BOS that the text begins with is that one, and it has no score, since no transcoder
+has learnt it. A text longer than a
 context goes on in further ones, each with its own BOS.
 """
 
@@ -181,14 +182,14 @@ def _context_length(wanted: int | None, model: LanguageModel) -> int:
 
 def _read(text: str, model: LanguageModel, hooks: Sequence[str], length: int) -> _ReadText:
     """Run the model on a text, a context at a time, as far as the last layer's input."""
-    [ids] = model.tokenize([text])
+    [[bos, *ids]] = model.prompt_tokens([text])
     if not ids:
         raise TextError(f"the text {text!r} has no token; give one that is not empty")
     vocabulary = model.vocabulary()
     all_ids: list[int] = []
     inputs: list[list[Tensor]] = [[] for _ in hooks]
     for start in range(0, len(ids), length - 1):
-        context = [model.bos_token_id, *ids[start : start + length - 1]]
+        context = [bos, *ids[start : start + length - 1]]
         captured = model.capture(torch.tensor([context]), [SiteHooks(hook, hook, hook) for hook in hooks])
         for own, hook in zip(inputs, hooks, strict=True):
             own.append(captured[hook][0, 1:].float().clone())  # the next capture may use the same memory

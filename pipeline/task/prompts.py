@@ -7,23 +7,21 @@ are what may come next, exactly as it would: with its leading space where the to
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tailrace.analysis.task.answers import answer_problems
+from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.storage.errors import TextError
 
 _KEYS = {"prompt", "correct", "incorrect"}
 
-Tokenize = Callable[[Sequence[str]], list[list[int]]]
-"""From texts to their token ids, no special token added."""
-
 
 @dataclass(frozen=True)
 class TaskPrompts:
-    """Prompts, their tokens with the BOS in front, and their answers' tokens."""
+    """Prompts, their tokens with the BOS in front once, and their answers' tokens."""
 
     texts: list[str]
     tokens: list[list[int]]
@@ -47,22 +45,23 @@ def read_lines(path: Path) -> Lines:
     return lines
 
 
-def tokenized(path: Path, lines: Lines, tokenize: Tokenize, bos_token_id: int, max_length: int) -> TaskPrompts:
+def tokenized(path: Path, lines: Lines, model: LanguageModel) -> TaskPrompts:
     """Return what ``read_lines`` gave of ``path`` as tokens.
 
     Raises TextError, listing every problem by line: answers that are not one token or are both right and wrong, prompts
-    longer than ``max_length`` tokens.
+    longer than the model's contexts.
     """
     problems = []
+    max_length = model.max_context_length
     texts = [value["prompt"] for _, value in lines]
-    tokens = [[bos_token_id, *ids] for ids in tokenize(texts)]
+    tokens = model.prompt_tokens(texts)
     for (number, _), ids in zip(lines, tokens, strict=True):
         if len(ids) > max_length:
             problems.append(f"line {number}: the prompt has {len(ids)} tokens, the model reads at most {max_length}")
     answers: dict[str, list[list[int]]] = {"correct": [], "incorrect": []}
     for kind, lists in answers.items():
         for number, value in lines:
-            split = tokenize(value[kind])
+            split = model.tokenize(value[kind])
             problems += [
                 f"line {number}: the {kind} answer {text!r} is {len(ids)} tokens, wanted one; give its first token's "
                 "text, or other answers"

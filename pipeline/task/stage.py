@@ -95,7 +95,7 @@ def run(
 
     def make(path: Path) -> Made:
         loaded = open_transcoder_model([one.path for one in given], model=model, device=compute.device)
-        read = tokenized(prompts, lines, loaded.tokenize, loaded.bos_token_id, loaded.max_context_length)
+        read = tokenized(prompts, lines, loaded)
         return _Work(settings, loaded, read, compute.quiet).write(path, given)
 
     with compute.opened():

@@ -20,17 +20,20 @@ from tailrace.analysis.evaluate.recovered import recorded_share
 from tailrace.analysis.evaluate.splice_scores import Outcome, SpliceScore
 from tailrace.pipeline.cache import stage, verify
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
+from tailrace.pipeline.circuit import question
 from tailrace.pipeline.evaluate.command import show_scores
 from tailrace.pipeline.live.batches import LiveBatches, Opening
 from tailrace.pipeline.model.language_model import LanguageModel, PairingCheck, load_language_model
 from tailrace.pipeline.model.loading import choose_dtype, loaded_files
 from tailrace.pipeline.model.settings import ModelSettings
+from tailrace.pipeline.score import stage as score
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.task import prompts
 from tailrace.pipeline.train.runs_table import FINISHED, RunOutcome
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import checksum_file, digest
 from tailrace.storage.encodings import FLOAT16_NORMAL, RELATIVE_ERROR, relative_error
-from tailrace.storage.errors import ModelError
+from tailrace.storage.errors import ModelError, TextError
 from tests.support.cache_jobs import (
     HERE,
     Job,
@@ -44,6 +47,16 @@ from tests.support.cache_jobs import (
     tree,
 )
 from tests.support.live_runs import BATCH_ROWS, live_settings
+from tests.support.spliced_models import publish_transcoder, random_transcoder
+
+
+@pytest.fixture(scope="module")
+def layer_transcoder(tmp_path_factory):
+    """A transcoder of random weights of the second layer."""
+    place = tmp_path_factory.mktemp("transcoder")
+    cache = run_cache(place / "cache", layers="1", tokens=100).cache
+    return publish_transcoder(place / "transcoder", cache, "layer1", random_transcoder(seed=3))
+
 
 # Relative errors of zero (case 26)
 
@@ -242,3 +255,24 @@ def test_cache_of_a_folder_with_training_arguments_is_verified_without_them(tmp_
     path = run_cache(tmp_path / "cache", model=str(folder), tokens=100).path
     (folder / "training_args.bin").unlink()
     assert all(report.passed for report in verify.check_pairs(path, compute=Compute(threads=1)))
+
+
+# A prompt that begins with the BOS (case 39)
+
+
+def test_typed_bos_is_not_doubled_by_any_command(tmp_path, layer_transcoder):
+    model = load_language_model(ModelSettings(model=str(model_folder())))
+    bos = "<eos>"
+    on_model = {"model": str(model_folder()), "compute": Compute(threads=1)}
+    expected = [model.bos_token_id, *model.tokenize(["the people of"])[0]]
+    for prompt in ("the people of", f"{bos} the people of"):
+        assert model.prompt_tokens([prompt]) == [expected]
+        assert question.prompt_tokens(model, prompt) == expected
+        file = tmp_path / "task.jsonl"
+        file.write_text(json.dumps({"prompt": prompt, "correct": ["the"], "incorrect": ["of"]}))
+        assert prompts.tokenized(file, prompts.read_lines(file), model).tokens == [expected]
+        scores = score.run([prompt], transcoder=layer_transcoder, features=[0], **on_model)
+        assert scores.texts[0].token_ids == expected
+    for nothing in ("", bos):
+        with pytest.raises(TextError, match="has no token"):
+            score.run([nothing], transcoder=layer_transcoder, features=[0], **on_model)
