@@ -59,6 +59,9 @@ GROUPS = {
         "serve": Command(
             "tailrace.pipeline.dashboard.command_serve", "Show a dashboard over HTTP, or tables without making one."
         ),
+        "promotes": Command(
+            "tailrace.pipeline.query.command_promotes", "Rank features by what they write to a token's logit."
+        ),
         "score": Command("tailrace.pipeline.score.command", "Show what features make of a text, token by token."),
     },
     "Explain": {

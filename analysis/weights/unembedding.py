@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tailrace.analysis.weights.extremes import Ends, largest, products, smallest
 from tailrace.analysis.weights.model_weights import ModelWeights
-from tailrace.analysis.weights.stream import StreamPoint, carry_forth
+from tailrace.analysis.weights.stream import Carry, StreamPoint, carry_forth
 from tailrace.storage.compiled import compiled_loop
 from tailrace.storage.errors import ModelError
 
@@ -51,12 +51,8 @@ def token_effects(
     ModelError if a product is not finite.
     """
     W_U = weights.W_U.to(decoder.device, torch.float32)
-
-    def carry(rows: Tensor) -> Tensor:
-        return carry_forth(weights.final_norm, writes.carry(rows))
-
     promoted, suppressed, histograms, edges = [], [], [], []
-    for scores in products(decoder, W_U, carry):
+    for scores in products(decoder, W_U, _to_logits(writes, weights)):
         promoted.append(largest(scores, N_TOKENS))
         suppressed.append(smallest(scores, N_TOKENS))
         own_edges = _edges(scores)
@@ -68,6 +64,26 @@ def token_effects(
     return TokenEffects(
         Ends.joined(promoted), Ends.joined(suppressed), np.concatenate(histograms), np.concatenate(edges)
     )
+
+
+def effects_on(
+    tokens: Sequence[int], decoder: Tensor, writes: StreamPoint, weights: ModelWeights
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return (d_sae, tokens) the effects of decoder rows on chosen tokens, and each token's rank among all tokens.
+
+    Rank 1 is the token that a feature raises most. The effects, and the memory, are those of ``token_effects``.
+    """
+    effects, ranks = [], []
+    for scores in products(decoder, weights.W_U.to(decoder.device, torch.float32), _to_logits(writes, weights)):
+        own = scores[:, list(tokens)]
+        above = [(scores > column[:, None]).sum(dim=1) for column in own.T]
+        effects.append(own.cpu().numpy())
+        ranks.append(torch.stack(above, dim=1).cpu().numpy() + 1)
+    return np.concatenate(effects), np.concatenate(ranks)
+
+
+def _to_logits(writes: StreamPoint, weights: ModelWeights) -> Carry:
+    return lambda rows: carry_forth(weights.final_norm, writes.carry(rows))
 
 
 def _edges(scores: Tensor) -> NDArray[np.float32]:

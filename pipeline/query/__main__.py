@@ -61,6 +61,8 @@ def queries_page() -> str:
 
 def _section(query: SavedQuery) -> str:
     lines = [f"### {query.name}", "", query.description, "", f"Reads {', '.join(f'`{name}`' for name in query.needs)}."]
+    if query.empty:
+        lines += ["", f"No rows: {query.empty}"]
     if query.parameters:
         lines += ["", "| parameter | type | default | meaning |", "|---|---|---|---|"]
         lines += [f"| `{one.name}` | {one.kind} | `{shown(one.default)}` | {one.meaning} |" for one in query.parameters]

@@ -65,29 +65,26 @@ def command(
     if as_list:
         _list(parse_tables(tables), form)
         return
-    chosen = form or _format_of(output)
+    chosen = form or query.format_of(output)
     if chosen == "parquet" and output is None:
         raise click.UsageError("--format parquet needs --output FILE.parquet")
     opened = parse_tables(tables)
+    empty = ""
     if saved is not None:
         ready = queries.saved_query(saved)
         parameters = ready.values(values)
         ready.check_tables([view.sql_name for view in find_views(opened)])
-        sql = ready.sql
+        sql, empty = ready.sql, ready.empty
     else:
         parameters = queries.parse_values(values)
     assert sql is not None, "checked above"
-    is_ready = saved is not None  # of one transcoder's features, and so asked of each in a folder
-    answer = query.run(sql, tables=opened, format=chosen, output=output, parameters=parameters, each=is_ready)
+    # a ready query is of one transcoder's features, and so asked of each in a folder
+    each = saved is not None
+    answer = query.run(sql, tables=opened, format=chosen, output=output, parameters=parameters, each=each, empty=empty)
     if output is None:
         click.echo(answer, nl=False)
     else:
         click.echo(f"{output}: written")
-
-
-def _format_of(output: Path | None) -> Format:
-    by_suffix: dict[str, Format] = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
-    return by_suffix.get(output.suffix, "table") if output is not None else "table"
 
 
 def _list(tables: Tables, form: Format | None) -> None:

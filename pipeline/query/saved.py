@@ -1,7 +1,8 @@
 """Ready queries of ``pipeline query --saved``: one .sql file each in ``sql/``, which explains itself.
 
-The first comment of a file is its description. Lines ``-- needs TABLE …`` name the tables it reads, and lines
-``-- set NAME TYPE = DEFAULT: MEANING`` the parameters it has, which stand in its SQL as ``$NAME``.
+The first comment of a file is its description. Lines ``-- needs TABLE …`` name the tables it reads, lines
+``-- set NAME TYPE = DEFAULT: MEANING`` the parameters it has, which stand in its SQL as ``$NAME``, and lines
+``-- empty …`` say what an answer without rows does not mean.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class SavedQuery:
     """The tables it reads."""
     parameters: tuple[Parameter, ...]
     sql: str
+    empty: str = ""
+    """What no row does and does not mean."""
 
     def values(self, given: Sequence[str]) -> dict[str, Value]:
         """Return the value of every parameter, ``given`` as NAME=VALUE or by default.
@@ -117,9 +120,10 @@ def read_query(name: str, text: str) -> SavedQuery:
     comments = [line.removeprefix("--").strip() for line in lines if line.startswith("--")]
     needs = [table for line in comments if line.startswith("needs ") for table in line.split()[1:]]
     parameters = [_parameter(name, line) for line in comments if line.startswith("set ")]
-    about = [line for line in comments if line and not line.startswith(("needs ", "set "))]
+    empty = [line.removeprefix("empty ") for line in comments if line.startswith("empty ")]
+    about = [line for line in comments if line and not line.startswith(("needs ", "set ", "empty "))]
     sql = "\n".join(line for line in lines if not line.startswith("--")).strip()
-    return SavedQuery(name, " ".join(about), tuple(needs), tuple(parameters), sql)
+    return SavedQuery(name, " ".join(about), tuple(needs), tuple(parameters), sql, " ".join(empty))
 
 
 def parse_values(given: Sequence[str]) -> dict[str, Value]:

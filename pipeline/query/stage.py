@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import re
 import textwrap
@@ -31,6 +32,8 @@ Format = Literal["table", "csv", "json", "parquet"]
 Parameters = Mapping[str, Any]
 """Values of ``$name`` in the SQL."""
 
+logger = logging.getLogger(__name__)
+
 _LIST_WIDTH = 110
 
 _MAX_SHOWN_ROWS = 40
@@ -47,28 +50,41 @@ def run(
     output: Path | None = None,
     parameters: Parameters | None = None,
     each: bool = False,
+    empty: str = "",
 ) -> str | pa.Table:
     """Answer one SELECT over ``tables``, in DuckDB's SQL; write the answer to ``output`` where given.
 
     ``tables`` is the path of tables, a sweep or an evaluation; or several paths, whose views are then seen side by
     side; or paths by name, whose views are then ``name.features`` and so on. Returns text, or for ``parquet`` an Arrow
     table. ``table`` shows the first rows only, unless it goes to a file. ``each`` asks the tables inside a folder one
-    after the other, and says in the column ``folder`` whose an answer is. Raises ActionableError with DuckDB's own
-    message for SQL that it refuses.
+    after the other, and says in the column ``folder`` whose an answer is. ``empty`` is
+    logged as a warning where the answer has no row. Raises ActionableError with DuckDB's own message for SQL that it
+    refuses.
     """
     views = find_views(tables)
     if output is not None:
         _check_output(output, views)
     folders = each_folder(tables) if each else []
     answer = _select_each(sql, folders, parameters) if folders else _select(sql, views, parameters)
-    if format == "parquet":
-        if output is not None:
-            write_table(output, answer.schema, answer.to_batches())
-        return answer
-    text = render(answer, format, None if output is not None else _MAX_SHOWN_ROWS)
+    if empty and not answer.num_rows:
+        logger.warning("no rows: %s", empty)
     if output is not None:
-        write_atomically(output, text.encode())
-    return text
+        write_answer(output, answer, format)
+    return answer if format == "parquet" else render(answer, format, None if output is not None else _MAX_SHOWN_ROWS)
+
+
+def format_of(output: Path | None) -> Format:
+    """Return the format that a file's ending stands for; a table for any other, and without a file."""
+    by_suffix: dict[str, Format] = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
+    return by_suffix.get(output.suffix, "table") if output is not None else "table"
+
+
+def write_answer(output: Path, answer: pa.Table, format: Format) -> None:
+    """Write all rows of an answer to a file, which holds its old bytes or all the new ones."""
+    if format == "parquet":
+        write_table(output, answer.schema, answer.to_batches())
+    else:
+        write_atomically(output, render(answer, format, None).encode())
 
 
 def select(sql: str, tables: Tables, parameters: Parameters | None = None) -> pa.Table:
@@ -114,6 +130,11 @@ def _check_output(output: Path, views: Sequence[View]) -> None:
     published = {path.parent.resolve() for view in views for path in view.files}
     if any(output.resolve().is_relative_to(folder) for folder in published):
         raise ActionableError(f"{output}: lies inside the published tables; write the answer somewhere else")
+    check_folder(output)
+
+
+def check_folder(output: Path) -> None:
+    """Raise ActionableError unless a file can be written at ``output``."""
     if output.is_dir() or not output.parent.is_dir():
         what = "is a directory" if output.is_dir() else "has no directory to lie in"
         raise ActionableError(f"{output}: {what}; give the path of a file in a directory that exists")

@@ -114,6 +114,10 @@ def test_commands_about_transcoders(made: Path, tmp_path: Path, capsys: pytest.C
     given, text, model = made / form, " ".join(words()[:6]), ("--model", model_folder())
     quick: tuple[Any, ...] = ("--threads", 1)
     assert "feature" in ran(capsys, "score", text, "--transcoder", given, *model, *quick).out
+    effects = ("--out", tmp_path / "effects.parquet")
+    ran(capsys, "promotes", words()[9], words()[10], "--transcoder", given, *effects, *model, *quick)
+    asked = read_table(tmp_path / "effects.parquet")
+    assert len(asked) == 2 * D_SAE * (1 + (form != "one"))
     ran(capsys, "task", made / "prompts.jsonl", "--transcoder", given, "--out", tmp_path / "task", "--kept", 2, *model)
     ran(capsys, "evaluate", given, "--cache", made / "cache", "--out", tmp_path / "evaluation", *quick)
     analysed = ("--cache", made / "cache", "--split", "train", "--rows", 40, *quick)

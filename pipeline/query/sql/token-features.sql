@@ -1,6 +1,8 @@
 -- The features that are active on a token, wherever it stands, most reliable first: share is of the token's occurrences,
 -- and lift is how many times more often than on any token.
 -- needs activations rows features
+-- empty Of the rows whose activations are kept, none has this token, or no feature is active on one that has. Most tokens
+-- empty begin with a space; `pipeline analyze --activations all` keeps every row.
 -- set token VARCHAR = ' the': text of the token, its leading space included
 -- set n INTEGER = 20: how many to show
 WITH occurrences AS (SELECT row FROM rows WHERE token = $token)

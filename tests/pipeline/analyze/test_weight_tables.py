@@ -22,6 +22,7 @@ from tailrace.pipeline.cache.recorded_model import open_recorded_model
 from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.weights import read_weights
+from tailrace.pipeline.query import promotes
 from tailrace.pipeline.query import stage as query
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
@@ -94,6 +95,28 @@ def test_promoted_tokens_are_those_of_the_decoder_through_norm_and_unembedding(m
         assert sum(row["logit_histogram"]) == len(vocabulary)
         assert row["logit_histogram_edges"][0] == pytest.approx(own.min(), rel=1e-4)
         assert row["logit_histogram_edges"][-1] == pytest.approx(own.max(), rel=1e-4)
+
+
+def test_any_token_can_be_asked_of_the_weights(made: Path, plain) -> None:
+    _, decoder = weights_of(made / "t0")
+    logits = (gained(plain, "ln_f", decoder) @ plain["lm_head.weight"].T).numpy()
+    vocabulary = open_cache(made / "cache").vocabulary()
+    top = read_table(made / "tables" / "features.parquet")["promoted_token_ids"].to_pylist()
+    kept = {token for tokens in top for token in tokens}
+    words = [next(token for token in range(5, len(vocabulary)) if token not in kept), top[3][0]]
+    texts = [vocabulary[token] for token in words]
+    compute = Compute(threads=1, quiet=True)
+    asked = promotes.run(texts, transcoders=[made / "t0"], model=str(model_folder()), compute=compute)
+    for token, text in zip(words, texts, strict=True):
+        rows = [row for row in asked.to_pylist() if row["token"] == text]
+        assert [row["feature"] for row in rows] == np.argsort(-logits[:, token], kind="stable").tolist()
+        for row in rows:
+            own = logits[row["feature"]]
+            assert row["logit"] == pytest.approx(own[token], rel=1e-4, abs=1e-5)
+            assert row["token_rank"] == 1 + (own > own[token]).sum()
+    assert [len(promotes.strongest(asked, 3)), len(asked)] == [6, 2 * len(logits)]
+    with pytest.raises(SettingsError, match=r"is 2 tokens to this model"):
+        promotes.run([" ".join(texts)], transcoders=[made / "t0"], model=str(model_folder()), compute=compute)
 
 
 def test_nearest_features_are_those_of_largest_decoder_cosine(made: Path) -> None:

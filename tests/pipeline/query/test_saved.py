@@ -408,3 +408,17 @@ def test_names_of_artifacts_are_all_given_or_none(capsys, tables: Path) -> None:
     twice = run(capsys, "query", "SELECT 1", "--tables", f"a={tables}", "--tables", f"a={tables}")
     assert "a names several artifacts" in twice[2]
     assert "cannot name tables" in run(capsys, "query", "SELECT 1", "--tables", f"main={tables}")[2]
+
+
+@pytest.mark.parametrize("name", ["promoting-token", "token-features"])
+def test_a_token_without_an_answer_is_told_what_that_does_not_mean(
+    tables: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ready = queries.saved_query(name)
+    for token, n_rows in ((" b", 2), (" Paris", 0)):
+        values = ready.values([f"token={token}"])
+        text = query.run(ready.sql, tables=tables, empty=ready.empty, parameters=values)
+        assert ("(no rows)" in text) == (n_rows == 0)
+        assert len(caplog.messages) == (n_rows == 0)
+    assert caplog.messages == [f"no rows: {ready.empty}"]
+    assert "ipeline" in ready.empty
