@@ -229,3 +229,14 @@ def _is_own(entry: Path) -> bool:
     if entry.name == LOCK:
         return entry.lstat().st_size == 0  # ours is empty; other programs write into theirs which process holds it
     return is_temporary(entry.name) and entry.name.startswith(f".{REQUEST}.")
+
+
+def holds_artifact(folder: Path) -> bool:
+    """Return whether a folder is an artifact, finished or not; a file of these names alone is anybody's."""
+    if (folder / LOCK).is_file() and (folder / REQUEST).is_file():
+        return True
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"kind", "digest"} <= manifest.keys()

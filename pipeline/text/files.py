@@ -11,11 +11,15 @@ import glob
 import io
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from tailrace.storage.artifact import checksum_file
+from tailrace.storage.draft import holds_artifact
 from tailrace.storage.errors import TextError
+
+logger = logging.getLogger(__name__)
 
 Format = Literal["text", "json", "parquet"]
 
@@ -127,18 +131,33 @@ def _matching_files(dataset: str) -> list[Path]:
     if os.path.isfile(expanded):
         return [Path(expanded).absolute()]
     if os.path.isdir(expanded):
-        inside = (path for path in Path(expanded).rglob("*") if not _is_hidden(path.relative_to(expanded)))
-        return sorted(path.absolute() for path in inside if path.is_file())
+        return sorted(_files_inside(Path(expanded).absolute()))
     matches = (Path(name) for name in glob.glob(expanded, recursive=True))
     return sorted(path.absolute() for path in matches if path.is_file())
+
+
+def _files_inside(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, but for hidden ones and those of caches and other artifacts of ours.
+
+    Raises TextError if the folder is such an artifact itself.
+    """
+    if holds_artifact(folder):
+        raise TextError(f"{folder}: is an artifact of this package, whose files are no text; give a folder of text")
+    for name, folders, files in os.walk(folder):
+        at = Path(name)
+        ours = [inside for inside in folders if holds_artifact(at / inside)]
+        for inside in ours:
+            logger.warning("%s: left out, an artifact of this package", at / inside)
+        folders[:] = [inside for inside in folders if inside not in ours and not _is_hidden(inside)]
+        yield from (at / file for file in files if not _is_hidden(file) and (at / file).is_file())
 
 
 def _is_saved_dataset(path: Path) -> bool:
     return path.name == "dataset_info.json" and (path.parent / "state.json").is_file()
 
 
-def _is_hidden(below: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in below.parts)
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _no_text_file(dataset: str, matching: list[Path]) -> str:

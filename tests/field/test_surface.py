@@ -10,8 +10,11 @@ import pytest
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.text.files import find_text_files
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import TextError
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures import TopK
 from tailrace.training.loop.settings import TrainSettings
@@ -66,3 +69,21 @@ def test_some_rows_are_those_of_contexts_drawn_from_all_of_the_split(made, tmp_p
     on = Compute(quiet=True, threads=1)
     other = analyze.run(settings.model_copy(update={"seed": 1}), **paths, output=tmp_path / "other", compute=on)
     assert read_table(other.path / "rows.parquet").to_pydict()["row"] != rows["row"]
+
+
+def test_caches_below_a_folder_of_text_are_no_text(tmp_path, caplog):
+    write_synthetic_cache(tmp_path / "texts" / "caches" / "old")
+    with Draft(tmp_path / "texts" / "begun", "cache", {"tokens": "1M"}) as draft:
+        (draft.path / "commits").mkdir()
+        (draft.path / "commits" / "0.json").write_text('{"split": "train"}')
+        texts = tmp_path / "texts" / "own"
+        texts.mkdir()
+        for name in ("manifest.json", "request.json", "a.json"):  # names that are anybody's
+            (texts / name).write_text('{"text": "mine"}')
+        files = find_text_files(str(tmp_path / "texts"))
+    assert files.names == ("a.json", "manifest.json", "request.json")
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        str(tmp_path / "texts" / name) for name in ("begun", "caches/old")
+    ]
+    with pytest.raises(TextError, match="is an artifact of this package"):
+        find_text_files(str(tmp_path / "texts" / "caches" / "old"))
