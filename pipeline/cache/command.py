@@ -77,7 +77,7 @@ def show_result(result: CacheResult) -> None:
     rows = ", ".join(f"{splits[name].n_rows:,} {name} rows" for name in SPLITS if name in splits)
     rate = f" ({result.n_new_rows / result.seconds:,.0f} rows/s)" if result.seconds else ""
     click.echo(f"{result.path}: {rows} of {', '.join(result.cache.sites)}{rate}")
-    if files := result.cache.manifest["text"].get("files"):
+    if files := result.cache.manifest.text.get("files"):
         size = sum(file["bytes"] for file in files) / 1e6
         names = ", ".join([*(file["name"] for file in files[:3]), *(["…"] if len(files) > 3 else [])])
         click.echo(f"text: {len(files):,} file{'s' * (len(files) > 1)}, {size:,.1f} MB: {names}")

@@ -265,8 +265,8 @@ class CacheJob:
         hooks = self.model.resolve_sites(self.settings.layers, self.settings.hooks)
         self.request = request
         begun = begun_with(self.root)
-        reading = choose_reading(self.settings, self.model, documents, begun["packing"] if begun else None)
-        self.facts = begin_draft(self.root, "cache", 0, self._facts(documents, reading))
+        reading = choose_reading(self.settings, self.model, documents, begun.get("packing"))
+        self.facts = begin_draft(self.root, "cache", 0, self._facts(documents, reading, begun.get("model", {})))
 
         def write(files: UnitFiles, planner: UnitPlanner, rows: UnitRows, bar: RowProgress) -> None:
             if not compute.has_workers:
@@ -426,11 +426,11 @@ class CacheJob:
         except (ActivationOverflow, NonFiniteActivation) as error:
             raise type(error)(f"{error}. Finished units are kept") from error
 
-    def _facts(self, documents: DocumentStream, reading: Reading) -> dict[str, Any]:
+    def _facts(self, documents: DocumentStream, reading: Reading, begun: Mapping[str, Any]) -> dict[str, Any]:
         settings = self.settings
         row_filter = settings.model_dump(include=set(RowFilter.model_fields))
         return {
-            "model": self.model.identity(begun_model(self.root)),
+            "model": self.model.identity(begun),
             "text": documents.identity(),
             "packing": {
                 "context_length": settings.context_length,

@@ -115,8 +115,8 @@ class LiveBatches:
         hooks = self._model.resolve_sites(settings.layers, settings.hooks)
         self._row_mask = settings.rows_of(self._model)
         self._rule = HoldoutRule.parse(settings.holdout, settings.seed)
-        recorded = opening.made_from if opening else None
-        self._reading = choose_reading(settings, self._model, self._documents, recorded)
+        made_from = opening.made_from if opening else None
+        self._reading = choose_reading(settings, self._model, self._documents, made_from)
         sites = self._choose_sites(hooks, opening.dtypes if opening else {})
         self.sites = {site.name: site for site in sites}
         row_bytes = sum(site.row_bytes for site in sites)

@@ -8,6 +8,7 @@ import math
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def test_cache_of_a_folder_with_training_arguments_is_verified_without_them(tmp_
 def test_typed_bos_is_not_doubled_by_any_command(tmp_path, layer_transcoder):
     model = load_language_model(ModelSettings(model=str(model_folder())))
     bos = "<eos>"
-    on_model = {"model": str(model_folder()), "compute": Compute(threads=1)}
+    on_model: dict[str, Any] = {"model": str(model_folder()), "compute": Compute(threads=1)}
     expected = [model.bos_token_id, *model.tokenize(["the people of"])[0]]
     for prompt in ("the people of", f"{bos} the people of"):
         assert model.prompt_tokens([prompt]) == [expected]

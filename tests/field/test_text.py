@@ -467,8 +467,8 @@ def test_texts_are_cached_as_letters_by_default_and_older_caches_stay_as_they_we
     for name, changes in {"new": {}, "asked": {"special_tokens": "markup"}}.items():
         asked = chosen.model_copy(update=changes)
         made = cache.run(asked, output=tmp_path / name, **HERE).cache
-        assert made.manifest["packing"].get("special_tokens") == (None if changes else "text")
-        assert made.manifest["request"].get("special_tokens") == changes.get("special_tokens")
+        assert made.manifest.packing.get("special_tokens") == (None if changes else "text")
+        assert made.manifest.request.get("special_tokens") == changes.get("special_tokens")
         cache.extend(tmp_path / name, 300, **HERE)
         train = open_cache(tmp_path / name).split("train")
         tokens[name] = train.context_tokens(np.arange(train.n_contexts))[:, 1:].ravel().tolist()
