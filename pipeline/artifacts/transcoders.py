@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tailrace.pipeline.artifacts.folders import Paths, artifacts_inside, as_paths, transcoder_paths
@@ -50,6 +51,26 @@ class TranscoderLayer:
         return int(self.manifest["d_sae"])
 
     @property
+    def kind(self) -> str:
+        """The kind of its architecture."""
+        return str(self.manifest["architecture"]["kind"])
+
+    @property
+    def skips(self) -> bool:
+        """Whether a path goes past its features."""
+        return bool(self.manifest["architecture"].get("skip", False))
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether it reconstructs its own input."""
+        return self.site.hook_in == self.site.hook_out
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The identity of the language model; empty if it is not known."""
+        return dict(self.manifest["model"] or {})
+
+    @property
     def digest(self) -> str:
         """The transcoder's."""
         return str(self.manifest["digest"])
@@ -72,6 +93,15 @@ class TranscoderLayer:
         Raises ArtifactCorrupt if the weights are not what the manifest describes.
         """
         return load_transcoder(self.path) if self.index is None else load_summed_layer(self.path, self.index)
+
+    def load_writes(self) -> Tensor:
+        """Return (d_sae, layers, d_out): what features write to their own and, of a cross-layer transcoder, each later
+        layer; the errors are those of ``load``.
+        """
+        if self.index is None:
+            return load_transcoder(self.path).W_dec.detach()[:, None]
+        with open_weights(self.path) as file:
+            return torch.stack([file.writes(self.index, to) for to in range(self.index, len(file.sites))], 1)
 
     def load_encoder(self) -> Tensor:
         """Return (d_sae, d_in) what the features read; the errors are those of ``load``."""

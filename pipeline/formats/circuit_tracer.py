@@ -1,11 +1,17 @@
 """circuit-tracer's transcoder sets: ``config.yaml`` and ``layer_N.safetensors`` for every layer from 0 on.
 
+A cross-layer transcoder has two files for every layer N in place of that one: ``W_enc_N.safetensors`` holds the
+encoder, both biases and the thresholds, ``W_dec_N.safetensors`` what its features write to layers N, N + 1, …, as
+(d_sae, L − N, d_model). The reader counts the encoders to know L, and asks the first of them alone whether there are
+thresholds. Rows are kept as they are: their norm over all layers need not be 1.
+
 Both matrices are feature-major, as ours. TopK is written with a threshold: releases up to 0.5.0 ignore, of a folder of
 their own format, what the configuration says of top-k, and take the set for ReLU. Orientation and keys are those of
 release 0.4 and later; the first release (June 2025) stored both matrices the other way round.
 
-A reader is given one layer's file, with the set's ``config.yaml`` beside it if there is one. That a file is of the
-first release, shapes alone give away: the encoder then has more columns than the input is wide.
+What is read here is one layer's file, with the set's ``config.yaml`` beside it if there is one. That a file is of the
+first release, shapes alone give away: the encoder then has more columns than the input is wide. Cross-layer
+transcoders are read by ``tailrace.pipeline.formats.cross_layer``.
 """
 
 from __future__ import annotations
@@ -15,10 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
-from tailrace.pipeline.formats.conversion import Converted, Written
+from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, TranscoderLayer, layers_of
+from tailrace.pipeline.formats.conversion import Converted, Written, is_raw, present
 from tailrace.pipeline.formats.foreign import (
     Foreign,
     Key,
@@ -32,8 +40,7 @@ from tailrace.pipeline.formats.foreign import (
     read_tensors,
     refuse,
 )
-from tailrace.pipeline.formats.hooks import is_normalised_otherwise
-from tailrace.pipeline.formats.subjects import Subject, present
+from tailrace.pipeline.formats.hooks import is_normalised_otherwise, layer_hooks
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ArtifactMismatch
 from tailrace.storage.settings import load_yaml
@@ -41,6 +48,8 @@ from tailrace.training.architectures import Architecture, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import write_tensors
 
 CONFIG = "config.yaml"
+CROSS_LAYER = "cross_layer_transcoder"
+"""What the package calls them in a configuration."""
 
 _LAYER = re.compile(r"layer_(\d+)\.safetensors")
 _THRESHOLD, _K = "activation_function.threshold", "k"
@@ -48,96 +57,91 @@ NEEDS = "transformer_lens"
 """Key of an export's config.yaml: the releases of TransformerLens that have its hooks. The package ignores it."""
 
 
-def problems(subjects: Sequence[Subject]) -> list[str]:
-    """Return a sentence for everything that keeps these transcoders from making up a set."""
-    found = [line for one in subjects for line in layer_problems(one)]
-    hooked = [(one, hooks) for one in subjects if (hooks := one.hooks) is not None]
-    layers = sorted(hooks.layer for _, hooks in hooked)
-    if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
+def problems(transcoders: Sequence[PublishedTranscoder]) -> list[str]:
+    """Return a sentence for everything that keeps these transcoders from making up a set, or one from being written."""
+    across = [one for one in transcoders if one.is_cross_layer]
+    if across and len(transcoders) > 1:
+        paths = _listed([one.path for one in across])
+        return [f"{paths}: a cross-layer transcoder is all layers by itself; export it alone"]
+    layers = layers_of(transcoders)
+    found = [line for one in layers for line in _layer_problems(one)]
+    hooked = [hooks for one in layers if (hooks := layer_hooks(one.site)) is not None]
+    numbers = sorted(hooks.layer for hooks in hooked)
+    if repeated := sorted({number for number in numbers if numbers.count(number) > 1}):
         found.append(f"layer {_listed(repeated)}: more than one transcoder was given; a set has one per layer")
-    n_layers = max([*(int(one.model.get("n_layers", 0)) for one in subjects), *(layer + 1 for layer in layers), 0])
-    if missing := sorted(set(range(n_layers)) - set(layers)):
+    n_layers = max([*(int(one.model.get("n_layers", 0)) for one in layers), *(number + 1 for number in numbers), 0])
+    if missing := sorted(set(range(n_layers)) - set(numbers)):
         found.append(
-            f"layer {_listed(missing)}: no transcoder was given; circuit-tracer replaces the MLP of every layer, "
-            f"from 0 to {n_layers - 1}"
+            f"layer {_listed(missing)}: "
+            + (f"{across[0].path} does not read it" if across else "no transcoder was given")
+            + f"; circuit-tracer replaces the MLP of every layer, from 0 to {n_layers - 1}"
+            + (", and its files cannot say which layers they are. " + _TRAIN_ON_ALL if across else "")
         )
-    return found + unlike_layers(subjects)
-
-
-def unlike_layers(subjects: Sequence[Subject]) -> list[str]:
-    """Return a sentence for everything that a set has once but these layers have in more than one way."""
-    hooks = [one.hooks for one in subjects if one.hooks is not None]
     kinds: dict[str, set[Any]] = {
-        "d_sae": {one.d_sae for one in subjects},
-        "input hook": {one.input for one in hooks},
-        "output hook": {one.output for one in hooks},
-        "a skip path": {one.skips for one in subjects},
-        "model": {str(one.model.get("name")) for one in subjects},
+        "d_sae": {one.d_sae for one in layers},
+        "input hook": {hooks.input for hooks in hooked},
+        "output hook": {hooks.output for hooks in hooked},
+        "a skip path": {one.skips for one in layers},
+        "model": {str(one.model.get("name")) for one in layers},
     }
-    return [
+    found += [
         f"{name}: is {_listed(sorted(values, key=str))} in one set; it must be the same in all layers"
         for name, values in kinds.items()
         if len(values) > 1
     ]
+    return list(dict.fromkeys(found))
 
 
-def layer_problems(subject: Subject) -> list[str]:
-    """Return a sentence for everything that keeps one layer from standing in for an MLP there."""
-    site, found = subject.site, []
-    if subject.hooks is None:
+_TRAIN_ON_ALL = "Train one over all of them: pipeline cache with --layers all, then pipeline train --cross-layer"
+
+
+def _layer_problems(layer: TranscoderLayer) -> list[str]:
+    path, site, found = layer.path, layer.site, []
+    if layer_hooks(site) is None:
         found.append(
-            f"{subject.path}: reads {site['hook_in']} and writes {site['hook_out']}; a set needs the input and output "
-            "of one layer's MLP, such as blocks.3.mlp.hook_in and blocks.3.mlp.hook_out"
+            f"{path}: reads {site.hook_in} and writes {site.hook_out}; a set needs the input and output of one layer's "
+            "MLP, such as blocks.3.mlp.hook_in and blocks.3.mlp.hook_out"
         )
-    elif subject.is_autoencoder:
-        found.append(f"{subject.path}: is an autoencoder of {site['hook_in']}; circuit-tracer replaces MLPs")
-    if site["d_in"] != site["d_out"]:
+    elif layer.is_autoencoder:
+        found.append(f"{path}: is an autoencoder of {site.hook_in}; circuit-tracer replaces MLPs")
+    if site.d_in != site.d_out:
+        found.append(f"{path}: maps width {site.d_in} to {site.d_out}; circuit-tracer holds one width only")
+    if not is_raw(layer):
         found.append(
-            f"{subject.path}: maps width {site['d_in']} to {site['d_out']}; circuit-tracer holds one width only"
-        )
-    if not subject.is_raw:
-        found.append(
-            f"{subject.path}: was trained on a language model whose norms are folded into its weights (processing "
+            f"{path}: was trained on a language model whose norms are folded into its weights (processing "
             "compatibility); circuit-tracer loads the model as published, where the same hooks hold other vectors, so "
             "the set would be wrong there. Cache with --processing raw and train on that"
         )
     return found
 
 
+@torch.no_grad()
 def write(
     directory: Path, layers: Iterable[Converted], model: Mapping[str, Any], model_name: str, scan: str | None
 ) -> Written:
-    """Write a set whose layers have been checked, one at a time; return the files, and what the thresholds cost."""
-    files, costs, hooks = [], {}, ("", "")
+    """Write layers that have been checked, one at a time; return the files, and what the thresholds cost."""
+    files, costs, hooks, kind = [CONFIG], {}, ("", ""), "transcoder_set"
     for one in layers:
-        name = f"layer_{one.layer}.safetensors"
-        form, hooks = one.form, (one.hook_in, one.hook_out)
+        layer, form, hooks = one.layer, one.form, (one.hook_in, one.hook_out)
         if one.cost is not None:
-            costs[one.subject.site["name"]] = one.cost
-        tensors = {
-            "W_enc": form.W_enc,
-            "b_enc": form.b_enc,
-            "W_dec": form.W_dec,
-            "b_dec": form.b_dec,
-            "activation_function.threshold": form.threshold,
-            "W_skip": form.W_skip,
-        }
-        write_tensors(directory / name, present(tensors))
-        files.append(name)
-    write_config(directory, "transcoder_set", model_name, hooks, scan, model)
-    return Written([CONFIG, *files], costs)
-
-
-def write_config(
-    directory: Path,
-    kind: str,
-    model_name: str,
-    hooks: tuple[str, str],
-    scan: str | None,
-    model: Mapping[str, Any] | None = None,
-) -> None:
-    """Write what the package reads first, so it comes last; ``hooks`` are those of any layer, with its block."""
-    is_of_release_3 = any(is_normalised_otherwise(hook, model or {}) for hook in hooks)
+            costs[layer.site.name] = one.cost
+        number = layer.site.layer
+        encoder = {"W_enc": form.W_enc, "b_enc": form.b_enc, "b_dec": form.b_dec}
+        if layer.index is None:
+            others = {"W_dec": form.W_dec, _THRESHOLD: form.threshold, "W_skip": form.W_skip}
+            contents = {f"layer_{number}": present({**encoder, **others})}
+        else:
+            kind = CROSS_LAYER
+            if layer.kind != "relu":  # of all layers or of none, whether they are zero in this one or not
+                encoder["threshold"] = torch.zeros_like(form.b_enc) if form.threshold is None else form.threshold
+            contents = {
+                f"W_enc_{number}": {f"{name}_{number}": values for name, values in encoder.items()},
+                f"W_dec_{number}": {f"W_dec_{number}": layer.load_writes()},
+            }
+        for name, tensors in contents.items():
+            files.append(f"{name}.safetensors")
+            write_tensors(directory / files[-1], tensors)
+    is_of_release_3 = any(is_normalised_otherwise(hook, model) for hook in hooks)
     config: dict[str, Any] = {
         "model_name": model_name,
         "model_kind": kind,
@@ -146,7 +150,9 @@ def write_config(
         **({} if scan is None else {"scan": scan}),
         **({NEEDS: ">=3"} if is_of_release_3 else {}),
     }
+    # Last: it is what the package reads first.
     write_atomically(directory / CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
+    return Written(files, costs)
 
 
 def _listed(values: Sequence[Any]) -> str:
@@ -189,7 +195,7 @@ def read(path: Path) -> Foreign:
     said = read_keys(path.parent / CONFIG, config, KEYS)
     if (kind := said["model_kind"]) not in (None, "transcoder_set"):
         raise ArtifactMismatch(
-            f"{path.parent / CONFIG}: is a {kind}, wanted a transcoder_set; of a cross_layer_transcoder, give the "
+            f"{path.parent / CONFIG}: is a {kind}, wanted a transcoder_set; of a {CROSS_LAYER}, give the "
             f"whole folder: {path.parent}"
         )
     skips, jumps = "W_skip" in tensors, _THRESHOLD in tensors

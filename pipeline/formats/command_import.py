@@ -13,7 +13,7 @@ from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
 
 if TYPE_CHECKING:
-    from tailrace.pipeline.formats.import_cross_layer import CrossLayerImport
+    from tailrace.pipeline.formats.import_transcoder import ImportResult
 
 
 class _ListsOrigins(SectionCommand):
@@ -53,23 +53,19 @@ def command(
     """
     settings = read_settings(ImportSettings, config, given)
 
-    from tailrace.pipeline.formats import import_cross_layer, import_transcoder
+    from tailrace.pipeline.formats import import_transcoder
 
-    if origin == import_cross_layer.ORIGIN and source.is_dir():
-        across = import_cross_layer.run(settings, source=source, cache=cache, output=output, device=device)
-        notes, summary = across.notes, _summary_of_layers(across)
-    else:
-        one = import_transcoder.run(settings, source=source, origin=origin, cache=cache, output=output, device=device)
-        fvu = "" if one.fvu is None else f", FVU {one.fvu:.4f}"
-        notes, summary = one.notes, f"{one.d_sae:,} features of {one.site}, L0 {one.l0:.1f}{fvu}"
+    result = import_transcoder.run(settings, source=source, origin=origin, cache=cache, output=output, device=device)
     if not quiet:
-        for note in notes:
+        for note in result.notes:
             click.echo(f"note: {note}")
-        click.echo(f"{output}: {summary}")
+        click.echo(f"{output}: {_summary(result)}")
 
 
-def _summary_of_layers(result: CrossLayerImport) -> str:
+def _summary(result: ImportResult) -> str:
+    measured = [f"{fvu:.4f}" for fvu in sorted(fvu for fvu in result.fvu if fvu is not None)]
+    fvu = f", FVU {' to '.join(dict.fromkeys((measured[0], measured[-1])))}" if measured else ""
+    if len(result.sites) == 1:
+        return f"{result.d_sae:,} features of {result.sites[0]}, L0 {result.l0[0]:.1f}{fvu}"
     n_layers = len(result.sites)
-    measured = [fvu for fvu in result.fvu if fvu is not None]
-    fvu = "" if not measured else f", FVU {min(measured):.4f} to {max(measured):.4f}"
     return f"{result.d_sae:,} features in each of {n_layers} layers, L0 {sum(result.l0) / n_layers:.1f} a layer{fvu}"

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.pipeline.analyze.stage import check_same_site
+from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.pipeline.formats import calibration as calibrations
 from tailrace.pipeline.formats.hooks import MLP_IN, MLP_OUT, NORMALISED_IN, STREAM_OUT, layer_hooks
 from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
-from tailrace.pipeline.formats.subjects import Subject
 from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A subject in the common form, with the hooks it now belongs to and what the conversion did."""
+    """A layer in the common form, with the hooks it now belongs to and what the conversion did."""
 
-    subject: Subject
+    layer: TranscoderLayer
     form: JumpForm
+    """Of a cross-layer transcoder, the decoder is the sum of what the layer's features write."""
     hook_in: str
     hook_out: str
     cost: calibrations.Calibration | None
     """Of thresholds that stand in for k; None where nothing had to."""
-
-    @property
-    def layer(self) -> int:
-        """The block of both hooks; only for sites that have one."""
-        hooks = layer_hooks({"hook_in": self.hook_in, "hook_out": self.hook_out})
-        assert hooks is not None
-        return hooks.layer
 
 
 class Written(NamedTuple):
@@ -41,88 +39,102 @@ class Written(NamedTuple):
 
     files: list[str]
     """Names inside the directory."""
-    costs: dict[str, calibrations.Calibration]
+    costs: Mapping[str, calibrations.Calibration] = {}
     """Of thresholds that stand in for k, by site."""
     notes: Sequence[str] = ()
     """What else a user should read."""
 
 
 def convert(
-    subjects: Sequence[Subject], *, cache: Path | None, rows: int, weights: ModelWeights | None
+    layers: Sequence[TranscoderLayer], *, cache: Path | None, rows: int, weights: ModelWeights | None
 ) -> Iterator[Converted]:
-    """Bring transcoders into the common form, each when it is asked for.
+    """Bring layers into the common form, each when it is asked for.
 
     ``cache`` is where TopK's thresholds are calibrated and measured, on ``rows`` rows. With the language model's
     ``weights``, the gain and bias of the norm before the MLP are folded in, so that the input is
     ``ln2.hook_normalized``. Before the first one, raises SettingsError where a cache is needed and missing and for what
     cannot be folded, ArtifactMismatch for a cache of another site or model; all problems at once.
     """
-    problems = [] if weights is None else [line for one in subjects for line in folding_problems(one, weights)]
-    wanting = [str(one.path) for one in subjects if one.needs_calibration]
+    problems = [] if weights is None else [line for one in layers for line in _folding_problems(one, weights)]
+    wanting = [one for one in layers if needs_calibration(one)]
     if wanting and cache is None:
         problems.append(
-            f"{', '.join(wanting)}: TopK has no thresholds, and this format holds nothing else; give --cache, on whose "
-            "rows they are chosen and their cost measured"
+            f"{', '.join(map(str, wanting))}: TopK has no thresholds, and this format holds nothing else; give "
+            "--cache, on whose rows they are chosen and their cost measured"
         )
     if problems:
-        raise SettingsError("\n".join(problems))
+        raise SettingsError("\n".join(dict.fromkeys(problems)))
     opened = None if cache is None else open_cache(cache)
-    sites = {} if opened is None else _check_sites(opened, [one for one in subjects if str(one.path) in wanting])
-    for one in subjects:
-        yield _convert(one, opened, sites.get(one.path), rows, weights)
+    if opened is not None:
+        _check_sites(opened, wanting)
+    for one in layers:
+        yield _convert(one, opened, rows, weights)
 
 
-def _check_sites(cache: ActivationCache, subjects: Sequence[Subject]) -> dict[Path, str]:
-    sites, problems = {}, []
-    for one in subjects:
+def needs_calibration(layer: TranscoderLayer) -> bool:
+    """Tell whether no thresholds give a layer's activations exactly."""
+    return layer.kind == "topk"
+
+
+def is_raw(layer: TranscoderLayer) -> bool:
+    """Tell whether the language model's weights are as published; what is not recorded counts as raw."""
+    return bool(layer.model.get("processing", "raw") == "raw")
+
+
+def _check_sites(cache: ActivationCache, layers: Sequence[TranscoderLayer]) -> None:
+    problems = []
+    for one in layers:
         try:
-            sites[one.path] = check_same_site(cache, cache.path, one.manifest, one.path)
+            check_same_site(cache, cache.path, one.manifest, one.path)
         except ArtifactMismatch as error:
             problems.append(str(error))
     if problems:
         raise ArtifactMismatch("\n".join(problems))
-    return sites
 
 
 def _convert(
-    subject: Subject, cache: ActivationCache | None, site: str | None, rows: int, weights: ModelWeights | None
+    layer: TranscoderLayer, cache: ActivationCache | None, rows: int, weights: ModelWeights | None
 ) -> Converted:
-    cost = None
-    transcoder = subject.load()
-    if subject.needs_calibration:
+    cost, transcoder, site = None, layer.load(), layer.site
+    if needs_calibration(layer):
         assert cache is not None
-        assert site is not None
-        form, cost = calibrations.calibrate(transcoder, cache, cache.sites[site], rows)
+        form, cost = calibrations.calibrate(transcoder, cache, cache.sites[site.name], rows)
     else:
         form = jump_form(transcoder)
-    hook_in, hook_out = subject.site["hook_in"], subject.site["hook_out"]
-    hooks = subject.hooks
-    if weights is not None:
-        assert hooks is not None
-        block = f"blocks.{hooks.layer}"
-        form = form.before_gain(weights.layers[hooks.layer].norm_mlp)
-        hook_in, hook_out = f"{block}.{NORMALISED_IN}", f"{block}.{STREAM_OUT}"
-    return Converted(subject, form, hook_in, hook_out, cost)
+    if weights is None:
+        return Converted(layer, form, site.hook_in, site.hook_out, cost)
+    assert site.layer is not None, "it was checked that its norm can be folded in"
+    block, norm = f"blocks.{site.layer}", weights.layers[site.layer].norm_mlp
+    return Converted(layer, form.before_gain(norm), f"{block}.{NORMALISED_IN}", f"{block}.{STREAM_OUT}", cost)
 
 
-def folding_problems(subject: Subject, weights: ModelWeights) -> list[str]:
-    """Return a sentence for each reason why the norm before the MLP cannot be folded into this transcoder."""
-    hooks = subject.hooks
+def _folding_problems(layer: TranscoderLayer, weights: ModelWeights) -> list[str]:
+    """Return a sentence for each reason why the norm before the MLP cannot be folded into a layer."""
+    site, hooks = layer.site, layer_hooks(layer.site)
     if hooks is None or (hooks.input, hooks.output) != (MLP_IN, MLP_OUT):
         return [
-            f"{subject.path}: reads {subject.site['hook_in']} and writes {subject.site['hook_out']}; only a transcoder "
-            "of blocks.L.mlp.hook_in and blocks.L.mlp.hook_out has a norm to fold in; leave out --fold-norm"
+            f"{layer.path}: reads {site.hook_in} and writes {site.hook_out}; only a transcoder of blocks.L.mlp.hook_in "
+            "and blocks.L.mlp.hook_out has a norm to fold in; leave out --fold-norm"
         ]
-    if not subject.is_raw:
+    if not is_raw(layer):
+        return [f"{layer.path}: its language model's norms are folded into the weights already; leave out --fold-norm"]
+    of_model = weights.layers[hooks.layer]
+    if of_model.norm_mlp.kind == "none":
+        return [f"{layer.path}: this model has no norm of its own before the MLP; leave out --fold-norm"]
+    if of_model.norm_mlp_out.kind != "none":
         return [
-            f"{subject.path}: its language model's norms are folded into the weights already; leave out --fold-norm"
-        ]
-    layer = weights.layers[hooks.layer]
-    if layer.norm_mlp.kind == "none":
-        return [f"{subject.path}: this model has no norm of its own before the MLP; leave out --fold-norm"]
-    if layer.norm_mlp_out.kind != "none":
-        return [
-            f"{subject.path}: this model has a norm after the MLP, so what is added to the stream is no linear map of "
+            f"{layer.path}: this model has a norm after the MLP, so what is added to the stream is no linear map of "
             "what the transcoder writes; leave out --fold-norm"
         ]
     return []
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, keys in the order given. Raises StorageFull if the disk refuses."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def present(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the tensors there are."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.formats.conversion import write_json
 from tailrace.pipeline.formats.hooks import module_of
-from tailrace.pipeline.formats.subjects import write_json
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import make_directory, read_manifest
+from tailrace.storage.cache_format import Site
 from tailrace.storage.differences import list_differences
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.storage.formats import FOR_ONE_LAYER_ONLY
 from tailrace.storage.names import folder_problem
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures.transcoder import write_tensors
@@ -41,8 +43,8 @@ class LatentTables:
 
     def module(self, named: str | None) -> str:
         """Name of the folder: the module whose activations these are, else the site's name."""
-        site = self.manifest["site"]
-        return named or module_of(site, self.manifest.get("model") or {}) or str(site["name"])
+        site = Site(**self.manifest["site"])
+        return named or module_of(site, self.manifest.get("model") or {}) or site.name
 
     @property
     def partitions(self) -> list[Path]:
@@ -60,7 +62,7 @@ def open_tables(paths: Sequence[Path], cache: Path | None, module: str | None) -
         raise SettingsError("nothing to export; give the path of at least one artifact of tables")
     if cache is None:
         raise SettingsError("delphi reads whole contexts, and tables hold rows; give the cache they come from, --cache")
-    manifests = {path: read_manifest(path, analyze.KIND) for path in paths}
+    manifests = {path: read_manifest(path, analyze.KIND, FOR_ONE_LAYER_ONLY) for path in paths}
     if missing := [str(path) for path in paths if not (path / "activations").is_dir()]:
         raise ArtifactMissing(
             f"{', '.join(missing)}: hold no activations; run pipeline analyze again with --activations all"

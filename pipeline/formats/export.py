@@ -17,18 +17,17 @@ from typing import Any
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.pipeline.analyze.stage import KIND as TABLES_KIND
 from tailrace.pipeline.artifacts.folders import each_artifact
-from tailrace.pipeline.formats import circuit_tracer, cross_layer, delphi, saelens, sparsify, viewer_features
+from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, TranscoderLayer, layers_of, open_transcoders
+from tailrace.pipeline.formats import circuit_tracer, delphi, saelens, sparsify, viewer_features
 from tailrace.pipeline.formats.calibration import Calibration
-from tailrace.pipeline.formats.conversion import Converted, convert
-from tailrace.pipeline.formats.hooks import NORMALISED_IN, STREAM_OUT, is_normalised_otherwise
+from tailrace.pipeline.formats.conversion import Converted, Written, convert
+from tailrace.pipeline.formats.hooks import NORMALISED_IN, STREAM_OUT, is_normalised_otherwise, layer_hooks
 from tailrace.pipeline.formats.settings import TABLE_FORMATS, ExportSettings, Format
-from tailrace.pipeline.formats.subjects import Subject, open_subjects, trained_on
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, canonical_json, read_manifest, read_sealed
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from tailrace.storage.formats import ARTIFACT_FORMATS
-from tailrace.training.architectures.transcoder import KIND as TRANSCODER_KIND
+from tailrace.storage.formats import ARTIFACT_FORMATS, TRANSCODER_KINDS
 
 KIND = "export"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -69,7 +68,7 @@ def run(
     """
     if problems := settings.given_for_others(to):
         raise SettingsError("\n".join(problems))
-    sources = each_artifact(sources, TABLES_KIND if to in TABLE_FORMATS else TRANSCODER_KIND)
+    sources = each_artifact(sources, *((TABLES_KIND,) if to in TABLE_FORMATS else TRANSCODER_KINDS))
     inputs = [{"digest": _digest(path)} for path in sources]
     job = _Job(settings, to, sources, cache, model, device)
     job.check()
@@ -132,32 +131,36 @@ class _Job:
     ) -> None:
         self._settings, self._to, self._cache = settings, to, cache
         self._model, self._device = model, device
-        self._subjects: list[Subject] = []
-        self._layers: list[viewer_features.LayerTables] = []
+        self._transcoders: list[PublishedTranscoder] = []
+        self._tables: list[viewer_features.LayerTables] = []
         self._latents: list[delphi.LatentTables] = []
-        self._cross_layer = cross_layer.open_cross_layer(sources, to)
         if to == "circuit-tracer-features":
-            self._layers = viewer_features.open_tables(sources)
+            self._tables = viewer_features.open_tables(sources)
         elif to == "delphi":
             self._latents = delphi.open_tables(sources, cache, settings.module)
-        elif self._cross_layer is None:
-            self._subjects = open_subjects(sources)
+        elif not sources:
+            raise SettingsError("nothing to export; give the path of at least one transcoder")
+        else:
+            self._transcoders = open_transcoders(sources)
+        self._layers = layers_of(self._transcoders)
 
     def check(self) -> None:
         """Raise SettingsError with every reason why the format cannot hold these transcoders."""
         problems: dict[Format, Callable[[], list[str]]] = {
-            "saelens": lambda: saelens.problems(self._subjects),
-            "circuit-tracer": self._problems_of_layers,
-            "sparsify": lambda: sparsify.problems(self._subjects, self._settings.module),
+            "saelens": lambda: saelens.problems(self._layers),
+            "circuit-tracer": lambda: circuit_tracer.problems(self._transcoders),
+            "sparsify": lambda: sparsify.problems(self._layers, self._settings.module),
         }
-        found = problems[self._to]() if self._to in problems else []
+        across = [str(one.path) for one in self._transcoders if one.is_cross_layer]
+        if across and self._to != "circuit-tracer":
+            found = [
+                f"{', '.join(across)}: is a cross-layer transcoder, whose features write to several layers; {self._to} "
+                "holds one layer at a time. circuit-tracer alone can hold it: --to circuit-tracer"
+            ]
+        else:
+            found = problems[self._to]() if self._to in problems else []
         if found:
             raise SettingsError(f"cannot be exported to {self._to}:\n" + "\n".join(f"  {line}" for line in found))
-
-    def _problems_of_layers(self) -> list[str]:
-        if self._cross_layer is None:
-            return circuit_tracer.problems(self._subjects)
-        return cross_layer.problems(self._cross_layer)
 
     def renamed_hooks(self) -> dict[str, list[str]]:
         """Return what is written of the hooks if it is not their recorded names, for the request.
@@ -166,87 +169,82 @@ class _Job:
         """
         if self._to != "saelens":
             return {}
-        (subject,) = self._subjects
-        recorded = [subject.site["hook_in"], subject.site["hook_out"]]
-        if self._settings.fold_norm and (hooks := subject.hooks) is not None:
+        (layer,) = self._layers
+        recorded = [layer.site.hook_in, layer.site.hook_out]
+        if self._settings.fold_norm and (hooks := layer_hooks(layer.site)) is not None:
             recorded = [f"blocks.{hooks.layer}.{name}" for name in (NORMALISED_IN, STREAM_OUT)]
-        written = saelens.written_hooks(subject, recorded)
+        written = saelens.written_hooks(layer, recorded)
         return {} if written == recorded else {"hooks": written}
 
     def write(self, directory: Path) -> tuple[list[str], dict[str, Any]]:
         """Write all files; return their names, and what the manifest says besides."""
         match self._to:
             case "circuit-tracer-features":
-                return viewer_features.write(directory, self._layers), {"notes": [], "calibration": []}
+                done = Written(viewer_features.write(directory, self._tables))
             case "delphi":
-                written = [
+                parts = [
                     delphi.write(directory, one, self._settings.module, self._name(one.manifest))
                     for one in self._latents
                 ]
-                notes = [note for _, some in written for note in some]
-                return [name for names, _ in written for name in names], {"notes": notes, "calibration": []}
+                notes = [note for _, some in parts for note in some]
+                done = Written([name for names, _ in parts for name in names], notes=notes)
             case "sparsify":
-                files = [sparsify.write(directory, one, self._settings.module) for one in self._subjects]
-                return [name for names in files for name in names], {"notes": [], "calibration": []}
-            case "circuit-tracer" if (across := self._cross_layer) is not None:
-                weights, name = self._weights([across.path]), self._name(across.manifest)
-                names = cross_layer.write(directory, across, name, self._settings.scan, weights)
-                notes = [*self._notes_on_norms(across.layers[0]), *self._notes_on_name(across.layers[0])]
-                return names, {"notes": notes, "calibration": []}
-        name = self._name(self._subjects[0].manifest)
-        if self._to == "circuit-tracer":
-            model = self._subjects[0].model
-            done = circuit_tracer.write(directory, self._convert(), model, name, self._settings.scan)
-        else:
-            text = trained_on(self._subjects[0], None if self._cache is None else open_cache(self._cache))
-            if saelens.is_topk_autoencoder(self._subjects[0]):
-                done = saelens.write_topk_autoencoder(directory, self._subjects[0], name, text)
-            else:
-                (converted,) = self._convert()
-                done = saelens.write(directory, converted, name, text)
+                parts_files = [sparsify.write(directory, one, self._settings.module) for one in self._layers]
+                done = Written([name for names in parts_files for name in names])
+            case "circuit-tracer":
+                layer, scan = self._layers[0], self._settings.scan
+                done = circuit_tracer.write(directory, self._convert(), layer.model, self._name(layer.manifest), scan)
+            case "saelens":
+                done = self._write_saelens(directory, self._layers[0])
         return done.files, {
             "notes": [
                 *(f"{site}: {cost.sentence()}" for site, cost in done.costs.items()),
                 *done.notes,
-                *self._notes_on_norms(self._subjects[0]),
-                *self._notes_on_name(self._subjects[0]),
+                *(self._notes(self._layers[0]) if self._to in ("saelens", "circuit-tracer") else []),
             ],
             "calibration": [{"site": site, **cost.record()} for site, cost in done.costs.items()],
         }
 
-    def _notes_on_norms(self, subject: Subject) -> list[str]:
-        """Return a sentence on which TransformerLens circuit-tracer must load; a SAELens export holds under each."""
-        reads = NORMALISED_IN if self._settings.fold_norm else subject.site["hook_in"]
-        if self._to != "circuit-tracer" or not is_normalised_otherwise(reads, subject.model):
-            return []
-        return [
-            f"{reads}: of a model with LayerNorms (GPT-2, Pythia) this needs TransformerLens 3 or later, which "
-            f"{circuit_tracer.CONFIG} says and circuit-tracer does not look at; earlier releases have it behind the "
-            "norm's gain and bias, and every number is another there"
-            + (". Without --fold-norm the set holds under all of them" if self._settings.fold_norm else "")
-        ]
+    def _write_saelens(self, directory: Path, layer: TranscoderLayer) -> Written:
+        text = saelens.trained_on(layer, None if self._cache is None else open_cache(self._cache))
+        name = self._name(layer.manifest)
+        if saelens.is_topk_autoencoder(layer):
+            return saelens.write_topk_autoencoder(directory, layer, name, text)
+        (converted,) = self._convert()
+        return saelens.write(directory, converted, name, text)
 
-    def _notes_on_name(self, subject: Subject) -> list[str]:
-        """Return a sentence if the model is recorded by the name of a folder, by which nobody else can load it."""
-        if self._settings.model_name is not None or not subject.model.get("files_digest"):
-            return []
-        return [
-            f"the model is called {subject.model.get('name')}, after a folder of this machine; if the other tool finds "
-            "it under another name, give that with --model-name"
-        ]
+    def _notes(self, layer: TranscoderLayer) -> list[str]:
+        """Return sentences on the model: which TransformerLens must load it, and by which name."""
+        notes = []
+        reads = NORMALISED_IN if self._settings.fold_norm else layer.site.hook_in
+        # A SAELens export holds under each.
+        if self._to == "circuit-tracer" and is_normalised_otherwise(reads, layer.model):
+            notes.append(
+                f"{reads}: of a model with LayerNorms (GPT-2, Pythia) this needs TransformerLens 3 or later, which "
+                f"{circuit_tracer.CONFIG} says and circuit-tracer does not look at; earlier releases have it behind "
+                "the norm's gain and bias, and every number is another there"
+                + (". Without --fold-norm the set holds under all of them" if self._settings.fold_norm else "")
+            )
+        # By the name of a folder nobody else can load it.
+        if self._settings.model_name is None and layer.model.get("files_digest"):
+            notes.append(
+                f"the model is called {layer.model.get('name')}, after a folder of this machine; if the other tool "
+                "finds it under another name, give that with --model-name"
+            )
+        return notes
 
     def _convert(self) -> Iterator[Converted]:
-        weights = self._weights([one.path for one in self._subjects])
-        return convert(self._subjects, cache=self._cache, rows=self._settings.rows, weights=weights)
+        return convert(self._layers, cache=self._cache, rows=self._settings.rows, weights=self._weights())
 
-    def _weights(self, transcoders: Sequence[Path]) -> ModelWeights | None:
+    def _weights(self) -> ModelWeights | None:
         """Return the language model's weights where a norm has to be folded in."""
         if not self._settings.fold_norm:
             return None
         from tailrace.pipeline.model.of_transcoders import open_transcoder_model
         from tailrace.pipeline.model.weights import read_weights  # loads TransformerLens, which nothing else here needs
 
-        return read_weights(open_transcoder_model(transcoders, model=self._model, device=self._device))
+        paths = [one.path for one in self._transcoders]
+        return read_weights(open_transcoder_model(paths, model=self._model, device=self._device))
 
-    def _name(self, manifest: dict[str, Any]) -> str:
+    def _name(self, manifest: Mapping[str, Any]) -> str:
         return self._settings.model_name or str((manifest.get("model") or {}).get("name", "unknown"))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -80,18 +80,11 @@ def refuse(path: Path, problems: Sequence[str]) -> None:
         raise ArtifactMismatch(f"{path}: cannot be imported: {'; '.join(problems)}")
 
 
-@dataclass(frozen=True)
-class Foreign:
-    """What a reader found."""
+@dataclass(frozen=True, kw_only=True)
+class ForeignRecord:
+    """What files say of a transcoder of one layer or several besides its weights."""
 
     architecture: Architecture
-    weights: dict[str, Tensor]
-    """By the names of our own modules: ``W_enc`` (d_sae, d_in), ``b_enc``, ``W_dec`` (d_sae, d_out), ``b_dec_out``, and
-    what the architecture has besides. An input bias is folded in."""
-    hook_in: str | None
-    """TransformerLens's name of what it reads; None if the files do not say."""
-    hook_out: str | None
-    """… and of what it writes; the same hook for an autoencoder."""
     model_name: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     """What else the files say of themselves, as JSON; for the record only."""
@@ -107,6 +100,31 @@ class Foreign:
         """The architecture as a manifest keeps it: what the files say and none of our defaults for training."""
         settings = self.architecture
         return {"kind": settings.model_dump()["kind"], **settings.model_dump(mode="json", exclude_unset=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign(ForeignRecord):
+    """A transcoder of one layer as a reader found it."""
+
+    weights: dict[str, Tensor]
+    """By the names of our own modules: ``W_enc`` (d_sae, d_in), ``b_enc``, ``W_dec`` (d_sae, d_out), ``b_dec_out``, and
+    what the architecture has besides. An input bias is folded in."""
+    hook_in: str | None
+    """TransformerLens's name of what it reads; None if the files do not say."""
+    hook_out: str | None
+    """… and of what it writes; the same hook for an autoencoder."""
+
+    n_layers: ClassVar = 1
+
+    @property
+    def hooks(self) -> list[tuple[str, str]] | None:
+        """The pair of hooks; None if the files do not say both."""
+        return None if self.hook_in is None or self.hook_out is None else [(self.hook_in, self.hook_out)]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths by the weights' shapes."""
+        return self.weights["W_enc"].shape[1], self.weights["W_dec"].shape[1]
 
     def build(self, where: Path) -> Transcoder:
         """Return the module with these weights.

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from tailrace.storage.cache_format import Site
 from tailrace.storage.hook_names import HookName
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.([^\[\]]+)")
@@ -80,15 +81,15 @@ class LayerHooks(NamedTuple):
     output: str
 
 
-def layer_hooks(site: Mapping[str, Any]) -> LayerHooks | None:
-    """Return the hooks of a recorded site within its block; None unless both are whole hooks of one block."""
-    found = [_IN_BLOCK.fullmatch(site[side]) for side in ("hook_in", "hook_out")]
+def layer_hooks(site: Site) -> LayerHooks | None:
+    """Return the hooks of a site within its block; None unless both are whole hooks of one block."""
+    found = [_IN_BLOCK.fullmatch(hook) for hook in (site.hook_in, site.hook_out)]
     if found[0] is None or found[1] is None or found[0][1] != found[1][1]:
         return None
     return LayerHooks(int(found[0][1]), found[0][2], found[1][2])
 
 
-def module_of(site: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
+def module_of(site: Site, model: Mapping[str, Any]) -> str | None:
     """Return the name, below the model's base, of the module whose input and output (or output alone, for an
     autoencoder) the site holds; None where it is no module's or the model's module names are not known here.
     """

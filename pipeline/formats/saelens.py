@@ -12,12 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tailrace.pipeline.formats.conversion import Converted, Written
+from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
+from tailrace.pipeline.formats.conversion import (
+    Converted,
+    Written,
+    is_raw,
+    needs_calibration,
+    present,
+    write_json,
+)
 from tailrace.pipeline.formats.foreign import (
     Foreign,
     Key,
@@ -36,7 +44,7 @@ from tailrace.pipeline.formats.foreign import (
 )
 from tailrace.pipeline.formats.hooks import MLP_IN, hooked_transformer_name, is_normalised_otherwise, why_unnamed
 from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
-from tailrace.pipeline.formats.subjects import Subject, TrainedOn, present, write_json
+from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.hook_names import HookName
 from tailrace.training.architectures import Architecture, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import write_tensors
@@ -117,59 +125,87 @@ KEYS: Keys = {
 """Of cfg.json, of releases 2.1 to 6.54."""
 
 
-def problems(subjects: Sequence[Subject]) -> list[str]:
+class TrainedOn(NamedTuple):
+    """What is known of the text and the positions that a transcoder was trained on."""
+
+    context_length: int
+    first_position: int
+    """Positions before this one were left out."""
+    without_special_tokens: bool
+    dataset: str | None
+    """On a hub; None for files of a machine."""
+
+
+def trained_on(layer: TranscoderLayer, cache: ActivationCache | None) -> TrainedOn | None:
+    """Return what a live run recorded, or what ``cache`` says if it is the cache that was trained on; else None."""
+    inputs = layer.manifest["inputs"]
+    if "live" in inputs:
+        packing, text = inputs["live"]["packing"], inputs["live"]["text"]
+        rows = packing
+    elif cache is not None and "imported" not in inputs and inputs.get("cache", {}).get("cache_id") == cache.cache_id:
+        packing, text = cache.manifest.packing, cache.manifest.text
+        rows = packing["row_filter"]
+    else:
+        return None
+    return TrainedOn(
+        context_length=packing["context_length"],
+        first_position=max(rows["first_position"], 0 if rows["exclude"] == "none" else 1),
+        without_special_tokens=rows["exclude"] == "special",
+        dataset=text.get("dataset") if text.get("source") != "local" else None,
+    )
+
+
+def problems(layers: Sequence[TranscoderLayer]) -> list[str]:
     """Return a sentence for everything that keeps these transcoders from being written."""
-    if len(subjects) > 1:
-        return [
-            f"a SAELens folder holds one transcoder, {len(subjects)} were given; export each to a folder of its own"
-        ]
+    if len(layers) > 1:
+        return [f"a SAELens folder holds one transcoder, {len(layers)} were given; export each to a folder of its own"]
     return [
         f"{one.path}: is an autoencoder with a path past its features, which SAELens has for transcoders only"
-        for one in subjects
+        for one in layers
         if one.is_autoencoder and one.skips
     ]
 
 
-def is_topk_autoencoder(subject: Subject) -> bool:
+def is_topk_autoencoder(layer: TranscoderLayer) -> bool:
     """Tell whether SAELens has this transcoder's own rule, so that no threshold must stand in for k."""
-    return subject.is_autoencoder and subject.needs_calibration
+    return layer.is_autoencoder and needs_calibration(layer)
 
 
-def write_topk_autoencoder(directory: Path, subject: Subject, model_name: str, text: TrainedOn | None) -> Written:
+def write_topk_autoencoder(directory: Path, layer: TranscoderLayer, model_name: str, text: TrainedOn | None) -> Written:
     """Write a TopK autoencoder with its k."""
-    form = jump_form(subject.load(), torch.zeros(subject.d_sae))
-    config = {"architecture": "topk", "k": subject.manifest["architecture"]["k"], "rescale_acts_by_decoder_norm": False}
-    hooks = (subject.site["hook_in"], subject.site["hook_out"])
-    files = _write(directory, form, config, _metadata(subject, hooks, model_name, text))
-    return Written(files, {}, [*attaching(subject, *hooks), *_notes_on_text(subject, text)])
+    form = jump_form(layer.load(), torch.zeros(layer.d_sae))
+    config = {"architecture": "topk", "k": layer.manifest["architecture"]["k"], "rescale_acts_by_decoder_norm": False}
+    hooks = (layer.site.hook_in, layer.site.hook_out)
+    files = _write(directory, form, config, _metadata(layer, hooks, model_name, text))
+    return Written(files, {}, [*attaching(layer, *hooks), *_notes_on_text(layer, text)])
 
 
 def write(directory: Path, converted: Converted, model_name: str, text: TrainedOn | None) -> Written:
     """Write a transcoder or autoencoder; what the thresholds cost, and where it attaches, is returned too."""
-    form, subject = converted.form, converted.subject
-    if subject.is_autoencoder:
+    form, layer = converted.form, converted.layer
+    if layer.is_autoencoder:
         config: dict[str, Any] = {"architecture": "standard" if form.threshold is None else "jumprelu"}
     else:
         kind = ("jumprelu_" if form.threshold is not None else "") + ("skip_" if form.W_skip is not None else "")
         config = {"architecture": f"{kind}transcoder", "d_out": form.d_out}
     hooks = (converted.hook_in, converted.hook_out)
-    files = _write(directory, form, config, _metadata(subject, hooks, model_name, text))
-    costs = {} if converted.cost is None else {subject.site["name"]: converted.cost}
-    return Written(files, costs, [*attaching(subject, *hooks), *_notes_on_text(subject, text)])
+    files = _write(directory, form, config, _metadata(layer, hooks, model_name, text))
+    costs = {} if converted.cost is None else {layer.site.name: converted.cost}
+    return Written(files, costs, [*attaching(layer, *hooks), *_notes_on_text(layer, text)])
 
 
-def hook_names(subject: Subject, hooks: Iterable[str]) -> list[str]:
+def hook_names(layer: TranscoderLayer, hooks: Iterable[str]) -> list[str]:
     """Return hooks by the names that are written: those of ``HookedSAETransformer``, or our own where it has none."""
-    return [hooked_transformer_name(hook, subject.model) or hook for hook in hooks]
+    return [hooked_transformer_name(hook, layer.model) or hook for hook in hooks]
 
 
-def written_hooks(subject: Subject, hooks: Sequence[str]) -> list[str]:
+def written_hooks(layer: TranscoderLayer, hooks: Sequence[str]) -> list[str]:
     """Return what the files say of the hooks: their names, and what has to be done for them to hold our vectors."""
-    names = hook_names(subject, hooks)
+    names = hook_names(layer, hooks)
     return [
         *names,
         *(["reshape_activations"] if _has_heads_side_by_side(names) else []),
-        *_processing_for(subject, hooks),
+        *_processing_for(layer, hooks),
     ]
 
 
@@ -178,44 +214,44 @@ def _has_heads_side_by_side(names: Iterable[str]) -> bool:
     return all(name.endswith(_HEADS) for name in names)
 
 
-def _processing_for(subject: Subject, hooks: Iterable[str]) -> dict[str, bool]:
+def _processing_for(layer: TranscoderLayer, hooks: Iterable[str]) -> dict[str, bool]:
     """Return how the model has to be loaded for its hooks to hold what ours hold, in every release of TransformerLens.
 
     A norm's output before the gain is what every release has where the gain is folded into what follows.
     """
-    if not subject.is_raw:
+    if not is_raw(layer):
         return dict.fromkeys(_COMPATIBILITY, True)
-    return {"fold_ln": True} if any(is_normalised_otherwise(hook, subject.model) for hook in hooks) else {}
+    return {"fold_ln": True} if any(is_normalised_otherwise(hook, layer.model) for hook in hooks) else {}
 
 
-def attaching(subject: Subject, hook_in: str, hook_out: str) -> list[str]:
+def attaching(layer: TranscoderLayer, hook_in: str, hook_out: str) -> list[str]:
     """Return sentences on where SAELens can attach a transcoder of these hooks, and on what it then leaves out."""
-    names = {hook: hooked_transformer_name(hook, subject.model) for hook in (hook_in, hook_out)}
+    names = {hook: hooked_transformer_name(hook, layer.model) for hook in (hook_in, hook_out)}
     notes = [
-        f"{hook}: HookedSAETransformer {why_unnamed(hook, subject.model)}. It passes over hooks that it does not have "
+        f"{hook}: HookedSAETransformer {why_unnamed(hook, layer.model)}. It passes over hooks that it does not have "
         "with a line in its log, and the loss is the model's own; attach this one in SAETransformerBridge (SAELens "
         f"from {ATTACHES_FROM} on, TransformerLens 3)"
         for hook, name in names.items()
         if name is None
     ]
     adds = f", which adds {hook_in}" if str(names[hook_in]).endswith(f".{MLP_IN}") else ""
-    if None not in names.values() and (adds or not subject.is_autoencoder):
+    if None not in names.values() and (adds or not layer.is_autoencoder):
         notes.append(f"attach it in HookedSAETransformer of SAELens {ATTACHES_FROM} or later{adds} (docs/export.md)")
-    written = hook_names(subject, (hook_in, hook_out))
+    written = hook_names(layer, (hook_in, hook_out))
     if per_head := [name for name in written if name.endswith(_PER_HEAD) and not _has_heads_side_by_side(written)]:
         notes.append(
             f"{per_head[0]}: SAELens lays no heads side by side here; flatten the last two dimensions yourself"
         )
-    if asked := _processing_for(subject, (hook_in, hook_out)):
+    if asked := _processing_for(layer, (hook_in, hook_out)):
         notes.append(f"load the model with model_from_pretrained_kwargs of its metadata: {', '.join(asked)}")
-    from_release = WITH_SKIP_AND_THRESHOLD if subject.skips and subject.kind != "relu" else FIRST_RELEASE
+    from_release = WITH_SKIP_AND_THRESHOLD if layer.skips and layer.kind != "relu" else FIRST_RELEASE
     notes.append(f"read by SAELens from {from_release} on")
-    if subject.skips:
+    if layer.skips:
         notes.append(
             f"SAELens, up to {FORMAT_OF} at least, leaves out the path past the features of a transcoder it attaches; "
             "run this one with hooks, as docs/export.md shows"
         )
-    return [f"{subject.site['name']}: {note}" for note in notes]
+    return [f"{layer.site.name}: {note}" for note in notes]
 
 
 def _write(directory: Path, form: JumpForm, config: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
@@ -247,17 +283,19 @@ def _write(directory: Path, form: JumpForm, config: dict[str, Any], metadata: di
     return [CONFIG, WEIGHTS]
 
 
-def _notes_on_text(subject: Subject, text: TrainedOn | None) -> list[str]:
+def _notes_on_text(layer: TranscoderLayer, text: TrainedOn | None) -> list[str]:
     if text is not None:
         return []
     return [
-        f"{subject.site['name']}: the files lack the length of contexts, which SAELens' ActivationsStore needs; the "
+        f"{layer.site.name}: the files lack the length of contexts, which SAELens' ActivationsStore needs; the "
         "cache that it was trained on says it: give --cache"
     ]
 
 
-def _metadata(subject: Subject, hooks: tuple[str, str], model_name: str, text: TrainedOn | None) -> dict[str, Any]:
-    read, written = (HookName.parse(name) for name in hook_names(subject, hooks))
+def _metadata(
+    layer: TranscoderLayer, hooks: tuple[str, str], model_name: str, text: TrainedOn | None
+) -> dict[str, Any]:
+    read, written = (HookName.parse(name) for name in hook_names(layer, hooks))
     about = (
         {}
         if text is None
@@ -273,7 +311,7 @@ def _metadata(subject: Subject, hooks: tuple[str, str], model_name: str, text: T
         "sae_lens_training_version": None,
         "model_name": model_name,
         "model_class_name": "HookedTransformer",
-        "model_from_pretrained_kwargs": _processing_for(subject, hooks),
+        "model_from_pretrained_kwargs": _processing_for(layer, hooks),
         "hook_name": read.point,
         "hook_name_out": written.point,
         "hook_head_index": read.head,

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
+from tailrace.pipeline.formats.conversion import is_raw, present, write_json
 from tailrace.pipeline.formats.foreign import (
     Foreign,
     Key,
@@ -30,7 +32,6 @@ from tailrace.pipeline.formats.foreign import (
     without_input_bias,
 )
 from tailrace.pipeline.formats.hooks import MLP_IN, MLP_OUT, RESID_POST, module_of
-from tailrace.pipeline.formats.subjects import Subject, present, write_json
 from tailrace.storage.names import folder_problem
 from tailrace.training.architectures import TopK
 from tailrace.training.architectures.transcoder import write_tensors
@@ -40,49 +41,46 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?")
 
 
-def problems(subjects: Sequence[Subject], module: str | None) -> list[str]:
+def problems(layers: Sequence[TranscoderLayer], module: str | None) -> list[str]:
     """Return a sentence for everything that keeps these transcoders from being written."""
-    found = [line for one in subjects for line in _problems(one, module)]
+    found = [line for one in layers for line in _problems(one, module)]
     if module is not None and (problem := folder_problem(module)) is not None:
         found.append(f"--module {module}: names a folder of the export and {problem}; give one such as layers.3.mlp")
-    if module is not None and len(subjects) > 1:
-        found.append(
-            f"--module {module} names one place, {len(subjects)} transcoders were given; export each by itself"
-        )
-    folders = [named for one in subjects if (named := module or module_of(one.site, one.model)) is not None]
+    if module is not None and len(layers) > 1:
+        found.append(f"--module {module} names one module, {len(layers)} transcoders were given; export each by itself")
+    folders = [named for one in layers if (named := module or module_of(one.site, one.model)) is not None]
     if module is None and len(set(folders)) < len(folders):
         found.append("two of the transcoders belong to one module, and a folder holds one; leave one out")
     return found
 
 
-def _problems(subject: Subject, module: str | None) -> list[str]:
-    kind, site = subject.kind, subject.site
-    found = []
-    if kind != "topk":
-        found.append(f"{subject.path}: is {kind}, and sparsify has TopK only; export to saelens or circuit-tracer")
-    if site["d_in"] != site["d_out"]:
-        found.append(f"{subject.path}: maps width {site['d_in']} to {site['d_out']}; sparsify holds one width only")
-    if not subject.is_raw:
+def _problems(layer: TranscoderLayer, module: str | None) -> list[str]:
+    path, site, found = layer.path, layer.site, []
+    if layer.kind != "topk":
+        found.append(f"{path}: is {layer.kind}, and sparsify has TopK only; export to saelens or circuit-tracer")
+    if site.d_in != site.d_out:
+        found.append(f"{path}: maps width {site.d_in} to {site.d_out}; sparsify holds one width only")
+    if not is_raw(layer):
         found.append(
-            f"{subject.path}: was trained on a language model whose norms are folded into its weights "
+            f"{path}: was trained on a language model whose norms are folded into its weights "
             "(processing compatibility); sparsify runs the model as published, where a module holds other vectors"
         )
-    if module is None and module_of(site, subject.model) is None:
+    if module is None and module_of(site, layer.model) is None:
         found.append(
-            f"{subject.path}: its site, {site['hook_in']} to {site['hook_out']}, is not known to be the input and "
-            f"output of a module of {subject.model.get('architecture', 'this model')}; if it is, name it with --module"
+            f"{path}: its site, {site.hook_in} to {site.hook_out}, is not known to be the input and output of a module "
+            f"of {layer.model.get('architecture', 'this model')}; if it is, name it with --module"
         )
     return found
 
 
 @torch.no_grad()
-def write(directory: Path, subject: Subject, module: str | None) -> list[str]:
+def write(directory: Path, layer: TranscoderLayer, module: str | None) -> list[str]:
     """Write one transcoder below ``directory``; return the names of its files."""
-    folder = module or module_of(subject.site, subject.model)
+    folder = module or module_of(layer.site, layer.model)
     assert folder is not None
-    transcoder = subject.load()
+    transcoder = layer.load()
     b_enc, b_dec = transcoder.encoder_bias(), transcoder.b_dec_out
-    if subject.is_autoencoder:
+    if layer.is_autoencoder:
         b_enc = (b_enc.double() + transcoder.W_enc.double() @ b_dec.double()).float()
     (directory / folder).mkdir(exist_ok=True)
     tensors = {
@@ -100,10 +98,10 @@ def write(directory: Path, subject: Subject, module: str | None) -> list[str]:
             "expansion_factor": max(1, transcoder.d_sae // transcoder.d_in),
             "normalize_decoder": True,
             "num_latents": transcoder.d_sae,
-            "k": subject.manifest["architecture"]["k"],
+            "k": layer.manifest["architecture"]["k"],
             "multi_topk": False,
             "skip_connection": transcoder.W_skip is not None,
-            "transcode": not subject.is_autoencoder,
+            "transcode": not layer.is_autoencoder,
             "d_in": transcoder.d_in,
         },
     )

@@ -24,7 +24,9 @@ from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.formats.hooks import layer_hooks
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.storage.artifact import make_directory, read_manifest, storage_refused, write_atomically
+from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing, SettingsError
+from tailrace.storage.formats import FOR_ONE_LAYER_ONLY
 from tailrace.storage.names import temporary_path
 from tailrace.storage.tables import read_schema, read_table
 
@@ -64,12 +66,11 @@ def open_tables(paths: Sequence[Path]) -> list[LayerTables]:
         raise SettingsError("nothing to export; give the path of at least one artifact of tables")
     found, problems = [], []
     for path in paths:
-        manifest = read_manifest(path, analyze.KIND)
-        hooks = layer_hooks(manifest["site"])
-        if hooks is None:
-            site = manifest["site"]
+        manifest = read_manifest(path, analyze.KIND, FOR_ONE_LAYER_ONLY)
+        site = Site(**manifest["site"])
+        if (hooks := layer_hooks(site)) is None:
             problems.append(
-                f"{path}: its site, {site['hook_in']} to {site['hook_out']}, belongs to no one layer, by which the "
+                f"{path}: its site, {site.hook_in} to {site.hook_out}, belongs to no one layer, by which the "
                 "viewer finds features"
             )
         else:

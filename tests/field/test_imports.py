@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tailrace.pipeline.formats import import_cross_layer, import_transcoder
+from tailrace.pipeline.formats import import_transcoder
 from tailrace.pipeline.formats.settings import ImportSettings
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch
@@ -92,7 +92,7 @@ OLDER = {
 def test_topk_of_releases_2_to_5_is_topk_at_the_hook_it_names(tmp_path, cache):
     source = CASES / "03-saelens-topk-of-release-3-becomes-relu"
     result = take("saelens", source, cache, tmp_path / "back")
-    assert result.site == "blocks.1.hook_resid_pre"
+    assert result.sites == ["blocks.1.hook_resid_pre"]
     tensors = load_file(source / "sae_weights.safetensors")
     activations = top_k(saelens_pre(tensors), 2)
     again = load_transcoder(tmp_path / "back")
@@ -181,7 +181,7 @@ def test_settings_that_change_nothing_are_passed_by(tmp_path, cache, spelling):
         metadata = {"hook_name": "blocks.1.attn.hook_z", "sae_lens_version": "6.18.0"}
         config |= {"reshape_activations": "hook_z", "metadata": metadata}
     result = take("saelens", write_folder(tmp_path / "sae", config, tensors), cache, tmp_path / "back")
-    assert result.site == ("blocks.1.attn.hook_z" if spelling == "hook_z" else "blocks.1.hook_resid_pre")
+    assert result.sites == ["blocks.1.attn.hook_z" if spelling == "hook_z" else "blocks.1.hook_resid_pre"]
     again = load_transcoder(tmp_path / "back")
     torch.testing.assert_close(again.encode(INPUTS), activations, **CLOSE)
 
@@ -190,7 +190,7 @@ def test_a_head_is_the_site_that_names_it(tmp_path, cache):
     tensors = load_file(CASES / "38-settings-that-change-nothing-are-refused/weights.safetensors")
     metadata = {"hook_name": "blocks.1.attn.hook_z", "hook_head_index": 1}
     source = write_folder(tmp_path / "sae", {"architecture": "standard", "metadata": metadata}, tensors)
-    assert take("saelens", source, cache, tmp_path / "back").site == "blocks.1.attn.hook_z[1]"
+    assert take("saelens", source, cache, tmp_path / "back").sites == ["blocks.1.attn.hook_z[1]"]
 
 
 def test_a_site_named_against_what_the_files_say_is_a_note(tmp_path, cache):
@@ -202,7 +202,7 @@ def test_a_site_named_against_what_the_files_say_is_a_note(tmp_path, cache):
     assert any("reads blocks.1.ln2.hook_normalized" in note and "before a norm's gain" in note for note in result.notes)
     config["metadata"] = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
     result = take("saelens", write_folder(tmp_path / "same", config, tensors), cache, tmp_path / "same-back")
-    assert result.site == "layer1"
+    assert result.sites == ["layer1"]
     assert not any("its files say that it reads" in note for note in result.notes)
 
 
@@ -238,7 +238,7 @@ def sparsify_folder(path, config, *, skips):
 def test_a_skip_transcoder_of_2024_reads_the_module_s_input(tmp_path, cache):
     tensors = sparsify_folder(tmp_path / "layers.1.mlp", {**OF_2024, "skip_connection": True}, skips=True)
     result = take("sparsify", tmp_path / "layers.1.mlp", cache, tmp_path / "back")
-    assert result.site == "layer1"
+    assert result.sites == ["layer1"]
     assert any("before February 2025" in note and "taken for a transcoder" in note for note in result.notes)
     pre = (INPUTS - tensors["b_dec"]) @ tensors["encoder.weight"].T + tensors["encoder.bias"]
     wanted = top_k(pre, 2) @ tensors["W_dec"] + tensors["b_dec"] + INPUTS @ tensors["W_skip"].T
@@ -248,14 +248,14 @@ def test_a_skip_transcoder_of_2024_reads_the_module_s_input(tmp_path, cache):
 def test_without_a_skip_path_the_import_says_what_it_took_a_file_of_2024_for(tmp_path, cache):
     sparsify_folder(tmp_path / "layers.1.mlp", OF_2024, skips=False)
     result = take("sparsify", tmp_path / "layers.1.mlp", cache, tmp_path / "back")
-    assert result.site == "blocks.1.mlp.hook_out"
+    assert result.sites == ["blocks.1.mlp.hook_out"]
     assert any("taken for an autoencoder of blocks.1.mlp.hook_out" in note for note in result.notes)
 
 
 def test_a_layer_s_own_coder_is_of_the_stream_behind_it(tmp_path, cache):
     sparsify_folder(tmp_path / "layers.1", {**OF_2024, "transcode": False}, skips=False)
     result = take("sparsify", tmp_path / "layers.1", cache, tmp_path / "back")
-    assert result.site == "blocks.1.hook_resid_post"
+    assert result.sites == ["blocks.1.hook_resid_post"]
     assert not any("do not say" in note for note in result.notes)
 
 
@@ -295,7 +295,7 @@ def set_layer(path, config=SET, **more):
 def test_a_topk_set_is_topk_with_k_from_either_file(tmp_path, cache, config, more):
     tensors = set_layer(tmp_path / "set", config, **more)
     result = take("circuit-tracer", tmp_path / "set/layer_1.safetensors", cache, tmp_path / "back")
-    assert result.site == "layer1"
+    assert result.sites == ["layer1"]
     assert any("fewer than k features are above zero" in note for note in result.notes)
     activations = top_k(INPUTS @ tensors["W_enc"].T + tensors["b_enc"], 2)
     torch.testing.assert_close(load_transcoder(tmp_path / "back").encode(INPUTS), activations, **CLOSE)
@@ -393,7 +393,7 @@ def test_gemma_scope_2_is_read_with_its_affine_path(tmp_path, cache):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = take("gemma-scope", tmp_path / "params.safetensors", cache, tmp_path / "back")
-    assert result.site == "layer1"  # of a model without a norm behind its MLP both names are the MLP's output
+    assert result.sites == ["layer1"]  # of a model without a norm behind its MLP both names are the MLP's output
     wanted = gemma_activations(arrays) @ arrays["W_dec"] + arrays["b_dec"] + INPUTS @ skip
     torch.testing.assert_close(load_transcoder(tmp_path / "back")(INPUTS), wanted, **CLOSE)
     (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "topk"}))
@@ -516,7 +516,7 @@ def test_negative_thresholds_and_unknown_keys_of_dictionary_learning(tmp_path, c
     torch.save(tensors, folder / "ae.pt")
     trainer = {"dict_class": "JumpReluAutoEncoder", "bandwidth": 0.001, "submodule_name": "resid_post_layer_1"}
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"io": "out"}}))
-    assert take("dictionary-learning", folder, cache, tmp_path / "back").site == "blocks.1.hook_resid_post"
+    assert take("dictionary-learning", folder, cache, tmp_path / "back").sites == ["blocks.1.hook_resid_post"]
     pre = INPUTS @ tensors["W_enc"] + tensors["b_enc"]
     wanted = pre.relu() * (pre > tensors["threshold"])
     torch.testing.assert_close(load_transcoder(tmp_path / "back").encode(INPUTS), wanted, **CLOSE)
@@ -527,9 +527,8 @@ def test_negative_thresholds_and_unknown_keys_of_dictionary_learning(tmp_path, c
 
 def test_a_cross_layer_set_s_keys_are_known_too(tmp_path, cache):
     (tmp_path / "config.yaml").write_text("model_kind: cross_layer_transcoder\nactivation: topk\nk: 3\n")
-    settings = ImportSettings()
     with pytest.raises(ArtifactMismatch, match="activation is 'topk'; of a cross-layer transcoder"):
-        import_cross_layer.run(settings, source=tmp_path, cache=cache, output=tmp_path / "out")
+        take("circuit-tracer", tmp_path, cache, tmp_path / "out")
     (tmp_path / "config.yaml").write_text("model_kind: cross_layer_transcoder\nsoft: 1\n")
     with pytest.raises(ArtifactMismatch, match="soft is 1, a key that is not known here"):
-        import_cross_layer.run(settings, source=tmp_path, cache=cache, output=tmp_path / "out")
+        take("circuit-tracer", tmp_path, cache, tmp_path / "out")

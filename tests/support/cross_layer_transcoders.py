@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
-from tailrace.training.architectures import JumpReLU
+from tailrace.training.architectures import JumpReLU, ReLU
 from tailrace.training.architectures.transcoder import WEIGHTS, save_weights
 from tailrace.training.cross_layer.artifact import FORMAT_VERSION, KIND
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
@@ -56,7 +56,7 @@ def publish_cross_layer(
                 "model": {**MODEL, "n_layers": module.n_layers} if model is None else model,
                 "sites": [asdict(site) for site in chosen],
                 "d_sae": module.features_per_layer,
-                "architecture": JumpReLU().model_dump(mode="json"),
+                "architecture": (JumpReLU() if bool(module.thresholds().any()) else ReLU()).model_dump(mode="json"),
                 "metrics": {"steps": 1, "rows": 1},
                 "layers": [],
             },

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.tables import write_table
 
@@ -89,7 +91,7 @@ def publish_tables(
     fresh: dict[str, Any] | None = None,
 ) -> Path:
     block = "somewhere" if layer is None else f"blocks.{layer}.mlp"
-    site = {"name": f"layer{layer}", "hook_in": f"{block}.hook_in", "hook_out": f"{block}.hook_out"}
+    site = asdict(Site(f"layer{layer}", f"{block}.hook_in", f"{block}.hook_out", 8, 8, "float32"))
     source = fresh or {"cache": cache or {"cache_id": "c", "generation": 0, "digest": "d"}}
     inputs = {**source, "transcoder": {"digest": str(path)}}
     with Draft(path, "tables", {"settings": settings, "inputs": inputs}) as draft:

@@ -95,12 +95,13 @@ def test_layers_that_are_not_all_of_the_models_are_refused_with_what_to_do(tmp_p
     publish_cross_layer(tmp_path / "t", random_cross_layer(), model={**MODEL, "n_layers": 5})
     with pytest.raises(SettingsError) as refused:
         write("circuit-tracer", [tmp_path / "t"], tmp_path / "out")
-    assert "is over layers 0, 1, 2 of a model that has layers 0 to 4" in str(refused.value)
+    assert "layer 3, 4: " in str(refused.value)
+    assert "does not read it; circuit-tracer replaces the MLP of every layer, from 0 to 4" in str(refused.value)
     assert "--layers all" in str(refused.value)
     assert not (tmp_path / "out").exists()
     later = [mlp_site(layer) for layer in (1, 2, 3)]
     publish_cross_layer(tmp_path / "later", random_cross_layer(), later, model={**MODEL, "n_layers": 3})
-    with pytest.raises(SettingsError, match="is over layers 1, 2, 3 of a model that has layers 0 to 2"):
+    with pytest.raises(SettingsError, match=r"layer 0: .* does not read it"):
         write("circuit-tracer", [tmp_path / "later"], tmp_path / "out")
 
 
@@ -119,10 +120,10 @@ def test_everything_about_its_sites_that_does_not_fit_is_told_at_once(tmp_path: 
         assert str(refused.value).count(reason) == 1, reason
 
 
-@pytest.mark.parametrize("to", ["saelens", "sparsify", "delphi", "circuit-tracer-features"])
+@pytest.mark.parametrize("to", ["saelens", "sparsify", "circuit-tracer-features"])
 def test_other_formats_refuse_it_and_name_the_one_that_can_hold_it(tmp_path: Path, to: Format) -> None:
     publish_cross_layer(tmp_path / "t", random_cross_layer())
-    with pytest.raises(SettingsError, match=f"{to} holds one layer at a time. circuit-tracer alone can hold it"):
+    with pytest.raises((SettingsError, ArtifactMismatch), match="--to circuit-tracer"):
         write(to, [tmp_path / "t"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -144,7 +145,7 @@ def test_an_interrupted_export_is_nothing_to_its_reader_and_is_finished_by_the_n
             raise StorageFull("full")
         write_tensors(path, tensors)
 
-    monkeypatch.setattr("tailrace.pipeline.formats.cross_layer.write_tensors", fail_at_the_second)
+    monkeypatch.setattr("tailrace.pipeline.formats.circuit_tracer.write_tensors", fail_at_the_second)
     with pytest.raises(StorageFull):
         write("circuit-tracer", [tmp_path / "t"], tmp_path / "out")
     assert not (tmp_path / "out/config.yaml").exists()

@@ -8,6 +8,7 @@ import torch
 from tailrace.pipeline.formats.hooks import hooked_transformer_name, module_of
 from tailrace.pipeline.model.language_model import SiteHooks, load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
+from tailrace.storage.cache_format import Site
 from tests.support.tiny_models import FAMILIES, save_tiny_model
 
 
@@ -27,5 +28,6 @@ def test_another_name_means_the_same_vectors_and_is_given_for_the_mlp_s_output_u
 def test_the_stream_behind_a_block_is_what_the_block_s_module_gives():
     model = {"architecture": "LlamaForCausalLM"}
     for hook in ("blocks.3.hook_resid_post", "blocks.3.hook_out"):
-        assert module_of({"hook_in": hook, "hook_out": hook}, model) == "layers.3"
-    assert module_of({"hook_in": "blocks.3.hook_resid_pre", "hook_out": "blocks.3.hook_resid_pre"}, model) is None
+        assert module_of(Site("stream", hook, hook, 8, 8, "float32"), model) == "layers.3"
+    before = "blocks.3.hook_resid_pre"
+    assert module_of(Site("stream", before, before, 8, 8, "float32"), model) is None

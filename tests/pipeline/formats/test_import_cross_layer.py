@@ -17,8 +17,8 @@ from tailrace.pipeline.circuit.question import Question
 from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
-from tailrace.pipeline.formats import export, import_cross_layer
-from tailrace.pipeline.formats.import_cross_layer import CrossLayerImport
+from tailrace.pipeline.formats import export, import_transcoder
+from tailrace.pipeline.formats.import_transcoder import ImportResult
 from tailrace.pipeline.formats.settings import ExportSettings, ImportSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
@@ -48,8 +48,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return publish_site_cache(path, SITES[::-1], model={**MODEL, "n_layers": N_LAYERS})
 
 
-def take(source: Path, cache: Path, output: Path, **settings: Any) -> CrossLayerImport:
-    return import_cross_layer.run(ImportSettings(**settings), source=source, cache=cache, output=output)
+def take(source: Path, cache: Path, output: Path, **settings: Any) -> ImportResult:
+    return import_transcoder.run(
+        ImportSettings(**settings), source=source, origin="circuit-tracer", cache=cache, output=output
+    )
 
 
 @pytest.fixture
@@ -77,8 +79,9 @@ def test_a_round_trip_changes_nothing(tmp_path: Path, cache: Path, relu: bool) -
     torch.testing.assert_close(again.encode(INPUTS), module.encode(INPUTS), **CLOSE)
     torch.testing.assert_close(again(INPUTS), module(INPUTS), **CLOSE)
     assert verify_artifact(tmp_path / "back", "cross_layer_transcoder") == []
-    kind = read_cross_layer_manifest(tmp_path / "back")["architecture"]["kind"]
-    assert kind == ("relu" if relu else "jumprelu")
+    recorded = read_cross_layer_manifest(tmp_path / "back")["architecture"]
+    # as the files say, without our settings of training
+    assert recorded == ({"kind": "relu", "input_bias": False} if relu else {"kind": "jumprelu"})
     export.run(ExportSettings(), to="circuit-tracer", sources=[tmp_path / "back"], output=tmp_path / "twice")
     torch.testing.assert_close(by_their_formula(tmp_path / "twice", INPUTS), module(INPUTS), **CLOSE)
 

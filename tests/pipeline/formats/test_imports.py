@@ -80,7 +80,7 @@ def assert_same(path, module):
 def test_a_round_trip_through_saelens_changes_nothing(tmp_path, cache, architecture, site):
     module = exported("saelens", tmp_path, architecture, site)
     result = take("saelens", tmp_path / "saelens", cache, tmp_path / "back")
-    assert (result.site, result.d_sae) == (site.name, 24)
+    assert (result.sites, result.d_sae) == ([site.name], 24)
     assert_same(tmp_path / "back", module)
     assert verify_artifact(tmp_path / "back", "transcoder") == []
 
@@ -89,7 +89,7 @@ def test_a_round_trip_through_saelens_changes_nothing(tmp_path, cache, architect
 def test_a_round_trip_through_circuit_tracer_changes_nothing(tmp_path, cache, architecture):
     module = exported("circuit-tracer", tmp_path, architecture, mlp_site(0))
     result = take("circuit-tracer", tmp_path / "circuit-tracer/layer_0.safetensors", cache, tmp_path / "back")
-    assert result.site == "layer0"
+    assert result.sites == ["layer0"]
     assert_same(tmp_path / "back", module)
 
 
@@ -97,7 +97,7 @@ def test_a_round_trip_through_circuit_tracer_changes_nothing(tmp_path, cache, ar
 def test_a_round_trip_through_sparsify_changes_nothing(tmp_path, cache, site):
     module = exported("sparsify", tmp_path, TopK(k=3), site)
     result = take("sparsify", tmp_path / "sparsify/h.1.mlp", cache, tmp_path / "back")
-    assert result.site == site.name
+    assert result.sites == [site.name]
     assert_same(tmp_path / "back", module)
 
 
@@ -111,8 +111,8 @@ def test_an_import_records_its_model_site_origin_and_how_well_it_fits(tmp_path, 
     assert sorted(manifest["inputs"]["imported"]) == ["cfg.json", "sae_weights.safetensors"]
     site = open_cache(cache).sites["layer1"]
     expected = evaluate(predictor(module), iter_once(open_cache(cache).split("heldout"), site, batch_rows=64))
-    assert result.fvu == pytest.approx(expected.fvu, rel=1e-5)
-    assert result.l0 == pytest.approx(expected.l0)
+    assert result.fvu == pytest.approx([expected.fvu], rel=1e-5)
+    assert result.l0 == pytest.approx([expected.l0])
     assert any("no better than a constant" in note for note in result.notes)  # its weights are random
     again = take("saelens", tmp_path / "saelens", cache, tmp_path / "back")
     assert again == result
@@ -132,8 +132,8 @@ def test_an_imported_transcoder_is_analysed_like_a_trained_one(tmp_path):
         output=tmp_path / "tables",
         compute=Compute(quiet=True),
     )
-    assert tables.fvu == pytest.approx(result.fvu, rel=1e-5)
-    assert tables.l0 == pytest.approx(result.l0)
+    assert tables.fvu == pytest.approx(result.fvu[0], rel=1e-5)
+    assert tables.l0 == pytest.approx(result.l0[0])
 
 
 # SAELens
@@ -212,18 +212,18 @@ def test_hooks_the_cache_does_not_have_are_answered_with_those_it_has(tmp_path, 
         ArtifactMismatch, match=r"(?s)--hooks blocks.1.ln2.hook_normalized:blocks.1.hook_mlp_out.*layer1"
     ):
         take("saelens", folder, cache, tmp_path / "back")
-    assert take("saelens", folder, cache, tmp_path / "back", site="layer1").site == "layer1"
+    assert take("saelens", folder, cache, tmp_path / "back", site="layer1").sites == ["layer1"]
 
 
 @pytest.mark.parametrize("written", ["blocks.1.mlp.hook_out", "blocks.1.hook_mlp_out"])
 def test_the_mlp_s_output_is_found_under_both_of_its_names(tmp_path, cache, written):
     metadata = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": written}
     folder = saelens_folder(tmp_path / "sae", metadata=metadata)
-    assert take("saelens", folder, cache, tmp_path / "back").site == "layer1"
+    assert take("saelens", folder, cache, tmp_path / "back").sites == ["layer1"]
     other = Site("other", "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out", 8, 8, "float32")
     both = publish_site_cache(tmp_path / "both", [mlp_site(1), other])
-    site = take("saelens", folder, both, tmp_path / "of-both").site
-    assert site == {"blocks.1.mlp.hook_out": "layer1", "blocks.1.hook_mlp_out": "other"}[written]
+    sites = take("saelens", folder, both, tmp_path / "of-both").sites
+    assert sites == [{"blocks.1.mlp.hook_out": "layer1", "blocks.1.hook_mlp_out": "other"}[written]]
 
 
 def test_where_a_norm_follows_the_mlp_the_two_names_are_two_places(tmp_path):
@@ -238,13 +238,13 @@ def test_a_site_must_be_told_where_the_files_do_not_say_it(tmp_path, cache):
     folder = saelens_folder(tmp_path / "sae", metadata={})
     with pytest.raises(SettingsError, match="does not say which hooks"):
         take("saelens", folder, cache, tmp_path / "back")
-    with pytest.raises(SettingsError, match="has no site 'layer9'"):
+    with pytest.raises(SettingsError, match="there is no 'layer9'"):
         take("saelens", folder, cache, tmp_path / "back", site="layer9")
 
 
 def test_a_site_of_another_width_is_refused(tmp_path):
     narrow = publish_site_cache(tmp_path / "cache", [mlp_site(1, 6, 6)])
-    with pytest.raises(ArtifactMismatch, match="maps width 8 to 8, site layer1"):
+    with pytest.raises(ArtifactMismatch, match=r"maps width 8 to 8, but of .* layer1 holds 6 and 6"):
         take("saelens", saelens_folder(tmp_path / "sae"), narrow, tmp_path / "back")
 
 

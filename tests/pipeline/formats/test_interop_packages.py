@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import environment
-from tailrace.pipeline.formats import export, import_cross_layer, import_transcoder
+from tailrace.pipeline.formats import export, import_transcoder
 from tailrace.pipeline.formats.settings import ExportSettings, ImportSettings
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
@@ -286,8 +286,12 @@ def test_circuit_tracer_loads_a_cross_layer_transcoder_and_what_it_saves_comes_b
             torch.testing.assert_close(theirs["acts"], module.encode(LAYERED_INPUTS), **CLOSE)
             torch.testing.assert_close(theirs["outputs"], module(LAYERED_INPUTS), **CLOSE)
         back = tmp_path / f"{name}-back"
-        import_cross_layer.run(
-            ImportSettings(site="layer0,layer1,layer2"), source=tmp_path / f"{name}-again", cache=cache, output=back
+        import_transcoder.run(
+            ImportSettings(site="layer0,layer1,layer2"),
+            source=tmp_path / f"{name}-again",
+            origin="circuit-tracer",
+            cache=cache,
+            output=back,
         )
         torch.testing.assert_close(load_cross_layer(back)(LAYERED_INPUTS), module(LAYERED_INPUTS), **CLOSE)
 
@@ -304,6 +308,6 @@ def test_what_dictionary_learning_saves_computes_the_same_here(tmp_path, inputs)
         result = import_transcoder.run(
             ImportSettings(), source=tmp_path / name, origin="dictionary-learning", cache=cache, output=back
         )
-        assert result.site == "residual"
+        assert result.sites == ["residual"]
         torch.testing.assert_close(load_transcoder(back).encode(INPUTS), theirs["acts"], **CLOSE)
         torch.testing.assert_close(load_transcoder(back)(INPUTS), theirs["outputs"], **CLOSE)
