@@ -11,6 +11,7 @@ import glob
 import io
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -25,6 +26,16 @@ Format = Literal["text", "json", "parquet"]
 
 FORMATS: dict[str, Format] = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+_FOREIGN_FOLDERS = ("__MACOSX",)
+"""What archivers put beside the files of an archive."""
+_METADATA = re.compile(
+    r"(readme|licen[sc]e|notice|changelog|citation|contributing)(\..*)?"
+    r"|(dataset_infos?|dataset_dict|config|metadata|croissant|tokenizer|tokenizer_config|special_tokens_map|"
+    r"generation_config|preprocessor_config|.*\.index)\.json(\..*)?",
+    re.IGNORECASE,
+)
+"""Names of files that tell of a dataset, or of a model beside it, and hold no documents."""
 
 
 class TextFiles(NamedTuple):
@@ -64,6 +75,7 @@ def find_text_files(dataset: str) -> TextFiles:
             "and hold no text; write it with datasets.load_from_disk(folder).to_parquet(file), or to_json, and pass "
             "that file"
         )
+    matching = _without_metadata(dataset, matching)
     formats: list[Format] = sorted({kind for path in matching if (kind := format_of(path)) is not None})
     if not formats:
         raise TextError(_no_text_file(dataset, matching))
@@ -132,8 +144,26 @@ def _matching_files(dataset: str) -> list[Path]:
         return [Path(expanded).absolute()]
     if os.path.isdir(expanded):
         return sorted(_files_inside(Path(expanded).absolute()))
+    # `glob` passes over names with a dot in front unless the pattern spells the dot.
     matches = (Path(name) for name in glob.glob(expanded, recursive=True))
-    return sorted(path.absolute() for path in matches if path.is_file())
+    named = Path(expanded).parts
+    return sorted(
+        path.absolute()
+        for path in matches
+        if path.is_file() and not any(part in _FOREIGN_FOLDERS and part not in named for part in path.parts)
+    )
+
+
+def _without_metadata(dataset: str, matching: list[Path]) -> list[Path]:
+    """Return the files without those that only tell of a dataset by their names, unless there are no others."""
+    metadata = [path for path in matching if format_of(path) is not None and _METADATA.fullmatch(path.name)]
+    if not metadata or not any(format_of(path) is not None for path in matching if path not in metadata):
+        return matching
+    names = ", ".join(path.name for path in metadata[:3]) + (f" and {len(metadata) - 3} more" * (len(metadata) > 3))
+    logger.warning(
+        "%s: left out by their names, as no documents: %s; to read such a file, name it alone", dataset, names
+    )
+    return [path for path in matching if path not in metadata]
 
 
 def _files_inside(folder: Path) -> Iterator[Path]:
@@ -157,7 +187,7 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in _FOREIGN_FOLDERS
 
 
 def _no_text_file(dataset: str, matching: list[Path]) -> str:

@@ -21,7 +21,7 @@ from tailrace.pipeline.text.packing import ContextSource
 from tailrace.pipeline.text.reading import FIRST_RELEASE, choose_reading
 from tailrace.pipeline.text.settings import CapturedContexts
 from tailrace.storage.activation_cache import open_cache
-from tailrace.storage.errors import TextError
+from tailrace.storage.errors import ModelError, TextError
 from tests.support.cache_jobs import HERE
 from tests.support.cache_jobs import settings as cache_settings
 from tests.support.paths import ROOT
@@ -140,6 +140,31 @@ def test_hidden_folders_are_left_out(tmp_path):
         (tmp_path / hidden).mkdir(parents=True)
         write_jsonl(tmp_path / hidden / "a.jsonl", [{"text": "old"}])
     assert texts_of(open_text(tmp_path)) == ["new"]
+
+
+def test_what_an_archiver_left_beside_the_files_is_left_out_of_a_pattern(tmp_path):
+    for folder in ("a", "__MACOSX/a", ".hidden"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_jsonl(tmp_path / folder / "a.jsonl", [{"text": folder}])
+    write_jsonl(tmp_path / "a" / "._b.jsonl", [{"text": "hidden"}])
+    assert texts_of(open_text(tmp_path / "**" / "*.jsonl")) == ["a"]
+    assert texts_of(open_text(tmp_path / "__MACOSX" / "*" / "*.jsonl")) == ["__MACOSX/a"]
+
+
+# Files that tell of a dataset
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
+@pytest.mark.parametrize("pattern", ["", "*.*[lts]*"])
+def test_files_that_tell_of_a_dataset_are_left_out_and_named(tmp_path, caplog, suffix, pattern):
+    rows = Dataset.from_dict({"text": ["a"]})
+    path = tmp_path / f"train{suffix}"
+    {".jsonl": rows.to_json, ".parquet": rows.to_parquet, ".txt": lambda path: path.write_text("a")}[suffix](path)
+    for name in ("config.json", "dataset_infos.json", "model.safetensors.index.json", "README.txt", "LICENSE.txt"):
+        (tmp_path / name).write_text('{"text": "of the dataset"}')
+    assert texts_of(open_text(tmp_path / pattern)) == ["a"]
+    assert "left out by their names, as no documents: " in caplog.text
+    assert texts_of(open_text(tmp_path / "config.json")) == ["of the dataset"]
 
 
 # A folder of Dataset.save_to_disk (case 32)
@@ -508,3 +533,24 @@ def test_token_without_an_embedding_is_letters_by_default_and_said_before_anythi
     assert "makes 1 token that it has no embedding for, '[PAD]' (id 6) first; its ids are 0 to 5" in caplog.text
     with pytest.raises(TextError, match=r"document 20: the tokenizer reads token 6 .*pass --special-tokens text"):
         cache.run(chosen.model_copy(update={"special_tokens": "markup"}), output=tmp_path / "markup", **HERE)
+
+
+# A model without a tokenizer
+
+
+def test_model_without_a_tokenizer_caches_token_ids(tmp_path):
+    model = save_tiny_model(tmp_path / "model", n_layers=1)
+    rows = [{"tokens": [*range(10, 10 + n)]} for n in range(5, 45)]
+    given = {"dataset": str(write_jsonl(tmp_path / "a.jsonl", rows)), "tokens": 200, "holdout": "0"}
+    caches = [cache.run(cache_settings(model=str(model), **given), output=tmp_path / "with", **HERE).cache]
+    for file in model.glob("*token*"):
+        file.unlink()
+    caches.append(cache.run(cache_settings(model=str(model), **given), output=tmp_path / "without", **HERE).cache)
+    keys = ["layer0/in", "layer0/out", "token_id"]
+    units = [made.split("train").read_unit(0, keys) for made in caches]
+    for key in keys:
+        np.testing.assert_array_equal(units[0][key], units[1][key])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "the law"}] * 40)
+    chosen = cache_settings(model=str(model), **{**given, "dataset": str(tmp_path / "b.jsonl")})
+    with pytest.raises(ModelError, match=r"has no tokenizer .tokenizer.json., so it reads token ids only"):
+        cache.run(chosen, output=tmp_path / "text", **HERE)
