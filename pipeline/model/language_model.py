@@ -27,13 +27,14 @@ from tailrace.pipeline.model.loading import (
     boot,
     choose_dtype,
     compile_mlps,
+    has_tokenizer,
     loaded_files,
     open_checkpoint,
     parse_device,
 )
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks, head_problem
-from tailrace.pipeline.model.tokenizer import ModelTokenizer, open_tokenizer
+from tailrace.pipeline.model.tokenizer import ModelTokenizer, number_tokens, open_tokenizer
 from tailrace.storage.artifact import JSON, checksum_file, digest
 from tailrace.storage.encodings import relative_error
 from tailrace.storage.errors import ModelError, OutOfMemoryError
@@ -260,13 +261,19 @@ def load_language_model(settings: ModelSettings, *, device: str = "cpu", compile
     """
     chosen = parse_device(device)
     checkpoint = open_checkpoint(settings.model, settings.revision)
-    opened = open_tokenizer(checkpoint)  # before the weights: it fails sooner
+    reads_text = has_tokenizer(checkpoint)
+    opened = (open_tokenizer if reads_text else number_tokens)(checkpoint)  # before the weights: it fails sooner
     dtype = choose_dtype(checkpoint, settings.model_dtype, chosen)
-    bridge = boot(checkpoint, dtype, chosen, settings.processing)
+    stand_in = None if reads_text else number_tokens(checkpoint)
+    bridge = boot(checkpoint, dtype, chosen, settings.processing, stand_in)
     if compile_model:
         compile_mlps(bridge)
     tokenizer = ModelTokenizer(
-        opened, name=settings.model, d_vocab=int(bridge.cfg.d_vocab), bos_token_id=settings.bos_token_id
+        opened,
+        name=settings.model,
+        d_vocab=int(bridge.cfg.d_vocab),
+        bos_token_id=settings.bos_token_id,
+        reads_text=reads_text,
     )
     logger.info("loaded %s in %s on %s", settings.model, str(dtype).removeprefix("torch."), chosen)
     return LanguageModel(bridge, tokenizer, settings, checkpoint)

@@ -99,6 +99,15 @@ def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
     return Checkpoint(name, False, _commit_hash(name, revision), config)
 
 
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Tell whether a tokenizer lies beside a checkpoint in a folder; every checkpoint of the hub is taken to have one.
+
+    Without it transformers would make up a tokenizer that knows no word.
+    """
+    files = list(Path(checkpoint.name).iterdir()) if checkpoint.is_local else []
+    return not checkpoint.is_local or any(path.match(pattern) for path in files for pattern in TOKENIZER_FILES)
+
+
 def loaded_files(folder: Path) -> list[Path]:
     """Return the files of a folder that decide what is loaded: its configuration, and the weights that are read.
 
@@ -132,13 +141,16 @@ def choose_dtype(checkpoint: Checkpoint, wanted: str, device: torch.device) -> t
     return torch.float32 if dtype is torch.float16 and wanted == "auto" else dtype
 
 
-def boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, processing: str) -> Any:
+def boot(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, processing: str, tokenizer: Any = None
+) -> Any:
     """Load the weights and return a ``TransformerBridge`` in evaluation mode, without gradients.
 
     ``processing`` is ``raw`` or ``compatibility`` (norms folded into weights, as ``HookedTransformer`` did).
+    ``tokenizer`` stands in for that of a checkpoint which has none; it may be changed.
     """
     with quiet(), own_code_refused(checkpoint.name):
-        bridge = _boot(checkpoint, dtype, device)
+        bridge = _boot(checkpoint, dtype, device, tokenizer)
         if processing == "compatibility":
             _enable_compatibility(bridge, checkpoint.name)
     bridge.eval()
@@ -146,7 +158,7 @@ def boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, proce
     return bridge
 
 
-def _boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+def _boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, tokenizer: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
@@ -154,6 +166,7 @@ def _boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> A
             checkpoint.name,
             device=str(device),
             dtype=dtype,
+            tokenizer=tokenizer,
             revision=checkpoint.revision,
             trust_remote_code=False,
             # TransformerLens does not pass that on to the model's class, which would ask for the classes named here
@@ -266,9 +279,6 @@ def _check_folder(folder: Path) -> None:
     missing = [] if "config.json" in names else ["config.json"]
     if not names.intersection(WEIGHT_FILES):
         missing.append("weights (model.safetensors, or model.safetensors.index.json with its shards)")
-    if not any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER_FILES):
-        # Without this check transformers would make up a tokenizer that knows no word.
-        missing.append("tokenizer (tokenizer.json)")
     if missing:
         raise ModelError(
             f"model {folder}: is not a model in Hugging Face format, it has no {' and no '.join(missing)}; "

@@ -34,8 +34,12 @@ class SpecialToken(NamedTuple):
 class ModelTokenizer:
     """A checkpoint's tokenizer, its beginning-of-context token and its separator between documents."""
 
-    def __init__(self, tokenizer: Any, *, name: str, d_vocab: int, bos_token_id: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, *, name: str, d_vocab: int, bos_token_id: int | None = None, reads_text: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._name = name
+        self._reads_text = reads_text
         self._d_vocab = d_vocab
         self.bos = _choose_bos(tokenizer, name, bos_token_id)
         self.separator = _choose_separator(tokenizer, self.bos)
@@ -66,6 +70,11 @@ class ModelTokenizer:
         """
         if not texts:
             return []
+        if not self._reads_text:
+            raise ModelError(
+                f"model {self._name}: has no tokenizer (tokenizer.json), so it reads token ids only; put its tokenizer "
+                "beside the weights, or give text as token ids"
+            )
         # verbose=False: a text longer than a context is cut by packing, so the warning about it would be wrong.
         encoded = self._tokenizer(
             list(texts), add_special_tokens=False, truncation=False, padding=False,
@@ -126,6 +135,24 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
                 f"model {checkpoint.name}: its tokenizer cannot be opened: {reason}; "
                 "a whole tokenizer.json (or the files of a slow tokenizer) must lie beside the weights"
             ) from error
+
+
+def number_tokens(checkpoint: Checkpoint) -> Any:
+    """Return a tokenizer that only names the ids of a checkpoint without one: ``<17>``, with its BOS and EOS."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    config = checkpoint.config.get_text_config()
+    names = [f"<{number}>" for number in range(config.vocab_size)]
+    chosen = {}
+    for role in ("bos", "eos"):
+        number = getattr(config, f"{role}_token_id", None)
+        number = number[0] if isinstance(number, list) and number else number  # of several, the first is the text's
+        if isinstance(number, int):
+            chosen[f"{role}_token"] = names[number]
+    words: Any = WordLevel(vocab={name: number for number, name in enumerate(names)}, unk_token=names[0])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **chosen)
 
 
 def _refuse_own_tokenizer(checkpoint: Checkpoint) -> None:

@@ -257,10 +257,16 @@ def test_a_device_this_machine_lacks_is_refused(folder: Path, device: str) -> No
     assert refusal(folder, device=device).startswith(f"device '{device}': ")
 
 
-def test_a_folder_without_tokenizer_is_refused_instead_of_getting_an_empty_one(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_reads_token_ids_and_no_text(folder: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
-    assert "has no tokenizer (tokenizer.json)" in refusal(bare)
+    (bare / "tokenizer_config.json").unlink()
+    model, with_tokenizer = load(bare), load(folder)
+    assert model.bos_token_id == with_tokenizer.bos_token_id
+    assert model.separator_token_id == with_tokenizer.separator_token_id
+    assert model.vocabulary() == [f"<{number}>" for number in range(model.d_vocab)]
+    with pytest.raises(ModelError, match=r"bare: has no tokenizer .tokenizer.json., so it reads token ids only"):
+        model.tokenize(["the"])
 
 
 def test_an_unreadable_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
