@@ -11,7 +11,9 @@ on every call, keeps every attention pattern until the end and computes logits f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,22 +24,25 @@ import torch
 from torch import Tensor
 
 from tailrace.pipeline.model import sites
+from tailrace.pipeline.model.checks import check_passes, computed_output, misnamed_hooks, mlps_of_more_than_their_input
 from tailrace.pipeline.model.loading import (
     Checkpoint,
     boot,
+    check_kind,
     choose_dtype,
     compile_mlps,
     has_tokenizer,
     loaded_files,
     open_checkpoint,
     parse_device,
+    quiet,
 )
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks, head_problem
 from tailrace.pipeline.model.tokenizer import ModelTokenizer, number_tokens, open_tokenizer
 from tailrace.storage.artifact import JSON, checksum_file, digest
 from tailrace.storage.encodings import relative_error
-from tailrace.storage.errors import ModelError, OutOfMemoryError
+from tailrace.storage.errors import ActionableError, ModelError, OutOfMemoryError
 from tailrace.storage.hook_names import HookName
 
 __all__ = ["LanguageModel", "PairingCheck", "SiteHooks", "load_language_model"]
@@ -78,6 +83,12 @@ class LanguageModel:
         self._settings = settings
         self._checkpoint = checkpoint
         self._points: Mapping[str, Any] = bridge.hook_dict
+        self._of_more: Mapping[int, str] = {}
+
+    @property
+    def name(self) -> str:
+        """What it is recorded as: its name on the hub, or its folder's own name."""
+        return Path(self._checkpoint.name).resolve().name if self._checkpoint.is_local else self._settings.model
 
     @property
     def n_layers(self) -> int:
@@ -145,10 +156,16 @@ class LanguageModel:
         return self._tokenizer.vocabulary()
 
     def resolve_sites(self, layers: str | None, hooks: Sequence[str] = ()) -> list[SiteHooks]:
-        """Return the sites of ``layers`` (``"0,3,8-11"``, ``"all"``) and ``hooks``; see ``sites.resolve_sites``."""
-        return sites.resolve_sites(
+        """Return the sites of ``layers`` (``"0,3,8-11"``, ``"all"``) and ``hooks``; see ``sites.resolve_sites``.
+
+        Raises ModelError as well for hooks that hold something else in this family than their names say.
+        """
+        found = sites.resolve_sites(
             layers, hooks, n_layers=self.n_layers, hook_names=self._points, count_heads=self._count_heads
         )
+        if problems := misnamed_hooks(self._points, found, self._of_more):
+            raise ModelError(sites.listed(problems))
+        return found
 
     def capture(self, tokens: Tensor, sites: Sequence[SiteHooks]) -> dict[str, Tensor]:
         """Return each hook's activations (contexts, positions, d) for ``tokens`` (contexts, positions), in one pass.
@@ -164,7 +181,7 @@ class LanguageModel:
 
     def widths(self, sites: Sequence[SiteHooks]) -> dict[str, tuple[int, int]]:
         """Return (d_in, d_out) of each site, seen in a pass over one short context."""
-        captured = self.capture(self._short_context(), sites)
+        captured = self.capture(self.short_context(), sites)
         return {site.name: (captured[site.hook_in].shape[-1], captured[site.hook_out].shape[-1]) for site in sites}
 
     def check_pairing(self, tokens: Tensor, site: SiteHooks) -> PairingCheck:
@@ -195,7 +212,7 @@ class LanguageModel:
         within rounding, not bit for bit.
         """
         return {
-            "name": Path(self._checkpoint.name).resolve().name if self._checkpoint.is_local else self._settings.model,
+            "name": self.name,
             "revision": self._checkpoint.commit,
             "files_digest": self._files_digest((recorded or {}).get("files_digest")),
             "architecture": type(self.bridge.original_model).__name__,
@@ -223,12 +240,24 @@ class LanguageModel:
         older = digest({path.name: checksums.get(path) or checksum_file(path) for path in [*files, *beside]})
         return older if older == recorded else own
 
-    def _count_heads(self, hooks: Sequence[str]) -> dict[str, int]:
-        tokens = self._short_context().to(self.device)
-        return _count_heads(self.bridge, self._points, hooks, tokens)
+    def short_context(self) -> Tensor:
+        """Return (1, positions) the BOS and a few ordinary tokens, the same ones always, on the model's device."""
+        n_others = min(_PROBE_POSITIONS, self.max_context_length) - 1
+        special = set(self.special_token_ids)
+        ordinary = itertools.cycle([one for one in range(min(self.d_vocab, 100)) if one not in special] or special)
+        return torch.tensor([[self.bos_token_id, *itertools.islice(ordinary, n_others)]], device=self.device)
 
-    def _short_context(self) -> Tensor:
-        return torch.full((1, min(_PROBE_POSITIONS, self.max_context_length)), self.bos_token_id)
+    def check(self) -> None:
+        """Run a few tokens and see what MLPs hold; raise ModelError if that fails, or predictions look ahead."""
+        tokens = self.short_context()
+        with explained_failures(1), without_padding_advice(), quiet():
+            check_passes(self.bridge, tokens, self._settings.model)
+            self._of_more = mlps_of_more_than_their_input(
+                self.bridge, lambda hooks: _capture(self.bridge, self._points, hooks, tokens)
+            )
+
+    def _count_heads(self, hooks: Sequence[str]) -> dict[str, int]:
+        return _count_heads(self.bridge, self._points, hooks, self.short_context())
 
     def _mlp(self, site: SiteHooks) -> Any:
         """Return the module whose input and output ``site`` claims to hold; None where that cannot be recomputed."""
@@ -261,13 +290,12 @@ def load_language_model(settings: ModelSettings, *, device: str = "cpu", compile
     """
     chosen = parse_device(device)
     checkpoint = open_checkpoint(settings.model, settings.revision)
+    check_kind(checkpoint)
     reads_text = has_tokenizer(checkpoint)
     opened = (open_tokenizer if reads_text else number_tokens)(checkpoint)  # before the weights: it fails sooner
     dtype = choose_dtype(checkpoint, settings.model_dtype, chosen)
     stand_in = None if reads_text else number_tokens(checkpoint)
     bridge = boot(checkpoint, dtype, chosen, settings.processing, stand_in)
-    if compile_model:
-        compile_mlps(bridge)
     tokenizer = ModelTokenizer(
         opened,
         name=settings.model,
@@ -276,7 +304,11 @@ def load_language_model(settings: ModelSettings, *, device: str = "cpu", compile
         reads_text=reads_text,
     )
     logger.info("loaded %s in %s on %s", settings.model, str(dtype).removeprefix("torch."), chosen)
-    return LanguageModel(bridge, tokenizer, settings, checkpoint)
+    model = LanguageModel(bridge, tokenizer, settings, checkpoint)
+    model.check()
+    if compile_model:
+        compile_mlps(bridge)
+    return model
 
 
 def _capture(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
@@ -309,17 +341,14 @@ def _count_heads(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], t
 
 def _compare_pair(mlp: Callable[[Tensor], Any], inputs: Tensor, outputs: Tensor) -> PairingCheck:
     """Return how ``mlp(inputs)`` compares with ``outputs``, both (contexts, positions, d); errors in float64."""
-    with torch.inference_mode():
-        computed = mlp(inputs)
-        if isinstance(computed, tuple):  # an MLP with experts also returns its router's scores
-            computed = computed[0]
-        difference = (computed.double() - outputs.double()).abs()
-        return PairingCheck(
-            applicable=True,
-            exact=torch.equal(computed, outputs),
-            max_abs_difference=float(difference.max()),
-            relative_error=relative_error(float(difference.norm()), float(outputs.double().norm())),
-        )
+    computed = computed_output(mlp, inputs, outputs)
+    difference = (computed.double() - outputs.double()).abs()
+    return PairingCheck(
+        applicable=True,
+        exact=torch.equal(computed, outputs),
+        max_abs_difference=float(difference.max()),
+        relative_error=relative_error(float(difference.norm()), float(outputs.double().norm())),
+    )
 
 
 def _fired(bridge: Any, points: Mapping[str, Any], hooks: Sequence[str], tokens: Tensor) -> dict[str, Any]:
@@ -370,18 +399,33 @@ def _is_not_about_padding(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def explained_failures(n_contexts: int) -> Iterator[None]:
-    """Say what to do when memory runs out, on a GPU or a CPU, or when ``torch.compile`` cannot work."""
+    """Say what to do when memory runs out, ``torch.compile`` cannot work, or a family does not run at all."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if _is_out_of_memory(error):
+    except ActionableError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError | MemoryError) and _is_out_of_memory(error):
             raise OutOfMemoryError(_smaller_batch(n_contexts)) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = str(error).strip().splitlines()[0]
             raise ModelError(
                 f"torch cannot compile the language model here: {reason}; run without compiling"
             ) from error
+        if (library := _library_of(error)) is not None:
+            raise ModelError(
+                f"the language model fails in {library} {version(library)}: {reason}; its architecture is only half "
+                f"supported there, so use another model or another release of {library} (`pipeline --debug …` shows "
+                "where)"
+            ) from error
         raise
+
+
+def _library_of(error: Exception) -> str | None:
+    """Return which of the two libraries that a model is made of raised an error; None if neither did."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = next((name.partition(".")[0] for name in reversed(modules) if not name.startswith("torch.")), "")
+    return raised_in if raised_in in ("transformers", "transformer_lens") else None
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

@@ -19,6 +19,7 @@ import platform
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -37,6 +38,14 @@ WEIGHT_FILES = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.bpe")
 _NOISY_LOGGERS = ("transformers", "huggingface_hub", "transformer_lens")
+_OTHER_KINDS = {
+    "seq2seq": "an encoder with a decoder",
+    "masked_lm": "which fills in masked tokens and sees those after them",
+    "audio": "which reads audio",
+    "vision": "which reads images",
+}
+_WRITTEN_OUT = ("fp8", "mxfp4")
+"""Quantisations that transformers turns into ordinary weights while it loads, on any device."""
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -121,6 +130,56 @@ def loaded_files(folder: Path) -> list[Path]:
     return [folder / "config.json", *(folder / name for name in sorted(set(shards)))]
 
 
+def check_kind(checkpoint: Checkpoint) -> None:
+    """Raise ModelError, before anything is read, for a checkpoint whose configuration says that it cannot be used.
+
+    Used are language models that predict each token from those before it, with weights that are numbers: quantised
+    ones are used only where transformers writes them out as it loads.
+    """
+    from transformer_lens.utilities.architectures import AUDIO_TEXT_ARCHITECTURES, classify_model_config
+
+    named = getattr(checkpoint.config, "architectures", None) or [type(checkpoint.config).__name__]
+    kind = "audio" if AUDIO_TEXT_ARCHITECTURES.intersection(named) else classify_model_config(checkpoint.config)
+    if kind in _OTHER_KINDS:
+        raise ModelError(
+            f"model {checkpoint.name}: is {named[0]}, {_OTHER_KINDS[kind]}; only language models that predict each "
+            "token from those before it are supported, so choose one of these"
+        )
+    _check_architecture(checkpoint)
+    quantised = _quantisation(checkpoint)
+    method = str(quantised.get("quant_method", "unnamed method")).removeprefix("QuantizationMethod.")
+    if quantised and method not in _WRITTEN_OUT:
+        bits = next(
+            (f", {n}-bit" for n in (4, 8) if quantised.get(f"load_in_{n}bit") or quantised.get("bits") == n), ""
+        )
+        raise ModelError(
+            f"model {checkpoint.name}: its weights are quantised ({method}{bits}), and only "
+            f"{' and '.join(_WRITTEN_OUT)} are written out as numbers while loading; use the checkpoint that it was "
+            "quantised from, or write this one out where it can be loaded: model.dequantize().save_pretrained(FOLDER)"
+        )
+
+
+def _check_architecture(checkpoint: Checkpoint) -> None:
+    from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
+
+    try:
+        determine_architecture_from_hf_config(checkpoint.config)
+    except ValueError:  # its text names all 160 that there are
+        _refuse_own_model_class(checkpoint)
+        named = getattr(checkpoint.config, "architectures", None) or [type(checkpoint.config).__name__]
+        raise ModelError(
+            f"model {checkpoint.name}: is {named[0]}, which TransformerLens {version('transformer_lens')} does not "
+            "support; use a model of an architecture that the documentation's page Families lists, or a newer "
+            "TransformerLens if that has it"
+        ) from None
+
+
+def _quantisation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what config.json says about quantisation; empty for plain weights."""
+    written = getattr(checkpoint.config, "quantization_config", None)
+    return dict(written) if isinstance(written, Mapping) else (written.to_dict() if written is not None else {})
+
+
 def choose_dtype(checkpoint: Checkpoint, wanted: str, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in; ``auto`` is the checkpoint's own, except float16 on a CPU.
 
@@ -161,6 +220,8 @@ def boot(
 def _boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, tokenizer: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
+    quantised = _quantisation(checkpoint)
+    quantised.update({"dequantize": True} if quantised else {})  # the same numbers on every device, and readable ones
     try:
         return TransformerBridge.boot_transformers(
             checkpoint.name,
@@ -170,7 +231,7 @@ def _boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, toke
             revision=checkpoint.revision,
             trust_remote_code=False,
             # TransformerLens does not pass that on to the model's class, which would ask for the classes named here
-            hf_config_overrides={"auto_map": {}},
+            hf_config_overrides={"auto_map": {}, **({"quantization_config": quantised} if quantised else {})},
         )
     except (UnpicklingError, EOFError) as error:
         raise ModelError(
@@ -186,7 +247,8 @@ def _boot(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, toke
     except Exception as error:  # the readers and the classes raise whatever the files lead them to
         _refuse_own_model_class(checkpoint)
         raise ModelError(
-            f"model {checkpoint.name}: cannot be loaded: {_first_line(error)} (`pipeline --debug …` shows where)"
+            f"model {checkpoint.name}: cannot be loaded: {_first_line(error).rstrip('.')} (`pipeline --debug …` shows "
+            "where)"
         ) from error
 
 
@@ -349,9 +411,12 @@ def _weights_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
     path = _cached_file(checkpoint.name, "model.safetensors", checkpoint.revision)
     if path is None:
         return None
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+    except (struct.error, ValueError, MemoryError):  # damaged: what reads the weights says so
+        return None
     kinds = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
     return next((_SAFETENSORS_DTYPES[kind] for kind in kinds if kind in _SAFETENSORS_DTYPES), None)
 

@@ -80,13 +80,20 @@ def resolve_sites(
         problems.append(
             f"no site is asked for; give layers such as --layers 0 (the model has layers 0 to {n_layers - 1}), or hooks"
         )
+    without_mlp = [site for site in sites if site.default_layer is not None and _has_no_mlp(site, hook_names)]
+    problems += _blocks_without_mlp(without_mlp, hook_names)
     for site in sites:
-        problems += _unknown_hooks(site, hook_names)
+        problems += [] if site in without_mlp else _unknown_hooks(site, hook_names)
     problems += _unknown_heads(sites, hook_names, count_heads)
     problems += _repeated(sites)
     if problems:
-        raise ModelError("\n  ".join([_count(problems), *problems]))
+        raise ModelError(listed(problems))
     return sites
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return problems of the sites asked for as one message."""
+    return "\n  ".join([_count(problems), *problems])
 
 
 def head_problem(hook: HookName, n_heads: int) -> str | None:
@@ -155,6 +162,28 @@ def _default_name(hook_in: HookName, hook_out: HookName) -> str:
 def _without_brackets(hook: HookName) -> str:
     """Return a hook's name as part of a folder's: shells and file name patterns take brackets for something else."""
     return hook.point if hook.head is None else f"{hook.point}.head{hook.head}"
+
+
+def _has_no_mlp(site: SiteHooks, hook_names: Collection[str]) -> bool:
+    return site.hook_in not in hook_names and site.hook_out not in hook_names
+
+
+def _blocks_without_mlp(sites: Sequence[SiteHooks], hook_names: Collection[str]) -> list[str]:
+    """Return a sentence about all ``sites``, layers of which the model's blocks have no MLP under the usual names."""
+    if not sites:
+        return []
+    layers = ", ".join(str(site.default_layer) for site in sites)
+    own = sorted({layer for hook in hook_names if (match := _MLP_HOOK.fullmatch(hook)) for layer in [int(match[1])]})
+    near = difflib.get_close_matches(sites[0].hook_out, hook_names, n=4, cutoff=0.6)
+    advice = (
+        f"layers with one are {', '.join(map(str, own))}"
+        if own
+        else "name what is to be cached with --hooks" + (f", near matches: {', '.join(near)}" if near else "")
+    )
+    return [
+        f"layer{'s' if sites[1:] else ''} {layers}: no MLP of its own in this model (such blocks are Mamba's, "
+        f"recurrent, or built otherwise), so {sites[0].hook_in} and {sites[0].hook_out} are not there; {advice}"
+    ]
 
 
 def _unknown_hooks(site: SiteHooks, hook_names: Collection[str]) -> list[str]:
