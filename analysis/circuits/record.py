@@ -18,7 +18,7 @@ from torch import Tensor
 from tailrace.analysis.circuits.operators import apply_norm, mix, norm_scale, write_heads
 from tailrace.analysis.circuits.run import ActiveFeatures, LayerRecord, LinearisedRun
 from tailrace.analysis.splice.hook_points import name_problem, observed
-from tailrace.analysis.weights.model_weights import AttentionWeights, ModelWeights, Norm
+from tailrace.analysis.weights.model_weights import AttentionWeights, LayerWeights, ModelWeights, Norm
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ModelError
 from tailrace.storage.hook_names import HookName
@@ -71,7 +71,10 @@ def record_run(
         layers: list[LayerRecord] = []
         for number in range(weights.n_layers):
             tolerance = _TOLERANCES.get(own, _TOLERANCE)
-            record = _layer(number, weights, seen, coders.get(number), transcoded, problems, tolerance)
+            record = _layer(
+                number, weights.layers[number], weights.is_parallel, seen, coders.get(number), transcoded, problems,
+                tolerance,
+            )  # fmt: skip
             layers.append(_less_what_earlier_layers_write(record, number, layers))
         if problems:
             raise ModelError(
@@ -92,6 +95,23 @@ def record_run(
             transcoded=transcoded.cpu(),
             allow_opaque=allow_opaque,
         )
+
+
+def part_problems(bridge: Any, weights: ModelWeights, tokens: Tensor) -> list[str]:
+    """Return a sentence for each part of each block that ``weights`` do not give, on a run on ``tokens`` (T,).
+
+    One layer is held in a wider dtype at a time. Raises ModelError where the model does not show its parts.
+    """
+    own = next(bridge.original_model.parameters()).dtype
+    wanted = own if own in (torch.float32, torch.float64) else torch.float32
+    problems: list[str] = []
+    with torch.inference_mode():
+        seen = {name: value.to(wanted) for name, value in _observe(bridge, weights, tokens, []).items()}
+        nowhere = torch.zeros(tokens.numel(), dtype=torch.bool)
+        for number, layer in enumerate(weights.layers):
+            tolerance = _TOLERANCES.get(own, _TOLERANCE)
+            _layer(number, _cast(layer, wanted), weights.is_parallel, seen, None, nowhere, problems, tolerance)
+    return problems
 
 
 def _as_needed(transcoder: Transcoder, device: torch.device, dtype: torch.dtype) -> Transcoder:
@@ -168,7 +188,8 @@ def _observe(bridge: Any, weights: ModelWeights, tokens: Tensor, sites: Sequence
 
 def _layer(
     number: int,
-    weights: ModelWeights,
+    layer: LayerWeights,
+    is_parallel: bool,
     seen: Mapping[str, Tensor],
     coder: tuple[Transcoder, bool] | None,
     transcoded: Tensor,
@@ -179,8 +200,7 @@ def _layer(
 
     ``coder`` is its transcoder, and whether that reads the stream before the MLP's norm.
     """
-    here, layer = f"blocks.{number}.", weights.layers[number]
-    attention = layer.attention
+    here, attention = f"blocks.{number}.", layer.attention
     stream, attended = seen[f"{here}hook_in"], seen[f"{here}attn.hook_out"]
     mlp_in, mlp_out = seen[f"{here}mlp.hook_in"], seen[f"{here}mlp.hook_out"]
     scale_attention = norm_scale(layer.norm_attention, stream)
@@ -189,7 +209,7 @@ def _layer(
     scale_attention_out = norm_scale(layer.norm_attention_out, attended)
     scale_mlp_out = norm_scale(layer.norm_mlp_out, mlp_out)
     written = apply_norm(layer.norm_attention_out, attended, scale_attention_out)
-    stream_mid = stream if weights.is_parallel else stream + written
+    stream_mid = stream if is_parallel else stream + written
     pattern = seen[f"{here}attn.hook_pattern"]
     features = None
     if coder is not None:

@@ -1,17 +1,21 @@
 """Read a language model's linear parts off TransformerLens, and check each against what the model computes.
 
-Families differ in ways that no name tells (Gemma's norms multiply by 1 + weight and its embeddings by √d_model), so
-what is read is compared with a short run of the model, and a family that does not fit is refused.
+Families differ in ways that no name tells (Gemma's norms multiply by 1 + weight and its embeddings by √d_model,
+Cohere's logits are divided by 16), so everything that is read, from the embedding to the logits, is compared with a
+short run of the model. A constant factor is folded into the weights; a family that does not fit otherwise is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tailrace.analysis.circuits.record import part_problems
+from tailrace.analysis.splice.hook_points import observed
 from tailrace.analysis.weights.model_weights import (
     IDENTITY,
     AttentionWeights,
@@ -20,9 +24,8 @@ from tailrace.analysis.weights.model_weights import (
     Norm,
     NormKind,
 )
-from tailrace.pipeline.model.language_model import LanguageModel
-from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.storage.errors import ModelError
+from tailrace.pipeline.model.language_model import LanguageModel, explained_failures, without_padding_advice
+from tailrace.storage.errors import ActionableError, ModelError
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Of the largest entry: room for the rounding of one norm or one product in the model's dtype."""
@@ -33,20 +36,42 @@ def read_weights(model: LanguageModel) -> ModelWeights:
 
     Raises ModelError, naming the part, where a family computes something else than its weights say.
     """
+    try:
+        with torch.inference_mode():
+            return _read(model)
+    except ActionableError:
+        raise
+    except Exception as error:  # TransformerLens' properties raise whatever the shapes of a family lead them to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"model {model.name}: its weights are not of a shape that can be read: {reason}; this family is not "
+            "supported by what needs them (`pipeline --debug …` shows where)"
+        ) from error
+
+
+def _read(model: LanguageModel) -> ModelWeights:
     bridge = model.bridge
     reader = _Reader(bridge)
-    with torch.inference_mode():
-        weights = ModelWeights(
-            W_E=bridge.W_E,
-            W_U=bridge.W_U,
-            final_norm=reader.norm(bridge, "ln_final", "the final norm"),
-            layers=tuple(reader.layer(block, number) for number, block in enumerate(bridge.blocks)),
-            W_pos=_optional(bridge, "W_pos"),
-            b_U=_unless(0, _optional(bridge, "b_U")),
-            is_parallel=reader.is_parallel,
-            logit_cap=_logit_cap(bridge.cfg),
+    weights = ModelWeights(
+        W_E=bridge.W_E,
+        W_U=bridge.W_U,
+        final_norm=reader.norm(bridge, "ln_final", "the final norm"),
+        layers=tuple(reader.layer(block, number) for number, block in enumerate(bridge.blocks)),
+        W_pos=_optional(bridge, "W_pos"),
+        b_U=_unless(0, _optional(bridge, "b_U")),
+        is_parallel=reader.is_parallel,
+        logit_cap=_logit_cap(bridge),
+    )
+    tokens = model.short_context()
+    first, last = "blocks.0.hook_in", f"blocks.{model.n_layers - 1}.hook_out"
+    seen, logits = _run(model, tokens, [first, last])
+    weights = _with_embedding_scale(weights, tokens[0], seen[first], model.name)
+    if problems := part_problems(bridge, weights, tokens[0]):
+        raise ModelError(
+            f"model {model.name}: its pass does not split into the parts that circuits and tables of weights are made "
+            "of:\n" + "\n".join(f"  {line}" for line in problems)
         )
-        return _with_embedding_scale(weights, model)
+    return _with_logit_scale(weights, seen[last], logits, model.name)
 
 
 class _Reader:
@@ -87,6 +112,8 @@ class _Reader:
             for gain in (weight, None if weight is None else 1 + weight):
                 if _agree(_apply(Norm(kind, gain, bias, eps), probe), shown):
                     return Norm(kind, _unless(1, gain), _unless(0, bias), eps)
+        if torch.equal(probe, shown):
+            return IDENTITY
         raise ModelError(f"{what} is neither a layer norm nor an RMS norm with a gain; circuits cannot pass through it")
 
     def _attention(self, attention: Any, here: str) -> AttentionWeights:
@@ -101,27 +128,80 @@ class _Reader:
         return AttentionWeights(W_V, W_O, _unless(0, b_V), _unless(0, _optional(attention, "b_O")))
 
 
-def _with_embedding_scale(weights: ModelWeights, model: LanguageModel) -> ModelWeights:
-    """Return the weights with W_E as the stream sees it: compared with what enters block 0."""
-    n_positions = min(4, model.max_context_length)
-    tokens = torch.full((1, n_positions), model.bos_token_id, device=model.device)
-    site = SiteHooks("stream", "blocks.0.hook_in", "blocks.0.hook_in")
-    stream = model.capture(tokens, [site])["blocks.0.hook_in"]
-    token = weights.W_E[tokens[0]].to(stream.dtype)
-    position = 0 if weights.W_pos is None else weights.W_pos[:n_positions].to(stream.dtype)
-    if _agree(token + position, stream[0]):
-        return weights
-    scale = weights.d_model**0.5
-    if _agree(token * torch.tensor(scale, dtype=stream.dtype, device=stream.device) + position, stream[0]):
-        return replace(weights, W_E=weights.W_E * torch.tensor(scale, dtype=stream.dtype, device=stream.device))
+def _run(model: LanguageModel, tokens: Tensor, hooks: list[str]) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Return what each of ``hooks`` holds, and the logits, of the one context ``tokens`` (1, n): (n, d) each."""
+    missing = [hook for hook in hooks if hook not in model.bridge.hook_dict]
+    if not missing:
+        with observed(model.bridge.hook_dict, hooks) as fired, explained_failures(1), without_padding_advice():
+            logits = model.bridge(tokens, return_type="logits", use_cache=False)
+        seen: dict[str, Any] = dict(fired)  # some families hold a tuple that begins with the activation
+        missing = [hook for hook in hooks if hook not in seen]
+    if missing:
+        raise ModelError(
+            f"model {model.name}: shows nothing at {', '.join(missing)}, and so its stream cannot be compared with its "
+            "weights; this family is not supported by what needs them"
+        )
+    return {name: (value[0] if isinstance(value, tuple) else value)[0] for name, value in seen.items()}, logits[0]
+
+
+def _with_embedding_scale(weights: ModelWeights, tokens: Tensor, stream: Tensor, name: str) -> ModelWeights:
+    """Return the weights with W_E as ``stream``, what enters block 0, shows it."""
+    token = weights.W_E[tokens].to(stream.dtype)
+    position = 0 if weights.W_pos is None else weights.W_pos[: len(tokens)].to(stream.dtype)
+    if token.shape == stream.shape:
+        if _agree(token + position, stream):
+            return weights
+        fitted = _factor(token, stream - position)
+        for scale in (weights.d_model**0.5, fitted):  # the first as Gemma rounds it, in the model's dtype
+            factor = torch.tensor(scale, dtype=stream.dtype, device=stream.device)
+            if _agree(token * factor + position, stream):
+                return replace(weights, W_E=weights.W_E * factor)
     raise ModelError(
-        f"model {model.identity()['name']}: what enters block 0 is not the token's embedding plus its position's; "
+        f"model {name}: what enters block 0 is not the token's embedding plus its position's; "
         "this family's embedding is not supported"
     )
 
 
+def _with_logit_scale(weights: ModelWeights, stream: Tensor, logits: Tensor, name: str) -> ModelWeights:
+    """Return the weights with W_U and b_U as ``logits`` show them, ``stream`` being what leaves the last block.
+
+    Some families multiply logits by a constant after the unembedding, others cap them.
+    """
+    normalised = _apply(weights.final_norm, stream)
+    if (cap := weights.logit_cap) is not None:
+        within = logits.double().clamp(-cap * (1 - 1e-12), cap * (1 - 1e-12))
+        logits_before = cap * torch.atanh(within / cap)
+    else:
+        logits_before = logits.double()
+    if weights.W_U.shape == (normalised.shape[-1], logits.shape[-1]):
+        made = normalised @ weights.W_U.double()
+        made = made if weights.b_U is None else made + weights.b_U.double()
+        reliable = torch.ones_like(made, dtype=torch.bool) if cap is None else logits.double().abs() < 0.9 * cap
+        for factor in (1.0, _factor(made[reliable], logits_before[reliable])):
+            scaled = made * factor
+            if _agree(scaled if cap is None else cap * torch.tanh(scaled / cap), logits):
+                b_U = weights.b_U
+                return (
+                    weights
+                    if factor == 1
+                    else replace(weights, W_U=weights.W_U * factor, b_U=None if b_U is None else b_U * factor)
+                )
+    raise ModelError(
+        f"model {name}: its logits are not the final norm of the stream times the unembedding, nor a multiple of that; "
+        "what this family does to logits is not supported"
+    )
+
+
+def _factor(made: Tensor, wanted: Tensor) -> float:
+    """Return the factor that brings ``made`` nearest to ``wanted``."""
+    x, y = made.double().flatten(), wanted.double().flatten()
+    return float((x @ y) / (x @ x).clamp_min(1e-300))
+
+
 def _apply(norm: Norm, x: Tensor) -> Tensor:
     exact = x.double()
+    if norm.kind == "none":
+        return exact
     centred = exact - exact.mean(-1, keepdim=True) if norm.kind == "layer" else exact
     out = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
     out = out if norm.weight is None else out * norm.weight.double()
@@ -155,6 +235,6 @@ def _unless(nothing: float, value: Tensor | None) -> Tensor | None:
     return None if value is None or bool((value == nothing).all()) else value
 
 
-def _logit_cap(config: Any) -> float | None:
-    cap = getattr(config, "output_logits_soft_cap", None)
+def _logit_cap(bridge: Any) -> float | None:
+    cap = getattr(bridge.cfg, "output_logits_soft_cap", None)
     return float(cap) if cap is not None and cap > 0 else None

@@ -7,6 +7,7 @@ way, to compare with. Outputs are replaced everywhere but at the BOS, in every r
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from tailrace.analysis.task.answers import CorrectMinusIncorrect
 from tailrace.analysis.task.curves import Task, by_site, keep_top_features, keep_top_neurons, leave_one_out
 from tailrace.analysis.task.ranking import Ranking, last_activations, last_neurons, rank_by_variance
 from tailrace.analysis.weights.model_weights import ModelWeights
+from tailrace.analysis.weights.stream import write_point
 from tailrace.analysis.weights.unembedding import logit_effects
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_by_site, open_transcoders
+from tailrace.pipeline.model.checks import has_neurons
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.sites import SiteHooks
@@ -49,11 +52,14 @@ from tailrace.pipeline.task.tables import (
 )
 from tailrace.storage.artifact import digest, read_manifest
 from tailrace.storage.cache_format import Site
+from tailrace.storage.errors import ModelError, OutOfMemoryError
 from tailrace.storage.tables import read_table, write_table
 from tailrace.training.architectures.transcoder import Transcoder
 from tailrace.training.cross_layer.layers import StackedLayer
 
 KIND = "task"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class _Work:
         self._settings, self._model, self._read, self._quiet = settings, model, read, quiet
         self._prompts = pad_prompts(read.tokens, model.device)
         self._task = Task(model.bridge, self._prompts, self.metric, batch=settings.prompts_per_batch)
-        self._weights: ModelWeights = read_weights(model)
+        self._weights = _weights_if_readable(model)
 
     @torch.inference_mode()
     def write(self, path: Path, transcoders: Sequence[PublishedTranscoder]) -> Made:
@@ -149,7 +155,7 @@ class _Work:
         }
         sizes = {site: coder.d_sae for site, coder in coders.items()}
         places = [_place(sizes, feature) for feature in shown]
-        effects = logit_effects(_written(coders, places), self._weights, self.metric.tokens)
+        effects = self._effects(coders, places)
         ranking = [
             _ranked(place, FEATURES, rank, feature, features, without.get(feature), effects[rank])
             for rank, (place, feature) in enumerate(zip(places, shown, strict=True))
@@ -168,16 +174,28 @@ class _Work:
         return curves, ranking
 
     def _neurons(self, sites: Sequence[Site]) -> dict[Site, Site]:
-        """Return the hidden activations of the MLP that is replaced at each of ``sites``; none if one is no MLP."""
+        """Return the hidden activations of the MLP that is replaced at each of ``sites``; none if one shows none."""
         found = {}
         for site in sites:
             match = re.fullmatch(r"(blocks\.\d+\.mlp)\.hook_out", site.hook_out)
             hook = f"{match[1]}.hook_post" if match else ""
-            if hook not in self._model.bridge.hook_dict:
+            if not has_neurons(hook, self._model.bridge.hook_dict):
                 return {}
             width, _ = self._model.widths([SiteHooks(hook, hook, hook)])[hook]
             found[site] = Site(f"{site.name} neurons", hook, hook, width, width, "float32")
         return found
+
+    def _effects(
+        self, coders: Mapping[Site, Transcoder], features: Sequence[tuple[Site, int]]
+    ) -> Sequence[Tensor | None]:
+        """Return each feature's effects (answers,) on the answers' logits; None where weights do not tell them."""
+        if self._weights is None or not features:
+            return [None] * len(features)
+        written = [_written(coders, feature, self._weights) for feature in features]
+        rows = [row for row in written if row is not None]
+        if len(rows) < len(features):
+            return [None] * len(features)
+        return list(logit_effects(torch.stack(rows), self._weights, self.metric.tokens))
 
     def _shown(self, values: Sequence[int], what: str) -> Iterator[int]:
         return iter(tqdm(values, desc=what, unit="run", disable=True if self._quiet else None))
@@ -189,14 +207,27 @@ def _place(sizes: Mapping[Site, int], number: int) -> tuple[Site, int]:
     return site, index
 
 
-def _written(coders: Mapping[Site, Transcoder], features: Sequence[tuple[Site, int]]) -> Tensor:
-    """Return (features, d_out): what each feature writes, to all layers together."""
-    rows = []
-    for site, index in features:
-        coder = coders[site]
-        later = [coder.writes_to(target)[index] for target in coder.later] if isinstance(coder, StackedLayer) else []
-        rows.append(sum(later, coder.W_dec[index]))
-    return torch.stack(rows) if rows else next(iter(coders.values())).W_dec[:0]
+def _weights_if_readable(model: LanguageModel) -> ModelWeights | None:
+    """Return the model's weights; None, with a warning, for a family in which they do not tell what features do."""
+    try:
+        return read_weights(model)
+    except OutOfMemoryError:
+        raise
+    except ModelError as error:
+        logger.warning("effects on answers are left out of the ranking: %s", error)
+        return None
+
+
+def _written(coders: Mapping[Site, Transcoder], feature: tuple[Site, int], weights: ModelWeights) -> Tensor | None:
+    """Return (d_model,) what a feature adds to the stream, in all layers together; None if not to the stream."""
+    site, index = feature
+    coder = coders[site]
+    rows = {site: coder.W_dec[index]}
+    if isinstance(coder, StackedLayer):
+        rows |= {coder.sites[target]: coder.writes_to(target)[index] for target in coder.later}
+    points = {at: write_point(at.hook_out, weights) for at in rows}
+    carried = [point.carry(rows[at]) for at, point in points.items() if point is not None]
+    return torch.stack(carried).sum(0) if len(carried) == len(rows) else None
 
 
 def _curve(site: str | None, kind: str, n_kept: int | None, scores: Tensor) -> Curve:
