@@ -20,7 +20,8 @@ from tailrace.storage.token_text import text_of_bytes
 logger = logging.getLogger(__name__)
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space at the start of a token
+_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+_LETTERS = ("\ue000", "\ue001")  # of private use: in no token, and nothing to any decoder
 _BATCH_STATE = ("truncation", "padding")  # set by the last call of a tokenizer, no part of what it is
 
 
@@ -94,13 +95,24 @@ class ModelTokenizer:
         Bytes that are no whole UTF-8 character are shown as ``<0xE6>`` (see tailrace.storage.token_text); an id without
         a token, as some models have to round their embedding up, as ``<unused 50300>``.
         """
-        n_tokens = min(len(self._tokenizer), self._d_vocab)
-        raw: list[str | None] = self._tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
-        texts: list[str] = self._tokenizer.batch_decode(
-            [[token_id] for token_id in range(n_tokens)], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        named = [_show(token_id, token, text) for token_id, (token, text) in enumerate(zip(raw, texts, strict=True))]
-        return named + [f"<unused {token_id}>" for token_id in range(n_tokens, self._d_vocab)]
+        # A vocabulary may have holes, so its ids are asked for one by one; len() would be no bound of them.
+        known = sorted({number for number in self._tokenizer.get_vocab().values() if number < self._d_vocab})
+        raw: list[str] = self._tokenizer.convert_ids_to_tokens(known)
+        named = {number: _show(token, text) for number, token, text in zip(known, raw, self._texts(raw), strict=True)}
+        return [named.get(number, f"<unused {number}>") for number in range(self._d_vocab)]
+
+    def _texts(self, raw: Sequence[str]) -> list[str]:
+        """Return what each token adds to a text in which tokens come before and after it.
+
+        Alone it might lose something: decoders take a space off the start of a text, or off its end. So each stands
+        between two letters that no decoder changes.
+        """
+        decoder = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None)
+        if decoder is None or not (joined := decoder.decode([*_LETTERS])).startswith(_LETTERS[0]):
+            return [token.replace(_WORD_START, " ") for token in raw]
+        before, after = _LETTERS[0], joined.removeprefix(_LETTERS[0])
+        decoded = (decoder.decode([_LETTERS[0], token, _LETTERS[1]]) for token in raw)
+        return [text.removeprefix(before).removesuffix(after) for text in decoded]
 
     def identity(self) -> dict[str, JSON]:
         """Return what decides the tokens: a digest of the tokenizer, and the special tokens with their origin."""
@@ -182,15 +194,9 @@ def _choose_separator(tokenizer: Any, bos: SpecialToken) -> SpecialToken:
     return bos if eos is None else SpecialToken(int(eos), "eos")
 
 
-def _show(token_id: int, raw: str | None, text: str) -> str:
-    if raw is None:
-        return f"<unused {token_id}>"
-    if _REPLACEMENT in text:
-        return _partial(raw, text)
-    if not text:
-        return raw
-    # SentencePiece drops the space of a text's first token when decoding, but here every token is a first one.
-    return f" {text}" if raw.startswith(_WORD_START) and not text.startswith(" ") else text
+def _show(raw: str, text: str) -> str:
+    """Return a token's text with the bytes named that are no whole character; its own name if it adds no text."""
+    return _partial(raw, text) if _REPLACEMENT in text else text or raw
 
 
 def _partial(raw: str, text: str) -> str:
