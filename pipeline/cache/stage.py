@@ -107,8 +107,9 @@ def run(
             return _finished(settings, output)
         remove_temporary_files(output)
         with nothing_left_behind(output):
-            settings = settings.in_dtype_of(begun_with(output).get("model", {}))
-            model = load_language_model(settings, device=compute.device, compile_model=compile_model)
+            begun = begun_with(output).get("model", {})
+            settings = settings.in_dtype_of(begun)
+            model = load_language_model(settings, device=compute.device, compile_model=compile_model, recorded=begun)
             documents = open_documents(settings, settings.seed)
             # workers may have other devices
             settings = settings.in_dtype_of({"dtype": str(model.dtype).removeprefix("torch.")})
@@ -205,7 +206,7 @@ def _reopened(cache: ActivationCache, given: Mapping[str, str | None], compute: 
         where=f"the request recorded in {cache.path}",
     ).in_dtype_of(cache.manifest.model)
     remove_temporary_files(cache.path)
-    model = load_language_model(settings, device=compute.device)
+    model = load_language_model(settings, device=compute.device, recorded=cache.manifest.model)
     return CacheJob(cache.path, settings, model, cache, quiet=compute.quiet)
 
 

@@ -39,7 +39,7 @@ from tailrace.pipeline.model.loading import (
 )
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks, head_problem
-from tailrace.pipeline.model.tokenizer import ModelTokenizer, number_tokens, open_tokenizer
+from tailrace.pipeline.model.tokenizer import ModelTokenizer, number_tokens, open_tokenizer, read_stated_tokens
 from tailrace.storage.artifact import JSON, checksum_file, digest
 from tailrace.storage.encodings import relative_error
 from tailrace.storage.errors import ActionableError, ModelError, OutOfMemoryError
@@ -282,10 +282,17 @@ class LanguageModel:
             )
 
 
-def load_language_model(settings: ModelSettings, *, device: str = "cpu", compile_model: bool = False) -> LanguageModel:
+def load_language_model(
+    settings: ModelSettings,
+    *,
+    device: str = "cpu",
+    compile_model: bool = False,
+    recorded: Mapping[str, Any] | None = None,
+) -> LanguageModel:
     """Load a language model and its tokenizer from the hub or a folder.
 
-    With ``compile_model``, MLPs are compiled: the same activations within rounding, not bit for bit.
+    With ``compile_model``, MLPs are compiled: the same activations within rounding, not bit for bit. ``recorded`` is
+    the identity that an artifact has of it: contexts begin and documents end with the tokens recorded there.
     Raises ModelError if that cannot be done, saying what to do instead.
     """
     chosen = parse_device(device)
@@ -302,6 +309,8 @@ def load_language_model(settings: ModelSettings, *, device: str = "cpu", compile
         d_vocab=int(bridge.cfg.d_vocab),
         bos_token_id=settings.bos_token_id,
         reads_text=reads_text,
+        stated=read_stated_tokens(checkpoint),
+        recorded=(recorded or {}).get("tokenizer"),
     )
     logger.info("loaded %s in %s on %s", settings.model, str(dtype).removeprefix("torch."), chosen)
     model = LanguageModel(bridge, tokenizer, settings, checkpoint)

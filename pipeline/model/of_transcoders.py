@@ -72,7 +72,7 @@ def load_recorded(
 
     ``use`` is what was done with that one, for the message; ``ignored`` names keys that may differ.
     """
-    loaded = load_language_model(settings, device=device)
+    loaded = load_language_model(settings, device=device, recorded=recorded)
     if differences := list_model_differences(recorded, loaded.identity(recorded), ignored=ignored):
         lines = "\n".join(f"  {line}" for line in differences)
         raise ArtifactMismatch(
@@ -122,7 +122,7 @@ def _of_another_model(paths: Sequence[Path], differences: Sequence[str]) -> Iter
 def _given_bos(recorded: Mapping[str, Any]) -> int | None:
     """Return the BOS if it was a setting; a tokenizer's own is found again."""
     tokenizer = recorded.get("tokenizer") or {}
-    return None if tokenizer.get("bos_source") in ("bos", "eos") else tokenizer.get("bos_token_id")
+    return tokenizer.get("bos_token_id") if tokenizer.get("bos_source") == "setting" else None
 
 
 def recorded_location(identity: Mapping[str, Any], location: str, artifact: Path) -> str:

@@ -16,6 +16,7 @@ _MEANINGS = {
     "tokenizer.digest": "content of the tokenizer",
     "tokenizer.bos_source": "where the BOS comes from",
     "tokenizer.bos_token_id": "BOS",
+    "tokenizer.separator_token_id": "token between documents",
 }
 """What is meant by names that do not say it."""
 

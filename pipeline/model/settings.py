@@ -26,7 +26,7 @@ class ModelSettings(Settings):
     """raw: weights as published. compatibility: norms folded in and weights centred, as HookedTransformer did."""
 
     bos_token_id: int | None = None
-    """Token that begins every context; by default the tokenizer's BOS, or its EOS if it has no BOS."""
+    """Token that begins every context; by default the tokenizer's BOS, else that of config.json, else the EOS."""
 
     def in_dtype_of(self, identity: Mapping[str, Any]) -> Self:
         """Return settings that ask for the dtype in a recorded ``identity``, if it is there: ``auto`` depends on the

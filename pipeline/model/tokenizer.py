@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,24 +26,46 @@ _BATCH_STATE = ("truncation", "padding")  # set by the last call of a tokenizer,
 
 
 class SpecialToken(NamedTuple):
-    """A token id and where it came from: ``bos``, ``eos`` or ``setting``."""
+    """A token id and where it came from: ``bos`` or ``eos`` of the tokenizer, ``config`` or ``setting``."""
 
     token_id: int
     source: str
+
+
+class StatedTokens(NamedTuple):
+    """Token ids that a checkpoint's configuration states, whatever its tokenizer says."""
+
+    start: int | None = None
+    ends: tuple[int, ...] = ()
+
+
+NOTHING_STATED = StatedTokens()
 
 
 class ModelTokenizer:
     """A checkpoint's tokenizer, its beginning-of-context token and its separator between documents."""
 
     def __init__(
-        self, tokenizer: Any, *, name: str, d_vocab: int, bos_token_id: int | None = None, reads_text: bool = True
+        self,
+        tokenizer: Any,
+        *,
+        name: str,
+        d_vocab: int,
+        bos_token_id: int | None = None,
+        reads_text: bool = True,
+        stated: StatedTokens = NOTHING_STATED,
+        recorded: Mapping[str, Any] | None = None,
     ) -> None:
+        """``recorded`` is the identity of a tokenizer: of the same one, its BOS and separator are taken."""
         self._tokenizer = tokenizer
         self._name = name
         self._reads_text = reads_text
         self._d_vocab = d_vocab
-        self.bos = _choose_bos(tokenizer, name, bos_token_id)
-        self.separator = _choose_separator(tokenizer, self.bos)
+        if recorded and recorded.get("digest") == self._digest():
+            self.bos = SpecialToken(recorded["bos_token_id"], recorded["bos_source"])
+            self.separator = SpecialToken(recorded["separator_token_id"], recorded["separator_source"])
+        else:
+            self.bos, self.separator = _choose_tokens(tokenizer, name, bos_token_id, stated)
         outside = {token.token_id for token in (self.bos, self.separator) if not 0 <= token.token_id < d_vocab}
         if outside:
             raise ModelError(
@@ -176,22 +198,58 @@ def _refuse_own_tokenizer(checkpoint: Checkpoint) -> None:
         refuse_own_class(checkpoint.name, "tokenizer_config.json", written.get("auto_map"), "AutoTokenizer")
 
 
-def _choose_bos(tokenizer: Any, name: str, wanted: int | None) -> SpecialToken:
-    if wanted is not None:
-        return SpecialToken(wanted, "setting")
-    for source in ("bos", "eos"):
-        token_id = getattr(tokenizer, f"{source}_token_id", None)
-        if token_id is not None:
-            return SpecialToken(int(token_id), source)
-    raise ModelError(
-        f"model {name}: its tokenizer has neither a BOS nor an EOS token to begin a context with; "
-        "choose one of its token ids with --bos-token-id"
+def read_stated_tokens(checkpoint: Checkpoint) -> StatedTokens:
+    """Return what a checkpoint's configuration calls BOS and EOS. A class's defaults count for nothing."""
+    config, generation = (
+        read_checkpoint_json(checkpoint.name, file, checkpoint.revision)
+        for file in ("config.json", "generation_config.json")
     )
+    texts = [one for one in (config.get("text_config"), config) if isinstance(one, dict)]
+    starts = [one["bos_token_id"] for one in texts if isinstance(one.get("bos_token_id"), int)]
+    ends = [one.get("eos_token_id") for one in (*texts, generation)]
+    flat = [number for one in ends for number in (one if isinstance(one, list) else [one])]
+    return StatedTokens(starts[0] if starts else None, tuple(number for number in flat if isinstance(number, int)))
 
 
-def _choose_separator(tokenizer: Any, bos: SpecialToken) -> SpecialToken:
-    eos = getattr(tokenizer, "eos_token_id", None)
-    return bos if eos is None else SpecialToken(int(eos), "eos")
+def _choose_tokens(
+    tokenizer: Any, name: str, wanted: int | None, stated: StatedTokens
+) -> tuple[SpecialToken, SpecialToken]:
+    """Return what begins contexts and what ends documents.
+
+    The EOS of a chat model's tokenizer may be the end of a turn, which no text between documents has: the template
+    writes it out, where an end of texts is called by its name, ``eos_token``. The configuration then has another.
+    """
+    special = {*tokenizer.all_special_ids, *(one for one, token in _added(tokenizer) if token.special)}
+    own, eos = (getattr(tokenizer, f"{source}_token_id", None) for source in ("bos", "eos"))
+    start = stated.start if own is None and stated.start in special and stated.start != eos else None
+    known = {"setting": wanted, "bos": own, "config": start, "eos": eos}
+    bos = next((SpecialToken(int(number), source) for source, number in known.items() if number is not None), None)
+    if bos is None:
+        raise ModelError(
+            f"model {name}: its tokenizer has neither a BOS nor an EOS token to begin a context with; "
+            "choose one of its token ids with --bos-token-id"
+        )
+    if eos is None:
+        return bos, bos
+    if start is not None:
+        return bos, SpecialToken(start, "config")
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    is_turn = {number: tokenizer.convert_ids_to_tokens(number) in template for number in special}
+    if is_turn.get(eos, False):
+        for number in stated.ends:
+            if not is_turn.get(number, True):
+                return bos, SpecialToken(number, "config")
+        logger.warning(
+            "model %s: its EOS %r ends a turn of its chat template, and its configuration names no other end of a "
+            "text: it is put between documents%s",
+            *(name, tokenizer.eos_token),
+            " and before contexts; --bos-token-id chooses another there" if bos.token_id == eos else "",
+        )
+    return bos, SpecialToken(int(eos), "eos")
+
+
+def _added(tokenizer: Any) -> Any:
+    return getattr(tokenizer, "added_tokens_decoder", {}).items()
 
 
 def _show(raw: str, text: str) -> str:

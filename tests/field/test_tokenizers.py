@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tailrace.pipeline.model.tokenizer import ModelTokenizer
+from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
+from tailrace.pipeline.model.tokenizer import ModelTokenizer, StatedTokens
 from tailrace.storage.token_text import has_bytes, join_characters
+from tests.support.tiny_models import save_tiny_model
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 
@@ -63,6 +67,67 @@ def test_tokens_behind_a_hole_are_shown_and_only_holes_are_unused():
     shown = opened(tokenizer, 12)[1].vocabulary()
     expected = {number: word for word, number in words.items()}
     assert shown == [expected.get(number, f"<unused {number}>") for number in range(12)]
+
+
+# The end of a turn is no end of a text (case 19)
+
+CHATML = "{% for m in messages %}{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n'}}{% endfor %}"
+NAMED_EOS = "{% for m in messages %}[INST] {{ m.content }}{{ eos_token }}{% endfor %}"
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>")
+
+
+def chosen(stated, template=None, **special):
+    tokens = [*CHAT_TOKENS, UNKNOWN, "the", "law"]
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=UNKNOWN))
+    names = {"pad_token": "<|endoftext|>", "additional_special_tokens": list(CHAT_TOKENS), **special}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, chat_template=template, **names)
+    model = ModelTokenizer(fast, name="made", d_vocab=len(tokens), stated=StatedTokens(*stated))
+    return tuple((tokens[one.token_id], one.source) for one in (model.bos, model.separator)), model
+
+
+QWEN = {"eos_token": "<|im_end|>"}
+LLAMA = {"bos_token": "<bos>", "eos_token": "<|im_end|>"}
+
+
+@pytest.mark.parametrize(
+    ("stated", "template", "special", "bos", "separator"),
+    [
+        # Qwen's chat models: the configuration's BOS at both ends
+        ((0, (2,)), None, QWEN, ("<|endoftext|>", "config"), ("<|endoftext|>", "config")),
+        ((0, (2, 0)), CHATML, QWEN, ("<|endoftext|>", "config"), ("<|endoftext|>", "config")),
+        # a configuration's BOS that is a word, or the EOS
+        ((5, (2,)), None, QWEN, ("<|im_end|>", "eos"), ("<|im_end|>", "eos")),
+        ((2, (2,)), None, QWEN, ("<|im_end|>", "eos"), ("<|im_end|>", "eos")),
+        # Llama 3 Instruct: the configuration lists the end of a text among others
+        ((3, (2, 0)), CHATML, LLAMA, ("<bos>", "bos"), ("<|endoftext|>", "config")),
+        ((3, (1, 2)), CHATML, LLAMA, ("<bos>", "bos"), ("<|im_end|>", "eos")),
+        # an EOS that ends texts, in a model that chats or not
+        ((3, (2, 0)), NAMED_EOS, LLAMA, ("<bos>", "bos"), ("<|im_end|>", "eos")),
+        ((3, (2, 0)), None, LLAMA, ("<bos>", "bos"), ("<|im_end|>", "eos")),
+    ],
+)
+def test_contexts_begin_and_documents_end_with_what_texts_have(caplog, stated, template, special, bos, separator):
+    found, model = chosen(stated, template, **special)
+    assert found == (bos, separator)
+    ends_turn = separator == ("<|im_end|>", "eos") and template is CHATML
+    assert ("ends a turn of its chat template" in caplog.text) == ends_turn
+    recorded = {**model.identity(), "bos_token_id": 1, "separator_token_id": 2}
+    fast = model._tokenizer
+    again = ModelTokenizer(fast, name="made", d_vocab=7, stated=StatedTokens(*stated), recorded=recorded)
+    assert (again.bos.token_id, again.separator.token_id) == (1, 2)
+    other = ModelTokenizer(fast, name="made", d_vocab=7, stated=StatedTokens(*stated), recorded={"digest": "other"})
+    assert (other.bos, other.separator) == (model.bos, model.separator)
+
+
+def test_qwen_chat_model_begins_contexts_as_its_configuration_says(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", "llama", eos_token="<|im_end|>", bos_token="<|endoftext|>")
+    tokens = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    named["pad_token"] = named.pop("bos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    model = load_language_model(ModelSettings(model=str(folder)))
+    assert model.bos_token_id == model.separator_token_id == tokens["<|endoftext|>"]
+    assert model.identity()["tokenizer"]["bos_source"] == "config"
 
 
 # Every tokenizer that can be built
