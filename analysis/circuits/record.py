@@ -8,7 +8,7 @@ family that computes it otherwise is refused here rather than explained wrongly.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -26,9 +26,10 @@ from tailrace.training.architectures.transcoder import Transcoder
 
 _TOLERANCES = {torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """Share of a token's norm by which a part may differ from its pieces: the rounding of a sublayer."""
-_NOTHING = object()
 _TOLERANCE = 1e-3
 """For float32, and for float64, in which some families still compute their norms in float32."""
+_ROUNDING = 1e-6
+"""Share of a token's norm by which two hooks may differ that hold the same: a gain of one is not always exact."""
 
 
 def record_run(
@@ -53,14 +54,16 @@ def record_run(
     parameter = next(bridge.original_model.parameters())
     own, device = parameter.dtype, parameter.device
     wanted = dtype or (own if own in (torch.float32, torch.float64) else torch.float32)
-    by_layer = _by_layer(transcoders, bridge.hook_dict)
+    unknown = {site: _unknown_hooks(site, bridge.hook_dict) for site in transcoders}
+    known = [site for site, lines in unknown.items() if not lines]
+    with torch.inference_mode():
+        seen = _observe(bridge, weights, tokens.to(device), known)
+        seen = {name: value.to(wanted) for name, value in seen.items()}
     coders = {
-        layer: (_as_needed(transcoder, device, wanted), _reads_stream(site, layer, bridge.hook_dict))
-        for layer, (site, transcoder) in by_layer.items()
+        layer: (_as_needed(transcoders[site], device, wanted), not _holds_same(seen, site.hook_in, _mlp_in(layer)))
+        for layer, site in _by_layer(known, seen, [line for lines in unknown.values() for line in lines]).items()
     }
     with torch.inference_mode():
-        seen = _observe(bridge, weights, tokens.to(device), [site for site, _ in by_layer.values()])
-        seen = {name: value.to(wanted) for name, value in seen.items()}
         weights = replace(
             weights, layers=tuple(_cast(layer, wanted) for layer in weights.layers),
             final_norm=_cast(weights.final_norm, wanted),
@@ -126,24 +129,36 @@ def mlp_layer(site: Site) -> int | None:
     return site.layer
 
 
-def _by_layer(transcoders: Mapping[Site, Transcoder], points: Mapping[str, Any]) -> dict[int, tuple[Site, Transcoder]]:
-    """Return transcoders by their layer; a transcoder of anything but an MLP's own input and output is refused."""
-    by_layer: dict[int, tuple[Site, Transcoder]] = {}
+def _unknown_hooks(site: Site, points: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each hook of a site that the model lacks, or that is a head, and so no MLP's."""
     problems = []
-    for site, transcoder in transcoders.items():
+    for name in dict.fromkeys((site.hook_in, site.hook_out)):
+        line = name_problem(name, points)
+        if line is None and HookName.parse(name).head is not None:
+            line = f"{name} is a head, and circuits need transcoders of MLPs"
+        problems += [] if line is None else [f"site {site.name}: {line}"]
+    return problems
+
+
+def _by_layer(sites: Iterable[Site], seen: Mapping[str, Tensor], problems: list[str]) -> dict[int, Site]:
+    """Return sites by their layer. Raises ModelError with ``problems``, and for hooks that hold no MLP's own values.
+
+    What hooks hold on this pass is compared, not their names or objects: ``ln2.hook_normalized`` is what the MLP reads
+    where the norm's gain is folded into the weights, and ``hook_mlp_out`` what it writes where no norm follows.
+    """
+    by_layer: dict[int, Site] = {}
+    for site in sites:
         layer = mlp_layer(site)
-        unknown = [line for name in (site.hook_in, site.hook_out) if (line := name_problem(name, points)) is not None]
-        if unknown:
-            problems += [f"site {site.name}: {line}" for line in dict.fromkeys(unknown)]
-        elif layer is None or not _is_mlp(site, layer, points):
+        if layer is None or not _is_mlp(site, layer, seen):
             problems.append(
-                f"site {site.name}: {site.hook_in} to {site.hook_out} is not the input and output of one MLP; circuits "
-                "need transcoders of blocks.L.mlp.hook_in (or blocks.L.hook_resid_mid) and blocks.L.mlp.hook_out"
+                f"site {site.name}: {site.hook_in} to {site.hook_out} does not hold the input and output of one MLP in "
+                "this model; circuits need transcoders of blocks.L.mlp.hook_in (or blocks.L.hook_resid_mid) and "
+                "blocks.L.mlp.hook_out, or of hooks that hold the same"
             )
         elif layer in by_layer:
             problems.append(f"site {site.name}: layer {layer} has two transcoders; give one of them")
         else:
-            by_layer[layer] = (site, transcoder)
+            by_layer[layer] = site
     if problems:
         raise ModelError(
             "cannot trace circuits with these transcoders:\n" + "\n".join(f"  {line}" for line in problems)
@@ -151,19 +166,23 @@ def _by_layer(transcoders: Mapping[Site, Transcoder], points: Mapping[str, Any])
     return by_layer
 
 
-def _is_mlp(site: Site, layer: int, points: Mapping[str, Any]) -> bool:
-    """Compare hook points as objects: several names may mean the same point, depending on the model family."""
-    given = (HookName.parse(site.hook_in), HookName.parse(site.hook_out))
-    if any(hook.head is not None for hook in given):
-        return False
-    reads_mlp = points[given[0].point] is points.get(f"blocks.{layer}.mlp.hook_in")
-    writes_mlp = points[given[1].point] is points.get(f"blocks.{layer}.mlp.hook_out")
-    return writes_mlp and (reads_mlp or _reads_stream(site, layer, points))
+def _is_mlp(site: Site, layer: int, seen: Mapping[str, Tensor]) -> bool:
+    reads = (_mlp_in(layer), f"blocks.{layer}.hook_resid_mid")
+    return _holds_same(seen, site.hook_out, f"blocks.{layer}.mlp.hook_out") and any(
+        _holds_same(seen, site.hook_in, name) for name in reads
+    )
 
 
-def _reads_stream(site: Site, layer: int, points: Mapping[str, Any]) -> bool:
-    """Return whether a site's input is the stream before the MLP's norm."""
-    return points[HookName.parse(site.hook_in).point] is points.get(f"blocks.{layer}.hook_resid_mid", _NOTHING)
+def _mlp_in(layer: int) -> str:
+    return f"blocks.{layer}.mlp.hook_in"
+
+
+def _holds_same(seen: Mapping[str, Tensor], name: str, other: str) -> bool:
+    """Return whether two hooks hold the same numbers on this pass, up to rounding."""
+    if name == other:
+        return True
+    one, two = seen.get(name), seen.get(other)
+    return one is not None and two is not None and one.shape == two.shape and _difference(one, two) <= _ROUNDING
 
 
 def _observe(bridge: Any, weights: ModelWeights, tokens: Tensor, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -172,9 +191,10 @@ def _observe(bridge: Any, weights: ModelWeights, tokens: Tensor, sites: Sequence
     inner = ("hook_in", "hook_out", "attn.hook_out", "attn.hook_pattern", "mlp.hook_in", "mlp.hook_out")
     names = [f"blocks.{layer}.{name}" for layer in range(weights.n_layers) for name in inner]
     names += ["ln_final.hook_out", *(name for site in sites for name in (site.hook_in, site.hook_out))]
+    streams = [name for site in sites if (name := f"blocks.{site.layer}.hook_resid_mid") in points]  # few lack it
     missing = [name for name in dict.fromkeys(names) if name not in points]
     if not missing:
-        with observed(points, list(dict.fromkeys(names))) as observations:
+        with observed(points, list(dict.fromkeys([*names, *streams]))) as observations:
             bridge(tokens[None], return_type=None, use_cache=False)
         seen: dict[str, Any] = dict(observations)  # some families hold a tuple that begins with the activation
         missing = [name for name in names if name not in seen]

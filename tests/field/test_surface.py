@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import torch
 
+from tailrace.analysis.circuits.record import record_run
+from tailrace.analysis.circuits.roots import logit_root
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.shared.compute import Compute
@@ -14,10 +18,11 @@ from tailrace.pipeline.text.files import find_text_files
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.draft import Draft
-from tailrace.storage.errors import TextError
+from tailrace.storage.errors import ModelError, TextError
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures import TopK
 from tailrace.training.loop.settings import TrainSettings
+from tests.support.circuit_runs import TOKENS, mixed_transcoders, tiny_model
 from tests.support.synthetic_cache import write_synthetic_cache
 
 
@@ -61,9 +66,8 @@ def test_some_rows_are_those_of_contexts_drawn_from_all_of_the_split(made, tmp_p
         "n_rows": 150,
         "of_rows": 600,
     }
-    shared = analyze.run(
-        settings, **paths, output=tmp_path / "shared", compute=Compute(threads=1, workers=2, quiet=True)
-    )
+    on = Compute(threads=1, workers=2, quiet=True)
+    shared = analyze.run(settings, **paths, output=tmp_path / "shared", compute=on)
     for name in ("features.parquet", "examples.parquet", "rows.parquet"):
         assert (shared.path / name).read_bytes() == (result.path / name).read_bytes()
     on = Compute(quiet=True, threads=1)
@@ -87,3 +91,25 @@ def test_caches_below_a_folder_of_text_are_no_text(tmp_path, caplog):
     ]
     with pytest.raises(TextError, match="is an artifact of this package"):
         find_text_files(str(tmp_path / "texts" / "caches" / "old"))
+
+
+def test_hooks_that_hold_what_the_mlp_reads_and_writes_are_its_hooks():
+    """A checkpoint of the reference, imported as docs/export.md says, for a model with folded norms."""
+    model, weights = tiny_model("gpt2", "compatibility", double=True)
+    coders = mixed_transcoders()
+    named = {
+        dataclasses.replace(
+            site,
+            hook_in=f"blocks.{site.layer}.ln2.hook_normalized",
+            hook_out=f"blocks.{site.layer}.hook_mlp_out",
+        ): coder
+        for site, coder in coders.items()
+    }
+    assert model.bridge.hook_dict["blocks.0.ln2.hook_normalized"] is not model.bridge.hook_dict["blocks.0.mlp.hook_in"]
+    asked, usual = (record_run(model.bridge, weights, given, TOKENS) for given in (named, coders))
+    assert logit_root(asked, 5).value == pytest.approx(logit_root(usual, 5).value, rel=1e-12)
+    for layer in range(3):
+        assert torch.equal(asked.transcoders[layer].activation, usual.transcoders[layer].activation)
+    raw, weights = tiny_model("gpt2", "raw", double=True)  # the norm's gain is between them there
+    with pytest.raises(ModelError, match=r"blocks.0.ln2.hook_normalized to .* does not hold the input and output"):
+        record_run(raw.bridge, weights, named, TOKENS)

@@ -269,8 +269,9 @@ def test_transcoders_of_anything_but_an_mlp_are_refused() -> None:
     with pytest.raises(ModelError) as caught:
         record_run(model.bridge, weights, wrong, TOKENS)
     message = str(caught.value)
-    assert "site layer0: blocks.0.hook_resid_pre to blocks.0.mlp.hook_out is not the input and output of one" in message
-    assert "site layer1: blocks.0.mlp.hook_in to blocks.1.mlp.hook_out is not the input and output of one" in message
+    other = "does not hold the input and output of one MLP"
+    assert f"site layer0: blocks.0.hook_resid_pre to blocks.0.mlp.hook_out {other}" in message
+    assert f"site layer1: blocks.0.mlp.hook_in to blocks.1.mlp.hook_out {other}" in message
     assert "site again: layer 2 has two transcoders" in message
     assert "site far: this model has no hook 'blocks.7.mlp.hook_out'" in message
 

@@ -103,7 +103,7 @@ def test_transcoders_of_other_models_processings_sites_and_twice_of_one_layer_ar
         return run_command(place, capsys, PROMPT, "--logit", "her", *options, "--out", tmp_path / "c", fails=True)
 
     assert "processing: there it is 'raw', asked for 'compatibility'" in refused(first, processed, last)
-    assert "is not the input and output of one MLP" in refused(first, stream, last)
+    assert "does not hold the input and output of one MLP" in refused(first, stream, last)
     assert "circuits need transcoders of one layer's MLP" in refused(first, across, last)
     assert "are both of layer 2; give one of them" in refused(*place.transcoders, place.publish("again", 2))
 
