@@ -14,9 +14,11 @@ Record a run of the model, choose what is to be explained, and have its terms, p
 
 from tailrace.analysis.circuits.attribution_graph import GraphSettings, build_graph
 from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.filters import NodeFilter
 from tailrace.analysis.circuits.influence import influences, shares
 from tailrace.analysis.circuits.nodes import Kind
-from tailrace.analysis.circuits.paths import SearchSettings, search_paths, show_paths
+from tailrace.analysis.circuits.path_graph import graph_of_paths, summed_over_tokens
+from tailrace.analysis.circuits.paths import SearchSettings, search_paths, select_paths, show_paths, top_ends
 from tailrace.analysis.circuits.record import mlp_layer, record_run
 from tailrace.analysis.circuits.roots import feature_root, logit_root
 from tailrace.analysis.weights.unembedding import logit_effects
@@ -26,10 +28,12 @@ from tailrace.pipeline.model.weights import read_weights
 __all__ = [
     "GraphSettings",
     "Kind",
+    "NodeFilter",
     "SearchSettings",
     "build_graph",
     "contributions",
     "feature_root",
+    "graph_of_paths",
     "influences",
     "logit_effects",
     "logit_root",
@@ -38,6 +42,9 @@ __all__ = [
     "read_weights",
     "record_run",
     "search_paths",
+    "select_paths",
     "shares",
     "show_paths",
+    "summed_over_tokens",
+    "top_ends",
 ]

@@ -116,10 +116,3 @@ def summed_over_tokens(graph: PathGraph) -> PathGraph:
         edge = (child.without_token(), parent.without_token())
         edges[edge] = edges.get(edge, 0.0) + value
     return PathGraph(graph.root.without_token(), {node: GraphNode(value) for node, value in values.items()}, edges)
-
-
-def with_values_in_graph(graph: PathGraph) -> PathGraph:
-    """Return the graph with the value of every parent replaced by the sum of its incoming edges."""
-    sums = {parent: sum(graph.incoming(parent).values()) for parent in graph.parents}
-    nodes = {node: GraphNode(sums.get(node, known.value), known.probe) for node, known in graph.nodes.items()}
-    return PathGraph(graph.root, nodes, graph.edges)

@@ -57,6 +57,8 @@ class SearchSettings:
     """Limit a step to the value of every feature it acts through: what would be lost if that feature were ablated."""
     ignore_bos: bool = True
     """Leave out what heads bring from position 0, which is large and depends on no token in particular."""
+    extend_layer_0: bool = False
+    """Go on from heads of layer 0 to the embeddings that they read, which says the same again."""
     keep: NodeFilter = field(default_factory=NodeFilter)
     """Which nodes may be steps; applied before the best are chosen."""
 
@@ -91,8 +93,8 @@ def search_paths(run: LinearisedRun, root: Root, settings: SearchSettings) -> li
 
 def extensions(run: LinearisedRun, path: Path, settings: SearchSettings) -> list[Path]:
     """Return the best extensions of a path by one step, at most ``branches``; none where paths end."""
-    probe = path[-1].probe
-    if probe is None:
+    probe, end = path[-1].probe, path[-1].node
+    if probe is None or (end.kind is Kind.HEAD and end.layer == 0 and not settings.extend_layer_0):
         return []
     terms = contributions(run, probe)
     values, is_capped = _capped(terms.values, path) if settings.cap else (terms.values, np.zeros(0, np.bool_))
@@ -211,14 +213,6 @@ def show_paths(paths: Sequence[Path], number: int | None = None) -> list[str]:
     """Return one line per path; the ``number`` of a round comes before the path's own number."""
     before = "" if number is None else f"[{number}]"
     return [f"Path {before}[{index}]: {show_path(path)}" for index, path in enumerate(paths)]
-
-
-def show_rounds(rounds: Sequence[Sequence[Path]]) -> list[str]:
-    """Return the paths of every round of a search under the number of their steps; nothing for no rounds."""
-    lines = []
-    for number, paths in enumerate(rounds):
-        lines += [f"--- Paths of size {len(paths[0])} ---", *show_paths(paths, number)] if paths else []
-    return lines
 
 
 def show_value(value: float) -> str:

@@ -34,6 +34,9 @@ class CircuitSettings(Settings):
     ignore_bos: bool = True
     """Leave out what attention brings from the BOS."""
 
+    extend_layer_0: bool = False
+    """Go on from heads of layer 0 to the embeddings that they read, which takes branches to say the same again."""
+
     filter: tuple[str, ...] = ()
     """Condition that every step must meet, such as token!=9, kind=head or layer<8; give it again for more, which must
     all hold. Fields: kind, layer, token, head, feature, place."""

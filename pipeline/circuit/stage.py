@@ -191,7 +191,9 @@ class _Asked:
 
     def _search(self) -> SearchSettings:
         one = self.settings
-        return SearchSettings(one.iterations, one.branches, one.order, one.cap, one.ignore_bos, self.keep)
+        return SearchSettings(
+            one.iterations, one.branches, one.order, one.cap, one.ignore_bos, one.extend_layer_0, self.keep
+        )
 
     def _path_graph(self, run: LinearisedRun, rounds: Sequence[Sequence[CircuitPath]]) -> dict[str, Any] | None:
         """Return the graph of all paths; capped values make none."""

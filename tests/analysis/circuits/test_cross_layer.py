@@ -134,7 +134,7 @@ def test_a_feature_that_does_not_fire_is_looked_up_where_the_transcoder_lies() -
 
 def test_a_step_further_back_every_node_is_explained_by_terms_that_sum_to_its_own_contribution() -> None:
     run = run_of("gpt2")
-    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False)
+    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False, extend_layer_0=True)
     n_explained = 0
     for root in (logit_root(run, 5), decoder_root(run, 2, int(run.transcoders[2].feature[-1]))):
         for path in extensions(run, (root_step(root),), everything):
@@ -151,7 +151,7 @@ def test_direct_effects_equal_the_sum_over_all_chains_of_heads(family: str) -> N
     run = run_of(family)
     root = logit_root(run, 5, 2)
     chains: dict[Node, float] = defaultdict(float)
-    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False)
+    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False, extend_layer_0=True)
     pending = [(root_step(root),)]
     while pending:
         for path in extensions(run, pending.pop(), everything):

@@ -18,7 +18,6 @@ from tailrace.analysis.circuits.path_graph import (
     completed,
     graph_of_paths,
     summed_over_tokens,
-    with_values_in_graph,
 )
 from tailrace.analysis.circuits.paths import Path, SearchSettings, search_paths
 from tailrace.analysis.circuits.readers import feature_probe
@@ -57,11 +56,6 @@ def test_edges_and_nodes_sum_over_distinct_beginnings_of_paths() -> None:
     probe = graph.nodes[B].probe
     assert probe is not None
     assert torch.equal(probe.vector, 2 * torch.ones(2))
-
-
-def test_values_in_the_graph_are_what_comes_in() -> None:
-    values = {node: known.value for node, known in with_values_in_graph(golden()).nodes.items()}
-    assert values == {ROOT: 2.75, A: 0.125, B: 0.625, H: 0.25}
 
 
 def test_paths_of_several_roots_or_none_make_no_graph() -> None:

@@ -158,7 +158,7 @@ def test_terms_sum_up_with_mlps_that_no_transcoder_stands_in_for() -> None:
 def test_a_step_further_back_every_node_is_explained_by_terms_that_sum_to_its_own_contribution() -> None:
     run = tiny_run("gpt2")
     root = feature_root(run, 2, int(run.transcoders[2].feature[-1]))
-    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False)
+    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False, extend_layer_0=True)
     explained = {Kind.FEATURE: 0, Kind.HEAD: 0, Kind.SKIP: 0}
     for path in extensions(run, (root_step(root),), everything):
         step = path[-1]
@@ -177,7 +177,7 @@ def test_direct_effects_equal_the_sum_over_all_chains_of_heads_and_skips(family:
     run = tiny_run(family)
     root = feature_root(run, 1, int(run.transcoders[1].feature[run.transcoders[1].at(2)][0]), 2)
     chains: dict[Node, float] = defaultdict(float)
-    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False)
+    everything = SearchSettings(branches=10_000, order="magnitude", ignore_bos=False, extend_layer_0=True)
     pending = [(root_step(root),)]
     while pending:
         for path in extensions(run, pending.pop(), everything):

@@ -23,7 +23,7 @@ from tailrace.analysis.circuits.paths import (
     search_paths,
     select_paths,
     show_path,
-    show_rounds,
+    show_paths,
     top_ends,
 )
 from tailrace.analysis.circuits.record import record_run
@@ -195,13 +195,27 @@ def test_tokens_counted_from_the_end_are_the_same_roots() -> None:
     assert feature_root(run, 2, index, -1).node == feature_root(run, 2, index, 5).node == feature(2, index)
 
 
+def test_paths_end_at_heads_of_layer_0_unless_asked_to_go_on_to_the_embeddings_they_read() -> None:
+    """The embedding behind such a head says the same again, and takes a branch from another path."""
+    run = tiny_run("gpt2")
+    root = logit_root(run, 5)
+    settings = SearchSettings(branches=1000, order="magnitude")
+    first = [one for one in extensions(run, (root_step(root),), settings) if one[-1].node.kind is Kind.HEAD]
+    ends = [one for one in first if one[-1].node.layer == 0]
+    assert ends
+    further = dataclasses.replace(settings, extend_layer_0=True)
+    for one in ends:
+        assert extensions(run, one, settings) == []
+        assert {longer[-1].node.kind for longer in extensions(run, one, further)} == {Kind.EMBEDDING, Kind.POSITION}
+    assert all(extensions(run, one, settings) for one in first if one[-1].node.layer == 1)
+
+
 def test_a_search_that_finds_nothing_returns_no_rounds_and_shows_no_lines() -> None:
     """D-55: exhausted searches appended empty lists, on which all else failed."""
     run = tiny_run("gpt2")
     nothing = SearchSettings(iterations=4, keep=NodeFilter.parse(["token=99"]))
     rounds = search_paths(run, logit_root(run, 5), nothing)
     assert rounds == []
-    assert show_rounds(rounds) == []
     to_the_end = SearchSettings(iterations=4, branches=2, keep=NodeFilter.parse(["kind=embedding"]))
     assert [len(paths) for paths in search_paths(run, logit_root(run, 5), to_the_end)] == [1]
     assert select_paths([]) == []
@@ -269,9 +283,14 @@ def test_transcoders_of_anything_but_an_mlp_are_refused() -> None:
     with pytest.raises(ModelError) as caught:
         record_run(model.bridge, weights, wrong, TOKENS)
     message = str(caught.value)
-    other = "does not hold the input and output of one MLP"
-    assert f"site layer0: blocks.0.hook_resid_pre to blocks.0.mlp.hook_out {other}" in message
-    assert f"site layer1: blocks.0.mlp.hook_in to blocks.1.mlp.hook_out {other}" in message
+    assert (
+        "site layer0: blocks.0.hook_resid_pre to blocks.0.mlp.hook_out does not hold the input and output of one"
+        in message
+    )
+    assert (
+        "site layer1: blocks.0.mlp.hook_in to blocks.1.mlp.hook_out does not hold the input and output of one"
+        in message
+    )
     assert "site again: layer 2 has two transcoders" in message
     assert "site far: this model has no hook 'blocks.7.mlp.hook_out'" in message
 
@@ -396,13 +415,7 @@ def test_paths_are_shown_in_the_usual_notation() -> None:
     one = path((ROOT, 16.3), (H, 0.2534), (embedding, -0.1))
     assert show_path(one) == "mlp2tc[7]@5: 16 <- attn1[2]@3: 0.25 <- embed0@3: -0.1"
     assert show_path(one, with_values=False) == "mlp2tc[7]@5 <- attn1[2]@3 <- embed0@3"
-    rounds = [[path((ROOT, 3.0), (A, 1.0))], [one]]
-    assert show_rounds(rounds) == [
-        "--- Paths of size 2 ---",
-        "Path [0][0]: mlp2tc[7]@5: 3 <- mlp1tc[4]@5: 1",
-        "--- Paths of size 3 ---",
-        f"Path [1][0]: {show_path(one)}",
-    ]
+    assert show_paths([one], 1) == [f"Path [1][0]: {show_path(one)}"]
 
 
 def test_ends_are_summed_by_node_with_or_without_tokens() -> None:
