@@ -35,8 +35,8 @@ def loop_over_points(points: list[Tensor], iterations: int) -> tuple[Tensor, int
 
 
 def exactly_iterated(points: Tensor) -> GeometricMedian:
-    """Return what ``ITERATIONS`` give: no change of the objective is small enough for a negative tolerance."""
-    return geometric_median(points, tolerance=-1.0, max_iterations=ITERATIONS)
+    """Return what ``ITERATIONS`` give: no way that is left is small enough for a tolerance of zero."""
+    return geometric_median(points, tolerance=0.0, max_iterations=ITERATIONS)
 
 
 def clouds(n_rows: int) -> dict[str, Tensor]:

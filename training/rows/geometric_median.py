@@ -1,12 +1,15 @@
 """The point with the smallest mean distance to given points: a centre that a few massive activations cannot drag away.
 
 Smoothed Weiszfeld iterations (Pillutla, Kakade & Harchaoui 2022, "Robust aggregation for federated learning", section
-3): the mean of the points weighted by the inverse of their distance to the last estimate, until the mean distance stops
-falling. Differences, distances and sums are float64, whatever the points are.
+3): the mean of the points weighted by the inverse of their distance to the last estimate. The mean distance is flat
+around its minimum, so it says little of where that lies. What is left of the way is told by the moves instead: each is
+about the same share of the one before, so all that follow a move m of share q sum to m · q / (1 − q). Differences,
+distances and sums are float64, whatever the points are.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,14 +41,14 @@ def geometric_median(
     weights: Tensor | None = None,
     *,
     tolerance: float = 1e-6,
-    max_iterations: int = 100,
+    max_iterations: int = 1000,
     smallest_distance: float = 1e-6,
 ) -> GeometricMedian:
     """Return the geometric median of ``points`` (rows, width), of equal ``weights`` unless (rows,) are given.
 
-    Stops when the mean distance changes by at most ``tolerance`` times itself. Distances below ``smallest_distance``
-    count as that, so an estimate may lie on a point. Raises ValueError for shapes or weights that make no sense,
-    NonFiniteActivation if a point is not finite.
+    Stops when the way left to the median is about ``tolerance`` times the mean distance. Distances below
+    ``smallest_distance`` count as that, so an estimate may lie on a point. Raises ValueError for shapes or weights that
+    make no sense, NonFiniteActivation if a point is not finite.
     """
     _check(points, weights)
     on_host = points.detach().cpu()
@@ -54,6 +57,7 @@ def geometric_median(
     # all distances count as one immense one, so the first estimate is the weighted mean
     estimate = rows[0] + _move(rows, shares, rows[0].astype(np.float64), 1e100)[0]
     objectives: list[float] = []
+    last = math.inf
     while True:
         shift, objective = _move(rows, shares, estimate, smallest_distance)
         if not np.isfinite(objective):
@@ -61,10 +65,12 @@ def geometric_median(
                 f"geometric median: a row of the {len(rows):,} sampled is not finite; verify the cache"
             )
         objectives.append(objective)
-        converged = len(objectives) > 1 and abs(objectives[-2] - objective) <= tolerance * objective
+        move = float(np.linalg.norm(shift))
+        # the way left from here is this move and those after it; the first has none before it to compare with
+        converged = move == 0 or (move < last < math.inf and move / (1 - move / last) <= tolerance * objective)
         if converged or len(objectives) > max_iterations:
             return GeometricMedian(torch.from_numpy(estimate), objectives, converged)
-        estimate = estimate + shift
+        estimate, last = estimate + shift, move
 
 
 def _move(points: np.ndarray, weights: np.ndarray, centre: np.ndarray, smallest: float) -> tuple[np.ndarray, float]:

@@ -18,7 +18,7 @@ GOLDEN = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
 def test_four_points_have_the_golden_median_and_objectives(dtype: torch.dtype) -> None:
     found = geometric_median(GOLDEN.to(dtype), tolerance=1e-12)
     assert found.converged
-    assert found.median.tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+    assert found.median.tolist() == pytest.approx([0.5, 0.5], abs=1e-9)
     assert found.objectives[0] == pytest.approx(2.558336, abs=1e-6)
     assert found.objectives[-1] == pytest.approx(2.121320, abs=1e-6)
 
@@ -39,6 +39,27 @@ def test_the_sum_of_directions_to_the_points_vanishes_at_the_median() -> None:
     differences = points - found.median
     residual = (differences / differences.norm(dim=1, keepdim=True)).mean(0).norm()
     assert float(residual) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "massive", "clumps", "line"])
+def test_the_median_is_as_close_to_the_optimum_as_the_tolerance_says(kind: str) -> None:
+    """The mean distance changes by less than a millionth 1e-3 of itself away from where it is smallest."""
+    rng = np.random.Generator(np.random.Philox(5))
+    points = rng.standard_normal((2000, 24))
+    if kind == "massive":
+        points[:, :2] *= 50
+        points[:20] *= 30
+    elif kind == "clumps":
+        points[:400] += 6
+    elif kind == "line":
+        points = np.concatenate([rng.exponential(size=(2000, 1)), points[:, :2] / 1000], axis=1)
+    optimum = geometric_median(torch.from_numpy(points), tolerance=1e-13, max_iterations=20_000)
+    assert optimum.converged
+    for tolerance in (1e-4, 1e-6, 1e-8):
+        found = geometric_median(torch.from_numpy(points), tolerance=tolerance)
+        left = float((found.median - optimum.median).norm())
+        assert found.converged
+        assert left <= 1.5 * tolerance * found.objectives[-1]  # the moves' share is an estimate
 
 
 def test_weights_count_like_repeated_points() -> None:
