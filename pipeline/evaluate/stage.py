@@ -150,7 +150,7 @@ def _evaluate(
     contexts = sample_contexts(split, settings.contexts, settings.seed)
     logger.info("running %d %s contexts of %d", len(contexts), split.name, split.n_contexts)
     batches: Iterator[ContextBatch] = recorded.batches(split, contexts, settings.contexts_per_batch)
-    with tqdm(total=len(contexts), desc="evaluate", unit="context", disable=quiet) as bar:
+    with tqdm(total=len(contexts), desc="evaluate", unit="context", disable=quiet or None) as bar:
         for batch in batches:
             with explained_passes(len(batch.contexts)):
                 deltas = evaluation.add(batch)

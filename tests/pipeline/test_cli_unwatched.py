@@ -19,6 +19,7 @@ def test_no_command_draws_a_progress_bar_into_a_file(tmp_path: Path, capsys: pyt
         ("widen", cache, "--layers", 1, "--threads", 1),
         ("train", cache, "--site", "layer0", "--out", transcoder, *settings),
         ("analyze", transcoder, "--cache", cache, "--out", tables, "--threads", 1),
+        ("evaluate", transcoder, "--cache", cache, "--out", tmp_path / "evaluation", "--split", "train"),
     ):
         answer = command(capsys, *arguments)
         assert (answer.code, answer.out == "") == (0, False), answer
