@@ -184,3 +184,11 @@ def test_scores_do_not_depend_on_the_batch(made: task.TaskResult) -> None:
     )
     for one, other in zip(alone.curves, made.curves, strict=True):
         torch.testing.assert_close(torch.tensor(one.scores), torch.tensor(other.scores), rtol=1e-4, atol=1e-6)
+
+
+def test_numbers_to_keep_may_be_ranges() -> None:
+    assert TaskSettings.read({"kept": ["0-3", "8,2"]}).kept == (0, 1, 2, 3, 8)
+    assert TaskSettings.read({"kept": "5 - 6"}).kept == (5, 6)
+    for wrong in ("3-1", "1-", "x", ""):
+        with pytest.raises(SettingsError, match="write numbers and ranges such as 0-16,32,64"):
+            TaskSettings.read({"kept": [wrong]})
