@@ -28,7 +28,8 @@ from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.runs_table import FINISHED
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_format import Site
-from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.architectures.manifest import TranscoderManifest
+from tailrace.training.architectures.transcoder import load_transcoder
 
 
 class Point(NamedTuple):
@@ -62,11 +63,11 @@ class Models:
 def measured(models: Models, path: Path, group: str) -> Iterator[Point]:
     """Yield a point for every finished run of a sweep, by rising L0."""
     runs = [path / run.path for run in sweep.read_result(path).runs if run.status == FINISHED]
-    scores = {run: read_transcoder_manifest(run) for run in runs}
-    for run in sorted(runs, key=lambda run: scores[run]["metrics"]["heldout"]["l0"]):
-        heldout = scores[run]["metrics"]["heldout"]
+    scores = {run: TranscoderManifest.read(run) for run in runs}
+    for run in sorted(runs, key=lambda run: scores[run].metrics.heldout["l0"]):
+        heldout = scores[run].metrics.heldout
         coder = load_transcoder(run).requires_grad_(False)
-        loss = models.loss({Site(**scores[run]["site"]): Transcoded(coder)})
+        loss = models.loss({scores[run].site: Transcoded(coder)})
         yield Point(group, heldout["l0"], heldout["fvu"], loss)
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     found = parser.parse_args()
     models = Models(open_recorded_model(open_cache(found.cache)), found.contexts)
     (site,) = {
-        Site(**read_transcoder_manifest(found.transcoders / run.path)["site"])
+        TranscoderManifest.read(found.transcoders / run.path).site
         for run in sweep.read_result(found.transcoders).runs
         if run.status == FINISHED
     }

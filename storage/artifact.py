@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tailrace.storage.errors import (
     ArtifactCorrupt,
@@ -30,7 +30,6 @@ from tailrace.storage.errors import (
 )
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.names import inside, is_plural, temporary_path, with_article
-from tailrace.storage.settings import describe_problems
 
 logger = logging.getLogger(__name__)
 
@@ -199,13 +198,25 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
+            problems = "\n".join(f"  {_describe(problem)}" for problem in error.errors(include_url=False))
             raise ArtifactCorrupt(
-                f"{describe_problems(cls, error, str(path))}\nRestore it or rebuild the artifact"
+                f"{path}: is not as wanted; restore it or rebuild the artifact:\n{problems}"
             ) from error
 
     def as_json(self) -> dict[str, JSON]:
         """Return the object as it was read, with the keys that this version does not know."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+def _describe(problem: Any) -> str:
+    """Return the key that is wrong, what was wanted, and what is there instead."""
+    got = repr(problem["input"])
+    there = "" if problem["type"] == "missing" else f" (got {got if len(got) <= _SHOWN else f'{got[:_SHOWN]}…'})"
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}{there}"
+
+
+_SHOWN = 200
+"""Characters of a wrong value that a message shows."""
 
 
 class FileRecord(Record):
@@ -260,6 +271,55 @@ class Manifest(Record):
         return manifest
 
 
+class Reference(Record):
+    """A transcoder or tables that an artifact was made from."""
+
+    digest: str
+    layer: int | None = None
+    """Which of a cross-layer transcoder's layers, from 0."""
+
+
+class CacheReference(Record):
+    """A generation of a cache that an artifact was made from."""
+
+    cache_id: str
+    generation: int
+    digest: str
+
+
+class Inputs(Record):
+    """What an artifact was made from."""
+
+    cache: CacheReference | None = None
+    live: dict[str, JSON] | None = None
+    """What decides the rows, where the model ran for them."""
+    text: dict[str, JSON] | None = None
+    """Identity of the fresh text that was read."""
+    rows: dict[str, JSON] | None = None
+    """Which rows of a cache were read, if not all."""
+    imported: dict[str, str] | None = None
+    """Checksums of another tool's files."""
+    transcoder: Reference | None = None
+    transcoders: dict[str, Reference] | None = None
+    """By site."""
+    downstream: dict[str, Reference] | None = None
+    """By site, those whose features were looked for connections to."""
+    tables: Reference | dict[str, Reference] | None = None
+    """One, or by site."""
+    prompts: Reference | None = None
+
+
+class DerivedManifest(Manifest):
+    """The manifest of what is made with a language model, be it from a cache, transcoders or tables."""
+
+    format: int = 1
+    inputs: Inputs
+    model: dict[str, JSON]
+    """Identity of the language model."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of the libraries that had a say in it."""
+
+
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 """Pydantic's names for a key that a class, or a dataclass, does not have."""
 
@@ -294,15 +354,6 @@ def _check_seal(data: bytes, path: Path) -> dict[str, JSON]:
     return manifest
 
 
-def read_manifest(path: Path, kind: str, instead: Mapping[str, str] | None = None) -> dict[str, JSON]:
-    """Return the manifest of a published artifact of ``kind``.
-
-    ``instead`` has the next step to report for each wrong kind. Raises ArtifactMissing, ArtifactIncomplete,
-    ArtifactCorrupt, or ArtifactMismatch for another kind.
-    """
-    return _read_published(path, kind, instead or {})[1]
-
-
 def _read_published(path: Path, kind: str, instead: Mapping[str, str]) -> tuple[bytes, dict[str, JSON]]:
     """Return the bytes of a manifest, and what they say."""
     if not (path / MANIFEST).exists():
@@ -320,6 +371,13 @@ def _read_published(path: Path, kind: str, instead: Mapping[str, str]) -> tuple[
         way_on = instead.get(actual, f"give the path of {with_article(kind)}")
         raise ArtifactMismatch(f"{path}: holds {with_article(actual)}, wanted {with_article(kind)}; {way_on}")
     return data, manifest
+
+
+def published_kind(path: Path) -> str | None:
+    """Return the kind that the manifest in a folder names; None where nothing is published. Nothing else is checked."""
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    kind = manifest.get("kind") if isinstance(manifest, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def verify_artifact(path: Path, kind: str) -> list[str]:

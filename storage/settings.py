@@ -25,8 +25,6 @@ _UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
-_LONGEST_SHOWN = 200
-"""Characters of a wrong value that a message shows."""
 _QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -98,7 +96,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
-            raise SettingsError(describe_problems(cls, error, where)) from error
+            raise SettingsError(_describe(cls, error, where)) from error
 
     @classmethod
     def read_file(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
@@ -130,7 +128,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def describe_problems(settings: type[BaseModel], error: ValidationError, where: str) -> str:
+def _describe(settings: type[Settings], error: ValidationError, where: str) -> str:
     """Return one line per setting, with the objections of every alternative of a union."""
     by_name: dict[str, list[Any]] = {}
     for problem in error.errors(include_url=False):
@@ -214,9 +212,5 @@ def _message(problems: list[Any]) -> str:
         return f"wanted one of {wanted} (got {problem['ctx']['tag']!r})"
     reasons = [alternative["msg"].removeprefix("Value error, ") for alternative in problems]
     reasons[1:] = [reason.removeprefix("Input should be ") for reason in reasons[1:]]
-    got = f" (got {_shortened(repr(problem['input']))})" if problem["loc"] and problem["input"] != () else ""
+    got = f" (got {problem['input']!r})" if problem["loc"] and problem["input"] != () else ""
     return ", or ".join(dict.fromkeys(reasons)) + got
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"

@@ -19,8 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tailrace.storage.artifact import is_disk_refusal, refuse_replacing, storage_refused, sync_directory
+from tailrace.storage.artifact import (
+    DerivedManifest,
+    Inputs,
+    Record,
+    Reference,
+    is_disk_refusal,
+    refuse_replacing,
+    storage_refused,
+    sync_directory,
+)
+from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
+from tailrace.storage.formats import FOR_ONE_LAYER_ONLY, TABLES_KIND
 from tailrace.storage.names import inside, temporary_path
 
 ROW_GROUP_ROWS = 65_536
@@ -28,6 +39,29 @@ ROW_GROUP_ROWS = 65_536
 
 _MEANING = b"description"
 _UNIT = b"unit"
+
+
+class TableRecord(Record):
+    """What a manifest says of a table."""
+
+    n_rows: int
+
+
+class TablesInputs(Inputs):
+    """What tables were made from."""
+
+    transcoder: Reference
+
+
+class TablesManifest(DerivedManifest):
+    """The manifest of what ``pipeline analyze`` publishes."""
+
+    of_kind = TABLES_KIND
+    instead = FOR_ONE_LAYER_ONLY
+
+    inputs: TablesInputs
+    site: Site
+    tables: dict[str, TableRecord]
 
 
 class Column(NamedTuple):

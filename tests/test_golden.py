@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tailrace.storage.artifact import MANIFEST
 from tests.released.golden import differing, digests, machine, make_outputs, recorded
-from tests.released.values import VALUES, comparable, read_all
+from tests.released.values import MANIFESTS, VALUES, comparable, read_all
 
 QUICK = {"caches/float32", "caches/grown", "transcoders/topk", "transcoders/cross-layer", "sweep", "tables/topk"}
 RELEASED = sorted(Path(__file__).parent.glob(f"released/*/{VALUES}"))[-1]
@@ -19,6 +20,9 @@ def check(folder: Path) -> None:
     expected = json.loads(RELEASED.read_text())["published"]
     for name, values in read_all(folder).items():
         assert comparable(name, values) == comparable(name, expected[name]), name
+    for path in folder.rglob(MANIFEST):
+        kind = json.loads(path.read_bytes())["kind"]
+        MANIFESTS[kind].model_validate_json(path.read_bytes(), extra="forbid")  # says nothing that has no name there
     golden = recorded().get(machine())
     if golden is None:
         pytest.skip(

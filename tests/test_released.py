@@ -23,10 +23,11 @@ from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.query import stage as query
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, read_json
-from tailrace.training.architectures.transcoder import read_transcoder_manifest
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.training.architectures.manifest import TranscoderManifest
 from tests.released.recipe import STEPS, Step
 from tests.released.runner import run
-from tests.released.values import VALUES, Values, artifacts, comparable, is_inside, read_values
+from tests.released.values import MANIFESTS, VALUES, Values, artifacts, comparable, is_inside, read_values
 
 RELEASES = sorted(path.parent for path in Path(__file__).parent.glob(f"released/*/{VALUES}"))
 ROUNDING = 1e-3
@@ -94,6 +95,19 @@ def test_an_artifact_is_read_as_the_release_that_wrote_it_did(released: Path, re
     assert close(found["numbers"], expected["numbers"])
 
 
+@pytest.mark.parametrize(("release", "name"), PUBLISHED)
+def test_a_manifest_says_nothing_that_this_version_does_not_know(
+    released: Path, release: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = MANIFESTS[ARTIFACTS[release][name]]
+    assert manifest.read(released / release / name).as_json() == read_json(released / release / name / MANIFEST)
+    assert caplog.messages == []
+
+
+def test_every_kind_has_a_manifest() -> None:
+    assert MANIFESTS.keys() | {"blind-study"} == ARTIFACT_FORMATS.keys()  # a study is a ledger
+
+
 def test_every_byte_is_verified_and_every_artifact_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # an epoch is verified with its cache
     names = [name for name, kind in ARTIFACTS[place.name].items() if kind != "shuffled-epoch"]
@@ -114,9 +128,9 @@ def test_a_transcoder_is_trained_from_a_cache(
     site = list(open_cache(name).sites)[-1]
     out = f"again/of/{name}"
     pipeline(f"train {name} --site '{site}' --k 2 --d-sae 8 --batch-rows 16 --steps 2 --quiet --out {out}")
-    manifest = read_transcoder_manifest(Path(out))
-    assert manifest["inputs"]["cache"] == open_cache(name).reference
-    assert np.isfinite(manifest["metrics"]["train"]["fvu"])
+    manifest = TranscoderManifest.read(Path(out))
+    assert manifest.as_json()["inputs"]["cache"] == open_cache(name).reference
+    assert np.isfinite(manifest.metrics.train["fvu"])
 
 
 def test_training_learns_what_it_learnt(place: Path) -> None:
@@ -132,7 +146,7 @@ def test_a_transcoder_is_the_start_of_another(place: Path) -> None:
         "train caches/float32 --site layer1 --architecture topk --k 4 --d-sae 16 --batch-rows 32 --steps 2 --quiet "
         "--from transcoders/topk --out again/from"
     )
-    assert read_transcoder_manifest(Path("again/from"))["metrics"]["steps"] == 2
+    assert TranscoderManifest.read(Path("again/from")).metrics.steps == 2
 
 
 def test_tables_are_made_again_and_asked(place: Path) -> None:

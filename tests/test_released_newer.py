@@ -13,7 +13,7 @@ from tailrace.pipeline.blind.ledger import Ledger
 from tailrace.pipeline.blind.study import LEDGER, BlindStudy
 from tailrace.pipeline.cli import main
 from tailrace.storage.activation_cache import open_cache
-from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json, read_manifest, seal
+from tailrace.storage.artifact import MANIFEST, REQUEST, Manifest, canonical_json, read_json, seal
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch
 from tailrace.storage.formats import ARTIFACT_FORMATS
@@ -78,7 +78,7 @@ def test_a_newer_artifact_is_refused_with_both_versions(
     path = copied(kind, place)
     newer = make_newer(path, versions={"tailrace": "7.8.9"})
     with pytest.raises(ArtifactMismatch) as refused:
-        read_manifest(path, kind)
+        Manifest.read(path, kind)
     told = str(refused.value)
     assert told.startswith(f"{path}: ")
     assert f"format {newer} of {kind}, which tailrace 7.8.9 wrote" in told
@@ -127,5 +127,5 @@ def test_a_newer_study_is_refused_and_nothing_is_added(tmp_path: Path) -> None:
 
 
 def test_what_says_nothing_of_its_format_has_the_first(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_bytes(seal({"kind": "shuffled-epoch"}))
-    assert "format" not in read_manifest(tmp_path, "shuffled-epoch")
+    (tmp_path / MANIFEST).write_bytes(seal({"kind": "shuffled-epoch", "request": {}, "files": {}}))
+    assert "format" not in Manifest.read(tmp_path, "shuffled-epoch").as_json()

@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tailrace.storage.artifact import read_manifest
-from tailrace.storage.formats import FOR_ONE_LAYER_ONLY, TABLES_KIND
+from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.names import inside
-from tailrace.storage.tables import read_schema, read_table
+from tailrace.storage.tables import TablesManifest, read_schema, read_table
 
 KIND = TABLES_KIND
 """The kind of artifact read."""
@@ -33,13 +32,13 @@ class FeatureTables:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = read_manifest(path, KIND, FOR_ONE_LAYER_ONLY)
-        self._files = set(self.manifest["files"])
+        self.manifest = TablesManifest.read(path)
+        self._files = set(self.manifest.files)
 
     @property
     def n_features(self) -> int:
         """The number of features, dead ones included."""
-        return int(self.manifest["tables"]["features"]["n_rows"])
+        return self.manifest.tables["features"].n_rows
 
     @cached_property
     def layer(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from tailrace.storage.errors import (
     raise_together,
 )
 from tailrace.storage.names import folder_problem
-from tailrace.training.cross_layer.artifact import is_cross_layer
+from tailrace.training.architectures.manifest import is_cross_layer
 
 logger = logging.getLogger(__name__)
 

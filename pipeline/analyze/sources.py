@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from tailrace.analysis.harvest.rows import SampledSplit, ShownRows, cached_rows
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.live.token_order import fresh_rows
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.storage.activation_cache import ActivationCache
-from tailrace.storage.cache_format import Site
 
 
 class Source(Protocol):
@@ -77,13 +78,13 @@ class FreshSource:
     """Rows of fresh text, computed by the model that the transcoder was trained on."""
 
     def __init__(
-        self, text: FreshText, made_of: Mapping[str, Any], n_rows: int, open_model: Callable[[], LanguageModel]
+        self, text: FreshText, layer: TranscoderLayer, n_rows: int, open_model: Callable[[], LanguageModel]
     ) -> None:
         self._text, self._n_rows, self._open = text, n_rows, open_model
-        self._site = Site(**{**made_of["site"], "dtype": "float32"})
+        self._site = replace(layer.site, dtype="float32")
         self.inputs: dict[str, Any] = {"live": text.model_dump(mode="json")}
         self.found: dict[str, Any] = {}
-        self.model: Mapping[str, Any] = made_of["model"]
+        self.model: Mapping[str, Any] = layer.model
 
     @cached_property
     def _opened(self) -> LanguageModel:

@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -47,13 +47,14 @@ from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.stage import Made, open_draft, publish_stage
 from tailrace.storage.activation_cache import ActivationCache, open_cache
-from tailrace.storage.artifact import MANIFEST, read_manifest
+from tailrace.storage.artifact import MANIFEST
+from tailrace.storage.cache_format import Site
 from tailrace.storage.differences import list_differences
 from tailrace.storage.draft import LOCK
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.names import remove_temporary
-from tailrace.storage.tables import read_table
+from tailrace.storage.tables import TablesManifest, read_table
 from tailrace.training.architectures.transcoder import Transcoder
 
 KIND = TABLES_KIND
@@ -156,7 +157,7 @@ def open_sources(
         opened = open_cache(cache)
 
         def of_cache(layer: TranscoderLayer) -> Source:
-            site = check_same_site(opened, cache, layer.manifest, layer.path)
+            site = check_same_site(opened, layer)
             return CacheSource(opened, settings, site, model, device)
 
         return of_cache
@@ -169,7 +170,7 @@ def open_sources(
         raise SettingsError("rows: how much of the text to read is not known with --live; give --rows, such as 100k")
     n_rows = settings.rows
     open_model = functools.cache(lambda: open_transcoder_model(transcoders, model=model, device=device))
-    return lambda layer: FreshSource(live, layer.manifest, n_rows, open_model)
+    return lambda layer: FreshSource(live, layer, n_rows, open_model)
 
 
 def plan(
@@ -234,7 +235,7 @@ class PlannedTables:
             record = {
                 "inputs": {**self.inputs, **self.source.found},
                 "model": self.source.model,
-                "site": self.analysed.manifest["site"],
+                "site": self.analysed.site.as_json(),
                 "tables": {name: {"n_rows": n_rows} for name, n_rows in written.n_rows.items()},
             }
             return Made(record, written.files, ("torch", "numpy", "pyarrow"))
@@ -298,32 +299,40 @@ def share_weights(settings: AnalyzeSettings, planned: Mapping[str, PlannedTables
     return weights
 
 
-def check_same_site(
-    cache: ActivationCache, cache_path: Path, transcoder: Mapping[str, Any], transcoder_path: Path
-) -> str:
+class OfSite(Protocol):
+    """What was trained on a site of a language model: a transcoder, or a layer of one."""
+
+    @property
+    def path(self) -> Path: ...  # noqa: D102
+    @property
+    def site(self) -> Site: ...  # noqa: D102
+    @property
+    def model(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+
+def check_same_site(cache: ActivationCache, layer: OfSite) -> str:
     """Return the name of the transcoder's site; raise ArtifactMismatch unless the cache holds the same site and model.
 
     The storage dtype may differ: it changes how exactly activations are kept, not what they are.
     """
-    wanted = {key: value for key, value in transcoder["site"].items() if key != "dtype"}
-    there = cache.sites.get(wanted["name"])
+    there, wanted = cache.sites.get(layer.site.name), layer.site
     if there is None:
         raise ArtifactMismatch(
-            f"{cache_path}: has no site {wanted['name']!r}, which {transcoder_path} was trained on; "
+            f"{cache.path}: has no site {wanted.name!r}, which {layer.path} was trained on; "
             f"it has {', '.join(cache.sites)}. Give a cache with that site"
         )
-    found = {key: value for key, value in dataclasses.asdict(there).items() if key in wanted}
+    sites = [dataclasses.asdict(dataclasses.replace(site, dtype="")) for site in (there, wanted)]
     differences = [
-        *(f"model.{line}" for line in list_model_differences(cache.manifest.model, transcoder["model"])),
-        *list_differences({"site": found}, {"site": wanted}),
+        *(f"model.{line}" for line in list_model_differences(cache.manifest.model, layer.model)),
+        *list_differences({"site": sites[0]}, {"site": sites[1]}),
     ]
     if differences:
         lines = "\n".join(f"  {line}" for line in differences)
         raise ArtifactMismatch(
-            f"{transcoder_path} was not trained on what {cache_path} holds; give the cache of its own model and site "
+            f"{layer.path} was not trained on what {cache.path} holds; give the cache of its own model and site "
             f"('there' is the cache, 'asked for' the transcoder):\n{lines}"
         )
-    return str(wanted["name"])
+    return wanted.name
 
 
 def refuse_unused_model(settings: AnalyzeSettings, model: str | None, downstream: Sequence[Path]) -> None:
@@ -347,7 +356,7 @@ def _announce_size(subject: Subject, whole: AnalysisPass, output: Path, announce
 
 def read_result(tables: Path) -> AnalyzeResult:
     """Return what published tables say as a whole. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    drawn = read_manifest(tables, KIND)["inputs"].get("rows", {})
+    drawn = TablesManifest.read(tables).inputs.rows or {}
     (layer,) = read_table(tables / "layers.parquet").to_pylist()
     counts = (layer["n_rows"], layer["d_sae"], layer["n_dead"])
     return AnalyzeResult(tables, *counts, layer["l0_mean"], layer["fvu"], drawn.get("of_rows"))

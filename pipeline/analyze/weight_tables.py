@@ -89,7 +89,7 @@ def check_downstream(analysed: TranscoderLayer, downstream: Sequence[Path]) -> D
         f"--downstream {layer.path}: {line}": None
         for layers in found.values()
         for layer in layers
-        for line in list_model_differences(analysed.manifest["model"], layer.manifest["model"])
+        for line in list_model_differences(analysed.model, layer.model)
     }
     if mismatches:
         lines = "\n".join(f"  {line}" for line in mismatches)
@@ -185,7 +185,7 @@ def _open_later(layer: TranscoderLayer, analysed: TranscoderLayer, weights: Mode
     """Load the encoder of a layer, and what ``analysed`` writes before it reads; None if that is nothing."""
     reads = read_point(layer.site.hook_in, weights)
     assert reads is not None, "a transcoder that reads no stream is a problem"
-    written = [Site(**site) for site in analysed.manifest.get("sites", [analysed.manifest["site"]])]
+    written = analysed.manifest.sites
     before = [
         index
         for index, site in enumerate(written)

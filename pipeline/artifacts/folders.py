@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
+from tailrace.storage.artifact import MANIFEST, REQUEST, published_kind
 from tailrace.storage.errors import ArtifactMismatch
 from tailrace.storage.formats import TRANSCODER_KINDS
 
@@ -53,9 +53,9 @@ def artifacts_inside(path: Path, *kinds: str) -> list[Path]:
 
     Those that were never finished are not among them.
     """
-    if _is_of_kind(path / MANIFEST, kinds):
+    if published_kind(path) in kinds:
         return []
-    inside = [one.parent for one in _entries(path, MANIFEST) if _is_of_kind(one, kinds)]
+    inside = [one.parent for one in _entries(path, MANIFEST) if published_kind(one.parent) in kinds]
     return sorted(inside, key=_by_number)
 
 
@@ -81,13 +81,6 @@ def refuse_folder(path: Path, kind: str) -> None:
 
 def _entries(path: Path, name: str) -> list[Path]:
     return [*path.glob(f"*/{name}"), *path.glob(f"{RUNS}/*/{name}")]
-
-
-def _is_of_kind(manifest: Path, kinds: Sequence[str]) -> bool:
-    if not manifest.is_file():
-        return False
-    content = read_json(manifest)
-    return isinstance(content, dict) and content.get("kind") in kinds
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:

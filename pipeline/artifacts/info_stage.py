@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tailrace.analysis.evaluate.recovered import recorded_share
+from tailrace.pipeline.artifacts.manifests import (
+    CircuitManifest,
+    DashboardManifest,
+    DrawManifest,
+    EvaluationManifest,
+    ExportManifest,
+    LayerSetManifest,
+    SweepManifest,
+)
 from tailrace.storage.activation_cache import ActivationCache, open_cache
-from tailrace.storage.artifact import MANIFEST, REQUEST, read_json, read_sealed
+from tailrace.storage.artifact import MANIFEST, REQUEST, DerivedManifest, Manifest, read_json, read_sealed
 from tailrace.storage.cache_format import KIND, PROVENANCE, SPLITS, Site
 from tailrace.storage.errors import ArtifactMissing
+from tailrace.storage.tables import TableRecord, TablesManifest
+from tailrace.training.architectures.manifest import (
+    CHECKPOINTS,
+    AnyTranscoderManifest,
+    CrossLayerManifest,
+    Scores,
+    TranscoderManifest,
+)
 
 
 def summarise(path: Path) -> dict[str, Any]:
@@ -21,8 +38,10 @@ def summarise(path: Path) -> dict[str, Any]:
     Raises ArtifactMissing if nothing does.
     """
     described = describe(path)
-    shown = SUMMARIES.get(described.get("kind", ""))
-    return described if shown is None else dict(shown(read_sealed(path / MANIFEST)))
+    if (kind := described.get("kind")) not in SUMMARIES:
+        return described
+    manifest, summary = SUMMARIES[kind]
+    return dict(summary(manifest.read(path)))
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -51,7 +70,6 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _progress(draft: Path) -> dict[str, int]:
     """Return how far an unfinished cache or training run has come; nothing for what is made in one go."""
-    from tailrace.training.architectures.transcoder import CHECKPOINTS
     from tailrace.training.loop.checkpoint import (
         Checkpoints,  # loads torch, which no finished artifact needs to be shown
     )
@@ -110,123 +128,121 @@ def _hooks_of(site: Site) -> str:
     return f"{site.hook_in} ({site.d_in}) -> {site.hook_out} ({site.d_out})"
 
 
-def _origin(manifest: dict[str, Any], sites: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _origin(manifest: DerivedManifest, sites: Iterable[Site]) -> Iterator[tuple[str, Any]]:
     """What all artifacts made from rows have in common: where they come from."""
     yield from _model(manifest)
-    for site in (Site(**recorded) for recorded in sites):
+    for site in sites:
         yield f"site {site.name}", _hooks_of(site)
-    if cache := manifest["inputs"].get("cache"):
-        yield "cache id", f"{cache['cache_id']}, generation {cache['generation']}"
+    if cache := manifest.inputs.cache:
+        yield "cache id", f"{cache.cache_id}, generation {cache.generation}"
     else:
         yield "rows", "live, straight from the model"
 
 
-def _model(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield "kind", manifest["kind"]
-    yield "model", f"{manifest['model']['name']} ({manifest['model'].get('dtype', '?')})"
+def _model(manifest: DerivedManifest) -> Iterator[tuple[str, Any]]:
+    yield "kind", manifest.kind
+    yield "model", f"{manifest.model['name']} ({manifest.model.get('dtype', '?')})"
 
 
-def _summarise_transcoder(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _origin(manifest, [manifest["site"]])
+def _summarise_transcoder(manifest: TranscoderManifest) -> Iterator[tuple[str, Any]]:
+    yield from _origin(manifest, manifest.sites)
     yield "architecture", _architecture(manifest)
-    yield "features", manifest["d_sae"]
+    yield "features", manifest.d_sae
     yield _made(manifest)
-    if limits := manifest.get("learnt_from"):
-        sides = f"{limits['longest_in']:.3g} and {limits['longest_out']:.3g}"
+    if limits := manifest.learnt_from:
+        sides = f"{limits.longest_in:.3g} and {limits.longest_out:.3g}"
         yield "learnt from", f"rows whose input and output are at most {sides} long"
-    if heldout := manifest["metrics"].get("heldout"):
+    if heldout := manifest.metrics.heldout:
         yield "held out", f"{_score(heldout)}, over {heldout['n_rows']:,} rows"
     yield "everything else", "--json"
 
 
-def _summarise_cross_layer(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_cross_layer(manifest: CrossLayerManifest) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [])
-    sites = manifest["sites"]
-    yield "layers", f"{len(sites)}: {', '.join(site['name'] for site in sites)}"
+    yield "layers", f"{len(manifest.sites)}: {', '.join(site.name for site in manifest.sites)}"
     yield "architecture", _architecture(manifest)
-    yield "features", f"{manifest['d_sae']:,} a layer, each writing to its own layer and all later ones"
+    yield "features", f"{manifest.d_sae:,} a layer, each writing to its own layer and all later ones"
     yield _made(manifest)
-    if limits := manifest.get("learnt_from"):
-        longest = ", ".join(f"{entry['longest_out']:.3g}" for entry in limits.values())
+    if limits := manifest.learnt_from:
+        longest = ", ".join(f"{entry.longest_out:.3g}" for entry in limits.values())
         yield "learnt from", f"rows whose outputs are at most {longest} long, and inputs likewise"
-    for layer in manifest["layers"]:
+    for layer in manifest.layers:
         yield f"held out {layer['site']}", _score(layer)
     yield "everything else", "--json"
 
 
-def _made(manifest: dict[str, Any]) -> tuple[str, Any]:
-    if origin := manifest.get("origin"):
-        return "imported from", origin["format"]
-    metrics = manifest["metrics"]
-    return "trained", f"{metrics['steps']:,} steps, {metrics['rows']:,} rows"
+def _made(manifest: AnyTranscoderManifest) -> tuple[str, Any]:
+    if manifest.origin:
+        return "imported from", manifest.origin.format
+    return "trained", f"{manifest.metrics.steps:,} steps, {manifest.metrics.rows:,} rows"
 
 
-def _architecture(manifest: dict[str, Any]) -> str:
-    kind, choices = manifest["architecture"]["kind"], manifest["architecture"]
-    on = [name if value is True else f"{name} {value}" for name, value in choices.items() if value and name != "kind"]
-    return ", ".join([kind, *on])
+def _architecture(manifest: AnyTranscoderManifest) -> str:
+    choices = sorted(manifest.architecture.model_dump(exclude_unset=True, exclude={"kind"}).items())
+    on = [name if value is True else f"{name} {value}" for name, value in choices if value]
+    return ", ".join([manifest.architecture.kind, *on])
 
 
-def _score(heldout: dict[str, Any]) -> str:
+def _score(heldout: Scores) -> str:
     ordinary = heldout.get("fvu_ordinary")
     also = "" if ordinary is None else f" ({ordinary:.4g} on rows it may learn from)"
     fvu = "undefined" if heldout["fvu"] is None else f"{heldout['fvu']:.4g}"  # of outputs that do not vary
     return f"FVU {fvu}{also}, L0 {heldout['l0']:.1f}, dead features {heldout['dead_fraction']:.1%}"
 
 
-def _summarise_tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _origin(manifest, [manifest["site"]])
-    yield "transcoder", manifest["inputs"]["transcoder"]["digest"]
-    settings = manifest["request"]["settings"]
-    split = "" if manifest["inputs"].get("cache") is None else f" {settings['split']}"
+def _summarise_tables(manifest: TablesManifest) -> Iterator[tuple[str, Any]]:
+    yield from _origin(manifest, [manifest.site])
+    yield "transcoder", manifest.inputs.transcoder.digest
+    settings = manifest.request["settings"]
+    split = "" if manifest.inputs.cache is None else f" {settings['split']}"
     yield "rows read", f"all{split} rows" if settings["rows"] is None else f"the first {settings['rows']:,}{split} rows"
-    yield from _tables(manifest["tables"])
+    yield from _tables(manifest.tables)
     yield "everything else", "--json"
 
 
-def _tables(tables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _tables(tables: Mapping[str, TableRecord]) -> Iterator[tuple[str, Any]]:
     for name, table in sorted(tables.items()):
-        yield f"table {name}", f"{table['n_rows']:,} rows"
+        yield f"table {name}", f"{table.n_rows:,} rows"
 
 
-def _summarise_sweep(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_sweep(manifest: SweepManifest) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [])
-    statuses = Counter(entry["status"] for entry in manifest["runs"])
+    statuses = Counter(run.status for run in manifest.runs)
     yield "runs", ", ".join(f"{n:,} {status}" for status, n in sorted(statuses.items(), reverse=True))
-    yield from _tables({"runs": {"n_rows": len(manifest["runs"])}})
+    yield "table runs", f"{len(manifest.runs):,} rows"
     yield "everything else", "--json"
 
 
-def _summarise_evaluation(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _origin(manifest, manifest["sites"].values())
-    first, split = manifest["scores"][0], manifest["request"]["settings"]["split"]
+def _summarise_evaluation(manifest: EvaluationManifest) -> Iterator[tuple[str, Any]]:
+    yield from _origin(manifest, manifest.sites.values())
+    first, split = manifest.scores[0], manifest.request["settings"]["split"]
     yield "run on", f"{first['n_predictions']:,} tokens of {first['n_contexts']:,} {split} contexts"
     yield "cross entropy", f"{first['ce_original']:.4f} nats per token"
-    for score in manifest["scores"]:
+    for score in manifest.scores:
         share = recorded_share(score)
         recovered = "" if share is None else f", {share:.1%} recovered"
         yield f"with {score['name']}", f"{score['spliced']['ce']:.4f}{recovered}, KL {score['spliced']['kl']:.4f}"
-    yield from _tables(manifest["tables"])
+    yield from _tables(manifest.tables)
     yield "everything else", "--json"
 
 
-def _summarise_layers(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_layers(manifest: LayerSetManifest) -> Iterator[tuple[str, Any]]:
     yield from _model(manifest)
-    yield "layers", len(manifest["transcoders"])
+    yield "layers", len(manifest.transcoders)
     yield "how good each is", "the table layers"
     yield "everything else", "--json"
 
 
-def _summarise_dashboard(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _summarise_dashboard(manifest: DashboardManifest) -> Iterator[tuple[str, Any]]:
     yield from _model(manifest)
-    yield f"site {manifest['site']['name']}", _hooks_of(Site(**manifest["site"]))
-    yield "features", manifest["n_features"]
+    yield f"site {manifest.site.name}", _hooks_of(manifest.site)
+    yield "features", manifest.n_features
     yield "open", "index.html"
     yield "everything else", "--json"
 
 
-def _summarise_circuit(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    root = manifest["root"]
+def _summarise_circuit(manifest: CircuitManifest) -> Iterator[tuple[str, Any]]:
+    root = manifest.root
     yield from _model(manifest)
     yield "root", f"{root['text']}, {root['value']:.4g}"
     yield "terms", f"{root['n_terms']:,}, which miss it by {root['incompleteness']:.1e} of their magnitudes"
@@ -234,31 +250,37 @@ def _summarise_circuit(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "everything else", "--json"
 
 
-def _summarise_export(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield "kind", manifest["kind"]
-    yield "written for", manifest["to"]
-    yield "files", len(manifest["files"])
-    for note in manifest["notes"]:
+def _summarise_export(manifest: ExportManifest) -> Iterator[tuple[str, Any]]:
+    yield "kind", manifest.kind
+    yield "written for", manifest.to
+    yield "files", len(manifest.files)
+    for note in manifest.notes:
         yield "note", note
     yield "everything else", "--json"
 
 
-def _summarise_comparison(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield "kind", manifest["kind"]
-    yield "items", manifest["n_items"]
-    yield "digest of the key", manifest["commitment"]
+def _summarise_comparison(manifest: DrawManifest) -> Iterator[tuple[str, Any]]:
+    yield "kind", manifest.kind
+    yield "items", manifest.n_items
+    yield "digest of the key", manifest.commitment
     yield "open", "rate.html"
 
 
-SUMMARIES = {
-    "transcoder": _summarise_transcoder,
-    "cross_layer_transcoder": _summarise_cross_layer,
-    "transcoders": _summarise_layers,
-    "dashboard": _summarise_dashboard,
-    "circuit": _summarise_circuit,
-    "export": _summarise_export,
-    "blind-comparison": _summarise_comparison,
-    "tables": _summarise_tables,
-    "sweep": _summarise_sweep,
-    "evaluation": _summarise_evaluation,
+_Summary = tuple[type[Manifest], Callable[[Any], Iterable[tuple[str, Any]]]]
+
+SUMMARIES: dict[str, _Summary] = {
+    manifest.of_kind: (manifest, summary)
+    for manifest, summary in (
+        (TranscoderManifest, _summarise_transcoder),
+        (CrossLayerManifest, _summarise_cross_layer),
+        (LayerSetManifest, _summarise_layers),
+        (DashboardManifest, _summarise_dashboard),
+        (CircuitManifest, _summarise_circuit),
+        (ExportManifest, _summarise_export),
+        (DrawManifest, _summarise_comparison),
+        (TablesManifest, _summarise_tables),
+        (SweepManifest, _summarise_sweep),
+        (EvaluationManifest, _summarise_evaluation),
+    )
 }
+"""The manifest of a kind, and what is shown of it."""

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from tailrace.pipeline.artifacts.folders import Paths, artifacts_inside, as_paths, transcoder_paths
-from tailrace.storage.artifact import read_manifest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, SettingsError, raise_together
-from tailrace.storage.formats import CROSS_LAYER_KIND, TABLES_KIND
+from tailrace.storage.formats import TABLES_KIND
+from tailrace.storage.tables import TablesManifest
+from tailrace.training.architectures.manifest import AnyTranscoderManifest, CrossLayerManifest, read_either_manifest
+from tailrace.training.architectures.settings import SelectsLargest
 from tailrace.training.architectures.transcoder import Transcoder, load_transcoder
-from tailrace.training.cross_layer.artifact import read_either_manifest
 from tailrace.training.cross_layer.layers import load_layers, load_summed_layer, open_weights
 
 
@@ -34,8 +35,8 @@ class TranscoderLayer:
     site: Site
     index: int | None
     """Which layer of a cross-layer transcoder, from 0 for its lowest; None for a transcoder of one layer."""
-    manifest: Mapping[str, Any] = field(repr=False, compare=False)
-    """The transcoder's, with ``site`` of this layer."""
+    manifest: AnyTranscoderManifest = field(repr=False, compare=False)
+    """The transcoder's."""
 
     def __str__(self) -> str:
         return str(self.path) if self.index is None else f"{self.path}, {self.site.name}"
@@ -48,17 +49,23 @@ class TranscoderLayer:
     @property
     def d_sae(self) -> int:
         """Number of features that read the layer."""
-        return int(self.manifest["d_sae"])
+        return self.manifest.d_sae
 
     @property
     def kind(self) -> str:
         """The kind of its architecture."""
-        return str(self.manifest["architecture"]["kind"])
+        return self.manifest.architecture.kind
+
+    @property
+    def k(self) -> int:
+        """Features that fire on one row, of an architecture that chooses them."""
+        assert isinstance(self.manifest.architecture, SelectsLargest), "asked where k is a setting"
+        return self.manifest.architecture.k
 
     @property
     def skips(self) -> bool:
         """Whether a path goes past its features."""
-        return bool(self.manifest["architecture"].get("skip", False))
+        return self.manifest.architecture.skip
 
     @property
     def is_autoencoder(self) -> bool:
@@ -66,14 +73,14 @@ class TranscoderLayer:
         return self.site.hook_in == self.site.hook_out
 
     @property
-    def model(self) -> dict[str, Any]:
-        """The identity of the language model; empty if it is not known."""
-        return dict(self.manifest["model"] or {})
-
-    @property
     def digest(self) -> str:
         """The transcoder's."""
-        return str(self.manifest["digest"])
+        return self.manifest.digest
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """Identity of the language model."""
+        return self.manifest.model
 
     @property
     def reference(self) -> dict[str, Any]:
@@ -83,9 +90,9 @@ class TranscoderLayer:
     @property
     def heldout(self) -> Mapping[str, Any]:
         """What the manifest says of held-out rows at this layer; empty if it was never scored."""
-        if self.index is None:
-            return self.manifest["metrics"].get("heldout") or {}
-        return next((one for one in self.manifest["layers"] if one["site"] == self.site.name), {})
+        if isinstance(self.manifest, CrossLayerManifest):
+            return next((scores for scores in self.manifest.layers if scores["site"] == self.site.name), {})
+        return self.manifest.metrics.heldout
 
     def load(self) -> Transcoder:
         """Return the features on the CPU. Of a cross-layer transcoder, the decoder is the sum of what they write.
@@ -116,21 +123,19 @@ class PublishedTranscoder:
     """A transcoder by what its manifest says."""
 
     path: Path
-    manifest: Mapping[str, Any] = field(repr=False)
+    manifest: AnyTranscoderManifest = field(repr=False)
 
     @property
     def is_cross_layer(self) -> bool:
         """Whether its features write to several layers."""
-        return bool(self.manifest["kind"] == CROSS_LAYER_KIND)
+        return isinstance(self.manifest, CrossLayerManifest)
 
     @cached_property
     def layers(self) -> tuple[TranscoderLayer, ...]:
         """Its layers, lowest first."""
-        if not self.is_cross_layer:
-            return (TranscoderLayer(self.path, Site(**self.manifest["site"]), None, self.manifest),)
         return tuple(
-            TranscoderLayer(self.path, Site(**site), index, {**self.manifest, "site": site})
-            for index, site in enumerate(self.manifest["sites"])
+            TranscoderLayer(self.path, site, index if self.is_cross_layer else None, self.manifest)
+            for index, site in enumerate(self.manifest.sites)
         )
 
     @property
@@ -210,8 +215,8 @@ def open_tables(tables: Sequence[Path], known: Mapping[int, TranscoderLayer]) ->
         inside = artifacts_inside(given, TABLES_KIND)
         fitting = {}
         for path in inside or [given]:
-            manifest = read_manifest(path, TABLES_KIND)
-            layer = layers.get((manifest["inputs"]["transcoder"]["digest"], manifest["site"]["name"]))
+            manifest = TablesManifest.read(path)
+            layer = layers.get((manifest.inputs.transcoder.digest, manifest.site.name))
             if layer is not None:
                 fitting[path] = layer
         if not fitting:

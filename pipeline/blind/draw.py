@@ -19,19 +19,20 @@ from tailrace.analysis.blind.sampling import Drawn, LiveRule, draw
 from tailrace.analysis.blind.tally import Tally, tally
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.artifacts.folders import each_artifact
+from tailrace.pipeline.artifacts.manifests import DrawManifest
 from tailrace.pipeline.blind import ratings
 from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.pipeline.blind.settings import DrawSettings
 from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.shared.stage import Made, publish_stage
-from tailrace.storage.artifact import canonical_json, make_directory, read_manifest, write_atomically
+from tailrace.storage.artifact import canonical_json, make_directory, write_atomically
 from tailrace.storage.differences import list_differences
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.randomness import philox, random_permutation
-from tailrace.storage.tables import read_table
+from tailrace.storage.tables import TablesManifest, read_table
 
-KIND = "blind-comparison"
+KIND = DrawManifest.of_kind
 KEY, FORM, ITEMS = "key.sealed", "rate.html", "items"
 SITE = Path(__file__).parent / "site"
 _UNSEEN = ("coactivation_floor", "without_model")
@@ -58,18 +59,18 @@ class Dictionary:
 
     path: Path
     tables: tuple[Path, ...]
-    manifests: tuple[dict[str, Any], ...]
+    manifests: tuple[TablesManifest, ...]
 
     @classmethod
     def open(cls, path: Path) -> Dictionary:
-        """Read the manifests; the errors are those of ``tailrace.storage.artifact.read_manifest``."""
+        """Read the manifests; the errors are those of ``Manifest.read``."""
         tables = each_artifact([path], analyze.KIND)
-        return cls(path, tuple(tables), tuple(read_manifest(one, analyze.KIND) for one in tables))
+        return cls(path, tuple(tables), tuple(TablesManifest.read(one) for one in tables))
 
     @property
     def reference(self) -> dict[str, Any]:
         """What tells it from every other."""
-        digests = [manifest["digest"] for manifest in self.manifests]
+        digests = [manifest.digest for manifest in self.manifests]
         return {"digest": digests[0]} if len(digests) == 1 else {"digests": digests}
 
     @cached_property
@@ -132,8 +133,8 @@ def run(settings: DrawSettings, *, tables: Sequence[Path], output: Path) -> Draw
 
 def read_result(path: Path) -> DrawResult:
     """Return what a published draw says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    manifest = read_manifest(path, KIND)
-    return DrawResult(path, manifest["n_items"], manifest["commitment"])
+    manifest = DrawManifest.read(path)
+    return DrawResult(path, manifest.n_items, manifest.commitment)
 
 
 def item_page(number: int) -> str:
@@ -145,12 +146,12 @@ def _check(dictionaries: Sequence[Dictionary]) -> None:
     if len(dictionaries) != 2:
         raise SettingsError(f"give two artifacts of tables, each after --tables; there is {len(dictionaries)}")
     first, second = dictionaries
-    if {one["digest"] for one in first.manifests} & {one["digest"] for one in second.manifests}:
+    if {one.digest for one in first.manifests} & {one.digest for one in second.manifests}:
         raise SettingsError(f"{first.path} and {second.path} are the same tables; give two different ones")
     there = first.manifests[0]
     found: dict[str, None] = {}
     for one in (*first.manifests[1:], *second.manifests):
-        models = list_model_differences(there["model"], one["model"])
+        models = list_model_differences(there.model, one.model)
         lines = [*list_differences(_seen(there), _seen(one)), *(f"model.{line}" for line in models)]
         found |= dict.fromkeys(lines)
     if found:
@@ -161,13 +162,13 @@ def _check(dictionaries: Sequence[Dictionary]) -> None:
         )
 
 
-def _seen(manifest: dict[str, Any]) -> dict[str, Any]:
+def _seen(manifest: TablesManifest) -> dict[str, Any]:
     """Return what decides how examples look: settings, but for those of other tables and columns, and the rows."""
-    settings = {key: value for key, value in manifest["request"]["settings"].items() if key not in _UNSEEN}
-    inputs = manifest["inputs"]
-    if "cache" in inputs:
-        return {**settings, "cache": inputs["cache"]["cache_id"]}
-    return {**settings, "live": inputs["live"], "text": inputs.get("text")}
+    settings = {key: value for key, value in manifest.request["settings"].items() if key not in _UNSEEN}
+    inputs = manifest.inputs
+    if inputs.cache is not None:
+        return {**settings, "cache": inputs.cache.cache_id}
+    return {**settings, "live": inputs.live, "text": inputs.text}
 
 
 def _draw_items(settings: DrawSettings, dictionaries: Sequence[Dictionary]) -> list[_Item]:
@@ -261,9 +262,9 @@ def tally_ratings(draw: Path, *, ratings_file: Path | None = None) -> TallyResul
     Ratings are read from ``ratings.csv`` of the draw unless told otherwise, and all of them must be there before the
     key is opened. Raises SettingsError with everything that is wrong with them, ArtifactCorrupt for another key.
     """
-    manifest = read_manifest(draw, KIND)
-    rated = ratings.read_ratings(ratings_file or draw / ratings.FILE, manifest["n_items"])
-    key = unseal(draw / KEY, manifest["commitment"])
+    manifest = DrawManifest.read(draw)
+    rated = ratings.read_ratings(ratings_file or draw / ratings.FILE, manifest.n_items)
+    key = unseal(draw / KEY, manifest.commitment)
     by_dictionary = [[rated[item["item"]] for item in key["items"] if item["dictionary"] == place] for place in (0, 1)]
     counted = tally(*by_dictionary)
     names = (key["tables"][0]["name"], key["tables"][1]["name"])

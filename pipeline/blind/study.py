@@ -17,15 +17,13 @@ import pyarrow.compute as pc
 
 from tailrace.analysis.blind.sampling import LiveRule, draw
 from tailrace.analysis.blind.withholding import Mode, Source, withhold
-from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.blind.draw import Dictionary
 from tailrace.pipeline.blind.ledger import Clock, Entry, Ledger, utc_now
 from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.pipeline.blind.settings import OUTCOMES, Outcome
 from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
-from tailrace.storage.artifact import read_manifest
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
-from tailrace.storage.tables import read_schema, read_table
+from tailrace.storage.tables import TablesManifest, read_schema, read_table
 
 LEDGER = "ledger.jsonl"
 
@@ -227,9 +225,8 @@ def begin_from_tables(
             raise SettingsError(f"--feature {feature}: is {len(chosen)} features; a study is of one")
         ((index, feature),) = chosen
         tables = dictionary.tables[index]
-    manifest = read_manifest(tables, analyze.KIND)
-    site = manifest["site"]["name"]
-    subject = {"site": site, "feature": feature, "tables": manifest["digest"], "seed": seed}
+    manifest = TablesManifest.read(tables)
+    subject = {"site": manifest.site.name, "feature": feature, "tables": manifest.digest, "seed": seed}
     study = BlindStudy.begin(directory, subject, mode)
     for one in table_evidence(tables, feature):
         study.add(one.kind, one.content, source=one.source, about=one.about)

@@ -27,6 +27,7 @@ from tailrace.analysis.circuits.roots import Root, centred_logit_roots, decoder_
 from tailrace.analysis.circuits.run import LinearisedRun
 from tailrace.analysis.circuits.viewer import viewer_document
 from tailrace.analysis.dashboards.values import PART
+from tailrace.pipeline.artifacts.manifests import CircuitManifest
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, open_tables, open_transcoders
 from tailrace.pipeline.cache.recorded_model import explained_passes
 from tailrace.pipeline.circuit.cards import read_cards
@@ -39,11 +40,12 @@ from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
-from tailrace.storage.artifact import read_manifest, write_atomically
-from tailrace.storage.formats import ARTIFACT_FORMATS, TABLES_KIND
+from tailrace.storage.artifact import write_atomically
+from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.tables import TablesManifest
 from tailrace.storage.token_text import join_characters
 
-KIND = "circuit"
+KIND = CircuitManifest.of_kind
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 CIRCUIT = "circuit.json"
 """Everything, in the schema of ``docs/guides/circuits.md``."""
@@ -87,7 +89,7 @@ def run(
     keep = NodeFilter.parse(settings.filter)
     given = open_transcoders(transcoders)
     traced = traced_layers(given)
-    n_layers = max((int(one.manifest["model"]["n_layers"]) for one in given), default=0)
+    n_layers = max((int(one.manifest.model["n_layers"]) for one in given), default=0)
     check_askable(question, {layer: one.d_sae for layer, one in traced.items()}, n_layers, settings.missing_layers)
     warn_of_poor_layers(
         question,
@@ -98,7 +100,7 @@ def run(
     inputs = {
         "transcoders": {one.site.name: {"digest": one.digest} for one in traced.values()},
         "tables": {
-            one.site.name: {"digest": read_manifest(known[layer], TABLES_KIND)["digest"]}
+            one.site.name: {"digest": TablesManifest.read(known[layer]).digest}
             for layer, one in traced.items()
             if layer in known
         },
@@ -121,7 +123,7 @@ def run(
 
 def read_result(path: Path) -> CircuitResult:
     """Return a published circuit. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    read_manifest(path, KIND)
+    CircuitManifest.read(path)
     return CircuitResult(path, json.loads((path / CIRCUIT).read_bytes()))
 
 

@@ -19,10 +19,11 @@ from urllib.parse import unquote, urlsplit
 
 from tailrace.analysis.dashboards.feature_tables import KIND as TABLES
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
 from tailrace.pipeline.dashboard.stage import KIND, SITE
-from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
+from tailrace.storage.artifact import published_kind
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
 from tailrace.storage.names import inside
 
@@ -47,7 +48,7 @@ class PublishedSite(Site):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._files = set(read_manifest(path, KIND)["files"])
+        self._files = set(DashboardManifest.read(path).files)
 
     def read(self, name: str) -> bytes | None:
         """Return the bytes of a listed file; None for one that is gone or lies elsewhere."""
@@ -89,8 +90,8 @@ class TablesSite(Site):
 
 def open_site(path: Path) -> Site:
     """Open the dashboard or tables at ``path``. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    kind = read_sealed(path / MANIFEST).get("kind") if (path / MANIFEST).exists() else KIND
-    if kind not in (KIND, TABLES):
+    kind = published_kind(path)
+    if kind not in (KIND, TABLES, None):
         raise ArtifactMismatch(f"{path}: is of kind {kind}, which cannot be served; give a dashboard, or tables")
     return TablesSite(path) if kind == TABLES else PublishedSite(path)
 

@@ -73,11 +73,11 @@ class SiteData:
         """Return what holds for the site as a whole."""
         manifest, layer = self._tables.manifest, self._tables.layer
         return {
-            "model": manifest["model"]["name"],
-            "site": manifest["site"]["name"],
-            "hooks": [manifest["site"][hook] for hook in ("hook_in", "hook_out") if manifest["site"].get(hook)],
+            "model": manifest.model["name"],
+            "site": manifest.site.name,
+            "hooks": [manifest.site.hook_in, manifest.site.hook_out],
             "layer": {name: rounded(layer[name]) for name in _LAYER if name in layer},
-            "transcoder": manifest["inputs"]["transcoder"]["digest"],
+            "transcoder": manifest.inputs.transcoder.digest,
             "features_per_file": FEATURES_PER_FILE,
             "n_bands": self._tables.n_bands,
             "version": version("tailrace"),

@@ -10,12 +10,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.pipeline.artifacts.folders import artifacts_inside
+from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.dashboard.feature_selection import parse_features, parse_layer_features
 from tailrace.pipeline.dashboard.settings import DashboardSettings
@@ -26,13 +26,12 @@ from tailrace.storage.artifact import (
     REQUEST,
     canonical_json,
     make_directory,
-    read_manifest,
     write_atomically,
 )
 from tailrace.storage.errors import ArtifactMismatch
 from tailrace.storage.formats import TABLES_KIND
 
-KIND = "dashboard"
+KIND = DashboardManifest.of_kind
 SITE = Path(__file__).parent / "site"
 """The site's own files: its page, styles and scripts."""
 
@@ -63,13 +62,13 @@ def run(settings: DashboardSettings, *, tables: Path, output: Path, quiet: bool 
     """
     opened = FeatureTables(tables)
     features = sorted(parse_features(settings.feature, opened.n_features)) or list(range(opened.n_features))
-    inputs = {"tables": {"digest": opened.manifest["digest"]}}
+    inputs = {"tables": {"digest": opened.manifest.digest}}
 
     def make(path: Path) -> Made:
         write = _write_blind if settings.blind else _write_site
         files = write(opened, features, settings, path, quiet)
-        record = {name: opened.manifest[name] for name in ("model", "site")}
-        return Made({**record, "n_features": len(features)}, files, ("tailrace", "pyarrow"))
+        of = {"model": opened.manifest.model, "site": opened.manifest.site.as_json()}
+        return Made({**of, "n_features": len(features)}, files, ("tailrace", "pyarrow"))
 
     publish_stage(output, KIND, {"settings": settings.model_dump(mode="json"), "inputs": inputs}, make)
     return read_result(output)
@@ -102,9 +101,9 @@ def run_each(
 
 def read_result(path: Path) -> DashboardResult:
     """Return what is published at ``path``. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    manifest: dict[str, Any] = read_manifest(path, KIND)
-    files = manifest["files"].values()
-    return DashboardResult(path, manifest["n_features"], len(files), sum(file["bytes"] for file in files))
+    manifest = DashboardManifest.read(path)
+    files = manifest.files.values()
+    return DashboardResult(path, manifest.n_features, len(files), sum(file.bytes for file in files))
 
 
 def _write_site(

@@ -14,12 +14,13 @@ from typing import Any
 
 from tailrace.analysis.evaluate.recovered import recorded_share
 from tailrace.pipeline.artifacts.folders import transcoder_paths
+from tailrace.pipeline.artifacts.manifests import EvaluationManifest
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, open_transcoders
 from tailrace.pipeline.evaluate.settings import Measure
 from tailrace.pipeline.evaluate.stage import KIND as EVALUATION
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.runs_table import FINISHED
-from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
+from tailrace.storage.artifact import MANIFEST, read_sealed
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import TRANSCODER_KINDS
 
@@ -66,8 +67,8 @@ def collect(paths: Sequence[Path]) -> list[Point]:
             continue
         for name, folder in _transcoders(path, kind):
             (one,) = open_transcoders(folder)
-            found.setdefault(str(one.manifest["digest"]), (name, one))
-    unscored = [str(one.path) for _, one in found.values() if "heldout" not in one.manifest["metrics"]]
+            found.setdefault(one.manifest.digest, (name, one))
+    unscored = [str(one.path) for _, one in found.values() if not one.manifest.metrics.heldout]
     if unscored:
         raise ArtifactMismatch(
             f"{', '.join(unscored)}: trained without held-out rows, so nothing says how good they are; leave them out, "
@@ -108,9 +109,9 @@ def _transcoders(path: Path, kind: str) -> Iterable[tuple[str, Path]]:
 
 def _recovered(path: Path) -> dict[str, float]:
     """Return the CE recovered of each transcoder of an evaluation, by digest, replaced alone."""
-    manifest = read_manifest(path, EVALUATION)
-    scores = {score["name"]: recorded_share(score) for score in manifest["scores"]}
-    digests = {site: made_of["digest"] for site, made_of in manifest["inputs"]["transcoders"].items()}
+    manifest = EvaluationManifest.read(path)
+    scores = {score["name"]: recorded_share(score) for score in manifest.scores}
+    digests = {site: made_of.digest for site, made_of in (manifest.inputs.transcoders or {}).items()}
     if len(digests) == 1:  # a cross-layer transcoder's score is that of all sites
         digests = dict(zip(scores, digests.values(), strict=True))
     return {digest: share for site, digest in digests.items() if (share := scores.get(site)) is not None}
@@ -118,17 +119,17 @@ def _recovered(path: Path) -> dict[str, float]:
 
 def _point(name: str, one: PublishedTranscoder, evaluated: float | None) -> Point:
     manifest = one.manifest
-    heldout, model = manifest["metrics"]["heldout"], manifest["metrics"].get("model", {})
+    heldout, model = manifest.metrics.heldout, manifest.metrics.model
     return Point(
         name=name,
-        group=str(manifest["architecture"]["kind"]),
+        group=manifest.architecture.kind,
         l0=float(heldout["l0"]),
         fvu=heldout["fvu"],
         ce_recovered=recorded_share(model) if evaluated is None else evaluated,
-        d_sae=int(manifest["d_sae"]),
+        d_sae=manifest.d_sae,
         site=one.name,
         path=str(one.path),
-        digest=str(manifest["digest"]),
+        digest=manifest.digest,
     )
 
 
@@ -145,7 +146,7 @@ def _tell_apart(points: list[Point], transcoders: list[PublishedTranscoder]) -> 
 def _facts(one: PublishedTranscoder) -> tuple[str, str, str]:
     site = one.layers[0].site
     kind = "cross-layer" if one.is_cross_layer else "SAE" if site.hook_in == site.hook_out else "transcoder"
-    return "with skip" if one.manifest["architecture"].get("skip") else "", kind, f"at {one.name}"
+    return "with skip" if one.manifest.architecture.skip else "", kind, f"at {one.name}"
 
 
 def lines(points: Sequence[Point], measure: Measure) -> dict[str, list[Point]]:

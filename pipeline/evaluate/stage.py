@@ -24,17 +24,17 @@ from tailrace.analysis.evaluate.evaluation import (
 )
 from tailrace.analysis.evaluate.splice_scores import SpliceScore
 from tailrace.pipeline.analyze.stage import check_same_site
+from tailrace.pipeline.artifacts.manifests import EvaluationManifest
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_by_site, layers_of, open_transcoders
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from tailrace.storage.artifact import read_manifest
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.tables import write_table
 
-KIND = "evaluation"
+KIND = EvaluationManifest.of_kind
 TOKENS = "tokens.parquet"
 """Per-token deltas; the meaning of its columns lies in the file."""
 
@@ -70,7 +70,7 @@ def run(
     opened = open_cache(cache)
     split = opened.split(settings.split)
     given = _check_fit(opened, open_transcoders(transcoders))
-    digests = {name: {"digest": one.manifest["digest"]} for name, one in _named(given, "cross-layer").items()}
+    digests = {name: {"digest": one.manifest.digest} for name, one in _named(given, "cross-layer").items()}
     inputs = {"cache": opened.reference, "transcoders": digests}
 
     def make(path: Path) -> Made:
@@ -81,7 +81,7 @@ def run(
         n_rows = write_table(path / TOKENS, TOKEN_SCHEMA, rows)
         record = {
             "model": opened.manifest.model,
-            "sites": {layer.site.name: layer.manifest["site"] for layer in layers_of(given)},
+            "sites": {layer.site.name: layer.site.as_json() for layer in layers_of(given)},
             "scores": [{"name": name, **score.record()} for name, score in evaluation.scores().items()],
             "tables": {"tokens": {"n_rows": n_rows}},
         }
@@ -94,7 +94,7 @@ def run(
 
 def read_result(path: Path) -> EvaluateResult:
     """Return what a published evaluation says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    records = read_manifest(path, KIND)["scores"]
+    records = EvaluationManifest.read(path).scores
     return EvaluateResult(path, {record["name"]: SpliceScore.from_record(record) for record in records})
 
 
@@ -109,7 +109,7 @@ def _check_fit(cache: ActivationCache, transcoders: Sequence[PublishedTranscoder
     mismatches: dict[str, None] = {}  # layers of one transcoder have the same model
     for layer in layers_of(transcoders):
         try:
-            check_same_site(cache, cache.path, layer.manifest, layer.path)
+            check_same_site(cache, layer)
         except ArtifactMismatch as error:
             mismatches[str(error)] = None
     try:

@@ -85,7 +85,7 @@ def _check_sites(cache: ActivationCache, layers: Sequence[TranscoderLayer]) -> N
     problems = []
     for one in layers:
         try:
-            check_same_site(cache, cache.path, one.manifest, one.path)
+            check_same_site(cache, one)
         except ArtifactMismatch as error:
             problems.append(str(error))
     if problems:

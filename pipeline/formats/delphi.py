@@ -9,23 +9,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.formats.conversion import write_json
 from tailrace.pipeline.formats.hooks import module_of
 from tailrace.storage.activation_cache import CacheSplit, open_cache
-from tailrace.storage.artifact import make_directory, read_manifest
-from tailrace.storage.cache_format import Site
+from tailrace.storage.artifact import make_directory
 from tailrace.storage.differences import list_differences
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from tailrace.storage.formats import FOR_ONE_LAYER_ONLY
 from tailrace.storage.names import folder_problem
-from tailrace.storage.tables import read_table
+from tailrace.storage.tables import TablesManifest, read_table
 from tailrace.training.architectures.transcoder import write_tensors
 
 FOLDER, CONFIG = "latents", "config.json"
@@ -38,13 +34,13 @@ class LatentTables:
     """Published tables with their activations, and the contexts they were made from."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: TablesManifest
     split: CacheSplit
 
     def module(self, named: str | None) -> str:
         """Name of the folder: the module whose activations these are, else the site's name."""
-        site = Site(**self.manifest["site"])
-        return named or module_of(site, self.manifest.get("model") or {}) or site.name
+        site = self.manifest.site
+        return named or module_of(site, self.manifest.model) or site.name
 
     @property
     def partitions(self) -> list[Path]:
@@ -62,22 +58,22 @@ def open_tables(paths: Sequence[Path], cache: Path | None, module: str | None) -
         raise SettingsError("nothing to export; give the path of at least one artifact of tables")
     if cache is None:
         raise SettingsError("delphi reads whole contexts, and tables hold rows; give the cache they come from, --cache")
-    manifests = {path: read_manifest(path, analyze.KIND, FOR_ONE_LAYER_ONLY) for path in paths}
+    manifests = {path: TablesManifest.read(path) for path in paths}
     if missing := [str(path) for path in paths if not (path / "activations").is_dir()]:
         raise ArtifactMissing(
             f"{', '.join(missing)}: hold no activations; run pipeline analyze again with --activations all"
         )
     problems, found = [], []
     for path, manifest in manifests.items():
-        recorded = manifest["inputs"].get("cache")
+        recorded = manifest.inputs.cache
         if recorded is None:
             problems.append(f"{path}: was made from fresh text (--live), and delphi reads a cache; analyze a cache")
             continue
-        opened = open_cache(cache, recorded["generation"])
-        if differences := list_differences(opened.reference, recorded):
+        opened = open_cache(cache, recorded.generation)
+        if differences := list_differences(opened.reference, recorded.as_json()):
             problems.append(f"{cache}: is not the cache that {path} was made from: {'; '.join(differences)}")
         else:
-            split = opened.split(manifest["request"]["settings"]["split"])
+            split = opened.split(manifest.request["settings"]["split"])
             found.append(LatentTables(path, manifest, split))
     if problems:
         raise ArtifactMismatch("\n".join(problems))

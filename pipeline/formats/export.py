@@ -17,6 +17,7 @@ from typing import Any
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.pipeline.analyze.stage import KIND as TABLES_KIND
 from tailrace.pipeline.artifacts.folders import each_artifact
+from tailrace.pipeline.artifacts.manifests import ExportManifest
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, TranscoderLayer, layers_of, open_transcoders
 from tailrace.pipeline.formats import circuit_tracer, delphi, saelens, sparsify, viewer_features
 from tailrace.pipeline.formats.calibration import Calibration
@@ -24,12 +25,12 @@ from tailrace.pipeline.formats.conversion import Converted, Written, convert
 from tailrace.pipeline.formats.hooks import NORMALISED_IN, STREAM_OUT, is_normalised_otherwise, layer_hooks
 from tailrace.pipeline.formats.settings import TABLE_FORMATS, ExportSettings, Format
 from tailrace.storage.activation_cache import open_cache
-from tailrace.storage.artifact import MANIFEST, canonical_json, read_manifest, read_sealed
+from tailrace.storage.artifact import MANIFEST, canonical_json, read_sealed
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, TRANSCODER_KINDS
 
-KIND = "export"
+KIND = ExportManifest.of_kind
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 
 
@@ -93,17 +94,17 @@ def run(
 
 def read_result(path: Path) -> ExportResult:
     """Return what a published export says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    manifest = read_manifest(path, KIND)
-    rows = [{**row} for row in manifest["calibration"]]
+    manifest = ExportManifest.read(path)
+    rows = [{**row} for row in manifest.calibration]
     costs = [f"{row.pop('site')}: {Calibration(**row).sentence()}" for row in rows]
-    return ExportResult(path, manifest["to"], sorted(manifest["files"]), costs, list(manifest["notes"]))
+    return ExportResult(path, manifest.to, sorted(manifest.files), costs, manifest.notes)
 
 
 def _refuse_former_names(output: Path, request: Mapping[str, Any]) -> None:
     """Raise ArtifactMismatch if the same export lies at ``output`` as SAELens does not attach it where it belongs."""
     if "hooks" not in request or not (output / MANIFEST).exists():
         return
-    former = read_manifest(output, KIND)["request"]
+    former = ExportManifest.read(output).request
     if former == json.loads(canonical_json({key: value for key, value in request.items() if key != "hooks"})):
         raise ArtifactMismatch(
             f"{output}: holds this export as an earlier release wrote it, so that SAELens attaches it nowhere or where "
@@ -183,7 +184,7 @@ class _Job:
                 done = Written(viewer_features.write(directory, self._tables))
             case "delphi":
                 parts = [
-                    delphi.write(directory, one, self._settings.module, self._name(one.manifest))
+                    delphi.write(directory, one, self._settings.module, self._name(one.manifest.model))
                     for one in self._latents
                 ]
                 notes = [note for _, some in parts for note in some]
@@ -193,7 +194,7 @@ class _Job:
                 done = Written([name for names in parts_files for name in names])
             case "circuit-tracer":
                 layer, scan = self._layers[0], self._settings.scan
-                done = circuit_tracer.write(directory, self._convert(), layer.model, self._name(layer.manifest), scan)
+                done = circuit_tracer.write(directory, self._convert(), layer.model, self._name(layer.model), scan)
             case "saelens":
                 done = self._write_saelens(directory, self._layers[0])
         return done.files, {
@@ -206,8 +207,8 @@ class _Job:
         }
 
     def _write_saelens(self, directory: Path, layer: TranscoderLayer) -> Written:
-        text = saelens.trained_on(layer, None if self._cache is None else open_cache(self._cache))
-        name = self._name(layer.manifest)
+        text = saelens.trained_on(layer.manifest.inputs, None if self._cache is None else open_cache(self._cache))
+        name = self._name(layer.model)
         if saelens.is_topk_autoencoder(layer):
             return saelens.write_topk_autoencoder(directory, layer, name, text)
         (converted,) = self._convert()
@@ -246,5 +247,5 @@ class _Job:
         paths = [one.path for one in self._transcoders]
         return read_weights(open_transcoder_model(paths, model=self._model, device=self._device))
 
-    def _name(self, manifest: Mapping[str, Any]) -> str:
-        return self._settings.model_name or str((manifest.get("model") or {}).get("name", "unknown"))
+    def _name(self, model: Mapping[str, Any]) -> str:
+        return self._settings.model_name or str(model.get("name", "unknown"))

@@ -8,7 +8,7 @@ then a matter of numbers, and they are measured at once: FVU and L0 on the cache
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
-from tailrace.training.architectures.transcoder import KIND, WEIGHTS, Transcoder, describe_versions, save_weights
-from tailrace.training.cross_layer.artifact import read_either_manifest, sites_of
+from tailrace.training.architectures.manifest import KIND, WEIGHTS, read_either_manifest
+from tailrace.training.architectures.transcoder import Transcoder, describe_versions, save_weights
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.loop.evaluate import HeldoutScore, evaluate, predictor, score_layers
 from tailrace.training.rows.batches import iter_sites_once
@@ -141,7 +141,7 @@ def _of_one_layer(transcoder: Transcoder, sites: Sequence[Site], split: str, sco
     """Return what a manifest of a transcoder of one layer has of its own."""
     (score,) = scores.values()
     return {
-        "site": asdict(sites[0]),
+        "site": sites[0].as_json(),
         "d_sae": transcoder.d_sae,
         "normalisation": {"kind": "none", "scale_in": 1.0, "scale_out": 1.0},
         "metrics": {**_NO_STEPS, **({split: score.record()} if split == "heldout" else {})},
@@ -153,7 +153,7 @@ def _of_layers(transcoder: Transcoder, sites: Sequence[Site], split: str, scores
     """Return what a manifest of a cross-layer transcoder has of its own."""
     layers = [{"site": name, **score.record()} for name, score in scores.items()]
     return {
-        "sites": [asdict(site) for site in sites],
+        "sites": [site.as_json() for site in sites],
         "d_sae": transcoder.d_sae // len(sites),
         "normalisation": {"kind": "none", "scale_in": [1.0] * len(sites), "scale_out": [1.0] * len(sites)},
         "learnt_from": None,
@@ -166,15 +166,15 @@ def _of_layers(transcoder: Transcoder, sites: Sequence[Site], split: str, scores
 def read_result(path: Path) -> ImportResult:
     """Return what an imported transcoder says. Raises the errors of ``read_either_manifest``."""
     manifest = read_either_manifest(path)
-    measured = manifest["measured"].get("layers") or [manifest["measured"]]
-    sites = sites_of(manifest) if "sites" in manifest else [Site(**manifest["site"])]
+    assert manifest.measured is not None, "an import is measured"
+    measured = manifest.measured.layers or [manifest.measured.as_json()]
     return ImportResult(
         path=path,
-        sites=[site.name for site in sites],
-        d_sae=manifest["d_sae"],
+        sites=[site.name for site in manifest.sites],
+        d_sae=manifest.d_sae,
         fvu=[layer["fvu"] for layer in measured],
         l0=[layer["l0"] for layer in measured],
-        notes=list(manifest["notes"]),
+        notes=manifest.notes,
     )
 
 

@@ -45,6 +45,7 @@ from tailrace.pipeline.formats.foreign import (
 from tailrace.pipeline.formats.hooks import MLP_IN, hooked_transformer_name, is_normalised_otherwise, why_unnamed
 from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
 from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.artifact import Inputs
 from tailrace.storage.hook_names import HookName
 from tailrace.training.architectures import Architecture, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import write_tensors
@@ -136,13 +137,12 @@ class TrainedOn(NamedTuple):
     """On a hub; None for files of a machine."""
 
 
-def trained_on(layer: TranscoderLayer, cache: ActivationCache | None) -> TrainedOn | None:
+def trained_on(inputs: Inputs, cache: ActivationCache | None) -> TrainedOn | None:
     """Return what a live run recorded, or what ``cache`` says if it is the cache that was trained on; else None."""
-    inputs = layer.manifest["inputs"]
-    if "live" in inputs:
-        packing, text = inputs["live"]["packing"], inputs["live"]["text"]
+    if inputs.live is not None:
+        packing, text = inputs.live["packing"], inputs.live["text"]
         rows = packing
-    elif cache is not None and "imported" not in inputs and inputs.get("cache", {}).get("cache_id") == cache.cache_id:
+    elif cache and inputs.cache and inputs.imported is None and inputs.cache.cache_id == cache.cache_id:
         packing, text = cache.manifest.packing, cache.manifest.text
         rows = packing["row_filter"]
     else:
@@ -174,7 +174,7 @@ def is_topk_autoencoder(layer: TranscoderLayer) -> bool:
 def write_topk_autoencoder(directory: Path, layer: TranscoderLayer, model_name: str, text: TrainedOn | None) -> Written:
     """Write a TopK autoencoder with its k."""
     form = jump_form(layer.load(), torch.zeros(layer.d_sae))
-    config = {"architecture": "topk", "k": layer.manifest["architecture"]["k"], "rescale_acts_by_decoder_norm": False}
+    config = {"architecture": "topk", "k": layer.k, "rescale_acts_by_decoder_norm": False}
     hooks = (layer.site.hook_in, layer.site.hook_out)
     files = _write(directory, form, config, _metadata(layer, hooks, model_name, text))
     return Written(files, {}, [*attaching(layer, *hooks), *_notes_on_text(layer, text)])

@@ -98,7 +98,7 @@ def write(directory: Path, layer: TranscoderLayer, module: str | None) -> list[s
             "expansion_factor": max(1, transcoder.d_sae // transcoder.d_in),
             "normalize_decoder": True,
             "num_latents": transcoder.d_sae,
-            "k": layer.manifest["architecture"]["k"],
+            "k": layer.k,
             "multi_topk": False,
             "skip_connection": transcoder.W_skip is not None,
             "transcode": not layer.is_autoencoder,

@@ -20,15 +20,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.formats.hooks import layer_hooks
 from tailrace.pipeline.model.same_model import list_model_differences
-from tailrace.storage.artifact import make_directory, read_manifest, storage_refused, write_atomically
-from tailrace.storage.cache_format import Site
+from tailrace.storage.artifact import make_directory, storage_refused, write_atomically
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing, SettingsError
-from tailrace.storage.formats import FOR_ONE_LAYER_ONLY
 from tailrace.storage.names import temporary_path
-from tailrace.storage.tables import read_schema, read_table
+from tailrace.storage.tables import TablesManifest, read_schema, read_table
 
 FOLDER, INDEX = "features", "index.json.gz"
 N_BINS = 50
@@ -47,7 +44,7 @@ class LayerTables:
     """Published tables of one layer's transcoder."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: TablesManifest
     layer: int
 
     @property
@@ -66,8 +63,8 @@ def open_tables(paths: Sequence[Path]) -> list[LayerTables]:
         raise SettingsError("nothing to export; give the path of at least one artifact of tables")
     found, problems = [], []
     for path in paths:
-        manifest = read_manifest(path, analyze.KIND, FOR_ONE_LAYER_ONLY)
-        site = Site(**manifest["site"])
+        manifest = TablesManifest.read(path)
+        site = manifest.site
         if (hooks := layer_hooks(site)) is None:
             problems.append(
                 f"{path}: its site, {site.hook_in} to {site.hook_out}, belongs to no one layer, by which the "
@@ -80,7 +77,7 @@ def open_tables(paths: Sequence[Path]) -> list[LayerTables]:
         if len(names := [str(one.path) for one in several]) > 1:
             problems.append(f"layer {layer}: {' and '.join(names)} are both of it; the viewer has one per layer")
     for one in found[1:]:
-        if differences := list_model_differences(found[0].manifest["model"] or {}, one.manifest["model"] or {}):
+        if differences := list_model_differences(found[0].manifest.model, one.manifest.model):
             problems.append(
                 f"{one.path}: its model is another than that of {found[0].path} ('there'): {'; '.join(differences)}; "
                 "export one model's tables at a time"
@@ -134,7 +131,7 @@ def _records(tables: LayerTables) -> Iterator[bytes]:
         examples: list[dict[str, Any]] = []
         if waiting is not None and waiting[0] == place:
             examples, waiting = waiting[1], next(groups, None)
-        yield _compress(feature_json(row, examples, str(tables.manifest["site"]["name"])))
+        yield _compress(feature_json(row, examples, tables.manifest.site.name))
 
 
 def feature_json(

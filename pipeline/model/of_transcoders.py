@@ -21,7 +21,7 @@ from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
-from tailrace.training.cross_layer.artifact import read_either_manifest
+from tailrace.training.architectures.manifest import read_either_manifest
 
 _NAMED = 3
 """Transcoders whose paths a message names where many have the same fault."""
@@ -98,7 +98,7 @@ def open_model(
 
 def _common_model(transcoders: Sequence[Path]) -> Mapping[str, Any]:
     """Return the model all transcoders record; library versions may differ."""
-    recorded = [read_either_manifest(path)["model"] for path in transcoders]
+    recorded = [read_either_manifest(path).model for path in transcoders]
     others: dict[tuple[str, ...], list[Path]] = {}
     for path, other in zip(transcoders[1:], recorded[1:], strict=True):
         if differences := list_model_differences(recorded[0], other):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import duckdb
 
 from tailrace.pipeline.artifacts.folders import artifacts_inside
-from tailrace.storage.artifact import MANIFEST, read_manifest, read_sealed
+from tailrace.storage.artifact import MANIFEST, Manifest, published_kind
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.names import inside
 from tailrace.storage.tables import Column, describe, read_schema
@@ -155,14 +155,14 @@ def _views(schema: str | None, path: Path) -> list[View]:
 
 def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
     """Return the Parquet files of each table of an artifact. Raises ArtifactCorrupt if one lies elsewhere."""
-    # where nothing is published, read_manifest says whether nothing lies there or something unfinished does
-    kind = str(read_sealed(artifact / MANIFEST).get("kind")) if (artifact / MANIFEST).exists() else KINDS[0]
+    # where nothing is published, Manifest.read says whether nothing lies there or something unfinished does
+    kind = published_kind(artifact) or KINDS[0]
     if kind not in KINDS:
         raise ArtifactMismatch(
             f"{artifact}: is of kind {kind}, which has no tables; give the path of tables, a sweep or an evaluation"
         )
     found: dict[str, list[Path]] = {}
-    for name in sorted(read_manifest(artifact, kind)["files"]):
+    for name in sorted(Manifest.read(artifact, kind).files):
         place = PurePosixPath(name)
         if place.suffix == ".parquet":
             table = place.stem if len(place.parts) == 1 else place.parts[0]

@@ -25,6 +25,7 @@ from tailrace.analysis.task.ranking import Ranking, last_activations, last_neuro
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.analysis.weights.stream import write_point
 from tailrace.analysis.weights.unembedding import logit_effects
+from tailrace.pipeline.artifacts.manifests import TaskManifest
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_by_site, open_transcoders
 from tailrace.pipeline.model.checks import has_neurons
 from tailrace.pipeline.model.language_model import LanguageModel
@@ -50,14 +51,14 @@ from tailrace.pipeline.task.tables import (
     ranking_batch,
     schema_of,
 )
-from tailrace.storage.artifact import digest, read_manifest
+from tailrace.storage.artifact import digest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ModelError, OutOfMemoryError
 from tailrace.storage.tables import read_table, write_table
 from tailrace.training.architectures.transcoder import Transcoder
 from tailrace.training.cross_layer.layers import StackedLayer
 
-KIND = "task"
+KIND = TaskManifest.of_kind
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def run(
         "settings": settings.model_dump(mode="json"),
         "inputs": {
             "prompts": {"digest": digest([value for _, value in lines])},
-            "transcoders": {one.name: {"digest": one.manifest["digest"]} for one in given},
+            "transcoders": {one.name: {"digest": one.manifest.digest} for one in given},
         },
     }
 
@@ -111,7 +112,7 @@ def run(
 
 def read_result(path: Path) -> TaskResult:
     """Return what a published task says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    read_manifest(path, KIND)
+    TaskManifest.read(path)
     curves = [Curve(**row) for row in read_table(path / f"{CURVES}.parquet").to_pylist()]
     return TaskResult(path, curves, [Ranked(**row) for row in read_table(path / f"{RANKING}.parquet").to_pylist()])
 

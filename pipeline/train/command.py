@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from tailrace.training.loop.settings import TrainSettings
 if TYPE_CHECKING:
     from tailrace.pipeline.train.runs_table import RunOutcome
     from tailrace.pipeline.train.sweep import SweepResult
+    from tailrace.training.architectures.manifest import CrossLayerManifest
 
 other_way = partial(option, section="Other ways to train")
 logged = partial(option, section="Logging and scoring")
@@ -100,10 +100,10 @@ def command(
         return
     result = train_one(given, **arguments)
 
-    from tailrace.training.cross_layer.artifact import is_cross_layer, read_cross_layer_manifest
+    from tailrace.training.architectures.manifest import CrossLayerManifest, is_cross_layer
 
     if not compute.quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        layers = show_layers(read_cross_layer_manifest(result.path)) if is_cross_layer(result.path) else ""
+        layers = show_layers(CrossLayerManifest.read(result.path)) if is_cross_layer(result.path) else ""
         click.echo(f"{result.path}: {layers or show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and (score.get("fvu_ordinary", score["fvu"]) or 0) > 1:
             click.echo(
@@ -126,9 +126,9 @@ def show_metrics(metrics: dict[str, Any]) -> str:
     )
 
 
-def show_layers(manifest: Mapping[str, Any]) -> str:
+def show_layers(manifest: CrossLayerManifest) -> str:
     """Return the held-out scores of a cross-layer transcoder in one line; nothing if it was not scored."""
-    layers = manifest["layers"]
+    layers = manifest.layers
     scores = [layer.get("fvu_ordinary", layer["fvu"]) for layer in layers]
     known = [score for score in scores if score is not None]
     if not known:
@@ -136,7 +136,7 @@ def show_layers(manifest: Mapping[str, Any]) -> str:
     rows = " on rows it may learn from" if "fvu_ordinary" in layers[0] else ""
     l0, dead = (sum(layer[name] for layer in layers) / len(layers) for name in ("l0", "dead_fraction"))
     return (
-        f"{manifest['metrics']['steps']:,} steps, held-out FVU of {len(layers)} layers {min(known):.4f} to "
+        f"{manifest.metrics.steps:,} steps, held-out FVU of {len(layers)} layers {min(known):.4f} to "
         f"{max(known):.4f}, mean {sum(known) / len(known):.4f}{rows}; L0 {l0:.1f} a layer, dead features {dead:.1%}"
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tailrace.pipeline.artifacts.manifests import LayerSetManifest
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.budget import Budget, plan_budget
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
@@ -29,21 +30,17 @@ from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ende
 from tailrace.pipeline.train.settings import CACHE_DTYPE, TOGETHER_BYTES, CircuitsModelSettings, ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource
 from tailrace.storage.activation_cache import ActivationCache
-from tailrace.storage.artifact import MANIFEST, read_json, read_manifest
+from tailrace.storage.artifact import MANIFEST, read_json
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, StorageFull
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.names import inside
-from tailrace.training.architectures.transcoder import (
-    CHECKPOINTS,
-    describe_versions,
-    load_transcoder,
-    read_transcoder_manifest,
-)
-from tailrace.training.architectures.transcoder import KIND as TRANSCODER
+from tailrace.training.architectures.manifest import CHECKPOINTS, TranscoderManifest
+from tailrace.training.architectures.manifest import KIND as TRANSCODER
+from tailrace.training.architectures.transcoder import describe_versions, load_transcoder
 from tailrace.training.loop.checkpoint import Checkpoints
 
-KIND = "transcoders"
+KIND = LayerSetManifest.of_kind
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 FOLDER = "circuits"
 """Folder of the stage, below the directory that model and text lie in."""
@@ -126,7 +123,7 @@ def fitting_together(cached: ActivationCache, d_sae: int, n_bytes: int = TOGETHE
 
 def read_result(path: Path) -> CircuitsModelResult:
     """Return what a published set says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    read_manifest(path, KIND)
+    LayerSetManifest.read(path)
     return CircuitsModelResult(path, path.parent / "cache", read_layers(path / LAYERS))
 
 
@@ -207,7 +204,7 @@ def _publish(model_set: Draft, cached: ActivationCache, drafts: Mapping[str, Dra
         )
     write_layers(model_set.path / LAYERS, outcomes)
     finished = {
-        outcome.site: read_transcoder_manifest(model_set.path / outcome.path)
+        outcome.site: TranscoderManifest.read(model_set.path / outcome.path)
         for outcome in outcomes
         if outcome.is_finished
     }
@@ -215,9 +212,9 @@ def _publish(model_set: Draft, cached: ActivationCache, drafts: Mapping[str, Dra
     model_set.publish(
         {
             "format": FORMAT_VERSION,
-            "inputs": first["inputs"],
-            "model": first["model"],
-            "transcoders": [{"site": site, "path": site, "digest": made["digest"]} for site, made in finished.items()],
+            "inputs": first.inputs.as_json(),
+            "model": first.model,
+            "transcoders": [{"site": site, "path": site, "digest": made.digest} for site, made in finished.items()],
             "versions": describe_versions(),
         },
         [LAYERS],

@@ -24,7 +24,7 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.encodings import Side
 from tailrace.storage.errors import ArtifactCorrupt, ModelError
 from tailrace.storage.statistics import SiteStatistics
-from tailrace.training.architectures.transcoder import CHECKPOINTS
+from tailrace.training.architectures.manifest import CHECKPOINTS
 from tailrace.training.dead_features.resampling import NoResampling
 from tailrace.training.loop.session import HeldoutBatches
 from tailrace.training.loop.settings import TrainSettings

@@ -25,7 +25,8 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
-from tailrace.training.architectures.transcoder import CHECKPOINTS, KIND, describe_versions
+from tailrace.training.architectures.manifest import CHECKPOINTS, KIND
+from tailrace.training.architectures.transcoder import describe_versions
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_cross_layer_run, build_run
@@ -283,7 +284,7 @@ def _described_sites(draft: RunDraft, run: TrainingRun, rows: TrainingRows) -> d
     if not isinstance(units, JoinedNormalisation):
         (site,) = draft.sites
         return {
-            "site": asdict(site),
+            "site": site.as_json(),
             "normalisation": {"kind": kind, "scale_in": units.scale_in, "scale_out": units.scale_out},
             "learnt_from": limits.get(site.name),
         }
@@ -294,7 +295,7 @@ def _described_sites(draft: RunDraft, run: TrainingRun, rows: TrainingRows) -> d
         assert isinstance(transcoder, CrossLayerTranscoder), "that is what a stack becomes"
         scores = dict(score_layers(transcoder, run.rows.sites, heldout(None), run.rows.mask))
     return {
-        "sites": [asdict(site) for site in draft.sites],
+        "sites": [site.as_json() for site in draft.sites],
         "normalisation": {"kind": kind, "scale_in": scales[0], "scale_out": scales[1]},
         "learnt_from": limits or None,
         "layers": [{"site": name, **score.record()} for name, score in scores.items()],

@@ -25,8 +25,7 @@ from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from tailrace.storage.draft import LOCK, Draft, Lock
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
-from tailrace.training.architectures.transcoder import CHECKPOINTS
-from tailrace.training.cross_layer.artifact import read_either_manifest
+from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.distributed import open_group
 from tailrace.training.loop.loggers import Logger
@@ -92,7 +91,7 @@ def run(
             if group.share_first(None):
                 train_beside(source, settings, context, output=output)
             group.share_first(None)  # published
-            return TrainResult(output, read_either_manifest(output)["metrics"])
+            return TrainResult(output, read_either_manifest(output).metrics.as_json())
         # What was begun is recognised, and what is published returned, before a language model is loaded for it.
         begun = (output / REQUEST).exists()
         sites = None if begun else context.sites(settings, source)
@@ -107,7 +106,7 @@ def run(
         if group is not None:
             group.share_first(None)
         Checkpoints(output / CHECKPOINTS).clear()
-    return TrainResult(output, read_either_manifest(output)["metrics"])
+    return TrainResult(output, read_either_manifest(output).metrics.as_json())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tailrace.pipeline.artifacts.manifests import RunRecord, SweepManifest
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.grid import SHARED
@@ -25,20 +26,20 @@ from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import TrainingSource, known_problems
 from tailrace.pipeline.train.stage import discard_draft, nothing_left_if_refused, open_source
 from tailrace.pipeline.train.warm_start import WarmStart
-from tailrace.storage.artifact import MANIFEST, REQUEST, read_json, read_manifest
+from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.names import inside
-from tailrace.training.architectures.transcoder import CHECKPOINTS, describe_versions
-from tailrace.training.cross_layer.artifact import read_either_manifest
+from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
+from tailrace.training.architectures.transcoder import describe_versions
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.session import PeriodicHook
 from tailrace.training.loop.settings import TrainSettings
 
-KIND = "sweep"
+KIND = SweepManifest.of_kind
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 RUNS = "runs"
 """Folder of the runs."""
@@ -158,7 +159,7 @@ def _publish(sweep: Draft, drafts: Mapping[str, Draft]) -> None:
         )
     write_runs(sweep.path / RUNS_TABLE, outcomes)
     digests = {
-        outcome.name: read_either_manifest(sweep.path / outcome.path)["digest"]
+        outcome.name: read_either_manifest(sweep.path / outcome.path).digest
         for outcome in outcomes
         if outcome.status == FINISHED
     }
@@ -185,28 +186,26 @@ def _described(path: Path, outcomes: Sequence[RunOutcome]) -> dict[str, Any]:
     """Return what the runs say of their common rows: the model is not loaded again for it."""
     finished = next(outcome for outcome in outcomes if outcome.status == FINISHED)
     manifest = read_either_manifest(path / finished.path)
-    return {"inputs": manifest["inputs"], "model": manifest["model"]}
+    return {"inputs": manifest.inputs.as_json(), "model": manifest.model}
 
 
 def _outcome(name: str, draft: Draft) -> RunOutcome:
     status = FINISHED if draft.published else DIVERGED
-    recorded = {"name": name, "status": status, "path": f"{RUNS}/{name}"}
-    return _read_outcome(draft.path.parent.parent, recorded, draft.request["settings"])
+    run = RunRecord(name=name, status=status, path=f"{RUNS}/{name}", digest=None)
+    return _read_outcome(draft.path.parent.parent, run, draft.request["settings"])
 
 
 def read_result(path: Path) -> SweepResult:
     """Return what a published sweep says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    manifest = read_manifest(path, KIND)
-    requests = manifest["request"]["runs"]
-    return SweepResult(
-        path, [_read_outcome(path, recorded, requests[recorded["name"]]["settings"]) for recorded in manifest["runs"]]
-    )
+    manifest = SweepManifest.read(path)
+    requests = manifest.request["runs"]
+    return SweepResult(path, [_read_outcome(path, run, requests[run.name]["settings"]) for run in manifest.runs])
 
 
-def _read_outcome(sweep: Path, recorded: Mapping[str, Any], settings: dict[str, Any]) -> RunOutcome:
-    name, status, path = recorded["name"], recorded["status"], recorded["path"]
+def _read_outcome(sweep: Path, run: RunRecord, settings: dict[str, Any]) -> RunOutcome:
+    name, status, path = run.name, run.status, run.path
     if status == DIVERGED:
         return RunOutcome(name, status, path, settings, read_json(inside(sweep, f"{path}/{MARK}")))
     made = read_either_manifest(inside(sweep, f"{path}/{MANIFEST}").parent)
-    sites = ",".join(site["name"] for site in made.get("sites") or [made["site"]])
-    return RunOutcome(name, status, path, {**settings, "site": sites}, made["metrics"])
+    sites = ",".join(site.name for site in made.sites)
+    return RunOutcome(name, status, path, {**settings, "site": sites}, made.metrics.as_json())

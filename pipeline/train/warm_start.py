@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.storage.cache_format import Site
-from tailrace.training.cross_layer.artifact import load_transcoder, read_either_manifest
+from tailrace.training.architectures.manifest import CrossLayerManifest, read_either_manifest
+from tailrace.training.cross_layer.artifact import load_transcoder
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 
@@ -23,22 +24,21 @@ class WarmStart:
     @property
     def request(self) -> dict[str, Any]:
         """Which transcoder, wherever it lies."""
-        return {"from": {"digest": self._made_of["digest"]}}
+        return {"from": {"digest": self._made_of.digest}}
 
     def problems(self, settings: TrainSettings, sites: Sequence[Site]) -> list[str]:
         """Return a sentence for everything in which a run of ``settings`` would have another shape."""
-        theirs, own = self._made_of["architecture"], settings.architecture.model_dump()
-        site = sites[0]
-        their_sites = self._made_of.get("sites") or [self._made_of["site"]]
-        n_theirs = len(their_sites) if "sites" in self._made_of else "one, by itself"
+        theirs, own = self._made_of.architecture, settings.architecture
+        their_sites, site = self._made_of.sites, sites[0]
+        n_theirs = len(their_sites) if isinstance(self._made_of, CrossLayerManifest) else "one, by itself"
         n_own = len(sites) if settings.cross_layer else "one, by itself"
         shapes = {
             "layers": (n_theirs, n_own),
-            "architecture": (theirs["kind"], own["kind"]),
-            "architecture.skip": (theirs["skip"], own["skip"]),
-            "d_sae": (self._made_of["d_sae"], settings.n_features(site.d_in)),
-            f"width of the inputs at {site.name}": (their_sites[0]["d_in"], site.d_in),
-            f"width of the outputs at {site.name}": (their_sites[0]["d_out"], site.d_out),
+            "architecture": (theirs.kind, own.kind),
+            "architecture.skip": (theirs.skip, own.skip),
+            "d_sae": (self._made_of.d_sae, settings.n_features(site.d_in)),
+            f"width of the inputs at {site.name}": (their_sites[0].d_in, site.d_in),
+            f"width of the outputs at {site.name}": (their_sites[0].d_out, site.d_out),
         }
         return [
             f"{name}: {self.path} has {there!r}, asked for {here!r}"

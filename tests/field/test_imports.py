@@ -20,7 +20,8 @@ from tailrace.pipeline.formats import import_transcoder
 from tailrace.pipeline.formats.settings import ImportSettings
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch
-from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.architectures.manifest import TranscoderManifest
+from tailrace.training.architectures.transcoder import load_transcoder
 from tests.support.layered_transcoders import mlp_site, publish_site_cache
 
 CASES = Path(__file__).parent / "cases"
@@ -153,7 +154,7 @@ def test_firing_rates_beside_the_weights_are_compared_with_the_cache_s_rows(tmp_
     rates = torch.tensor([0.5] * 6 + [0.0] * 2)
     save_file({"sparsity": torch.log10(rates + 1e-10)}, source / "sparsity.safetensors")
     result = take("saelens", source, cache, tmp_path / "back")
-    firing = read_transcoder_manifest(tmp_path / "back")["origin"]["firing"]
+    firing = TranscoderManifest.read(tmp_path / "back").as_json()["origin"]["firing"]
     assert firing == {"l0": pytest.approx(3, rel=1e-6), "silent": 2}
     assert any("L0 was 3.0 when it was trained, 2 features silent" in note for note in result.notes)
     save_file({"sparsity": torch.zeros(5)}, source / "sparsity.safetensors")
@@ -449,9 +450,9 @@ def test_a_bare_pickle_computes_its_formula_with_the_rates_beside_it(tmp_path, c
     torch.testing.assert_close(load_transcoder(tmp_path / "back")(INPUTS), reference_outputs(state), **CLOSE)
     assert "sae_training" not in sys.modules
     assert any("L0 was 0.8 when it was trained" in note for note in result.notes)
-    manifest = read_transcoder_manifest(tmp_path / "back")
-    assert manifest["architecture"] == {"kind": "relu", "input_bias": False}  # none of our own defaults
-    assert manifest["origin"]["facts"]["l1_coefficient"] == pytest.approx(1e-4)
+    manifest = TranscoderManifest.read(tmp_path / "back")
+    assert manifest.as_json()["architecture"] == {"kind": "relu", "input_bias": False}  # none of our own defaults
+    assert manifest.as_json()["origin"]["facts"]["l1_coefficient"] == pytest.approx(1e-4)
 
 
 class Trap:

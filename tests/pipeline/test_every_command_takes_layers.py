@@ -28,11 +28,12 @@ from tailrace.pipeline.task import stage as task
 from tailrace.pipeline.task.settings import TaskSettings
 from tailrace.pipeline.task.tables import FEATURES, TRANSCODER
 from tailrace.storage.activation_cache import open_cache
-from tailrace.storage.artifact import read_manifest
+from tailrace.storage.artifact import Manifest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.tables import read_table
-from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
+from tailrace.training.architectures.manifest import FORMAT_VERSION, KIND, WEIGHTS
+from tailrace.training.architectures.transcoder import save_weights
 from tailrace.training.cross_layer.layers import split_layers
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tests.support.cache_jobs import Answer, command, model_folder, run_cache
@@ -287,7 +288,7 @@ def test_dictionaries_of_all_layers_are_drawn_from_as_one(made: Path, tmp_path: 
     assert {one.partition(":")[0] for one in drawn[0]} == set(NAMES)
     assert all(isinstance(one, int) for one in drawn[1])
     assert len(set(drawn[0])) == len(set(drawn[1])) == 8
-    digests = [read_manifest(tables[0] / name, "tables")["digest"] for name in NAMES]
+    digests = [Manifest.read(tables[0] / name, "tables").digest for name in NAMES]
     assert key["tables"][0] == {"name": "cross-layer", "digests": digests}
     for item in key["items"]:
         page = (tmp_path / "draw" / draw.item_page(item["item"])).read_text()

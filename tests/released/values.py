@@ -14,17 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from tailrace.pipeline.artifacts.info_stage import SUMMARIES
+from tailrace.pipeline.artifacts.manifests import TaskManifest
 from tailrace.pipeline.blind.draw import KEY
 from tailrace.pipeline.blind.sealed import unseal
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.query import stage as query
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from tailrace.storage.artifact import MANIFEST, read_manifest
-from tailrace.storage.cache_format import PROVENANCE
+from tailrace.storage.artifact import MANIFEST, Manifest, published_kind
+from tailrace.storage.cache_format import PROVENANCE, CacheManifest
+from tailrace.storage.orders import EpochManifest
 from tailrace.storage.statistics import as_float32
 from tailrace.storage.tables import read_schema, read_table
-from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
-from tailrace.training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
+from tailrace.training.architectures.manifest import AnyTranscoderManifest, CrossLayerManifest, TranscoderManifest
+from tailrace.training.architectures.transcoder import load_transcoder
+from tailrace.training.cross_layer.artifact import load_cross_layer
 
 VALUES = "values.json"
 Values = dict[str, dict[str, Any]]
@@ -106,24 +110,25 @@ def served_rows(split: CacheSplit, seed: int) -> np.ndarray:
 
 
 def _transcoder(path: Path) -> Values:
-    return _weights(path, read_transcoder_manifest(path), load_transcoder)
+    return _weights(path, TranscoderManifest.read(path), load_transcoder)
 
 
 def _cross_layer(path: Path) -> Values:
-    return _weights(path, read_cross_layer_manifest(path), load_cross_layer)
+    return _weights(path, CrossLayerManifest.read(path), load_cross_layer)
 
 
-def _weights(path: Path, manifest: dict[str, Any], load: Callable[..., Any]) -> Values:
-    files = [name for name in sorted(manifest["files"]) if _is_weights(name)]
+def _weights(path: Path, manifest: AnyTranscoderManifest, load: Callable[..., Any]) -> Values:
+    recorded = manifest.as_json()
+    files = [name for name in sorted(manifest.files) if _is_weights(name)]
     states = {name: load(path, name).state_dict() for name in files}
     order = {
-        "architecture": manifest.get("architecture"),
-        "d_sae": manifest["d_sae"],
-        "sites": manifest.get("sites") or manifest["site"],
+        "architecture": recorded["architecture"],
+        "d_sae": manifest.d_sae,
+        "sites": recorded.get("sites") or recorded["site"],
         "shapes": {name: {key: list(one.shape) for key, one in state.items()} for name, state in states.items()},
     }
     stored = {name: {key: _digest(one.numpy()) for key, one in state.items()} for name, state in states.items()}
-    layers = manifest.get("layers") or [(manifest.get("metrics") or {}).get("heldout") or {}]
+    layers = (isinstance(manifest, CrossLayerManifest) and manifest.layers) or [manifest.metrics.heldout]
     return _values(order, stored, {f"fvu {place}": layer.get("fvu") for place, layer in enumerate(layers)})
 
 
@@ -161,15 +166,18 @@ def _circuit(path: Path) -> Values:
 
 
 def _draw(path: Path) -> Values:
-    key = unseal(path / KEY, read_manifest(path, "blind-comparison")["commitment"])
+    key = unseal(path / KEY, Manifest.read(path, "blind-comparison").as_json()["commitment"])
     return _values(key["items"], _digest(key), {})
 
 
 def _files(path: Path) -> Values:
     """Read what has no reader of ours but its manifest: the files are another tool's, or a browser's."""
-    manifest = read_manifest(path, json.loads((path / MANIFEST).read_bytes())["kind"])
-    return _values(sorted(manifest["files"]), {}, {})
+    return _values(sorted(MANIFESTS[str(published_kind(path))].read(path).files), {}, {})
 
+
+_KINDS: list[type[Manifest]] = [CacheManifest, EpochManifest, TaskManifest, *(kind for kind, _ in SUMMARIES.values())]
+MANIFESTS = {kind.of_kind: kind for kind in _KINDS}
+"""What reads the manifest of each kind."""
 
 _READERS: dict[str, Callable[[Path], Values]] = {
     "activation-cache": _cache,

@@ -16,10 +16,10 @@ import pytest
 from tailrace.storage.artifact import (
     MANIFEST,
     REQUEST,
+    Manifest,
     canonical_json,
     digest,
     make_directory,
-    read_manifest,
     read_sealed,
     verify_artifact,
     write_atomically,
@@ -55,7 +55,7 @@ def fail_after_writing(path: Path) -> None:
 
 def test_a_published_artifact_records_its_request_and_every_file(tmp_path: Path) -> None:
     manifest = publish(tmp_path / "a")
-    assert manifest == read_manifest(tmp_path / "a", "table")
+    assert manifest == Manifest.read(tmp_path / "a", "table").as_json()
     assert manifest["kind"] == "table"
     assert manifest["n_rows"] == 10
     assert manifest["request"] == REQUESTED
@@ -87,7 +87,7 @@ def test_an_error_inside_a_draft_publishes_nothing_and_gives_the_lock_up(tmp_pat
     with pytest.raises(ZeroDivisionError), Draft(tmp_path / "a", "table", REQUESTED):
         fail_after_writing(tmp_path / "a" / "half")
     with pytest.raises(ArtifactIncomplete, match="never finished; run the command that makes it again"):
-        read_manifest(tmp_path / "a", "table")
+        Manifest.read(tmp_path / "a", "table")
     with Draft(tmp_path / "a", "table", REQUESTED) as draft:
         assert draft.resumed
 
@@ -171,16 +171,16 @@ def test_a_file_where_the_directory_should_be_is_named(tmp_path: Path) -> None:
 
 def test_nothing_there_another_kind_and_no_json_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMissing, match="there is no table here"):
-        read_manifest(tmp_path / "nowhere", "table")
+        Manifest.read(tmp_path / "nowhere", "table")
     publish(tmp_path / "a")
     with pytest.raises(ArtifactMismatch, match="holds a table, wanted a transcoder"):
-        read_manifest(tmp_path / "a", "transcoder")
+        Manifest.read(tmp_path / "a", "transcoder")
     (tmp_path / "a" / MANIFEST).write_text("{")
     with pytest.raises(ArtifactCorrupt, match="is not valid JSON"):
-        read_manifest(tmp_path / "a", "table")
+        Manifest.read(tmp_path / "a", "table")
     (tmp_path / "a" / MANIFEST).write_text("[]")
     with pytest.raises(ArtifactCorrupt, match="is no manifest"):
-        read_manifest(tmp_path / "a", "table")
+        Manifest.read(tmp_path / "a", "table")
 
 
 def every_file(root: Path) -> list[Path]:

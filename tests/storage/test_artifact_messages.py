@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tailrace.storage.artifact import read_manifest
+from tailrace.storage.artifact import Manifest
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
 
@@ -23,15 +23,15 @@ def every_file(root: Path) -> list[Path]:
 def test_kinds_of_artifacts_are_named_in_whole_sentences(tmp_path: Path) -> None:
     publish(tmp_path / "a")
     with pytest.raises(ArtifactMismatch, match="holds a table, wanted an activation-cache; give the path of an act"):
-        read_manifest(tmp_path / "a", "activation-cache")
+        Manifest.read(tmp_path / "a", "activation-cache")
     with pytest.raises(ArtifactMismatch, match="holds a table, wanted tables; give the path of tables"):
-        read_manifest(tmp_path / "a", "tables")
+        Manifest.read(tmp_path / "a", "tables")
     with pytest.raises(ArtifactMissing, match="there are no tables here; check the path, or make them first"):
-        read_manifest(tmp_path / "nowhere", "tables")
+        Manifest.read(tmp_path / "nowhere", "tables")
     with Draft(tmp_path / "b", "tables", {"x": 1}):
         pass
     with pytest.raises(ArtifactIncomplete, match="these tables were never finished; run the command that makes them"):
-        read_manifest(tmp_path / "b", "tables")
+        Manifest.read(tmp_path / "b", "tables")
     with pytest.raises(
         ArtifactMismatch, match="b: unfinished tables with other settings lie here; use the same settings"
     ):

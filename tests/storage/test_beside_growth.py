@@ -10,7 +10,7 @@ import pytest
 
 from tailrace.storage import activation_cache
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from tailrace.storage.artifact import read_manifest
+from tailrace.storage.artifact import Manifest
 from tailrace.storage.cache_format import manifest_name
 from tailrace.storage.cache_publish import keep_superseded
 from tailrace.storage.cache_verify import verify_bytes
@@ -78,7 +78,7 @@ def read_statistics(split: CacheSplit) -> bytes:
 
 def materialise(split: CacheSplit) -> dict[str, dict[str, object]]:
     path = materialise_epoch(split, seed=0, epoch=0, run_tasks=in_turn)
-    shards: dict[str, dict[str, object]] = read_manifest(path, EPOCH_KIND)["shards"]
+    shards: dict[str, dict[str, object]] = Manifest.read(path, EPOCH_KIND).as_json()["shards"]
     return shards
 
 

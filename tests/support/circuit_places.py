@@ -16,7 +16,8 @@ from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.draft import Draft
 from tailrace.training.architectures import TopK
-from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
+from tailrace.training.architectures.manifest import FORMAT_VERSION, KIND, WEIGHTS
+from tailrace.training.architectures.transcoder import save_weights
 from tests.support.circuit_runs import mlp_site, random_transcoder
 from tests.support.tiny_models import BOS, save_tiny_model
 

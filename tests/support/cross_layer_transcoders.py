@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
+from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
 from tailrace.training.architectures import JumpReLU, ReLU
-from tailrace.training.architectures.transcoder import WEIGHTS, save_weights
-from tailrace.training.cross_layer.artifact import FORMAT_VERSION, KIND
+from tailrace.training.architectures.manifest import WEIGHTS
+from tailrace.training.architectures.transcoder import save_weights
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tests.support.layered_transcoders import MODEL, WIDTH, mlp_site
 
@@ -47,11 +48,11 @@ def publish_cross_layer(
 ) -> Path:
     """Publish it at ``sites``, by default the MLPs of layers from 0 on, of a model that has no more layers."""
     chosen = [mlp_site(layer) for layer in range(module.n_layers)] if sites is None else sites
-    with Draft(path, KIND, {"test": str(path)}) as draft:
+    with Draft(path, CROSS_LAYER_KIND, {"test": str(path)}) as draft:
         save_weights(path / WEIGHTS, module)
         draft.publish(
             {
-                "format": FORMAT_VERSION,
+                "format": ARTIFACT_FORMATS[CROSS_LAYER_KIND],
                 "inputs": {},
                 "model": {**MODEL, "n_layers": module.n_layers} if model is None else model,
                 "sites": [asdict(site) for site in chosen],

@@ -68,7 +68,10 @@ def make_tables(path: Path, d_sae: int = 70, parts: Collection[str] = PARTS, see
             pq.write_table(table, path / f"{name}.parquet", row_group_size=64)
         draft.publish(
             {
-                "inputs": {"cache": {"cache_id": "c0", "generation": 0}, "transcoder": {"digest": "sha256:00"}},
+                "inputs": {
+                    "cache": {"cache_id": "c0", "generation": 0, "digest": "d"},
+                    "transcoder": {"digest": "sha256:00"},
+                },
                 "model": {"name": "tiny<b>lm"},
                 "site": asdict(Site("layer1", "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out", 16, 16, "float32")),
                 "tables": {name: {"n_rows": table.num_rows} for name, table in tables.items()},

@@ -16,7 +16,8 @@ from tailrace.storage.cache_writer import UnitBuffer
 from tailrace.storage.draft import Draft
 from tailrace.training.architectures import Architecture
 from tailrace.training.architectures.base import Transcoder
-from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
+from tailrace.training.architectures.manifest import FORMAT_VERSION, KIND, WEIGHTS
+from tailrace.training.architectures.transcoder import save_weights
 from tests.support.training_caches import random_rows
 
 WIDTH = 8

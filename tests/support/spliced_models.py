@@ -20,7 +20,8 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.training.architectures import TopK
 from tailrace.training.architectures.base import Transcoder
-from tailrace.training.architectures.transcoder import FORMAT_VERSION, KIND, WEIGHTS, save_weights
+from tailrace.training.architectures.manifest import FORMAT_VERSION, KIND, WEIGHTS
+from tailrace.training.architectures.transcoder import save_weights
 from tests.support.tiny_models import save_tiny_model
 
 WIDTH = 16

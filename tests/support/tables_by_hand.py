@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +90,14 @@ def publish_tables(
     fresh: dict[str, Any] | None = None,
 ) -> Path:
     block = "somewhere" if layer is None else f"blocks.{layer}.mlp"
-    site = asdict(Site(f"layer{layer}", f"{block}.hook_in", f"{block}.hook_out", 8, 8, "float32"))
+    site = Site(f"layer{layer}", f"{block}.hook_in", f"{block}.hook_out", 8, 8, "float32").as_json()
     source = fresh or {"cache": cache or {"cache_id": "c", "generation": 0, "digest": "d"}}
     inputs = {**source, "transcoder": {"digest": str(path)}}
     with Draft(path, "tables", {"settings": settings, "inputs": inputs}) as draft:
         for name, schema, rows in (("features", FEATURES, features), ("examples", EXAMPLES, examples)):
             batch = pa.RecordBatch.from_pylist(list(rows), schema)
             write_table(path / f"{name}.parquet", schema, [batch], row_group_rows=3)
-        names = ["features.parquet", "examples.parquet"]
-        draft.publish({"format": 1, "inputs": inputs, "model": {"name": model}, "site": site}, names)
+        tables = {"features": {"n_rows": len(features)}, "examples": {"n_rows": len(examples)}}
+        manifest = {"format": 1, "inputs": inputs, "model": {"name": model}, "site": site, "tables": tables}
+        draft.publish(manifest, [f"{name}.parquet" for name in tables])
     return path

@@ -10,33 +10,18 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tailrace.storage.artifact import read_manifest, sync_directory
+from tailrace.storage.artifact import sync_directory
 from tailrace.storage.errors import ArtifactCorrupt, StorageFull
-from tailrace.storage.formats import ARTIFACT_FORMATS, FOR_ONE_LAYER_ONLY
-from tailrace.training.architectures import AnyArchitecture
 from tailrace.training.architectures.base import Transcoder
-from tailrace.training.architectures.settings import Architecture
+from tailrace.training.architectures.manifest import WEIGHTS, TranscoderManifest
 
-__all__ = ["KIND", "WEIGHTS", "Transcoder", "load_transcoder", "read_transcoder_manifest", "save_weights"]
-
-KIND = "transcoder"
-"""The artifact's kind."""
-FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
-WEIGHTS = "weights.safetensors"
-METRICS = "metrics.jsonl"
-TIMING = "timing.jsonl"
-SNAPSHOTS = "snapshots"
-CHECKPOINTS = "checkpoints"
-
-_ARCHITECTURES: TypeAdapter[Architecture] = TypeAdapter(AnyArchitecture)
+__all__ = ["Transcoder", "load_transcoder", "save_weights"]
 
 
 def save_weights(path: Path, transcoder: Transcoder) -> None:
@@ -70,17 +55,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         ) from error
 
 
-def read_transcoder_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a transcoder; the errors are those of ``tailrace.storage.artifact.read_manifest``."""
-    return read_manifest(path, KIND, FOR_ONE_LAYER_ONLY)
-
-
 @contextmanager
 def weights_as_described(path: Path) -> Iterator[None]:
     """Raise ArtifactCorrupt for whatever goes wrong inside with the weights at ``path``, of a whole artifact."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError, ValidationError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise ArtifactCorrupt(
             f"{path}: does not hold the weights its manifest describes ({error}); restore the file or train again"
         ) from error
@@ -92,11 +72,9 @@ def load_transcoder(path: Path | str, weights: str = WEIGHTS) -> Transcoder:
     Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
     """
     path = Path(path)
-    manifest = read_transcoder_manifest(path)
-    site = manifest["site"]
+    manifest = TranscoderManifest.read(path)
     with weights_as_described(path / weights):
-        architecture = _ARCHITECTURES.validate_python(manifest["architecture"])
-        transcoder = architecture.build(site["d_in"], site["d_out"], manifest["d_sae"])
+        transcoder = manifest.architecture.build(manifest.site.d_in, manifest.site.d_out, manifest.d_sae)
         transcoder.b_dec = None
         transcoder.load_state_dict(load_file(path / weights))
     return transcoder.eval().requires_grad_(False)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import JumpReLU
 from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
-from tailrace.training.architectures.transcoder import WEIGHTS, weights_as_described
-from tailrace.training.cross_layer.artifact import read_cross_layer_manifest, sites_of
+from tailrace.training.architectures.manifest import WEIGHTS, CrossLayerManifest
+from tailrace.training.architectures.transcoder import weights_as_described
 from tailrace.training.cross_layer.stack import DECODER, CrossLayerTranscoder
 
 _LATER = "later_"
@@ -146,9 +146,9 @@ def open_weights(path: Path | str) -> Iterator[WeightsFile]:
     The last also for what is read inside and is not there.
     """
     path = Path(path)
-    manifest = read_cross_layer_manifest(path)
+    manifest = CrossLayerManifest.read(path)
     with weights_as_described(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file:
-        yield WeightsFile(file, sites_of(manifest), int(manifest["d_sae"]), str(manifest["digest"]))
+        yield WeightsFile(file, list(manifest.sites), manifest.d_sae, manifest.digest)
 
 
 @torch.no_grad()

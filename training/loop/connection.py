@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Trace, Transcoder
-from tailrace.training.architectures.transcoder import WEIGHTS, read_transcoder_manifest
+from tailrace.training.architectures.manifest import WEIGHTS, TranscoderManifest
 from tailrace.training.loop.settings import AnyConnection, NoConnection
 from tailrace.training.rows.batches import Batch
 
@@ -70,7 +70,7 @@ class _MeanAbsoluteProducts(torch.autograd.Function):
 def _weights_file(path: Path) -> Path:
     """Return the file of a published transcoder, or ``path`` if it is a safetensors file."""
     if path.is_dir():
-        read_transcoder_manifest(path)
+        TranscoderManifest.read(path)
         return path / WEIGHTS
     if path.suffix != ".safetensors":
         kind = "is a file with another ending" if path.exists() else "there is nothing at this path"

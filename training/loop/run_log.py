@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from tailrace.storage.artifact import is_disk_refusal, storage_refused
 from tailrace.storage.errors import NonFiniteActivation
-from tailrace.training.architectures.transcoder import METRICS, TIMING
+from tailrace.training.architectures.manifest import METRICS, TIMING
 from tailrace.training.loop.firing_frequency import EDGES
 from tailrace.training.loop.loggers import Logger, Loggers
 

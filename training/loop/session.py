@@ -19,14 +19,8 @@ from tqdm import tqdm
 
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
-from tailrace.training.architectures.transcoder import (
-    CHECKPOINTS,
-    METRICS,
-    SNAPSHOTS,
-    WEIGHTS,
-    save_weights,
-    write_tensors,
-)
+from tailrace.training.architectures.manifest import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS
+from tailrace.training.architectures.transcoder import save_weights, write_tensors
 from tailrace.training.loop.checkpoint import Checkpoint, CheckpointClock, Checkpoints
 from tailrace.training.loop.evaluate import HeldoutScore
 from tailrace.training.loop.firing_frequency import LOG_SPARSITY, FiringWindow

@@ -27,7 +27,7 @@ from tailrace.pipeline.circuit.traced import traced_layers
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
-from tailrace.storage.artifact import read_manifest, verify_artifact
+from tailrace.storage.artifact import Manifest, verify_artifact
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, NonFiniteActivation, SettingsError
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures.transcoder import load_transcoder
@@ -119,19 +119,19 @@ def test_weights_of_another_shape_or_none_are_corrupt(made: Path, tmp_path: Path
 
 
 def test_every_layer_gets_sound_tables_that_say_which_layer_they_are_of(made: Path) -> None:
-    digest = read_manifest(made / "clt", "cross_layer_transcoder")["digest"]
+    digest = Manifest.read(made / "clt", "cross_layer_transcoder").digest
     assert sorted(path.name for path in (made / "tables").iterdir()) == list(NAMES)
     for layer, name in enumerate(NAMES):
         assert verify_artifact(made / "tables" / name, "tables") == []
-        manifest = read_manifest(made / "tables" / name, "tables")
+        manifest = Manifest.read(made / "tables" / name, "tables").as_json()
         assert manifest["inputs"]["transcoder"] == {"digest": digest, "layer": layer}
         assert manifest["site"]["name"] == name
 
 
 def test_tables_of_a_transcoder_of_one_layer_name_no_layer(made: Path, tmp_path: Path) -> None:
     run(made, tmp_path / "t", made / "third")
-    manifest = read_manifest(tmp_path / "t" / "third", "tables")
-    digest = read_manifest(made / "third", "transcoder")["digest"]
+    manifest = Manifest.read(tmp_path / "t" / "third", "tables").as_json()
+    digest = Manifest.read(made / "third", "transcoder").digest
     assert manifest["inputs"]["transcoder"] == manifest["request"]["inputs"]["transcoder"] == {"digest": digest}
     (row,) = read_table(tmp_path / "t" / "third" / "layers.parquet").to_pylist()
     assert row["fvu"] > 0
@@ -262,8 +262,8 @@ def test_features_of_a_circuit_have_the_cards_of_their_own_layers_tables(made: P
     for card in shown:
         layer, index = map(int, card.split(":"))
         assert ["fires on", f"{rows[layer][index]['frequency']:.3%} of rows"] in data["cards"][card]["facts"]
-    told = read_manifest(result.path, "circuit")["inputs"]["tables"]
-    assert told == {name: {"digest": read_manifest(made / "tables" / name, "tables")["digest"]} for name in NAMES}
+    told = Manifest.read(result.path, "circuit").as_json()["inputs"]["tables"]
+    assert told == {name: {"digest": Manifest.read(made / "tables" / name, "tables").digest} for name in NAMES}
 
 
 def test_tables_are_matched_by_digest_and_site(made: Path, tmp_path: Path) -> None:
@@ -350,8 +350,8 @@ def test_connections_to_a_layer_are_of_what_was_written_before_it_reads(made: Pa
     assert {row["site"] for row in last if row["kind"] == "feature"} == {"layer2"}
     with pytest.raises(SettingsError, match=r"third: --downstream .*clt: each of .* reads before"):
         run(made, tmp_path / "u", made / "third", downstream=[made / "clt"])
-    told = read_manifest(tmp_path / "t" / "layer0", "tables")["inputs"]["downstream"]
-    digest = read_manifest(made / "clt", "cross_layer_transcoder")["digest"]
+    told = Manifest.read(tmp_path / "t" / "layer0", "tables").as_json()["inputs"]["downstream"]
+    digest = Manifest.read(made / "clt", "cross_layer_transcoder").digest
     assert [told[name] for name in NAMES] == [{"digest": digest, "layer": layer} for layer in range(2)]
 
 
@@ -361,7 +361,7 @@ def test_a_layer_that_is_not_finite_is_named_and_keeps_no_other_from_its_tables(
     path = publish(tmp_path / "broken", made, broken)
     with pytest.raises(NonFiniteActivation, match="broken, layer0: rows 0"):
         run(made, tmp_path / "t", path, settings=SETTINGS.model_copy(update={"rows": 30, "without_model": True}))
-    assert read_manifest(tmp_path / "t" / "layer1", "tables")["site"]["name"] == "layer1"
+    assert Manifest.read(tmp_path / "t" / "layer1", "tables").as_json()["site"]["name"] == "layer1"
     assert not (tmp_path / "t" / "layer0" / "manifest.json").exists()
 
 

@@ -18,7 +18,7 @@ from tailrace.pipeline.analyze.stage import AnalyzeResult
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
-from tailrace.storage.artifact import MANIFEST, read_manifest
+from tailrace.storage.artifact import MANIFEST, Manifest
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
 from tests.support.cache_jobs import CONTEXT_LENGTH, model_folder, run_cache, text_file
@@ -156,7 +156,7 @@ def test_transcoders_that_read_earlier_than_some_are_told_before_anything_is_mad
         run(made, tmp_path / "t", downstream=[made / "set" / "layer1"])
     assert not (tmp_path / "t").exists()
     run(made, tmp_path / "t", transcoders(made)[:1], downstream=[made / "set" / "layer1"])
-    assert read_manifest(tmp_path / "t" / "layer0", "tables")["inputs"]["downstream"].keys() == {"layer1"}
+    assert Manifest.read(tmp_path / "t" / "layer0", "tables").as_json()["inputs"]["downstream"].keys() == {"layer1"}
 
 
 def test_fresh_text_is_read_with_one_model_for_all(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,10 +241,10 @@ def test_a_cache_without_the_site_is_refused_with_its_sites(made, tmp_path):
 
 def test_another_model_or_width_is_refused_with_both_values(made):
     cache = open_cache(made / "cache")
-    site = dataclasses.asdict(cache.sites["layer0"])
-    transcoder = {"model": {"name": "other"}, "site": {**site, "d_in": 16, "dtype": "bfloat16"}}
+    site = dataclasses.replace(cache.sites["layer0"], d_in=16, dtype="bfloat16")
+    transcoder = SimpleNamespace(path=made / "transcoder", model={"name": "other"}, site=site)
     with pytest.raises(ArtifactMismatch) as caught:
-        analyze.check_same_site(cache, made / "cache", transcoder, made / "transcoder")
+        analyze.check_same_site(cache, transcoder)
     message = str(caught.value)
     assert "model.name: there it is 'synthetic', asked for 'other'" in message
     assert "site.d_in: there it is 8, asked for 16" in message

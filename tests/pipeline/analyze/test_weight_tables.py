@@ -29,7 +29,8 @@ from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
 from tailrace.storage.tables import read_table
-from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.architectures.manifest import TranscoderManifest
+from tailrace.training.architectures.transcoder import load_transcoder
 from tests.support.cache_jobs import model_folder, run_cache
 from tests.support.spliced_models import D_HEAD, WIDTH, publish_transcoder, random_transcoder, tiny_model
 
@@ -167,7 +168,7 @@ def test_connections_equal_the_models_own_matrices(made: Path, plain) -> None:
 def test_the_tables_are_sound_and_say_what_they_were_made_from(made: Path) -> None:
     assert verify_artifact(made / "tables", "tables") == []
     manifest = json.loads((made / "tables" / "manifest.json").read_text())
-    assert manifest["inputs"]["downstream"] == {"layer1": {"digest": read_transcoder_manifest(made / "t1")["digest"]}}
+    assert manifest["inputs"]["downstream"] == {"layer1": {"digest": TranscoderManifest.read(made / "t1").digest}}
     n_rows = query.select("SELECT count(*) AS n FROM connections", made / "tables")["n"].to_pylist()[0]
     assert manifest["tables"]["connections"]["n_rows"] == n_rows == 24 * (20 + N_HEADS + 20 + 20)
 

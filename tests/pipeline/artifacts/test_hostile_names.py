@@ -273,7 +273,8 @@ def test_verifying_an_epoch_lists_shards_that_lie_elsewhere(tmp_path: Path) -> N
 def test_a_sweep_reads_its_own_runs_only(tmp_path: Path, run: str, status: str) -> None:
     publish(tmp_path / "coder")
     with Draft(tmp_path / "sweep", sweep.KIND, {"runs": {"a": {"settings": {}}}}) as draft:
-        draft.publish({"runs": [{"name": "a", "status": status, "path": run}]}, [])
+        runs = [{"name": "a", "status": status, "path": run, "digest": None}]
+        draft.publish({"inputs": {}, "model": {}, "runs": runs}, [])
     with pytest.raises(ArtifactCorrupt, match="names the file"):
         sweep.read_result(tmp_path / "sweep")
     with pytest.raises(ActionableError, match="names the file"):

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from tailrace.pipeline.artifacts.info_stage import SUMMARIES, summarise
+from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.storage.draft import Draft
 from tests.support.dashboard_tables import make_tables
+from tests.support.manifests import shown
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
 
-MODEL = {"name": "tiny-lm", "dtype": "float32"}
-CACHE = {"cache": {"cache_id": "0", "generation": 0}}
+CACHE = {"cache": {"cache_id": "0", "generation": 0, "digest": "sha256:0"}}
 
 
 def test_a_dashboard_says_what_to_open(tmp_path: Path) -> None:
@@ -27,15 +27,15 @@ def test_a_dashboard_says_what_to_open(tmp_path: Path) -> None:
 
 def test_a_circuit_says_its_root_and_how_well_terms_add_up() -> None:
     root = {"text": "logit of ' War'", "value": 12.345, "n_terms": 335, "incompleteness": 2.3e-8}
-    shown = dict(SUMMARIES["circuit"]({"kind": "circuit", "model": MODEL, "root": root}))
-    assert shown["root"] == "logit of ' War', 12.35"
-    assert shown["terms"] == "335, which miss it by 2.3e-08 of their magnitudes"
+    said = shown({"kind": "circuit", "root": root})
+    assert said["root"] == "logit of ' War', 12.35"
+    assert said["terms"] == "335, which miss it by 2.3e-08 of their magnitudes"
 
 
 def test_an_export_says_for_whom_and_what_it_cost() -> None:
-    manifest = {"kind": "export", "to": "saelens", "files": {"cfg.json": {}}, "notes": ["FVU 0.1 became 0.2"]}
-    shown = dict(SUMMARIES["export"](manifest))
-    assert (shown["written for"], shown["files"], shown["note"]) == ("saelens", 1, "FVU 0.1 became 0.2")
+    files = {"cfg.json": {"bytes": 2, "checksum": "xxh3:0"}}
+    said = shown({"kind": "export", "to": "saelens", "files": files, "notes": ["FVU 0.1 became 0.2"]})
+    assert (said["written for"], said["files"], said["note"]) == ("saelens", 1, "FVU 0.1 became 0.2")
 
 
 def test_an_export_that_was_published_is_shown(tmp_path: Path) -> None:
@@ -57,30 +57,26 @@ def test_tables_say_which_rows_they_are_about(inputs: dict[str, Any], rows: int 
     site = {"name": "layer0", "hook_in": "in", "hook_out": "out", "d_in": 4, "d_out": 4, "dtype": "float32"}
     manifest = {
         "kind": "tables",
-        "model": MODEL,
         "inputs": {**inputs, "transcoder": {"digest": "sha256:0"}},
         "site": site,
         "request": {"settings": {"split": "heldout", "rows": rows}},
         "tables": {},
     }
-    assert dict(SUMMARIES["tables"](manifest))["rows read"] == said
+    assert shown(manifest)["rows read"] == said
 
 
 def test_an_imported_transcoder_is_not_called_trained() -> None:
     site = {"name": "layer0", "hook_in": "in", "hook_out": "out", "d_in": 4, "d_out": 4, "dtype": "float32"}
     manifest = {
         "kind": "transcoder",
-        "model": MODEL,
-        "inputs": {},
         "site": site,
         "architecture": {"kind": "relu"},
         "d_sae": 8,
         "metrics": {"steps": 0, "rows": 0},
         "origin": {"format": "saelens"},
     }
-    shown = dict(SUMMARIES["transcoder"](manifest))
-    assert shown["imported from"] == "saelens"
-    assert "trained" not in shown
+    assert shown(manifest)["imported from"] == "saelens"
+    assert "trained" not in shown(manifest)
 
 
 def test_a_folder_of_artifacts_says_what_is_inside(tmp_path: Path) -> None:

@@ -173,7 +173,9 @@ def test_tables_that_were_made_differently_are_refused(pair, tmp_path):
     longer = publish_tables(tmp_path / "l", [feature_row(0)], [], settings={**SETTINGS, "examples": 30})
     with pytest.raises(SettingsError, match=r"(?s)pages would tell.*examples: there it is 20, asked for 30"):
         draw.run(DrawSettings(n=1), tables=[pair[0], longer], output=tmp_path / "out")
-    elsewhere = publish_tables(tmp_path / "e", [feature_row(0)], [], cache={"cache_id": "other", "digest": "x"})
+    elsewhere = publish_tables(
+        tmp_path / "e", [feature_row(0)], [], cache={"cache_id": "other", "generation": 0, "digest": "x"}
+    )
     with pytest.raises(SettingsError, match="cache: there it is 'c', asked for 'other'"):
         draw.run(DrawSettings(n=1), tables=[pair[0], elsewhere], output=tmp_path / "out")
     with pytest.raises(SettingsError, match="are the same tables"):

@@ -21,10 +21,10 @@ from tailrace.pipeline.circuit.question import Question, parse_feature, prompt_t
 from tailrace.pipeline.circuit.traced import traced_layers
 from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
-from tailrace.storage.artifact import read_manifest
+from tailrace.storage.artifact import Manifest
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch
-from tailrace.training.architectures.transcoder import KIND
+from tailrace.training.architectures.manifest import KIND
 from tests.support.circuit_places import PROMPT, SMALL, Place, given, run_command
 from tests.support.tiny_models import BOS, EOS, save_tiny_model
 
@@ -61,7 +61,7 @@ def test_a_feature_is_explained_in_files_and_in_lines(
     attribution = document["attribution_graph"]
     assert attribution["incompleteness"] < 1e-5
     assert attribution["nodes"][0] == {**attribution["nodes"][0], **document["root"]["node"]}
-    assert read_manifest(out, "circuit")["root"]["value"] == document["root"]["value"]
+    assert Manifest.read(out, "circuit").as_json()["root"]["value"] == document["root"]["value"]
 
 
 def test_what_is_published_is_returned_without_running_the_model_again(
@@ -206,9 +206,11 @@ def write_tables(path: Path, transcoder: Path) -> Path:
             "window_tokens": [words, words],
         }  # fmt: skip
         pq.write_table(pa.table(examples), path / "examples.parquet")
-        manifest = read_manifest(transcoder, KIND)
-        inputs = {"transcoder": {"digest": manifest["digest"]}}
-        draft.publish({"inputs": inputs, "site": manifest["site"]}, ["features.parquet", "examples.parquet"])
+        manifest = Manifest.read(transcoder, KIND).as_json()
+        made_of = {"inputs": {"transcoder": {"digest": manifest["digest"]}}, "model": manifest["model"]}
+        tables = {"features": {"n_rows": 2}, "examples": {"n_rows": 2}}
+        names = [f"{name}.parquet" for name in tables]
+        draft.publish({**made_of, "site": manifest["site"], "tables": tables}, names)
     return path
 
 
@@ -253,7 +255,7 @@ def test_of_a_folder_of_tables_those_of_the_transcoders_given_are_taken_by_their
         SMALL, Question(PROMPT, logit="her"), transcoders=place.transcoders, output=tmp_path / "c",
         tables=[folder], model=str(place.model_path),
     )  # fmt: skip
-    assert read_manifest(result.path, "circuit")["inputs"]["tables"].keys() == {"layer2"}
+    assert Manifest.read(result.path, "circuit").as_json()["inputs"]["tables"].keys() == {"layer2"}
     again = write_tables(folder / "again", place.transcoders[2])
     with pytest.raises(ArtifactMismatch, match=f"{misnamed}: {again} is of the same transcoder; give one of them"):
         open_tables([folder], traced)

@@ -21,7 +21,8 @@ from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, SettingsError, StorageFull
 from tailrace.training.architectures import JumpReLU
-from tailrace.training.architectures.transcoder import read_transcoder_manifest, write_tensors
+from tailrace.training.architectures.manifest import TranscoderManifest
+from tailrace.training.architectures.transcoder import write_tensors
 from tests.support.cache_jobs import command
 from tests.support.cross_layer_transcoders import (
     D_SAE,
@@ -160,7 +161,7 @@ def test_what_wants_one_layer_or_tables_says_what_can_be_done_with_one(
 ) -> None:
     publish_cross_layer(tmp_path / "t", random_cross_layer())
     with pytest.raises(ArtifactMismatch) as refused:
-        read_transcoder_manifest(tmp_path / "t")
+        TranscoderManifest.read(tmp_path / "t")
     answer = command(capsys, "dashboard", tmp_path / "t", "--out", tmp_path / "out")
     assert answer.code != 0
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.pipeline.formats import export
 from tailrace.pipeline.formats.saelens import TrainedOn, trained_on
 from tailrace.pipeline.formats.settings import ExportSettings
 from tailrace.storage.activation_cache import open_cache
-from tailrace.storage.artifact import verify_artifact
+from tailrace.storage.artifact import CacheReference, Inputs, verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull
 from tailrace.training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
@@ -164,12 +162,13 @@ def test_what_was_trained_on_is_in_the_metadata_where_the_cache_says_it(tmp_path
     opened = open_cache(cache)
     opened.manifest.packing.update(packing)
     opened.manifest.text.update({"source": "hub", "dataset": "some/text"})
-    of_cache = TranscoderLayer(tmp_path, mlp_site(0), None, {"inputs": {"cache": {"cache_id": opened.cache_id}}})
-    assert trained_on(of_cache, opened) == TrainedOn(8, 4, True, "some/text")
-    for inputs in ({}, {"cache": {"cache_id": "another"}}, {**of_cache.manifest["inputs"], "imported": {}}):
-        assert trained_on(replace(of_cache, manifest={"inputs": inputs}), opened) is None
+    known = CacheReference(**opened.reference)
+    assert trained_on(Inputs(cache=known), opened) == TrainedOn(8, 4, True, "some/text")
+    other = CacheReference(**{**opened.reference, "cache_id": "another"})
+    for inputs in (Inputs(), Inputs(cache=other), Inputs(cache=known, imported={})):
+        assert trained_on(inputs, opened) is None
     live = {"packing": {"context_length": 16, "exclude": "bos", "first_position": 0}, "text": {"source": "local"}}
-    assert trained_on(replace(of_cache, manifest={"inputs": {"live": live}}), None) == TrainedOn(16, 1, False, None)
+    assert trained_on(Inputs(live=live), None) == TrainedOn(16, 1, False, None)
 
 
 def test_a_hook_that_saelens_has_under_no_name_is_kept_and_told(tmp_path):

@@ -25,7 +25,8 @@ from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
-from tailrace.training.cross_layer.artifact import load_cross_layer, read_cross_layer_manifest
+from tailrace.training.architectures.manifest import CrossLayerManifest
+from tailrace.training.cross_layer.artifact import load_cross_layer
 from tailrace.training.rows.batches import iter_sites_once
 from tests.support.cache_jobs import command, model_folder, run_cache
 from tests.support.cross_layer_transcoders import (
@@ -79,7 +80,7 @@ def test_a_round_trip_changes_nothing(tmp_path: Path, cache: Path, relu: bool) -
     torch.testing.assert_close(again.encode(INPUTS), module.encode(INPUTS), **CLOSE)
     torch.testing.assert_close(again(INPUTS), module(INPUTS), **CLOSE)
     assert verify_artifact(tmp_path / "back", "cross_layer_transcoder") == []
-    recorded = read_cross_layer_manifest(tmp_path / "back")["architecture"]
+    recorded = CrossLayerManifest.read(tmp_path / "back").as_json()["architecture"]
     # as the files say, without our settings of training
     assert recorded == ({"kind": "relu", "input_bias": False} if relu else {"kind": "jumprelu"})
     export.run(ExportSettings(), to="circuit-tracer", sources=[tmp_path / "back"], output=tmp_path / "twice")
@@ -110,11 +111,11 @@ def test_an_import_records_its_model_sites_origin_and_how_well_each_layer_fits(
     tmp_path: Path, folder: Path, cache: Path
 ) -> None:
     result = take(folder, cache, tmp_path / "back")
-    manifest = read_cross_layer_manifest(tmp_path / "back")
-    assert manifest["model"] == {**MODEL, "n_layers": N_LAYERS}
-    assert [site["hook_in"] for site in manifest["sites"]] == [f"blocks.{layer}.mlp.hook_in" for layer in range(3)]
-    assert manifest["origin"]["facts"]["feature_input_hook"] == "mlp.hook_in"
-    assert len(manifest["inputs"]["imported"]) == 2 * N_LAYERS + 1
+    manifest = CrossLayerManifest.read(tmp_path / "back")
+    assert manifest.model == {**MODEL, "n_layers": N_LAYERS}
+    assert [site.hook_in for site in manifest.sites] == [f"blocks.{layer}.mlp.hook_in" for layer in range(3)]
+    assert manifest.as_json()["origin"]["facts"]["feature_input_hook"] == "mlp.hook_in"
+    assert len(manifest.as_json()["inputs"]["imported"]) == 2 * N_LAYERS + 1
     module = load_cross_layer(tmp_path / "ours")
     (rows,) = iter_sites_once(open_cache(cache).split("heldout"), SITES, batch_rows=1024)
     inputs = torch.cat([rows[site.name].inputs for site in SITES], 1)
@@ -125,7 +126,7 @@ def test_an_import_records_its_model_sites_origin_and_how_well_each_layer_fits(
         error = (outputs[:, layer].double() - targets).square().sum()
         assert result.fvu[layer] == pytest.approx(float(error / (targets - targets.mean(0)).square().sum()), rel=1e-4)
         assert result.l0[layer] == pytest.approx(float((acts[:, module.of_layer(layer)] > 0).sum(1).double().mean()))
-    assert [layer["site"] for layer in manifest["layers"]] == ["layer0", "layer1", "layer2"]
+    assert [layer["site"] for layer in manifest.layers] == ["layer0", "layer1", "layer2"]
     assert any("no better than a constant's in 3 of 3 layers" in note for note in result.notes)  # weights are random
     assert summarise(tmp_path / "back")["imported from"] == "circuit-tracer"
     assert take(folder, cache, tmp_path / "back") == result

@@ -24,7 +24,8 @@ from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.training.architectures import BatchTopK, JumpReLU, ReLU, TopK
-from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.architectures.manifest import TranscoderManifest
+from tailrace.training.architectures.transcoder import load_transcoder
 from tailrace.training.loop.evaluate import evaluate, predictor
 from tailrace.training.rows.batches import iter_once
 from tests.support.layered_transcoders import (
@@ -104,11 +105,11 @@ def test_a_round_trip_through_sparsify_changes_nothing(tmp_path, cache, site):
 def test_an_import_records_its_model_site_origin_and_how_well_it_fits(tmp_path, cache):
     module = exported("saelens", tmp_path, ReLU(), mlp_site(1))
     result = take("saelens", tmp_path / "saelens", cache, tmp_path / "back")
-    manifest = read_transcoder_manifest(tmp_path / "back")
-    assert manifest["model"] == MODEL
-    assert manifest["site"]["hook_in"] == "blocks.1.mlp.hook_in"
-    assert manifest["origin"]["facts"]["architecture"] == "transcoder"
-    assert sorted(manifest["inputs"]["imported"]) == ["cfg.json", "sae_weights.safetensors"]
+    manifest = TranscoderManifest.read(tmp_path / "back")
+    assert manifest.model == MODEL
+    assert manifest.site.hook_in == "blocks.1.mlp.hook_in"
+    assert manifest.as_json()["origin"]["facts"]["architecture"] == "transcoder"
+    assert sorted(manifest.as_json()["inputs"]["imported"]) == ["cfg.json", "sae_weights.safetensors"]
     site = open_cache(cache).sites["layer1"]
     expected = evaluate(predictor(module), iter_once(open_cache(cache).split("heldout"), site, batch_rows=64))
     assert result.fvu == pytest.approx([expected.fvu], rel=1e-5)
@@ -388,7 +389,7 @@ def test_a_reference_checkpoint_computes_the_reference_s_formula(tmp_path, cache
     torch.testing.assert_close(again.encode(INPUTS), acts, **CLOSE)
     torch.testing.assert_close(again(INPUTS), acts @ state["W_dec"] + state["b_dec_out"], **CLOSE)
     assert "sae_training" not in sys.modules
-    facts = read_transcoder_manifest(tmp_path / "back")["origin"]["facts"]
+    facts = TranscoderManifest.read(tmp_path / "back").as_json()["origin"]["facts"]
     assert facts["use_ghost_grads"] == [False]
     assert facts["l1_coefficient"] == pytest.approx(1.4e-4)
     assert any("processing compatibility, the cache holds raw" in note for note in result.notes)

@@ -26,7 +26,8 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError, TextError
 from tailrace.storage.tables import write_table
 from tailrace.training.architectures import ReLU
-from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.architectures.manifest import TranscoderManifest
+from tailrace.training.architectures.transcoder import load_transcoder
 from tests.support.cache_jobs import model_folder, run_cache
 from tests.support.spliced_models import publish_transcoder, random_transcoder
 
@@ -166,9 +167,11 @@ def tables_of(path: Path, transcoder: Path, digest: str | None = None) -> Path:
     with Draft(path, "tables", {}) as draft:
         table = pa.table(columns)
         write_table(path / "features.parquet", table.schema, table.to_batches())
-        digest = digest or read_transcoder_manifest(transcoder)["digest"]
-        site = read_transcoder_manifest(transcoder)["site"]
-        draft.publish({"inputs": {"transcoder": {"digest": digest}}, "site": site}, ["features.parquet"])
+        of = TranscoderManifest.read(transcoder)
+        inputs = {"transcoder": {"digest": digest or of.digest}}
+        tables = {"features": {"n_rows": n}}
+        manifest = {"inputs": inputs, "model": of.model, "site": of.site.as_json(), "tables": tables}
+        draft.publish(manifest, ["features.parquet"])
     return path
 
 

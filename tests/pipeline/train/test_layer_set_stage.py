@@ -21,7 +21,8 @@ from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import NonFiniteActivation, SettingsError, StorageFull
 from tailrace.storage.tables import describe, read_schema
-from tailrace.training.architectures.transcoder import load_transcoder, read_transcoder_manifest
+from tailrace.training.architectures.manifest import TranscoderManifest
+from tailrace.training.architectures.transcoder import load_transcoder
 from tests.support.cache_jobs import differing, model_folder, text_file, tree
 
 SETTINGS = CircuitsModelSettings(
@@ -59,7 +60,7 @@ def test_every_layer_gets_a_transcoder_that_is_scored(made: circuits_model.Circu
     assert cache.layout.sites[0].dtype == "bfloat16"
     for one, path in zip(made.layers, made.transcoders, strict=True):
         assert load_transcoder(path).d_sae == 48
-        heldout = read_transcoder_manifest(path)["metrics"]["heldout"]
+        heldout = TranscoderManifest.read(path).metrics.heldout
         assert one.fvu == pytest.approx(heldout["fvu"], rel=1e-4)
         assert one.l0 == pytest.approx(heldout["l0"], rel=1e-4)
         assert one.n_rows == cache.split("heldout").n_rows

@@ -16,7 +16,7 @@ from tailrace.pipeline.train.stage import run
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.training.architectures.base import Transcoder
-from tailrace.training.architectures.transcoder import CHECKPOINTS
+from tailrace.training.architectures.manifest import CHECKPOINTS
 from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.paths import ROOT

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tailrace.pipeline.artifacts.info_stage import SUMMARIES
 from tailrace.pipeline.train.command import show_metrics
+from tests.support.manifests import shown
 
 HELDOUT = {"n_rows": 96, "fvu": 0.25, "l0": 31.96, "dead_fraction": 0.125}
 
@@ -31,10 +31,10 @@ def test_a_summarise_outputs_that_do_not_vary_has_no_fvu() -> None:
         "kind": "transcoder",
         "model": {"name": "tiny"},
         "site": site,
-        "inputs": {"cache": {"cache_id": "abc", "generation": 0}},
+        "inputs": {"cache": {"cache_id": "abc", "generation": 0, "digest": "sha256:0"}},
         "architecture": {"kind": "topk", "k": 2},
         "d_sae": 8,
         "metrics": {"steps": 3, "rows": 30, "heldout": {**HELDOUT, "fvu": None}},
     }
-    lines = dict(SUMMARIES["transcoder"](manifest))
+    lines = shown(manifest)
     assert lines["held out"] == "FVU undefined, L0 32.0, dead features 12.5%, over 96 rows"

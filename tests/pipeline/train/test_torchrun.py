@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tailrace.training.cross_layer.artifact import read_either_manifest
+from tailrace.training.architectures.manifest import read_either_manifest
 from tests.pipeline.train.test_cross_layer import publish
 from tests.support.training_caches import small_cache
 
@@ -50,7 +50,7 @@ def test_two_processes_publish_what_one_does(across: bool, tmp_path: Path) -> No
     for name, values in wanted.items():
         # gradients are sums in another order: rounding, grown over twelve steps of Adam
         assert torch.allclose(found[name], values, atol=1e-4 * float(values.abs().max())), name
-    scores = [read_either_manifest(path)["metrics"]["heldout"]["fvu"] for path in (alone, together)]
+    scores = [read_either_manifest(path).metrics.heldout["fvu"] for path in (alone, together)]
     assert abs(scores[0] - scores[1]) < 1e-4
     assert train(cache, together, *TORCHRUN, across=across).returncode == 0  # published: returned as it is
 

@@ -1,0 +1,117 @@
+"""What the manifests of the artifacts say that commands make of caches and transcoders. Needs no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from tailrace.storage.artifact import JSON, DerivedManifest, Manifest, Record
+from tailrace.storage.cache_format import Site
+from tailrace.storage.tables import TableRecord
+
+
+class RunRecord(Record):
+    """A run of a sweep."""
+
+    name: str
+    status: str
+    """``finished`` or ``diverged``."""
+    path: str
+    """Its folder, inside the sweep."""
+    digest: str | None
+    """Of its transcoder; None if it diverged."""
+
+
+class SweepManifest(DerivedManifest):
+    """The manifest of a sweep."""
+
+    of_kind = "sweep"
+
+    runs: list[RunRecord]
+
+
+class LayerRecord(Record):
+    """A transcoder of a set."""
+
+    site: str
+    path: str
+    """Its folder, inside the set."""
+    digest: str
+
+
+class LayerSetManifest(DerivedManifest):
+    """The manifest of a set of transcoders, one for each layer."""
+
+    of_kind = "transcoders"
+
+    transcoders: list[LayerRecord]
+
+
+class EvaluationManifest(DerivedManifest):
+    """The manifest of an evaluation."""
+
+    of_kind = "evaluation"
+
+    sites: dict[str, Site]
+    scores: list[dict[str, JSON]]
+    """As ``SpliceScore`` records them, with ``name``."""
+    tables: dict[str, TableRecord]
+
+
+class CircuitManifest(DerivedManifest):
+    """The manifest of a circuit."""
+
+    of_kind = "circuit"
+
+    root: dict[str, JSON]
+    """What the circuit explains, as in ``circuit.json``."""
+
+
+class AnswerRecord(Record):
+    """A token that a task's prompts ask for."""
+
+    token_id: int
+    token: str
+
+
+class TaskManifest(DerivedManifest):
+    """The manifest of a task."""
+
+    of_kind = "task"
+
+    answers: list[AnswerRecord]
+    tables: dict[str, TableRecord]
+
+
+class DashboardManifest(DerivedManifest):
+    """The manifest of a dashboard."""
+
+    of_kind = "dashboard"
+
+    site: Site
+    n_features: int
+
+
+class DrawManifest(Manifest):
+    """The manifest of a blind comparison."""
+
+    of_kind = "blind-comparison"
+
+    format: int = 1
+    n_items: int
+    commitment: str
+    """Digest of the sealed key."""
+
+
+class ExportManifest(Manifest):
+    """The manifest of an export."""
+
+    of_kind = "export"
+
+    format: int = 1
+    to: str
+    """The other tool's format."""
+    notes: list[str]
+    """Sentences a user should read."""
+    calibration: list[dict[str, JSON]] = Field(default_factory=list)
+    """What a threshold per feature costs, as ``Calibration`` records it, with ``site``."""
+    versions: dict[str, str] = Field(default_factory=dict)
