@@ -51,6 +51,9 @@ CONFIG = "config.yaml"
 CROSS_LAYER = "cross_layer_transcoder"
 """What the package calls them in a configuration."""
 
+FIRST_RELEASE = "0.4"
+"""The first release that has matrices and keys as they are written here."""
+
 _LAYER = re.compile(r"layer_(\d+)\.safetensors")
 _THRESHOLD, _K = "activation_function.threshold", "k"
 NEEDS = "transformer_lens"
@@ -152,7 +155,13 @@ def write(
     }
     # Last: it is what the package reads first.
     write_atomically(directory / CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
-    return Written(files, costs)
+    return Written(files, costs, [_NOTE_ON_RELEASES])
+
+
+_NOTE_ON_RELEASES = (
+    f"read by circuit-tracer from {FIRST_RELEASE} on; to load it from disk, set CIRCUIT_TRACER_CACHE_DIR to the folder "
+    "that holds the export and give the export's name for the transcoders (docs/export.md)"
+)
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -25,6 +25,7 @@ from tailrace.storage.tables import TablesManifest, read_table
 from tailrace.training.architectures.transcoder import write_tensors
 
 FOLDER, CONFIG = "latents", "config.json"
+NOTE_ON_RELEASES = "written for the reader of delphi (eai-delphi) 0.1.3"
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 _PARTITION = re.compile(r"features-(\d+)-(\d+)\.parquet")
 

@@ -188,20 +188,23 @@ class _Job:
                     for one in self._latents
                 ]
                 notes = [note for _, some in parts for note in some]
+                notes += [delphi.NOTE_ON_RELEASES, *self._notes_on_name(self._latents[0].manifest.model)]
                 done = Written([name for names, _ in parts for name in names], notes=notes)
             case "sparsify":
                 parts_files = [sparsify.write(directory, one, self._settings.module) for one in self._layers]
-                done = Written([name for names in parts_files for name in names])
+                done = Written([name for names in parts_files for name in names], notes=[sparsify.NOTE_ON_RELEASES])
             case "circuit-tracer":
                 layer, scan = self._layers[0], self._settings.scan
                 done = circuit_tracer.write(directory, self._convert(), layer.model, self._name(layer.model), scan)
+                notes = [*done.notes, *self._notes_on_norms(layer), *self._notes_on_name(layer.model)]
+                done = done._replace(notes=notes)
             case "saelens":
                 done = self._write_saelens(directory, self._layers[0])
+                done = done._replace(notes=[*done.notes, *self._notes_on_name(self._layers[0].model)])
         return done.files, {
             "notes": [
                 *(f"{site}: {cost.sentence()}" for site, cost in done.costs.items()),
                 *done.notes,
-                *(self._notes(self._layers[0]) if self._to in ("saelens", "circuit-tracer") else []),
             ],
             "calibration": [{"site": site, **cost.record()} for site, cost in done.costs.items()],
         }
@@ -214,25 +217,26 @@ class _Job:
         (converted,) = self._convert()
         return saelens.write(directory, converted, name, text)
 
-    def _notes(self, layer: TranscoderLayer) -> list[str]:
-        """Return sentences on the model: which TransformerLens must load it, and by which name."""
-        notes = []
+    def _notes_on_norms(self, layer: TranscoderLayer) -> list[str]:
+        """Return a sentence on which TransformerLens circuit-tracer must load; a SAELens export holds under each."""
         reads = NORMALISED_IN if self._settings.fold_norm else layer.site.hook_in
-        # A SAELens export holds under each.
-        if self._to == "circuit-tracer" and is_normalised_otherwise(reads, layer.model):
-            notes.append(
-                f"{reads}: of a model with LayerNorms (GPT-2, Pythia) this needs TransformerLens 3 or later, which "
-                f"{circuit_tracer.CONFIG} says and circuit-tracer does not look at; earlier releases have it behind "
-                "the norm's gain and bias, and every number is another there"
-                + (". Without --fold-norm the set holds under all of them" if self._settings.fold_norm else "")
-            )
-        # By the name of a folder nobody else can load it.
-        if self._settings.model_name is None and layer.model.get("files_digest"):
-            notes.append(
-                f"the model is called {layer.model.get('name')}, after a folder of this machine; if the other tool "
-                "finds it under another name, give that with --model-name"
-            )
-        return notes
+        if not is_normalised_otherwise(reads, layer.model):
+            return []
+        return [
+            f"{reads}: of a model with LayerNorms (GPT-2, Pythia) this needs TransformerLens 3 or later, which "
+            f"{circuit_tracer.CONFIG} says and circuit-tracer does not look at; earlier releases have it behind the "
+            "norm's gain and bias, and every number is another there"
+            + (". Without --fold-norm the set holds under all of them" if self._settings.fold_norm else "")
+        ]
+
+    def _notes_on_name(self, model: Mapping[str, Any]) -> list[str]:
+        """Return a sentence if the model is recorded by the name of a folder, by which nobody else can load it."""
+        if self._settings.model_name is not None or not model.get("files_digest"):
+            return []
+        return [
+            f"the model is called {model.get('name')}, after a folder of this machine; if the other tool finds it "
+            "under another name, give that with --model-name"
+        ]
 
     def _convert(self) -> Iterator[Converted]:
         return convert(self._layers, cache=self._cache, rows=self._settings.rows, weights=self._weights())

@@ -251,6 +251,11 @@ def attaching(layer: TranscoderLayer, hook_in: str, hook_out: str) -> list[str]:
             f"SAELens, up to {FORMAT_OF} at least, leaves out the path past the features of a transcoder it attaches; "
             "run this one with hooks, as docs/export.md shows"
         )
+    if not layer.is_autoencoder:
+        notes.append(
+            f"SAELens' evals, up to {FORMAT_OF} at least, compare what a transcoder gives with what it reads, so their "
+            "reconstruction scores mean nothing; pipeline evaluate compares it with the outputs"
+        )
     return [f"{layer.site.name}: {note}" for note in notes]
 
 

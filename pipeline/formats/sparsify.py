@@ -37,6 +37,7 @@ from tailrace.training.architectures import TopK
 from tailrace.training.architectures.transcoder import write_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+NOTE_ON_RELEASES = "read by sparsify (eai-sparsify) from 1.0 on"
 
 _MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?")
 

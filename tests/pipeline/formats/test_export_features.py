@@ -172,7 +172,10 @@ def test_delphi_finds_every_activation_at_its_context_position_and_latent(latent
         assert (tokens == split.context_tokens(context[row])[np.arange(len(row)), position[row]]).all()
     assert load_file(folder / "0_3.safetensors")["activations"].dtype == np.float16
     assert load_file(folder / "4_5.safetensors")["activations"].dtype == np.float32
-    assert result.notes == ["layer0: 1 files keep activations in float32, which float16 cannot hold"]
+    assert result.notes == [
+        "layer0: 1 files keep activations in float32, which float16 cannot hold",
+        "written for the reader of delphi (eai-delphi) 0.1.3",
+    ]
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_name"], config["cache_ctx_len"], config["n_splits"]) == ("me/tiny", 16, 2)
     assert config["n_tokens"] == 20 * 16

@@ -46,7 +46,9 @@ def test_on_a_model_s_own_activations_the_folded_set_writes_the_same(tmp_path, f
         model=str(folder),
     )
     # of a LayerNorm, TransformerLens 2 has the same hook after the gain
-    *norms, name = result.notes
+    releases, *norms, name = result.notes
+    assert "from 0.4 on" in releases
+    assert "CIRCUIT_TRACER_CACHE_DIR" in releases
     assert [note.split(" ")[0] for note in norms] == (["ln2.hook_normalized:"] if family == "gpt2" else [])
     assert all("Without --fold-norm the set holds under all" in note for note in norms)
     assert "after a folder of this machine" in name

@@ -181,10 +181,11 @@ def test_what_saelens_does_not_do_with_a_transcoder_is_told_with_its_releases(tm
     _, notes = hooks_written(
         tmp_path, {}, "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out", architecture=ReLU(skip=True)
     )
-    attach, versions, skip, _ = notes
+    attach, versions, skip, evals, _ = notes
     assert versions == "here: read by SAELens from 6.0 on"
     assert "attach it in HookedSAETransformer of SAELens 6.34 or later, which adds blocks.1.mlp.hook_in" in attach
     assert "leaves out the path past the features" in skip
+    assert "SAELens' evals, up to 6.54.12 at least, compare what a transcoder gives with what it reads" in evals
 
 
 def test_an_export_whose_hooks_saelens_passes_over_is_not_taken_for_one_of_today(tmp_path, monkeypatch):
