@@ -151,6 +151,19 @@ class LanguageModel:
         bos = self.bos_token_id
         return [ids if ids[:1] == [bos] else [bos, *ids] for ids in self.tokenize(texts)]
 
+    def tokenize_chat(self, messages: list[dict[str, Any]], *, is_markup: bool = False) -> list[int]:
+        """Return the token ids of a conversation as the tokenizer's chat template writes it.
+
+        Unless it ``is_markup``, the names of special tokens in messages are letters. Raises TextError if the template
+        does not take it.
+        """
+        return self._tokenizer.tokenize_chat(messages, is_markup=is_markup)
+
+    @property
+    def chat_template_digest(self) -> str:
+        """What decides how conversations are written; raises ModelError if the tokenizer has no chat template."""
+        return digest(self._tokenizer.chat_template)
+
     def vocabulary(self) -> list[str]:
         """Return the text of every token id, ``d_vocab`` of them."""
         return self._tokenizer.vocabulary()

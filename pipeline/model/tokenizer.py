@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tailrace.pipeline.model.loading import Checkpoint, quiet, read_checkpoint_json, refuse_own_class
 from tailrace.storage.artifact import JSON, digest
-from tailrace.storage.errors import ModelError
+from tailrace.storage.errors import ModelError, TextError
 from tailrace.storage.token_text import text_of_bytes
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 _LETTERS = ("\ue000", "\ue001")  # of private use: in no token, and nothing to any decoder
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ {'%d %b %Y': '01 Jan 2025', '%d %B %Y': '01 January 2025'}.get(format, "
+    "'2025-01-01') }}{% endmacro %}"
+)
+"""Begins templates that write today's date, so that the same conversation is the same text on any day."""
 _BATCH_STATE = ("truncation", "padding")  # set by the last call of a tokenizer, no part of what it is
 
 
@@ -105,6 +110,29 @@ class ModelTokenizer:
         )  # fmt: skip
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+    def tokenize_chat(self, messages: list[dict[str, Any]], *, is_markup: bool) -> list[int]:
+        """Return the token ids of a conversation, written by the chat template; raise TextError if it refuses that."""
+        options = {} if is_markup else {"sanitize_control_tokens": True}
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, return_dict=False, **options
+            )
+        except Exception as error:  # a template is a program, and fails in its own ways
+            raise TextError(str(error) or type(error).__name__) from error
+        return ids
+
+    @property
+    def chat_template(self) -> str:
+        """The template that writes conversations; raises ModelError if there is none."""
+        try:
+            template: str = self._tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ModelError(
+                f"model {self._name}: its tokenizer has no chat template to write conversations by; use a chat model, "
+                "put chat_template.jinja beside the weights, or pass --column to read another column"
+            ) from error
+        return _FIXED_DATE + template if "strftime_now" in template else template
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:

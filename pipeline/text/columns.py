@@ -20,9 +20,24 @@ logger = logging.getLogger(__name__)
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "content", "document", "raw_content", "article", "passage", "sentence")
 
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
 ATTENTION_MASK, SPECIAL_TOKENS_MASK, LENGTH = "attention_mask", "special_tokens_mask", "length"
 
-Kind = Literal["text", "tokens"]
+_CHAT_KEYS = (("role", "content"), ("from", "value"))
+"""Who speaks and what is said in a message: as chat templates call it, and as ShareGPT does."""
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names of roles."""
+
+Kind = Literal["text", "tokens", "chat"]
+
+Message = dict[str, Any]
+"""A message of a conversation: ``role``, ``content``, and what else a chat template may ask for."""
+
+
+class Conversation(NamedTuple):
+    """The messages that a row holds, in order."""
+
+    messages: list[Message]
 
 
 class BadRow(NamedTuple):
@@ -74,6 +89,7 @@ def choose_column(schema: pa.Schema, wanted: str | None, dataset: str) -> Column
         raise TextError(_refusal(schema, kinds, wanted, dataset))
     usable = [name for name in TOKEN_COLUMNS if kinds.get(name) == "tokens"]
     usable += [name for name in TEXT_COLUMNS if kinds.get(name) == "text"]
+    usable += [name for name in CHAT_COLUMNS if kinds.get(name) == "chat"]
     if not usable:
         raise TextError(_refusal(schema, kinds, None, dataset))
     chosen, kind = usable[0], kinds[usable[0]]
@@ -86,7 +102,7 @@ def choose_column(schema: pa.Schema, wanted: str | None, dataset: str) -> Column
 
 def _masks(schema: pa.Schema, kind: Kind) -> tuple[str, ...]:
     """Return the columns that say which of the token ids are text; lengths say nothing that a mask does not."""
-    if kind == "text":
+    if kind != "tokens":
         return ()
     types = {field.name: field.type for field in schema}
     masks = [name for name in (ATTENTION_MASK, SPECIAL_TOKENS_MASK) if name in types and _is_mask(types[name])]
@@ -131,12 +147,15 @@ def _pads(padding: Padding, ids: list[int], length: int) -> bool:
 
 
 def kind_of(column_type: pa.DataType) -> Kind | None:
-    """Tell what a column of this Arrow type can be read as: text, token ids, or neither."""
+    """Tell what a column of this Arrow type can be read as: text, token ids, conversations, or none of these."""
     if pa.types.is_string(column_type) or pa.types.is_large_string(column_type):
         return "text"
     is_list = pa.types.is_list(column_type) or pa.types.is_large_list(column_type)
     if (is_list or pa.types.is_fixed_size_list(column_type)) and pa.types.is_integer(column_type.value_type):
         return "tokens"
+    if is_list and pa.types.is_struct(column_type.value_type):
+        fields = {field.name for field in column_type.value_type}
+        return "chat" if any(fields.issuperset(keys) for keys in _CHAT_KEYS) else None
     return None
 
 
@@ -157,20 +176,29 @@ def _infer_type(values: list[Any]) -> pa.DataType:
     except unreadable:
         if any(isinstance(value, str) for value in values):
             return pa.string()
-        usable = (
-            value for value in values if isinstance(value, list) and value and all(type(item) is int for item in value)
-        )
+        lists = [value for value in values if isinstance(value, list) and value]
+        for keys in _CHAT_KEYS:
+            if any(_is_message(item, keys) for value in lists for item in value):
+                return pa.list_(pa.struct([(key, pa.string()) for key in keys]))
+        ids = (value for value in lists if all(type(item) is int for item in value))
         try:
-            return pa.array([next(usable, None)]).type
+            return pa.array([next(ids, None)]).type
         except unreadable:
             return pa.null()
 
 
+def _is_message(item: Any, keys: tuple[str, str]) -> bool:
+    return isinstance(item, dict) and all(key in item for key in keys)
+
+
 def _refusal(schema: pa.Schema, kinds: dict[str, Kind], wanted: str | None, dataset: str) -> str:
     if wanted is None:
-        problem = f"has no column named {', '.join(TOKEN_COLUMNS + TEXT_COLUMNS)} that holds text or token ids"
+        names = ", ".join(TOKEN_COLUMNS + TEXT_COLUMNS + CHAT_COLUMNS)
+        problem = f"has no column named {names} that holds text, token ids or conversations"
     elif wanted in schema.names:
-        problem = f"column {wanted!r} holds {schema.field(wanted).type}, wanted text or lists of token ids"
+        problem = (
+            f"column {wanted!r} holds {schema.field(wanted).type}, wanted text, lists of token ids or conversations"
+        )
     else:
         problem = f"has no column {wanted!r}"
     near = difflib.get_close_matches(wanted, schema.names, n=2, cutoff=0.5) if wanted else []
@@ -180,17 +208,39 @@ def _refusal(schema: pa.Schema, kinds: dict[str, Kind], wanted: str | None, data
     return "\n".join([f"{dataset}: {problem}. Its columns are:", *lines, f"To go on, {step}"])
 
 
-def read_row(row: Row, column: Column) -> str | list[int] | BadRow:
-    """Return the text or the token ids that a row holds, or why it holds none."""
+def read_row(row: Row, column: Column) -> str | list[int] | Conversation | BadRow:
+    """Return the text, the token ids or the conversation that a row holds, or why it holds none."""
     if isinstance(row, BadRow):
         return row
     value = row.get(column.name)
+    if column.kind == "chat":
+        return _read_messages(value, column.name)
     if column.kind == "text" and isinstance(value, str):
         return value if value.isascii() else _check_text(value)
     if column.kind == "tokens" and isinstance(value, list) and all(type(token) is int for token in value):
         return _mask_ids(value, row, column) if column.masks else value
     wanted = "text" if column.kind == "text" else "a list of whole numbers"
     return BadRow(f"holds {_show(value)} in column {column.name!r}, wanted {wanted}")
+
+
+def _read_messages(value: Any, name: str) -> Conversation | BadRow:
+    """Return the messages of a conversation as chat templates want them."""
+    if not isinstance(value, list) or not value:
+        return BadRow(f"holds {_show(value)} in column {name!r}, wanted a conversation")
+    messages: list[Message] = []
+    for number, item in enumerate(value, start=1):
+        keys = next((keys for keys in _CHAT_KEYS if _is_message(item, keys)), None)
+        if keys is None:
+            return BadRow(f"holds {item!r:.60} as message {number} in column {name!r}, wanted a role and a content")
+        who, said = item[keys[0]], item[keys[1]]
+        if not isinstance(who, str) or not (isinstance(said, str) or (said is None and item.get("tool_calls"))):
+            return BadRow(f"holds {item!r:.60} as message {number} in column {name!r}, wanted a role and a text")
+        if isinstance(said, str) and isinstance(checked := _check_text(said), BadRow):
+            return checked
+        # `datasets` gives each message every key that another one has, as nothing
+        others = {key: one for key, one in item.items() if key not in keys and one is not None}
+        messages.append({"role": _ROLES.get(who, who) if keys[0] == "from" else who, "content": said, **others})
+    return Conversation(messages)
 
 
 def _mask_ids(ids: list[int], row: dict[str, Any], column: Column) -> list[int] | BadRow:

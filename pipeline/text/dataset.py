@@ -117,7 +117,7 @@ def _find_column(examples: Any, settings: TextSettings) -> tuple[Column, list[Ro
         if not good:
             raise TextError(f"{settings.dataset}: its first {len(rows)} rows are no rows: the first {rows[0].reason}")
         column = choose_column(infer_schema(good), settings.column, settings.dataset)
-    if column.kind == "text":
+    if column.kind != "tokens":
         return column, []
     beside = [] if column.text is None else [column.text]
     rows = list(examples.select_columns([*column.names, *beside]).take(MIN_WINDOW))

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 
 from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.text.columns import Message
 from tailrace.pipeline.text.holdout import FIRST_DOCUMENTS, FirstChoices, HoldoutRule
 from tailrace.pipeline.text.reading import FIRST_RELEASE, Reading, choose_reading
 from tailrace.pipeline.text.settings import CapturedContexts, RowMask
@@ -231,12 +232,13 @@ class ContextSource:
         state: JSON | None = None,
         vocabulary_size: int | None = None,
         reading: Reading = FIRST_RELEASE,
+        tokenize_chat: Callable[[list[Message]], list[int]] | None = None,
     ) -> None:
         if context_length < 2:
             raise SettingsError(f"context_length is {context_length}; wanted at least 2, for BOS and one token")
         self.finished: Literal["targets", "dataset"] | None = None
         self._stream = documents
-        self._tokenize = tokenize
+        self._tokenize, self._tokenize_chat = tokenize, tokenize_chat
         self._packer = Packer(context_length, bos_token_id, separator_token_id, reading)
         self._holdout = holdout
         self._row_mask = row_mask
@@ -267,9 +269,10 @@ class ContextSource:
                 f"use at most {model.max_context_length}"
             )
         reading = reading or choose_reading(settings, model, documents)
+        is_markup = reading.special_tokens == "markup"
         return cls(
             documents,
-            lambda texts: model.tokenize(texts, is_markup=reading.special_tokens == "markup"),
+            lambda texts: model.tokenize(texts, is_markup=is_markup),
             context_length=settings.context_length,
             bos_token_id=model.bos_token_id,
             separator_token_id=model.separator_token_id,
@@ -279,6 +282,7 @@ class ContextSource:
             state=state,
             vocabulary_size=model.d_vocab,
             reading=reading,
+            tokenize_chat=lambda messages: model.tokenize_chat(messages, is_markup=is_markup),
         )
 
     def _load(self, state: JSON | None) -> None:
@@ -433,11 +437,40 @@ class ContextSource:
     def _token_arrays(self, documents: list[Document]) -> list[DocumentTokens]:
         if self._stream.kind == "tokens":
             return [self._fit(document) for document in documents]
+        if self._stream.kind == "chat":
+            return [self._write_chat(document) for document in documents]
         tokenized = self._tokenize([document.text or "" for document in documents]) if documents else []
         return [
-            DocumentTokens(document.index, self._check_text(document.index, tokens), document.problem)
+            DocumentTokens(document.index, self._check_ordinary(document.index, tokens), document.problem)
             for document, tokens in zip(documents, tokenized, strict=True)
         ]
+
+    def _write_chat(self, document: Document) -> DocumentTokens:
+        """Return a conversation as the model's chat template writes it, without the boundaries that packing adds."""
+        assert self._tokenize_chat is not None, "conversations come with a tokenizer's template"
+        if document.messages is None:
+            return DocumentTokens(document.index, NOTHING.tokens, document.problem)
+        try:
+            ids = self._tokenize_chat(document.messages)
+        except TextError as error:
+            return self._pass_over(document, f"is no conversation for this model's chat template: {error}")
+        return DocumentTokens(document.index, self._packer.strip_boundaries(self._check_text(document.index, ids)))
+
+    def _fit(self, document: Document) -> DocumentTokens:
+        """Return a pre-tokenised document as it is packed; raise TextError, or note it, if it should be a context."""
+        tokens = check_token_ids(document.index, document.tokens or [], self._vocabulary_size)
+        if misfit := self._packer.misfit(tokens):
+            return self._pass_over(document, misfit, "; or read every row as a document with --token-rows documents")
+        return DocumentTokens(document.index, self._packer.strip_boundaries(tokens), document.problem)
+
+    def _pass_over(self, document: Document, problem: str, other_step: str = "") -> DocumentTokens:
+        """Return a row that turned out to be no document as a bad row; raise TextError unless they are passed over."""
+        if not self._stream.skips_bad_rows:
+            raise TextError(
+                f"{self._stream.name}: document {document.index} {problem}. Pass over such rows with --on-bad-row skip"
+                + other_step
+            )
+        return DocumentTokens(document.index, NOTHING.tokens, f"document {document.index}: {problem}")
 
     def _check_text(self, document: int, ids: list[int]) -> np.ndarray:
         """Return the token ids of a text; raise TextError if the model has no embedding for one of them."""
@@ -450,6 +483,11 @@ class ContextSource:
                 f"embedding for: its ids are 0 to {limit - 1}. Leave the document out{step}, or give the model an "
                 "embedding (resize_token_embeddings)"
             )
+        return tokens
+
+    def _check_ordinary(self, document: int, ids: list[int]) -> np.ndarray:
+        """Return the token ids of a text; warn once if letters can only be read as a token that means a boundary."""
+        tokens = self._check_text(document, ids)
         if self._packer.reading.special_tokens == "text" and not self._has_warned:
             boundary = np.isin(tokens, (self._packer.bos_token_id, self._packer.separator_token_id))
             if boundary.any():
@@ -460,18 +498,6 @@ class ContextSource:
                     *(self._stream.name, document, tokens[boundary][0]),
                 )
         return tokens
-
-    def _fit(self, document: Document) -> DocumentTokens:
-        """Return a pre-tokenised document as it is packed; raise TextError, or note it, if it should be a context."""
-        tokens = check_token_ids(document.index, document.tokens or [], self._vocabulary_size)
-        if (misfit := self._packer.misfit(tokens)) is None:
-            return DocumentTokens(document.index, self._packer.strip_boundaries(tokens), document.problem)
-        if not self._stream.skips_bad_rows:
-            raise TextError(
-                f"{self._stream.name}: document {document.index} {misfit}. Pass over such rows with --on-bad-row skip, "
-                "or read every row as a document with --token-rows documents"
-            )
-        return DocumentTokens(document.index, NOTHING.tokens, f"document {document.index}: {misfit}")
 
     def _count(self, split: str, documents: Sequence[DocumentTokens], contexts: Contexts, partial: Partial) -> None:
         """Count the documents of a batch, which became these contexts and left this partial one."""

@@ -35,6 +35,9 @@ class Reading(NamedTuple):
     separator_after_bos: bool = True
     """Whether the separator of a document that just fits its context begins the next, after the BOS."""
 
+    chat_template: str = ""
+    """Digest of the template that conversations are written by."""
+
     @classmethod
     def from_json(cls, packing: Mapping[str, Any]) -> Self:
         """Return what an artifact recorded under ``packing``."""
@@ -59,17 +62,28 @@ def choose_reading(
 ) -> Reading:
     """Return how ``documents`` are read: as ``recorded`` of what is gone on with, else as settings and first rows say.
 
-    Raises TextError if a setting does not suit them, or if the text beside token ids has other ids.
+    Raises TextError if a setting does not suit them, or if the text beside token ids has other ids, and ModelError if
+    they are conversations and the tokenizer has no template for them.
     """
+    template = model.chat_template_digest if documents.kind == "chat" else ""
     if recorded is not None:
         reading = Reading.from_json(recorded)
-    elif documents.kind == "text":
+        if reading.chat_template != template:
+            raise TextError(
+                f"{documents.name}: its conversations were written by another chat template than this tokenizer's; use "
+                "the tokenizer that was used before, or begin anew at another --out"
+            )
+    elif documents.kind != "tokens":
         if settings.token_rows != "auto":
             raise TextError(
                 f"{documents.name}: --token-rows is for token ids, and column {documents.column.name!r} holds text; "
                 "leave it out"
             )
-        reading = Reading(special_tokens=settings.special_tokens, separator_after_bos=_may_follow_bos(model))
+        reading = Reading(
+            special_tokens=settings.special_tokens,
+            separator_after_bos=_may_follow_bos(model),
+            chat_template=template,
+        )
     else:
         _compare_with_text(documents, model)
         reading = _read_token_rows(settings, model, documents)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from tailrace.pipeline.text.columns import BadRow, Column, Kind, Row, read_row
+from tailrace.pipeline.text.columns import BadRow, Column, Conversation, Kind, Message, Row, read_row
 from tailrace.pipeline.text.files import TextFiles, describe_text_files
 from tailrace.pipeline.text.json_rows import JsonExamples
 from tailrace.pipeline.text.settings import MIN_WINDOW
@@ -67,18 +67,20 @@ Result = TypeVar("Result")
 
 
 class Document(NamedTuple):
-    """One document: its index in the dataset's own order, and either its text or its token ids, or why it has none."""
+    """One document: its index in the dataset's own order, and its text, token ids or messages, or why it has none."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which no document needs
     text: str | None
     tokens: list[int] | None
     problem: str | None = None
     """File, row and reason of a bad row that is passed over."""
+    messages: list[Message] | None = None
 
     @property
     def weight(self) -> int:
         """Memory it takes, counted in characters."""
-        return len(self.text or "") + _TOKEN_WEIGHT * len(self.tokens or ())
+        said = sum(len(message["content"] or "") for message in self.messages or ())
+        return len(self.text or "") + said + _TOKEN_WEIGHT * len(self.tokens or ())
 
 
 class DocumentStream:
@@ -114,7 +116,7 @@ class DocumentStream:
 
     @property
     def kind(self) -> Kind:
-        """Whether documents are texts or token ids."""
+        """Whether documents are texts, token ids or conversations."""
         return self.column.kind
 
     def honour(self, masks: tuple[str, ...]) -> None:
@@ -222,6 +224,8 @@ class DocumentReader:
             return Document(index, value, None)
         if isinstance(value, list):
             return Document(index, None, value)
+        if isinstance(value, Conversation):
+            return Document(index, None, None, messages=value.messages)
         examples = self._stream.examples
         if self._stream.skips_bad_rows:
             if not self._stream.has_skipped:

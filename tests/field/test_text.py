@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -106,7 +108,7 @@ def test_state_of_an_older_cache_goes_on_at_its_document(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{n}"} for n in range(20)])
     shuffled = open_text(tmp_path, shuffle_window=16)
     expected = list(shuffled)[16:]
-    # As written by datasets 4.4 for the state after 16 of these documents.
+    # As `datasets` 5.2 writes its state after 16 of these documents.
     arrow = {"shard_idx": 0, "shard_example_idx": 20, "type": "ArrowExamplesIterable"}
     rebatched = {
         "examples_iterable": arrow,
@@ -554,3 +556,108 @@ def test_model_without_a_tokenizer_caches_token_ids(tmp_path):
     chosen = cache_settings(model=str(model), **{**given, "dataset": str(tmp_path / "b.jsonl")})
     with pytest.raises(ModelError, match=r"has no tokenizer .tokenizer.json., so it reads token ids only"):
         cache.run(chosen, output=tmp_path / "text", **HERE)
+
+
+# Conversations
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'tool' %}{{ raise_exception('no role ' + message.role) }}{% endif %}"
+    "[{{ message.role }}] {{ message.content }}\n{% endfor %}{{ eos_token }}"
+)
+CHATS = [
+    [{"role": "user", "content": "the law?"}, {"role": "assistant", "content": f"of the land, {number}"}]
+    for number in range(40)
+]
+SHAREGPT = [
+    [{"from": {"user": "human", "assistant": "gpt"}[one["role"]], "value": one["content"]} for one in chat]
+    for chat in CHATS
+]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(TINY_LM, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def read_texts(made, split="train"):
+    """Return what the contexts of a cache spell, without the BOS of each."""
+    vocabulary, train = made.vocabulary(), made.split(split)
+    tokens = train.context_tokens(np.arange(train.n_contexts))[:, 1:].ravel()
+    return "".join(vocabulary[token] for token in tokens)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(("column", "chats"), [("messages", CHATS), ("conversations", SHAREGPT)])
+def test_conversations_are_written_by_the_chat_template(tmp_path, chat_model, column, chats, suffix):
+    path = tmp_path / f"a{suffix}"
+    rows = [{"id": number, column: chat} for number, chat in enumerate(chats)]
+    write_jsonl(path, rows) if suffix == ".jsonl" else Dataset.from_list(rows).to_parquet(path)
+    chosen = cache_settings(
+        model=str(chat_model), dataset=str(path), tokens="all", holdout="0", shuffle_window=0, layers="0"
+    )
+    made = cache.run(chosen, output=tmp_path / "made", **HERE).cache
+    end = made.vocabulary()[0]
+    said = "".join(f"[user] the law?\n[assistant] of the land, {number}\n{end}" for number in range(40))
+    read = read_texts(made).replace(end, "")
+    assert len(read) > 1000
+    assert said.replace(end, "").startswith(read)
+    assert made.manifest.text["column"] == column
+    assert made.manifest.packing["chat_template"].startswith("sha256:")
+
+
+def test_names_of_special_tokens_in_a_message_are_letters(chat_model):
+    tokenizer = ModelTokenizer(AutoTokenizer.from_pretrained(chat_model), name="chat", d_vocab=4096)
+    chat = [{"role": "user", "content": "a <|endoftext|> b"}]
+    assert tokenizer.tokenize_chat(chat, is_markup=False).count(0) == 2  # the template's own BOS and EOS
+    assert tokenizer.tokenize_chat(chat, is_markup=True).count(0) == 3
+
+
+def test_date_that_a_template_writes_is_the_same_on_every_day(chat_model):
+    made = AutoTokenizer.from_pretrained(chat_model)
+    made.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    tokenizer = ModelTokenizer(made, name="chat", d_vocab=4096)
+    vocabulary = tokenizer.vocabulary()
+    ids = tokenizer.tokenize_chat(CHATS[0], is_markup=False)
+    assert "".join(vocabulary[token] for token in ids).startswith("01 Jan 2025<|endoftext|>[user] the law?")
+
+
+BAD_CHATS = {
+    "[]": "holds [] in column 'messages', wanted a conversation",
+    '[{"role": "user"}]': "as message 1 in column 'messages', wanted a role and a content",
+    '[{"role": "user", "content": 5}]': "as message 1 in column 'messages', wanted a role and a text",
+    '[{"role": "user", "content": "\\ud83d"}]': "holds half a character",
+    "null": "holds nothing (null) in column 'messages', wanted a conversation",
+}
+
+
+@pytest.mark.parametrize("chat", BAD_CHATS)
+def test_row_that_is_no_conversation_is_a_bad_row(tmp_path, chat):
+    good = json.dumps({"messages": CHATS[0]})
+    path = write_lines(tmp_path / "a.jsonl", [good, f'{{"messages": {chat}}}', good])
+    with pytest.raises(TextError, match=re.escape(BAD_CHATS[chat])):
+        list(open_text(path))
+    assert [document.messages for document in open_text(path, on_bad_row="skip")] == [CHATS[0], None, CHATS[0]]
+
+
+def test_conversation_that_the_template_refuses_is_named_and_a_model_without_a_template_is_refused(
+    tmp_path, chat_model
+):
+    rows = [{"messages": chat} for chat in CHATS]
+    rows[7] = {"messages": [{"role": "tool", "content": "x"}]}
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    chosen = cache_settings(
+        model=str(chat_model), dataset=str(path), tokens=300, holdout="0", shuffle_window=0, layers="0"
+    )
+    with pytest.raises(TextError, match=r"document 7 is no conversation for this model's chat template: no role tool"):
+        cache.run(chosen, output=tmp_path / "made", **HERE)
+    made = cache.run(chosen.model_copy(update={"on_bad_row": "skip"}), output=tmp_path / "made", **HERE).cache
+    assert made.manifest.packing["bad_rows"] == [
+        "document 7: is no conversation for this model's chat template: no role tool"
+    ]
+    without = chosen.model_copy(update={"model": str(TINY_LM)})
+    with pytest.raises(ModelError, match=r"has no chat template to write conversations by"):
+        cache.run(without, output=tmp_path / "without", **HERE)

@@ -37,7 +37,7 @@ def test_refusal_lists_columns_with_types_and_what_would_work():
         choose(body=pa.string(), label=pa.int64(), messages=pa.list_(pa.struct({"role": pa.string()})))
     assert str(refused.value).splitlines() == [
         "corpus: has no column named tokens, input_ids, text, content, document, raw_content, article, passage, "
-        "sentence that holds text or token ids. Its columns are:",
+        "sentence, messages, conversations, conversation that holds text, token ids or conversations. Its columns are:",
         "  body: string",
         "  label: int64",
         "  messages: list<item: struct<role: string>>",
@@ -51,7 +51,9 @@ def test_misspelt_column_suggests_the_near_one():
 
 
 def test_column_of_another_type_is_refused():
-    with pytest.raises(TextError, match=r"column 'label' holds int64, wanted text or lists of token ids"):
+    with pytest.raises(
+        TextError, match=r"column 'label' holds int64, wanted text, lists of token ids or conversations"
+    ):
         choose("label", text=pa.string(), label=pa.int64())
 
 
