@@ -146,9 +146,15 @@ def check_feature(run: LinearisedRun, layer: int, feature: int) -> None:
 def _check_transcoded(run: LinearisedRun, position: int) -> None:
     if not bool(run.transcoded[position]):
         raise SettingsError(
-            f"token {position}: transcoders do not stand in there (it is the BOS, which they were never trained on); "
-            "choose a later token"
+            f"token {position}: transcoders do not stand in there (they were never trained on "
+            f"{'the BOS, at position 0' if position == 0 else 'tokens like it'}); choose another, "
+            f"such as one of {_some(torch.nonzero(run.transcoded).flatten().tolist())}"
         )
+
+
+def _some(positions: Sequence[int]) -> str:
+    shown = ", ".join(map(str, positions[:4])) or "none, in so short a prompt"
+    return f"{shown}, …" if len(positions) > 4 else shown
 
 
 def _check_below(run: LinearisedRun, layer: int) -> None:

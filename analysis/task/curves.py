@@ -36,10 +36,19 @@ class Task:
         """Return (prompts,) float64: the metric of each prompt with ``substitutes`` in place."""
         return torch.cat(
             [
-                self.metric.part(part)(forward(self.bridge, prompts, substitutes=substitutes, where=self._where))
+                self.metric.part(part)(
+                    forward(self.bridge, prompts, substitutes=substitutes, where=self._part_of_where(part, prompts))
+                )
                 for part, prompts in self.prompts.batches(self._batch)
             ]
         )
+
+    def _part_of_where(self, part: slice, prompts: Prompts) -> Tensor | None:
+        """Return ``where`` of some prompts; one row, or one column, is for all."""
+        if self._where is None:
+            return None
+        rows = self._where if len(self._where) == 1 else self._where[part]
+        return rows[:, : prompts.tokens.shape[1]]
 
 
 Coders = Mapping[Site, FeatureCoder]

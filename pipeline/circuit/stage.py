@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tailrace.analysis.circuits import documents
 from tailrace.analysis.circuits.attribution_graph import AttributionGraph, GraphSettings, build_graph, top_logits
@@ -28,7 +29,8 @@ from tailrace.analysis.circuits.run import LinearisedRun
 from tailrace.analysis.circuits.viewer import viewer_document
 from tailrace.analysis.dashboards.values import PART
 from tailrace.pipeline.artifacts.manifests import CircuitManifest
-from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, open_tables, open_transcoders
+from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_of, open_tables, open_transcoders
+from tailrace.pipeline.cache.learnt_rows import LearntTokens
 from tailrace.pipeline.cache.recorded_model import explained_passes
 from tailrace.pipeline.circuit.cards import read_cards
 from tailrace.pipeline.circuit.page import features_shown, render_page
@@ -138,7 +140,8 @@ def _answer(
     dtype = None if settings.dtype == "recorded" else settings.dtype
     opened = open_transcoder_model([one.path for one in transcoders], model=model, device=device, dtype=dtype)
     asked = _Asked(opened, question, settings, keep)
-    asked.run_on({site: layer for one in transcoders for site, layer in one.load().items()})
+    coders = {site: layer for one in transcoders for site, layer in one.load().items()}
+    asked.run_on(coders, LearntTokens(layers_of(transcoders), opened)(torch.tensor([asked.ids]))[0])
     return asked
 
 
@@ -155,14 +158,15 @@ class _Asked:
         asked = question.logit_difference or ((question.logit,) if question.logit is not None else ())
         self._logits = token_ids(model, asked)
 
-    def run_on(self, transcoders: dict[Any, Any]) -> None:
-        """Run the model and find everything out."""
+    def run_on(self, transcoders: dict[Any, Any], transcoded: Tensor) -> None:
+        """Run the model and find everything out; transcoders stand in at the tokens ``transcoded`` (T,)."""
         with explained_passes(1):
             run = record_run(
                 self.model.bridge,
                 read_weights(self.model),
                 transcoders,
                 torch.tensor(self.ids),
+                transcoded=transcoded,
                 allow_opaque=self.settings.missing_layers == "opaque",
             )
         root = self._root(run)

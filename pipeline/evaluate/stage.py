@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tailrace.analysis.evaluate.evaluation import (
@@ -25,7 +29,14 @@ from tailrace.analysis.evaluate.evaluation import (
 from tailrace.analysis.evaluate.splice_scores import SpliceScore
 from tailrace.pipeline.analyze.stage import check_same_site
 from tailrace.pipeline.artifacts.manifests import EvaluationManifest
-from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_by_site, layers_of, open_transcoders
+from tailrace.pipeline.artifacts.transcoders import (
+    PublishedTranscoder,
+    TranscoderLayer,
+    layers_by_site,
+    layers_of,
+    open_transcoders,
+)
+from tailrace.pipeline.cache.learnt_rows import LearntContexts, LearntTokens
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared.compute import Compute
@@ -75,6 +86,7 @@ def run(
 
     def make(path: Path) -> Made:
         recorded = open_recorded_model(opened, model=model, device=compute.device)
+        recorded = _only_learnt(recorded, layers_of(given))
         groups = {name: _open_spliced(recorded, one) for name, one in _named(given, ALL_SITES).items()}
         evaluation = Evaluation(recorded.bridge, groups)
         rows = _evaluate(evaluation, recorded, split, settings, compute.quiet)
@@ -96,6 +108,22 @@ def read_result(path: Path) -> EvaluateResult:
     """Return what a published evaluation says. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
     records = EvaluationManifest.read(path).scores
     return EvaluateResult(path, {record["name"]: SpliceScore.from_record(record) for record in records})
+
+
+def _only_learnt(recorded: RecordedModel, layers: Sequence[TranscoderLayer]) -> RecordedModel:
+    """Return the model with outputs replaced where the cache has rows and each of ``layers`` has learnt.
+
+    A transcoder that does not record its rows is replaced where the cache has some.
+    """
+    known = [layer for layer in layers if LearntContexts.of(layer.manifest) is not None]
+    if not known:
+        return recorded
+    learnt = LearntTokens(known, recorded.model)
+
+    def mask(tokens: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(recorded.row_mask(tokens) & learnt(torch.from_numpy(tokens)).numpy())
+
+    return replace(recorded, row_mask=mask)
 
 
 def _check_fit(cache: ActivationCache, transcoders: Sequence[PublishedTranscoder]) -> list[PublishedTranscoder]:

@@ -64,8 +64,8 @@ def page(scores: Scores) -> str:
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f'</head><body><main><h1>{title}</h1><p class="note">Site {html.escape(scores.site)}, float32. Every context '
-        "begins with BOS, which is not scored. Colours are by value over the largest absolute value of the page, "
-        f"{scores.largest():.4g}.</p>"
+        "begins with BOS; grey tokens are not scored. Colours are by value over the largest absolute value of the "
+        f"page, {scores.largest():.4g}.</p>"
     ]
     for number, text in enumerate(scores.texts, start=1):
         parts.append(f"<section><h2>Text {number}</h2>" if len(scores.texts) > 1 else "<section>")
@@ -88,7 +88,7 @@ def _coloured(scores: Scores, text: ScoredText, column: int) -> str:
     for token, value in zip(text.tokens, text.values[:, column].tolist(), strict=True):
         shown = html.escape(token or PART).replace("\n", "⏎\n")
         if math.isnan(value):
-            spans.append(f'<span class="bos" title="BOS, not scored">{shown}</span>')
+            spans.append(f'<span class="bos" title="not scored">{shown}</span>')
         else:
             spans.append(f'<span style="background:{colour(value, largest)}" title="{value:.4g}">{shown}</span>')
     note = feature_note(scores, feature)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tailrace.analysis.text_scores import feature_scores, strongest_features
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_by_site, open_tables, open_transcoders
+from tailrace.pipeline.cache.learnt_rows import LearntTokens
 from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.shared.compute import Compute
@@ -45,9 +46,9 @@ class ScoredText:
     """The text of every token, the BOS of each context among them."""
     token_ids: list[int]
     is_scored: NDArray[np.bool_]
-    """(tokens,) false for each BOS."""
+    """(tokens,) false where a transcoder has not learnt, such as at each BOS."""
     values: NDArray[np.float32]
-    """(tokens, features) the activations; NaN for each BOS."""
+    """(tokens, features) the activations; NaN where nothing is scored."""
     strongest: list[list[tuple[int, float]]]
     """For each token the strongest features with their activations, where no feature was asked for; else empty."""
 
@@ -128,7 +129,13 @@ def run(
         language_model = open_transcoder_model([one.path for one in given], model=model, device=compute.device)
         length = _context_length(context_length, language_model)
         hooks = [layer.site.hook_in for layer in layers]
-        read = [_read(text, language_model, hooks, length) for text in texts]
+        learnt = LearntTokens(layers, language_model)
+        read = [_read(text, language_model, hooks, length, learnt) for text in texts]
+        if not any(text.is_scored.any() for text in read):
+            raise TextError(
+                f"no token of the texts is of a kind that {transcoder} has learnt from (its manifest's `packing` says "
+                "which); give longer texts"
+            )
         scores = _score(read, layers, asked, raw, top, transcoder.name, device)
     mentioned = {feature for text in scores.texts for row in text.strongest for feature, _ in row}
     mentioned.update(scores.features)
@@ -180,23 +187,25 @@ def _context_length(wanted: int | None, model: LanguageModel) -> int:
     return min(CONTEXT_LENGTH, longest) if wanted is None else wanted
 
 
-def _read(text: str, model: LanguageModel, hooks: Sequence[str], length: int) -> _ReadText:
+def _read(text: str, model: LanguageModel, hooks: Sequence[str], length: int, learnt: LearntTokens) -> _ReadText:
     """Run the model on a text, a context at a time, as far as the last layer's input."""
     [[bos, *ids]] = model.prompt_tokens([text])
     if not ids:
         raise TextError(f"the text {text!r} has no token; give one that is not empty")
     vocabulary = model.vocabulary()
     all_ids: list[int] = []
+    is_scored: list[NDArray[np.bool_]] = []
     inputs: list[list[Tensor]] = [[] for _ in hooks]
     for start in range(0, len(ids), length - 1):
         context = [bos, *ids[start : start + length - 1]]
-        captured = model.capture(torch.tensor([context]), [SiteHooks(hook, hook, hook) for hook in hooks])
+        tokens = torch.tensor([context])
+        is_scored.append(learnt(tokens)[0].numpy())
+        captured = model.capture(tokens, [SiteHooks(hook, hook, hook) for hook in hooks])
         for own, hook in zip(inputs, hooks, strict=True):
-            own.append(captured[hook][0, 1:].float().clone())  # the next capture may use the same memory
+            own.append(captured[hook][0][is_scored[-1]].float().clone())  # the next capture may use the same memory
         all_ids += context
-    is_scored = np.arange(len(all_ids)) % length != 0
-    tokens = join_characters([vocabulary[token] for token in all_ids])
-    return _ReadText(tokens, all_ids, is_scored, [torch.cat(own) for own in inputs])
+    texts = join_characters([vocabulary[token] for token in all_ids])
+    return _ReadText(texts, all_ids, np.concatenate(is_scored), [torch.cat(own) for own in inputs])
 
 
 def _score(

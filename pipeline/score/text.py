@@ -20,17 +20,20 @@ def show(scores: Scores) -> str:
         lines = _columns(scores, text) if scores.is_chosen else _strongest(scores, text)
         parts.append("\n".join([*heading, *lines]))
     what = "pre-activations" if scores.is_raw else "activations"
-    parts.append(f"{what} of {scores.transcoder} ({scores.site}), float32; every context begins with BOS, unscored (–)")
+    parts.append(
+        f"{what} of {scores.transcoder} ({scores.site}), float32; every context begins with BOS; – where it has not "
+        "learnt, such as there"
+    )
     return "\n\n".join(parts) + "\n"
 
 
 def as_json(scores: Scores) -> dict[str, Any]:
-    """Return scores as JSON values; the BOS has null."""
+    """Return scores as JSON values; null where nothing is scored."""
     return {
         "transcoder": scores.transcoder,
         "site": scores.site,
         "values": "pre-activation" if scores.is_raw else "activation",
-        "bos": "prepended to every context; not scored (null)",
+        "bos": "prepended to every context; null where the transcoder has not learnt, such as there",
         "features": [{**scores.record(feature), **scores.about.get(feature, {})} for feature in scores.features],
         "texts": [_text_as_json(scores, text) for text in scores.texts],
     }

@@ -2,7 +2,7 @@
 
 Prompts with correct and incorrect answers are run with the transcoder in place of its MLP; features are ranked by how
 much they vary over the prompts, kept a few at a time, and left out one by one. MLP neurons are ranked and kept the same
-way, to compare with. Outputs are replaced everywhere but at the BOS, in every run alike.
+way, to compare with. Outputs are replaced at the tokens that the transcoder has learnt from, in every run alike.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tailrace.analysis.weights.stream import write_point
 from tailrace.analysis.weights.unembedding import logit_effects
 from tailrace.pipeline.artifacts.manifests import TaskManifest
 from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_by_site, open_transcoders
+from tailrace.pipeline.cache.learnt_rows import LearntTokens
 from tailrace.pipeline.model.checks import has_neurons
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
@@ -124,34 +125,49 @@ class _Work:
         self.metric = CorrectMinusIncorrect(read.correct, read.incorrect)
         self._settings, self._model, self._read, self._quiet = settings, model, read, quiet
         self._prompts = pad_prompts(read.tokens, model.device)
-        self._task = Task(model.bridge, self._prompts, self.metric, batch=settings.prompts_per_batch)
         self._weights = _weights_if_readable(model)
 
     @torch.inference_mode()
     def write(self, path: Path, transcoders: Sequence[PublishedTranscoder]) -> Made:
         """Measure everything and write it into the directory ``path``."""
-        curves, ranking = [_curve(None, MODEL, None, self._task.scores())], []
+        curves, ranking = [_curve(None, MODEL, None, self._task_of(None).scores())], []
         for one in transcoders:
             coders = {site: coder.to(self._model.device) for site, coder in one.load().items()}
-            found = self._measure(one.name, coders)
+            found = self._measure(one, coders)
             curves += found[0]
             ranking += found[1]
         return _write(path, self._model, self.metric.tokens, self._read, curves, ranking)
 
-    def _measure(self, name: str, coders: dict[Site, Transcoder]) -> tuple[list[Curve], list[Ranked]]:
+    def _task_of(self, transcoder: PublishedTranscoder | None) -> Task:
+        """Return the task with outputs replaced where a transcoder has learnt, in every run alike."""
+        where = None
+        if transcoder is not None:
+            where = LearntTokens(transcoder.layers, self._model)(self._prompts.tokens)
+            ends = self._prompts.at_last(where)
+            if not bool(ends.all()):
+                logger.warning(
+                    "%s: %d of %d prompts end at a token that it has not learnt from; there the model's own output "
+                    "stays, and its features are ranked by what they would be",
+                    *(transcoder.path, int((~ends).sum()), len(ends)),
+                )
+        return Task(self._model.bridge, self._prompts, self.metric, where=where, batch=self._settings.prompts_per_batch)
+
+    def _measure(
+        self, transcoder: PublishedTranscoder, coders: dict[Site, Transcoder]
+    ) -> tuple[list[Curve], list[Ranked]]:
         """Return curves and ranking of one transcoder, given as its layers."""
-        batch = self._settings.prompts_per_batch
+        name, task, batch = transcoder.name, self._task_of(transcoder), self._settings.prompts_per_batch
         features = rank_by_variance(last_activations(self._model.bridge, self._prompts, coders, batch))
         in_place = {site: Transcoded(coder) for site, coder in coders.items()}
-        curves = [_curve(name, TRANSCODER, None, self._task.scores(in_place))]
+        curves = [_curve(name, TRANSCODER, None, task.scores(in_place))]
         order = features.order.tolist()
         counts = [count for count in self._settings.kept if count <= len(order)]
         for count in self._shown(counts, f"{name}: features kept"):
-            scores = keep_top_features(self._task, coders, order, [count])[0]
+            scores = keep_top_features(task, coders, order, [count])[0]
             curves.append(_curve(name, FEATURES, count, scores))
         shown = order[: max([*counts, self._settings.leave_out])]
         without = {
-            feature: float(leave_one_out(self._task, coders, [feature])[0].mean())
+            feature: float(leave_one_out(task, coders, [feature])[0].mean())
             for feature in self._shown(order[: self._settings.leave_out], f"{name}: features left out")
         }
         sizes = {site: coder.d_sae for site, coder in coders.items()}
@@ -166,7 +182,7 @@ class _Work:
             varied = rank_by_variance(last_neurons(self._model.bridge, self._prompts, hooks, batch))
             order = varied.order.tolist()
             for count in self._shown([n for n in self._settings.kept if n <= len(order)], f"{name}: neurons kept"):
-                scores = keep_top_neurons(self._task, list(neurons.values()), order, [count])[0]
+                scores = keep_top_neurons(task, list(neurons.values()), order, [count])[0]
                 curves.append(_curve(name, NEURONS, count, scores))
             owners = {own: site for site, own in neurons.items()}
             for rank, neuron in enumerate(order[: len(shown)]):

@@ -141,8 +141,10 @@ class CacheSource:
         return {"cache": self.cache.reference}
 
     def description(self) -> dict[str, Any]:
-        """Return the cache's identity and its model's."""
-        return {"inputs": {"cache": self.cache.reference}, "model": self.cache.manifest.model}
+        """Return the cache's identity, its model's, and how its contexts and rows were made."""
+        packing = self.cache.manifest.packing
+        described = {"inputs": {"cache": self.cache.reference}, "model": self.cache.manifest.model}
+        return {**described, "packing": packing} if packing else described
 
     @contextmanager
     def open(self, sites: Sequence[Site], draft: Path) -> Iterator[CachedRows]:  # noqa: ARG002

@@ -8,6 +8,7 @@ import math
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,14 @@ from safetensors.torch import load_file, save_file
 from tailrace.analysis.evaluate.recovered import recorded_share
 from tailrace.analysis.evaluate.splice_scores import Outcome, SpliceScore
 from tailrace.pipeline.cache import stage, verify
+from tailrace.pipeline.cache.learnt_rows import LearntTokens
 from tailrace.pipeline.cache.recorded_model import open_recorded_model
 from tailrace.pipeline.circuit import question
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.circuit.settings import CircuitSettings
+from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.command import show_scores
+from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.live.batches import LiveBatches, Opening
 from tailrace.pipeline.model.language_model import LanguageModel, PairingCheck, load_language_model
 from tailrace.pipeline.model.loading import choose_dtype, loaded_files
@@ -30,11 +36,15 @@ from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.score import stage as score
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.task import prompts
+from tailrace.pipeline.task import stage as task
+from tailrace.pipeline.task.settings import TaskSettings
 from tailrace.pipeline.train.runs_table import FINISHED, RunOutcome
+from tailrace.pipeline.train.sources import CacheSource
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import checksum_file, digest
 from tailrace.storage.encodings import FLOAT16_NORMAL, RELATIVE_ERROR, relative_error
-from tailrace.storage.errors import ModelError, TextError
+from tailrace.storage.errors import ModelError, SettingsError, TextError
+from tailrace.storage.tables import read_table
 from tests.support.cache_jobs import (
     HERE,
     Job,
@@ -277,3 +287,108 @@ def test_typed_bos_is_not_doubled_by_any_command(tmp_path, layer_transcoder):
     for nothing in ("", bos):
         with pytest.raises(TextError, match="has no token"):
             score.run([nothing], transcoder=layer_transcoder, features=[0], **on_model)
+
+
+# Tokens that a transcoder has not learnt from (case 43)
+
+PROMPT = "the people of the government have the power"
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory):
+    """A folder with transcoders of both layers that were trained without the first four positions, and two caches."""
+    folder = tmp_path_factory.mktemp("late")
+    cache = run_cache(folder / "cache", layers="all", tokens=100, first_position=4).cache
+    run_cache(folder / "everywhere", layers="all", tokens=100)
+    packing = CacheSource(cache.path, batch_rows=8, order_seed=0, device=torch.device("cpu")).description()["packing"]
+    for layer in range(2):
+        coder = random_transcoder(seed=layer)
+        publish_transcoder(folder / f"t/{layer}", cache, f"layer{layer}", coder, {"packing": packing})
+    return folder
+
+
+def learnt(manifest, tokens, special=()):
+    layer: Any = SimpleNamespace(path="transcoder", manifest={"inputs": {}, **manifest})
+    model: Any = SimpleNamespace(special_token_ids=special)
+    return LearntTokens([layer], model)(torch.tensor([tokens]))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("exclude", "first", "expected"),
+    [
+        ("bos", 0, [0, 1, 1, 1, 1]),
+        ("none", 0, [1, 1, 1, 1, 1]),
+        ("special", 0, [0, 1, 0, 1, 1]),
+        ("bos", 3, [0, 0, 0, 1, 1]),
+    ],
+)
+def test_every_filter_of_rows_is_read_from_a_manifest(exclude, first, expected):
+    rows = {"exclude": exclude, "first_position": first}
+    of_cache = {"packing": {"context_length": 16, "row_filter": rows}}
+    of_live = {"inputs": {"live": {"packing": {"context_length": 16, **rows}}}}
+    for manifest in (of_cache, of_live):
+        assert learnt(manifest, [9, 5, 9, 6, 7], special=(9,)) == [bool(one) for one in expected]
+
+
+def test_manifest_without_the_record_is_taken_for_all_but_the_bos_and_said_so(caplog):
+    assert learnt({}, [9, 5, 6]) == [False, True, True]
+    assert "transcoder: which tokens it learnt from is not recorded" in caplog.text
+    caplog.clear()
+    packing = {"context_length": 2, "row_filter": {"exclude": "bos", "first_position": 0}}
+    assert learnt({"packing": packing}, [9, 5, 6]) == [False, True, True]
+    assert "learnt from contexts of 2, so positions from 2 on are new" in caplog.text
+
+
+def test_score_leaves_out_what_was_not_learnt(late):
+    scores = score.run([PROMPT], transcoder=late / "t", model=str(model_folder()), compute=Compute(threads=1))
+    assert scores.texts[0].is_scored.tolist() == [position >= 4 for position in range(9)]
+    with pytest.raises(TextError, match="no token of the texts is of a kind that"):
+        score.run(["the people"], transcoder=late / "t", model=str(model_folder()), compute=Compute(threads=1))
+
+
+def test_circuit_has_the_models_own_mlp_where_nothing_was_learnt(tmp_path, late):
+    def ask(token):
+        asked = question.Question(PROMPT, token, feature=(1, 3))
+        transcoders, output, model = [late / "t"], tmp_path / str(token), str(model_folder())
+        settings = CircuitSettings(node_threshold=1.0, edge_threshold=1.0)
+        return circuit.run(settings, asked, transcoders=transcoders, output=output, model=model).document
+
+    with pytest.raises(SettingsError, match=r"token 1: transcoders do not stand in .* one of 4, 5, 6, 7, …"):
+        ask(1)
+    tokens: dict[str, set[int]] = {}
+    for node in ask(5)["attribution_graph"]["nodes"]:
+        tokens.setdefault(node["kind"], set()).add(node["token"])
+    assert tokens["feature"] <= {4, 5}
+    assert tokens["mlp"] <= {0, 1, 2, 3}
+
+
+def test_task_replaces_only_where_a_transcoder_has_learnt(tmp_path, late, caplog):
+    texts = ["the people of", "of the people", PROMPT]
+    lines = [{"prompt": text, "correct": ["the"], "incorrect": ["of"]} for text in texts]
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = task.run(
+        TaskSettings(kept=(0,), leave_out=0),
+        prompts=file,
+        transcoders=[late / "t/0"],
+        model=str(model_folder()),
+        output=tmp_path / "task",
+        compute=Compute(threads=1, quiet=True),
+    )
+    plain, *replaced = (curve.scores for curve in made.curves)
+    assert len(replaced) == 3
+    for scores in replaced:
+        assert scores[:2] == pytest.approx(plain[:2], abs=1e-5)
+        assert scores[2] != pytest.approx(plain[2], abs=1e-3)
+    assert "2 of 3 prompts end at a token that it has not learnt from" in caplog.text
+
+
+def test_evaluation_replaces_only_where_the_transcoders_have_learnt(tmp_path, late):
+    for name in ("cache", "everywhere"):
+        settings = EvaluateSettings(contexts=4, split="train")
+        compute = Compute(threads=1, quiet=True)
+        made = evaluate.run(
+            settings, transcoders=[late / "t"], cache=late / name, output=tmp_path / name, compute=compute
+        )
+        rows = read_table(made.path / "tokens.parquet", ["position", "replaced"]).to_pylist()
+        assert {row["position"] for row in rows if row["replaced"]} == set(range(4, 15))

@@ -72,6 +72,8 @@ class _TranscoderManifest(DerivedManifest):
     """Features that read a layer."""
     architecture: AnyArchitecture
     normalisation: dict[str, JSON] = Field(default_factory=dict)
+    packing: dict[str, JSON] = Field(default_factory=dict)
+    """How the contexts and rows of the cache it was trained on were made; empty where that is not recorded."""
     precision: str | None = None
     metrics: Metrics
     origin: Origin | None = None

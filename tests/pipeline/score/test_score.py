@@ -298,7 +298,7 @@ def test_a_page_shows_every_token_escaped_with_its_value() -> None:
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 2 + 2 + 1  # text, table, promoted tokens
     assert '<span style="background:#ff8c00" title="2">' in page
-    assert '<span class="bos" title="BOS, not scored">' in page
+    assert '<span class="bos" title="not scored">' in page
     assert '<td class="n">–</td>' in page
     assert "<h2>" not in page  # a number says nothing of the only text
 
