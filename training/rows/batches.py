@@ -24,11 +24,27 @@ EVALUATION_SEED = 0
 """Decides which rows a partial held-out evaluation reads; the same for every run, so that runs compare."""
 
 
-class Batch(NamedTuple):
-    """Matching rows of a site: ``inputs (rows, d_in)`` and ``outputs (rows, d_out)``, float32 on the device."""
-
+class _Sides(NamedTuple):
     inputs: Tensor
     outputs: Tensor
+
+
+class Batch(_Sides):
+    """Matching rows of a site: ``inputs (rows, d_in)`` and ``outputs (rows, d_out)``, float32 on the device.
+
+    Raises ValueError for any other shapes: of (contexts, positions, width), a mean over rows is one over contexts.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, inputs: Tensor, outputs: Tensor) -> Self:
+        """Refuse what is not rows."""
+        if not inputs.ndim == outputs.ndim == 2 or len(inputs) != len(outputs):
+            raise ValueError(
+                f"inputs {tuple(inputs.shape)} and outputs {tuple(outputs.shape)} are no batch: wanted as many rows of "
+                "both, (rows, width); flatten contexts and positions into rows"
+            )
+        return super().__new__(cls, inputs, outputs)
 
 
 SiteBatches = Mapping[str, Batch]

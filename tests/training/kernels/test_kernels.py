@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import jaxtyping
@@ -278,3 +279,13 @@ def test_rounding_rows_is_torchs_and_measures_what_it_takes() -> None:
     assert torch.equal(rounded.values, rows.bfloat16())
     torch.testing.assert_close(rounded.norms, rows.norm(dim=1))
     torch.testing.assert_close(rounded.lost, (rows - rows.bfloat16().float()).norm(dim=1))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [((2, 3, 8), (2, 3, 4)), ((6, 8), (5, 4)), ((8,), (4,))])
+def test_what_is_not_rows_is_no_batch(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+    """Of (contexts, positions, width), an L1 penalty counted positions times over."""
+    with pytest.raises(ValueError, match="flatten contexts and positions into rows"):
+        Batch(torch.zeros(inputs), torch.zeros(outputs))
+    both = Batch(torch.zeros(6, 8), torch.ones(6, 4))
+    assert [tuple(side.shape) for side in both] == [(6, 8), (6, 4)]
+    assert pickle.loads(pickle.dumps(both)).outputs.sum() == 24
