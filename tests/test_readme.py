@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import yaml
 
@@ -26,6 +27,8 @@ from tailrace.pipeline.cli import COMMANDS, cli
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
+from tailrace.training.architectures import ReLU
+from tailrace.training.dead_features.auxiliary import Ghost
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.notebooks import NOTEBOOKS, code_cells
 from tests.support.paths import DOCS, ROOT, SPEECHES
@@ -262,8 +265,28 @@ def test_every_page_is_in_the_sites_menu() -> None:
     assert {str(path.relative_to(DOCS)) for path in (*SITE, *GENERATED)} == listed
 
 
-def test_example_files_are_valid_settings() -> None:
+def test_the_example_files_are_the_reference_run() -> None:
+    """`train_transcoder.py` of the original: every figure of it, as our settings mean it."""
     examples = ROOT / "docs" / "examples"
     cached = CacheSettings.read_file(examples / "gpt2-layer8-cache.yaml")
+    assert (cached.model, cached.processing, cached.dataset) == ("gpt2", "compatibility", "Skylion007/openwebtext")
+    (hooks,) = cached.hooks
+    assert hooks.endswith("blocks.8.ln2.hook_normalized:blocks.8.hook_mlp_out")
+    assert (cached.tokens, cached.context_length, cached.contexts_per_batch) == (60_000_000, 128, 32)
+    assert cached.row_mask(cached.context_length)(np.zeros((1, 128), np.int64)).all()  # position 0, the BOS, too
     trained = TrainSettings.read_file(examples / "gpt2-layer8-train.yaml")
-    assert (cached.tokens, trained.rows, trained.architecture.kind) == (60_000_000, 60_000_000, "relu")
+    relu, ghost = trained.architecture, trained.auxiliary
+    assert isinstance(relu, ReLU)
+    assert isinstance(ghost, Ghost)
+    assert (relu.l1, relu.input_bias, relu.tied_bias, relu.skip, relu.tanh_scale) == (1.4e-4, True, False, False, None)
+    assert (trained.n_features(768), trained.batch_rows) == (24_576, 4096)
+    assert trained.n_steps(60_000_000, 14_648) == 14_649  # until 60 million are reached
+    schedule = trained.build_schedule(14_649)
+    lrs = [trained.lr * schedule.factor(step) for step in (0, 2499, 4999, 5000, 14_648)]
+    assert lrs == pytest.approx([4e-4 / 5000, 2e-4, 4e-4, 4e-4, 4e-4])
+    assert (trained.reconstruction, trained.normalisation, trained.optimiser) == ("reference", "none", "adam")
+    assert (trained.gradient_clip, trained.ema, trained.max_norm_multiple) == (None, None, None)
+    assert (trained.bias_init, trained.encoder_init, trained.encoder_scale) == ("mean", "kaiming", 1)
+    assert (ghost.ghost_rescale, trained.dead_after_steps, trained.resampling.kind) == ("elementwise", 5000, "none")
+    assert (trained.feature_sampling_window, trained.dead_feature_threshold, trained.snapshots) == (1000, 1e-8, 3)
+    assert trained.without_effect(14_649) == []
