@@ -16,7 +16,15 @@ from types import ModuleType
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from tailrace.storage.errors import SettingsError
 
@@ -74,6 +82,17 @@ class Settings(BaseModel):
     """Settings that people change first; they come before all headings."""
     retired: ClassVar[Mapping[str, Retired]] = {}
     """Former names of settings; docs/contributing.md, *How a setting is retired*."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Settings that came after a release and by default change nothing: recorded only where they are not the default,
+    so that what was made or begun before is still the same request."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_later(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                values.pop(name, None)
+        return values
 
     @model_validator(mode="before")
     @classmethod

@@ -288,6 +288,10 @@ def _one_site_problems(settings: TrainSettings, site: Site) -> list[str]:
         problems += settings.architecture.problems(settings.n_features(site.d_in))
     if settings.architecture.skip and site.hook_in == site.hook_out:
         problems.append("architecture.skip: an autoencoder's outputs are its inputs, which a linear path would copy")
+    if getattr(settings.architecture, "tied_bias", False) and site.hook_in != site.hook_out:
+        problems.append(
+            f"architecture.tied_bias: is for autoencoders, and site {site.name} has another input than output"
+        )
     return problems
 
 

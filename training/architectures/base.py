@@ -61,7 +61,8 @@ class Block(NamedTuple):
 class Transcoder(nn.Module, ABC):
     """From an MLP's input to its output through sparse features; an autoencoder if both are the same activations.
 
-    ``b_dec``, subtracted from the inputs, exists only in training and only where the architecture asks for it.
+    ``b_dec``, subtracted from the inputs, exists only in training and only where the architecture asks for it; with
+    ``tied_bias``, ``b_dec_out`` is subtracted instead.
     ``W_skip`` is a linear path past the features (Paulo et al. 2025, "Transcoders beat sparse autoencoders").
     """
 
@@ -78,6 +79,9 @@ class Transcoder(nn.Module, ABC):
     W_skip: nn.Parameter | None
     """(d_out, d_in) or None."""
 
+    tied_bias: bool = False
+    """Whether the output bias is subtracted from the inputs too; never once folded."""
+
     activation_unit: float = 1.0
     """The objective's: activations are divided by it before a sparsity term or a bandwidth counts them."""
 
@@ -89,6 +93,11 @@ class Transcoder(nn.Module, ABC):
         self.b_dec_out = nn.Parameter(torch.zeros(d_out))
         self.register_parameter("b_dec", nn.Parameter(torch.zeros(d_in)) if input_bias else None)
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_out, d_in)) if skip else None)
+
+    @property
+    def input_bias(self) -> Tensor | None:
+        """What is subtracted from the inputs, (d_in,)."""
+        return self.b_dec_out if self.tied_bias else self.b_dec
 
     @property
     def d_in(self) -> int:
@@ -119,10 +128,11 @@ class Transcoder(nn.Module, ABC):
         """Return b_enc − W_enc b_dec, (d_sae,)."""
         # Subtracting b_dec from every row would cost a sixth matrix product in the backward pass; as part of the bias
         # its gradient is a column sum and a matrix-vector product.
-        if self.b_dec is None:
+        taken_off = self.input_bias
+        if taken_off is None:
             return self.b_enc
         with torch.autocast(self.W_enc.device.type, enabled=False):
-            return self.b_enc - self.W_enc @ self.b_dec
+            return self.b_enc - self.W_enc @ taken_off
 
     def pre_activations_of(
         self, features: Int[Tensor, " n"], inputs: Float[Tensor, "*rows d_in"]
@@ -130,8 +140,8 @@ class Transcoder(nn.Module, ABC):
         """Return the pre-activations of features, given by index, alone."""
         rows = self.W_enc.index_select(0, features)
         bias = self.b_enc.index_select(0, features)
-        if self.b_dec is not None:
-            bias = bias - rows @ self.b_dec
+        if (taken_off := self.input_bias) is not None:
+            bias = bias - rows @ taken_off
         return F.linear(inputs, rows, bias)
 
     def encode(self, inputs: Float[Tensor, "*rows {self.d_in}"]) -> Float[Tensor, "*rows {self.d_sae}"]:
@@ -242,9 +252,9 @@ class Transcoder(nn.Module, ABC):
         exactly = normalisation.to(torch.device("cpu"), torch.float64)
         W_enc = raw.W_enc.double() * (exactly.scale_out / exactly.scale_in)
         b_enc = raw.b_enc.double() * exactly.scale_out - W_enc @ exactly.mean_in
-        if raw.b_dec is not None:
-            b_enc -= W_enc @ (raw.b_dec.double() * exactly.scale_in)
-            raw.b_dec = None
+        if (taken_off := raw.input_bias) is not None:
+            b_enc -= W_enc @ (taken_off.double() * exactly.scale_in)
+            raw.b_dec, raw.tied_bias = None, False
         b_dec_out = exactly.restore(raw.b_dec_out.double())
         if raw.W_skip is not None:
             W_skip = raw.W_skip.double() * (exactly.scale_out / exactly.scale_in)
@@ -260,7 +270,7 @@ class Transcoder(nn.Module, ABC):
     def take_folded(self, raw: Transcoder, normalisation: AnyNormalisation) -> None:
         """Take over the weights of a published transcoder of the same shape: the inverse of ``folded``.
 
-        An input bias starts at zero, whatever it was before folding.
+        An input bias starts at zero, whatever it was before folding, or at the output bias if they are tied.
         """
         assert isinstance(normalisation, Normalisation), "rows are those of one layer"
         exactly = normalisation.to(torch.device("cpu"), torch.float64)
@@ -274,6 +284,9 @@ class Transcoder(nn.Module, ABC):
             self.W_skip.copy_(W_skip * (exactly.scale_in / exactly.scale_out))
         self.W_dec.copy_(source.W_dec)
         self.b_dec_out.copy_(exactly.outputs(b_dec_out))
+        if self.tied_bias:  # what is taken off the inputs now, the folded encoder bias had
+            b_enc = (source.b_enc.double() + W_enc @ exactly.mean_in) / exactly.scale_out
+            self.b_enc.copy_(b_enc + self.W_enc.double() @ self.b_dec_out.double())
         source.scale_activations(1 / exactly.scale_out)
         if self.b_dec is not None:
             self.b_dec.zero_()

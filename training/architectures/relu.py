@@ -20,7 +20,9 @@ class ReLUTranscoder(Transcoder):
     """
 
     def __init__(self, d_in: int, d_out: int, d_sae: int, *, settings: ReLU) -> None:
-        super().__init__(d_in, d_out, d_sae, input_bias=settings.input_bias, skip=settings.skip)
+        own_bias = settings.input_bias and not settings.tied_bias
+        super().__init__(d_in, d_out, d_sae, input_bias=own_bias, skip=settings.skip)
+        self.tied_bias = settings.tied_bias
         self._settings = settings
         self.l1 = settings.l1
 

@@ -5,7 +5,7 @@ To add one: a class here, its name in ``AnyArchitecture``, and a file named by i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -92,8 +92,12 @@ class JumpReLU(Architecture):
 class ReLU(Architecture):
     """ReLU with an l1 or tanh penalty."""
 
+    later: ClassVar = ("tied_bias",)
+
     kind: Literal["relu"] = "relu"
     input_bias: bool = True
+    tied_bias: bool = False
+    """Subtract the output bias from the inputs, instead of a bias of its own, as the original's autoencoders do."""
     l1: float = Field(default=0.05, ge=0)
     """Weight of the summed activations in the loss; higher gives fewer active features."""
     l1_warmup_steps: int = Field(default=0, ge=0)

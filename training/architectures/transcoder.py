@@ -75,7 +75,7 @@ def load_transcoder(path: Path | str, weights: str = WEIGHTS) -> Transcoder:
     manifest = TranscoderManifest.read(path)
     with weights_as_described(path / weights):
         transcoder = manifest.architecture.build(manifest.site.d_in, manifest.site.d_out, manifest.d_sae)
-        transcoder.b_dec = None
+        transcoder.b_dec, transcoder.tied_bias = None, False
         transcoder.load_state_dict(load_file(path / weights))
     return transcoder.eval().requires_grad_(False)
 

@@ -118,7 +118,7 @@ class SparseEntries(Entries):
         self.pairs = pairs
         self.reductions = reductions
         self.n_rows = pairs.n_rows
-        self.pre = _Encode.apply(pre, transcoder.W_enc, transcoder.b_enc, transcoder.b_dec, inputs, pairs)  # type: ignore[no-untyped-call]
+        self.pre = _Encode.apply(pre, transcoder.W_enc, transcoder.b_enc, transcoder.input_bias, inputs, pairs)  # type: ignore[no-untyped-call]
         self._features = torch.from_numpy(pairs.features)
 
     def at(self, per_feature: Tensor) -> Tensor:

@@ -220,6 +220,8 @@ def cross_layer_problems(settings: TrainSettings, sites: Sequence[Site]) -> list
         problems.append("auxiliary: ghost is for transcoders of one layer; use auxk")
     if settings.connection.kind != "none":
         problems.append("connection: is for transcoders of one layer; leave it out")
+    if getattr(architecture, "tied_bias", False):
+        problems.append("architecture.tied_bias: is for autoencoders; leave it out")
     plain = TrainSettings()
     problems += [
         f"{name}: a cross-layer transcoder is trained with {getattr(plain, name)!r} only; leave it out"

@@ -28,7 +28,9 @@ from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
 from tailrace.training.architectures.objectives import Objective, ReferenceObjective, VarianceObjective
 from tailrace.training.architectures.relu import ReLUTranscoder
 from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.sparse import SparseStep
 from tailrace.training.loop.initialise import initialise, random_directions
+from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.normalisation import Normalisation
 
@@ -81,6 +83,51 @@ GOLDEN = Batch(torch.tensor([[1.0, 1.0], [2.0, -1.0]]), torch.tensor([[3.0, 4.0]
 def close(found: Tensor | None, wanted: list[list[float]] | list[float]) -> bool:
     assert found is not None
     return torch.allclose(found, torch.tensor(wanted), atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [DenseStep, SparseStep])
+def test_a_tied_autoencoder_has_the_originals_loss_and_gradients(kernel: type[DenseStep] | type[SparseStep]) -> None:
+    """One bias, taken off the inputs and added to the outputs, written out as the original code computes it."""
+    coder = random_transcoder(ReLU(l1=0.3, tied_bias=True), 6, 6, 20)
+    rows = random_tensor(90, 40, 6)
+    W_enc, b_enc, W_dec, b_dec = (
+        value.detach().clone().requires_grad_() for value in (coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec_out)
+    )
+    acts = ((rows - b_dec) @ W_enc.T + b_enc).relu()
+    errors = (acts @ W_dec + b_dec - rows) ** 2 / rows.norm(dim=1, keepdim=True)
+    loss = errors.mean() + 0.3 * acts.sum(1).mean()
+    loss.backward()
+    found = kernel()(coder, Batch(rows, rows), ReferenceObjective())
+    assert [name for name, _ in coder.named_parameters()] == ["W_enc", "b_enc", "W_dec", "b_dec_out"]
+    assert float(found.losses["loss"]) == pytest.approx(loss.item(), rel=1e-12)
+    for mine, theirs in zip(coder.parameters(), (W_enc, b_enc, W_dec, b_dec), strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_tied_autoencoder_is_folded_and_taken_up_again() -> None:
+    architecture = ReLU(tied_bias=True)
+    coder = random_transcoder(architecture, 6, 6, 20)
+    mean = torch.full((6,), 0.5, dtype=torch.float64)
+    units = Normalisation(mean, 2.0, mean, 2.0)
+    rows = random_tensor(91, 40, 6)
+    raw = coder.folded(units)
+    assert not raw.tied_bias
+    torch.testing.assert_close(units.outputs(raw(rows)), coder(units.inputs(rows)))
+    again = random_transcoder(architecture, 6, 6, 20)
+    again.take_folded(raw, units)
+    torch.testing.assert_close(again(rows), coder(rows))
+    chosen = torch.tensor([3, 7])
+    torch.testing.assert_close(coder.pre_activations_of(chosen, rows), coder.pre_activations(rows)[:, chosen])
+
+
+def test_a_later_setting_is_recorded_only_where_it_is_used() -> None:
+    assert "tied_bias" not in ReLU().model_dump(mode="json")
+    assert ReLU(tied_bias=True).model_dump(mode="json")["tied_bias"] is True
+    assert "tied_bias" not in TrainSettings(architecture=ReLU()).model_dump(mode="json")["architecture"]
+    assert TrainSettings.read(TrainSettings(architecture=ReLU(tied_bias=True)).model_dump()).architecture == ReLU(
+        tied_bias=True
+    )
 
 
 def test_every_architecture_is_in_the_table_of_small_settings() -> None:

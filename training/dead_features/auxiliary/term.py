@@ -59,7 +59,8 @@ class DeadWeights(NamedTuple):
     def of(cls, transcoder: Transcoder, dead: Tensor) -> DeadWeights:
         """Return those of features (n_dead,), by index; their pre-activations are encoder x + bias."""
         encoder, bias = transcoder.W_enc.index_select(0, dead), transcoder.b_enc.index_select(0, dead)
-        return cls(encoder, bias if transcoder.b_dec is None else bias - encoder @ transcoder.b_dec)
+        taken_off = transcoder.input_bias
+        return cls(encoder, bias if taken_off is None else bias - encoder @ taken_off)
 
     def blocks(self, inputs: Tensor) -> Iterator[Tensor]:
         """Yield ``inputs`` (rows, d_in) in blocks, at least one, whose pre-activations take ``BLOCK_BYTES`` at most."""

@@ -130,7 +130,7 @@ class PeriodicResampler(ABC):
     def _replace(self, run: ResampledRun, features: Tensor, alive: Tensor, batch: Batch) -> None:
         """Give ``features`` (n,) new weights, each from a row of ``batch``, at the inputs and outputs of its block."""
         transcoder = run.transcoder
-        bias = transcoder.b_dec
+        bias = transcoder.input_bias
         centre = self._around.mean_in.to(batch.inputs) if bias is None else bias
         centred, targets = batch.inputs - centre, batch.outputs - self._around.mean_out.to(batch.outputs)
         missed = errors(run, batch) if self._settings.resample_decoder == "error" else None
