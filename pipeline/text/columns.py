@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -76,22 +76,24 @@ class Column(NamedTuple):
         return [self.name, *self.masks]
 
 
-def choose_column(schema: pa.Schema, wanted: str | None, dataset: str) -> Column:
+def choose_column(
+    schema: pa.Schema, wanted: str | None, dataset: str, first_rows: Callable[[], Sequence[Row]] = list
+) -> Column:
     """Return the column named ``wanted``, or else the first usable one of the customary names; token ids win.
 
     Raises TextError that lists every column with its type when ``wanted`` is absent or of another type, or when no
-    customary name is usable.
+    customary name is usable. It advises columns that hold text or token ids in ``first_rows``, never labels.
     """
     kinds: dict[str, Kind] = {field.name: kind for field in schema if (kind := kind_of(field.type)) is not None}
     if wanted is not None:
         if wanted in kinds:
             return Column(wanted, kinds[wanted], _masks(schema, kinds[wanted]))
-        raise TextError(_refusal(schema, kinds, wanted, dataset))
+        raise TextError(_refusal(schema, kinds, wanted, dataset, first_rows()))
     usable = [name for name in TOKEN_COLUMNS if kinds.get(name) == "tokens"]
     usable += [name for name in TEXT_COLUMNS if kinds.get(name) == "text"]
     usable += [name for name in CHAT_COLUMNS if kinds.get(name) == "chat"]
     if not usable:
-        raise TextError(_refusal(schema, kinds, None, dataset))
+        raise TextError(_refusal(schema, kinds, None, dataset, first_rows()))
     chosen, kind = usable[0], kinds[usable[0]]
     texts = [name for name in usable if kinds[name] == "text"] if kind == "tokens" else []
     if len(usable) > 1:
@@ -191,7 +193,9 @@ def _is_message(item: Any, keys: tuple[str, str]) -> bool:
     return isinstance(item, dict) and all(key in item for key in keys)
 
 
-def _refusal(schema: pa.Schema, kinds: dict[str, Kind], wanted: str | None, dataset: str) -> str:
+def _refusal(
+    schema: pa.Schema, kinds: dict[str, Kind], wanted: str | None, dataset: str, first_rows: Sequence[Row]
+) -> str:
     if wanted is None:
         names = ", ".join(TOKEN_COLUMNS + TEXT_COLUMNS + CHAT_COLUMNS)
         problem = f"has no column named {names} that holds text, token ids or conversations"
@@ -202,10 +206,34 @@ def _refusal(schema: pa.Schema, kinds: dict[str, Kind], wanted: str | None, data
     else:
         problem = f"has no column {wanted!r}"
     near = difflib.get_close_matches(wanted, schema.names, n=2, cutoff=0.5) if wanted else []
-    offers = [name for name in near if name in kinds] or list(kinds)
-    step = f"pass --column {' or --column '.join(offers)}" if offers else "choose another dataset"
+    readable = [
+        name
+        for name in kinds
+        if _is_like(kinds[name], [row.get(name) for row in first_rows if not isinstance(row, BadRow)])
+    ]
+    offers = [name for name in near if name in readable] or readable
+    other = "choose another dataset; no column here holds running text" if kinds else "choose another dataset"
+    step = f"pass --column {' or --column '.join(offers)}" if offers else other
     lines = [f"  {field.name}: {field.type}" for field in schema]
     return "\n".join([f"{dataset}: {problem}. Its columns are:", *lines, f"To go on, {step}"])
+
+
+def _is_like(kind: Kind, values: Sequence[Any]) -> bool:
+    """Return whether most values are running text or token ids, rather than labels, names, marks or masks."""
+    given = [value for value in values if value is not None]
+    if not given:
+        return not values
+    likely = 0
+    for value in given:
+        match kind, value:
+            case "text", str():
+                # scripts without spaces have few words; paths, addresses and digests are long and hold one
+                likely += len(value.split()) >= 5 or sum(not one.isascii() for one in value) >= 20
+            case "tokens", list():
+                likely += len(value) >= 8 and all(type(one) is int and one >= 0 for one in value) and max(value) > 1
+            case _:
+                likely += kind not in ("text", "tokens")
+    return 2 * likely > len(given)
 
 
 def read_row(row: Row, column: Column) -> str | list[int] | Conversation | BadRow:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -108,7 +109,8 @@ def _find_column(examples: Any, settings: TextSettings) -> tuple[Column, list[Ro
     Rows are returned only of token ids, of which types say too little.
     """
     if examples.features is not None:
-        column = choose_column(examples.features.arrow_schema, settings.column, settings.dataset)
+        schema, first = examples.features.arrow_schema, partial(_first_rows, examples)
+        column = choose_column(schema, settings.column, settings.dataset, first)
     else:
         rows = list(examples.take(MIN_WINDOW))
         if not rows:
@@ -116,12 +118,16 @@ def _find_column(examples: Any, settings: TextSettings) -> tuple[Column, list[Ro
         good = [row for row in rows if not isinstance(row, BadRow)]
         if not good:
             raise TextError(f"{settings.dataset}: its first {len(rows)} rows are no rows: the first {rows[0].reason}")
-        column = choose_column(infer_schema(good), settings.column, settings.dataset)
+        column = choose_column(infer_schema(good), settings.column, settings.dataset, lambda: good)
     if column.kind != "tokens":
         return column, []
     beside = [] if column.text is None else [column.text]
     rows = list(examples.select_columns([*column.names, *beside]).take(MIN_WINDOW))
     return learn_padding(column, rows), rows
+
+
+def _first_rows(examples: Any) -> list[Row]:
+    return list(examples.take(MIN_WINDOW))
 
 
 def find_commit(dataset: str, revision: str | None, sleep: Callable[[float], None]) -> str:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,7 +16,9 @@ from tailrace.analysis.circuits.roots import logit_root
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.files import find_text_files
+from tailrace.pipeline.text.settings import TextSettings
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.draft import Draft
@@ -113,3 +117,37 @@ def test_hooks_that_hold_what_the_mlp_reads_and_writes_are_its_hooks():
     raw, weights = tiny_model("gpt2", "raw", double=True)  # the norm's gain is between them there
     with pytest.raises(ModelError, match=r"blocks.0.ln2.hook_normalized to .* does not hold the input and output"):
         record_run(raw.bridge, weights, named, TOKENS)
+
+
+LABELS = {
+    "lang": ["code", "speech"],
+    "path": ["/data/corpus/part/000000000000000000000000.json", "s3://bucket/very/long/name/of/a/file.parquet"],
+    "labels": [[0, 1, 0], [1, 0, 0]],
+    "attention_mask": [[1] * 12, [1] * 12],
+    "targets": [[-100] * 9 + [7], [-100] * 10],
+}
+"""What stands beside text in datasets, and is none."""
+
+
+@pytest.mark.parametrize("column", [None, "turns"])
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_no_column_of_labels_is_advised(tmp_path, ending, column):
+    beside = {"turns": [[{"speaker": "a"}], [{"speaker": "b"}]]}
+    body = {"body": ["A text of some words that go on.", "這是一段沒有空格的文字用來說明沒有空格的文字也是文字"]}
+    ids = {"ids": [list(range(5, 15)), list(range(300, 312))]}
+
+    def advice(columns):
+        path = tmp_path / f"{'-'.join(columns)[:20]}.{ending}"
+        table = pa.table({**columns, **beside})
+        if ending == "parquet":
+            pq.write_table(table, path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        settings = TextSettings(dataset=str(path), column=column)
+        with pytest.raises(TextError) as refused:
+            open_documents(settings, 0)
+        return str(refused.value).splitlines()[-1]
+
+    assert advice(LABELS) == "To go on, choose another dataset; no column here holds running text"
+    assert advice({**LABELS, **body}) == "To go on, pass --column body"
+    assert advice({**ids, **LABELS}) == "To go on, pass --column ids"
