@@ -21,9 +21,8 @@ from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.pipeline.text.settings import TextSettings
-from tailrace.storage.null_laws import Groups, pair_moments
 from tailrace.storage.randomness import philox, random_permutation
-from tailrace.storage.shuffle_evidence import same_document_pairs
+from tailrace.storage.shuffle_evidence import Groups, pair_moments, same_document_pairs
 
 CONTEXT_LENGTH = 128
 BATCH_ROWS = 4096

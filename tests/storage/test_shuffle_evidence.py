@@ -11,18 +11,22 @@ import pytest
 
 from tailrace.storage import shuffle_evidence as module
 from tailrace.storage.errors import ArtifactCorrupt, SettingsError
-from tailrace.storage.null_laws import Groups, pair_moments, pearson_null, poisson_null, student_null
 from tailrace.storage.shuffle import EpochPlan, unit_permutation
 from tailrace.storage.shuffle_evidence import (
     EvidenceStatistic,
+    Groups,
     ShuffleEvidence,
     autocorrelation_z,
     block_counts,
     distinct_documents,
     kolmogorov_smirnov,
+    pair_moments,
+    pearson_null,
+    poisson_null,
     rank_correlation,
     same_document_pairs,
     shuffle_evidence,
+    student_null,
     successors,
 )
 
