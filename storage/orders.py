@@ -14,7 +14,7 @@ import numpy as np
 from tailrace.storage.artifact import MANIFEST, FileRecord, Manifest
 from tailrace.storage.cache_format import EPOCHS
 from tailrace.storage.layout import ArraySpec
-from tailrace.storage.scatter import read_run, read_sequential
+from tailrace.storage.memory import read_run, read_sequential
 from tailrace.storage.shard import open_shard, read_zarr, shard_errors
 from tailrace.storage.shuffle import EpochPlan, Run
 

@@ -30,9 +30,8 @@ from zarr.storage import LocalStore
 from tailrace.storage.artifact import FileRecord, discard, is_disk_refusal, make_directory, storage_refused
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.layout import ArraySpec, codec_of
-from tailrace.storage.memory import PAGE, aligned_rows, as_bytes
+from tailrace.storage.memory import PAGE, aligned_rows, as_bytes, read_sequential
 from tailrace.storage.names import temporary_path
-from tailrace.storage.scatter import read_sequential
 
 _BLOCK_BYTES = 8 << 20
 _EMPTY_CHUNK = 2**64 - 1

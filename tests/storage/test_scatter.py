@@ -12,9 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailrace.storage import scatter
-from tailrace.storage.memory import aligned_rows
-from tailrace.storage.scatter import read_run, read_sequential
+from tailrace.storage.memory import aligned_rows, read_run, read_sequential
 
 Preadv = Callable[[int, int, int, int], int]
 
