@@ -21,7 +21,7 @@ from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.artifact import canonical_json, read_json
 from tailrace.storage.cache_format import CacheFormat
 from tailrace.storage.cache_publish import write_file
-from tailrace.storage.context_blocks import ContextBlocks
+from tailrace.storage.cache_writer import ContextBlocks
 
 CHECKPOINT = "draft/packing.npz"
 

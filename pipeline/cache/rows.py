@@ -17,7 +17,7 @@ from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.cache_format import Site
-from tailrace.storage.context_blocks import ContextBlocks
+from tailrace.storage.cache_writer import ContextBlocks
 from tailrace.storage.errors import ActivationOverflow, NonFiniteActivation
 
 

@@ -57,8 +57,7 @@ from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import canonical_json
 from tailrace.storage.cache_format import KIND, SPLITS, VOCABULARY, CacheFormat, Site
 from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
-from tailrace.storage.cache_writer import remove_temporary_files
-from tailrace.storage.context_blocks import ContextBlocks
+from tailrace.storage.cache_writer import ContextBlocks, remove_temporary_files
 from tailrace.storage.draft import Draft, Lock
 from tailrace.storage.encodings import FLOAT16_NORMAL
 from tailrace.storage.errors import (

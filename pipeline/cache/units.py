@@ -34,8 +34,7 @@ from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.artifact import sync_directory
 from tailrace.storage.cache_format import SPLITS, CacheFormat, UnitRecord, unit_record_name
-from tailrace.storage.cache_writer import UnitBuffer, remove_temporary_files
-from tailrace.storage.context_blocks import ContextBlocks
+from tailrace.storage.cache_writer import ContextBlocks, UnitBuffer, remove_temporary_files
 
 _BATCHES_WAITING = 4
 

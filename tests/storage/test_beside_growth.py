@@ -14,7 +14,7 @@ from tailrace.storage.artifact import Manifest
 from tailrace.storage.cache_format import manifest_name
 from tailrace.storage.cache_publish import keep_superseded
 from tailrace.storage.cache_verify import verify_bytes
-from tailrace.storage.context_blocks import ContextBlocks
+from tailrace.storage.cache_writer import ContextBlocks
 from tailrace.storage.formats import Compression
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.memory import aligned_rows

@@ -127,8 +127,7 @@ def walk_to_a_cached_row() -> list[str]:
     from tailrace.pipeline.model.tokenizer import ModelTokenizer
     from tailrace.pipeline.text.packing import Packer
     from tailrace.pipeline.text.stream import DocumentReader
-    from tailrace.storage.cache_writer import UnitBuffer
-    from tailrace.storage.context_blocks import ContextBlocks
+    from tailrace.storage.cache_writer import ContextBlocks, UnitBuffer
     from tests.support.cache_jobs import model_folder, text_file
 
     steps: list[tuple[type, str]] = [
