@@ -19,9 +19,8 @@ from tailrace.analysis.circuits.operators import apply_norm, mix, norm_scale, wr
 from tailrace.analysis.circuits.run import ActiveFeatures, LayerRecord, LinearisedRun
 from tailrace.analysis.splice.hook_points import name_problem, observed
 from tailrace.analysis.weights.model_weights import AttentionWeights, LayerWeights, ModelWeights, Norm
-from tailrace.storage.cache_format import Site
+from tailrace.storage.cache_format import HookName, Site
 from tailrace.storage.errors import ModelError
-from tailrace.storage.hook_names import HookName
 from tailrace.training.architectures.transcoder import Transcoder
 
 _TOLERANCES = {torch.bfloat16: 1e-1, torch.float16: 3e-2}

@@ -27,9 +27,8 @@ from tailrace.analysis.harvest.table import record_batch
 from tailrace.analysis.splice.hook_points import observed
 from tailrace.analysis.splice.in_place import InPlaceSums, Measured
 from tailrace.analysis.splice.replacement import InPlaceCoder, MeanAblated, Substitute, ZeroAblated, run_replaced
-from tailrace.storage.cache_format import Site
+from tailrace.storage.cache_format import HookName, Site
 from tailrace.storage.errors import NonFiniteActivation
-from tailrace.storage.hook_names import HookName
 from tailrace.storage.tables import column
 
 ALL_SITES = "all sites"

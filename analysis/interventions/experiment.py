@@ -19,9 +19,8 @@ from tailrace.analysis.interventions.patching import Patch
 from tailrace.analysis.interventions.prompts import Prompts
 from tailrace.analysis.splice.hook_points import name_problem
 from tailrace.analysis.splice.replacement import Substitute
-from tailrace.storage.cache_format import Site
+from tailrace.storage.cache_format import HookName, Site
 from tailrace.storage.errors import ModelError, TextError
-from tailrace.storage.hook_names import HookName
 
 
 class PatchPlace(NamedTuple):

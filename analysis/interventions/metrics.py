@@ -11,9 +11,8 @@ from torch import Tensor
 
 from tailrace.analysis.interventions.forward import ForwardPass
 from tailrace.analysis.splice.replacement import weights_dtype
-from tailrace.storage.cache_format import Site
+from tailrace.storage.cache_format import HookName, Site
 from tailrace.storage.errors import ModelError
-from tailrace.storage.hook_names import HookName
 
 
 class Metric(ABC):

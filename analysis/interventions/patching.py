@@ -22,8 +22,8 @@ from torch import Tensor
 from tailrace.analysis.splice.hook_points import HookFunction, hooked, name_problem
 from tailrace.analysis.splice.passes import Passes, PassTokens, following_passes
 from tailrace.analysis.splice.replacement import tensor_in
+from tailrace.storage.cache_format import HookName
 from tailrace.storage.errors import ModelError
-from tailrace.storage.hook_names import HookName
 
 PlaceKind = Literal["resid_pre", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tailrace.storage.hook_names import HookName
+from tailrace.storage.cache_format import HookName
 
 _LEVELS = itertools.count(800_000_000)
 """Tells the hooks of one context from everybody else's, nested ones of ours included; far from TransformerLens's own

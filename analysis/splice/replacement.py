@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from tailrace.analysis.splice.hook_points import HookFunction, hooked, name_problem
 from tailrace.analysis.splice.passes import Passes, PassTokens, check_whole, following_passes
-from tailrace.storage.cache_format import Site
+from tailrace.storage.cache_format import HookName, Site
 from tailrace.storage.errors import ModelError
-from tailrace.storage.hook_names import HookName
 from tailrace.training.cross_layer.layers import StackedLayer
 
 EVERY_POSITION = torch.ones(1, 1, dtype=torch.bool)

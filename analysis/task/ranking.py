@@ -14,9 +14,8 @@ from torch import Tensor
 from tailrace.analysis.interventions.forward import forward
 from tailrace.analysis.interventions.prompts import Prompts
 from tailrace.analysis.splice.replacement import InPlaceCoder, weights_dtype
-from tailrace.storage.cache_format import Site
+from tailrace.storage.cache_format import HookName, Site
 from tailrace.storage.errors import TextError
-from tailrace.storage.hook_names import HookName
 
 
 @dataclass(frozen=True, eq=False)

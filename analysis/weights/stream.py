@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tailrace.analysis.weights.model_weights import IDENTITY, LayerWeights, ModelWeights, Norm
-from tailrace.storage.hook_names import HookName
+from tailrace.storage.cache_format import HookName
 
 _BLOCK_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 

@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tailrace.storage.cache_format import Site
-from tailrace.storage.hook_names import HookName
+from tailrace.storage.cache_format import HookName, Site
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.([^\[\]]+)")
 

@@ -28,8 +28,8 @@ from tailrace.pipeline.formats.foreign import (
     without_input_bias,
 )
 from tailrace.pipeline.formats.saelens import FORMER, KEYS
+from tailrace.storage.cache_format import HookName
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch
-from tailrace.storage.hook_names import HookName
 from tailrace.training.architectures import ReLU
 
 _CONFIGURATION = re.compile(r"(?:.*\.)?(?:sae_training|sae_lens)(?:\.[A-Za-z_0-9]+)*\.[A-Za-z_0-9]*Config")

@@ -46,7 +46,7 @@ from tailrace.pipeline.formats.hooks import MLP_IN, hooked_transformer_name, is_
 from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
 from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.artifact import Inputs
-from tailrace.storage.hook_names import HookName
+from tailrace.storage.cache_format import HookName
 from tailrace.training.architectures import Architecture, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import write_tensors
 

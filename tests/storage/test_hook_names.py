@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tailrace.storage.hook_names import HookName
+from tailrace.storage.cache_format import HookName
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,8 @@ from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
-from tailrace.storage.cache_format import Site
+from tailrace.storage.cache_format import HookName, Site
 from tailrace.storage.errors import ModelError
-from tailrace.storage.hook_names import HookName
 from tailrace.training.cross_layer.layers import StackedLayer, split_layers
 from tests.support.cross_layer_transcoders import random_cross_layer
 from tests.support.paths import ROOT
