@@ -14,7 +14,7 @@ import torch
 from benchmarks.harness import Contender, measure, processor_time
 from benchmarks.report import Report, parse_arguments
 from tailrace.storage.cache_format import Site
-from tailrace.storage.encodings import Side
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.choices import KernelKind
 from tailrace.training.loop.build import build_cross_layer_run, build_run

@@ -26,7 +26,7 @@ import torch
 from benchmarks.quality_peers import PeerRecipe, peer_predictor, train_dictionary_learning, write_rows
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.cache_format import Site
-from tailrace.storage.encodings import Side
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.architectures.transcoder import save_weights
 from tailrace.training.kernels.adaptive import resolve_precision

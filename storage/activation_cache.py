@@ -29,9 +29,8 @@ from tailrace.storage.cache_format import (
     split_path,
     superseded_path,
 )
-from tailrace.storage.encodings import Side
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
-from tailrace.storage.layout import ArraySpec
+from tailrace.storage.layout import ArraySpec, Side
 from tailrace.storage.names import folder_problem, inside
 from tailrace.storage.orders import Read
 from tailrace.storage.shard import read_rows

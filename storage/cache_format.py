@@ -20,9 +20,8 @@ from pydantic import Field, TypeAdapter, model_serializer
 from pydantic.dataclasses import dataclass
 
 from tailrace.storage.artifact import JSON, KEEPING, FileRecord, Manifest, Record
-from tailrace.storage.encodings import Encoding, Side
 from tailrace.storage.formats import ARTIFACT_FORMATS, Compression
-from tailrace.storage.layout import ArraySpec
+from tailrace.storage.layout import ArraySpec, Encoding, Side
 
 _ONE_HEAD = re.compile(r"([^\[\]]+?)\s*\[\s*([+-]?[0-9]+)\s*\]")
 

@@ -18,9 +18,8 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from tailrace.storage.encodings import Encoding
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.layout import ArraySpec
+from tailrace.storage.layout import ArraySpec, Encoding
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.orders import GatheredOrder, MaterialisedOrder, OrderedSplit, find_materialised
 from tailrace.storage.shuffle import EpochPlan, sample_prefix

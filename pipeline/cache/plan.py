@@ -14,7 +14,7 @@ from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.settings import CapturedContexts
 from tailrace.storage.cache_format import PROVENANCE, CacheFormat, Site
-from tailrace.storage.encodings import FLOAT16_NORMAL, column_scale_of
+from tailrace.storage.layout import FLOAT16_NORMAL, column_scale_of
 
 CHUNK_ROWS = 4096
 LARGEST_SHARD_ROWS = 262_144

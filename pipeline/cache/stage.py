@@ -59,7 +59,6 @@ from tailrace.storage.cache_format import KIND, SPLITS, VOCABULARY, CacheFormat,
 from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
 from tailrace.storage.cache_writer import ContextBlocks, remove_temporary_files
 from tailrace.storage.draft import Draft, Lock
-from tailrace.storage.encodings import FLOAT16_NORMAL
 from tailrace.storage.errors import (
     ActivationOverflow,
     ArtifactMismatch,
@@ -69,6 +68,7 @@ from tailrace.storage.errors import (
     SettingsError,
     TextError,
 )
+from tailrace.storage.layout import FLOAT16_NORMAL
 
 logger = logging.getLogger(__name__)
 

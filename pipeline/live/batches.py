@@ -37,8 +37,8 @@ from tailrace.pipeline.text.reading import choose_reading
 from tailrace.storage.artifact import JSON, digest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.differences import list_differences
-from tailrace.storage.encodings import Side
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.rows.batches import Batch
 

@@ -42,8 +42,8 @@ from tailrace.pipeline.model.sites import SiteHooks, head_problem
 from tailrace.pipeline.model.tokenizer import ModelTokenizer, number_tokens, open_tokenizer, read_stated_tokens
 from tailrace.storage.artifact import JSON, checksum_file, digest
 from tailrace.storage.cache_format import HookName
-from tailrace.storage.encodings import relative_error
 from tailrace.storage.errors import ActionableError, ModelError, OutOfMemoryError
+from tailrace.storage.layout import relative_error
 
 __all__ = ["LanguageModel", "PairingCheck", "SiteHooks", "load_language_model"]
 

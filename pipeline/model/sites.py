@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from tailrace.storage.cache_format import HookName, Site
-from tailrace.storage.encodings import Side
 from tailrace.storage.errors import ModelError
+from tailrace.storage.layout import Side
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LAYER_ITEM = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from tailrace.storage.activation_cache import ActivationCache
-from tailrace.storage.encodings import Side
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import MASSIVE_SHARE, SiteStatistics
 from tailrace.storage.tables import column, read_table, write_table
 from tailrace.training.architectures.transcoder import Transcoder

@@ -21,8 +21,8 @@ from tailrace.pipeline.model.sites import resolve_sites
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.storage.artifact import canonical_json, make_directory, read_json, write_atomically
 from tailrace.storage.cache_format import Site
-from tailrace.storage.encodings import Side
 from tailrace.storage.errors import ArtifactCorrupt, ModelError
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.architectures.manifest import CHECKPOINTS
 from tailrace.training.dead_features.resampling import NoResampling

@@ -18,8 +18,8 @@ import torch
 from tailrace.analysis.circuits.record import mlp_layer
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.cache_format import Site
-from tailrace.storage.encodings import Side
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.loop.build import cross_layer_problems
 from tailrace.training.loop.session import HeldoutBatches

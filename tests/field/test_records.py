@@ -42,8 +42,8 @@ from tailrace.pipeline.train.runs_table import FINISHED, RunOutcome
 from tailrace.pipeline.train.sources import CacheSource
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import checksum_file, digest
-from tailrace.storage.encodings import FLOAT16_NORMAL, RELATIVE_ERROR, relative_error
 from tailrace.storage.errors import ModelError, SettingsError, TextError
+from tailrace.storage.layout import FLOAT16_NORMAL, RELATIVE_ERROR, relative_error
 from tailrace.storage.tables import read_table
 from tests.support.cache_jobs import (
     HERE,

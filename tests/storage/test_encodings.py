@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tailrace.storage.bfloat16 import BFloat16, bits_to_float32, float32_to_bits
-from tailrace.storage.encodings import RELATIVE_ERROR, Encoding, column_scale_of
+from tailrace.storage.layout import RELATIVE_ERROR, Encoding, column_scale_of
 
 ALL_BITS = np.arange(2**16, dtype=np.uint16)
 

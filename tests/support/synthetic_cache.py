@@ -16,8 +16,8 @@ from tailrace.storage.bfloat16 import float32_to_bits
 from tailrace.storage.cache_format import SPLITS, VOCABULARY, CacheFormat, Site, pieces
 from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
 from tailrace.storage.cache_writer import UnitBuffer, write_context_block
-from tailrace.storage.encodings import column_scale_of
 from tailrace.storage.formats import Compression
+from tailrace.storage.layout import column_scale_of
 
 Rows = Callable[[np.ndarray, str], np.ndarray]
 """(row identity (n, 3) = split, context, position; key) → float32 rows (n, width)."""

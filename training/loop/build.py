@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tailrace.storage.cache_format import Site
-from tailrace.storage.encodings import Side
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import Objective, build_objective

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tailrace.storage.encodings import Side
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.choices import NormalisationKind
 from tailrace.training.rows.batches import Batch

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tailrace.storage.encodings import Side
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.row_source import RowSource

@@ -12,8 +12,8 @@ import torch
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.cache_verify import verify_bytes
-from tailrace.storage.encodings import RELATIVE_ERROR
 from tailrace.storage.formats import Compression
+from tailrace.storage.layout import RELATIVE_ERROR
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.statistics import as_float32
 from tests.support.cache_jobs import (

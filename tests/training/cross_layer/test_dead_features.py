@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tailrace.storage.cache_format import Site
-from tailrace.storage.encodings import Side
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.cross_layer.sparse import SparseStackStep

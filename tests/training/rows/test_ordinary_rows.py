@@ -15,8 +15,8 @@ from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.stage import TrainResult, run
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_format import Site
-from tailrace.storage.encodings import Side
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.run import TrainingRun
