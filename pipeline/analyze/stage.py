@@ -49,8 +49,7 @@ from tailrace.pipeline.shared.stage import Made, open_draft, publish_stage
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.cache_format import Site
-from tailrace.storage.differences import list_differences
-from tailrace.storage.draft import LOCK
+from tailrace.storage.draft import LOCK, list_differences
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.names import remove_temporary

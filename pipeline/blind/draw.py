@@ -27,7 +27,7 @@ from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.shared.stage import Made, publish_stage
 from tailrace.storage.artifact import canonical_json, make_directory, write_atomically
-from tailrace.storage.differences import list_differences
+from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.randomness import philox, random_permutation
 from tailrace.storage.tables import TablesManifest, read_table

@@ -17,8 +17,7 @@ from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.storage.artifact import REQUEST, Record, canonical_json
 from tailrace.storage.cache_format import CacheFormat
 from tailrace.storage.cache_publish import write_file
-from tailrace.storage.differences import list_differences
-from tailrace.storage.draft import LOCK
+from tailrace.storage.draft import LOCK, list_differences
 from tailrace.storage.errors import ArtifactMismatch
 
 logger = logging.getLogger(__name__)

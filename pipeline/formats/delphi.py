@@ -18,7 +18,7 @@ from tailrace.pipeline.formats.conversion import write_json
 from tailrace.pipeline.formats.hooks import module_of
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import make_directory
-from tailrace.storage.differences import list_differences
+from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.names import folder_problem
 from tailrace.storage.tables import TablesManifest, read_table

@@ -36,7 +36,7 @@ from tailrace.pipeline.text.packing import HELDOUT, TRAIN, ContextSource
 from tailrace.pipeline.text.reading import choose_reading
 from tailrace.storage.artifact import JSON, digest
 from tailrace.storage.cache_format import Site
-from tailrace.storage.differences import list_differences
+from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tailrace.storage.differences import list_differences
+from tailrace.storage.draft import list_differences
 
 _MEANINGS = {
     "files_digest": "content of the model's folder, such as other weights",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailrace.storage.artifact import digest
-from tailrace.storage.differences import list_differences
+from tailrace.storage.draft import list_differences
 
 
 def layers(n: int, **changes: Any) -> dict[str, Any]:
