@@ -21,7 +21,7 @@ from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.pipeline.text.settings import TextSettings
-from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle import philox, random_permutation
 from tailrace.storage.shuffle_evidence import Groups, pair_moments, same_document_pairs
 
 CONTEXT_LENGTH = 128

@@ -26,7 +26,7 @@ from tailrace.pipeline.samples.speeches import fetch_sotu
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.cache_format import Site
-from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle import philox, random_permutation
 from tailrace.storage.shuffle_evidence import Groups, pair_moments, same_document_pairs
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run

@@ -42,9 +42,8 @@ from tailrace.storage.errors import NonFiniteActivation
 from tailrace.storage.layout import ArraySpec
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.names import remove_temporary
-from tailrace.storage.randomness import invert
 from tailrace.storage.shard import read_rows, write_shard
-from tailrace.storage.shuffle import unit_permutation
+from tailrace.storage.shuffle import invert, unit_permutation
 from tailrace.storage.statistics import SiteStatistics
 
 _THREADS = 2

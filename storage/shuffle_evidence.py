@@ -20,7 +20,7 @@ from statistics import NormalDist
 import numpy as np
 
 from tailrace.storage.errors import ArtifactCorrupt, SettingsError
-from tailrace.storage.randomness import philox
+from tailrace.storage.shuffle import philox
 
 _POISSON_TAIL = 100
 """Counts beyond mean + 20 standard deviations + this have a probability that prints as 0."""

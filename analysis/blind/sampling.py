@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle import philox, random_permutation
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.storage.activation_cache import ActivationCache
-from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle import philox, random_permutation
 
 
 class TokenOrderSplit(Protocol):

@@ -29,7 +29,7 @@ from tailrace.pipeline.shared.stage import Made, publish_stage
 from tailrace.storage.artifact import canonical_json, make_directory, write_atomically
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle import philox, random_permutation
 from tailrace.storage.tables import TablesManifest, read_table
 
 KIND = DrawManifest.of_kind

@@ -16,7 +16,7 @@ from tailrace.pipeline.model.language_model import LanguageModel, explained_fail
 from tailrace.pipeline.model.of_transcoders import load_recorded, recorded_location
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit
 from tailrace.storage.errors import OutOfMemoryError
-from tailrace.storage.randomness import philox
+from tailrace.storage.shuffle import philox
 
 
 @dataclass(frozen=True)

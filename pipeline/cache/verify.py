@@ -22,7 +22,7 @@ from tailrace.storage.cache_format import KIND, Site
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
 from tailrace.storage.errors import ActionableError
 from tailrace.storage.layout import RELATIVE_ERROR, Side, relative_error
-from tailrace.storage.randomness import philox
+from tailrace.storage.shuffle import philox
 from tailrace.storage.shuffle_evidence import ShuffleEvidence, shuffle_evidence
 from tailrace.storage.statistics import as_float32
 

@@ -18,7 +18,7 @@ from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import HELDOUT, ContextSource
 from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.errors import TextError
-from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle import philox, random_permutation
 from tailrace.training.rows.batches import EVALUATION_SEED
 
 logger = logging.getLogger(__name__)

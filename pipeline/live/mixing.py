@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.randomness import invert, philox, random_permutation
+from tailrace.storage.shuffle import invert, philox, random_permutation
 
 STAGES_IN_MEMORY = 3
 """The stage that is served and the two that the block being computed belongs to."""

@@ -27,7 +27,7 @@ from tailrace.pipeline.text.json_rows import JsonExamples
 from tailrace.pipeline.text.settings import MIN_WINDOW
 from tailrace.storage.artifact import JSON
 from tailrace.storage.errors import TextError
-from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle import philox, random_permutation
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailrace.storage import shuffle
-from tailrace.storage.randomness import invert, philox, random_permutation
-from tailrace.storage.shuffle import EpochPlan, deal, default_bucket_rows, sample_prefix, unit_permutation
+from tailrace.storage.shuffle import (
+    EpochPlan,
+    deal,
+    default_bucket_rows,
+    invert,
+    philox,
+    random_permutation,
+    sample_prefix,
+    unit_permutation,
+)
 
 CHI_SQUARED_1E_4 = {5: 25.7, 9: 33.7, 23: 57.3, 119: 185.2}
 """Degrees of freedom → the value exceeded with probability 1e-4."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailrace.storage.randomness import philox
+from tailrace.storage.shuffle import philox
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.choices import EncoderInit
 from tailrace.training.cross_layer.stack import Stack

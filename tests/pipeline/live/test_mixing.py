@@ -9,7 +9,7 @@ from hypothesis import strategies
 
 from tailrace.pipeline.live.mixing import Mixing, choose_block_rows
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.randomness import philox, random_permutation
+from tailrace.storage.shuffle import philox, random_permutation
 from tailrace.storage.shuffle_evidence import same_document_pairs
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tailrace.storage.errors import NonFiniteActivation
-from tailrace.storage.randomness import philox
+from tailrace.storage.shuffle import philox
 from tailrace.training.dead_features.resampling.settings import PeriodicResampling, ResampledRun, Surroundings
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.row_source import SampledRows
