@@ -21,7 +21,7 @@ from tailrace.storage.cache_format import (
 )
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.layout import ArraySpec, array_metadata
-from tailrace.storage.orders import EPOCH_KIND, EpochManifest
+from tailrace.storage.stream import EPOCH_KIND, EpochManifest
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just checked."""

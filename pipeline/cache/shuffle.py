@@ -15,7 +15,7 @@ from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.errors import StorageFull
 from tailrace.storage.materialise import materialise_epoch, plan_epoch
-from tailrace.storage.orders import epoch_path, find_materialised
+from tailrace.storage.stream import epoch_path, find_materialised
 
 
 def run(

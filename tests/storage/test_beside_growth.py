@@ -18,8 +18,8 @@ from tailrace.storage.cache_writer import ContextBlocks
 from tailrace.storage.formats import Compression
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.memory import aligned_rows
-from tailrace.storage.orders import EPOCH_KIND
 from tailrace.storage.shard import write_shard
+from tailrace.storage.stream import EPOCH_KIND
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, write_synthetic_cache
 
 KEYS = ["layer0/in", "layer0/out", "token_id", "context", "position"]

@@ -18,7 +18,6 @@ from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand, read_grid
 from tailrace.pipeline.train.sweep import SweepResult
-from tailrace.storage import orders
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
