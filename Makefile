@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo circuits-model docs check test test-all bench notes clean
+.PHONY: help install install-dev demo circuits-model docs check test test-all interop bench notes clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -35,7 +35,7 @@ circuits-model: install ## Train a transcoder for every layer of SmolLM2 from on
 	$(VENV)/bin/pipeline circuits-model --out demo
 
 # One thread per test process: two processes on two cores beat one process that splits every small product.
-test test-all bench: export OMP_NUM_THREADS = 1
+test test-all interop bench: export OMP_NUM_THREADS = 1
 test test-all: export HF_HUB_OFFLINE = 1
 
 docs: export NO_MKDOCS_2_WARNING = 1
@@ -50,10 +50,13 @@ check: install-dev ## Style, formatting, import direction, types and the docs si
 	@$(MAKE) --no-print-directory docs
 
 test: check ## All checks and every test that is not slow; what CI runs
-	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not slow"
+	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not slow and not interop"
 
-test-all: check ## All checks and all tests
-	$(VENV)/bin/pytest -n 2 --dist worksteal
+test-all: check ## All checks and all tests but those of interop
+	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not interop"
+
+interop: install-dev ## Load exports in the packages they are for; installs those (15 GB)
+	$(VENV)/bin/pytest -m interop -o faulthandler_timeout=3600 tests/pipeline/formats
 
 bench: install-dev ## The quick benchmarks
 	$(VENV)/bin/python -m benchmarks

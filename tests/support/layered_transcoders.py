@@ -87,7 +87,13 @@ def random_transcoder(architecture: Architecture, site: Site, d_sae: int = 24, s
 
 
 def publish_transcoder(
-    path: Path, module: Transcoder, architecture: Architecture, site: Site, *, model: dict[str, Any] = MODEL
+    path: Path,
+    module: Transcoder,
+    architecture: Architecture,
+    site: Site,
+    *,
+    model: dict[str, Any] = MODEL,
+    inputs: dict[str, Any] | None = None,
 ) -> Path:
     """Publish a transcoder as training would."""
     recorded = {"architecture": architecture.model_dump(mode="json"), "site": asdict(site)}
@@ -97,7 +103,7 @@ def publish_transcoder(
             {
                 "format": FORMAT_VERSION,
                 "model": model,
-                "inputs": {},
+                "inputs": inputs or {},
                 **recorded,
                 "d_sae": module.d_sae,
                 "metrics": {"steps": 1, "rows": 1},

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.tables import write_table
+from tests.support.synthetic_cache import write_synthetic_cache
 
 FEATURES = pa.schema(
     [
@@ -101,3 +103,38 @@ def publish_tables(
         manifest = {"format": 1, "inputs": inputs, "model": {"name": model}, "site": site, "tables": tables}
         draft.publish(manifest, [f"{name}.parquet" for name in tables])
     return path
+
+
+def publish_latents(root: Path) -> tuple[Path, Any, Any, Any, dict[tuple[int, int], Any]]:
+    """Publish a cache, and tables ``t`` with activations of 6 features in two files over its held-out rows.
+
+    Returns ``root``, the split, its rows' contexts and positions, and (feature, row, activation) by the first and last
+    feature of a file.
+    """
+    cache = write_synthetic_cache(root / "cache", n_heldout_contexts=20)
+    split = cache.split("heldout")
+    units = [split.read_unit(unit, ["context", "position"]) for unit in range(split.n_units)]
+    context = np.concatenate([unit["context"] for unit in units]).astype(np.int64)
+    position = np.concatenate([unit["position"] for unit in units]).astype(np.int32)
+    tables = publish_tables(root / "t", [feature_row(0)], [], cache=cache.reference)
+    write_columns(tables / "rows.parquet", {"row": np.arange(split.n_rows), "context": context, "position": position})
+    generator = np.random.default_rng(0)
+    made = {}
+    for first, last in ((0, 3), (4, 5)):
+        feature = np.repeat(np.arange(first, last + 1), 7)
+        row = np.concatenate(
+            [np.sort(generator.choice(split.n_rows, 7, replace=False)) for _ in range(first, last + 1)]
+        )
+        activation = generator.uniform(0.5, 9, len(row)).astype(np.float32)
+        if first == 4:
+            activation[0] = 1e6
+        (tables / "activations").mkdir(exist_ok=True)
+        columns = {"feature": feature.astype(np.int32), "row": row, "activation": activation}
+        write_columns(tables / f"activations/features-{first:06d}-{last:06d}.parquet", columns)
+        made[first, last] = feature, row, activation
+    return root, split, context, position, made
+
+
+def write_columns(path: Path, columns: dict[str, Any]) -> None:
+    batch = pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()})
+    write_table(path, batch.schema, [batch])

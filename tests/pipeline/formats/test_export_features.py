@@ -7,7 +7,6 @@ import json
 import struct
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file
 
@@ -15,9 +14,15 @@ from tailrace.pipeline.formats import export
 from tailrace.pipeline.formats.settings import ExportSettings
 from tailrace.pipeline.formats.viewer_features import N_BINS, equal_bins, feature_json
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from tailrace.storage.tables import write_table
 from tests.support.synthetic_cache import write_synthetic_cache
-from tests.support.tables_by_hand import dead_row, example_row, feature_row, publish_tables
+from tests.support.tables_by_hand import (
+    dead_row,
+    example_row,
+    feature_row,
+    publish_latents,
+    publish_tables,
+    write_columns,
+)
 
 
 def write(to, sources, output, cache=None, **settings):
@@ -125,36 +130,7 @@ def test_percentiles_are_middles_of_the_bins_they_fall_into():
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
-    """A cache, and tables with activations of 6 features in two files over its held-out rows."""
-    root = tmp_path_factory.mktemp("latents")
-    cache = write_synthetic_cache(root / "cache", n_heldout_contexts=20)
-    split = cache.split("heldout")
-    units = [split.read_unit(unit, ["context", "position"]) for unit in range(split.n_units)]
-    context = np.concatenate([unit["context"] for unit in units]).astype(np.int64)
-    position = np.concatenate([unit["position"] for unit in units]).astype(np.int32)
-    tables = publish_tables(root / "t", [feature_row(0)], [], cache=cache.reference)
-    rows = {"row": np.arange(split.n_rows), "context": context, "position": position}
-    write_parquet(tables / "rows.parquet", rows)
-    generator = np.random.default_rng(0)
-    made = {}
-    for first, last in ((0, 3), (4, 5)):
-        feature = np.repeat(np.arange(first, last + 1), 7)
-        row = np.concatenate(
-            [np.sort(generator.choice(split.n_rows, 7, replace=False)) for _ in range(first, last + 1)]
-        )
-        activation = generator.uniform(0.5, 9, len(row)).astype(np.float32)
-        if first == 4:
-            activation[0] = 1e6
-        (tables / "activations").mkdir(exist_ok=True)
-        columns = {"feature": feature.astype(np.int32), "row": row, "activation": activation}
-        write_parquet(tables / f"activations/features-{first:06d}-{last:06d}.parquet", columns)
-        made[first, last] = feature, row, activation
-    return root, split, context, position, made
-
-
-def write_parquet(path, columns):
-    batch = pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()})
-    write_table(path, batch.schema, [batch])
+    return publish_latents(tmp_path_factory.mktemp("latents"))
 
 
 def test_delphi_finds_every_activation_at_its_context_position_and_latent(latents, tmp_path):
@@ -201,14 +177,14 @@ def test_the_context_in_which_kept_rows_end_is_left_out(latents, tmp_path):
     root, split, context, position, _ = latents
     n_kept = int(np.searchsorted(context, np.unique(context)[3])) + 5  # three contexts and a bit of the fourth
     tables = publish_tables(tmp_path / "t", [feature_row(0)], [], cache=split.cache.reference)
-    write_parquet(tables / "rows.parquet", {"context": context[:n_kept], "position": position[:n_kept]})
+    write_columns(tables / "rows.parquet", {"context": context[:n_kept], "position": position[:n_kept]})
     (tables / "activations").mkdir()
     columns = {
         "feature": np.zeros(n_kept, np.int32),
         "row": np.arange(n_kept),
         "activation": np.ones(n_kept, np.float32),
     }
-    write_parquet(tables / "activations/features-000000-000000.parquet", columns)
+    write_columns(tables / "activations/features-000000-000000.parquet", columns)
     write("delphi", [tables], tmp_path / "out", cache=root / "cache")
     saved = load_file(tmp_path / "out/latents/layer0/0_0.safetensors")
     assert len(saved["tokens"]) == 3

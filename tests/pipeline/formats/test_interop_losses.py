@@ -1,6 +1,6 @@
 """The loss that SAELens computes with an export attached is the loss that we compute with the transcoder in place.
 
-Each combination of releases runs in an environment of its own, as in ``test_interop_packages``; hence slow.
+Each combination of releases runs in an environment of its own, as in ``test_interop_packages``.
 """
 
 from __future__ import annotations
@@ -22,46 +22,23 @@ from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks, loa
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import JumpReLU, ReLU, TopK
-from tests.pipeline.formats.test_interop_packages import SAELENS, run_in
+from tests.support.interop import LOAD_HOOKED, SAELENS, run_in
 from tests.support.layered_transcoders import publish_transcoder, random_transcoder
 from tests.support.tiny_models import save_tiny_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.interop
 
-# pyarrow's later releases want numpy 2, and TransformerLens 2 wants numpy 1
-LENS_3, LENS_2, YEAR_OLD = "saelens", "saelens_lens2", "saelens_year_old"
-ENVIRONMENTS = {
-    LENS_3: [SAELENS, "psutil"],
-    LENS_2: [SAELENS, "psutil", "transformer-lens==2.18.0", "pyarrow==21.0.0"],
-    YEAR_OLD: ["sae-lens==6.22.3", "psutil", "transformer-lens==2.16.1", "pyarrow==21.0.0"],
-}
+LENS_3, LENS_2, _ = SAELENS
 TOKENS = torch.randint(3, 40, (4, 24), generator=torch.Generator().manual_seed(0))
 WIDTH = 16
 CLOSE = 1e-5
 
-LOSSES = """
-import json, sys
-import torch
-from pathlib import Path
-from safetensors.torch import load_file
+LOSSES = (
+    LOAD_HOOKED
+    + """
 from sae_lens import SAE, HookedSAETransformer
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-from transformers import GPT2LMHeadModel
-given = json.loads(sys.argv[1])
 tokens = torch.tensor(given["tokens"])
-published = GPT2LMHeadModel.from_pretrained(given["model"])
-shape = published.config
-config = HookedTransformerConfig(
-    n_layers=shape.n_layer, d_model=shape.n_embd, n_heads=shape.n_head, d_head=shape.n_embd // shape.n_head,
-    d_mlp=4 * shape.n_embd, n_ctx=shape.n_positions, d_vocab=shape.vocab_size, act_fn="gelu_new",
-    normalization_type="LN", eps=shape.layer_norm_epsilon,
-)
-model = HookedSAETransformer(config)
-model.load_and_process_state_dict(
-    convert_gpt2_weights(published, config), fold_ln=False, center_writing_weights=False, center_unembed=False,
-    fold_value_biases=False,
-)
+model = load(HookedSAETransformer)
 losses = {}
 with torch.no_grad():
     _, held = model.run_with_cache(tokens)
@@ -81,6 +58,7 @@ with torch.no_grad():
         losses[name] = {"attached": attached, "hooked": hooked}
 Path(given["out"]).write_text(json.dumps(losses))
 """
+)
 BRIDGE_LOSSES = """
 import json, sys
 import torch
@@ -158,7 +136,7 @@ def save_vectors(path: Path, model: LanguageModel, *, without: tuple[str, ...]) 
     save_file({name: held[hook].float().clone() for hook, name in known.items()}, path / "vectors.safetensors")
 
 
-@pytest.mark.parametrize("releases", ENVIRONMENTS)
+@pytest.mark.parametrize("releases", SAELENS)
 def test_saelens_loss_with_an_export_attached_is_ours(tmp_path, releases):
     transcoders = {
         "relu": (ReLU(), mlp(1)),
@@ -176,7 +154,7 @@ def test_saelens_loss_with_an_export_attached_is_ours(tmp_path, releases):
     model = load_language_model(ModelSettings(model=str(folder)))
     ours = export_all(tmp_path, model, {**transcoders, **autoencoders})
     save_vectors(tmp_path, model, without=() if releases == LENS_3 else ("hook_normalized",))
-    run_in(releases, ENVIRONMENTS[releases], LOSSES, arguments(tmp_path, list(ours)))
+    run_in(releases, LOSSES, arguments(tmp_path, list(ours)))
     theirs = json.loads((tmp_path / "losses.json").read_text())
     # what the export says of these: SAELens leaves out the path past the features, releases before 6.34 put a
     # transcoder's output in place of its input, and TransformerLens 2 has another vector under ln2.hook_normalized
@@ -197,5 +175,5 @@ def test_saelens_bridge_has_the_hooks_of_every_export_and_the_same_loss(tmp_path
         "norm-out": (ReLU(), one_hook("blocks.1.ln1.hook_out")),
     }
     ours = export_all(tmp_path, model, kinds)
-    run_in(LENS_3, ENVIRONMENTS[LENS_3], BRIDGE_LOSSES, arguments(tmp_path, list(ours)))
+    run_in(LENS_3, BRIDGE_LOSSES, arguments(tmp_path, list(ours)))
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(ours, rel=CLOSE)

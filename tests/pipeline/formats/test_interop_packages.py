@@ -1,13 +1,10 @@
 """The packages themselves load our exports and compute what we do; each runs in an environment of its own.
 
-The environments are those of the benchmarks, made with pip at first use; hence slow.
+The environments are made with pip at first use, so these tests run by ``make interop`` alone.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.peers import environment
 from tailrace.pipeline.formats import export, import_transcoder
 from tailrace.pipeline.formats.settings import ExportSettings, ImportSettings
 from tailrace.storage.cache_format import Site
@@ -24,6 +20,7 @@ from tailrace.training.architectures.transcoder import load_transcoder
 from tailrace.training.cross_layer.artifact import load_cross_layer
 from tests.support.cross_layer_transcoders import INPUTS as LAYERED_INPUTS
 from tests.support.cross_layer_transcoders import N_LAYERS, publish_cross_layer, random_cross_layer
+from tests.support.interop import CIRCUIT_TRACER, SAELENS, SAELENS_YEAR_OLD, SPARSIFY, run_in
 from tests.support.layered_transcoders import (
     MODEL,
     mlp_site,
@@ -34,10 +31,8 @@ from tests.support.layered_transcoders import (
 )
 from tests.support.tables_by_hand import dead_row, example_row, feature_row, publish_tables
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.interop
 
-SAELENS, SPARSIFY, CIRCUIT_TRACER = "sae-lens==6.54.12", "eai-sparsify==1.3.3", "circuit-tracer==0.5.0"
-DICTIONARY_LEARNING = "dictionary-learning==0.1.0"
 INPUTS = torch.randn(200, 8, generator=torch.Generator().manual_seed(5))
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -155,16 +150,6 @@ for coder in made:
 """
 
 
-def run_in(environment_name, requirements, script, arguments, *, without=()):
-    """Run a script in a peer's environment with one JSON argument."""
-    python = environment(environment_name, requirements, without=without)
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [str(python), "-c", script, json.dumps(arguments)], capture_output=True, text=True, env=variables, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture
 def inputs(tmp_path):
     save_file({"inputs": INPUTS}, tmp_path / "inputs.safetensors")
@@ -178,12 +163,13 @@ def made(path, architecture, site, to, **model):
     return module
 
 
-def test_saelens_loads_every_kind_and_computes_the_same_and_what_it_saves_comes_back(tmp_path, inputs):
+@pytest.mark.parametrize("releases", SAELENS)
+def test_saelens_loads_every_kind_and_computes_the_same_and_what_it_saves_comes_back(tmp_path, inputs, releases):
     kinds = {
         "relu": (ReLU(), mlp_site(1)),
         "skip": (ReLU(skip=True), mlp_site(1)),
         "jump": (JumpReLU(), mlp_site(1)),
-        "batch": (BatchTopK(skip=True), mlp_site(1)),
+        "batch": (BatchTopK(skip=releases != SAELENS_YEAR_OLD), mlp_site(1)),  # with both, from 6.24 on
         "gated": (Gated(), mlp_site(1)),
         "sae": (ReLU(), sae_site(1)),
         "jump-sae": (JumpReLU(), sae_site(1)),
@@ -195,12 +181,7 @@ def test_saelens_loads_every_kind_and_computes_the_same_and_what_it_saves_comes_
         folders[name]: "blocks.1.hook_mlp_out" if site == sae_site(1) else "blocks.1.mlp.hook_in"
         for name, (_, site) in kinds.items()
     }
-    run_in(
-        "saelens",
-        [SAELENS, "psutil"],
-        LOAD_SAELENS,
-        {"inputs": inputs, "folders": list(folders.values()), "hook_name": hooks},
-    )
+    run_in(releases, LOAD_SAELENS, {"inputs": inputs, "folders": list(folders.values()), "hook_name": hooks})
     cache = publish_site_cache(tmp_path / "cache", [mlp_site(1), sae_site(1)])
     for name, module in modules.items():
         theirs = load_file(Path(folders[name]) / "theirs")
@@ -213,7 +194,8 @@ def test_saelens_loads_every_kind_and_computes_the_same_and_what_it_saves_comes_
         torch.testing.assert_close(load_transcoder(tmp_path / name / "back")(INPUTS), module(INPUTS), **CLOSE)
 
 
-def test_sparsify_loads_topk_and_computes_the_same_and_what_it_saves_comes_back(tmp_path, inputs):
+@pytest.mark.parametrize("releases", SPARSIFY)
+def test_sparsify_loads_topk_and_computes_the_same_and_what_it_saves_comes_back(tmp_path, inputs, releases):
     kinds = {
         "plain": (TopK(k=3), mlp_site(1)),
         "skip": (TopK(k=3, skip=True), mlp_site(1)),
@@ -221,7 +203,7 @@ def test_sparsify_loads_topk_and_computes_the_same_and_what_it_saves_comes_back(
     }
     modules = {name: made(tmp_path / name, *kind, "sparsify") for name, kind in kinds.items()}
     folders = [str(tmp_path / name / "theirs") for name in kinds]
-    run_in("sparsify", [SPARSIFY], LOAD_SPARSIFY, {"inputs": inputs, "folders": folders})
+    run_in(releases, LOAD_SPARSIFY, {"inputs": inputs, "folders": folders})
     cache = publish_site_cache(tmp_path / "cache", [mlp_site(1), sae_site(1)])
     for name, module in modules.items():
         theirs = load_file(tmp_path / name / "theirs/theirs")
@@ -234,7 +216,8 @@ def test_sparsify_loads_topk_and_computes_the_same_and_what_it_saves_comes_back(
         torch.testing.assert_close(load_transcoder(tmp_path / name / "back")(INPUTS), module(INPUTS), **CLOSE)
 
 
-def test_circuit_tracer_loads_a_set_and_its_features_and_what_it_saves_comes_back(tmp_path, inputs):
+@pytest.mark.parametrize("releases", CIRCUIT_TRACER)
+def test_circuit_tracer_loads_a_set_and_its_features_and_what_it_saves_comes_back(tmp_path, inputs, releases):
     kinds = {0: JumpReLU(), 1: TopK(k=3), 2: ReLU()}
     cache = publish_site_cache(tmp_path / "cache", [mlp_site(layer) for layer in kinds], model={**MODEL, "n_layers": 3})
     modules = {}
@@ -253,7 +236,7 @@ def test_circuit_tracer_loads_a_set_and_its_features_and_what_it_saves_comes_bac
     ]
     export.run(ExportSettings(), to="circuit-tracer-features", sources=tables, output=tmp_path / "viewer")
     arguments = {"inputs": inputs, "folder": str(tmp_path / "set"), "features": str(tmp_path / "viewer/features")}
-    run_in("circuit_tracer", [CIRCUIT_TRACER, "psutil"], LOAD_CIRCUIT_TRACER, arguments)
+    run_in(releases, LOAD_CIRCUIT_TRACER, arguments)
     for lazy in (0, 1):
         theirs = load_file(tmp_path / f"set/theirs{lazy}")
         for layer in (0, 2):
@@ -270,14 +253,15 @@ def test_circuit_tracer_loads_a_set_and_its_features_and_what_it_saves_comes_bac
     torch.testing.assert_close(load_transcoder(tmp_path / "back")(INPUTS), modules[0](INPUTS), **CLOSE)
 
 
-def test_circuit_tracer_loads_a_cross_layer_transcoder_and_what_it_saves_comes_back(tmp_path):
+@pytest.mark.parametrize("releases", CIRCUIT_TRACER)
+def test_circuit_tracer_loads_a_cross_layer_transcoder_and_what_it_saves_comes_back(tmp_path, releases):
     save_file({"inputs": LAYERED_INPUTS}, tmp_path / "inputs.safetensors")
     modules = {"jump": random_cross_layer(), "relu": random_cross_layer(relu=True, seed=1)}
     for name, module in modules.items():
         publish_cross_layer(tmp_path / f"{name}-ours", module)
         export.run(ExportSettings(), to="circuit-tracer", sources=[tmp_path / f"{name}-ours"], output=tmp_path / name)
     arguments = {"inputs": str(tmp_path / "inputs.safetensors"), "folders": [str(tmp_path / name) for name in modules]}
-    run_in("circuit_tracer", [CIRCUIT_TRACER, "psutil"], LOAD_CROSS_LAYER, arguments)
+    run_in(releases, LOAD_CROSS_LAYER, arguments)
     sites = [mlp_site(layer) for layer in range(N_LAYERS)]
     cache = publish_site_cache(tmp_path / "cache", sites, model={**MODEL, "n_layers": N_LAYERS})
     for name, module in modules.items():
@@ -298,7 +282,7 @@ def test_circuit_tracer_loads_a_cross_layer_transcoder_and_what_it_saves_comes_b
 
 def test_what_dictionary_learning_saves_computes_the_same_here(tmp_path, inputs):
     arguments = {"inputs": inputs, "root": str(tmp_path)}
-    run_in("dictionary_learning", [DICTIONARY_LEARNING], MAKE_DICTIONARIES, arguments, without=["torchvision"])
+    run_in("dictionary_learning", MAKE_DICTIONARIES, arguments)
     hook = "blocks.1.hook_resid_post"
     site = Site("residual", hook, hook, 8, 8, "float32")
     cache = publish_site_cache(tmp_path / "cache", [site])
