@@ -81,7 +81,7 @@ def test_difference_of_zero_is_no_relative_error(difference: float, size: float,
     assert math.isnan(relative_error(math.nan, size))
 
 
-@pytest.mark.parametrize("storage_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("storage_dtype", ["auto", pytest.param("int8", marks=pytest.mark.slow)])
 def test_cache_of_a_layer_that_writes_zeros_is_verified(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], storage_dtype: str
 ) -> None:
@@ -112,7 +112,7 @@ def largest_error(cache: Path) -> float:
     return max(report.relative_error for report in verify.check_pairs(cache, compute=Compute(threads=1)))
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-12])
+@pytest.mark.parametrize("scale", [1e-6, pytest.param(1e-12, marks=pytest.mark.slow)])
 def test_auto_does_not_store_small_activations_in_float16(tmp_path: Path, scale: float) -> None:
     model = scaled_model(tmp_path / "model", scale)
     made = run_cache(tmp_path / "cache", model=str(model), layers="all", storage_dtype="auto")
@@ -132,7 +132,7 @@ def test_rows_that_are_not_small_keep_what_float16_promises(rows: list[list[floa
             assert relative_error(float(error), float(np.linalg.norm(row))) <= RELATIVE_ERROR["float16"]
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-12])
+@pytest.mark.parametrize("scale", [1e-6, pytest.param(1e-12, marks=pytest.mark.slow)])
 def test_float16_asked_for_where_it_rounds_to_few_digits_is_warned_of(tmp_path: Path, scale: float) -> None:
     model = scaled_model(tmp_path / "model", scale)
     made = run_cache(tmp_path / "cache", model=str(model), layers="all", storage_dtype="float16")
@@ -200,6 +200,7 @@ def test_float16_cache_of_a_gpu_is_used_and_grown_on_a_cpu(tmp_path, as_on_a_gpu
     assert differing(tree(path), tree(expected.path)) == []
 
 
+@pytest.mark.slow
 def test_float32_cache_of_a_cpu_is_used_on_a_gpu_and_an_interrupted_one_goes_on(tmp_path, as_on_a_gpu):
     model = {"model": str(model_folder(dtype=torch.float16)), "storage_dtype": "auto", "tokens": 100}
     expected = run_cache(tmp_path / "expected", **model).path
@@ -260,6 +261,7 @@ def test_shards_count_where_their_index_names_them(tmp_path):
     assert [path.name for path in loaded_files(folder)] == ["config.json", "part-0.safetensors", "part-1.safetensors"]
 
 
+@pytest.mark.slow
 def test_cache_of_a_folder_with_training_arguments_is_verified_without_them(tmp_path):
     folder = shutil.copytree(model_folder(), tmp_path / "model")
     (folder / "training_args.bin").write_text("x")
