@@ -56,7 +56,7 @@ test-all: check ## All checks and all tests but those of interop
 	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not interop"
 
 interop: install-dev ## Load exports in the packages they are for; installs those (15 GB)
-	$(VENV)/bin/pytest -m interop -o faulthandler_timeout=3600 tests/pipeline/formats
+	$(VENV)/bin/pytest -m interop -o faulthandler_timeout=3600 tests/pipeline/formats tests/pipeline/circuit/test_viewer_package.py
 
 bench: install-dev ## The quick benchmarks
 	$(VENV)/bin/python -m benchmarks

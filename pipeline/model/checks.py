@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.storage.errors import ModelError
 from tailrace.storage.cache_format import HookName
+from tailrace.storage.errors import ModelError
 
 _MLP_HOOK = re.compile(r"blocks\.(\d+)\.mlp\.(hook_in|hook_out|hook_pre|hook_pre_linear|hook_post)")
 _HIDDEN = ("hook_pre", "hook_pre_linear", "hook_post")

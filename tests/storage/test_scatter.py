@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tailrace.storage import memory
 from tailrace.storage.memory import aligned_rows, read_run, read_sequential
 
 Preadv = Callable[[int, int, int, int], int]
@@ -92,13 +93,13 @@ def test_reads_cut_short_anywhere_are_continued(n_rows: int, limits: list[int], 
     endless = (limit for _ in range(10**6) for limit in limits)
     with tempfile.TemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
         write_rows(file.fileno(), stored)
-        patch.setattr(scatter, "_preadv", short_preadv(endless))
+        patch.setattr(memory, "_preadv", short_preadv(endless))
         read_run(file.fileno(), 0, found, destinations)
     assert np.array_equal(found[destinations], stored)
 
 
 def test_without_preadv_rows_are_scattered_by_numpy(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scatter, "_preadv", None)
+    monkeypatch.setattr(memory, "_preadv", None)
     stored = numbered_rows(10, 100)
     write_rows(descriptor, stored)
     found = np.zeros((3, 100), np.float32)

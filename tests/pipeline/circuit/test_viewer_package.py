@@ -12,10 +12,10 @@ import pytest
 from benchmarks.peers import environment
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question
-from tests.pipeline.formats.test_interop_packages import CIRCUIT_TRACER
 from tests.support.circuit_places import PROMPT, SMALL, Place
+from tests.support.interop import ENVIRONMENTS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.interop
 
 READ = """
 import json, sys
@@ -50,7 +50,7 @@ def test_the_package_reads_every_node_as_its_own(tmp_path: Path) -> None:
         SMALL, asked, transcoders=place.transcoders, output=tmp_path / "c", model=str(place.model_path)
     ).path
     done = subprocess.run(
-        [str(environment("circuit_tracer", [CIRCUIT_TRACER, "psutil"])), "-c", READ, str(out / "viewer.json")],
+        [str(environment("circuit_tracer", ENVIRONMENTS["circuit_tracer"].requirements)), "-c", READ, str(out / "viewer.json")],
         capture_output=True, text=True, check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
