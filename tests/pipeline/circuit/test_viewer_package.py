@@ -49,8 +49,9 @@ def test_the_package_reads_every_node_as_its_own(tmp_path: Path) -> None:
     out = circuit.run(
         SMALL, asked, transcoders=place.transcoders, output=tmp_path / "c", model=str(place.model_path)
     ).path
+    python = environment("circuit_tracer", ENVIRONMENTS["circuit_tracer"].requirements)
     done = subprocess.run(
-        [str(environment("circuit_tracer", ENVIRONMENTS["circuit_tracer"].requirements)), "-c", READ, str(out / "viewer.json")],
+        [str(python), "-c", READ, str(out / "viewer.json")],
         capture_output=True, text=True, check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
