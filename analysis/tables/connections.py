@@ -19,14 +19,12 @@ from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.analysis.weights.stream import StreamPoint, layers_attending_before
 from tailrace.storage.tables import column
 
-N_TOKENS = 10
-"""Tokens at either end of a de-embedding, and through a head the largest alone."""
+N_ENDS = 10
+"""Tokens at either end of a de-embedding (through a head the largest alone), and later features at either end."""
 N_HEADS = 64
 """Heads of largest norm."""
 N_HEADS_WITH_TOKENS = 2
 """Of these, heads through which tokens are listed."""
-N_FEATURES = 10
-"""Later features at either end, for each later transcoder."""
 
 KINDS = ("token", "head", "head_token", "feature")
 """In the order of a feature's rows."""
@@ -72,12 +70,12 @@ DESCRIPTION = TableDescription(
         "left out. Sorted by feature, then kind (token, head, head_token, feature).\n\n"
         "Encoder rows are taken as directions of the residual stream: a norm's gain is multiplied in (and for a layer "
         "norm the mean taken off), what it divides by is not, as it depends on the text. Positions and biases are left "
-        f"out. Kept are the {N_TOKENS} tokens at either end; the {N_HEADS} heads of largest norm among those that "
-        f"write before the feature reads, and through the first {N_HEADS_WITH_TOKENS} of them the {N_TOKENS} largest "
-        f"tokens; and for each later transcoder given, the {N_FEATURES} features at either end. A transcoder that does "
-        "not read the residual stream has no rows of the first three kinds, one that does not write to it none of the "
-        "last. Of a feature of a cross-layer transcoder, the decoder row is the sum of what it writes to its own and "
-        "all later layers, as far as the later transcoder reads after them."
+        f"out. Kept are the {N_ENDS} tokens at either end (`--connections`); the {N_HEADS} heads of largest norm among "
+        f"those that write before the feature reads, and through the first {N_HEADS_WITH_TOKENS} of them the {N_ENDS} "
+        f"largest tokens; and for each later transcoder given, the {N_ENDS} features at either end. A transcoder that "
+        "does not read the residual stream has no rows of the first three kinds, one that does not write to it none of "
+        "the last. Of a feature of a cross-layer transcoder, the decoder row is the sum of what it writes to its own "
+        "and all later layers, as far as the later transcoder reads after them."
     ),
     schema=SCHEMA,
 )
@@ -107,6 +105,8 @@ class Connected:
     writes: StreamPoint | None
     weights: ModelWeights
     later: Sequence[Later] = ()
+    n_ends: int = N_ENDS
+    """Tokens, and features of each later transcoder, kept at either end."""
 
 
 def connection_rows(
@@ -183,7 +183,7 @@ def _finders(connected: Connected) -> list[Any]:
     if connected.writes is not None:
         for one in connected.later:
             decoder = connected.decoder if one.decoder is None else one.decoder
-            finders.append(_FindLater(decoder, connected.writes, one))
+            finders.append(_FindLater(decoder, connected.writes, one, connected.n_ends))
     return finders
 
 
@@ -191,7 +191,7 @@ class _FindEmbedded:
     """Finds tokens and heads that a feature reads from."""
 
     def __init__(self, connected: Connected, reads: StreamPoint) -> None:
-        self._encoder, self._reads = connected.encoder, reads
+        self._encoder, self._reads, self._n_ends = connected.encoder, reads, connected.n_ends
         self._columns = connected.weights.W_E.to(connected.encoder.device, torch.float32).T
         layers = layers_attending_before(reads.time, connected.weights)
         self._heads = HeadReader.prepare(layers, connected.weights)
@@ -199,7 +199,7 @@ class _FindEmbedded:
 
     def __call__(self, rows: _ConnectionRows) -> None:
         directions = self._reads.carry(self._encoder[rows.chosen].float())
-        rows.add_ends("token", ends_of_products(directions, self._columns, N_TOKENS), "token_id")
+        rows.add_ends("token", ends_of_products(directions, self._columns, self._n_ends), "token_id")
         if not self._heads.n_heads:
             return
         strongest = self._heads.strongest(directions, N_HEADS)
@@ -213,18 +213,18 @@ class _FindEmbedded:
 
     def _largest_tokens(self, directions: Tensor) -> Ends:
         cut = blocks(len(directions), self._columns.shape[1])
-        return Ends.joined([largest(directions[block] @ self._columns, N_TOKENS) for block in cut])
+        return Ends.joined([largest(directions[block] @ self._columns, self._n_ends) for block in cut])
 
 
 class _FindLater:
     """Finds features of a later transcoder that read what a feature writes."""
 
-    def __init__(self, decoder: Tensor, writes: StreamPoint, later: Later) -> None:
-        self._decoder, self._writes, self._later = decoder, writes, later
+    def __init__(self, decoder: Tensor, writes: StreamPoint, later: Later, n_ends: int) -> None:
+        self._decoder, self._writes, self._later, self._n_ends = decoder, writes, later, n_ends
         self._columns = later.reads.carry(later.encoder.to(decoder.device).float()).T
 
     def __call__(self, rows: _ConnectionRows) -> None:
         written = self._writes.carry(self._decoder[rows.chosen].float())
         cut = blocks(len(written), self._columns.shape[1])
-        ends = BothEnds.joined([both_ends(written[block] @ self._columns, N_FEATURES) for block in cut])
+        ends = BothEnds.joined([both_ends(written[block] @ self._columns, self._n_ends) for block in cut])
         rows.add_ends("feature", ends, "other", layer=self._later.reads.layer, site=self._later.site)

@@ -24,6 +24,7 @@ class AnalyzeSettings(Settings):
         "window_before": "Examples",
         "without_model": "What to count",
     }
+    later: ClassVar = ("connections",)
     help_basics: ClassVar = (
         *("split", "rows", "examples", "random_examples", "activations"),
         *("window_before", "window_after", "without_model", "seed"),
@@ -67,6 +68,9 @@ class AnalyzeSettings(Settings):
 
     without_model: bool = False
     """Leave the language model's weights out: no promoted tokens, no connections.parquet."""
+
+    connections: int = Field(default=10, ge=1)
+    """Tokens, and features of each --downstream transcoder, kept at either end of connections.parquet."""
 
     block_rows: int = Field(default=8192, ge=1)
     """Rows encoded at once. Activations are kept where they are above zero only, so this costs little memory."""

@@ -277,6 +277,7 @@ class PlannedTables:
                 weights=found,
                 vocabulary=vocabulary,
                 output=output,
+                n_ends=self.settings.connections,
                 quiet=quiet,
             )
 

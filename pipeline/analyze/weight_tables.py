@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from tailrace.analysis.tables.connections import ROW_GROUP_ROWS, SCHEMA, Connected, Later, connection_rows
+from tailrace.analysis.tables.connections import N_ENDS, ROW_GROUP_ROWS, SCHEMA, Connected, Later, connection_rows
 from tailrace.analysis.weights.model_weights import ModelWeights
 from tailrace.analysis.weights.stream import read_point, write_point
 from tailrace.analysis.weights.unembedding import TokenEffects, token_effects
@@ -114,6 +114,7 @@ def write_weight_tables(
     weights: ModelWeights,
     vocabulary: Sequence[str],
     output: Path,
+    n_ends: int = N_ENDS,
     quiet: bool = False,
 ) -> FromWeights:
     """Write ``connections.parquet`` into ``output`` and return what the tables of features need.
@@ -124,7 +125,7 @@ def write_weight_tables(
     reads, writes = read_point(analysed.site.hook_in, weights), write_point(analysed.site.hook_out, weights)
     layers = [layer for layers in downstream.values() for layer in layers]
     later = [found for layer in layers if (found := _open_later(layer, analysed, weights)) is not None]
-    connected = Connected(coder.W_enc, coder.W_dec, reads, writes, weights, later)
+    connected = Connected(coder.W_enc, coder.W_dec, reads, writes, weights, later, n_ends)
     d_sae = coder.W_enc.shape[0]
     with tqdm(total=2 * d_sae, desc="weights", unit="feature", unit_scale=True, disable=quiet or None) as bar:
         n_rows = write_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -131,6 +132,14 @@ def test_later_features_are_the_ends_of_what_is_written_times_what_is_read(rows,
         found = of(rows, feature, "feature")
         check_ends(found, "other", (later @ written[feature]).numpy())
         assert {(row["site"], row["layer"], row["head"]) for row in found} == {("layer2", 2, None)}
+
+
+def test_as_many_are_kept_at_either_end_as_asked_for(rows, weights) -> None:
+    fewer = rows_of(dataclasses.replace(connected(weights), n_ends=2))
+    assert [row for row in rows if row["kind"] == "head"] == [row for row in fewer if row["kind"] == "head"]
+    for kind, ranks in (("token", (0, 1, -2, -1)), ("feature", (0, 1, -2, -1)), ("head_token", (0, 1))):
+        wanted = [row for row in rows if row["kind"] == kind and row["rank"] in ranks]
+        assert wanted == [row for row in fewer if row["kind"] == kind]
 
 
 def test_rows_are_sorted_by_feature_then_kind_and_name_only_what_they_have(rows) -> None:
