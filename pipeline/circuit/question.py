@@ -108,8 +108,8 @@ def check_askable(question: Question, d_sae: Mapping[int, int], n_layers: int, m
     without = [layer for layer in range(min(last, n_layers)) if layer not in d_sae]
     if without and missing == "refuse":
         problems.append(
-            f"layers {', '.join(map(str, without))}: no transcoder of them was given, so what their MLPs do cannot be "
-            "told by features; give them too, or --missing-layers opaque to have each such MLP as one node"
+            f"layers {', '.join(map(str, without))}: no transcoder of them was given, so no features say what their "
+            "MLPs do; give them too, or --missing-layers opaque to have each such MLP as one node"
         )
     if problems:
         raise SettingsError("\n".join(problems))

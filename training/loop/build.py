@@ -123,19 +123,15 @@ def build_cross_layer_run(
     ]
     variances = [float(out.variance.sum()) / units.scale_out**2 for out, units in zip(outs, layers, strict=True)]
     objective = build_objective(settings.reconstruction, sum(variances))
-    rows = LearntRows([site.name for site in sites], JoinedNormalisation(layers), ordinary)
+    joined = JoinedNormalisation(layers)
+    rows = LearntRows([site.name for site in sites], joined, ordinary)
     stack = build_stack(
         settings.architecture, len(sites), sites[0].d_in, sites[0].d_out, settings.n_features(sites[0].d_in)
     )
     stack.activation_unit = objective.activation_unit
     means = Centres(
-        torch.cat(
-            [
-                units.inputs(torch.from_numpy(seen[site.name]["in"].mean))
-                for site, units in zip(sites, layers, strict=True)
-            ]
-        ),
-        torch.cat([units.outputs(torch.from_numpy(out.mean)) for out, units in zip(outs, layers, strict=True)]),
+        joined.inputs(torch.cat([torch.from_numpy(seen[site.name]["in"].mean) for site in sites])),
+        joined.outputs(torch.cat([torch.from_numpy(out.mean) for out in outs])),
     )
     initialise_stack(stack, mean_out=means.outputs, encoder_scale=settings.encoder_scale, seed=settings.seed)
     return _assemble(

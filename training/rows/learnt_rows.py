@@ -39,11 +39,8 @@ class LearntRows:
         """Return a copy for rows that lie on ``device`` in ``dtype``."""
         return LearntRows(self.sites, self.normalisation.to(device, dtype), self.ordinary)
 
-    def mask(self, batches: SiteBatches) -> Bool[Tensor, " rows"] | None:
-        """Return which rows are ordinary at every site; None if all rows are learnt from."""
-        return self._mask([batches[site] for site in self.sites])
-
-    def _mask(self, raw: Sequence[Batch]) -> Tensor | None:
+    def mask(self, raw: Sequence[Batch]) -> Bool[Tensor, " rows"] | None:
+        """Return which rows of each site's batches are ordinary at every site; None if all rows are learnt from."""
         if not self.ordinary:
             return None
         return torch.stack([self.ordinary[site].mask(batch) for site, batch in zip(self.sites, raw, strict=True)]).all(
@@ -53,7 +50,7 @@ class LearntRows:
     def __call__(self, batches: SiteBatches) -> Batch:
         """Return the ordinary rows, normalised, (rows, sites · width); there may be none."""
         raw = [batches[site] for site in self.sites]
-        mask = self._mask(raw)
+        mask = self.mask(raw)
         if mask is not None and not bool(mask.all()):
             raw = [Batch(batch.inputs[mask], batch.outputs[mask]) for batch in raw]
         if isinstance(self.normalisation, JoinedNormalisation):
@@ -68,7 +65,7 @@ class LearntRows:
 
         def draw(n_rows: int, step: int) -> SampledRows:
             drawn = [source(n_rows, step) for source in sources]
-            mask = self._mask([rows.batch for rows in drawn])
+            mask = self.mask([rows.batch for rows in drawn])
             return _joined(drawn, None if mask is None or bool(mask.all()) else mask)
 
         return draw
