@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
+from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
 
 
 @click.command("info", cls=SectionCommand)
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=options.FILE_OR_ARTIFACT)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, which has everything.")
 def command(path: Path, as_json: bool) -> None:
     """Show the cache, transcoder, sweep, evaluation or tables at PATH."""

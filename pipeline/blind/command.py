@@ -56,7 +56,7 @@ def draw(tables: tuple[Path, ...], output: Path, config: Path | None, quiet: boo
 
 @command.command("tally", short_help="Open the key and count the ratings.")
 @click.argument("drawn", metavar="DIR", type=options.ARTIFACT)
-@click.option("--ratings", type=click.Path(dir_okay=False, path_type=Path), help="[default: ratings.csv in DIR]")
+@click.option("--ratings", type=options.FILE, help="[default: ratings.csv in DIR]")
 def tally(drawn: Path, ratings: Path | None) -> None:
     """Open the key of DIR and count its ratings, once every item is rated."""
     from tailrace.pipeline.blind import draw as draw_stage

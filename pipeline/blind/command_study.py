@@ -59,7 +59,7 @@ def begin(directory: Path, tables: Path, feature: str | None, seed: int, mode: M
 
 @study.command("add")
 @DIRECTORY
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=options.FILE)
 @click.option("--kind", required=True, help="What it is, such as paths.")
 @click.option(
     "--source",

@@ -27,7 +27,7 @@ class _ListsOrigins(SectionCommand):
 
 
 @click.command("import", cls=_ListsOrigins)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=options.FILE_OR_ARTIFACT)
 @click.option("--from", "origin", required=True, type=click.Choice(list(ORIGINS)), help="Format of SOURCE.")
 @click.option("--cache", required=True, type=options.ARTIFACT, help="Cache of the model it was trained on.")
 @options.out

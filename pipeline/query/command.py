@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tailrace.pipeline.query import saved as queries
+from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     "--out",
     "--output",
     "output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=options.FILE,
     help="File to write the answer to; one that ends in .parquet, .csv or .json is written so.",
 )
 def command(

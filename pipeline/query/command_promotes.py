@@ -26,7 +26,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
     "--out",
     "--output",
     "output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=options.FILE,
     help="File for the effects of every feature: .parquet, .csv or .json.",
 )
 @options.model_elsewhere

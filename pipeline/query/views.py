@@ -118,8 +118,8 @@ def parse_tables(given: Sequence[str]) -> Tables:
 
 def _parse(text: str) -> tuple[str | None, Path]:
     name, equals, path = text.partition("=")
-    is_named = equals and _NAME.fullmatch(name) and not Path(text).exists()
-    return (name, Path(path)) if is_named else (None, Path(text))
+    is_named = equals and _NAME.fullmatch(name) and not Path(text).expanduser().exists()
+    return (name if is_named else None, Path(path if is_named else text).expanduser())
 
 
 def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> None:

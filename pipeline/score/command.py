@@ -30,7 +30,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.option(
     "--file",
     "files",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=options.FILE,
     multiple=True,
     help="File with a text, or .jsonl with one per line; may be repeated.",
 )
@@ -44,7 +44,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
     "--out",
     "--output",
     "output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=options.FILE,
     help="Picture or data to write: .html, .png or .json.",
 )
 @options.model_elsewhere

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from tailrace.pipeline.shared.run_options import FILE
 from tailrace.pipeline.shared.sections import option
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Retired, Settings, load_yaml
@@ -51,8 +52,7 @@ def settings_options(
             section = None if name in settings.help_basics else flag.section
             more = (notes or {}).get(name, "")
             command = option(*flag.names, section=section, help=flag.explained(more), **flag.attributes)(command)
-        file = click.Path(dir_okay=False, path_type=Path)
-        return option("--config", type=file, help="YAML file of settings; flags override it.")(command)
+        return option("--config", type=FILE, help="YAML file of settings; flags override it.")(command)
 
     return decorate
 

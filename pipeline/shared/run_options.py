@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -15,8 +16,20 @@ from tailrace.pipeline.shared.sections import running
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
-ARTIFACT = click.Path(file_okay=False, path_type=Path)
+
+class HomePath(click.Path):
+    """A path in which ~ is the home folder, also where a shell leaves it: ``--out=~/caches``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        return super().convert(os.path.expanduser(value) if isinstance(value, str | Path) else value, param, ctx)
+
+
+ARTIFACT = HomePath(file_okay=False, path_type=Path)
 """A directory that holds, or will hold, an artifact."""
+FILE = HomePath(dir_okay=False, path_type=Path)
+"""A file that is read or written."""
+FILE_OR_ARTIFACT = HomePath(path_type=Path)
 
 out = click.option("--out", "output", required=True, type=ARTIFACT, help="Directory to write.")
 device = running("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("task", cls=SectionCommand)
-@click.argument("prompts", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("prompts", type=options.FILE)
 @click.option(
     "--transcoder",
     "transcoders",

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 other_way = partial(option, section="Other ways to train")
 logged = partial(option, section="Logging and scoring")
-YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("train", cls=SectionCommand)
@@ -35,7 +34,7 @@ YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 @options.out
 @other_way("--live", is_flag=True, help="Train on rows straight from --model on --dataset, without a CACHE.")
 @other_way("--sweep", "sweeps", multiple=True, metavar="NAME=VALUE,…", help="Train a run per value. Repeatable.")
-@other_way("--sweep-file", type=YAML_FILE, help="YAML: settings with lists of values, or a list of runs.")
+@other_way("--sweep-file", type=options.FILE, help="YAML: settings with lists of values, or a list of runs.")
 @other_way("--from", "start_from", type=options.ARTIFACT, help="Transcoder to start from, of the same shape.")
 @settings_options(
     TrainSettings,

@@ -10,9 +10,11 @@ import click
 import pytest
 from pydantic import Field
 
-from tailrace.pipeline import api
+from tailrace.pipeline import api, cli
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.query.views import parse_tables
+from tailrace.pipeline.shared import run_options
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.train.grid import grid_of, read_grid
@@ -312,3 +314,24 @@ def test_python_keywords_take_retired_names(caplog: pytest.LogCaptureFixture) ->
     asked = api._read(Renamed, None, given)
     assert asked == Renamed(batch_rows=5, names=("a", "b"), penalty=Penalty(strength=2))
     assert len(caplog.messages) == 3
+
+
+def test_a_home_folder_that_the_shell_leaves_is_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A shell reads ~ in ``--out ~/x``, and not in ``--out=~/x``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for kind in (run_options.ARTIFACT, run_options.FILE, run_options.FILE_OR_ARTIFACT):
+        assert kind.convert("~/x", None, None) == tmp_path / "x"
+        assert kind.convert("x~", None, None) == Path("x~")
+    assert parse_tables(["~/t"]) == [tmp_path / "t"]
+    assert parse_tables(["a=~/t"]) == {"a": tmp_path / "t"}
+    flags = [one for command in commands() for one in command.params if isinstance(one.type, click.Path)]
+    assert len(flags) > 40
+    assert {type(flag.type) for flag in flags} == {run_options.HomePath}
+
+
+def commands() -> list[click.Command]:
+    found = [cli.cli.get_command(click.Context(cli.cli), name) for name in cli.COMMANDS]
+    found += [one for group in found if isinstance(group, click.Group) for one in group.commands.values()]
+    return [one for one in found if one is not None]
