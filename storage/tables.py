@@ -64,7 +64,7 @@ class TablesManifest(DerivedManifest):
     tables: dict[str, TableRecord]
 
 
-class Column(NamedTuple):
+class TableColumn(NamedTuple):
     """What a column holds, in words."""
 
     name: str
@@ -80,15 +80,15 @@ def column(name: str, kind: pa.DataType, meaning: str, *, unit: str = "", nullab
     return pa.field(name, kind, nullable=nullable, metadata=metadata)
 
 
-def describe(schema: pa.Schema) -> list[Column]:
+def describe(schema: pa.Schema) -> list[TableColumn]:
     """Return the name, type, unit and meaning of every column; fields declared elsewhere have an empty meaning."""
     return [_describe_field(field) for field in schema]
 
 
-def _describe_field(field: pa.Field) -> Column:
+def _describe_field(field: pa.Field) -> TableColumn:
     metadata = field.metadata or {}
     meaning, unit = metadata.get(_MEANING, b"").decode(), metadata.get(_UNIT, b"").decode()
-    return Column(field.name, _type_name(field.type), unit, field.nullable, meaning)
+    return TableColumn(field.name, _type_name(field.type), unit, field.nullable, meaning)
 
 
 def _type_name(kind: pa.DataType) -> str:

@@ -196,3 +196,13 @@ def test_every_import_is_of_a_declared_requirement() -> None:
             if not declared & {canonicalize_name(provider) for provider in providers.get(name, [])}:
                 undeclared.add(f"{module.relative_to(ROOT)} imports {name}")
     assert sorted(undeclared) == []
+
+
+def test_a_public_class_name_means_one_thing() -> None:
+    holders: dict[str, list[str]] = {}
+    for folder in ("pipeline", "analysis", "training", "storage"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    holders.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in holders.items() if len(paths) > 1} == {}

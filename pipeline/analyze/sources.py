@@ -44,7 +44,7 @@ class Source(Protocol):
         ...
 
 
-class CacheSource:
+class SplitRows:
     """The rows of a split of a cache, or of some of its contexts; its model is opened for its weights alone."""
 
     def __init__(
@@ -74,7 +74,7 @@ class CacheSource:
         return open_recorded_model(self._cache, model=self._place, device=self._device).model
 
 
-class FreshSource:
+class FreshRows:
     """Rows of fresh text, computed by the model that the transcoder was trained on."""
 
     def __init__(

@@ -30,7 +30,7 @@ from tailrace.pipeline.analyze.analysis_pass import (
     with_density,
 )
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
-from tailrace.pipeline.analyze.sources import CacheSource, FreshSource, Source
+from tailrace.pipeline.analyze.sources import FreshRows, Source, SplitRows
 from tailrace.pipeline.analyze.weight_tables import (
     CONNECTIONS,
     Downstream,
@@ -157,7 +157,7 @@ def open_sources(
 
         def of_cache(layer: TranscoderLayer) -> Source:
             site = check_same_site(opened, layer)
-            return CacheSource(opened, settings, site, model, device)
+            return SplitRows(opened, settings, site, model, device)
 
         return of_cache
     if live is None or cache is not None:
@@ -169,7 +169,7 @@ def open_sources(
         raise SettingsError("rows: how much of the text to read is not known with --live; give --rows, such as 100k")
     n_rows = settings.rows
     open_model = functools.cache(lambda: open_transcoder_model(transcoders, model=model, device=device))
-    return lambda layer: FreshSource(live, layer, n_rows, open_model)
+    return lambda layer: FreshRows(live, layer, n_rows, open_model)
 
 
 def plan(

@@ -29,7 +29,7 @@ class SweepManifest(DerivedManifest):
     runs: list[RunRecord]
 
 
-class LayerRecord(Record):
+class MemberRecord(Record):
     """A transcoder of a set."""
 
     site: str
@@ -43,7 +43,7 @@ class LayerSetManifest(DerivedManifest):
 
     of_kind = "transcoders"
 
-    transcoders: list[LayerRecord]
+    transcoders: list[MemberRecord]
 
 
 class EvaluationManifest(DerivedManifest):

@@ -36,7 +36,7 @@ class Begun(Record):
     inputs: dict[str, Any]
 
 
-class Plan(Record):
+class CachePlan(Record):
     """What was decided before the first unit."""
 
     layout: CacheFormat
@@ -103,7 +103,7 @@ def keep_plan(root: Path, layout: CacheFormat) -> None:
 
 def recall_plan(root: Path) -> CacheFormat | None:
     """Return the format that an interrupted draft has settled on."""
-    return Plan.read_file(root / PLAN).layout if (root / PLAN).exists() else None
+    return CachePlan.read_file(root / PLAN).layout if (root / PLAN).exists() else None
 
 
 def forget_draft(root: Path) -> None:

@@ -131,7 +131,7 @@ def _drawn(title: str, graph: JSON, cards: Mapping[tuple[int, int], JSON]) -> JS
     }
 
 
-class Column(NamedTuple):
+class TokenColumn(NamedTuple):
     """The column of a token; of nodes without one for None."""
 
     token: int | None
@@ -143,7 +143,7 @@ class Layout(NamedTuple):
     """Places (x, y) of nodes in units of one node's width and one layer, and the columns of tokens."""
 
     places: dict[Node, tuple[float, float]]
-    columns: list[Column]
+    columns: list[TokenColumn]
 
 
 def height_of(node: Node) -> float:
@@ -181,7 +181,7 @@ def place_nodes(nodes: Iterable[Node]) -> Layout:
         widths[token] = max(widths.get(token, 0), len(members))
     columns, start = [], 0.0
     for token in sorted(widths, key=lambda one: -1 if one is None else one):
-        columns.append(Column(token, start, float(widths[token])))
+        columns.append(TokenColumn(token, start, float(widths[token])))
         start += widths[token]
     middle = {column.token: column.start + column.width / 2 for column in columns}
     places = {

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _DATA = re.compile(r"data/([a-z0-9-]+)\.js")
 
 
-class Site(ABC):
+class ServedSite(ABC):
     """Files of a site by name."""
 
     @abstractmethod
@@ -43,7 +43,7 @@ class Site(ABC):
         """Return the bytes of a file such as ``site/list.js``; None if the site has none of that name."""
 
 
-class PublishedSite(Site):
+class PublishedSite(ServedSite):
     """The files that a published dashboard lists, and no others of its folder."""
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +61,7 @@ class PublishedSite(Site):
             return None
 
 
-class TablesSite(Site):
+class TablesSite(ServedSite):
     """The same site made from tables on demand; the list of features is made at once."""
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +88,7 @@ class TablesSite(Site):
         return content
 
 
-def open_site(path: Path) -> Site:
+def open_site(path: Path) -> ServedSite:
     """Open the dashboard or tables at ``path``. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
     kind = published_kind(path)
     if kind not in (KIND, TABLES, None):
@@ -117,7 +117,7 @@ def open_server(path: Path, *, host: str = "127.0.0.1", port: int = 8000) -> Thr
 class _Handler(BaseHTTPRequestHandler):
     """Answers GET and HEAD."""
 
-    served: Site
+    served: ServedSite
     server_version = "tailrace"
     sys_version = ""
 

@@ -48,7 +48,7 @@ class TextPosition:
 
 
 @dataclass(frozen=True)
-class ContextBatch:
+class TextBatch:
     """One pass of the language model: contexts (contexts_per_batch, context_length) and the document of each token."""
 
     position: TextPosition
@@ -88,7 +88,7 @@ class ContextBatches:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> ContextBatch:
+    def __next__(self) -> TextBatch:
         position, tokens, documents, n = None, [], [], 0
         while n < self._per_batch:
             piece = self._current_piece()
@@ -101,7 +101,7 @@ class ContextBatches:
             n += len(tokens[-1])
         assert position is not None, "a batch has at least one context"
         self._context += n
-        return ContextBatch(position, np.concatenate(tokens), np.concatenate(documents))
+        return TextBatch(position, np.concatenate(tokens), np.concatenate(documents))
 
     def _current_piece(self) -> PackedContexts:
         """Return the piece that the next context comes from."""

@@ -18,7 +18,7 @@ from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.storage.artifact import MANIFEST, Manifest, published_kind
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.names import inside
-from tailrace.storage.tables import Column, describe, read_schema
+from tailrace.storage.tables import TableColumn, describe, read_schema
 
 KINDS = ("tables", "sweep", "evaluation", "task", "transcoders")
 """What has Parquet tables: those of ``pipeline analyze``, ``runs`` of a sweep, ``tokens`` of an evaluation, ``curves``
@@ -30,7 +30,7 @@ Tables = Path | Sequence[Path] | Mapping[str, Path]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-FOLDER = Column(
+FOLDER = TableColumn(
     "folder",
     "string",
     "",
@@ -54,7 +54,7 @@ class View(NamedTuple):
         name = self.name if _NAME.fullmatch(self.name) else quote_identifier(self.name)
         return name if self.schema is None else f"{self.schema}.{name}"
 
-    def columns(self) -> list[Column]:
+    def columns(self) -> list[TableColumn]:
         """Return what every column holds, as the file itself says."""
         own = describe(read_schema(self.files[0]))
         return [FOLDER, *own] if self.folders else own

@@ -53,7 +53,7 @@ class Origin(Record):
     firing: JSON = None
 
 
-class Measured(Record):
+class ImportScores(Record):
     """How good an import is on rows of a cache."""
 
     split: str
@@ -78,7 +78,7 @@ class _TranscoderManifest(DerivedManifest):
     metrics: Metrics
     origin: Origin | None = None
     """None for a transcoder that was trained here."""
-    measured: Measured | None = None
+    measured: ImportScores | None = None
     notes: list[str] = Field(default_factory=list)
     """Sentences on an import that a user should read."""
 

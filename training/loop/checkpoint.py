@@ -34,7 +34,7 @@ LARGEST_SHARE = 0.05
 minutes for a round of them: once a minute they would never come to train."""
 
 
-class Checkpoint(NamedTuple):
+class RunCheckpoint(NamedTuple):
     """A run at a step: tensors by name and JSON state."""
 
     step: int
@@ -48,7 +48,7 @@ class Checkpoints:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: RunCheckpoint) -> None:
         """Write a checkpoint, then remove all but the newest ``KEPT``."""
         state = {_STATE: json.dumps(checkpoint.state, sort_keys=True, allow_nan=False)}
         write_tensors(self._path(checkpoint.step), checkpoint.tensors, state)
@@ -59,12 +59,12 @@ class Checkpoints:
         """Return the steps of the checkpoints there are, ascending."""
         return [int(path.stem) for path in self._paths()]
 
-    def latest(self) -> Checkpoint | None:
+    def latest(self) -> RunCheckpoint | None:
         """Return the newest checkpoint, or None if there is none; the errors are those of ``load``."""
         steps = self.steps()
         return self.load(steps[-1]) if steps else None
 
-    def load(self, step: int) -> Checkpoint:
+    def load(self, step: int) -> RunCheckpoint:
         """Return the checkpoint at ``step``.
 
         Raises ArtifactCorrupt if it cannot be read; deleting the file named falls back to the one before.
@@ -78,7 +78,7 @@ class Checkpoints:
             raise ArtifactCorrupt(
                 f"{path}: is no readable checkpoint ({error}); delete it to continue from the one before it"
             ) from error
-        return Checkpoint(int(path.stem), tensors, state)
+        return RunCheckpoint(int(path.stem), tensors, state)
 
     def discard_after(self, step: int) -> None:
         """Remove checkpoints newer than ``step``: a run continued from there would count them among those kept."""

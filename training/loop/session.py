@@ -21,7 +21,7 @@ from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.manifest import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS
 from tailrace.training.architectures.transcoder import save_weights, write_tensors
-from tailrace.training.loop.checkpoint import Checkpoint, CheckpointClock, Checkpoints
+from tailrace.training.loop.checkpoint import CheckpointClock, Checkpoints, RunCheckpoint
 from tailrace.training.loop.evaluate import HeldoutScore
 from tailrace.training.loop.firing_frequency import LOG_SPARSITY, FiringWindow
 from tailrace.training.loop.loggers import Logger
@@ -299,7 +299,7 @@ class Session:
                 "scores": self.scores,
             }
             tensors = {**self.run.state_tensors(), **self._window.state_tensors()}
-            self._checkpoints.save(Checkpoint(step, tensors, state))
+            self._checkpoints.save(RunCheckpoint(step, tensors, state))
 
     def __enter__(self) -> Self:
         return self

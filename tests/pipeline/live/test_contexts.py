@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tailrace.pipeline.live.contexts import ContextBatch, ContextBatches, TextPosition
+from tailrace.pipeline.live.contexts import ContextBatches, TextBatch, TextPosition
 from tailrace.pipeline.live.heldout import count_listed, read_heldout_contexts
 from tailrace.pipeline.text import packing
 from tailrace.pipeline.text.holdout import HoldoutRule
@@ -38,7 +38,7 @@ def one_pass(holdout: str = "0") -> list[list[int]]:
     return contexts_of(list(source))
 
 
-def joined(batches: list[ContextBatch]) -> list[list[int]]:
+def joined(batches: list[TextBatch]) -> list[list[int]]:
     return np.concatenate([batch.tokens for batch in batches]).tolist()
 
 

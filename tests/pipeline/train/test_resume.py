@@ -17,7 +17,7 @@ from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.manifest import CHECKPOINTS
-from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
+from tailrace.training.loop.checkpoint import Checkpoints, RunCheckpoint
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.paths import ROOT
 from tests.support.training_caches import small_cache
@@ -135,7 +135,7 @@ def test_a_checkpoint_returns_what_was_saved_and_only_the_newest_two_stay(tmp_pa
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.latest() is None
     for step in (5, 10, 15):
-        checkpoints.save(Checkpoint(step, {"weights": torch.full((2,), float(step))}, {"rows": step * 100}))
+        checkpoints.save(RunCheckpoint(step, {"weights": torch.full((2,), float(step))}, {"rows": step * 100}))
     latest = checkpoints.latest()
     assert latest is not None
     assert (latest.step, latest.tensors["weights"].tolist(), latest.state) == (15, [15.0, 15.0], {"rows": 1500})

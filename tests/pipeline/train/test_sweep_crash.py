@@ -17,7 +17,7 @@ from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand
 from tailrace.storage.errors import NonFiniteActivation
 from tailrace.training.architectures.base import Transcoder
-from tailrace.training.loop.checkpoint import Checkpoint, Checkpoints
+from tailrace.training.loop.checkpoint import Checkpoints, RunCheckpoint
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import Kill, count_renames, die_at, differing
@@ -130,7 +130,7 @@ def interrupt_save(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
     """Raise KeyboardInterrupt in place of a checkpoint, given by its number counted from 1."""
     save, seen = Checkpoints.save, [0]
 
-    def counted(self: Checkpoints, checkpoint: Checkpoint) -> None:
+    def counted(self: Checkpoints, checkpoint: RunCheckpoint) -> None:
         seen[0] += 1
         if seen[0] == stop_at:
             raise KeyboardInterrupt

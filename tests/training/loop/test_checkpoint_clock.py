@@ -12,9 +12,9 @@ from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.checkpoint import (
     CHECKPOINT_SECONDS,
     LARGEST_SHARE,
-    Checkpoint,
     CheckpointClock,
     Checkpoints,
+    RunCheckpoint,
 )
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
@@ -140,7 +140,7 @@ def test_runs_side_by_side_share_one_clock_and_end_with_the_same_bytes_whenever_
     seconds, saved = Seconds(), []
     save = Checkpoints.save
 
-    def slow(self: Checkpoints, checkpoint: Checkpoint) -> None:
+    def slow(self: Checkpoints, checkpoint: RunCheckpoint) -> None:
         seconds.now += 5
         saved.append(checkpoint.step)
         save(self, checkpoint)
