@@ -162,7 +162,7 @@ def score_layers(
     transcoder: CrossLayerTranscoder,
     sites: Sequence[str],
     batches: Iterable[SiteBatches],
-    mask_of: Callable[[SiteBatches], Tensor | None] = lambda _: None,
+    mask_of: Callable[[Sequence[Batch]], Tensor | None] = lambda _: None,
 ) -> Mapping[str, HeldoutScore]:
     """Return by site a score of each layer's output: its FVU, and L0 of the features that read that layer.
 
@@ -173,7 +173,7 @@ def score_layers(
     for batch in in_pieces(batches, transcoder.d_sae):
         activations = transcoder.encode(torch.cat([batch[site].inputs for site in sites], 1))
         outputs = transcoder.decode(activations)
-        mask = mask_of(batch)
+        mask = mask_of([batch[site] for site in sites])
         for layer, (site, predicted) in enumerate(zip(sites, outputs.chunk(len(sites), 1), strict=True)):
             active = activations[:, transcoder.of_layer(layer)] > 0
             targets = batch[site].outputs
