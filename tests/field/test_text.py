@@ -98,6 +98,49 @@ def test_any_mixture_is_read_as_python_reads_it_or_refused_at_the_same_row(
         assert f"document {at} holds" in refusal
 
 
+any_line = st.one_of(
+    st.text(st.characters(exclude_characters="\n\r"), max_size=12).map(lambda text: json.dumps({"text": text})),
+    json_values.map(lambda value: json.dumps({"text": value})),
+    json_values.map(lambda value: json.dumps({"beside": value})),
+    json_values.map(json.dumps),
+    st.text(st.characters(codec="ascii", exclude_characters="\n\r"), max_size=12),
+)
+
+
+def text_by_python(line):
+    """Return the text that Python's own reader finds in a line; None if there is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    text = row.get("text") if isinstance(row, dict) else row
+    return text if isinstance(text, str) and not any("\ud800" <= letter <= "\udfff" for letter in text) else None
+
+
+@given(
+    lines=st.lists(any_line, max_size=12), first=texts, window=st.sampled_from([0, 16]), read_bytes=st.integers(1, 30)
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_lines_hold_good_rows_are_read_and_the_others_keep_their_index(
+    tmp_path_factory, lines, first, window, read_bytes
+):
+    written = [json.dumps({"text": first}), *(line for line in lines if line.strip())]
+    path = tmp_path_factory.mktemp("any") / "a.jsonl"
+    path.write_text("\n".join(written))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tailrace.pipeline.text.json_rows._READ_BYTES", read_bytes)
+        skipping = open_text(path, column="text", on_bad_row="skip", shuffle_window=window)
+        found = sorted((document.index, document.text) for document in skipping if document.problem is None)
+        bad = {document.index for document in skipping if document.problem is not None}
+        refusal = read_until_refused(path)[1]
+    expected = [text_by_python(line) for line in written]
+    assert found == [(index, text) for index, text in enumerate(expected) if text is not None]
+    assert bad == {index for index, text in enumerate(expected) if text is None}
+    assert (refusal is None) == (not bad)
+    if refusal is not None:
+        assert f"document {min(bad)} " in refusal
+
+
 def test_text_that_looks_like_a_date_stays_as_it_is(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "2020-01-01"}, {"text": "2020-01-01 10:00:00"}])
     assert texts_of(open_text(tmp_path)) == ["2020-01-01", "2020-01-01 10:00:00"]
