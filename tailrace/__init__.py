@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from tailrace.pipeline.model.of_transcoders import open_model
     from tailrace.storage.activation_cache import open_cache
     from tailrace.storage.errors import ActionableError, ArtifactError, SettingsError
-    from tailrace.training.cross_layer.artifact import load_transcoder
+    from tailrace.training.cross_layer.layers import load_transcoder
     from tailrace.training.rows.batches import as_tensor
 
 __all__ = [
@@ -87,7 +87,7 @@ _ELSEWHERE = {
     "LogitDifference": "tailrace.analysis.interventions.metrics",
     "as_tensor": "tailrace.training.rows.batches",
     "forward": "tailrace.analysis.interventions.forward",
-    "load_transcoder": "tailrace.training.cross_layer.artifact",
+    "load_transcoder": "tailrace.training.cross_layer.layers",
     "load_transcoders": "tailrace.pipeline.artifacts.transcoders",
     "open_cache": "tailrace.storage.activation_cache",
     "open_model": "tailrace.pipeline.model.of_transcoders",

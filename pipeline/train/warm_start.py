@@ -8,7 +8,7 @@ from typing import Any
 
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures.manifest import CrossLayerManifest, read_either_manifest
-from tailrace.training.cross_layer.artifact import load_transcoder
+from tailrace.training.cross_layer.layers import load_transcoder
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 

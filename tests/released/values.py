@@ -28,7 +28,7 @@ from tailrace.storage.stream import EpochManifest
 from tailrace.storage.tables import read_schema, read_table
 from tailrace.training.architectures.manifest import AnyTranscoderManifest, CrossLayerManifest, TranscoderManifest
 from tailrace.training.architectures.transcoder import load_transcoder
-from tailrace.training.cross_layer.artifact import load_cross_layer
+from tailrace.training.cross_layer.layers import load_cross_layer
 
 VALUES = "values.json"
 Values = dict[str, dict[str, Any]]

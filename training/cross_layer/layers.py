@@ -7,6 +7,7 @@ more layers there are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import JumpReLU
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
-from tailrace.training.architectures.manifest import WEIGHTS, CrossLayerManifest
+from tailrace.training.architectures.manifest import WEIGHTS, CrossLayerManifest, is_cross_layer
+from tailrace.training.architectures.transcoder import load_transcoder as load_of_one_layer
 from tailrace.training.architectures.transcoder import weights_as_described
 from tailrace.training.cross_layer.stack import DECODER, CrossLayerTranscoder
 
@@ -166,3 +170,29 @@ def load_summed_layer(path: Path | str, index: int) -> JumpReLUTranscoder:
         file.fill(layer, index)
         layer.W_dec.copy_(file.summed_writes(index, range(index, len(file.sites))))
     return layer.eval().requires_grad_(False)
+
+
+def load_cross_layer(path: Path | str, weights: str = WEIGHTS) -> CrossLayerTranscoder:
+    """Load a published cross-layer transcoder on the CPU, in evaluation mode; ``weights`` may name a snapshot.
+
+    Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch or ArtifactCorrupt.
+    """
+    path = Path(path)
+    manifest = CrossLayerManifest.read(path)
+    first = manifest.sites[0]
+    transcoder = CrossLayerTranscoder(len(manifest.sites), first.d_in, first.d_out, manifest.d_sae)
+    with weights_as_described(path / weights):
+        transcoder.load_state_dict(load_file(path / weights))
+    return transcoder.eval().requires_grad_(False)
+
+
+def load_transcoder(path: str | os.PathLike[str], weights: str = WEIGHTS) -> Transcoder:
+    """Return a published transcoder of one layer or a cross-layer one, on the CPU, in evaluation mode.
+
+    ``encode`` takes MLP inputs (…, d_in) in the model's own units to activations (…, d_sae), ``decode`` these to MLP
+    outputs (…, d_out); a cross-layer one has ``encode_layer``. ``weights`` may name a snapshot. Raises ArtifactError.
+
+    ``tailrace.load_transcoder("transcoders/gpt2").encode(mlp_in)``
+    """
+    path = Path(path).expanduser()
+    return load_cross_layer(path, weights) if is_cross_layer(path) else load_of_one_layer(path, weights)

@@ -31,8 +31,7 @@ from tailrace.storage.artifact import Manifest, verify_artifact
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, NonFiniteActivation, SettingsError
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures.transcoder import load_transcoder
-from tailrace.training.cross_layer.artifact import load_cross_layer
-from tailrace.training.cross_layer.layers import load_layers, load_summed_layer, split_layers
+from tailrace.training.cross_layer.layers import load_cross_layer, load_layers, load_summed_layer, split_layers
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tests.support.cache_jobs import CONTEXT_LENGTH, command, differing, model_folder, run_cache, text_file, tree
 from tests.support.cross_layer_transcoders import D_SAE, publish_cross_layer, random_cross_layer

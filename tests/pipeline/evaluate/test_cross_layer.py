@@ -23,7 +23,7 @@ from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
-from tailrace.training.cross_layer.artifact import load_cross_layer
+from tailrace.training.cross_layer.layers import load_cross_layer
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import CONTEXT_LENGTH, model_folder, run_cache
 from tests.support.spliced_models import WIDTH, publish_transcoder, random_transcoder

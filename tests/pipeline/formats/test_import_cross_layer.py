@@ -26,7 +26,7 @@ from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.training.architectures.manifest import CrossLayerManifest
-from tailrace.training.cross_layer.artifact import load_cross_layer
+from tailrace.training.cross_layer.layers import load_cross_layer
 from tailrace.training.rows.batches import iter_sites_once
 from tests.support.cache_jobs import command, model_folder, run_cache
 from tests.support.cross_layer_transcoders import (

@@ -17,7 +17,7 @@ from tailrace.pipeline.formats.settings import ExportSettings, ImportSettings
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.transcoder import load_transcoder
-from tailrace.training.cross_layer.artifact import load_cross_layer
+from tailrace.training.cross_layer.layers import load_cross_layer
 from tests.support.cross_layer_transcoders import INPUTS as LAYERED_INPUTS
 from tests.support.cross_layer_transcoders import N_LAYERS, publish_cross_layer, random_cross_layer
 from tests.support.interop import CIRCUIT_TRACER, SAELENS, SAELENS_YEAR_OLD, SPARSIFY, run_in

@@ -22,7 +22,7 @@ from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.training.architectures.transcoder import load_transcoder
-from tailrace.training.cross_layer.artifact import load_cross_layer
+from tailrace.training.cross_layer.layers import load_cross_layer
 from tailrace.training.cross_layer.stack import Stack
 from tailrace.training.loop import evaluate
 from tailrace.training.loop.run import TrainingRun
