@@ -309,8 +309,9 @@ def late(tmp_path_factory):
     return folder
 
 
-def learnt(manifest, tokens, special=()):
-    layer: Any = SimpleNamespace(path="transcoder", manifest={"inputs": {}, **manifest})
+def learnt(tokens, *, packing=None, live=None, special=()):
+    inputs = SimpleNamespace(live=None if live is None else {"packing": live})
+    layer: Any = SimpleNamespace(path="transcoder", manifest=SimpleNamespace(inputs=inputs, packing=packing or {}))
     model: Any = SimpleNamespace(special_token_ids=special)
     return LearntTokens([layer], model)(torch.tensor([tokens]))[0].tolist()
 
@@ -327,17 +328,17 @@ def learnt(manifest, tokens, special=()):
 def test_every_filter_of_rows_is_read_from_a_manifest(exclude, first, expected):
     rows = {"exclude": exclude, "first_position": first}
     of_cache = {"packing": {"context_length": 16, "row_filter": rows}}
-    of_live = {"inputs": {"live": {"packing": {"context_length": 16, **rows}}}}
-    for manifest in (of_cache, of_live):
-        assert learnt(manifest, [9, 5, 9, 6, 7], special=(9,)) == [bool(one) for one in expected]
+    of_live = {"live": {"context_length": 16, **rows}}
+    for recorded in (of_cache, of_live):
+        assert learnt([9, 5, 9, 6, 7], special=(9,), **recorded) == [bool(one) for one in expected]
 
 
 def test_manifest_without_the_record_is_taken_for_all_but_the_bos_and_said_so(caplog):
-    assert learnt({}, [9, 5, 6]) == [False, True, True]
+    assert learnt([9, 5, 6]) == [False, True, True]
     assert "transcoder: which tokens it learnt from is not recorded" in caplog.text
     caplog.clear()
     packing = {"context_length": 2, "row_filter": {"exclude": "bos", "first_position": 0}}
-    assert learnt({"packing": packing}, [9, 5, 6]) == [False, True, True]
+    assert learnt([9, 5, 6], packing=packing) == [False, True, True]
     assert "learnt from contexts of 2, so positions from 2 on are new" in caplog.text
 
 
