@@ -2,13 +2,16 @@
 
 A setting's keyword is its flag's name with ``_`` for ``-``, and is read by the code that reads the flag: ``k="32"``,
 ``k=32`` and ``--k 32`` are one setting, ``tokens="1M"`` is ``tokens=1_000_000``. ``config`` takes a file of settings
-too. Nothing is printed; ``quiet=False`` shows progress. An error that a user can act on is an ``ActionableError``.
+too. Nothing is printed; ``quiet=False`` shows progress. An error that a user can act on is an ``ActionableError``,
+whose message names keywords where the command's names flags.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from numbers import Number
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, overload
 from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_path, as_paths
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import current_names, flat_values, read_settings, setting_fields
-from tailrace.storage.errors import SettingsError
+from tailrace.storage.errors import ActionableError, SettingsError
 from tailrace.storage.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,7 +37,31 @@ if TYPE_CHECKING:
 
 Read = TypeVar("Read", bound=Settings)
 
+_FLAG = re.compile(r"`[^`\n]*`|(?<![\w./-])--(no-)?([a-z][a-z0-9-]*)(?:[ =]([0-9A-Z./~][^\s,;:)]*))?")
+"""A flag in a message, with a value or a placeholder for one behind it; commands between backticks stay."""
+_CALLED = {"from": "start_from", "output": "out", "sweep": "over", "set": "values"}
 
+
+@contextmanager
+def _speaking_of_keywords() -> Iterator[None]:
+    """Raise errors from inside with keywords in place of flags: ``k=32`` for ``--k 32``."""
+    try:
+        yield
+    except ActionableError as error:
+        error.args = tuple(_FLAG.sub(_keyword, text) if isinstance(text, str) else text for text in error.args)
+        raise
+
+
+def _keyword(found: re.Match[str]) -> str:
+    if found[2] is None:
+        return found[0]
+    name = _CALLED.get(found[2], found[2].replace("-", "_"))
+    if found[1]:
+        return f"{name}=False" + (f" {found[3]}" if found[3] else "")
+    return f"{name}={found[3]}" if found[3] else name
+
+
+@_speaking_of_keywords()
 def cache(
     *,
     out: PathLike,
@@ -66,6 +93,7 @@ def cache(
     )
 
 
+@_speaking_of_keywords()
 def train(
     cache: PathLike | None = None,
     *,
@@ -107,6 +135,7 @@ def train(
     )
 
 
+@_speaking_of_keywords()
 def sweep(
     cache: PathLike | None = None,
     *,
@@ -157,6 +186,7 @@ def analyze(
 def analyze(
     transcoder: Sequence[PathLike], *, out: PathLike, cache: PathLike | None = None, live: bool = False, **keywords: Any
 ) -> list[AnalyzeResult]: ...
+@_speaking_of_keywords()
 def analyze(
     transcoder: Paths,
     *,
@@ -202,6 +232,7 @@ def analyze(
     return stage.run(analysis, transcoder=as_path(transcoder), **arguments)
 
 
+@_speaking_of_keywords()
 def evaluate(
     transcoders: Paths,
     *,
@@ -234,6 +265,7 @@ def evaluate(
     )
 
 
+@_speaking_of_keywords()
 def circuit(
     prompt: str,
     *,
@@ -276,6 +308,7 @@ def circuit(
     )
 
 
+@_speaking_of_keywords()
 def query(sql: str, tables: Paths | Mapping[str, PathLike], values: Mapping[str, Any] | None = None) -> pa.Table:
     """Return the answer to one SELECT over tables, a sweep's runs or an evaluation's tokens, as an Arrow table.
 
@@ -291,6 +324,7 @@ def query(sql: str, tables: Paths | Mapping[str, PathLike], values: Mapping[str,
     return select(sql, {name: as_path(path) for name, path in tables.items()}, values)
 
 
+@_speaking_of_keywords()
 def verify(
     path: PathLike,
     *,
@@ -325,6 +359,7 @@ def verify(
     )
 
 
+@_speaking_of_keywords()
 def info(path: PathLike) -> dict[str, Any]:
     """Return what an artifact says of itself, finished or not, by name: what `pipeline info --json` prints.
 

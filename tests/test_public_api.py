@@ -17,7 +17,7 @@ import torch
 
 import tailrace
 from tailrace import circuits
-from tailrace.pipeline import cli
+from tailrace.pipeline import api, cli
 from tailrace.pipeline.cache import stage as cache_stage
 from tailrace.pipeline.circuit import stage as circuit_stage
 from tailrace.pipeline.evaluate import stage as evaluate_stage
@@ -242,3 +242,23 @@ def test_verification_says_what_it_checked(place: Path) -> None:
     assert (checked.passed, checked.damage, checked.pairs) == (True, [], [])
     assert tailrace.verify(place / "by-flags").passed
     assert tailrace.info(place / "by-flags")["d_sae"] == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "keywords"),
+    [
+        ("lower --batch-rows 32, or give --rows, such as 100k", "lower batch_rows=32, or give rows, such as 100k"),
+        ("--out=~/x: use --from PATH (--no-ignore-bos)", "out=~/x: use start_from=PATH (ignore_bos=False)"),
+        ("run `pipeline cache --holdout 0.1` in /tmp/a--b", "run `pipeline cache --holdout 0.1` in /tmp/a--b"),
+    ],
+)
+def test_errors_name_keywords_where_the_command_names_flags(flags: str, keywords: str) -> None:
+    with pytest.raises(tailrace.SettingsError) as raised, api._speaking_of_keywords():
+        raise tailrace.SettingsError(flags)
+    assert str(raised.value) == keywords
+
+
+def test_an_error_of_a_call_names_no_flag(tmp_path: Path) -> None:
+    with pytest.raises(tailrace.SettingsError, match=r"^dataset: only with live; ") as raised:
+        tailrace.analyze(tmp_path, cache=tmp_path, out=tmp_path / "out", dataset="text.jsonl")
+    assert "--" not in str(raised.value)
