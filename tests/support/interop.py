@@ -44,14 +44,19 @@ SAELENS, CIRCUIT_TRACER, SPARSIFY = (
 )
 
 LOAD_MODEL = """
-import json, sys
+import json, shutil, sys, tempfile
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 given = json.loads(sys.argv[1])
 published = GPT2LMHeadModel.from_pretrained(given["model"]).float()
-tokenizer = AutoTokenizer.from_pretrained(given["model"])
+# transformers 5 writes a name of the tokenizer's class that 4 does not know
+copied = Path(tempfile.mkdtemp())
+about = json.loads((Path(given["model"]) / "tokenizer_config.json").read_text())
+(copied / "tokenizer_config.json").write_text(json.dumps({**about, "tokenizer_class": "PreTrainedTokenizerFast"}))
+shutil.copy(Path(given["model"]) / "tokenizer.json", copied)
+tokenizer = AutoTokenizer.from_pretrained(copied)
 """
 """Reads a script's argument, and the folder of a GPT-2 in it."""
 LOAD_HOOKED = (

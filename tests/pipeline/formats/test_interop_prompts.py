@@ -216,8 +216,8 @@ def test_circuit_tracer_has_our_features_of_a_prompt(tmp_path, monkeypatch, mode
             for seed, (path, site) in enumerate(zip(paths, sites, strict=True))
         ]
         settings = ExportSettings(fold_norm=name == "folded")
-        folder, given = str(bundled_model("tiny-lm")), cache if name == "topk" else None
-        export.run(settings, to="circuit-tracer", sources=paths, output=tmp_path / name, model=folder, cache=given)
+        folder, given = str(bundled_model("tiny-lm")), {"cache": cache} if name == "topk" else {}
+        export.run(settings, to="circuit-tracer", sources=paths, output=tmp_path / name, model=folder, **given)
         expected[name] = torch.stack([module.encode(inputs) for module, inputs in zip(modules, rows, strict=True)])
         if name == "topk":
             for layer, module in enumerate(modules):
@@ -241,7 +241,8 @@ def test_circuit_tracer_has_our_features_of_a_prompt(tmp_path, monkeypatch, mode
             check(tmp_path / name, tokens, features)
 
 
-def test_sparsify_and_delphi_have_our_features_of_a_prompt(tmp_path, model, tokens):
+@pytest.mark.parametrize("releases", [*SPARSIFY, "delphi"])
+def test_sparsify_and_delphi_have_our_features_of_a_prompt(tmp_path, model, tokens, releases):
     kinds = {
         "plain": (TopK(k=5), mlp(1)),
         "skip": (TopK(k=5, skip=True), mlp(1)),
@@ -257,11 +258,9 @@ def test_sparsify_and_delphi_have_our_features_of_a_prompt(tmp_path, model, toke
         folders=[str(folder) for folder in folders.values()],
         transcode=[site.hook_in != site.hook_out for _, site in kinds.values()],
     )
-    for releases in [*SPARSIFY, "delphi"]:
-        run_in(releases, DELPHI_FEATURES if releases == "delphi" else SPARSIFY_FEATURES, given)
-        for name, (_, site) in kinds.items():
-            check(folders[name], tokens, modules[name].encode(rows_of(model, tokens, site)))
-            (folders[name] / "theirs").unlink()
+    run_in(releases, DELPHI_FEATURES if releases == "delphi" else SPARSIFY_FEATURES, given)
+    for name, (_, site) in kinds.items():
+        check(folders[name], tokens, modules[name].encode(rows_of(model, tokens, site)))
 
 
 def test_delphi_reads_every_activation_where_the_tables_have_it(tmp_path):
