@@ -179,9 +179,7 @@ def save_family(path: Path, family: Family) -> Path:
     path.mkdir(parents=True)
     save_tiny_tokenizer(path, list(TOKENS), bos_token=BOS)
     if model_class is None:
-        module = name.lower()
-        written = {"model_type": module, "auto_map": {"AutoConfig": f"configuration_{module}.{name}Config"}}
-        _write_config(path, family, written)
+        _write_config(path, family, {"model_type": name.lower(), "auto_map": {"AutoConfig": "configuration.Config"}})
     elif name in _ONLY_CONFIGURED or _is_refused_by_kind(name, model_class.config_class):
         _write_config(path, family, {"model_type": model_class.config_class.model_type})
     else:

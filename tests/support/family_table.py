@@ -1,4 +1,4 @@
-"""What every command does with every family: measured, held against transformers, and written into docs/families.md.
+"""What can be done with every family: measured, held against transformers, and written into docs/families.md.
 
 ``python -m tests.support.family_table`` writes the table anew; a slow test compares every row with what is measured.
 """
@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tailrace.analysis.circuits.attribution_graph import top_logits
+from tailrace.analysis.circuits.contributions import contributions
+from tailrace.analysis.circuits.record import record_run
+from tailrace.analysis.circuits.roots import logit_root
 from tailrace.analysis.splice.replacement import EVERY_POSITION, Substitute, run_replaced
 from tailrace.pipeline.cli import cli
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks
+from tailrace.pipeline.model.weights import read_weights
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ActionableError
-from tailrace.storage.tables import read_table
 from tests.support.families import TOKENS, Family, families, reference, save_family
 from tests.support.tiny_models import WORDS
 
@@ -39,32 +42,35 @@ MARK = "<!-- Do not edit below: made by python -m tests.support.family_table, ch
 CONTEXT = 16
 TOLERANCE = 2e-5
 """Of the largest number: float32 in two orders of summing, through two blocks."""
-COMMANDS = ("cache", "evaluate", "analyze", "circuit", "task", "export", "fold-norm")
+ROWS, WEIGHTS = "cache", "weights"
+COMMANDS = {
+    **dict.fromkeys(("cache", "evaluate", "task", "export"), ROWS),
+    **dict.fromkeys(("analyze", "circuit", "fold-norm"), WEIGHTS),
+}
+"""What each command needs of a family: rows that can be cached, or weights that can be read too."""
 
 
 @dataclass
 class Outcome:
-    """What commands do with a family: whether each works, and why those do not that refuse it."""
+    """What can be done with a family: whether rows can be cached and weights read, and why not."""
 
     family: Family
     works: dict[str, bool] = field(default_factory=dict)
-    refusals: dict[str, list[str]] = field(default_factory=dict)
-    """Sentence → the commands that refuse with it."""
+    refusals: list[str] = field(default_factory=list)
     asked: str = ""
     """Flags that are needed where not all layers can be cached as they are."""
 
     def row(self) -> str:
         """Return the line of the page."""
-        cells = ["yes" if self.works.get(name) else "—" for name in COMMANDS]
+        cells = ["yes" if self.works.get(name) else "—" for name in (ROWS, WEIGHTS)]
         if self.asked:
             cells[0] = f"with `{self.asked}`"
-        reasons = " ".join(f"*{', '.join(names)}*: {reason}." for reason, names in self.refusals.items())
         note = f", {self.family.note}" if self.family.note else ""
-        return f"| `{self.family.architecture}`{note} | {' | '.join(cells)} | {reasons} |"
+        return f"| `{self.family.architecture}`{note} | {' | '.join(cells)} | {' '.join(self.refusals)} |"
 
 
 def measure(family: Family, folder: Path) -> Outcome:
-    """Return what commands do with a small model of ``family``, made in ``folder``.
+    """Return what can be done with a small model of ``family``, made in ``folder``.
 
     Every refusal is an error with a sentence; anything else that is raised goes through. Numbers of what works are
     compared with transformers' own.
@@ -74,15 +80,20 @@ def measure(family: Family, folder: Path) -> Outcome:
     try:
         model = load_language_model(ModelSettings(model=str(path)))
     except ActionableError as error:
-        _refused(outcome, "cache", error, folder)
+        _refused(outcome, ROWS, error, folder)
         return outcome
-    sites = _sites(outcome, model, folder)
-    if not sites:
+    if not (sites := _sites(outcome, model, folder)):
         return outcome
     plain = reference(path, family)
     _compare_rows(model, plain, sites)
     _compare_identity(model, plain, sites)
-    _run_commands(outcome, folder, plain, sites)
+    outcome.works[ROWS] = True
+    try:
+        _compare_circuit(model, plain)
+    except ActionableError as error:
+        _refused(outcome, WEIGHTS, error, folder)
+    else:
+        outcome.works[WEIGHTS] = True
     return outcome
 
 
@@ -96,7 +107,7 @@ def _sites(outcome: Outcome, model: LanguageModel, folder: Path) -> list[SiteHoo
             sites = model.resolve_sites(given.get("--layers"), [flags[1]] if flags[0] == "--hooks" else [])
         except ActionableError as error:
             if flags[1] == "all":
-                _refused(outcome, "cache", error, folder)
+                _refused(outcome, ROWS, error, folder)
             continue
         outcome.asked = "" if flags[1] == "all" else " ".join(flags)
         return sites
@@ -109,7 +120,7 @@ def _refused(outcome: Outcome, name: str, error: ActionableError, folder: Path) 
     lines = [line.strip() for line in lines if not line.startswith(("1 problem in the sites", "The tables need"))]
     if len(lines) > 1:  # of many blocks the first is enough
         lines = [lines[0], re.sub(r" \(they differ by .*?\)", "", lines[1])]
-    outcome.refusals.setdefault(" ".join(lines).replace("|", "\\|"), []).append(name)
+    outcome.refusals.append(" ".join(lines).replace("|", "\\|") + ".")
 
 
 # Against transformers
@@ -193,107 +204,76 @@ def _error(made: Tensor, wanted: Tensor) -> float:
     return float((made.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
+def _compare_circuit(model: LanguageModel, plain: Any) -> None:
+    """Compare the likely tokens' probabilities, which follow from the logits explained; sums are complete."""
+    tokens = _contexts()[0]
+    run = record_run(model.bridge, read_weights(model), {}, tokens, allow_opaque=True)
+    probabilities = _logits(plain, tokens[None])[0, -1].softmax(-1)
+    for token, probability in top_logits(run, -1, mass=1.0, at_most=5):
+        assert abs(probability - float(probabilities[token])) < 1e-4, token
+        root = logit_root(run, token)
+        assert contributions(run, root.probe).incompleteness(root.value) < 1e-5, token
+
+
 # The commands
 
 
-def _run_commands(outcome: Outcome, folder: Path, plain: Any, sites: Sequence[SiteHooks]) -> None:
+def run_commands(outcome: Outcome, folder: Path) -> dict[str, bool]:
+    """Return for each command whether it works with a family whose model ``measure`` made; it may refuse otherwise."""
     text, model = folder / "text.jsonl", str(folder / "model")
     generator = np.random.Generator(np.random.PCG64(0))
     text.write_text("".join(json.dumps({"text": " ".join(generator.choice(WORDS, 60))}) + "\n" for _ in range(12)))
-    cache, coders = folder / "cache", folder / "coders"
-    chosen = outcome.asked.split() or ["--layers", "all"]
-    _ran(
-        outcome, folder, "cache", "--model", model, *chosen, "--dataset", text, "--tokens", "all", "--holdout", "0.2",
-        "--context-length", CONTEXT, "--storage-dtype", "float32", "--out", cache, "--quiet",
-    )  # fmt: skip
-    assert outcome.works["cache"], outcome.refusals
-    _call("verify", cache, "--model", model, "--quiet")
-    for site in sites:
-        _call(
-            "train", cache, "--site", site.name, "--architecture", "topk", "--k", "2", "--d-sae", "16", "--steps", "3",
-            "--batch-rows", "64", "--out", coders / site.name, "--quiet",
-        )  # fmt: skip
     prompts = folder / "prompts.jsonl"
     asked = [{"prompt": prompt, "correct": ["the"], "incorrect": ["to"]} for prompt in ("it was their", "all of which")]
     prompts.write_text("".join(json.dumps(one) + "\n" for one in asked))
-    last = coders / sites[-1].name
-    if _ran(
-        outcome,
-        folder,
-        "evaluate",
-        coders,
-        "--cache",
-        cache,
-        "--model",
-        model,
-        "--out",
-        folder / "evaluated",
-        "--quiet",
-    ):
-        _compare_evaluation(folder / "evaluated", cache, plain)
-    _ran(outcome, folder, "analyze", last, "--cache", cache, "--model", model, "--out", folder / "tables", "--quiet")
-    if _ran(
-        outcome, folder, "circuit", "the people which", "--logit", "the", "--transcoders", coders, "--missing-layers",
-        "opaque", "--model", model, "--out", folder / "circuit", "--quiet",
-    ):  # fmt: skip
-        _compare_circuit(folder / "circuit" / "circuit.json", plain)
-    _ran(
-        outcome, folder, "task", prompts, "--transcoder", last, "--model", model, "--kept", "0", "--leave-out", "0",
-        "--out", folder / "task", "--quiet",
-    )  # fmt: skip
-    exported = ("export", last, "--to", "saelens", "--cache", cache, "--rows", "64")
-    _ran(outcome, folder, *exported, "--out", folder / "exported", "--quiet")
-    _ran(
-        outcome, folder, *exported, "--fold-norm", "--model", model, "--out", folder / "folded", "--quiet",
-        name="fold-norm",
-    )  # fmt: skip
+    cache, coders = folder / "cache", folder / "coders"
+    chosen = outcome.asked.split() or ["--layers", "all"]
+    works = {
+        "cache": _works(
+            "cache", "--model", model, *chosen, "--dataset", text, "--tokens", "all", "--holdout", "0.2",
+            "--context-length", CONTEXT, "--storage-dtype", "float32", "--out", cache, "--quiet",
+        )
+    }  # fmt: skip
+    if not works["cache"]:
+        return dict.fromkeys(COMMANDS, False)
+    assert _works("verify", cache, "--model", model)
+    sites = list(open_cache(cache).sites)
+    for site in sites:
+        assert _works(
+            "train", cache, "--site", site, "--architecture", "topk", "--k", "2", "--d-sae", "16", "--steps", "3",
+            "--batch-rows", "64", "--out", coders / site, "--quiet",
+        )  # fmt: skip
+    last = coders / sites[-1]
+    commands: dict[str, tuple[Any, ...]] = {
+        "evaluate": ("evaluate", coders, "--cache", cache, "--model", model),
+        "analyze": ("analyze", last, "--cache", cache, "--model", model),
+        "circuit": (
+            "circuit", "the people which", "--logit", "the", "--transcoders", coders, "--missing-layers", "opaque",
+            "--model", model,
+        ),
+        "task": ("task", prompts, "--transcoder", last, "--model", model, "--kept", "0", "--leave-out", "0"),
+        "export": ("export", last, "--to", "saelens", "--cache", cache, "--rows", "64"),
+        "fold-norm": (
+            "export", last, "--to", "saelens", "--cache", cache, "--rows", "64", "--fold-norm", "--model", model
+        ),
+    }  # fmt: skip
+    return works | {
+        name: _works(*arguments, "--out", folder / f"{name} out", "--quiet") for name, arguments in commands.items()
+    }
 
 
-def _ran(outcome: Outcome, folder: Path, *arguments: Any, name: str = "") -> bool:
-    name = name or arguments[0]
-    try:
-        _call(*arguments)
-    except ActionableError as error:
-        _refused(outcome, name, error, folder)
-        return False
-    outcome.works[name] = True
-    return True
-
-
-def _call(*arguments: Any) -> None:
-    with _silent():
-        result = cli.main(args=[str(argument) for argument in arguments], prog_name="pipeline", standalone_mode=False)
-    assert not result, f"{arguments[0]} ended with {result}"
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
+def _works(*arguments: Any) -> bool:
+    """Return whether a command does its work; False if it says why it does not."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
+            cli.main(args=[str(argument) for argument in arguments], prog_name="pipeline", standalone_mode=False)
+    except ActionableError:
+        return False
     finally:
         logging.disable(before)
-
-
-def _compare_evaluation(path: Path, cache: Path, plain: Any) -> None:
-    rows = read_table(path / "tokens.parquet").to_pylist()
-    contexts = np.unique([row["context"] for row in rows])
-    tokens = torch.from_numpy(open_cache(cache).split("heldout").context_tokens(contexts).astype(np.int64))
-    ours = float(np.mean([row["ce_original"] for row in rows]))
-    theirs = _cross_entropy(_logits(plain, tokens), tokens)
-    assert abs(ours - theirs) < TOLERANCE * max(1.0, theirs), (ours, theirs)
-
-
-def _compare_circuit(path: Path, plain: Any) -> None:
-    """Compare the likely tokens' probabilities, which follow from the logits, and see that sums are complete."""
-    document = json.loads(path.read_text())
-    tokens = torch.tensor([[token["id"] for token in document["tokens"]]])
-    probabilities = _logits(plain, tokens)[0, -1].softmax(-1)
-    for token in document["likely"]:
-        assert abs(token["probability"] - float(probabilities[token["id"]])) < 1e-4, token
-    assert document["root"]["incompleteness"] < 1e-5
+    return True
 
 
 # The page
@@ -301,14 +281,13 @@ def _compare_circuit(path: Path, plain: Any) -> None:
 
 def table(rows: Sequence[str]) -> str:
     """Return what stands below ``MARK`` on the page."""
-    names = ["`export --fold-norm`" if name == "fold-norm" else f"`{name}`" for name in COMMANDS]
     lines = [
         MARK,
         "",
         f"Made with TransformerLens {version('transformer_lens')} and transformers {version('transformers')}.",
         "",
-        f"| architecture | {' | '.join(names)} | why not |",
-        "|" + "---|" * (len(COMMANDS) + 2),
+        "| architecture | rows | weights | why not |",
+        "|---|---|---|---|",
         *rows,
     ]
     return "\n".join(lines) + "\n"
@@ -321,10 +300,8 @@ def measured_row(family: Family) -> str:
 
 
 def main() -> None:
-    """Measure every family, in two processes, and write the page."""
-    chosen = families()
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        rows = pool.map(measured_row, chosen, chunksize=1)
+    """Measure every family and write the table."""
+    rows = [measured_row(family) for family in families()]
     above = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     PAGE.write_text(above + table(rows), encoding="utf-8")
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.support.families import Family, architectures, families
-from tests.support.family_table import MARK, PAGE, measured_row
+from tests.support.family_table import COMMANDS, MARK, PAGE, measure, measured_row, run_commands
+
+OF_EACH_KIND = (
+    "AfmoeForCausalLM", "BambaForCausalLM", "BloomForCausalLM", "CohereForCausalLM", "DeepseekV4ForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForConditionalGeneration", "GraniteForCausalLM, scaled sublayers", "MambaForCausalLM",
+    "MixtralForCausalLM", "OPTForCausalLM, OPT-350m's", "T5ForConditionalGeneration",
+)  # fmt: skip
+"""Families of which every command is run: those of the others do the same calls."""
 
 
 def rows_of_the_page() -> list[str]:
@@ -20,5 +29,14 @@ def test_every_architecture_and_configuration_has_its_row_on_the_page() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families(), ids=lambda one: one.label)
-def test_what_commands_do_is_what_its_row_says(family: Family) -> None:
-    assert measured_row(family) in rows_of_the_page(), "python -m tests.support.family_table writes the page anew"
+def test_what_can_be_done_is_what_its_row_says(family: Family) -> None:
+    assert measured_row(family) in rows_of_the_page(), "python -m tests.support.family_table writes the table anew"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", OF_EACH_KIND)
+def test_every_command_works_or_refuses_as_the_row_says(tmp_path: Path, label: str) -> None:
+    (family,) = (one for one in families() if one.label == label)
+    outcome = measure(family, tmp_path)
+    wanted = {name: bool(outcome.works.get(needed)) for name, needed in COMMANDS.items()}
+    assert run_commands(outcome, tmp_path) == wanted
