@@ -42,7 +42,7 @@ def read_weights(model: LanguageModel) -> ModelWeights:
     except ActionableError:
         raise
     except Exception as error:  # TransformerLens' properties raise whatever the shapes of a family lead them to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelError(
             f"model {model.name}: its weights are not of a shape that can be read: {reason}; this family is not "
             "supported by what needs them (`pipeline --debug …` shows where)"
