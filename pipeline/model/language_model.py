@@ -82,7 +82,8 @@ class LanguageModel:
         self._tokenizer = tokenizer
         self._settings = settings
         self._checkpoint = checkpoint
-        self._points: Mapping[str, Any] = bridge.hook_dict
+        with quiet():  # of names that lead nowhere, which are refused where they are asked for
+            self._points: Mapping[str, Any] = bridge.hook_dict
         self._of_more: Mapping[int, str] = {}
 
     @property

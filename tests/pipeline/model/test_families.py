@@ -30,6 +30,7 @@ def test_every_architecture_and_configuration_has_its_row_on_the_page() -> None:
     assert {one.architecture for one in families()} == set(architectures())
 
 
+@pytest.mark.filterwarnings("ignore:.*hook alias.* did not resolve:UserWarning")  # GPT2LMHeadCustomModel's, unused
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families(), ids=lambda one: one.label)
 def test_what_can_be_done_is_what_its_row_says(family: Family) -> None:
