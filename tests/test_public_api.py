@@ -169,7 +169,7 @@ def test_a_list_of_transcoders_gives_a_list_of_results_and_a_folder_alone_is_ref
     ("call", "wanted"),
     [
         (lambda cache, out: tailrace.train(cache, out=out, d_sea=16), "d_sea: is no setting; did you mean d_sae?"),
-        (lambda cache, out: tailrace.train(cache, out=out, dataset="text"), "--dataset: only with --live"),
+        (lambda cache, out: tailrace.train(cache, out=out, dataset="text"), "dataset: only with live"),
         (lambda cache, out: tailrace.train(out=out, k=3), "train on a cache, or live"),
         (lambda cache, out: tailrace.train(cache, out=out, k=3, steps=0.5), "steps: .*not a whole number"),
         (lambda cache, out: tailrace.sweep(cache, out=out, over={"kk": [1]}), "kk: is no setting of `pipeline train`"),

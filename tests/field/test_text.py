@@ -428,7 +428,7 @@ def test_row_that_is_no_context_among_contexts_is_refused(tmp_path):
     rows = [{"input_ids": row} for row in [*MADE * 4, [0, 1, 2], [9, *range(7)], MADE[0]]]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(
-        TextError, match=r"document 24 has 3 ids, wanted 8 .*--on-bad-row skip, .*--token-rows documents"
+        TextError, match=r"document 24 has 3 ids, wanted 8 .*--on-bad-row skip; .*--token-rows documents"
     ):
         read_contexts(path)
     contexts, source = read_contexts(path, on_bad_row="skip")

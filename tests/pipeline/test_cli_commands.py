@@ -284,7 +284,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
     [
         (["e"], ["extend", "evaluate", "export"]),
         (["cache", "--storage-dtype", "b"], ["bfloat16"]),
-        (["cache", "--tok"], ["--tokens"]),
+        (["cache", "--toke"], ["--tokens", "--token-rows"]),
         (["query", "--form"], ["--format"]),
     ],
 )

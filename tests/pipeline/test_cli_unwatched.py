@@ -30,8 +30,8 @@ def test_no_command_draws_a_progress_bar_into_a_file(tmp_path: Path, capsys: pyt
 def test_a_broken_file_is_named_by_our_error_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "bad.jsonl"
     text.write_text('{"text": "one"}\nnot json\n')
-    what = ("--model", model_folder(), "--dataset", text, "--tokens", 64, "--layers", 0, "--out", tmp_path / "cache")
-    answer = command(capfd, "cache", *what)
+    what = ("--model", model_folder(), "--dataset", text, "--tokens", 64, "--layers", 0, "--context-length", 16)
+    answer = command(capfd, "cache", *what, "--out", tmp_path / "cache")
     assert answer.code == 1
     (line,) = answer.err.splitlines()
-    assert line.startswith(f"error: {text}: cannot be read (")
+    assert line.startswith(f"error: {text}, row 2 (line 2): document 1 cannot be read")

@@ -177,7 +177,7 @@ def test_a_wrong_request_is_explained_and_leaves_its_path_to_a_right_one(
         (
             "numbers.jsonl",
             '{"year": 1801}\n{"year": 1802}\n',
-            "text or token ids. Its columns are:\n  year: int64",
+            "text, token ids or conversations. Its columns are:\n  year: int64",
         ),
         ("short.jsonl", '{"text": "one two"}\n{"text": "three"}\n', "one context needs 15"),
         ("single.txt", "one document only\n" * 50, "pass --holdout 0, or a smaller --text-unit"),

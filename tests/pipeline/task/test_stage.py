@@ -40,7 +40,10 @@ def write_prompts(path: Path, lines: list[Any]) -> Path:
 
 def published(path: Path, site: str = "layer1") -> Path:
     sites = {f"layer{layer}": mlp_site(layer) for layer in range(3)}
-    made_of: Any = SimpleNamespace(reference={}, manifest=SimpleNamespace(model=tiny_model().identity()), sites=sites)
+    made_from = {"cache_id": "a", "generation": 0, "digest": "b"}
+    made_of: Any = SimpleNamespace(
+        reference=made_from, manifest=SimpleNamespace(model=tiny_model().identity()), sites=sites
+    )
     return publish_transcoder(path, made_of, site, random_transcoder())
 
 
