@@ -59,6 +59,8 @@ PROVENANCE: dict[str, str] = {"token_id": "int32", "context": "uint32", "positio
 CONTEXT_ARRAYS: dict[str, str] = {"tokens": "int32", "documents": "uint32"}
 """One vector of context_length numbers per context each."""
 VOCABULARY = "vocabulary.json"
+CHUNK_CONTEXTS = 256
+"""Contexts per inner chunk of the context arrays; a shard of more contexts has a multiple of them."""
 EPOCHS = "epochs"
 """Folder of the materialised epochs."""
 
@@ -146,7 +148,7 @@ class CacheFormat:
 
     def context_specs(self) -> tuple[ArraySpec, ...]:
         """Return the arrays that hold contexts, one row per context."""
-        chunk = min(self.block_contexts, 256)
+        chunk = min(self.block_contexts, CHUNK_CONTEXTS)
         return tuple(
             ArraySpec(f"contexts/{name}", dtype, self.context_length, self.block_contexts, chunk)
             for name, dtype in CONTEXT_ARRAYS.items()

@@ -13,7 +13,7 @@ from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.settings import CapturedContexts
-from tailrace.storage.cache_format import PROVENANCE, CacheFormat, Site
+from tailrace.storage.cache_format import CHUNK_CONTEXTS, PROVENANCE, CacheFormat, Site
 from tailrace.storage.layout import FLOAT16_NORMAL, column_scale_of
 
 CHUNK_ROWS = 4096
@@ -35,6 +35,8 @@ FirstBatch = tuple[np.ndarray, np.ndarray, int]
 def context_format(settings: CacheSettings) -> CacheFormat:
     """Return the part of the format that contexts need, known before any activation is seen."""
     block = max(BLOCK_TOKENS // settings.context_length, settings.contexts_per_batch)
+    if block > CHUNK_CONTEXTS:
+        block = -(-block // CHUNK_CONTEXTS) * CHUNK_CONTEXTS  # Zarr cuts a shard into equal chunks
     return CacheFormat((), settings.context_length, 1, 1, "none", block)
 
 

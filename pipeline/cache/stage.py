@@ -377,6 +377,11 @@ class CacheJob:
         if layout is None:
             layout = choose()
             keep_plan(self.root, layout)
+        if layout.block_contexts != self.contexts.block_contexts:
+            raise ArtifactMismatch(
+                f"{self.root}: an earlier release began this cache in blocks of {layout.block_contexts:,} contexts, "
+                "which it could not have finished; delete it and run the same command again"
+            )
         return layout
 
     def _first_layout(self, hooks: Sequence[SiteHooks], tokens: int | None) -> CacheFormat:

@@ -8,12 +8,18 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+import zarr
 
+from tailrace.pipeline.cache import plan, stage
+from tailrace.pipeline.cache.plan import choose_rows, context_format
 from tailrace.pipeline.cache.settings import CacheSettings
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.cache_format import Site
 from tailrace.storage.cache_verify import verify_bytes
+from tailrace.storage.errors import ArtifactMismatch
 from tailrace.storage.formats import Compression
-from tailrace.storage.layout import RELATIVE_ERROR
+from tailrace.storage.layout import RELATIVE_ERROR, array_metadata
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.statistics import as_float32
 from tests.support.cache_jobs import (
@@ -242,13 +248,47 @@ def test_shards_and_chunks_are_chosen_to_fit_the_cache(tmp_path: Path) -> None:
     chosen = run_cache(tmp_path / "cache", shard_rows="auto", chunk_rows="auto").cache.layout
     assert (chosen.shard_rows, chosen.chunk_rows) == (4096, 4096)
     whole = CacheSettings.read(settings().model_dump(), {"shard_rows": "auto", "chunk_rows": "auto"})
-    from tailrace.pipeline.cache.plan import choose_rows
-    from tailrace.storage.cache_format import Site
-
     wide = Site("layer8", "a", "b", 768, 768, "bfloat16")
     assert choose_rows(whole, [wide], 60_000_000) == (262_144, 4096)
     assert choose_rows(whole, [wide] * 12, 60_000_000) == (16_384, 4096)  # a gibibyte of 36,864 bytes per row
     assert choose_rows(whole, [wide], 100_000) == (8192, 4096)  # eight units or more
+
+
+def test_a_context_length_that_divides_nothing_is_cached_and_read(tmp_path: Path) -> None:
+    chosen = settings(context_length=12)
+    cache = stage.run(chosen, output=tmp_path / "cache", compute=Compute(threads=1, quiet=True)).cache
+    assert (2**19 // 12, cache.layout.block_contexts) == (43_690, 43_776)  # the next multiple of 256
+    assert verify_bytes(cache.path) == []
+    split = cache.split("train")
+    stored = zarr.open_group(cache.path / "train", mode="r")["contexts/tokens"]
+    assert stored.shape == (split.n_contexts, 12)  # type: ignore[union-attr]
+    assert np.array_equal(stored[...], contexts_of(split))  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("context_length", "contexts_per_batch", "block_contexts"),
+    [(128, 32, 4096), (1024, 32, 512), (4096, 4, 128), (3000, 4, 174), (1000, 4, 768), (3000, 300, 512)],
+)
+def test_a_block_of_contexts_is_cut_into_equal_chunks(
+    context_length: int, contexts_per_batch: int, block_contexts: int
+) -> None:
+    layout = context_format(settings(context_length=context_length, contexts_per_batch=contexts_per_batch))
+    assert layout.block_contexts == block_contexts
+    for spec in layout.context_specs():
+        assert spec.chunks_per_shard * spec.chunk_rows == spec.shard_rows
+        array_metadata(spec, 1, {})  # Zarr refuses other shapes
+
+
+def test_what_an_earlier_release_began_in_blocks_of_broken_chunks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, here = settings(context_length=12), Compute(threads=1, quiet=True)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(plan, "CHUNK_CONTEXTS", 1)
+        with pytest.raises(ValueError, match=r"\(43690, 12\)\) needs to be divisible"):
+            stage.run(chosen, output=tmp_path / "cache", compute=here)
+    with pytest.raises(ArtifactMismatch, match="in blocks of 43,690 contexts, which it could not have finished"):
+        stage.run(chosen, output=tmp_path / "cache", compute=here)
 
 
 def test_a_prepared_model_of_another_family_with_a_bos_begins_contexts_with_it(tmp_path: Path) -> None:
