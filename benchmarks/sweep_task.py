@@ -17,7 +17,7 @@ import torch
 from benchmarks.made_up_rows import SITE
 from tailrace.pipeline.cli import main
 from tailrace.pipeline.train.sources import CacheSource
-from tailrace.storage import stream
+from tailrace.storage import shard
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.settings import TrainSettings
@@ -29,7 +29,7 @@ class ReadCount:
     def __init__(self) -> None:
         self.n_bytes = 0
         self._lock = threading.Lock()
-        self._read = stream.read_run
+        self._read = shard.read_run
 
     def __call__(self, descriptor: int, start: int, rows: np.ndarray, destinations: np.ndarray) -> None:
         self._read(descriptor, start, rows, destinations)
@@ -65,7 +65,7 @@ def isolated_steps(cache: Path, settings: TrainSettings, n_steps: int) -> float:
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
     count = ReadCount()
-    stream.read_run = count
+    shard.read_run = count
     if what == "command":
         start = time.perf_counter()
         main(arguments)

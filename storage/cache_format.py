@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, TypeAdapter, model_serializer
@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from tailrace.storage.artifact import JSON, KEEPING, FileRecord, Manifest, Record
 from tailrace.storage.formats import ARTIFACT_FORMATS, Compression
 from tailrace.storage.layout import ArraySpec, Encoding, Side
+from tailrace.storage.shuffle import EpochPlan
 
 _ONE_HEAD = re.compile(r"([^\[\]]+?)\s*\[\s*([+-]?[0-9]+)\s*\]")
 
@@ -61,6 +62,7 @@ CONTEXT_ARRAYS: dict[str, str] = {"tokens": "int32", "documents": "uint32"}
 VOCABULARY = "vocabulary.json"
 CHUNK_CONTEXTS = 256
 """Contexts per inner chunk of the context arrays; a shard of more contexts has a multiple of them."""
+EPOCH_KIND = "shuffled-epoch"
 EPOCHS = "epochs"
 """Folder of the materialised epochs."""
 
@@ -234,6 +236,14 @@ class UnitRecord(CommitRecord):
     """Of each ``site/side``, as ``SiteStatistics`` writes them."""
 
 
+class EpochManifest(Manifest):
+    """The manifest of a materialised epoch."""
+
+    of_kind = EPOCH_KIND
+
+    shards: dict[str, FileRecord]
+
+
 def manifest_name(generation: int) -> str:
     """Return the file name of one generation's manifest."""
     return f"manifest-{generation}.json"
@@ -262,6 +272,23 @@ def superseded_path(root: Path, generation: int, split: str) -> Path:
 def statistics_path(generation: int, split: str, key: str) -> str:
     """Return the path of the statistics of one ``site/side``."""
     return f"statistics/{generation}/{split}/{key}"
+
+
+def epoch_path(root: Path, plan: EpochPlan, generation: int) -> Path:
+    """Return the directory of one epoch's materialised order."""
+    return root / EPOCHS / f"{plan.split}-generation{generation}-seed{plan.seed}-epoch{plan.epoch}"
+
+
+def epoch_request(identity: dict[str, Any], plan: EpochPlan) -> dict[str, Any]:
+    """Return the request of a materialised epoch that serves ``plan``."""
+    return {
+        "cache": identity,
+        "split": plan.split,
+        "seed": plan.seed,
+        "epoch": plan.epoch,
+        "n_rows": plan.n_rows,
+        "bucket_rows": plan.bucket_rows,
+    }
 
 
 def pieces(n_rows: int, piece_rows: int) -> list[int]:

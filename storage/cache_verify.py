@@ -11,17 +11,18 @@ from pathlib import Path
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache, read_settled
 from tailrace.storage.artifact import MANIFEST, FileRecord, check_files, check_request, verify_artifact
 from tailrace.storage.cache_format import (
+    EPOCH_KIND,
     EPOCHS,
     SPLITS,
     CacheFormat,
     CommitRecord,
+    EpochManifest,
     manifest_name,
     superseded_path,
     unit_record_name,
 )
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.layout import ArraySpec, array_metadata
-from tailrace.storage.stream import EPOCH_KIND, EpochManifest
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just checked."""

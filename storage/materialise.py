@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import FileRecord, Record
+from tailrace.storage.cache_format import EPOCH_KIND, epoch_path, epoch_request
 from tailrace.storage.cache_publish import write_file
 from tailrace.storage.cache_writer import remove_temporary_files, sync_shards, write_record
 from tailrace.storage.draft import Draft
@@ -20,7 +21,7 @@ from tailrace.storage.layout import ArraySpec, array_metadata, group_metadata
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.shard import write_shard
 from tailrace.storage.shuffle import EpochPlan
-from tailrace.storage.stream import EPOCH_KIND, GatheredOrder, epoch_path, epoch_request
+from tailrace.storage.stream import GatheredOrder
 
 RunTasks = Callable[[Callable[[int], None], Iterable[int]], None]
 """Calls a function with every id, in turn or on workers."""

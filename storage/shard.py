@@ -30,8 +30,9 @@ from zarr.storage import LocalStore
 from tailrace.storage.artifact import FileRecord, discard, is_disk_refusal, make_directory, storage_refused
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.layout import ArraySpec, codec_of
-from tailrace.storage.memory import PAGE, aligned_rows, as_bytes, read_sequential
+from tailrace.storage.memory import PAGE, aligned_rows, as_bytes, read_run, read_sequential
 from tailrace.storage.names import temporary_path
+from tailrace.storage.shuffle import Run
 
 _BLOCK_BYTES = 8 << 20
 _EMPTY_CHUNK = 2**64 - 1
@@ -193,6 +194,19 @@ def read_rows(group: Path, spec: ArraySpec, unit: int, n_rows: int) -> np.ndarra
     with shard_errors(path), open_shard(path, n_rows, spec) as file:
         read_sequential(file.fileno(), 0, rows)
     return rows
+
+
+def read_run_of_shard(group: Path, spec: ArraySpec, n_rows: int, run: Run, rows: np.ndarray) -> None:
+    """Read a run of a shard of ``n_rows`` rows straight to its positions in ``rows``. Raises ArtifactCorrupt."""
+    if spec.compression != "none":
+        first = run.unit * spec.shard_rows
+        rows[run.destinations] = read_zarr(group, spec, first + run.start, first + run.stop)
+        return
+    path = group / spec.shard_name(run.unit)
+    with shard_errors(path), open_shard(path, n_rows, spec) as file:
+        # read-ahead would fetch the neighbours of every run, which belong to other buckets
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        read_run(file.fileno(), run.start, rows, run.destinations)
 
 
 def read_zarr(group: Path, spec: ArraySpec, start: int, stop: int) -> np.ndarray:

@@ -1,15 +1,12 @@
 """Batches in uniformly shuffled order, prefetched, resumable from two numbers.
 
-A stream walks the order of ``EpochPlan`` in segments: a bucket, gathered from every unit straight to its shuffled
-positions, or a piece of an epoch that was materialised. A background thread fills the next segment while batches are
-served from the current one as views, so nothing is copied after the read. Memory is two segments.
-
-The two ways to read an epoch's order: gathered from the units, or in sequence from a materialised copy.
+A ``RowStream`` serves the order of an ``EpochPlan`` in segments. ``GatheredOrder`` reads a segment from every unit,
+straight to its shuffled positions; ``MaterialisedOrder`` reads it in sequence from a copy of the epoch. A background
+thread fills the next segment while batches are served from the current one as views. Memory is two segments.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,24 +20,13 @@ from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
-from tailrace.storage.artifact import MANIFEST, FileRecord, Manifest
-from tailrace.storage.cache_format import EPOCHS
+from tailrace.storage.artifact import MANIFEST
+from tailrace.storage.cache_format import EpochManifest, epoch_path, epoch_request
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.layout import ArraySpec, Encoding
-from tailrace.storage.memory import aligned_rows, read_run, read_sequential
-from tailrace.storage.shard import open_shard, read_zarr, shard_errors
+from tailrace.storage.memory import aligned_rows, read_sequential
+from tailrace.storage.shard import open_shard, read_run_of_shard, read_zarr, shard_errors
 from tailrace.storage.shuffle import EpochPlan, Run, sample_prefix
-
-EPOCH_KIND = "shuffled-epoch"
-
-
-class EpochManifest(Manifest):
-    """The manifest of a materialised epoch."""
-
-    of_kind = EPOCH_KIND
-
-    shards: dict[str, FileRecord]
-
 
 Read = TypeVar("Read")
 """The result of reading a shard."""
@@ -97,18 +83,8 @@ class GatheredOrder:
         """Nothing stays open between segments."""
 
     def _read(self, spec: ArraySpec, run: Run, rows: np.ndarray) -> None:
-        self._split.read_shard(spec, run.unit, lambda group: self._read_run(group, spec, run, rows))
-
-    def _read_run(self, group: Path, spec: ArraySpec, run: Run, rows: np.ndarray) -> None:
-        if spec.compression != "none":
-            first = run.unit * spec.shard_rows
-            rows[run.destinations] = read_zarr(group, spec, first + run.start, first + run.stop)
-            return
-        path = group / spec.shard_name(run.unit)
-        with shard_errors(path), open_shard(path, self._unit_rows[run.unit], spec) as file:
-            # read-ahead would fetch the neighbours of every run, which belong to other buckets
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            read_run(file.fileno(), run.start, rows, run.destinations)
+        n_rows = self._unit_rows[run.unit]
+        self._split.read_shard(spec, run.unit, lambda group: read_run_of_shard(group, spec, n_rows, run, rows))
 
 
 class MaterialisedOrder:
@@ -166,23 +142,6 @@ class MaterialisedOrder:
         for _, file in self._open.values():
             file.close()
         self._open.clear()
-
-
-def epoch_path(root: Path, plan: EpochPlan, generation: int) -> Path:
-    """Return the directory of one epoch's materialised order."""
-    return root / EPOCHS / f"{plan.split}-generation{generation}-seed{plan.seed}-epoch{plan.epoch}"
-
-
-def epoch_request(identity: dict[str, Any], plan: EpochPlan) -> dict[str, Any]:
-    """Return the request of a materialised epoch that serves ``plan``."""
-    return {
-        "cache": identity,
-        "split": plan.split,
-        "seed": plan.seed,
-        "epoch": plan.epoch,
-        "n_rows": plan.n_rows,
-        "bucket_rows": plan.bucket_rows,
-    }
 
 
 def find_materialised(split: OrderedSplit, plan: EpochPlan) -> Path | None:
@@ -341,9 +300,7 @@ class RowStream(Iterator[RowBatch]):
         if stop <= segment.stop:
             return self._cut(segment, start, stop)
         if not self._stitched:
-            self._stitched = {
-                spec.name: aligned_rows(self.batch_rows, spec.width, spec.memory_dtype) for spec in self._specs
-            }
+            self._stitched = self._buffers(self.batch_rows)
         filled = 0
         while start + filled < stop:
             segment = self._segment_at(epoch, start + filled)
@@ -377,8 +334,7 @@ class RowStream(Iterator[RowBatch]):
         order = self._open_order(epoch)
         n_rows = min(order.segment_rows, self.n_rows)
         for _ in range(order.n_buffers):
-            stored = {spec.name: aligned_rows(n_rows, spec.width, spec.memory_dtype) for spec in self._specs}
-            self._free.put(Segment(stored))
+            self._free.put(Segment(self._buffers(n_rows)))
         self._prefetcher = threading.Thread(target=self._prefetch, args=(epoch, row), daemon=True)
         self._prefetcher.start()
 
@@ -405,7 +361,8 @@ class RowStream(Iterator[RowBatch]):
                             return
                         rows = order.n_rows(index)
                         # an epoch read the other way may have longer segments than the buffers were made for
-                        segment.stored = self._fit(segment.stored, rows)
+                        if any(len(stored) < rows for stored in segment.stored.values()):
+                            segment.stored = self._buffers(rows)
                         order.load(index, segment.stored)
                         segment.epoch, segment.start = epoch, index * order.segment_rows
                         segment.stop = segment.start + rows
@@ -415,9 +372,7 @@ class RowStream(Iterator[RowBatch]):
             # handed to the consumer, which raises it
             self._ready.put(Segment({}, error=error))
 
-    def _fit(self, stored: dict[str, np.ndarray], n_rows: int) -> dict[str, np.ndarray]:
-        if all(len(rows) >= n_rows for rows in stored.values()):
-            return stored
+    def _buffers(self, n_rows: int) -> dict[str, np.ndarray]:
         return {spec.name: aligned_rows(n_rows, spec.width, spec.memory_dtype) for spec in self._specs}
 
     def close(self) -> None:

@@ -13,9 +13,10 @@ from tailrace.pipeline.cache.plan import row_bytes_of
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.activation_cache import CacheSplit, open_cache
+from tailrace.storage.cache_format import epoch_path
 from tailrace.storage.errors import StorageFull
 from tailrace.storage.materialise import materialise_epoch, plan_epoch
-from tailrace.storage.stream import epoch_path, find_materialised
+from tailrace.storage.stream import find_materialised
 
 
 def run(

@@ -22,9 +22,8 @@ from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.query import stage as query
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.artifact import MANIFEST, Manifest, published_kind
-from tailrace.storage.cache_format import PROVENANCE, CacheManifest
+from tailrace.storage.cache_format import PROVENANCE, CacheManifest, EpochManifest
 from tailrace.storage.statistics import as_float32
-from tailrace.storage.stream import EpochManifest
 from tailrace.storage.tables import read_schema, read_table
 from tailrace.training.architectures.manifest import AnyTranscoderManifest, CrossLayerManifest, TranscoderManifest
 from tailrace.training.architectures.transcoder import load_transcoder

@@ -11,7 +11,7 @@ import pytest
 from tailrace.storage import activation_cache
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.artifact import Manifest
-from tailrace.storage.cache_format import manifest_name
+from tailrace.storage.cache_format import EPOCH_KIND, manifest_name
 from tailrace.storage.cache_publish import keep_superseded
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.cache_writer import ContextBlocks
@@ -19,7 +19,6 @@ from tailrace.storage.formats import Compression
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.shard import write_shard
-from tailrace.storage.stream import EPOCH_KIND
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, write_synthetic_cache
 
 KEYS = ["layer0/in", "layer0/out", "token_id", "context", "position"]
