@@ -95,9 +95,11 @@ class TorchOptimiser:
                         for key, value in tensors.items()
                         if key.startswith("optimiser.") and key.endswith(ending)
                     }
-                    # a step count stays on the host, where torch keeps it
+                    # torch keeps a step count on the host, but beside its parameter where a fused kernel reads it
+                    fused = group.get("fused") or group.get("capturable")
                     optimiser.state[parameter] = {
-                        key: value.to(parameter.device) if value.ndim else value.clone() for key, value in own.items()
+                        key: value.to(parameter.device, copy=True) if value.ndim or fused else value.clone()
+                        for key, value in own.items()
                     }
 
 
