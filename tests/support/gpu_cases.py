@@ -1,0 +1,183 @@
+"""What runs both on a pretended GPU and on the CPU: ``python -m tests.support.gpu_cases FOLDER CASE…``.
+
+Prints a line of JSON for each case: the numbers, or the error, of either device, and what the GPU was asked for.
+"""
+
+from __future__ import annotations
+
+from tests.support.pretended_gpu import pretended_gpu  # isort: skip  (before anything imports torch)
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.train import stage as train
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.loop.settings import TrainSettings
+from tests.support.synthetic_cache import write_synthetic_cache
+from tests.support.training_caches import small_cache
+
+Case = Callable[[Path, str], dict[str, float]]
+"""(an empty folder, the device) → numbers that are the same on every device."""
+
+BASE = {
+    "architecture": {"kind": "topk", "k": 4},
+    "d_sae": 64,
+    "steps": 12,
+    "batch_rows": 96,
+    "lr": 1e-2,
+    "log_every": 5,
+    "evaluate_every": 6,
+    "evaluation_rows": 64,
+    "dead_after_steps": 3,
+    "kernel": "dense",
+    "precision": "float32",
+}
+GROWING = {"kind": "topk", "k": 2, "k_start": 8, "k_warmup_steps": 6}
+
+
+class Killed(Exception):
+    """A run that was ended from outside."""
+
+
+def train_once(folder: Path, device: str, **changes: Any) -> dict[str, float]:
+    """Train on a small cache and return the scores of the run."""
+    cache = folder / "cache"
+    if not cache.exists():
+        small_cache(cache, d_in=16, d_out=12)
+    result = train.run(
+        TrainSettings.read(BASE, changes),
+        cache=cache,
+        output=folder / "transcoder",
+        compute=Compute(device=device, quiet=True),
+    )
+    heldout = result.metrics["heldout"]
+    return {"fvu": heldout["fvu"], "l0": heldout["l0"]}
+
+
+def training(**changes: Any) -> Case:
+    """Return a case that trains with these settings."""
+    return lambda folder, device: train_once(folder, device, **changes)
+
+
+def resuming(optimiser: str) -> Case:
+    """Return a case that ends a run after 8 steps and continues it, beside a run that nothing ended."""
+
+    def case(folder: Path, device: str) -> dict[str, float]:
+        small_cache(folder / "cache", d_in=16, d_out=12)
+        settings = TrainSettings.read(BASE, {"optimiser": optimiser})
+
+        def go(name: str, kill_after: int | None) -> train.TrainResult:
+            def hook(step: int, _: Transcoder) -> None:
+                if step == kill_after:
+                    raise Killed
+
+            compute = Compute(device=device, quiet=True)
+            output, hooks = folder / name, [(1, hook)]
+            return train.run(
+                settings, cache=folder / "cache", output=output, compute=compute, checkpoint_steps=3, hooks=hooks
+            )
+
+        uninterrupted = go("uninterrupted", None)
+        try:
+            go("killed", 8)
+        except Killed:
+            resumed = go("killed", None)
+        files = [result.path / "weights.safetensors" for result in (uninterrupted, resumed)]
+        same = files[0].read_bytes() == files[1].read_bytes()
+        return {"fvu": resumed.metrics["heldout"]["fvu"], "same bytes as uninterrupted": float(same)}
+
+    return case
+
+
+def analysing(folder: Path, device: str) -> dict[str, float]:
+    """Train on the CPU, where both devices get the same transcoder, and analyse it on the device."""
+    write_synthetic_cache(folder / "cache", n_heldout_contexts=20)
+    settings = TrainSettings.read(BASE, {"d_sae": 24})
+    train.run(settings, cache=folder / "cache", output=folder / "transcoder", compute=Compute(quiet=True))
+    options = AnalyzeSettings(examples=5, window_before=4, window_after=2, block_rows=50, without_model=True)
+    made = analyze.run(
+        options,
+        cache=folder / "cache",
+        transcoder=folder / "transcoder",
+        output=folder / "tables",
+        compute=Compute(device=device, quiet=True),
+    )
+    features = pq.read_table(made.path / "features.parquet")
+    numeric = [
+        field.name for field in features.schema if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+    ]
+    return {name: float(pc.sum(pc.fill_null(features[name].cast("float64"), 0)).as_py()) for name in numeric}
+
+
+def stepping(folder: Path, device: str) -> dict[str, float]:
+    """Mix devices in the ways that CUDA refuses and count what it refuses."""
+    tensor, host = torch.arange(6.0, device=device).reshape(2, 3), torch.ones(2, 3)
+    wrong: list[Callable[[], Any]] = [
+        lambda: tensor + host,
+        lambda: tensor @ host.T,
+        tensor.numpy,
+        lambda: host.numpy() + tensor,
+        lambda: torch.cat([tensor, host]),
+        lambda: torch.randn(3, device=device, generator=torch.Generator()),
+    ]
+    refused = 0
+    for operation in wrong if tensor.is_cuda else []:
+        try:
+            operation()
+        except (RuntimeError, TypeError):
+            refused += 1
+    if tensor.is_cuda and refused < len(wrong):
+        raise AssertionError(f"only {refused} of {len(wrong)} mixes of devices were refused")
+    return {"sum": float((tensor * 2 + host[0].to(device)).sum())}
+
+
+CASES: dict[str, Case] = {
+    "method": stepping,
+    "topk": training(),
+    "jumprelu": training(architecture={"kind": "jumprelu"}),
+    "resume adam": resuming("adam"),
+    "analyze": analysing,
+}
+SLOW: dict[str, Case] = {
+    "resume adamw": resuming("adamw"),
+    "resume muon": resuming("muon"),
+}
+
+
+def outcome(case: Case, folder: Path, device: str) -> dict[str, Any]:
+    """Return the numbers of a case on a device, or its error and what the device was asked for."""
+    folder.mkdir(parents=True)
+    with pretended_gpu() if device == "cuda" else nullcontext() as record:
+        try:
+            answer: dict[str, Any] = {"numbers": case(folder, device)}
+        except Exception as error:  # every kind is an outcome
+            answer = {"error": f"{type(error).__name__}: {error}"}
+    if record is not None:
+        answer["waits"] = {f"{name} at {line}": n for (name, line), n in record.waits.items()}
+        answer["copies"] = {f"{name} at {line}": n for (name, line), n in record.copies.items()}
+    return answer
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Run the cases and print what became of them."""
+    for name in names:
+        case = (CASES | SLOW)[name]
+        both = {device: outcome(case, folder / name / device, device) for device in ("cuda", "cpu")}
+        sys.stdout.write(json.dumps({"case": name, **both}) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,77 @@
+"""What users run on a GPU runs to the end on a pretended one and gives the numbers of the CPU.
+
+Some cases run in ``make test``; the rest are slow. Each group of them shares one process, since torch has to be
+imported after the shim of ``tests/support/pretended_gpu.py`` is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="no C++ compiler, which the pretended GPU's shim needs",
+)
+
+RELATIVE = 1e-5
+"""The host does the same float32 arithmetic for both devices, but Adam is torch's on CUDA and BlockedAdam on the CPU;
+they agree to rounding (1e-7 a step), which 12 steps amplify."""
+
+QUICK = ("method", "topk", "jumprelu", "resume adam", "analyze")
+SLOW = ("resume adamw", "resume muon")
+
+
+def run_cases(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Return what became of the cases, by name."""
+    command = [sys.executable, "-m", "tests.support.gpu_cases", str(folder), *names]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    outcomes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [outcome["case"] for outcome in outcomes] == list(names)
+    return {outcome["case"]: outcome for outcome in outcomes}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_cases(tmp_path_factory.mktemp("quick"), QUICK)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_cases(tmp_path_factory.mktemp("slow"), SLOW)
+
+
+def check_agrees(outcome: dict[str, Any]) -> None:
+    gpu, cpu = outcome["cuda"], outcome["cpu"]
+    assert "error" not in gpu, gpu["error"]
+    assert "error" not in cpu, cpu["error"]
+    assert cpu["numbers"]
+    assert gpu["numbers"] == pytest.approx(cpu["numbers"], rel=RELATIVE, abs=RELATIVE)
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_agrees_with_the_cpu(case: str, quick: dict[str, dict[str, Any]]) -> None:
+    check_agrees(quick[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_agrees_with_the_cpu_in_rarer_settings(case: str, slow: dict[str, dict[str, Any]]) -> None:
+    check_agrees(slow[case])
+
+
+def test_waits_and_copies_are_recorded_with_their_line(quick: dict[str, dict[str, Any]]) -> None:
+    asked = quick["topk"]["cuda"]
+    assert any("training/rows/batches.py:" in line and "to the device" in line for line in asked["copies"])
+    assert any("training/loop/step_metrics.py:" in line for line in asked["waits"])
+    assert not quick["method"]["cpu"].get("copies")
