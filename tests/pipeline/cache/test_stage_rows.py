@@ -262,7 +262,7 @@ def test_a_context_length_that_divides_nothing_is_cached_and_read(tmp_path: Path
     split = cache.split("train")
     stored = zarr.open_group(cache.path / "train", mode="r")["contexts/tokens"]
     assert stored.shape == (split.n_contexts, 12)  # type: ignore[union-attr]
-    assert np.array_equal(stored[...], contexts_of(split))  # type: ignore[index]
+    assert np.array_equal(np.asarray(stored[...]), contexts_of(split))  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

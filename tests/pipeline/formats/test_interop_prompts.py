@@ -216,8 +216,8 @@ def test_circuit_tracer_has_our_features_of_a_prompt(tmp_path, monkeypatch, mode
             for seed, (path, site) in enumerate(zip(paths, sites, strict=True))
         ]
         settings = ExportSettings(fold_norm=name == "folded")
-        folder, given = str(bundled_model("tiny-lm")), {"cache": cache} if name == "topk" else {}
-        export.run(settings, to="circuit-tracer", sources=paths, output=tmp_path / name, model=folder, **given)
+        folder, given = str(bundled_model("tiny-lm")), cache if name == "topk" else None
+        export.run(settings, to="circuit-tracer", sources=paths, output=tmp_path / name, model=folder, cache=given)
         expected[name] = torch.stack([module.encode(inputs) for module, inputs in zip(modules, rows, strict=True)])
         if name == "topk":
             for layer, module in enumerate(modules):
