@@ -1,8 +1,8 @@
 """What every architecture shares: the parameters, encode, decode, the unit-norm decoder, folding.
 
 Both weight matrices are feature-major, ``(d_sae, width)``: row f is what feature f reads or writes. An architecture
-is two classes in one file: its settings (an ``Architecture``) and its module (a ``Transcoder``). The trainer calls the
-methods below and nothing else, so it has no case for any architecture.
+is two classes: its settings, an ``Architecture`` in ``settings.py``, and its module, a ``Transcoder`` in the file that
+has the name of its ``kind``. The trainer calls the methods below and nothing else: it has no case for any architecture.
 """
 
 from __future__ import annotations
