@@ -510,8 +510,8 @@ def bad_row_warnings(cache: ActivationCache) -> tuple[str, ...]:
         return ()
     first = cache.manifest.packing["bad_rows"]
     rest = "" if n_bad == len(first) else f"\n  and {n_bad - len(first):,} more"
-    rows = f"{n_bad:,} row{'s were' if n_bad > 1 else ' was'}"
-    return (f"{rows} no document and passed over:" + "".join(f"\n  {problem}" for problem in first) + rest,)
+    rows = f"{n_bad:,} rows were no documents and" if n_bad > 1 else "1 row was no document and was"
+    return (f"{rows} passed over:" + "".join(f"\n  {problem}" for problem in first) + rest,)
 
 
 def row_warnings(cache: ActivationCache) -> tuple[str, ...]:

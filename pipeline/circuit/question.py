@@ -70,8 +70,11 @@ def prompt_tokens(model: LanguageModel, prompt: str) -> list[int]:
     return ids
 
 
-def token_ids(model: LanguageModel, texts: Sequence[str]) -> list[int]:
-    """Return the one token each text is; raise SettingsError, with the pieces, for every text that is none or more."""
+def token_ids(model: LanguageModel, texts: Sequence[str], name: str) -> list[int]:
+    """Return the token that each text is; raise SettingsError, with the pieces, for every text of none or several.
+
+    ``name``: what the command calls such a text.
+    """
     found, problems = [], []
     for text, ids in zip(texts, model.tokenize(texts), strict=True):
         if len(ids) == 1:
@@ -80,7 +83,7 @@ def token_ids(model: LanguageModel, texts: Sequence[str]) -> list[int]:
             vocabulary = model.vocabulary()
             pieces = " ".join(repr(vocabulary[one]) for one in ids) or "nothing"
             problems.append(
-                f"logit {text!r}: is {len(ids)} tokens to this model ({pieces}), wanted one; words inside a sentence "
+                f"{name} {text!r}: is {len(ids)} tokens to this model ({pieces}), wanted one; words inside a sentence "
                 "usually begin with a space"
             )
     if problems:

@@ -156,7 +156,7 @@ class _Asked:
         self.tokens = list(zip(self.ids, texts, strict=True))
         self._vocabulary = vocabulary
         asked = question.logit_difference or ((question.logit,) if question.logit is not None else ())
-        self._logits = token_ids(model, asked)
+        self._logits = token_ids(model, asked, "logit")
 
     def run_on(self, transcoders: dict[Any, Any], transcoded: Tensor) -> None:
         """Run the model and find everything out; transcoders stand in at the tokens ``transcoded`` (T,)."""

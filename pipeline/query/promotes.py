@@ -42,7 +42,7 @@ def run(tokens: Sequence[str], *, transcoders: Sequence[Path], model: str | None
     layers = layers_by_site(given)
     with compute.opened() as device, torch.inference_mode():
         opened = open_transcoder_model([one.path for one in given], model=model, device=compute.device)
-        ids = token_ids(opened, tokens)
+        ids = token_ids(opened, tokens, "token")
         weights = read_weights(opened)
         points = {site: write_point(layer.site.hook_out, weights) for site, layer in layers.items()}
         if elsewhere := [layers[site].site.hook_out for site, point in points.items() if point is None]:

@@ -302,7 +302,7 @@ def test_rows_passed_over_keep_their_index_and_are_recorded(tmp_path):
     assert first.cache.manifest.packing["bad_rows"] == recorded
     assert first.cache.manifest.splits["train"].counts["bad_rows"] == 3
     assert first.cache.manifest.splits["train"].counts["empty_documents"] == 0
-    assert first.warnings[0].startswith("3 rows were no document and passed over:\n  text.jsonl, row 7 (line 7)")
+    assert first.warnings[0].startswith("3 rows were no documents and passed over:\n  text.jsonl, row 7 (line 7)")
     with pytest.raises(TextError, match=r"document 6 holds nothing"):
         cache.extend(tmp_path / "made", "all", **HERE)
     grown = cache.extend(tmp_path / "made", "all", on_bad_row="skip", **HERE).cache
