@@ -57,7 +57,7 @@ class BatchTopKTranscoder(Transcoder):
     @torch.no_grad()
     def end_step(self, activations: Tensor, reductions: BatchReductions = ALONE) -> None:
         """Move the threshold towards the smallest activation of the batch; no synchronisation with the host."""
-        infinity = torch.tensor(torch.inf, dtype=activations.dtype, device=activations.device)
+        infinity = activations.new_full((), torch.inf)
         firing = torch.where(activations > 0, activations, infinity)
         smallest = reductions.least((firing.amin() if len(firing) else infinity).to(self.threshold.dtype))
         moved = torch.lerp(self.threshold, smallest, THRESHOLD_RATE)

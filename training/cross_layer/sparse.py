@@ -19,7 +19,7 @@ from tailrace.training.architectures.entries import Above, LargestOfBatch
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.choices import KernelKind
 from tailrace.training.cross_layer.stack import Stack, StackedEntries
-from tailrace.training.kernels.adaptive import AdaptiveStep
+from tailrace.training.kernels.adaptive import AdaptiveStep, refuse_sparse
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult, finish
 from tailrace.training.kernels.pairs import Pairs, decode_pairs, sum_by_row
@@ -176,7 +176,8 @@ class _EncodeStack(torch.autograd.Function):
 
 
 def build_stack_kernel(kind: KernelKind, precision: Precision, device: torch.device, *, name: str) -> StepKernel:
-    """Return the kernel of a run; auto is dense, and sparse not offered, on devices other than the CPU."""
+    """Return the kernel of a run; on devices other than the CPU auto is dense, and sparse raises SettingsError."""
+    refuse_sparse(kind, device)
     if kind == "dense" or device.type != "cpu":
         return DenseStep(precision)
     sparse = SparseStackStep(precision)

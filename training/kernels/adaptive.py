@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above
 from tailrace.training.architectures.objectives import Objective
@@ -86,12 +87,19 @@ def _expected_density(transcoder: Transcoder) -> float:
 
 
 def build_kernel(kind: KernelKind, precision: Precision, device: torch.device, *, name: str) -> StepKernel:
-    """Return the kernel of a run; auto is dense, and sparse not offered, on devices other than the CPU."""
+    """Return the kernel of a run; on devices other than the CPU auto is dense, and sparse raises SettingsError."""
+    refuse_sparse(kind, device)
     if kind == "sparse":
         return SparseStep(precision)
     if kind in ("dense", "compiled") or device.type != "cpu":
         return DenseStep(precision, compiled=kind == "compiled")
     return AdaptiveStep(precision, name=name)
+
+
+def refuse_sparse(kind: KernelKind, device: torch.device) -> None:
+    """Raise SettingsError for the sparse kernel on a device that it cannot compute on."""
+    if kind == "sparse" and device.type != "cpu":
+        raise SettingsError(f"kernel: sparse runs on CPUs, and the device is {device}; use auto, dense or compiled")
 
 
 def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:

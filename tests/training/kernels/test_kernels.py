@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection, restrict
 from tailrace.training.architectures.objectives import VarianceObjective
-from tailrace.training.kernels.adaptive import AdaptiveStep
+from tailrace.training.cross_layer.sparse import build_stack_kernel
+from tailrace.training.kernels.adaptive import AdaptiveStep, build_kernel
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import Precision
 from tailrace.training.kernels.select import Selector, round_rows
@@ -289,3 +291,10 @@ def test_what_is_not_rows_is_no_batch(inputs: tuple[int, ...], outputs: tuple[in
     both = Batch(torch.zeros(6, 8), torch.ones(6, 4))
     assert [tuple(side.shape) for side in both] == [(6, 8), (6, 4)]
     assert pickle.loads(pickle.dumps(both)).outputs.sum() == 24
+
+
+@pytest.mark.parametrize("build", [build_kernel, build_stack_kernel])
+def test_the_sparse_kernel_is_refused_where_it_cannot_compute(build: Any) -> None:
+    with pytest.raises(SettingsError, match="kernel: sparse runs on CPUs, and the device is cuda"):
+        build("sparse", "float32", torch.device("cuda"), name="run")
+    assert isinstance(build("auto", "float32", torch.device("cuda"), name="run"), DenseStep)
