@@ -27,7 +27,8 @@ RELATIVE = 1e-5
 """The host does the same float32 arithmetic for both devices, but Adam is torch's on CUDA and BlockedAdam on the CPU;
 they agree to rounding (1e-7 a step), which 12 steps amplify."""
 
-QUICK = ("method", "topk", "jumprelu", "resume adam", "analyze")
+QUICK = ("method", "topk", "jumprelu", "batch_topk", "resume adam", "analyze", "interventions")
+REFUSED = ("sparse",)
 SLOW = ("resume adamw", "resume muon")
 
 
@@ -43,7 +44,7 @@ def run_cases(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_cases(tmp_path_factory.mktemp("quick"), QUICK)
+    return run_cases(tmp_path_factory.mktemp("quick"), QUICK + REFUSED)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,18 @@ def test_agrees_with_the_cpu(case: str, quick: dict[str, dict[str, Any]]) -> Non
 @pytest.mark.parametrize("case", SLOW)
 def test_agrees_with_the_cpu_in_rarer_settings(case: str, slow: dict[str, dict[str, Any]]) -> None:
     check_agrees(slow[case])
+
+
+def test_the_sparse_kernel_is_refused_on_a_gpu(quick: dict[str, dict[str, Any]]) -> None:
+    outcome = quick["sparse"]
+    assert outcome["cuda"]["error"].startswith("SettingsError: kernel: sparse runs on CPUs, and the device is cuda")
+    assert "error" not in outcome["cpu"]
+
+
+def test_an_architecture_copies_nothing_to_the_device_in_a_step(quick: dict[str, dict[str, Any]]) -> None:
+    for case in ("topk", "batch_topk", "jumprelu"):
+        copies = [line for line in quick[case]["cuda"]["copies"] if "to the device" in line]
+        assert not [line for line in copies if "training/architectures/" in line or "training/kernels/" in line]
 
 
 def test_waits_and_copies_are_recorded_with_their_line(quick: dict[str, dict[str, Any]]) -> None:

@@ -55,6 +55,7 @@ def forward(
     if problems := [problem for name in names if (problem := name_problem(name, points)) is not None]:
         raise ModelError("cannot look at what was asked for:\n" + "\n".join(f"  {line}" for line in problems))
     check_whole(where, prompts.tokens)
+    prompts = prompts.to(next(bridge.original_model.parameters()).device)
     with (
         replaced(bridge, substitutes or {}, where=where) as replacement,
         patched(bridge, patches) as patching,

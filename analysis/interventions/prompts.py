@@ -28,6 +28,10 @@ class Prompts:
         """Return the number of prompts."""
         return len(self.lengths)
 
+    def to(self, device: torch.device | str) -> Prompts:
+        """Return the prompts on a device."""
+        return Prompts(self.tokens.to(device), self.lengths.to(device))
+
     @property
     def last(self) -> Tensor:
         """(prompts,) position of each prompt's last token."""

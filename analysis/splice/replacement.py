@@ -169,7 +169,8 @@ def run_replaced(
     """
     check_whole(where, tokens)
     with replaced(bridge, substitutes, where=where) as replacement:
-        logits: Tensor = bridge(tokens, return_type="logits", use_cache=False)
+        on_model = tokens.to(next(bridge.original_model.parameters()).device)
+        logits: Tensor = bridge(on_model, return_type="logits", use_cache=False)
     if silent := replacement.silent_sites():
         raise ModelError(silent_sites_problem(silent))
     return logits

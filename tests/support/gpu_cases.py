@@ -19,13 +19,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from tailrace.analysis.interventions.experiment import PatchPlace, patching_effects
+from tailrace.analysis.interventions.features import Clamp, EditedFeatures
+from tailrace.analysis.interventions.metrics import LogitDifference
+from tailrace.analysis.interventions.patching import hook_of
+from tailrace.analysis.interventions.prompts import pad_prompts
+from tailrace.analysis.splice.replacement import run_replaced
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.model.language_model import load_language_model
+from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.settings import TrainSettings
+from tests.support.spliced_models import mlp_site, random_transcoder
 from tests.support.synthetic_cache import write_synthetic_cache
+from tests.support.tiny_models import save_tiny_model
 from tests.support.training_caches import small_cache
 
 Case = Callable[[Path, str], dict[str, float]]
@@ -143,12 +153,35 @@ def stepping(folder: Path, device: str) -> dict[str, float]:
     return {"sum": float((tensor * 2 + host[0].to(device)).sum())}
 
 
+def intervening(folder: Path, device: str) -> dict[str, float]:
+    """Patch and edit with prompts as the guide makes them: on the host, like the masks made from them."""
+    model = load_language_model(ModelSettings(model=str(save_tiny_model(folder / "model", "gpt2"))), device=device)
+    coder = random_transcoder().to(device)
+    source, target = pad_prompts([[2, 9, 17, 33], [2, 21, 8]]), pad_prompts([[2, 50, 17, 61], [2, 21, 12]])
+    edited = EditedFeatures(coder, [Clamp((3,), value=2.0, where=target.is_token)])
+    effects = patching_effects(
+        model.bridge,
+        source=source,
+        target=target,
+        places=[PatchPlace(hook_of("resid_pre", 1), -1), PatchPlace(hook_of("z", 0, 1))],
+        metric=LogitDifference(5, 6),
+        substitutes={mlp_site(0): edited},
+        where=target.is_token,
+    )
+    replaced = run_replaced(model.bridge, target.tokens, {mlp_site(0): edited}, target.is_token)
+    numbers = {"source": effects.source, "target": effects.target, "patched": effects.patched, "logits": replaced}
+    return {name: float(values.cpu().double().abs().sum()) for name, values in numbers.items()}
+
+
 CASES: dict[str, Case] = {
     "method": stepping,
     "topk": training(),
     "jumprelu": training(architecture={"kind": "jumprelu"}),
     "resume adam": resuming("adam"),
     "analyze": analysing,
+    "batch_topk": training(architecture={"kind": "batch_topk", "k": 4}),
+    "sparse": training(kernel="sparse"),
+    "interventions": intervening,
 }
 SLOW: dict[str, Case] = {
     "resume adamw": resuming("adamw"),
