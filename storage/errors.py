@@ -43,7 +43,19 @@ class ModelError(ActionableError):
 
 
 class OutOfMemoryError(ModelError):
-    """The device cannot hold one batch; the message names the batch size to try."""
+    """A device's memory ran out; the message says what to make smaller."""
+
+
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error of Python or torch says that memory ran out, on the host or on a device."""
+    # torch's own class for it has "out of memory" in its text; for a CPU it raises RuntimeError
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)
+    )
 
 
 class ArtifactError(ActionableError):

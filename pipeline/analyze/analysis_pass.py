@@ -189,10 +189,10 @@ def check_workers(compute: Compute, *, is_live: bool = False) -> None:
         raise SettingsError(
             f"--workers {compute.workers}: not with --live, whose rows only one process has; use --threads"
         )
-    if compute.device != "cpu":
+    if compute.device_name != "cpu":
         raise SettingsError(
-            f"--workers {compute.workers}: workers share the cores of a CPU; with --device {compute.device} leave it "
-            "out"
+            f"--workers {compute.workers}: workers share the cores of a CPU; "
+            f"with --device {compute.device_name} leave it out"
         )
 
 

@@ -130,7 +130,9 @@ def run(
         )
     check_workers(compute, is_live=live is not None)
     with compute.opened():
-        open_source = open_sources(settings, [transcoder], cache=cache, live=live, model=model, device=compute.device)
+        open_source = open_sources(
+            settings, [transcoder], cache=cache, live=live, model=model, device=compute.device_name
+        )
         if live is None:
             refuse_unused_model(settings, model, downstream)
         planned = plan(settings, layers[0], output, open_source, downstream)
@@ -250,7 +252,7 @@ class PlannedTables:
         scratch: Path,
         announce: Callable[[str], object],
     ) -> WrittenTables:
-        device = torch.device(compute.device)
+        device = torch.device(compute.device_name)
         whole = AnalysisPass(self.source.rows(), self.analysed, plan_of(self.settings), device)
         coder = self.analysed.load().to(device)
         subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)

@@ -52,7 +52,7 @@ class Budget:
 def plan_budget(settings: CacheSettings, *, output: Path, compute: Compute = Compute()) -> Budget:
     """Measure the model on the first batches of the text and say what the cache would cost. Writes nothing."""
     with compute.opened():
-        model = load_language_model(settings, device=compute.device)
+        model = load_language_model(settings, device=compute.device_name)
         hooks = model.resolve_sites(settings.layers, settings.hooks)
         widths = model.widths(hooks)
         rate = _rows_per_second(settings, model, hooks)

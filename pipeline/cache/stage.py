@@ -108,7 +108,9 @@ def run(
         with nothing_left_behind(output):
             begun = begun_with(output).get("model", {})
             settings = settings.in_dtype_of(begun)
-            model = load_language_model(settings, device=compute.device, compile_model=compile_model, recorded=begun)
+            model = load_language_model(
+                settings, device=compute.device_name, compile_model=compile_model, recorded=begun
+            )
             documents = open_documents(settings, settings.seed)
             # workers may have other devices
             settings = settings.in_dtype_of({"dtype": str(model.dtype).removeprefix("torch.")})
@@ -205,7 +207,7 @@ def _reopened(cache: ActivationCache, given: Mapping[str, str | None], compute: 
         where=f"the request recorded in {cache.path}",
     ).in_dtype_of(cache.manifest.model)
     remove_temporary_files(cache.path)
-    model = load_language_model(settings, device=compute.device, recorded=cache.manifest.model)
+    model = load_language_model(settings, device=compute.device_name, recorded=cache.manifest.model)
     return CacheJob(cache.path, settings, model, cache, quiet=compute.quiet)
 
 

@@ -135,7 +135,7 @@ def check_pairs(
     """
     cache = open_cache(path)
     with compute.opened():
-        checker = _PairChecker(open_recorded_model(cache, model=model, device=compute.device))
+        checker = _PairChecker(open_recorded_model(cache, model=model, device=compute.device_name))
         reports = []
         for name in cache.manifest.splits:
             split = cache.split(name)

@@ -114,7 +114,7 @@ def run(
     }
 
     def make(path: Path) -> Made:
-        asked = _answer(settings, question, keep, given, model, compute.device)
+        asked = _answer(settings, question, keep, given, model, compute.device_name)
         record = {"model": asked.model.identity(), "root": asked.document["root"]}
         return Made(record, _write(asked, known, path), MODEL_LIBRARIES)
 

@@ -85,7 +85,7 @@ def run(
     inputs = {"cache": opened.reference, "transcoders": digests}
 
     def make(path: Path) -> Made:
-        recorded = open_recorded_model(opened, model=model, device=compute.device)
+        recorded = open_recorded_model(opened, model=model, device=compute.device_name)
         recorded = _only_learnt(recorded, layers_of(given))
         groups = {name: _open_spliced(recorded, one) for name, one in _named(given, ALL_SITES).items()}
         evaluation = Evaluation(recorded.bridge, groups)

@@ -42,7 +42,7 @@ from tailrace.pipeline.model.sites import SiteHooks, head_problem
 from tailrace.pipeline.model.tokenizer import ModelTokenizer, number_tokens, open_tokenizer, read_stated_tokens
 from tailrace.storage.artifact import JSON, checksum_file, digest
 from tailrace.storage.cache_format import HookName
-from tailrace.storage.errors import ActionableError, ModelError, OutOfMemoryError
+from tailrace.storage.errors import ActionableError, ModelError, OutOfMemoryError, is_out_of_memory
 from tailrace.storage.layout import relative_error
 
 __all__ = ["LanguageModel", "PairingCheck", "SiteHooks", "load_language_model"]
@@ -50,7 +50,6 @@ __all__ = ["LanguageModel", "PairingCheck", "SiteHooks", "load_language_model"]
 logger = logging.getLogger(__name__)
 
 _HOOK_LEVEL = 712_349  # tells our hooks from anybody else's when they are taken away; any number no one uses
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _PROBE_POSITIONS = 7  # of the pass that finds out widths and heads; a number that is no usual number of heads
 _LIBRARIES = ("torch", "transformer_lens", "transformers", "tokenizers")
@@ -428,7 +427,7 @@ def explained_failures(n_contexts: int) -> Iterator[None]:
     except ActionableError:
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError | MemoryError) and _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise OutOfMemoryError(_smaller_batch(n_contexts)) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -449,11 +448,6 @@ def _library_of(error: Exception) -> str | None:
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = next((name.partition(".")[0] for name in reversed(modules) if not name.startswith("torch.")), "")
     return raised_in if raised_in in ("transformers", "transformer_lens") else None
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in _OUT_OF_MEMORY)
 
 
 def _smaller_batch(n_contexts: int) -> str:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tailrace.pipeline.shared.compute import device_named
 from tailrace.storage.errors import ModelError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
@@ -278,10 +279,8 @@ def compile_mlps(bridge: Any) -> None:
 
 def parse_device(device: str) -> torch.device:
     """Return the device named, ``auto`` being a GPU if there is one; raise ModelError if this machine has no such."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        parsed = torch.device(device)
+        parsed = torch.device(device_named(device))
     except RuntimeError as error:
         raise ModelError(f"device {device!r}: is none; write cpu, cuda or cuda:1") from error
     n_gpus = torch.cuda.device_count()

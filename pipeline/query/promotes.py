@@ -41,7 +41,7 @@ def run(tokens: Sequence[str], *, transcoders: Sequence[Path], model: str | None
     given = open_transcoders(transcoders)
     layers = layers_by_site(given)
     with compute.opened() as device, torch.inference_mode():
-        opened = open_transcoder_model([one.path for one in given], model=model, device=compute.device)
+        opened = open_transcoder_model([one.path for one in given], model=model, device=compute.device_name)
         ids = token_ids(opened, tokens, "token")
         weights = read_weights(opened)
         points = {site: write_point(layer.site.hook_out, weights) for site, layer in layers.items()}

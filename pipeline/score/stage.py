@@ -126,7 +126,7 @@ def run(
     _check(texts, asked, raw, [layer.d_sae for layer in layers])
     known = open_tables([tables], dict(enumerate(layers))) if tables is not None else {}
     with compute.opened() as device:
-        language_model = open_transcoder_model([one.path for one in given], model=model, device=compute.device)
+        language_model = open_transcoder_model([one.path for one in given], model=model, device=compute.device_name)
         length = _context_length(context_length, language_model)
         hooks = [layer.site.hook_in for layer in layers]
         learnt = LearntTokens(layers, language_model)

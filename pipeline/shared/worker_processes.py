@@ -82,7 +82,7 @@ def _scheduler(address: str) -> Iterator[Submit]:
 @contextmanager
 def _processes(n_workers: int) -> Iterator[Submit]:
     """Yield what runs a task in a process of this machine; a thread waits for each of them."""
-    workers = [WorkerProcess() for _ in range(n_workers)]
+    workers = [WorkerProcess(number) for number in range(n_workers)]
     free: SimpleQueue[WorkerProcess] = SimpleQueue()
     for worker in workers:
         free.put(worker)
@@ -110,7 +110,8 @@ def _processes(n_workers: int) -> Iterator[Submit]:
 class WorkerProcess:
     """A process that runs one task at a time, and this end of the pipe to it; started anew when it is lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self._number = number
         self._lock = threading.Lock()
         self._is_killed = False
         self._exit_code: int | None = None
@@ -164,7 +165,7 @@ class WorkerProcess:
 
     def _start(self) -> None:
         self._pipe, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = _SPAWN.Process(target=_serve, args=(theirs, self._number), daemon=True)
         # Ctrl-C in a terminal goes to every process; only this one is to react. A mask is inherited, but the first
         # process starts the tracker, which would take it off.
         resource_tracker.ensure_running()
@@ -192,8 +193,18 @@ def _one_thread_each() -> Iterator[None]:
             del os.environ[name]
 
 
-def _serve(pipe: Connection) -> None:
+_worker_number: int | None = None
+
+
+def worker_number() -> int | None:
+    """Return which of the ``n_workers`` processes this is, from 0; None in a process of another kind."""
+    return _worker_number
+
+
+def _serve(pipe: Connection, number: int) -> None:
     """Run the tasks that come through a pipe until its other end is closed."""
+    global _worker_number
+    _worker_number = number
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

@@ -102,7 +102,7 @@ def run(
     }
 
     def make(path: Path) -> Made:
-        loaded = open_transcoder_model([one.path for one in given], model=model, device=compute.device)
+        loaded = open_transcoder_model([one.path for one in given], model=model, device=compute.device_name)
         read = tokenized(prompts, lines, loaded)
         return _Work(settings, loaded, read, compute.quiet).write(path, given)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tailrace.storage.draft import LOCK, Draft, Lock
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
-from tailrace.training.loop.distributed import open_group
+from tailrace.training.loop.distributed import device_of_process, open_group
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.session import PeriodicHook
 from tailrace.training.loop.settings import TrainSettings
@@ -72,6 +72,7 @@ def run(
 
     Started by torchrun, several processes train the transcoder of a cache together; the first one writes its files.
     """
+    compute = replace(compute, device=device_of_process(compute.device_name))
     with ExitStack() as stack:
         on = stack.enter_context(compute.opened())
         group = open_group(on)
@@ -84,7 +85,7 @@ def run(
         if group is None or group.is_first:
             stack.enter_context(nothing_left_if_refused(output))
         source = stack.enter_context(open_source(cache, live, settings, output, on))
-        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=compute.device)
+        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=compute.device_name)
         start = None if start_from is None else WarmStart(start_from)
         context = RunContext(on, scores, start, hooks, loggers, group)
         if group is not None and not group.is_first:

@@ -84,7 +84,7 @@ def run(
             discard_draft(output)
         stack.enter_context(nothing_left_if_refused(output))
         source = stack.enter_context(open_source(cache, live, next(iter(runs.values())), output, on))
-        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=compute.device)
+        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=compute.device_name)
         context = RunContext(on, scores, None if start_from is None else WarmStart(start_from), hooks, loggers)
         begun = (output / REQUEST).exists()
         sites = None if begun else _choose_sites(runs, context, source)

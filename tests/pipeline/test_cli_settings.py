@@ -202,7 +202,8 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: s
 
 
 @pytest.mark.parametrize(
-    ("device", "said"), [("gpu", "is no device; use cpu, cuda"), ("cpu:x", "is no device"), ("cuda:99", "--device cpu")]
+    ("device", "said"),
+    [("gpu", "is no device; use auto, cpu, cuda"), ("cpu:x", "is no device"), ("cuda:99", "--device cpu")],
 )
 def test_a_device_that_is_not_there_is_told_in_a_line(device: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said) as caught, Compute(device).opened():

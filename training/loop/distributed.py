@@ -113,6 +113,15 @@ def open_group(
     return Group(rank, size, on)
 
 
+def device_of_process(name: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return the device of this process by name: cuda is that of its LOCAL_RANK where torchrun started several.
+
+    For use before anything is put on a device: whatever opens cuda without a number takes memory on the first GPU.
+    """
+    local = environment.get("LOCAL_RANK", "")
+    return f"cuda:{local}" if name == "cuda" and "RANK" in environment and local.isdecimal() else name
+
+
 def _read_environment(environment: Mapping[str, str], *, with_address: bool) -> tuple[int, int, int]:
     wanted = ["RANK", "WORLD_SIZE", *(["MASTER_ADDR", "MASTER_PORT"] if with_address else [])]
     problems = [f"{name} is not set" for name in wanted if name not in environment]

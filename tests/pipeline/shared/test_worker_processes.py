@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tailrace.pipeline.cache import shuffle
+from tailrace.pipeline.cache import shuffle, units
 from tailrace.pipeline.shared.compute import Compute
-from tailrace.pipeline.shared.worker_processes import completed, open_workers
+from tailrace.pipeline.shared.worker_processes import completed, open_workers, worker_number
 from tailrace.storage.errors import SettingsError
 from tests.support.cache_jobs import run_cache
 from tests.support.paths import ROOT
@@ -142,3 +142,16 @@ def test_a_scheduler_runs_tasks_by_its_address() -> None:
 def test_a_scheduler_that_cannot_be_reached_is_named() -> None:
     with pytest.raises(SettingsError, match="--scheduler http://nowhere:1: cannot be reached: unknown address"):
         open_workers(0, "http://nowhere:1").__enter__()
+
+
+def test_workers_are_numbered_and_share_the_gpus_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worker_number() is None
+    with open_workers(2) as submit:
+        assert set(completed(submit, worker_number, [()] * 6)) <= {0, 1}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert units._own_device("cuda") == "cuda"  # of one process, or a scheduler's, which chooses itself
+    for number, device in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
+        monkeypatch.setattr(units, "worker_number", lambda number=number: number)
+        assert units._own_device("cuda") == device
+        assert units._own_device("cuda:1") == "cuda:1"
+        assert units._own_device("cpu") == "cpu"

@@ -22,6 +22,7 @@ from tailrace.storage.errors import (
     ArtifactIncomplete,
     ArtifactMismatch,
     ArtifactMissing,
+    OutOfMemoryError,
     SettingsError,
     StorageFull,
 )
@@ -233,3 +234,25 @@ def test_a_disk_that_refuses_says_what_to_do_and_leaves_no_file(tmp_path: Path) 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_is_explained(cache: Path, tmp_path: Path) -> None:
+    def run_out(step: int, transcoder: Transcoder) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    arguments: dict[str, Any] = {"cache": cache, "output": tmp_path / "run", "compute": Compute(quiet=True)}
+    with pytest.raises(OutOfMemoryError) as caught:
+        run(TrainSettings.read(QUICK), **arguments, checkpoint_steps=5, hooks=[(11, run_out)])
+    message = str(caught.value)
+    assert message.startswith("--device cpu: its memory is not enough (CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "lower batch_rows or d_sae" in message
+    # what was reached is kept
+    assert run(TrainSettings.read(QUICK), **arguments).metrics["steps"] == 60
+
+
+def test_auto_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for here, name in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda here=here: here)
+        assert Compute(device="auto").device_name == name
+    with Compute(device="auto").opened() as device:
+        assert device == torch.device("cpu")

@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.train import stage as train
 from tailrace.storage.errors import SettingsError
 from tailrace.training.kernels.dense import DenseStep
-from tailrace.training.loop.distributed import RankBatches, SharedBatch, open_group
+from tailrace.training.loop.distributed import RankBatches, SharedBatch, device_of_process, open_group
+from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batch_reductions import ALONE
 from tests.support.distributed_children import KERNELS, WHOLE_RUNS, cases, load_results, take_step, train_planted
 from tests.support.paths import ROOT
@@ -164,3 +167,24 @@ def test_of_equal_values_in_several_processes_exactly_as_many_are_kept_as_in_one
         group: Any = Gathered(rank, held, n)
         found.append(SharedBatch(group, 4, 8).cut(torch.tensor(values), 0.0, n).n_own)
     assert found == kept
+
+
+def test_a_process_of_torchrun_opens_its_own_gpu_from_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    assert device_of_process("cuda", started) == "cuda:1"
+    assert device_of_process("cuda", {}) == "cuda"
+    assert device_of_process("cpu", started) == "cpu"
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    opened: list[str] = []
+
+    def refuse(name: str) -> torch.device:
+        opened.append(name)
+        raise SettingsError("nothing is opened here")
+
+    monkeypatch.setattr("tailrace.pipeline.shared.compute._open_device", refuse)
+    with pytest.raises(SettingsError, match="nothing is opened"):
+        train.run(TrainSettings(), cache=tmp_path, output=tmp_path / "run", compute=Compute(device="cuda"))
+    assert opened == ["cuda:1"]
