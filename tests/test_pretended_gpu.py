@@ -27,7 +27,7 @@ RELATIVE = 1e-5
 """The host does the same float32 arithmetic for both devices, but Adam is torch's on CUDA and BlockedAdam on the CPU;
 they agree to rounding (1e-7 a step), which 12 steps amplify."""
 
-QUICK = ("method", "topk", "jumprelu", "batch_topk", "resume adam", "analyze", "interventions")
+QUICK = ("method", "topk", "jumprelu", "batch_topk", "resume adam", "analyze", "interventions", "threshold gradients")
 REFUSED = ("sparse",)
 SLOW = ("resume adamw", "resume muon")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from tests.support.pretended_gpu import pretended_gpu  # isort: skip  (before anything imports torch)
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,8 +32,13 @@ from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
+from tailrace.training.architectures import JumpReLU
 from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.objectives import VarianceObjective
+from tailrace.training.cross_layer.stack import build_stack
+from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import Batch
 from tests.support.spliced_models import mlp_site, random_transcoder
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tiny_models import save_tiny_model
@@ -173,6 +179,32 @@ def intervening(folder: Path, device: str) -> dict[str, float]:
     return {name: float(values.cpu().double().abs().sum()) for name, values in numbers.items()}
 
 
+def threshold_gradients(folder: Path, device: str) -> dict[str, float]:
+    """Take a JumpReLU step, in bfloat16 on the GPU, at thresholds whose window is as narrow as bfloat16's steps there.
+
+    Inputs and encoders are bfloat16 numbers, so the CPU's step in float32 sums the same products. Decoders are zero:
+    the gradient is the penalty's, a count of pairs in the window.
+    """
+    numbers: dict[str, float] = {}
+    architecture = JumpReLU(bandwidth=2e-3)
+    for threshold in (1.0, 4.3):
+        kinds = {"layer": architecture.build(32, 32, 256), "stack": build_stack(architecture, 2, 16, 16, 128)}
+        for kind, transcoder in kinds.items():
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                transcoder.W_enc.copy_((torch.randn(transcoder.W_enc.shape, generator=generator) / 4).bfloat16())
+                transcoder.b_enc.fill_(threshold)
+                transcoder.get_parameter("log_threshold").fill_(math.log(threshold))
+            transcoder.activation_unit = 10.0
+            rows = torch.randn(512, 32, generator=generator).bfloat16().float().to(device)
+            step = DenseStep("bfloat16" if device == "cuda" else "float32")
+            step(transcoder.to(device), Batch(rows, rows), VarianceObjective(32.0))
+            gradient = transcoder.get_parameter("log_threshold").grad
+            assert gradient is not None
+            numbers[f"{kind} at {threshold}"] = float(gradient.sum())
+    return numbers
+
+
 CASES: dict[str, Case] = {
     "method": stepping,
     "topk": training(),
@@ -182,6 +214,7 @@ CASES: dict[str, Case] = {
     "batch_topk": training(architecture={"kind": "batch_topk", "k": 4}),
     "sparse": training(kernel="sparse"),
     "interventions": intervening,
+    "threshold gradients": threshold_gradients,
 }
 SLOW: dict[str, Case] = {
     "resume adamw": resuming("adamw"),

@@ -166,6 +166,9 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     host_args, host_kwargs = tree_map(_numbers, args), tree_map(_numbers, kwargs)
     host_kwargs |= {key: CPU for key in ("device",) if wanted is not None}
     host_kwargs |= {key: False for key in ("pin_memory", "non_blocking") if kwargs.get(key)}
+    if func in (torch.ops.aten.mm.dtype, torch.ops.aten.bmm.dtype):  # of CUDA alone: operands in bfloat16, sums wider
+        func, wide = getattr(torch.ops.aten, name.removeprefix("aten::")).default, host_args[2]
+        host_args = tuple(operand.to(wide) for operand in host_args[:2])
     result = func(*host_args, **host_kwargs)
     if torch.Tag.inplace_view in func.tags:
         _change_shape(func, args, kwargs)

@@ -7,7 +7,7 @@ step counts as if it had the slope of a rectangle (Rajamanoharan et al. 2024, "J
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -65,6 +65,8 @@ class JumpReLUTranscoder(Transcoder):
 
     Loss term ``sparsity``: l0 · mean L0, or l0 · (mean L0 / target − 1)² where a target is set.
     """
+
+    needs_float32: ClassVar[bool] = True  # the window around a threshold is as narrow as bfloat16's steps
 
     log_threshold: nn.Parameter
     """(d_sae,)."""

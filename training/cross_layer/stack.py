@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tailrace.training.architectures import Architecture, BatchTopK, JumpReLU, ReLU
-from tailrace.training.architectures.base import SMALLEST_NORM, Block, Trace, Transcoder, exact
+from tailrace.training.architectures.base import SMALLEST_NORM, Block, Float32Product, Trace, Transcoder, exact
 from tailrace.training.architectures.batch_topk import BatchTopKTranscoder
 from tailrace.training.architectures.entries import Entries, LargestOfBatch
 from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
@@ -93,7 +93,11 @@ class Stack(Transcoder):
         rows = inputs.reshape(-1, self.n_layers, self.width_in)
         encoders = self.W_enc.view(self.n_layers, self.features_per_layer, self.width_in)
         biases = self.b_enc.view(self.n_layers, 1, self.features_per_layer)
-        pre = torch.baddbmm(biases, rows.transpose(0, 1), encoders.transpose(1, 2))
+        if self.rounds_too_much(inputs):
+            products: Tensor = Float32Product.apply(rows.transpose(0, 1), encoders)  # type: ignore[no-untyped-call]
+            pre = biases + products
+        else:
+            pre = torch.baddbmm(biases, rows.transpose(0, 1), encoders.transpose(1, 2))
         return pre.transpose(0, 1).reshape(*inputs.shape[:-1], self.d_sae)
 
     def layer_pre_activations(self, layer: int, inputs: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from tailrace.training.architectures import (
     ReLU,
     TopK,
 )
-from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.base import Float32Product, Transcoder
 from tailrace.training.architectures.batch_topk import BatchTopKTranscoder
 from tailrace.training.architectures.entries import Above, DenseEntries
 from tailrace.training.architectures.gated import GatedTranscoder
@@ -418,3 +418,18 @@ def test_shapes_that_annotations_state_are_checked_here() -> None:
         transcoder.decode(torch.zeros(5, 8, dtype=torch.int64))
     with pytest.raises(TypeCheckError, match="return value"):
         DenseEntries(torch.zeros(5, 8), Above()).count(torch.zeros(8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_float32_product_rounds_operands_alone(batch: tuple[int, ...]) -> None:
+    rows, weights = (random_tensor(seed, *batch, n, 32).float().requires_grad_() for seed, n in ((0, 20), (1, 30)))
+    gradient = random_tensor(2, *batch, 20, 30).float()
+    made: Tensor = Float32Product.apply(rows, weights)
+    made.backward(gradient)
+    exact = rows.detach().bfloat16().double() @ weights.detach().bfloat16().double().mT
+    torch.testing.assert_close(made.detach().double(), exact, rtol=0, atol=1e-5)  # float32 sums of 32 products
+    for operand, wanted in ((rows, gradient @ weights.detach()), (weights, gradient.mT @ rows.detach())):
+        assert operand.grad is not None
+        assert operand.grad.dtype is torch.float32
+        # two operands and the sum rounded to 8 bits
+        assert float((operand.grad - wanted).norm() / wanted.norm()) < 6e-3
