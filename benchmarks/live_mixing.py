@@ -74,7 +74,7 @@ def documents_of_rows(path: Path) -> np.ndarray:
         bos_token_id=tokenizer.bos.token_id,
         separator_token_id=tokenizer.separator.token_id,
         holdout=HoldoutRule.parse("0"),
-        row_mask=lambda tokens: np.broadcast_to(np.arange(CONTEXT_LENGTH) > 0, tokens.shape),
+        row_mask=lambda tokens, _=None: np.broadcast_to(np.arange(CONTEXT_LENGTH) > 0, tokens.shape),
         targets={"train": None},
     )
     return np.concatenate([packed.documents[:, 1:].ravel() for packed in source])

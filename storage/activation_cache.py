@@ -30,6 +30,7 @@ from tailrace.storage.cache_format import (
     superseded_path,
 )
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.storage.formats import LEFT_OUT
 from tailrace.storage.layout import ArraySpec, Side
 from tailrace.storage.names import folder_problem, inside
 from tailrace.storage.shard import read_rows
@@ -267,6 +268,10 @@ class CacheSplit:
 
     def context_documents(self, contexts: np.ndarray) -> np.ndarray:
         """Return uint32 (n, context_length): the document of every token of contexts."""
+        return self.marked_documents(contexts) & ~LEFT_OUT
+
+    def marked_documents(self, contexts: np.ndarray) -> np.ndarray:
+        """Return ``context_documents`` as stored: with LEFT_OUT where a message's role gives no rows."""
         return self._read_contexts("contexts/documents", contexts)
 
     def _read_contexts(self, name: str, contexts: np.ndarray) -> np.ndarray:

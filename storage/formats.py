@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from tailrace.storage.errors import ArtifactMismatch
 
 ARTIFACT_FORMATS = {
@@ -30,6 +32,8 @@ ARTIFACT_FORMATS = {
 }
 """The newest format of each kind, which is written; all that a release wrote are read."""
 
+LEFT_OUT = np.uint32(1 << 31)
+"""Bit of a token's document in a cache's ``contexts/documents``: the token is in no message by the chosen roles."""
 TABLES_KIND = "tables"
 """What ``pipeline analyze`` publishes. Its readers need no torch, which making it does."""
 CROSS_LAYER_KIND = "cross_layer_transcoder"

@@ -37,9 +37,9 @@ class PackingProgress:
         self._error: BaseException | None = None
         self.is_done = False
 
-    def add(self, split: str, tokens: np.ndarray) -> None:
+    def add(self, split: str, tokens: np.ndarray, documents: np.ndarray) -> None:
         """Note contexts (n, context_length) that are on disk now."""
-        rows = np.asarray(self._row_mask(tokens).sum(axis=1), np.int64)
+        rows = np.asarray(self._row_mask(tokens, documents).sum(axis=1), np.int64)
         with self._changed:
             self._rows_per_context.setdefault(split, []).append(rows)
             self._n_contexts[split] = self.n_contexts(split) + len(rows)
@@ -48,7 +48,7 @@ class PackingProgress:
     def add_committed(self, split: str, blocks: ContextBlocks, n_contexts: int, block_contexts: int) -> None:
         """Note the first ``n_contexts`` contexts of a split, which were committed before, a block at a time."""
         for start in range(0, n_contexts, block_contexts):
-            self.add(split, blocks.read(start, min(start + block_contexts, n_contexts))[0])
+            self.add(split, *blocks.read(start, min(start + block_contexts, n_contexts)))
 
     def finish(self, error: BaseException | None = None) -> None:
         """Note that nothing more will come."""
@@ -171,7 +171,7 @@ class ContextPacker:
             tokens, documents = self._join(split)
             if len(tokens):
                 self._blocks[split].write(self._n_blocks[split], tokens, documents)
-                self._progress.add(split, tokens)
+                self._progress.add(split, tokens, documents)
 
     def _commit_full_blocks(self, split: str) -> bool:
         size = self._layout.block_contexts
@@ -183,7 +183,7 @@ class ContextPacker:
             piece = slice(start, start + size)
             self._blocks[split].write(self._n_blocks[split], tokens[piece], documents[piece])
             self._n_blocks[split] += 1
-            self._progress.add(split, tokens[piece])
+            self._progress.add(split, tokens[piece], documents[piece])
         self._set_pending(split, tokens[n_full:], documents[n_full:])
         return True
 

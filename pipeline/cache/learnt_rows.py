@@ -35,14 +35,15 @@ class LearntContexts(NamedTuple):
         return cls(RowFilter.model_validate(known), packing["context_length"])
 
     def mask(self, tokens: Tensor, model: LanguageModel) -> Tensor:
-        """Return which of ``tokens`` (contexts, positions), bool, would be rows."""
-        keeps = self.rows.row_mask(self.context_length, model.special_token_ids)
+        """Return which of ``tokens`` (contexts, positions), bool, would be rows if every role gave some."""
+        keeps = self.rows.model_copy(update={"roles": None}).row_mask(self.context_length, model.special_token_ids)
         return torch.from_numpy(keeps(tokens.cpu().numpy()))
 
     def __str__(self) -> str:
         left_out = {"bos": "the BOS", "special": "special tokens", "none": "no token"}[self.rows.exclude]
         first = f", positions before {self.rows.first_position}" if self.rows.first_position else ""
-        return f"{left_out}{first}"
+        roles = f", all but messages of {self.rows.roles}" if self.rows.roles else ""
+        return f"{left_out}{first}{roles}"
 
 
 class LearntTokens:
@@ -62,6 +63,12 @@ class LearntTokens:
                 "%s: which tokens %s learnt from is not recorded (an import, or an older version's): taken for all but "
                 "the BOS",
                 *(_named(self._unknown), "they" if len(self._unknown) > 1 else "it"),
+            )
+        if by_role := [path for path, one in self._known.items() if one.rows.roles]:
+            logger.warning(
+                "%s learnt from messages of some roles only, and tokens do not say by which role they are: %s taken for "
+                "all roles, but for those that a cache leaves out",
+                *(_named(by_role), "they are" if len(by_role) > 1 else "it is"),
             )
         left_out = {str(one): path for path, one in self._known.items()}
         if len(left_out) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from tailrace.analysis.evaluate.evaluation import ContextBatch
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import LanguageModel, explained_failures, without_padding_advice
 from tailrace.pipeline.model.of_transcoders import load_recorded, recorded_location
+from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit
 from tailrace.storage.errors import OutOfMemoryError
 from tailrace.storage.shuffle import philox
@@ -25,8 +26,8 @@ class RecordedModel:
 
     cache: ActivationCache
     model: LanguageModel
-    row_mask: Callable[[np.ndarray], np.ndarray]
-    """From token ids (contexts, T) to which of them the cache keeps as rows, bool (contexts, T)."""
+    row_mask: RowMask
+    """Which tokens of contexts the cache keeps as rows."""
     contexts_per_batch: int
     """Contexts per pass when the cache was made: the same grid gives the same bits."""
 
@@ -38,7 +39,7 @@ class RecordedModel:
     def batch(self, split: CacheSplit, contexts: np.ndarray) -> ContextBatch:
         """Return contexts by their ids; outputs are replaced where the cache has rows."""
         tokens = split.context_tokens(contexts)
-        where = torch.from_numpy(self.row_mask(tokens))
+        where = torch.from_numpy(self.row_mask(tokens, split.marked_documents(contexts)))
         device = self.model.device
         return ContextBatch(
             np.asarray(contexts, np.int64), torch.from_numpy(tokens.astype(np.int64)).to(device), where.to(device)

@@ -52,11 +52,11 @@ class RowMaker:
         self._hooks = [SiteHooks.of(site) for site in sites]
 
     def rows(self, tokens: np.ndarray, documents: np.ndarray, first_context: int) -> Rows:
-        """Return the rows of contexts (n, context_length), at most a batch of them.
+        """Return the rows of contexts (n, context_length), at most a batch of them; their documents are marked ones.
 
         Raises NonFiniteActivation, or ActivationOverflow beyond the storage dtype, naming hook, context and position.
         """
-        kept = self._row_mask(tokens)
+        kept = self._row_mask(tokens, documents)
         provenance = _provenance(tokens, documents, kept, first_context)
         padded = np.concatenate([tokens, np.repeat(tokens[-1:], self.contexts_per_batch - len(tokens), 0)])
         captured = self._model.capture(torch.from_numpy(padded.astype(np.int64)), self._hooks)

@@ -363,6 +363,11 @@ class CacheJob:
                 f"{dataset}: has no row beyond the {n_rows:,} that {self.root} holds; make a new cache from more text"
             )
         if n_rows == 0:
+            if self.settings.roles and self.progress.n_contexts("train"):
+                raise TextError(
+                    f"{dataset}: gives no training row at all: no message is by --roles {self.settings.roles}; ShareGPT's "
+                    "human and gpt are called user and assistant here"
+                )
             raise TextError(
                 f"{dataset}: gives no training row at all: its documents do not fill a single context "
                 f"({source.counts['train']}). Use a shorter --context-length, or more text"

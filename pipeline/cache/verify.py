@@ -173,7 +173,7 @@ class _PairChecker:
         pieces: dict[str, list[np.ndarray]] = {}
         for batch in np.unique(stored["context"] // self.grid).tolist():
             grid = np.arange(batch * self.grid, min((batch + 1) * self.grid, split.n_contexts))
-            rows = self.maker.rows(split.context_tokens(grid), split.context_documents(grid), batch * self.grid)
+            rows = self.maker.rows(split.context_tokens(grid), split.marked_documents(grid), batch * self.grid)
             chosen = np.isin(_code(rows.provenance["context"], rows.provenance["position"]), wanted)
             for key, values in rows.arrays().items():
                 pieces.setdefault(key, []).append(values[chosen])

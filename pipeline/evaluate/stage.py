@@ -120,8 +120,8 @@ def _only_learnt(recorded: RecordedModel, layers: Sequence[TranscoderLayer]) -> 
         return recorded
     learnt = LearntTokens(known, recorded.model)
 
-    def mask(tokens: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(recorded.row_mask(tokens) & learnt(torch.from_numpy(tokens)).numpy())
+    def mask(tokens: NDArray[Any], documents: NDArray[Any] | None = None, /) -> NDArray[Any]:
+        return np.asarray(recorded.row_mask(tokens, documents) & learnt(torch.from_numpy(tokens)).numpy())
 
     return replace(recorded, row_mask=mask)
 

@@ -34,6 +34,7 @@ from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import HELDOUT, TRAIN, ContextSource
 from tailrace.pipeline.text.reading import choose_reading
+from tailrace.pipeline.text.settings import RowFilter
 from tailrace.storage.artifact import JSON, digest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import list_differences
@@ -325,8 +326,7 @@ class LiveBatches:
                 "bos_token_id": self._model.bos_token_id,
                 "separator_token_id": self._model.separator_token_id,
                 "contexts_per_batch": settings.contexts_per_batch,
-                "exclude": settings.exclude,
-                "first_position": settings.first_position,
+                **settings.model_dump(include=set(RowFilter.model_fields)),
                 "holdout": settings.holdout,
                 "heldout_rows": settings.heldout_rows,
                 **self._reading.as_json(),

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def read_heldout_contexts(
     source: ContextSource, rule: HoldoutRule, row_mask: RowMask, n_rows: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and documents of held-out contexts with ``n_rows`` rows or, if the text has fewer, all of them.
+    """Return tokens and marked documents of held-out contexts with ``n_rows`` rows or, if the text has fewer, all of them.
 
     Reads no further than it must: ``source``, from the beginning of the text, is left behind the last one.
     Raises TextError if there is none.
@@ -40,7 +40,7 @@ def read_heldout_contexts(
         if piece.split == HELDOUT:
             tokens.append(piece.tokens)
             documents.append(piece.documents)
-            n_found += int(row_mask(piece.tokens).sum())
+            n_found += int(row_mask(piece.tokens, piece.documents).sum())
         if n_found >= n_rows or (n_listed is not None and source.counts[HELDOUT]["documents"] >= n_listed):
             break
     if not n_found:

@@ -23,6 +23,7 @@ from tailrace.pipeline.text.packing import TRAIN, ContextSource
 from tailrace.pipeline.text.reading import choose_reading
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import TextError
+from tailrace.storage.formats import LEFT_OUT
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class FreshSplit:
 
     def context_documents(self, context_ids: NDArray[np.integer]) -> NDArray[np.uint32]:
         """Return the document ids (contexts, positions) of contexts."""
-        return np.asarray(self._documents[context_ids])
+        return np.asarray(self._documents[context_ids] & ~LEFT_OUT)
 
 
 def fresh_rows(text: FreshText, model: LanguageModel, site: Site, n_rows: int) -> tuple[ShownRows, dict[str, Any]]:
@@ -113,14 +114,14 @@ def fresh_rows(text: FreshText, model: LanguageModel, site: Site, n_rows: int) -
     reading = choose_reading(text, model, documents)
     source = ContextSource.of(text, model, documents, {TRAIN: n_rows}, reading=reading)
     packed = [piece for piece in source if piece.split == TRAIN]
-    if not packed or not sum(int(row_mask(piece.tokens).sum()) for piece in packed):
+    if not packed or not sum(int(row_mask(piece.tokens, piece.documents).sum()) for piece in packed):
         raise TextError(
             f"{text.dataset}: gives no row: its documents do not fill a context of {text.context_length} tokens; give "
             "more text, or a shorter --context-length"
         )
     tokens, ids = (np.concatenate([getattr(piece, name) for piece in packed]) for name in ("tokens", "documents"))
     maker = RowMaker(model, [site], row_mask, text.contexts_per_batch)
-    split = FreshSplit(maker, tokens, ids, row_mask(tokens))
+    split = FreshSplit(maker, tokens, ids, row_mask(tokens, ids))
     if split.n_rows < n_rows:
         logger.warning(
             "%s: gives %s rows, all there are of %s asked for", text.dataset, f"{split.n_rows:,}", f"{n_rows:,}"

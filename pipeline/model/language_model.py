@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +39,13 @@ from tailrace.pipeline.model.loading import (
 )
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks, head_problem
-from tailrace.pipeline.model.tokenizer import ModelTokenizer, number_tokens, open_tokenizer, read_stated_tokens
+from tailrace.pipeline.model.tokenizer import (
+    ChatTokens,
+    ModelTokenizer,
+    number_tokens,
+    open_tokenizer,
+    read_stated_tokens,
+)
 from tailrace.storage.artifact import JSON, checksum_file, digest
 from tailrace.storage.cache_format import HookName
 from tailrace.storage.errors import ActionableError, ModelError, OutOfMemoryError, is_out_of_memory
@@ -151,13 +157,15 @@ class LanguageModel:
         bos = self.bos_token_id
         return [ids if ids[:1] == [bos] else [bos, *ids] for ids in self.tokenize(texts)]
 
-    def tokenize_chat(self, messages: list[dict[str, Any]], *, is_markup: bool = False) -> list[int]:
-        """Return the token ids of a conversation as the tokenizer's chat template writes it.
+    def tokenize_chat(
+        self, messages: list[dict[str, Any]], *, is_markup: bool = False, roles: Collection[str] = ()
+    ) -> ChatTokens:
+        """Return a conversation as the tokenizer's chat template writes it, and which tokens no one of ``roles`` says.
 
         Unless it ``is_markup``, the names of special tokens in messages are letters. Raises TextError if the template
         does not take it.
         """
-        return self._tokenizer.tokenize_chat(messages, is_markup=is_markup)
+        return self._tokenizer.tokenize_chat(messages, is_markup=is_markup, roles=roles)
 
     @property
     def chat_template_digest(self) -> str:

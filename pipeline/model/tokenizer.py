@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tailrace.pipeline.model.loading import Checkpoint, quiet, read_checkpoint_json, refuse_own_class
 from tailrace.storage.artifact import JSON, digest
@@ -27,6 +30,7 @@ _FIXED_DATE = (
     "'2025-01-01') }}{% endmacro %}"
 )
 """Begins templates that write today's date, so that the same conversation is the same text on any day."""
+_MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # code points that are no characters
 _BATCH_STATE = ("truncation", "padding")  # set by the last call of a tokenizer, no part of what it is
 
 
@@ -35,6 +39,13 @@ class SpecialToken(NamedTuple):
 
     token_id: int
     source: str
+
+
+class ChatTokens(NamedTuple):
+    """A conversation as token ids, and which of them are in no message by the roles asked for; None for all roles."""
+
+    ids: list[int]
+    left_out: list[bool] | None = None
 
 
 class StatedTokens(NamedTuple):
@@ -111,16 +122,63 @@ class ModelTokenizer:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def tokenize_chat(self, messages: list[dict[str, Any]], *, is_markup: bool) -> list[int]:
-        """Return the token ids of a conversation, written by the chat template; raise TextError if it refuses that."""
+    def tokenize_chat(
+        self, messages: list[dict[str, Any]], *, is_markup: bool, roles: Collection[str] = ()
+    ) -> ChatTokens:
+        """Return the tokens of a conversation, written by the chat template.
+
+        Raises TextError if the template refuses it, or if ``roles`` are asked for and cannot be told apart in it.
+        """
         options = {} if is_markup else {"sanitize_control_tokens": True}
         try:
             ids: list[int] = self._tokenizer.apply_chat_template(
                 messages, chat_template=self.chat_template, return_dict=False, **options
             )
+            return ChatTokens(ids, self._left_out(messages, ids, roles) if roles else None)
+        except (ModelError, TextError):
+            raise
         except Exception as error:  # a template is a program, and fails in its own ways
             raise TextError(str(error) or type(error).__name__) from error
-        return ids
+
+    def _left_out(self, messages: list[dict[str, Any]], ids: list[int], roles: Collection[str]) -> list[bool]:
+        """Return which of a conversation's ``ids`` have no character of what ``roles`` say in it.
+
+        The template writes the conversation a second time, with a mark at both ends of what they say.
+        """
+        if not self._tokenizer.is_fast:
+            raise ModelError(
+                f"model {self._name}: its tokenizer does not say where in a text its tokens lie, so rows cannot be chosen "
+                "by role; leave --roles out, or put its tokenizer.json beside the weights"
+            )
+        text = self._write_chat(messages)
+        opening, closing = [letter for letter in _MARKS if letter not in text][:2]
+        marked = [
+            {**one, "content": _wrap(one["content"], opening, closing)} if one["role"] in roles else one
+            for one in messages
+        ]
+        pieces = re.split(f"([{opening}{closing}])", self._write_chat(marked))
+        if "".join(pieces[::2]) != text or pieces[1::2] != [opening, closing] * (len(pieces) // 4):
+            raise TextError("the template cuts or changes what messages say, so its tokens cannot be told apart by role")
+        said = np.repeat(np.arange(len(pieces[::2])) % 2 == 1, [len(piece) for piece in pieces[::2]])
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, split_special_tokens=False
+        )
+        again: list[int] = []
+        left_out: list[bool] = []
+        for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            # the name of a special token in a message is letters
+            as_it_is = ids[len(again) : len(again) + 1] == [number]
+            own = [number] if as_it_is else self.tokenize([text[start:stop]], is_markup=False)[0]
+            again += own
+            # some tokenizers do not count the spaces of a token, and a token of spaces is then empty
+            left_out += [not said[start : max(stop, start + 1)].any()] * len(own)
+        if again != ids:
+            raise TextError("its tokens cannot be told apart by role where a message spells the name of a special token")
+        return left_out
+
+    def _write_chat(self, messages: list[dict[str, Any]]) -> str:
+        text: str = self._tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False)
+        return text
 
     @property
     def chat_template(self) -> str:
@@ -278,6 +336,14 @@ def _choose_tokens(
 
 def _added(tokenizer: Any) -> Any:
     return getattr(tokenizer, "added_tokens_decoder", {}).items()
+
+
+def _wrap(content: str | None, opening: str, closing: str) -> str | None:
+    """Return a message's content between marks, but for the space around it, which templates take off."""
+    if content is None or not (stripped := content.strip()):
+        return content
+    before, after = content.split(stripped, 1)
+    return f"{before}{opening}{stripped}{closing}{after}"
 
 
 def _show(raw: str, text: str) -> str:

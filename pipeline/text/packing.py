@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 
 from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.tokenizer import ChatTokens
 from tailrace.pipeline.text.columns import Message
 from tailrace.pipeline.text.holdout import FIRST_DOCUMENTS, FirstChoices, HoldoutRule
 from tailrace.pipeline.text.reading import FIRST_RELEASE, Reading, choose_reading
@@ -28,6 +29,7 @@ from tailrace.pipeline.text.settings import CapturedContexts, RowMask
 from tailrace.pipeline.text.stream import Document, DocumentReader, DocumentStream
 from tailrace.storage.artifact import JSON
 from tailrace.storage.errors import ModelError, SettingsError, TextError
+from tailrace.storage.formats import LEFT_OUT
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ _LARGEST_TOKEN_ID = int(np.iinfo(np.int32).max)
 
 
 class PackedContexts(NamedTuple):
-    """Contexts of one split: token ids (n, T) int32, and the index of each token's document (n, T) uint32."""
+    """Contexts of one split: token ids (n, T) int32, and each token's marked document (n, T) uint32."""
 
     split: str
     tokens: np.ndarray
@@ -62,10 +64,15 @@ class DocumentTokens(NamedTuple):
     document: int
     tokens: np.ndarray
     problem: str | None = None
+    left_out: np.ndarray | None = None
+    """Where rows are chosen by role: which of the tokens give none, bool."""
 
 
 class Contexts(NamedTuple):
-    """Packed token ids (contexts, T) int32, and the index of each token's document, uint32."""
+    """Packed token ids (contexts, T) int32, and each token's marked document, uint32.
+
+    That is the document's index, with LEFT_OUT where a role keeps the token from becoming a row.
+    """
 
     tokens: np.ndarray
     documents: np.ndarray
@@ -120,20 +127,25 @@ class Packer:
 
     def _extend_stream(self, partial: Partial, documents: Sequence[DocumentTokens]) -> tuple[np.ndarray, np.ndarray]:
         separator = np.array([self.separator_token_id], dtype=np.int32)
-        pieces, lengths, n_stream = [partial.tokens], [], len(partial.tokens)
+        pieces, indices, n_stream = [partial.tokens], [partial.documents], len(partial.tokens)
         for document in documents:
             own = [document.tokens] if len(document.tokens) else []
             fits = (n_stream + len(document.tokens)) % (self.context_length - 1) == 0
             if own and self.reading.token_rows == "documents" and (self.reading.separator_after_bos or not fits):
                 own.append(separator)
             pieces += own
-            lengths.append(sum(map(len, own)))
-            n_stream += lengths[-1]
-        indices = np.array([document.document for document in documents], dtype=np.uint32)
-        return np.concatenate(pieces), np.concatenate([partial.documents, np.repeat(indices, lengths)])
+            indices.append(np.full(sum(map(len, own)), document.document, np.uint32))
+            if document.left_out is not None:  # the separator is said by no role
+                indices[-1][np.append(document.left_out, True)[: len(indices[-1])]] |= LEFT_OUT
+            n_stream += len(indices[-1])
+        return np.concatenate(pieces), np.concatenate(indices)
 
     def strip_boundaries(self, tokens: np.ndarray) -> np.ndarray:
-        """Return pre-tokenised ``tokens`` without what packing adds: one leading BOS and one trailing separator.
+        """Return pre-tokenised ``tokens`` without what packing adds: one leading BOS and one trailing separator."""
+        return tokens[self.between_boundaries(tokens)]
+
+    def between_boundaries(self, tokens: np.ndarray) -> slice:
+        """Return where in ``tokens`` the text lies.
 
         Where BOS and separator are one token, a document that is that token alone is empty. Contexts and pieces lose
         only a BOS that all of them have: their separators are the data's own.
@@ -142,7 +154,7 @@ class Packer:
         starts = len(tokens) > 0 and tokens[0] == self.bos_token_id
         start = int(starts and (is_document or self.reading.rows_begin_with_bos))
         ends = is_document and len(tokens) > start and tokens[-1] == self.separator_token_id
-        return tokens[start : len(tokens) - int(ends)]
+        return slice(start, len(tokens) - int(ends))
 
     def misfit(self, tokens: np.ndarray) -> str | None:
         """Return why a row that is to be a context of its own is none; None if it is, or need not be."""
@@ -232,7 +244,7 @@ class ContextSource:
         state: JSON | None = None,
         vocabulary_size: int | None = None,
         reading: Reading = FIRST_RELEASE,
-        tokenize_chat: Callable[[list[Message]], list[int]] | None = None,
+        tokenize_chat: Callable[[list[Message]], ChatTokens] | None = None,
     ) -> None:
         if context_length < 2:
             raise SettingsError(f"context_length is {context_length}; wanted at least 2, for BOS and one token")
@@ -270,6 +282,7 @@ class ContextSource:
             )
         reading = reading or choose_reading(settings, model, documents)
         is_markup = reading.special_tokens == "markup"
+        roles = settings.roles and settings.roles.split(",")
         return cls(
             documents,
             lambda texts: model.tokenize(texts, is_markup=is_markup),
@@ -282,7 +295,7 @@ class ContextSource:
             state=state,
             vocabulary_size=model.d_vocab,
             reading=reading,
-            tokenize_chat=lambda messages: model.tokenize_chat(messages, is_markup=is_markup),
+            tokenize_chat=lambda messages: model.tokenize_chat(messages, is_markup=is_markup, roles=roles or ()),
         )
 
     def _load(self, state: JSON | None) -> None:
@@ -422,7 +435,7 @@ class ContextSource:
             contexts, partial = self._packer.add(partial, [document])
             held.add(document.document)
             pieces.append(contexts)
-            rows += int(self._row_mask(contexts.tokens).sum())
+            rows += int(self._row_mask(*contexts).sum())
         empty, _ = self._packer.add(NOTHING, [])
         pieces.append(empty)
         joined = Contexts(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
@@ -451,10 +464,14 @@ class ContextSource:
         if document.messages is None:
             return DocumentTokens(document.index, NOTHING.tokens, document.problem)
         try:
-            ids = self._tokenize_chat(document.messages)
+            ids, left_out = self._tokenize_chat(document.messages)
         except TextError as error:
             return self._pass_over(document, f"is no conversation for this model's chat template: {error}")
-        return DocumentTokens(document.index, self._packer.strip_boundaries(self._check_text(document.index, ids)))
+        tokens = self._check_text(document.index, ids)
+        own = self._packer.between_boundaries(tokens)
+        return DocumentTokens(
+            document.index, tokens[own], left_out=None if left_out is None else np.array(left_out, bool)[own]
+        )
 
     def _fit(self, document: Document) -> DocumentTokens:
         """Return a pre-tokenised document as it is packed; raise TextError, or note it, if it should be a context."""
@@ -521,7 +538,7 @@ class ContextSource:
     def _hand_out(self, split: str, contexts: Contexts, partial: Partial, after: JSON) -> Iterator[PackedContexts]:
         """Yield what the target leaves of a batch's contexts; the split moves on once all were handed out."""
         position = self._positions[split]
-        rows = self._row_mask(contexts.tokens[position.emitted :]).sum(axis=1, dtype=np.int64)
+        rows = self._row_mask(*(array[position.emitted :] for array in contexts)).sum(axis=1, dtype=np.int64)
         n = self._n_wanted(split, rows)
         self._positions[split] = replace(position, emitted=position.emitted + n)
         if n:

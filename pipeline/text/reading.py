@@ -65,6 +65,11 @@ def choose_reading(
     Raises TextError if a setting does not suit them, or if the text beside token ids has other ids, and ModelError if
     they are conversations and the tokenizer has no template for them.
     """
+    if settings.roles is not None and documents.kind != "chat":
+        raise TextError(
+            f"{documents.name}: --roles is for conversations, and column {documents.column.name!r} holds "
+            f"{'text' if documents.kind == 'text' else 'token ids'}; leave it out, or pass --column"
+        )
     template = model.chat_template_digest if documents.kind == "chat" else ""
     if recorded is not None:
         reading = Reading.from_json(recorded)

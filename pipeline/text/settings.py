@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from collections.abc import Collection
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, mod
 from tailrace.pipeline.text.files import looks_local
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.formats import LEFT_OUT
 from tailrace.storage.settings import Quantity, Settings
 
 if TYPE_CHECKING:  # settings load no torch
@@ -19,8 +20,12 @@ if TYPE_CHECKING:  # settings load no torch
 MIN_WINDOW = 16
 """Documents that a window holds at least, however long they are."""
 
-RowMask = Callable[[np.ndarray], np.ndarray]
-"""Token ids (contexts, context_length) → which positions become rows, bool of the same shape."""
+
+class RowMask(Protocol):
+    """Token ids and their marked documents (contexts, context_length) → which become rows, bool of the same shape."""
+
+    def __call__(self, tokens: np.ndarray, documents: np.ndarray | None = None, /) -> np.ndarray:
+        """Return the mask. Documents are needed where rows are chosen by role."""
 
 
 class TextSettings(Settings):
@@ -79,13 +84,27 @@ class RowFilter(Settings):
     """Tokens left out: the BOS that begins each context, every special token (BOS, separators, …), or none."""
     first_position: NonNegativeInt = 0
     """Positions before this one are left out as well."""
+    roles: str | None = Field(None, exclude_if=lambda value: value is None)
+    """Of conversations, only what messages by these roles say: assistant, or several as assistant,tool. All of a
+    conversation is context still."""
+
+    @field_validator("roles")
+    @classmethod
+    def _check_roles(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        roles = {role.strip() for role in value.split(",")}
+        if "" in roles:
+            raise ValueError("wanted the names of roles, such as assistant or assistant,tool")
+        return ",".join(sorted(roles))
 
     def row_mask(self, context_length: int, special_token_ids: Collection[int] = ()) -> RowMask:
         """Return the mask of these positions, for contexts of one length.
 
         Raises SettingsError if no position is left, or if special tokens are to be left out and none is known.
         """
-        start = max(self.first_position, 0 if self.exclude == "none" else 1)
+        # the BOS is said by no role
+        start = max(self.first_position, 0 if self.exclude == "none" and self.roles is None else 1)
         if start >= context_length:
             raise SettingsError(
                 f"first_position={self.first_position} leaves no row in contexts of {context_length} tokens; "
@@ -95,8 +114,12 @@ class RowFilter(Settings):
             raise SettingsError("exclude=special: this model's tokenizer names no special token; use exclude=bos")
         special = np.array(sorted(special_token_ids) if self.exclude == "special" else [], dtype=np.int64)
 
-        def mask(tokens: np.ndarray) -> np.ndarray:
-            return (np.arange(tokens.shape[1]) >= start) & ~np.isin(tokens, special)
+        def mask(tokens: np.ndarray, documents: np.ndarray | None = None, /) -> np.ndarray:
+            kept = (np.arange(tokens.shape[1]) >= start) & ~np.isin(tokens, special)
+            if self.roles is None:
+                return kept
+            assert documents is not None, "token ids do not say by which role they are"
+            return np.asarray(kept & (documents < LEFT_OUT))
 
         return mask
 

@@ -342,6 +342,15 @@ def test_manifest_without_the_record_is_taken_for_all_but_the_bos_and_said_so(ca
     assert "learnt from contexts of 2, so positions from 2 on are new" in caplog.text
 
 
+def test_roles_are_left_out_of_account_in_a_prompt_and_that_is_said_once(caplog):
+    rows = {"exclude": "bos", "first_position": 2, "roles": "assistant"}
+    for recorded in ({"packing": {"context_length": 16, "row_filter": rows}}, {"live": {"context_length": 16, **rows}}):
+        caplog.clear()
+        assert learnt([9, 5, 6, 7], **recorded) == [False, False, True, True]
+        (said,) = caplog.messages
+        assert said.startswith("transcoder learnt from messages of some roles only, and tokens do not say")
+
+
 def test_score_leaves_out_what_was_not_learnt(late):
     scores = score.run([PROMPT], transcoder=late / "t", model=str(model_folder()), compute=Compute(threads=1))
     assert scores.texts[0].is_scored.tolist() == [position >= 4 for position in range(9)]

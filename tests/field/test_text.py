@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.cache import verify
+from tailrace.pipeline.cache.recorded_model import open_recorded_model
+from tailrace.pipeline.live.batches import LiveBatches
+from tailrace.pipeline.live.settings import FreshText, LiveSettings
+from tailrace.pipeline.live.token_order import fresh_rows
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.tokenizer import ModelTokenizer
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.pipeline.text.reading import FIRST_RELEASE, choose_reading
 from tailrace.pipeline.text.settings import CapturedContexts
 from tailrace.storage.activation_cache import open_cache
-from tailrace.storage.errors import ModelError, TextError
-from tests.support.cache_jobs import HERE
+from tailrace.storage.cache_writer import UnitBuffer
+from tailrace.storage.errors import ModelError, SettingsError, TextError
+from tests.support.cache_jobs import HERE, small_blocks, tree
 from tests.support.cache_jobs import settings as cache_settings
 from tests.support.paths import ROOT
 from tests.support.text_files_written import open_text, texts_of, write_jsonl
@@ -655,8 +663,8 @@ def test_conversations_are_written_by_the_chat_template(tmp_path, chat_model, co
 def test_names_of_special_tokens_in_a_message_are_letters(chat_model):
     tokenizer = ModelTokenizer(AutoTokenizer.from_pretrained(chat_model), name="chat", d_vocab=4096)
     chat = [{"role": "user", "content": "a <|endoftext|> b"}]
-    assert tokenizer.tokenize_chat(chat, is_markup=False).count(0) == 2  # the template's own BOS and EOS
-    assert tokenizer.tokenize_chat(chat, is_markup=True).count(0) == 3
+    assert tokenizer.tokenize_chat(chat, is_markup=False).ids.count(0) == 2  # the template's own BOS and EOS
+    assert tokenizer.tokenize_chat(chat, is_markup=True).ids.count(0) == 3
 
 
 def test_date_that_a_template_writes_is_the_same_on_every_day(chat_model):
@@ -664,7 +672,7 @@ def test_date_that_a_template_writes_is_the_same_on_every_day(chat_model):
     made.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
     tokenizer = ModelTokenizer(made, name="chat", d_vocab=4096)
     vocabulary = tokenizer.vocabulary()
-    ids = tokenizer.tokenize_chat(CHATS[0], is_markup=False)
+    ids = tokenizer.tokenize_chat(CHATS[0], is_markup=False).ids
     assert "".join(vocabulary[token] for token in ids).startswith("01 Jan 2025<|endoftext|>[user] the law?")
 
 
@@ -704,3 +712,203 @@ def test_conversation_that_the_template_refuses_is_named_and_a_model_without_a_t
     without = chosen.model_copy(update={"model": str(TINY_LM)})
     with pytest.raises(ModelError, match=r"has no chat template to write conversations by"):
         cache.run(without, output=tmp_path / "without", **HERE)
+
+
+# Rows by role
+
+
+def written(chat_model, *messages, roles="assistant", template=TEMPLATE):
+    """Return the text of what is left out of a conversation and of what is kept, in turn."""
+    made = AutoTokenizer.from_pretrained(chat_model)
+    made.chat_template = template
+    tokenizer = ModelTokenizer(made, name="chat", d_vocab=4096)
+    chat = [{"role": role, "content": said} for role, said in messages]
+    plain = tokenizer.tokenize_chat(chat, is_markup=False)
+    ids, left_out = tokenizer.tokenize_chat(chat, is_markup=False, roles=roles.split(","))
+    assert (ids, None) == plain
+    vocabulary = tokenizer.vocabulary()
+    pairs = groupby(zip(ids, left_out or [], strict=True), key=lambda pair: pair[1])
+    return [(is_left_out, "".join(vocabulary[token] for token, _ in tokens)) for is_left_out, tokens in pairs]
+
+
+END = "<|endoftext|>"
+
+
+def test_tokens_are_kept_by_the_role_of_their_message(chat_model):
+    said = [("user", "user"), ("assistant", "  assistant 5 \n"), ("system", "x"), ("assistant", "")]
+    # The space before the answer is the template's, but one token with the answer's first letters.
+    assert written(chat_model, *said, template=TEMPLATE.replace("content }}", "content | trim }}")) == [
+        (True, f"{END}[user] user\n[assistant]"),
+        (False, " assistant 5"),
+        (True, f"\n[system] x\n[assistant] \n{END}"),
+    ]
+    assert written(chat_model, *said[:3], roles="system,user") == [
+        (True, f"{END}[user]"),
+        (False, " user"),
+        (True, "\n[assistant]   assistant 5 \n\n[system] "),
+        (False, "x"),
+        (True, f"\n{END}"),
+    ]
+    # Names of special tokens are letters wherever they are said.
+    spelled = [("user", f"a {END} b"), ("assistant", f"{END} c"), ("user", END)]
+    assert written(chat_model, *spelled) == [
+        (True, f"{END}[user] a {END} b\n[assistant] "),
+        (False, f"{END} c"),
+        (True, f"\n[user] {END}\n{END}"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", ["content.split('of')[-1]", "content | upper | replace('\ufdd0', '')", "content | length"]
+)
+def test_conversation_whose_messages_a_template_cuts_is_refused_if_rows_are_by_role(chat_model, content):
+    with pytest.raises(TextError, match="cuts or changes what messages say"):
+        written(
+            chat_model,
+            ("assistant", "one of two"),
+            template="{% for m in messages %}{{ m." + content + " }}{% endfor %}",
+        )
+
+
+def cache_of_roles(folder, chat_model, name, roles, **changes):
+    path = write_jsonl(folder / "chats.jsonl", [{"messages": chat} for chat in CHATS])
+    settings = {"tokens": "all", "holdout": "0", "shuffle_window": 0, "layers": "0", **changes}
+    chosen = cache_settings(model=str(chat_model), dataset=str(path), roles=roles, **settings)
+    with small_blocks():
+        return cache.run(chosen, output=folder / name, **HERE).cache
+
+
+def rows_of(made, key, split="train"):
+    """Return the rows of a cache in token order."""
+    opened = made.split(split)
+    return np.concatenate([opened.read_unit(unit, [key])[key] for unit in range(opened.n_units)])
+
+
+def contexts_of(made, split="train"):
+    opened = made.split(split)
+    every = np.arange(opened.n_contexts)
+    return opened.context_tokens(every), opened.context_documents(every)
+
+
+@pytest.fixture(scope="module")
+def role_caches(tmp_path_factory, chat_model):
+    """Caches of the same conversations: all rows, what the assistant says, and what user and assistant say."""
+    folder = tmp_path_factory.mktemp("roles")
+    chosen = {"all": None, "assistant": "assistant", "both": " user, assistant"}
+    return {name: cache_of_roles(folder, chat_model, name, roles) for name, roles in chosen.items()}
+
+
+def test_rows_are_what_the_chosen_roles_say_and_contexts_are_whole(role_caches):
+    answers = [f" of the land, {number}" for number in range(40)]
+    said = {"assistant": answers, "both": [f" the law?{answer}" for answer in answers]}
+    vocabulary, every = role_caches["all"].vocabulary(), contexts_of(role_caches["all"])
+    for name, expected in said.items():
+        made = role_caches[name]
+        read = "".join(vocabulary[token] for token in rows_of(made, "token_id"))
+        assert len("".join(expected)) - len(read) in range(16 * 5), "no more than a context is left over"
+        assert "".join(expected).startswith(read)
+        for found, whole in zip(contexts_of(made), every, strict=True):
+            np.testing.assert_array_equal(found, whole)
+    answer = role_caches["assistant"]
+    tokens, documents = contexts_of(answer)
+    context, position, document = (rows_of(answer, key) for key in ("context", "position", "document"))
+    np.testing.assert_array_equal(tokens[context, position], rows_of(answer, "token_id"))
+    np.testing.assert_array_equal(documents[context, position], document)
+    numbers = [vocabulary[token].strip() for token in rows_of(answer, "token_id")]
+    assert {n for n, number in zip(document, numbers, strict=True) if number == "land"} == set(range(max(document) + 1))
+    assert answer.manifest.packing["row_filter"]["roles"] == "assistant"
+    assert role_caches["both"].manifest.packing["row_filter"]["roles"] == "assistant,user"
+    assert "roles" not in role_caches["all"].manifest.packing["row_filter"]
+    # Contexts begin inside messages of either role, and no row begins them.
+    assert position.min() == 1
+    assert 0 < np.count_nonzero(position == 1) < answer.split("train").n_contexts
+
+
+def test_activations_are_those_of_a_cache_with_all_rows(role_caches):
+    keys = ("context", "position", "layer0/in")
+    every, answer = ([rows_of(role_caches[name], key) for key in keys] for name in ("all", "assistant"))
+    at = dict(zip(zip(*(values.tolist() for values in every[:2]), strict=True), every[2], strict=True))
+    expected = [at[pair] for pair in zip(*(values.tolist() for values in answer[:2]), strict=True)]
+    np.testing.assert_array_equal(answer[2], np.stack(expected))
+
+
+def test_cache_of_roles_is_verified_and_its_evaluation_sees_its_rows(role_caches):
+    made = role_caches["assistant"]
+    done = verify.run(made.path, pairs=8, **HERE)
+    assert done.passed
+    assert [pair.n_rows for pair in done.pairs] == [pair.n_rows for pair in done.pairs if pair.n_rows > 8]
+    recorded = open_recorded_model(made)
+    train = made.split("train")
+    kept = recorded.batch(train, np.arange(train.n_contexts)).where.numpy()
+    context, position = np.nonzero(kept)
+    np.testing.assert_array_equal(context, rows_of(made, "context"))
+    np.testing.assert_array_equal(position, rows_of(made, "position"))
+
+
+def test_cache_of_roles_grows_to_the_rows_of_one_run(tmp_path, chat_model, role_caches):
+    made = cache_of_roles(tmp_path, chat_model, "made", "assistant", tokens=70)
+    assert made.split("train").n_rows == 70
+    shutil.copy(role_caches["assistant"].path.parent / "chats.jsonl", tmp_path)
+    with small_blocks():
+        grown = cache.extend(made.path, "all", **HERE).cache
+    for key in ("token_id", "context", "position", "document", "layer0/out"):
+        np.testing.assert_array_equal(rows_of(grown, key), rows_of(role_caches["assistant"], key))
+    assert verify.run(made.path, pairs=4, **HERE).passed
+
+
+def test_interrupted_cache_of_roles_ends_with_the_same_bytes(tmp_path, chat_model, monkeypatch):
+    chosen = {"tokens": 150, "holdout": "3::10"}
+    expected = cache_of_roles(tmp_path, chat_model, "expected", "assistant", **chosen)
+    commit, n_left = UnitBuffer.commit, [2]
+
+    def interrupted(self, root, generation):
+        n_left[0] -= 1
+        if not n_left[0]:
+            raise KeyboardInterrupt
+        return commit(self, root, generation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitBuffer, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache_of_roles(tmp_path, chat_model, "made", "assistant", **chosen)
+    made = cache_of_roles(tmp_path, chat_model, "made", "assistant", **chosen)
+    assert tree(made.path) == tree(expected.path)
+    vocabulary = made.vocabulary()
+    held = "".join(vocabulary[token] for token in rows_of(made, "token_id", "heldout"))
+    assert "".join(f" of the land, {number}" for number in (3, 13, 23, 33)).startswith(held)
+    assert held
+
+
+def test_live_rows_and_fresh_rows_are_by_role(tmp_path, chat_model, role_caches):
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
+    given = {"dataset": str(path), "context_length": 16, "contexts_per_batch": 4, "shuffle_window": 0}
+    given["roles"] = "assistant"
+    settings = LiveSettings(
+        model=str(chat_model), layers="0", holdout="3::10", buffer_rows=64, storage_dtype="float32", **given
+    )
+    held = cache_of_roles(tmp_path, chat_model, "held", "assistant", holdout="3::10", tokens=100)
+    with LiveBatches(settings, batch_rows=8) as live:
+        assert live.facts["packing"]["roles"] == "assistant"
+        assert live.n_heldout_rows == held.split("heldout").n_rows
+        served = torch.cat([live.next_batch()["layer0"][0].clone() for _ in range(4)]).numpy()
+        model = live._model
+        known = {row.tobytes() for row in rows_of(held, "layer0/in")}
+        assert {row.tobytes() for row in served} <= known
+        rows, _ = fresh_rows(FreshText(**given), model, live.sites["layer0"], 10_000)
+    answer = role_caches["assistant"]
+    fresh = rows.split
+    assert fresh.n_rows == answer.split("train").n_rows
+    np.testing.assert_array_equal(fresh.read_unit(0, ["position"])["position"], rows_of(answer, "position"))
+    every = np.arange(answer.split("train").n_contexts)
+    np.testing.assert_array_equal(fresh.context_documents(every), contexts_of(answer)[1])
+
+
+def test_roles_are_refused_where_there_are_none(tmp_path, chat_model):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the law"}] * 40)
+    chosen = cache_settings(model=str(chat_model), dataset=str(path), roles="assistant", layers="0")
+    with pytest.raises(TextError, match=r"--roles is for conversations, and column 'text' holds text"):
+        cache.run(chosen, output=tmp_path / "made", **HERE)
+    with pytest.raises(TextError, match=r"gives no training row at all: no message is by --roles gpt"):
+        cache_of_roles(tmp_path, chat_model, "gpt", "gpt")
+    with pytest.raises(SettingsError, match="wanted the names of roles"):
+        cache_settings(model=str(chat_model), dataset=str(path), roles="assistant,", layers="0")

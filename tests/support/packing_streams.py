@@ -51,11 +51,11 @@ class TokenDocuments:
         return ListReader(self.documents, 0 if state is None else state["position"])
 
 
-def every_row(tokens: np.ndarray) -> np.ndarray:
+def every_row(tokens: np.ndarray, documents: np.ndarray | None = None) -> np.ndarray:
     return np.ones(tokens.shape, dtype=bool)
 
 
-def all_but_bos(tokens: np.ndarray) -> np.ndarray:
+def all_but_bos(tokens: np.ndarray, documents: np.ndarray | None = None) -> np.ndarray:
     mask = np.ones(tokens.shape, dtype=bool)
     mask[:, 0] = False
     return mask
