@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tailrace.training.architectures.base import Trace, Transcoder
-from tailrace.training.architectures.entries import DenseEntries
+from tailrace.training.architectures.entries import DenseEntries, Selection
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepResult, finish
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
 
-Forward = Callable[[Transcoder, Batch, Objective, BatchReductions], tuple[DenseEntries, Trace]]
+Forward = Callable[[Transcoder, Selection, Batch, Objective, BatchReductions], tuple[DenseEntries, Trace]]
 
 
 class DenseStep:
@@ -40,12 +40,12 @@ class DenseStep:
         """Set ``.grad`` of every parameter and return the loss terms."""
         transcoder.zero_grad(set_to_none=True)
         with torch.autocast(batch.inputs.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            entries, trace = self._forward(transcoder, batch, objective, reductions)
+            entries, trace = self._forward(transcoder, transcoder.selection(), batch, objective, reductions)
         return finish(transcoder, entries, trace, batch, extra, per_row=per_row)
 
 
 def _forward(
-    transcoder: Transcoder, batch: Batch, objective: Objective, reductions: BatchReductions
+    transcoder: Transcoder, selection: Selection, batch: Batch, objective: Objective, reductions: BatchReductions
 ) -> tuple[DenseEntries, Trace]:
-    entries = DenseEntries(transcoder.pre_activations(batch.inputs), transcoder.selection(), reductions)
+    entries = DenseEntries(transcoder.pre_activations(batch.inputs), selection, reductions)
     return entries, transcoder.trace(entries, batch, objective)

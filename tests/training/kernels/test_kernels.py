@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import jaxtyping
@@ -27,6 +29,7 @@ from tailrace.training.kernels.sparse import SparseStep
 from tailrace.training.loop.optim import BlockedAdam, Optimiser, TorchOptimiser, build_optimiser
 from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch
+from tests.support.paths import ROOT
 
 D_IN, D_OUT, D_SAE, ROWS = 24, 20, 300, 700
 
@@ -298,3 +301,33 @@ def test_the_sparse_kernel_is_refused_where_it_cannot_compute(build: Any) -> Non
     with pytest.raises(SettingsError, match="kernel: sparse runs on CPUs, and the device is cuda"):
         build("sparse", "float32", torch.device("cuda"), name="run")
     assert isinstance(build("auto", "float32", torch.device("cuda"), name="run"), DenseStep)
+
+
+COMPILED_STEPS = """
+import torch
+from tailrace.training.architectures import BatchTopK, TopK
+from tailrace.training.architectures.objectives import VarianceObjective
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.rows.batches import Batch
+
+compiled = torch.compile
+torch.compile = lambda function: compiled(function, backend="eager")  # to count graphs, in a second
+for kind in (TopK, BatchTopK):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    transcoder = kind(k=4, k_start=32, k_warmup_steps=30).build(8, 8, 64)
+    step, ks = DenseStep(compiled=True), set()
+    for index in range(0, 40, 3):
+        transcoder.begin_step(index)
+        ks.add(transcoder.selection().k)
+        step(transcoder, Batch(torch.randn(16, 8), torch.randn(16, 8)), VarianceObjective(8.0))
+    assert len(ks) > 8, ks  # torch's limit, past which it would not compile at all
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, kind  # the first k, and any other
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_not_compiled_anew_for_every_k() -> None:
+    # in a process of its own: the shape checks of this one cannot be compiled
+    done = subprocess.run([sys.executable, "-c", COMPILED_STEPS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
