@@ -66,8 +66,8 @@ class LearntTokens:
             )
         if by_role := [path for path, one in self._known.items() if one.rows.roles]:
             logger.warning(
-                "%s learnt from messages of some roles only, and tokens do not say by which role they are: %s taken for "
-                "all roles, but for those that a cache leaves out",
+                "%s learnt from messages of some roles only, and tokens do not say by which role they are: %s taken "
+                "for all roles, but for those that a cache leaves out",
                 *(_named(by_role), "they are" if len(by_role) > 1 else "it is"),
             )
         left_out = {str(one): path for path, one in self._known.items()}

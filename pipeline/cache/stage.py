@@ -365,8 +365,8 @@ class CacheJob:
         if n_rows == 0:
             if self.settings.roles and self.progress.n_contexts("train"):
                 raise TextError(
-                    f"{dataset}: gives no training row at all: no message is by --roles {self.settings.roles}; ShareGPT's "
-                    "human and gpt are called user and assistant here"
+                    f"{dataset}: gives no training row at all: no message is by --roles {self.settings.roles}; "
+                    "ShareGPT's human and gpt are called user and assistant here"
                 )
             raise TextError(
                 f"{dataset}: gives no training row at all: its documents do not fill a single context "

@@ -49,7 +49,7 @@ class TextPosition:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One pass of the language model: contexts (contexts_per_batch, context_length) and the marked document of each token."""
+    """One pass of the model: contexts (contexts_per_batch, context_length) and the marked document of each token."""
 
     position: TextPosition
     tokens: np.ndarray

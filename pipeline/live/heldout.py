@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def read_heldout_contexts(
     source: ContextSource, rule: HoldoutRule, row_mask: RowMask, n_rows: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and marked documents of held-out contexts with ``n_rows`` rows or, if the text has fewer, all of them.
+    """Return tokens and marked documents of held-out contexts with ``n_rows`` rows, or all if the text has fewer.
 
     Reads no further than it must: ``source``, from the beginning of the text, is left behind the last one.
     Raises TextError if there is none.

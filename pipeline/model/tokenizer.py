@@ -147,8 +147,8 @@ class ModelTokenizer:
         """
         if not self._tokenizer.is_fast:
             raise ModelError(
-                f"model {self._name}: its tokenizer does not say where in a text its tokens lie, so rows cannot be chosen "
-                "by role; leave --roles out, or put its tokenizer.json beside the weights"
+                f"model {self._name}: its tokenizer does not say where in a text its tokens lie, so rows cannot be "
+                "chosen by role; leave --roles out, or put its tokenizer.json beside the weights"
             )
         text = self._write_chat(messages)
         opening, closing = [letter for letter in _MARKS if letter not in text][:2]
@@ -158,7 +158,7 @@ class ModelTokenizer:
         ]
         pieces = re.split(f"([{opening}{closing}])", self._write_chat(marked))
         if "".join(pieces[::2]) != text or pieces[1::2] != [opening, closing] * (len(pieces) // 4):
-            raise TextError("the template cuts or changes what messages say, so its tokens cannot be told apart by role")
+            raise TextError("the template cuts or changes what messages say, so no token can be told apart by role")
         said = np.repeat(np.arange(len(pieces[::2])) % 2 == 1, [len(piece) for piece in pieces[::2]])
         encoded = self._tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, split_special_tokens=False
@@ -173,7 +173,7 @@ class ModelTokenizer:
             # some tokenizers do not count the spaces of a token, and a token of spaces is then empty
             left_out += [not said[start : max(stop, start + 1)].any()] * len(own)
         if again != ids:
-            raise TextError("its tokens cannot be told apart by role where a message spells the name of a special token")
+            raise TextError("no token can be told apart by role where a message spells the name of a special token")
         return left_out
 
     def _write_chat(self, messages: list[dict[str, Any]]) -> str:
