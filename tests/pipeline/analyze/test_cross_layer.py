@@ -195,6 +195,7 @@ def test_a_layers_faithfulness_is_no_number_and_not_printed(
     assert all(line.endswith(" dead") and "FVU" not in line for line in lines)
 
 
+@pytest.mark.slow  # test_workers.py has it of one layer
 def test_two_workers_write_the_bytes_of_one_process(made: Path, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"rows": 130, "without_model": True})  # three units, the last one in part
     for workers in (0, 2):

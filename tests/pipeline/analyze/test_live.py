@@ -55,7 +55,7 @@ def live(made: Path) -> Path:
     return made / "live"
 
 
-@pytest.mark.parametrize("unit_rows", [64, 65_536])
+@pytest.mark.parametrize("unit_rows", [64, pytest.param(65_536, marks=pytest.mark.slow)])
 def test_tables_of_fresh_text_have_the_bytes_of_a_caches(
     made: Path, tmp_path: Path, unit_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

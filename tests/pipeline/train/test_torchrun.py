@@ -38,7 +38,9 @@ def train(cache: Path, output: Path, *launcher: str, across: bool = False) -> su
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
 
 
-@pytest.mark.parametrize("across", [False, True], ids=["one layer", "cross-layer"])
+@pytest.mark.parametrize(
+    "across", [pytest.param(False, id="one layer", marks=pytest.mark.slow), pytest.param(True, id="cross-layer")]
+)
 def test_two_processes_publish_what_one_does(across: bool, tmp_path: Path) -> None:
     cache = publish(tmp_path / "cache") if across else small_cache(tmp_path / "cache")
     alone, together = (tmp_path / name for name in ("alone", "together"))
