@@ -46,6 +46,10 @@ class OutOfMemoryError(ModelError):
     """A device's memory ran out; the message says what to make smaller."""
 
 
+class DeviceLostError(ModelError):
+    """A GPU stopped working in the middle; the message says how to go on."""
+
+
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 

@@ -34,7 +34,6 @@ class _ListsFormats(SectionCommand):
 )
 @settings_options(ExportSettings)
 @options.model_moved
-@options.device
 @options.quiet
 def command(
     sources: tuple[Path, ...],
@@ -43,7 +42,6 @@ def command(
     cache: Path | None,
     config: Path | None,
     model: str | None,
-    device: str,
     quiet: bool,
     **given: Any,
 ) -> None:
@@ -60,7 +58,7 @@ def command(
 
     from tailrace.pipeline.formats import export
 
-    result = export.run(settings, to=to, sources=sources, output=output, cache=cache, model=model, device=device)
+    result = export.run(settings, to=to, sources=sources, output=output, cache=cache, model=model)
     for note in result.costs if quiet else result.notes:  # what an export is worth is no chatter
         click.echo(note)
     if not quiet:

@@ -9,6 +9,7 @@ import click
 
 from tailrace.pipeline.formats.settings import ORIGINS, ImportSettings, Origin
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
 
@@ -32,16 +33,14 @@ class _ListsOrigins(SectionCommand):
 @click.option("--cache", required=True, type=options.ARTIFACT, help="Cache of the model it was trained on.")
 @options.out
 @settings_options(ImportSettings)
-@options.device
-@options.quiet
+@options.compute
 def command(
     source: Path,
     origin: Origin,
     cache: Path,
     output: Path,
     config: Path | None,
-    device: str,
-    quiet: bool,
+    compute: Compute,
     **given: Any,
 ) -> None:
     """Take over a transcoder that another tool made, to be analysed, evaluated and traced like one trained here.
@@ -55,8 +54,8 @@ def command(
 
     from tailrace.pipeline.formats import import_transcoder
 
-    result = import_transcoder.run(settings, source=source, origin=origin, cache=cache, output=output, device=device)
-    if not quiet:
+    result = import_transcoder.run(settings, source=source, origin=origin, cache=cache, output=output, compute=compute)
+    if not compute.quiet:
         for note in result.notes:
             click.echo(f"note: {note}")
         click.echo(f"{output}: {_summary(result)}")

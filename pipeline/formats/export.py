@@ -58,7 +58,6 @@ def run(
     output: Path,
     cache: Path | None = None,
     model: str | None = None,
-    device: str = "cpu",
 ) -> ExportResult:
     """Publish ``sources`` in the format ``to`` at ``output``; return at once if that export is there already.
 
@@ -71,7 +70,7 @@ def run(
         raise SettingsError("\n".join(problems))
     sources = each_artifact(sources, *((TABLES_KIND,) if to in TABLE_FORMATS else TRANSCODER_KINDS))
     inputs = [{"digest": _digest(path)} for path in sources]
-    job = _Job(settings, to, sources, cache, model, device)
+    job = _Job(settings, to, sources, cache, model)
     job.check()
     request = {
         "format": FORMAT_VERSION,
@@ -128,10 +127,9 @@ class _Job:
         sources: Sequence[Path],
         cache: Path | None,
         model: str | None,
-        device: str,
     ) -> None:
         self._settings, self._to, self._cache = settings, to, cache
-        self._model, self._device = model, device
+        self._model = model
         self._transcoders: list[PublishedTranscoder] = []
         self._tables: list[viewer_features.LayerTables] = []
         self._latents: list[delphi.LatentTables] = []
@@ -249,7 +247,7 @@ class _Job:
         from tailrace.pipeline.model.weights import read_weights  # loads TransformerLens, which nothing else here needs
 
         paths = [one.path for one in self._transcoders]
-        return read_weights(open_transcoder_model(paths, model=self._model, device=self._device))
+        return read_weights(open_transcoder_model(paths, model=self._model))
 
     def _name(self, model: Mapping[str, Any]) -> str:
         return self._settings.model_name or str(model.get("name", "unknown"))

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tailrace.analysis.circuits.record import mlp_layer
 from tailrace.pipeline.formats import (
     circuit_tracer,
@@ -28,6 +26,7 @@ from tailrace.pipeline.formats.cross_layer import ForeignLayers
 from tailrace.pipeline.formats.foreign import Foreign, ForeignRecord
 from tailrace.pipeline.formats.hooks import hooked_transformer_name
 from tailrace.pipeline.formats.settings import ORIGINS, ImportSettings, Origin
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.cache_format import Site
@@ -87,7 +86,7 @@ class ImportResult:
 
 
 def run(
-    settings: ImportSettings, *, source: Path, origin: Origin, cache: Path, output: Path, device: str = "cpu"
+    settings: ImportSettings, *, source: Path, origin: Origin, cache: Path, output: Path, compute: Compute = Compute()
 ) -> ImportResult:
     """Publish the transcoder in ``source``, files of ``origin``, at ``output``; return at once if it is there already.
 
@@ -109,7 +108,8 @@ def run(
         if not draft.published:
             transcoder = foreign.build(source)
             save_weights(output / WEIGHTS, transcoder)
-            split, scores = _measure(transcoder.to(torch.device(device)), opened, sites, settings.rows)
+            with compute.opened() as device:
+                split, scores = _measure(transcoder.to(device), opened, sites, settings.rows)
             draft.publish(
                 {
                     "format": ARTIFACT_FORMATS[kind],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
-from tailrace.storage.errors import ActionableError, OutOfMemoryError, SettingsError, is_out_of_memory
+import click
+
+from tailrace.storage.errors import ActionableError, DeviceLostError, OutOfMemoryError, SettingsError, is_out_of_memory
 
 if TYPE_CHECKING:  # commands import this module, and torch takes seconds
     import torch
@@ -17,8 +21,8 @@ if TYPE_CHECKING:  # commands import this module, and torch takes seconds
 class Compute:
     """Where and with how much a stage computes, and whether it shows progress; it decides nothing about a result."""
 
-    device: str = "cpu"
-    """As torch names it, or ``auto``."""
+    device: str = "auto"
+    """As torch names it, or ``auto``: cuda where torch sees a GPU, else cpu."""
     threads: int | None = None
     """CPU threads of torch, in each worker if there are some; torch's own choice, or a worker's share of it, if None.
     """
@@ -56,20 +60,29 @@ class Compute:
 
     @contextmanager
     def opened(self) -> Iterator[torch.device]:
-        """Yield the device, with torch held to ``threads`` inside; raise SettingsError if the device is not here.
+        """Yield the device, with torch held to ``threads`` inside; say once, on standard error, which it is.
 
-        Where memory runs out inside, OutOfMemoryError says what to make smaller.
+        Raises SettingsError if the device is not here. Where memory runs out inside, OutOfMemoryError says what to make
+        smaller; where a GPU is lost, DeviceLostError says how to go on.
         """
         import torch
 
         device = _open_device(self.device_name)
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
+        if not self.quiet:
+            _say(f"device: {_described(device)}")
         try:
             yield device
         except ActionableError:
             raise
         except (RuntimeError, MemoryError) as error:
+            if device.type == "cuda" and _is_lost(error):
+                raise DeviceLostError(
+                    f"--device {self.device_name}: the GPU stopped answering "
+                    f"({str(error).splitlines()[0]}). Nothing published is touched: the same command again continues "
+                    "from the last checkpoint or complete unit. `nvidia-smi` and `dmesg` say more of the GPU"
+                ) from error
             if not is_out_of_memory(error):
                 raise
             reason = (str(error).strip() or "MemoryError").splitlines()[0]
@@ -91,6 +104,46 @@ def device_named(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+_LOST = ("unspecified launch", "uncorrectable", "busy or unavailable", "unknown error", "launch timed out", "hardware")
+"""In CUDA's errors, of a GPU that fell off, not of a program that is wrong."""
+
+
+def _is_lost(error: RuntimeError | MemoryError) -> bool:
+    text = str(error)
+    return text.startswith("CUDA error") and any(sign in text for sign in _LOST)
+
+
+@cache
+def _say(line: str) -> None:
+    """Print a line once in a process, however many stages it runs."""
+    click.echo(line, err=True)
+
+
+def _described(device: torch.device) -> str:
+    """Return a device's name and what it has."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return f"{device}, {torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    return f"{device}, threads: {torch.get_num_threads()}; GPUs: {gpus_seen()}"
+
+
+def gpus_seen() -> str:
+    """Return the names of the GPUs that torch can use, or why there is none."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"none, torch {torch.__version__} is a build for CPUs"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n_gpus:
+        return ", ".join(f"cuda:{index}" for index in range(n_gpus))
+    reason = str(caught[0].message).split(". ")[0] if caught else "the driver shows none"
+    return f"none, {reason}"
+
+
 def _open_device(name: str) -> torch.device:
     import torch
 
@@ -102,5 +155,8 @@ def _open_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise SettingsError(f"--device {name}: cannot be used here ({reason}); use --device cpu") from error
+        raise SettingsError(
+            f"--device {name}: cannot be used here ({reason}). GPUs that torch can use: {gpus_seen()}; take one of "
+            "them, or --device cpu; docs/gpu.md says which torch a GPU needs"
+        ) from error
     return device

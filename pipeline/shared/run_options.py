@@ -32,7 +32,9 @@ FILE = HomePath(dir_okay=False, path_type=Path)
 FILE_OR_ARTIFACT = HomePath(path_type=Path)
 
 out = click.option("--out", "output", required=True, type=ARTIFACT, help="Directory to write.")
-device = running("--device", default="cpu", show_default=True, help="auto (a GPU if there is one), cpu, cuda, cuda:1.")
+device = running(
+    "--device", default="auto", show_default=True, help="auto (a GPU if there is one), cpu, cuda or cuda:1."
+)
 threads = running(
     "--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads of torch; by default its own choice."
 )

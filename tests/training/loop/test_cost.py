@@ -1,0 +1,45 @@
+"""What a run costs: counted by hand, and refused where a GPU cannot hold it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tailrace.storage.errors import OutOfMemoryError
+from tailrace.training.loop.cost import check_memory, n_parameters, step_seconds, training_bytes
+from tailrace.training.loop.settings import TrainSettings
+
+SETTINGS = TrainSettings.read({"architecture": {"kind": "topk", "k": 4}, "d_sae": 256, "batch_rows": 64})
+
+
+def test_parameters_and_bytes_are_those_counted_by_hand() -> None:
+    parameters = 256 * 16 + 256 + 256 * 12 + 12  # encoder, its bias, decoder, its bias
+    assert n_parameters(SETTINGS, [(16, 12)]) == parameters
+    assert training_bytes(SETTINGS, [(16, 12)]) == 16 * parameters + 64 * (16 + 12) * 4 + 64 * 256 * 2
+    averaged = SETTINGS.model_copy(update={"ema": 0.9})
+    assert training_bytes(averaged, [(16, 12)]) == training_bytes(SETTINGS, [(16, 12)]) + 4 * parameters
+
+
+def test_a_stack_counts_the_decoders_to_later_layers() -> None:
+    stack = TrainSettings.read({"cross_layer": True, "d_sae": 32})
+    assert n_parameters(stack, [(16, 16)] * 3) >= 3 * 32 * 16 + 6 * 32 * 16
+    assert n_parameters(stack, [(16, 16)] * 3) < 3 * 32 * 16 + 6 * 32 * 16 + 3 * 3 * 32 + 3 * 16 + 1
+
+
+def test_a_run_too_large_for_a_gpu_is_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, run = torch.device("cuda", 1), (SETTINGS, [(16, 12)])
+    wanted = training_bytes(*run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (wanted, 10 * wanted))
+    check_memory([run], gpu)
+    with pytest.raises(OutOfMemoryError, match=r"--device cuda:1: the 2 runs .+ d_sae: 256 is too many, 64 fit;"):
+        check_memory([run, run], gpu)
+    check_memory([run, run], torch.device("cpu"))
+    for d_sae, fits in ((64, True), (128, False)):  # a multiple of 64 is advised
+        taken = 2 * training_bytes(SETTINGS.model_copy(update={"d_sae": d_sae}), [(16, 12)])
+        assert (taken <= wanted) == fits
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_a_step_is_timed(kind: str) -> None:
+    settings = TrainSettings.read({"architecture": {"kind": kind}, "d_sae": 256, "batch_rows": 64})
+    assert 0 < step_seconds(settings, 16, 12, device=torch.device("cpu"), precision="float32", n_steps=1) < 60
