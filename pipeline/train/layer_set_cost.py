@@ -1,11 +1,10 @@
-"""What transcoders of every layer will cost, found out in seconds: time and disk, before either is spent."""
+"""What transcoders of every layer will cost, known in seconds: time and disk, before either is spent."""
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from pydantic import BaseModel
@@ -13,33 +12,12 @@ from pydantic import BaseModel
 from tailrace.pipeline.cache.budget import Budget
 from tailrace.pipeline.train.settings import CACHE_DTYPE
 from tailrace.training.kernels.adaptive import resolve_precision
+from tailrace.training.loop.cost import CHECKPOINT_BYTES, n_parameters, step_seconds
+from tailrace.training.loop.settings import TrainSettings
 
-_PRODUCTS_PER_STEP = 2.0
-"""A whole sparse step takes as long as this many encoder products (benchmarks/train_step)."""
-_STATE_BYTES = 12
-"""Bytes per parameter in a checkpoint: the weight and two moments."""
 _KEPT_CHECKPOINTS = 2
 _HELDOUT_SHARE = 1.1
 """Held-out rows come on top of the training rows that were asked for."""
-
-
-class Sizes(Protocol):
-    """The settings that decide the cost of training."""
-
-    @property
-    def d_sae(self) -> int:
-        """Features of each transcoder."""
-        ...
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps."""
-        ...
-
-    @property
-    def batch_rows(self) -> int:
-        """Rows per step."""
-        ...
 
 
 class TrainingCost(BaseModel):
@@ -52,17 +30,19 @@ class TrainingCost(BaseModel):
     """Afterwards: weights."""
 
 
-def training_cost(sizes: Sizes, widths: Sequence[tuple[int, int]], *, device: torch.device) -> TrainingCost:
-    """Return the cost of one transcoder per (d_in, d_out): one encoder product is timed, the rest is arithmetic."""
-    n_parameters = sum((d_in + d_out + 1) * sizes.d_sae + d_out for d_in, d_out in widths)
-    seconds = sum(
-        _product_seconds(sizes, width, device) * sum(d_in == width for d_in, _ in widths)
-        for width in {d_in for d_in, _ in widths}
-    )
+def training_cost(
+    settings: TrainSettings, widths: Sequence[tuple[int, int]], *, device: torch.device, steps: int
+) -> TrainingCost:
+    """Return the cost of ``steps`` of one transcoder per (d_in, d_out): steps of each shape are timed."""
+    precision = resolve_precision(settings.precision, device)
+    seconds, parameters = 0.0, 0
+    for (d_in, d_out), n in Counter(widths).items():
+        seconds += n * step_seconds(settings, d_in, d_out, device=device, precision=precision)
+        parameters += n * n_parameters(settings, [(d_in, d_out)])
     return TrainingCost(
-        seconds=seconds * _PRODUCTS_PER_STEP * sizes.steps,
-        disk_bytes=n_parameters * (4 + _STATE_BYTES * _KEPT_CHECKPOINTS),
-        kept_bytes=n_parameters * 4,
+        seconds=seconds * steps,
+        disk_bytes=parameters * (4 + CHECKPOINT_BYTES * _KEPT_CHECKPOINTS),
+        kept_bytes=parameters * 4,
     )
 
 
@@ -81,17 +61,3 @@ def disk_problem(budget: Budget, cost: TrainingCost, folder: Path) -> str | None
         f"GB of transcoders and their checkpoints), and {budget.free_bytes / 1e9:.1f} GB are free; {advice}, or choose "
         "another --out"
     )
-
-
-def _product_seconds(sizes: Sizes, d_in: int, device: torch.device) -> float:
-    """Return the seconds of one batch's encoder product in the precision that training would use."""
-    dtype = torch.bfloat16 if resolve_precision("auto", device) == "bfloat16" else torch.float32
-    rows = torch.zeros(sizes.batch_rows, d_in, dtype=dtype, device=device)
-    weights = torch.zeros(sizes.d_sae, d_in, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(3):
-        started = time.monotonic()
-        product = rows @ weights.T
-        product[0, 0].item()  # waits for a GPU
-        best = min(best, time.monotonic() - started)
-    return best

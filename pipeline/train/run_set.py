@@ -31,6 +31,7 @@ from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_cross_layer_run, build_run
 from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.cost import check_memory
 from tailrace.training.loop.distributed import Group, RankBatches, broadcast_run
 from tailrace.training.loop.evaluate import score_layers
 from tailrace.training.loop.loggers import Logger
@@ -122,6 +123,8 @@ def train_drafts(
     """
     sites = {site.name: site for draft in drafts.values() for site in draft.sites}
     alone = len(drafts) == 1 and not others_go_on
+    shapes = [(draft.settings, [(site.d_in, site.d_out) for site in draft.sites]) for draft in drafts.values()]
+    check_memory(shapes, context.device)
     with ExitStack() as stack:
         rows: TrainingRows = stack.enter_context(source.open(list(sites.values()), output))
         sessions = []

@@ -248,11 +248,3 @@ def test_memory_that_runs_out_is_explained(cache: Path, tmp_path: Path) -> None:
     assert "lower batch_rows or d_sae" in message
     # what was reached is kept
     assert run(TrainSettings.read(QUICK), **arguments).metrics["steps"] == 60
-
-
-def test_auto_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for here, name in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr("torch.cuda.is_available", lambda here=here: here)
-        assert Compute(device="auto").device_name == name
-    with Compute(device="auto").opened() as device:
-        assert device == torch.device("cpu")
