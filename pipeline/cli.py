@@ -87,6 +87,9 @@ GROUPS = {
     },
     "Try": {
         "demo": Command("tailrace.pipeline.demo.command", "Run everything on a small real model and show the result."),
+        "doctor": Command(
+            "tailrace.pipeline.doctor.command", "Show what this machine reaches and what would limit it."
+        ),
     },
 }
 """Every command, under the heading that it stands under."""
