@@ -71,7 +71,7 @@ class Compute:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         if not self.quiet:
-            _say(f"device: {_described(device)}")
+            say_once(f"device: {_described(device)}")
         try:
             yield device
         except ActionableError:
@@ -114,7 +114,7 @@ def _is_lost(error: RuntimeError | MemoryError) -> bool:
 
 
 @cache
-def _say(line: str) -> None:
+def say_once(line: str) -> None:
     """Print a line once in a process, however many stages it runs."""
     click.echo(line, err=True)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tailrace.pipeline.shared.compute import say_once
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.sources import TrainingRows, TrainingSource, choose_sites
 from tailrace.pipeline.train.warm_start import WarmStart
@@ -125,6 +126,9 @@ def train_drafts(
     alone = len(drafts) == 1 and not others_go_on
     shapes = [(draft.settings, [(site.d_in, site.d_out) for site in draft.sites]) for draft in drafts.values()]
     check_memory(shapes, context.device)
+    if context.device.type == "cuda" and not quiet:
+        chosen = " and ".join(sorted({context.precision(draft.settings) for draft in drafts.values()}))
+        say_once(f"products: {chosen} in steps; scores and auxiliary losses of bfloat16 runs in TF32")
     with ExitStack() as stack:
         rows: TrainingRows = stack.enter_context(source.open(list(sites.values()), output))
         sessions = []
@@ -234,6 +238,7 @@ def _build(
     else:
         (site,) = sites
         run = build_run(settings, site, rows.statistics(site), row_source=sources.get(site.name), **shared)
+    run.tensor_cores = context.device.type == "cuda" and context.precision(settings) == "bfloat16"
     if context.start is not None:
         context.start.apply(run)
     return run

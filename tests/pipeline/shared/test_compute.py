@@ -14,7 +14,7 @@ from tailrace.storage.errors import DeviceLostError, SettingsError
 
 @pytest.fixture(autouse=True)
 def _unsaid() -> None:
-    module._say.cache_clear()
+    module.say_once.cache_clear()
 
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

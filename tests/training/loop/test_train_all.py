@@ -204,3 +204,29 @@ def test_a_log_is_cut_back_to_what_its_checkpoint_knew(tmp_path: Path) -> None:
     with JsonLines(tmp_path / "log", n_bytes) as log:
         log.write({"step": 3})
     assert (tmp_path / "log").read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tensor_cores_multiply_losses_and_scores_and_nothing_else(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = PlantedRows(batch_rows=8)
+    run = build(stream, TopK(k=2), 10, d_sae=32, kernel="dense")
+    run.tensor_cores = allowed
+    seen: dict[str, str] = {}
+
+    def looking(name: str, function: Any) -> Any:
+        def look(*arguments: Any, **given: Any) -> Any:
+            seen[name] = torch.get_float32_matmul_precision()
+            return function(*arguments, **given)
+
+        return look
+
+    monkeypatch.setattr(run, "_kernel", looking("step", run._kernel))
+    monkeypatch.setattr(run.optimiser, "step", looking("update", run.optimiser.step))
+    monkeypatch.setattr(run, "predict", looking("score", run.predict))
+    run.step(stream.next_batch())
+    run.score([stream.next_batch()])
+    inside = "high" if allowed else "highest"
+    assert seen == {"step": inside, "update": "highest", "score": inside}
+    assert torch.get_float32_matmul_precision() == "highest"
