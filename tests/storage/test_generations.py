@@ -15,6 +15,7 @@ from tailrace.storage.cache_publish import keep_superseded
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMissing, SettingsError
 from tailrace.storage.formats import Compression
+from tests.support.quick import quick
 from tests.support.synthetic_cache import (
     expected_rows,
     extend_in_steps,
@@ -61,7 +62,7 @@ def check_rows(cache: ActivationCache, split_name: str, keys: list[str]) -> None
             assert np.array_equal(rows[key], expected_rows(cache, identity, key)), (unit, key)
 
 
-@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("compression", quick(["none", "zstd"], "none"))
 def test_a_generation_is_whole_at_every_moment_while_it_is_extended(path: Path, compression: Compression) -> None:
     # 40 contexts: a short unit of 88 rows and a short block of 8 contexts; 60: other short ones
     before = content(write_synthetic_cache(path, compression=compression))
@@ -91,7 +92,7 @@ def test_a_reader_of_the_old_generation_is_not_disturbed_by_an_extension(path: P
     assert content(old) == before
 
 
-@pytest.mark.parametrize("n_contexts", [41, 43, 64])
+@pytest.mark.parametrize("n_contexts", quick([41, 43, 64], 43))
 def test_extending_twice_keeps_both_older_generations(path: Path, n_contexts: int) -> None:
     # 41 and 43 contexts: all three generations end within the same unit of 128 rows and the same block of 16 contexts
     contents = [content(write_synthetic_cache(path))]

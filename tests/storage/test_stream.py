@@ -16,6 +16,7 @@ from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsE
 from tailrace.storage.formats import Compression
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.stream import RowStream
+from tests.support.quick import diagonal
 from tests.support.synthetic_cache import expected_rows, memory_directory, store_as, write_synthetic_cache
 
 KEYS = ["layer0/in", "layer0/out", "token_id", "context", "position", "document"]
@@ -74,8 +75,7 @@ def check_rows(cache: ActivationCache, rows: dict[str, np.ndarray]) -> None:
             assert np.array_equal(rows[key], store_as(expected, dtype))
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize(("dtype", "compression"), diagonal(["float32", "float16", "bfloat16", "int8"], COMPRESSIONS))
 def test_shuffling_loses_no_row_and_tears_no_pair_for_every_dtype_and_codec(
     directory: Path, dtype: str, compression: Compression
 ) -> None:

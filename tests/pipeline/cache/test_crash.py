@@ -11,6 +11,7 @@ import pytest
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.cache_verify import verify_bytes
 from tests.support.cache_jobs import Job, Kill, count_renames, differing, kill_until_done, run_cache, run_job, tree
+from tests.support.quick import quick
 
 KILLED = -signal.SIGKILL
 
@@ -42,7 +43,7 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("where", KILLS)
+@pytest.mark.parametrize("where", quick(KILLS, "contexts", "publishing"))
 def test_a_cache_killed_at_an_edge_ends_with_the_same_bytes(
     uninterrupted: tuple[dict[str, bytes], int], tmp_path: Path, where: str
 ) -> None:
@@ -56,7 +57,7 @@ def random_kills(n_renames: int, seed: int, n: int) -> list[Kill]:
     return [Kill(int(rng.integers(1, n_renames + 1)), after=bool(rng.integers(2))) for _ in range(n)]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", quick([1, 2, 3], 2))
 def test_a_cache_killed_at_a_random_write_ends_with_the_same_bytes(
     uninterrupted: tuple[dict[str, bytes], int], tmp_path: Path, seed: int
 ) -> None:

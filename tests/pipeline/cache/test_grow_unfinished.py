@@ -14,6 +14,7 @@ from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMismatch, TextError
 from tests.support.cache_jobs import HERE, Job, Kill, command, copy_cache, run_cache, run_job, small_blocks
+from tests.support.quick import quick
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def widen_otherwise(path: Path) -> None:
     stage.widen(path, None, ["blocks.0.hook_resid_pre"], **HERE)
 
 
-@pytest.mark.parametrize("other", [extend_instead, widen_otherwise])
+@pytest.mark.parametrize("other", quick([extend_instead, widen_otherwise], widen_otherwise))
 def test_an_interrupted_widening_is_finished_as_advised(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: Callable[[Path], None]
 ) -> None:

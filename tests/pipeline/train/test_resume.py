@@ -93,6 +93,7 @@ def run_child(cache: Path, output: Path, kill_step: int, kill_checkpoint: int) -
     return finished.returncode
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_with_the_same_bytes(
     cache: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:

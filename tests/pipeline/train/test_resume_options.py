@@ -13,6 +13,7 @@ from tailrace.training.architectures import ARCHITECTURES
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
+from tests.support.quick import diagonal
 from tests.support.training_caches import small_cache
 
 N_STEPS = 23
@@ -58,8 +59,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_cache(tmp_path_factory.mktemp("cache") / "cache")
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("kind", [architecture.model_fields["kind"].default for architecture in ARCHITECTURES])
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    diagonal([architecture.model_fields["kind"].default for architecture in ARCHITECTURES], OPTIONS),
+)
 def test_resumed_is_uninterrupted_with_every_option_on(cache: Path, tmp_path: Path, kind: str, option: str) -> None:
     settings = TrainSettings.read(EVERYTHING, {"architecture": {"kind": kind, **FEW[kind]}}, OPTIONS[option])
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tailrace.pipeline.train import sweep
+from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.manifest import read_either_manifest
+from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_cross_layer import publish
 from tests.support.training_caches import small_cache
 
@@ -38,9 +41,8 @@ def train(cache: Path, output: Path, *launcher: str, across: bool = False) -> su
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
 
 
-@pytest.mark.parametrize(
-    "across", [pytest.param(False, id="one layer", marks=pytest.mark.slow), pytest.param(True, id="cross-layer")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("across", [False, True], ids=["one layer", "cross-layer"])
 def test_two_processes_publish_what_one_does(across: bool, tmp_path: Path) -> None:
     cache = publish(tmp_path / "cache") if across else small_cache(tmp_path / "cache")
     alone, together = (tmp_path / name for name in ("alone", "together"))
@@ -57,9 +59,8 @@ def test_two_processes_publish_what_one_does(across: bool, tmp_path: Path) -> No
     assert train(cache, together, *TORCHRUN, across=across).returncode == 0  # published: returned as it is
 
 
-def test_a_sweep_by_several_processes_is_refused(tmp_path: Path) -> None:
-    cache = small_cache(tmp_path / "cache")
-    command = [*TORCHRUN, str(PIPELINE), "train", str(cache), "--sweep", "k=1,2", "--d-sae", "8"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "a sweep trains in one process" in done.stderr
+def test_a_sweep_by_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    runs = {f"k={k}": TrainSettings.read({"architecture": {"kind": "topk", "k": k}}) for k in (1, 2)}
+    with pytest.raises(SettingsError, match="a sweep trains in one process"):
+        sweep.run(runs, cache=tmp_path / "cache", output=tmp_path / "out")
