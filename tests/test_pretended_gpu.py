@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.gpu_training import TRAINED
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -29,7 +30,9 @@ they agree to rounding (1e-7 a step), which 12 steps amplify."""
 
 QUICK = ("method", "topk", "jumprelu", "batch_topk", "resume adam", "analyze", "interventions", "threshold gradients")
 REFUSED = ("sparse",)
-SLOW = ("resume adamw", "resume muon")
+SLOW = ("resume adamw", "resume muon", *TRAINED)
+BFLOAT16 = 2e-3
+"""Both devices round the same products to bfloat16; where autocast keeps more digits on CUDA, scores differ by this."""
 
 
 def run_cases(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -52,12 +55,12 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return run_cases(tmp_path_factory.mktemp("slow"), SLOW)
 
 
-def check_agrees(outcome: dict[str, Any]) -> None:
+def check_agrees(outcome: dict[str, Any], relative: float = RELATIVE) -> None:
     gpu, cpu = outcome["cuda"], outcome["cpu"]
     assert "error" not in gpu, gpu["error"]
     assert "error" not in cpu, cpu["error"]
     assert cpu["numbers"]
-    assert gpu["numbers"] == pytest.approx(cpu["numbers"], rel=RELATIVE, abs=RELATIVE)
+    assert gpu["numbers"] == pytest.approx(cpu["numbers"], rel=relative, abs=relative)
 
 
 @pytest.mark.parametrize("case", QUICK)
@@ -68,7 +71,7 @@ def test_agrees_with_the_cpu(case: str, quick: dict[str, dict[str, Any]]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW)
 def test_agrees_with_the_cpu_in_rarer_settings(case: str, slow: dict[str, dict[str, Any]]) -> None:
-    check_agrees(slow[case])
+    check_agrees(slow[case], BFLOAT16 if "bfloat16" in case else RELATIVE)
 
 
 def test_the_sparse_kernel_is_refused_on_a_gpu(quick: dict[str, dict[str, Any]]) -> None:

@@ -33,88 +33,15 @@ from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.training.architectures import JumpReLU
-from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.cross_layer.stack import build_stack
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch
+from tests.support.gpu_training import BASE, TRAINED, Case, resuming, training
 from tests.support.spliced_models import mlp_site, random_transcoder
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tiny_models import save_tiny_model
-from tests.support.training_caches import small_cache
-
-Case = Callable[[Path, str], dict[str, float]]
-"""(an empty folder, the device) → numbers that are the same on every device."""
-
-BASE = {
-    "architecture": {"kind": "topk", "k": 4},
-    "d_sae": 64,
-    "steps": 12,
-    "batch_rows": 96,
-    "lr": 1e-2,
-    "log_every": 5,
-    "evaluate_every": 6,
-    "evaluation_rows": 64,
-    "dead_after_steps": 3,
-    "kernel": "dense",
-    "precision": "float32",
-}
-GROWING = {"kind": "topk", "k": 2, "k_start": 8, "k_warmup_steps": 6}
-
-
-class Killed(Exception):
-    """A run that was ended from outside."""
-
-
-def train_once(folder: Path, device: str, **changes: Any) -> dict[str, float]:
-    """Train on a small cache and return the scores of the run."""
-    cache = folder / "cache"
-    if not cache.exists():
-        small_cache(cache, d_in=16, d_out=12)
-    result = train.run(
-        TrainSettings.read(BASE, changes),
-        cache=cache,
-        output=folder / "transcoder",
-        compute=Compute(device=device, quiet=True),
-    )
-    heldout = result.metrics["heldout"]
-    return {"fvu": heldout["fvu"], "l0": heldout["l0"]}
-
-
-def training(**changes: Any) -> Case:
-    """Return a case that trains with these settings."""
-    return lambda folder, device: train_once(folder, device, **changes)
-
-
-def resuming(optimiser: str) -> Case:
-    """Return a case that ends a run after 8 steps and continues it, beside a run that nothing ended."""
-
-    def case(folder: Path, device: str) -> dict[str, float]:
-        small_cache(folder / "cache", d_in=16, d_out=12)
-        settings = TrainSettings.read(BASE, {"optimiser": optimiser})
-
-        def go(name: str, kill_after: int | None) -> train.TrainResult:
-            def hook(step: int, _: Transcoder) -> None:
-                if step == kill_after:
-                    raise Killed
-
-            compute = Compute(device=device, quiet=True)
-            output, hooks = folder / name, [(1, hook)]
-            return train.run(
-                settings, cache=folder / "cache", output=output, compute=compute, checkpoint_steps=3, hooks=hooks
-            )
-
-        uninterrupted = go("uninterrupted", None)
-        try:
-            go("killed", 8)
-        except Killed:
-            resumed = go("killed", None)
-        files = [result.path / "weights.safetensors" for result in (uninterrupted, resumed)]
-        same = files[0].read_bytes() == files[1].read_bytes()
-        return {"fvu": resumed.metrics["heldout"]["fvu"], "same bytes as uninterrupted": float(same)}
-
-    return case
 
 
 def analysing(folder: Path, device: str) -> dict[str, float]:
@@ -219,6 +146,7 @@ CASES: dict[str, Case] = {
 SLOW: dict[str, Case] = {
     "resume adamw": resuming("adamw"),
     "resume muon": resuming("muon"),
+    **TRAINED,
 }
 
 

@@ -1,0 +1,156 @@
+"""Training on a pretended GPU and on the CPU: every architecture and setting, sweeps, several layers, live rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train import sweep
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.loop.settings import TrainSettings
+from tests.pipeline.train.test_cross_layer import publish
+from tests.support.tiny_models import save_tiny_model
+from tests.support.training_caches import small_cache
+
+Case = Callable[[Path, str], dict[str, float]]
+"""(an empty folder, the device) → numbers that are the same on every device."""
+
+BASE = {
+    "architecture": {"kind": "topk", "k": 4},
+    "d_sae": 64,
+    "steps": 12,
+    "batch_rows": 96,
+    "lr": 1e-2,
+    "log_every": 5,
+    "evaluate_every": 6,
+    "evaluation_rows": 64,
+    "dead_after_steps": 3,
+    "kernel": "dense",
+    "precision": "float32",
+}
+GROWING = {"kind": "topk", "k": 2, "k_start": 8, "k_warmup_steps": 6}
+
+
+class Killed(Exception):
+    """A run that was ended from outside."""
+
+
+def train_once(folder: Path, device: str, **changes: Any) -> dict[str, float]:
+    """Train on a small cache and return the scores of the run."""
+    cache = folder / "cache"
+    if not cache.exists():
+        small_cache(cache, d_in=16, d_out=12)
+    result = train.run(
+        TrainSettings.read(BASE, changes),
+        cache=cache,
+        output=folder / "transcoder",
+        compute=Compute(device=device, quiet=True),
+    )
+    heldout = result.metrics["heldout"]
+    return {"fvu": heldout["fvu"], "l0": heldout["l0"]}
+
+
+def training(**changes: Any) -> Case:
+    """Return a case that trains with these settings."""
+    return lambda folder, device: train_once(folder, device, **changes)
+
+
+def resuming(optimiser: str) -> Case:
+    """Return a case that ends a run after 8 steps and continues it, beside a run that nothing ended."""
+
+    def case(folder: Path, device: str) -> dict[str, float]:
+        small_cache(folder / "cache", d_in=16, d_out=12)
+        settings = TrainSettings.read(BASE, {"optimiser": optimiser})
+
+        def go(name: str, kill_after: int | None) -> train.TrainResult:
+            def hook(step: int, _: Transcoder) -> None:
+                if step == kill_after:
+                    raise Killed
+
+            compute = Compute(device=device, quiet=True)
+            output, hooks = folder / name, [(1, hook)]
+            return train.run(
+                settings, cache=folder / "cache", output=output, compute=compute, checkpoint_steps=3, hooks=hooks
+            )
+
+        uninterrupted = go("uninterrupted", None)
+        try:
+            go("killed", 8)
+        except Killed:
+            resumed = go("killed", None)
+        files = [result.path / "weights.safetensors" for result in (uninterrupted, resumed)]
+        same = files[0].read_bytes() == files[1].read_bytes()
+        return {"fvu": resumed.metrics["heldout"]["fvu"], "same bytes as uninterrupted": float(same)}
+
+    return case
+
+
+def sweeping(folder: Path, device: str) -> dict[str, float]:
+    """Train three runs from one read of a cache."""
+    cache = small_cache(folder / "cache", d_in=16, d_out=12)
+    runs = {kind: TrainSettings.read(BASE, {"architecture": {"kind": kind}}) for kind in ("topk", "relu", "gated")}
+    done = sweep.run(runs, cache=cache, output=folder / "sweep", compute=Compute(device=device, quiet=True))
+    return {run.name: run.metrics["heldout"]["fvu"] for run in done.runs}
+
+
+def across_layers(kind: str, **changes: Any) -> Case:
+    """Return a case that trains one transcoder over three layers."""
+
+    def case(folder: Path, device: str) -> dict[str, float]:
+        cache = publish(folder / "cache")
+        settings = TrainSettings.read(BASE, {"cross_layer": True, "architecture": {"kind": kind}, **changes})
+        compute = Compute(device=device, quiet=True)
+        heldout = train.run(settings, cache=cache, output=folder / "out", compute=compute).metrics["heldout"]
+        return {"fvu": heldout["fvu"], "l0": heldout["l0"]}
+
+    return case
+
+
+def living(folder: Path, device: str) -> dict[str, float]:
+    """Train on rows of a model as it runs."""
+    model = save_tiny_model(folder / "model", "gpt2")
+    text = folder / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{word} river bank {word}"}}\n' for word in ("the", "a", "of", "to") * 40))
+    live = LiveSettings.read(
+        {"model": str(model), "dataset": str(text), "layers": "1", "context_length": 16, "buffer_rows": 512}
+    )
+    settings = TrainSettings.read(BASE, {"steps": 8})
+    compute = Compute(device=device, quiet=True)
+    made = train.run(settings, live=live, output=folder / "out", compute=compute).metrics
+    return {name: made["train"][name] for name in ("loss",)}
+
+
+_K4 = {"kind": "topk", "k": 4}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "relu": {"architecture": {"kind": "relu"}},
+    "relu with tanh": {"architecture": {"kind": "relu", "tanh_scale": 1.0}},
+    "jumprelu to a target": {"architecture": {"kind": "jumprelu", "target_l0": 4.0}},
+    "gated": {"architecture": {"kind": "gated"}},
+    "matryoshka": {"architecture": {"kind": "matryoshka", "k": 4, "levels": 3}},
+    "skip and input bias": {"architecture": {**_K4, "skip": True, "input_bias": True}},
+    "k that falls": {"architecture": GROWING},
+    "auxk": {"architecture": GROWING, "auxiliary": {"kind": "auxk", "aux_k": 4}},
+    "ghost": {"architecture": GROWING, "auxiliary": {"kind": "ghost"}},
+    "resampling": {"resampling": {"kind": "anthropic", "resample_every": 4, "resample_rows": 64}},
+    "resampling l2": {"resampling": {"kind": "l2", "resample_every": 4, "resample_rows": 64}},
+    "adamw": {"optimiser": "adamw"},
+    "muon": {"optimiser": "muon"},
+    "average and clipping": {"ema": 0.9, "gradient_clip": 1.0},
+    "raw units": {"normalisation": "none", "reconstruction": "reference"},
+    "first weights from data": {"bias_init": "geometric_median", "decoder_init": "data"},
+    "ordinary rows": {"max_norm_multiple": 1.2},
+    "best weights": {"keep_best": True, "snapshots": 2},
+    "topk in bfloat16": {"precision": "bfloat16"},
+    "jumprelu in bfloat16": {"architecture": {"kind": "jumprelu"}, "precision": "bfloat16"},
+}
+TRAINED: dict[str, Case] = {
+    **{name: training(**changes) for name, changes in SETTINGS.items()},
+    "sweep": sweeping,
+    **{f"across layers, {kind}": across_layers(kind) for kind in ("batch_topk", "jumprelu", "relu")},
+    "live": living,
+}
+"""Cases that take long together, by name."""
