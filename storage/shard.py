@@ -209,6 +209,18 @@ def read_run_of_shard(group: Path, spec: ArraySpec, n_rows: int, run: Run, rows:
         read_run(file.fileno(), run.start, rows, run.destinations)
 
 
+def read_part_of_shard(group: Path, spec: ArraySpec, unit: int, n_rows: int, start: int, rows: np.ndarray) -> None:
+    """Fill ``rows`` from row ``start`` of a shard of ``n_rows`` rows on. Raises ArtifactCorrupt."""
+    if spec.compression != "none":
+        first = unit * spec.shard_rows + start
+        rows[...] = read_zarr(group, spec, first, first + len(rows))
+        return
+    path = group / spec.shard_name(unit)
+    with shard_errors(path), open_shard(path, n_rows, spec) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # as above
+        read_sequential(file.fileno(), start, rows)
+
+
 def read_zarr(group: Path, spec: ArraySpec, start: int, stop: int) -> np.ndarray:
     """Return rows [start, stop) of one shard through zarr-python, whatever its codecs and the order of its chunks.
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -47,6 +48,14 @@ def invert(permutation: np.ndarray) -> np.ndarray:
 
 _NUMPY_POPULATION_LIMIT = 10**9
 """Generator.multivariate_hypergeometric refuses populations of this size or more."""
+
+
+class Span(NamedTuple):
+    """A contiguous run of the stored rows of a unit."""
+
+    unit: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -101,15 +110,19 @@ class EpochPlan:
         bits = philox(self.seed, f"{self.split}/bucket", self.epoch, bucket)
         return random_permutation(bits, self.rows_in_bucket(bucket))
 
+    def spans(self, bucket: int) -> list[Span]:
+        """Return the stored rows that make up a bucket, in unit order, empty runs left out."""
+        rows = enumerate(zip(self._starts[:, bucket].tolist(), self.counts[:, bucket].tolist(), strict=True))
+        return [Span(unit, start, start + n_rows) for unit, (start, n_rows) in rows if n_rows]
+
     def runs(self, bucket: int) -> list[Run]:
-        """Return the runs that make up a bucket, in unit order, empty ones left out."""
+        """Return the same with the position of every row."""
         destinations = invert(self.bucket_order(bucket))
         offset, runs = 0, []
-        for unit, n_rows in enumerate(self.counts[:, bucket].tolist()):
-            if n_rows:
-                start = int(self._starts[unit, bucket])
-                runs.append(Run(unit, start, start + n_rows, destinations[offset : offset + n_rows]))
-            offset += n_rows
+        for span in self.spans(bucket):
+            end = offset + span.stop - span.start
+            runs.append(Run(*span, destinations[offset:end]))
+            offset = end
         return runs
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from tailrace.storage.cache_format import EpochManifest, epoch_path, epoch_reque
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.layout import ArraySpec, Encoding
 from tailrace.storage.memory import aligned_rows, read_sequential
-from tailrace.storage.shard import open_shard, read_run_of_shard, read_zarr, shard_errors
-from tailrace.storage.shuffle import EpochPlan, Run, sample_prefix
+from tailrace.storage.shard import open_shard, read_part_of_shard, read_run_of_shard, read_zarr, shard_errors
+from tailrace.storage.shuffle import EpochPlan, Run, Span, sample_prefix
 
 Read = TypeVar("Read")
 """The result of reading a shard."""
@@ -55,6 +55,37 @@ class OrderedSplit(Protocol):
         """Return ``read(group)`` for the Zarr group that holds a shard."""
 
 
+class Piece(NamedTuple):
+    """Rows of one array that lie one after the other in a segment, and the runs of its shards that they are."""
+
+    spec: ArraySpec
+    first: int
+    """Where they begin in the segment."""
+    spans: tuple[Span, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all runs."""
+        return sum(span.stop - span.start for span in self.spans)
+
+
+def cut_pieces(spans: Sequence[Span], specs: Sequence[ArraySpec], most_bytes: int) -> Iterator[Piece]:
+    """Yield runs, laid end to end, of every array, in pieces of as many rows as ``most_bytes`` hold."""
+    for spec in specs:
+        most_rows = max(1, most_bytes // spec.row_bytes)
+        first, rows, gathered = 0, 0, list[Span]()
+        for shard, start, stop in spans:
+            while start < stop:
+                end = min(stop, start + most_rows - rows)
+                gathered.append(Span(shard, start, end))
+                rows, start = rows + end - start, end
+                if rows == most_rows:
+                    yield Piece(spec, first, tuple(gathered))
+                    first, rows, gathered = first + rows, 0, []
+        if gathered:
+            yield Piece(spec, first, tuple(gathered))
+
+
 class GatheredOrder:
     """The order of an epoch, bucket by bucket: threads read a run of rows per unit straight to shuffled positions."""
 
@@ -79,12 +110,69 @@ class GatheredOrder:
         for task in tasks:
             task.result()
 
+    def served(self, segment: int) -> np.ndarray | None:
+        """Return int64 (rows,): which row of the segment, as its pieces fill it, is served i-th; None: the i-th."""
+        return self._plan.bucket_order(segment)
+
+    def pieces(self, segment: int, most_bytes: int) -> Iterator[Piece]:
+        """Yield what fills a segment without a scatter: its runs one after the other."""
+        return cut_pieces(self._plan.spans(segment), self._specs, most_bytes)
+
+    def read(self, piece: Piece, rows: np.ndarray) -> None:
+        """Fill ``rows`` with a piece; threads may read at once."""
+        filled = 0
+        for shard, start, stop in piece.spans:
+            part = rows[filled : filled + stop - start]
+            self._read_part(piece.spec, shard, start, part)
+            filled += len(part)
+
+    def _read_part(self, spec: ArraySpec, shard: int, start: int, rows: np.ndarray) -> None:
+        n_rows = self._unit_rows[shard]
+        self._split.read_shard(spec, shard, lambda group: read_part_of_shard(group, spec, shard, n_rows, start, rows))
+
     def close(self) -> None:
         """Nothing stays open between segments."""
 
     def _read(self, spec: ArraySpec, run: Run, rows: np.ndarray) -> None:
         n_rows = self._unit_rows[run.unit]
         self._split.read_shard(spec, run.unit, lambda group: read_run_of_shard(group, spec, n_rows, run, rows))
+
+
+class KeptOrder(GatheredOrder):
+    """The same for a reader that keeps all rows, unit after unit, as one segment: nothing is read twice.
+
+    ``kept``, bool (rows,), says which rows were asked for; it is shared by the orders of all epochs.
+    """
+
+    def __init__(
+        self,
+        split: OrderedSplit,
+        plan: EpochPlan,
+        specs: Sequence[ArraySpec],
+        pool: ThreadPoolExecutor,
+        kept: np.ndarray,
+    ) -> None:
+        super().__init__(split, plan, specs, pool)
+        self._kept, self._first_rows = kept, np.cumsum(plan.unit_rows) - plan.unit_rows
+
+    def served(self, segment: int) -> np.ndarray:
+        """Return int64 (rows,): which of all rows is served i-th."""
+        spans = self._plan.spans(segment)
+        rows = np.concatenate([np.arange(*self._where(span), dtype=np.int64) for span in spans])
+        return np.asarray(rows[self._plan.bucket_order(segment)])
+
+    def pieces(self, segment: int, most_bytes: int) -> Iterator[Piece]:
+        """Yield the runs that were not asked for before."""
+        for span in self._plan.spans(segment):
+            first, stop = self._where(span)
+            if not self._kept[first:stop].all():
+                self._kept[first:stop] = True
+                for piece in cut_pieces([span], self._specs, most_bytes):
+                    yield piece._replace(first=first + piece.first)
+
+    def _where(self, span: Span) -> tuple[int, int]:
+        first = int(self._first_rows[span.unit])
+        return first + span.start, first + span.stop
 
 
 class MaterialisedOrder:
@@ -137,6 +225,30 @@ class MaterialisedOrder:
             self._open[spec.name] = (shard, file)
         return file.fileno()
 
+    def served(self, segment: int) -> np.ndarray | None:  # noqa: ARG002
+        """Return None: a segment is filled in the order in which it is served."""
+        return None
+
+    def pieces(self, segment: int, most_bytes: int) -> Iterator[Piece]:
+        """Yield what fills a segment."""
+        row, shard_rows = segment * self.segment_rows, self._specs[0].shard_rows
+        stop, spans = row + self.n_rows(segment), []
+        while row < stop:
+            shard, start = divmod(row, shard_rows)
+            end = min(shard_rows, start + stop - row)
+            spans.append(Span(shard, start, end))
+            row += end - start
+        return cut_pieces(spans, self._specs, most_bytes)
+
+    def read(self, piece: Piece, rows: np.ndarray) -> None:
+        """Fill ``rows`` with a piece; threads may read at once."""
+        spec, filled = piece.spec, 0
+        for shard, start, stop in piece.spans:
+            n_rows = min(spec.shard_rows, self._plan.n_rows - shard * spec.shard_rows)
+            part = rows[filled : filled + stop - start]
+            read_part_of_shard(self._group, spec, shard, n_rows, start, part)
+            filled += len(part)
+
     def close(self) -> None:
         """Close the files that are open."""
         for _, file in self._open.values():
@@ -163,6 +275,12 @@ class StreamSource:
     encoding: Encoding | None
     specs: tuple[ArraySpec, ...]
 
+    @property
+    def dtype(self) -> str:
+        """The dtype in which rows are served: bfloat16 comes as uint16 bits, int8 already as float32."""
+        stored = self.specs[0].dtype
+        return "float32" if self.encoding is not None and self.encoding.dtype == "int8" else stored
+
     def decode(self, stored: Mapping[str, np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
         """Return served rows from stored rows by array name."""
         return stored[self.specs[0].name] if self.encoding is None else self.encoding.decode(stored, out)
@@ -185,6 +303,34 @@ class StreamState:
 
     epoch: int
     step: int
+
+
+class BatchSpan(NamedTuple):
+    """Which rows of an epoch's order a batch holds."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+@dataclass
+class Position:
+    """Which batch comes next, epoch after epoch."""
+
+    epoch: int
+    step: int
+    n_epochs: int | None
+    n_rows: int
+    batch_rows: int
+    n_steps_per_epoch: int
+
+    def advance(self) -> BatchSpan | None:
+        """Go on to the batch after the next and return the next; None if there is none."""
+        epoch, start = self.epoch, self.step * self.batch_rows
+        if self.n_epochs is not None and epoch >= self.n_epochs:
+            return None
+        self.epoch, self.step = divmod(epoch * self.n_steps_per_epoch + self.step + 1, self.n_steps_per_epoch)
+        return BatchSpan(epoch, start, min(start + self.batch_rows, self.n_rows))
 
 
 @dataclass(frozen=True)
@@ -233,18 +379,19 @@ class RowStream(Iterator[RowBatch]):
         order: str,
     ) -> None:
         self._split, self._seed, self._order = split, seed, order
-        self._sources = {key: split.source(key) for key in dict.fromkeys(keys)}
-        self._names = dict(zip(names, keys, strict=True))
-        self._specs = tuple(spec for source in self._sources.values() for spec in source.specs)
+        self.sources = {key: split.source(key) for key in dict.fromkeys(keys)}
+        self.names = dict(zip(names, keys, strict=True))
+        """The key of every name that batches are asked for by."""
+        self.specs = tuple(spec for source in self.sources.values() for spec in source.specs)
         self.batch_rows = batch_rows
-        self._n_epochs = n_epochs
         self._unit_rows = tuple(split.unit_rows) if n_rows is None else self._sample(n_rows)
         self.n_rows = sum(self._unit_rows)
         self._check(epoch, step, drop_last=drop_last)
         self.n_steps_per_epoch = self.n_rows // batch_rows if drop_last else -(-self.n_rows // batch_rows)
-        self._epoch, self._step = divmod(epoch * self.n_steps_per_epoch + step, self.n_steps_per_epoch)
+        epoch, step = divmod(epoch * self.n_steps_per_epoch + step, self.n_steps_per_epoch)
+        self.position = Position(epoch, step, n_epochs, self.n_rows, batch_rows, self.n_steps_per_epoch)
         self._pool = ThreadPoolExecutor(n_threads)
-        self._decoded = {key: self._decode_buffer(source) for key, source in self._sources.items()}
+        self._decoded = {key: self._decode_buffer(source) for key, source in self.sources.items()}
         self._stitched: dict[str, np.ndarray] = {}
         self._free: queue.SimpleQueue[Segment | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Segment] = queue.SimpleQueue()
@@ -275,7 +422,7 @@ class RowStream(Iterator[RowBatch]):
     @property
     def state(self) -> StreamState:
         """The (epoch, step) of the next batch; a stream opened there serves exactly what this stream would."""
-        return StreamState(self._epoch, self._step)
+        return StreamState(self.position.epoch, self.position.step)
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the plan of one epoch."""
@@ -285,15 +432,18 @@ class RowStream(Iterator[RowBatch]):
         return self
 
     def __next__(self) -> RowBatch:
-        if self._n_epochs is not None and self._epoch >= self._n_epochs:
+        span, stored = self.next_stored()
+        decoded = {key: source.decode(stored, self._decoded[key]) for key, source in self.sources.items()}
+        arrays = {name: decoded[key] for name, key in self.names.items()}
+        return RowBatch(span.epoch, span.start // self.batch_rows, arrays)
+
+    def next_stored(self) -> tuple[BatchSpan, dict[str, np.ndarray]]:
+        """Return the next batch as stored, by array name: views that stay valid until the next is asked for."""
+        span = self.position.advance()
+        if span is None:
             self.close()
             raise StopIteration
-        start = self._step * self.batch_rows
-        stored = self._rows(self._epoch, start, min(start + self.batch_rows, self.n_rows))
-        decoded = {key: source.decode(stored, self._decoded[key]) for key, source in self._sources.items()}
-        batch = RowBatch(self._epoch, self._step, {name: decoded[key] for name, key in self._names.items()})
-        self._epoch, self._step = divmod(self._epoch * self.n_steps_per_epoch + self._step + 1, self.n_steps_per_epoch)
-        return batch
+        return span, self._rows(*span)
 
     def _rows(self, epoch: int, start: int, stop: int) -> dict[str, np.ndarray]:
         segment = self._segment_at(epoch, start)
@@ -331,30 +481,35 @@ class RowStream(Iterator[RowBatch]):
         return self._current
 
     def _start_prefetching(self, epoch: int, row: int) -> None:
-        order = self._open_order(epoch)
+        order = self.open_order(epoch, self.batch_rows)
         n_rows = min(order.segment_rows, self.n_rows)
         for _ in range(order.n_buffers):
             self._free.put(Segment(self._buffers(n_rows)))
         self._prefetcher = threading.Thread(target=self._prefetch, args=(epoch, row), daemon=True)
         self._prefetcher.start()
 
-    def _open_order(self, epoch: int) -> GatheredOrder | MaterialisedOrder:
+    def open_order(
+        self, epoch: int, segment_rows: int, kept: np.ndarray | None = None
+    ) -> GatheredOrder | MaterialisedOrder:
+        """Return what reads an epoch. Segments of a materialised one have ``segment_rows`` rows; see ``KeptOrder``."""
         plan = self.plan(epoch)
+        if kept is not None:
+            return KeptOrder(self._split, plan, self.specs, self._pool, kept)
         materialised = None if self._order == "gathered" else find_materialised(self._split, plan)
         if materialised is not None:
-            return MaterialisedOrder(materialised, plan, self._specs, self.batch_rows)
+            return MaterialisedOrder(materialised, plan, self.specs, segment_rows)
         if self._order == "materialised":
             raise SettingsError(
                 f"{self._split.root}: epoch {epoch} of {self._split.name} rows with seed {self._seed} was not "
                 "materialised; run `pipeline shuffle`, or read with order='gathered'"
             )
-        return GatheredOrder(self._split, plan, self._specs, self._pool)
+        return GatheredOrder(self._split, plan, self.specs, self._pool)
 
     def _prefetch(self, epoch: int, row: int) -> None:
         """Fill free segments in the order they will be asked for, until the stream is closed."""
         try:
-            while self._n_epochs is None or epoch < self._n_epochs:
-                with closing(self._open_order(epoch)) as order:
+            while (n_epochs := self.position.n_epochs) is None or epoch < n_epochs:
+                with closing(self.open_order(epoch, self.batch_rows)) as order:
                     for index in range(row // order.segment_rows, order.n_segments):
                         segment = self._free.get()
                         if segment is None or self._closing.is_set():
@@ -373,7 +528,7 @@ class RowStream(Iterator[RowBatch]):
             self._ready.put(Segment({}, error=error))
 
     def _buffers(self, n_rows: int) -> dict[str, np.ndarray]:
-        return {spec.name: aligned_rows(n_rows, spec.width, spec.memory_dtype) for spec in self._specs}
+        return {spec.name: aligned_rows(n_rows, spec.width, spec.memory_dtype) for spec in self.specs}
 
     def close(self) -> None:
         """Stop prefetching and let the memory go; a closed stream serves nothing more."""
@@ -383,7 +538,7 @@ class RowStream(Iterator[RowBatch]):
             self._prefetcher.join()
             self._prefetcher = None
         self._pool.shutdown()
-        self._n_epochs = 0
+        self.position.n_epochs = 0
         self._current = None
 
     def __enter__(self) -> Self:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from tests.support.gpu_training import TRAINED
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -28,20 +27,22 @@ RELATIVE = 1e-5
 """The host does the same float32 arithmetic for both devices, but Adam is torch's on CUDA and BlockedAdam on the CPU;
 they agree to rounding (1e-7 a step), which 12 steps amplify."""
 
-QUICK = ("method", "topk", "jumprelu", "batch_topk", "resume adam", "analyze", "interventions", "threshold gradients")
+QUICK = (
+    *("method", "topk", "jumprelu", "batch_topk", "resume adam", "analyze", "interventions", "threshold gradients"),
+    *("rows in buckets", "rows that are kept"),
+)
 REFUSED = ("sparse",)
-SLOW = ("resume adamw", "resume muon", *TRAINED)
 BFLOAT16 = 2e-3
 """Both devices round the same products to bfloat16; where autocast keeps more digits on CUDA, scores differ by this."""
 
 
 def run_cases(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Return what became of the cases, by name."""
+    """Return what became of the cases, by name; without names, of those that take long."""
     command = [sys.executable, "-m", "tests.support.gpu_cases", str(folder), *names]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     outcomes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [outcome["case"] for outcome in outcomes] == list(names)
+    assert not names or [outcome["case"] for outcome in outcomes] == list(names)
     return {outcome["case"]: outcome for outcome in outcomes}
 
 
@@ -50,12 +51,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return run_cases(tmp_path_factory.mktemp("quick"), QUICK + REFUSED)
 
 
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_cases(tmp_path_factory.mktemp("slow"), SLOW)
-
-
-def check_agrees(outcome: dict[str, Any], relative: float = RELATIVE) -> None:
+def check_agrees(outcome: dict[str, Any]) -> None:
+    relative = BFLOAT16 if outcome["case"].endswith("in bfloat16") else RELATIVE
     gpu, cpu = outcome["cuda"], outcome["cpu"]
     assert "error" not in gpu, gpu["error"]
     assert "error" not in cpu, cpu["error"]
@@ -69,9 +66,12 @@ def test_agrees_with_the_cpu(case: str, quick: dict[str, dict[str, Any]]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW)
-def test_agrees_with_the_cpu_in_rarer_settings(case: str, slow: dict[str, dict[str, Any]]) -> None:
-    check_agrees(slow[case], BFLOAT16 if "bfloat16" in case else RELATIVE)
+def test_everything_else_agrees_with_the_cpu(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    outcomes = run_cases(tmp_path, ())
+    assert len(outcomes) > 30
+    for case, outcome in outcomes.items():
+        with subtests.test(case):
+            check_agrees(outcome)
 
 
 def test_the_sparse_kernel_is_refused_on_a_gpu(quick: dict[str, dict[str, Any]]) -> None:
@@ -86,8 +86,20 @@ def test_an_architecture_copies_nothing_to_the_device_in_a_step(quick: dict[str,
         assert not [line for line in copies if "training/architectures/" in line or "training/kernels/" in line]
 
 
+def test_no_step_waits_for_its_rows(quick: dict[str, dict[str, Any]]) -> None:
+    for case in ("topk", "batch_topk", "jumprelu"):
+        asked = quick[case]["cuda"]
+        rows = [line for line in (*asked["waits"], *asked["copies"]) if "training/rows/" in line]
+        # the normalisation's means go to the device before the first step
+        rows = [line for line in rows if "training/rows/normalisation.py" not in line]
+        assert rows
+        assert all("(in another thread)" in line or line.startswith("stream at") for line in rows), rows
+
+
 def test_waits_and_copies_are_recorded_with_their_line(quick: dict[str, dict[str, Any]]) -> None:
     asked = quick["topk"]["cuda"]
-    assert any("training/rows/batches.py:" in line and "to the device" in line for line in asked["copies"])
+    assert any(
+        line.startswith("to the device, without a wait at training/rows/device_rows.py:") for line in asked["copies"]
+    )
     assert any("training/loop/step_metrics.py:" in line for line in asked["waits"])
     assert not quick["method"]["cpu"].get("copies")

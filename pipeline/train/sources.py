@@ -193,8 +193,10 @@ class CachedRows:
         return None
 
     def n_steps(self, settings: TrainSettings) -> int:
-        """Return the number of steps; epochs are passes over the cache."""
-        return settings.n_steps(self._split.n_rows, self.stream.n_steps_per_epoch)
+        """Return the number of steps; epochs are passes over the cache. The stream will serve as many."""
+        n_steps = settings.n_steps(self._split.n_rows, self.stream.n_steps_per_epoch)
+        self.stream.expect(n_steps)
+        return n_steps
 
     def fresh_rows(self, site: Site, seed: int) -> RowSource:
         """Return samples of the cache's training rows."""

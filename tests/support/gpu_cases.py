@@ -1,19 +1,20 @@
-"""What runs both on a pretended GPU and on the CPU: ``python -m tests.support.gpu_cases FOLDER CASE…``.
+"""What runs both on a pretended GPU and on the CPU: ``python -m tests.support.gpu_cases FOLDER [CASE…]``.
 
 Prints a line of JSON for each case: the numbers, or the error, of either device, and what the GPU was asked for.
 """
 
 from __future__ import annotations
 
-from tests.support.pretended_gpu import pretended_gpu  # isort: skip  (before anything imports torch)
+from tests.support.pretended_gpu import limits, pretended_gpu, record  # isort: skip  (before anything imports torch)
 
 import json
 import math
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,12 +33,14 @@ from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
+from tailrace.storage.materialise import materialise_epoch
 from tailrace.training.architectures import JumpReLU
 from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.cross_layer.stack import build_stack
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.loop.settings import TrainSettings
-from tailrace.training.rows.batches import Batch
+from tailrace.training.rows import device_rows
+from tailrace.training.rows.batches import Batch, CacheBatches, SiteBatches, iter_sites_once
 from tests.support.gpu_training import BASE, TRAINED, Case, resuming, training
 from tests.support.spliced_models import mlp_site, random_transcoder
 from tests.support.synthetic_cache import write_synthetic_cache
@@ -132,6 +135,83 @@ def threshold_gradients(folder: Path, device: str) -> dict[str, float]:
     return numbers
 
 
+def bringing_rows(
+    dtype: str,
+    *,
+    n_batches: int = 30,
+    n_rows: int | None = None,
+    start: dict[str, int] | None = None,
+    materialised: bool = False,
+    **machine: Any,
+) -> Case:
+    """Return a case that compares rows brought to the device with those of the CPU: three sites, units of 128 rows.
+
+    They must be the same to the bit, and once the first two batches were served the host must not wait for the device.
+    Three epochs are announced, so rows are kept where ``machine`` has room for them.
+    """
+
+    def case(folder: Path, device: str) -> dict[str, float]:
+        n_once = 5
+        if device == "cpu":  # which the case below is compared with batch by batch
+            return {"batches": n_batches, "batches of 400 rows": n_once}
+        vars(limits).update(machine)
+        sites = [("layer0", 80, 96), ("layer1", 64, 64), ("layer2", 70, 90)]
+        cache = write_synthetic_cache(folder / "cache", widths=sites, dtype=dtype, bucket_rows=128)
+        split, chosen = cache.split("train"), list(cache.sites.values())
+        if materialised:
+            materialise_epoch(split, seed=3, epoch=0, run_tasks=one_by_one)
+
+        def streams() -> list[CacheBatches]:
+            opened = []
+            for on in ("cpu", device):
+                opened.append(CacheBatches(split, chosen, batch_rows=50, seed=3, n_rows=n_rows, device=on))
+                opened[-1].expect(3 * opened[-1].n_steps_per_epoch)
+                opened[-1].load_state_dict(start or {"epoch": 0, "step": 0})
+            return opened
+
+        with mock.patch.object(device_rows, "SLOT_BYTES", 1 << 13), ExitStack() as stack:
+            wanted, brought = map(stack.enter_context, streams())
+            for batch in range(n_batches):
+                if batch == 2:
+                    record.clear()
+                check_same(wanted.next_batch(), brought.next_batch(), device)
+                assert wanted.state_dict() == brought.state_dict()
+            check_no_waits(pinned=limits.can_pin)
+            once = (iter_sites_once(split, chosen, batch_rows=90, device=on, max_rows=400) for on in ("cpu", device))
+            for wanted_once, brought_once in zip(*once, strict=True):
+                check_same(wanted_once, brought_once, device)
+                n_once -= 1
+            assert n_once == 0
+        return {"batches": n_batches, "batches of 400 rows": 5}
+
+    return case
+
+
+def one_by_one(task: Callable[[int], None], indices: Iterable[int]) -> None:
+    """Do what workers would."""
+    for index in indices:
+        task(index)
+
+
+def check_same(wanted: SiteBatches, brought: SiteBatches, device: str) -> None:
+    """Raise AssertionError unless the rows brought to the device are those wanted, to the bit."""
+    assert wanted.keys() == brought.keys()
+    for site, sides in wanted.items():
+        for values, there in zip(sides, brought[site], strict=True):
+            assert there.device.type == device
+            assert torch.equal(there.cpu(), values), site
+
+
+def check_no_waits(*, pinned: bool) -> None:
+    """Raise AssertionError if the device was waited for in this thread, or copied to from memory that is not pinned."""
+    copies = [line for (way, line), _ in record.copies.items() if way == "to the device"]
+    waits = [line for _, line in record.waits]
+    assert any("device_rows.py" in line for line in waits), "nothing was recorded"
+    here = [line for line in (*waits, *copies) if "another thread" not in line]
+    assert not here, here
+    assert bool(copies) != pinned, copies
+
+
 CASES: dict[str, Case] = {
     "method": stepping,
     "topk": training(),
@@ -142,8 +222,23 @@ CASES: dict[str, Case] = {
     "sparse": training(kernel="sparse"),
     "interventions": intervening,
     "threshold gradients": threshold_gradients,
+    "rows in buckets": bringing_rows("bfloat16", n_batches=16, free_bytes=2 << 20),
+    "rows that are kept": bringing_rows("int8", n_batches=16, start={"epoch": 1, "step": 4}),
+}
+ROWS: dict[str, Case] = {
+    **{f"rows of {dtype}, kept": bringing_rows(dtype) for dtype in ("float32", "float16", "bfloat16", "int8")},
+    **{
+        f"rows of {dtype} in buckets": bringing_rows(dtype, free_bytes=4 << 20)
+        for dtype in ("float32", "float16", "bfloat16", "int8")
+    },
+    "rows on a small card": bringing_rows("int8", free_bytes=1 << 18, start={"epoch": 0, "step": 5}),
+    "rows of a sample": bringing_rows("bfloat16", n_rows=310, start={"epoch": 2, "step": 3}),
+    "rows of a sample in buckets": bringing_rows("float16", n_rows=310, free_bytes=2 << 20),
+    "rows of a materialised epoch": bringing_rows("bfloat16", free_bytes=2 << 20, materialised=True),
+    "rows without pinned memory": bringing_rows("bfloat16", free_bytes=2 << 20, can_pin=False),
 }
 SLOW: dict[str, Case] = {
+    **ROWS,
     "resume adamw": resuming("adamw"),
     "resume muon": resuming("muon"),
     **TRAINED,
@@ -153,20 +248,20 @@ SLOW: dict[str, Case] = {
 def outcome(case: Case, folder: Path, device: str) -> dict[str, Any]:
     """Return the numbers of a case on a device, or its error and what the device was asked for."""
     folder.mkdir(parents=True)
-    with pretended_gpu() if device == "cuda" else nullcontext() as record:
+    with pretended_gpu() if device == "cuda" else nullcontext() as asked:
         try:
             answer: dict[str, Any] = {"numbers": case(folder, device)}
         except Exception as error:  # every kind is an outcome
             answer = {"error": f"{type(error).__name__}: {error}"}
-    if record is not None:
-        answer["waits"] = {f"{name} at {line}": n for (name, line), n in record.waits.items()}
-        answer["copies"] = {f"{name} at {line}": n for (name, line), n in record.copies.items()}
+    if asked is not None:
+        answer["waits"] = {f"{name} at {line}": n for (name, line), n in asked.waits.items()}
+        answer["copies"] = {f"{name} at {line}": n for (name, line), n in asked.copies.items()}
     return answer
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Run the cases and print what became of them."""
-    for name in names:
+    """Run the cases, those that take long if none is named, and print what became of them."""
+    for name in names or SLOW:
         case = (CASES | SLOW)[name]
         both = {device: outcome(case, folder / name / device, device) for device in ("cuda", "cpu")}
         sys.stdout.write(json.dumps({"case": name, **both}) + "\n")

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +94,102 @@ class Record:
 record = Record()
 
 
+class Stream:
+    """A stream of its own: copies asked for on it are made when somebody waits for them, as late as a GPU may be.
+
+    So what is used too early, or overwritten too early on the host, is not what was copied, and a test sees it.
+    """
+
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
+        self._lock = threading.Lock()
+        self._asked: list[Callable[[], Any]] = []
+        self._n_made = 0
+
+    def ask(self, copy: Callable[[], Any]) -> None:
+        """Make a copy later."""
+        with self._lock:
+            self._asked.append(copy)
+
+    def make(self, n: int | None = None) -> None:
+        """Make the first ``n`` copies that were ever asked for, or all, if that was not done."""
+        with self._lock:
+            while self._n_made < (len(self._asked) if n is None else n):
+                self._asked[self._n_made]()
+                self._n_made += 1
+
+    @property
+    def n_asked(self) -> int:
+        """Copies ever asked for."""
+        return len(self._asked)
+
+    def wait_event(self, event: Event) -> None:
+        """Let what is asked for later see what was asked for before ``event``."""
+        event.make()
+
+    def wait_stream(self, other: Stream) -> None:
+        """Let what is asked for later see what ``other`` was asked for."""
+        other.make()
+
+    def synchronize(self) -> None:
+        """Let the host wait."""
+        record.waits["stream", _line()] += 1
+        self.make()
+
+
+class Event:
+    """A point in a stream."""
+
+    def __init__(self, *, enable_timing: bool = False, blocking: bool = False) -> None:
+        self._point: tuple[Stream, int] | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Stand behind what ``stream`` was asked for so far."""
+        stream = current_stream() if stream is None else stream
+        self._point = (stream, stream.n_asked)
+
+    def make(self) -> None:
+        """Make the copies before this point."""
+        if self._point is not None:
+            self._point[0].make(self._point[1])
+
+    def synchronize(self) -> None:
+        """Let the host wait; for what was never recorded, nobody does."""
+        if self._point is not None:
+            record.waits["event", _line()] += 1
+            self.make()
+
+
+_COMPUTING = Stream()
+_streams = threading.local()
+
+
+def current_stream(device: Any = None) -> Stream:
+    """Return the stream of this thread."""
+    return getattr(_streams, "current", _COMPUTING)
+
+
+@contextmanager
+def stream(chosen: Stream) -> Iterator[None]:
+    """Ask ``chosen`` inside."""
+    before, _streams.current = current_stream(), chosen
+    try:
+        yield
+    finally:
+        _streams.current = before
+
+
+_pinned: list[Tensor] = []
+"""Kept, so that nothing else comes to lie there."""
+limits = SimpleNamespace(can_pin=True, free_bytes=80 << 30)
+"""What the pretended machine has; a case may change it inside ``pretended_gpu``."""
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    start = tensor.untyped_storage().data_ptr()
+    return any(start == pinned.untyped_storage().data_ptr() for pinned in _pinned)
+
+
 class DeviceTensor(Tensor):
     """A tensor on a pretended device; ``numbers`` is its content in host memory."""
 
@@ -147,7 +243,12 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     on_device = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
     wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if not on_device and (wanted is None or wanted.type == "cpu"):
-        return func(*args, **kwargs)
+        if not kwargs.get("pin_memory"):
+            return func(*args, **kwargs)
+        if not limits.can_pin:
+            raise RuntimeError("CUDA error: out of memory")
+        _pinned.append(func(*args, **{**kwargs, "pin_memory": False}))
+        return _pinned[-1]
     record.operators[name] += 1
     _check_devices(name, args, tensors, on_device)
     if isinstance(generator := kwargs.get("generator"), torch.Generator) and generator.device.type == "cpu":
@@ -161,7 +262,15 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in COPIES:
         source = {tensor.device.type for tensor in tensors} | {target.type}
         if len(source) == 2:
-            record.copies["to the host" if target.type == "cpu" else "to the device", _line()] += 1
+            way = "to the host" if target.type == "cpu" else "to the device"
+            is_free = all(map(_is_pinned, (t for t in tensors if t.device.type == "cpu"))) and (
+                kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
+            )
+            record.copies[f"{way}, without a wait" if is_free else way, _line()] += 1
+            if is_free and name == "aten::copy_" and current_stream() is not _COMPUTING:
+                source_numbers, target_numbers = _numbers(args[1]), _numbers(args[0])
+                current_stream().ask(lambda: target_numbers.copy_(source_numbers))
+                return args[0]
     wrappers = {id(tensor.numbers): tensor for tensor in on_device}
     host_args, host_kwargs = tree_map(_numbers, args), tree_map(_numbers, kwargs)
     host_kwargs |= {key: CPU for key in ("device",) if wanted is not None}
@@ -234,12 +343,13 @@ def _change_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 def _line() -> str:
-    """Return the innermost line of the project that is running, as file:line."""
+    """Return the innermost line of the project that is running, as file:line, and whether not in the main thread."""
+    beside = "" if threading.current_thread() is threading.main_thread() else " (in another thread)"
     frame = sys._getframe(1)
     while frame is not None:
         folder, _, name = frame.f_code.co_filename.rpartition("/tailrace/")
         if folder:
-            return f"{name}:{frame.f_lineno}"
+            return f"{name}:{frame.f_lineno}{beside}"
         if frame.f_back is None:
             break
         frame = frame.f_back
@@ -280,6 +390,13 @@ _IN_TORCH = {
     "torch.cuda.is_current_stream_capturing": lambda: False,
     "torch.cuda.synchronize": lambda *_: record.waits.update([("synchronize", _line())]),
     "torch.cuda._lazy_init": lambda: None,
+    "torch.cuda.Stream": Stream,
+    "torch.cuda.Event": Event,
+    "torch.cuda.stream": stream,
+    "torch.cuda.current_stream": current_stream,
+    "torch.cuda.mem_get_info": lambda *_: (limits.free_bytes, 80 << 30),
+    "torch.cuda.max_memory_allocated": lambda *_: 0,
+    "torch.cuda.empty_cache": lambda: None,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     "threading.Thread.run": _run_thread_in_mode,
 }
@@ -289,10 +406,12 @@ _IN_TORCH = {
 def pretended_gpu() -> Iterator[Record]:
     """Offer four CUDA devices inside; yield the record of what they are asked for, begun anew."""
     record.clear()
+    _pinned.clear()
     lifted = torch._C._only_lift_cpu_tensors()
     with ExitStack() as stack:
         for name, replacement in _IN_TORCH.items():
             stack.enter_context(mock.patch(name, replacement))
+        stack.callback(limits.__dict__.update, vars(limits).copy())
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
         torch._C._set_only_lift_cpu_tensors(True)

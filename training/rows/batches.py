@@ -8,6 +8,7 @@ avoid.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from tailrace.storage.activation_cache import CacheSplit
 from tailrace.storage.cache_format import Site
-from tailrace.storage.stream import RowStream
+from tailrace.storage.stream import RowStream, StreamState
+from tailrace.training.rows.device_rows import DeviceRows
 
 EVALUATION_SEED = 0
 """Decides which rows a partial held-out evaluation reads; the same for every run, so that runs compare."""
@@ -90,25 +92,48 @@ def as_tensor(array: np.ndarray, dtype: str) -> Tensor:
     return torch.from_numpy(array)
 
 
+def _keys(sites: Sequence[Site]) -> list[str]:
+    return [key for site in sites for key in keys_of(site)]
+
+
 def keys_of(site: Site) -> list[str]:
     """Return the arrays to read for ``site``: one for an autoencoder, whose inputs are its outputs."""
     return [f"{site.name}/{side}" for side in site.sides]
 
 
-class _RowsToBatches:
-    """Turn row arrays into a batch of every site, on the device."""
+class _HostRows:
+    """The batches of a stream as float32 tensors, gathered and decoded by the host."""
 
-    def __init__(self, split: CacheSplit, sites: Sequence[Site], device: torch.device) -> None:
-        self._sides = {site.name: keys_of(site) for site in sites}
-        self.keys = [key for keys in self._sides.values() for key in keys]
-        self._dtypes = {key: split.dtype(key) for key in self.keys}
-        self._device = device
+    n_steps = 0
 
-    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Batch]:
-        tensors = {
-            key: as_tensor(arrays[key], self._dtypes[key]).to(self._device).to(torch.float32) for key in self.keys
+    def __init__(self, stream: RowStream, device: torch.device) -> None:
+        self._stream, self._device = stream, device
+
+    @property
+    def state(self) -> StreamState:
+        return self._stream.state
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        arrays, stream = next(self._stream).arrays, self._stream
+        return {
+            name: as_tensor(array, stream.sources[stream.names[name]].dtype).to(self._device).to(torch.float32)
+            for name, array in arrays.items()
         }
-        return {site: Batch(tensors[keys[0]], tensors[keys[-1]]) for site, keys in self._sides.items()}
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _read(stream: RowStream, device: torch.device) -> _HostRows | DeviceRows:
+    return DeviceRows(stream, device) if device.type == "cuda" else _HostRows(stream, device)
+
+
+def _by_site(sites: Sequence[Site], rows: Mapping[str, Tensor]) -> dict[str, Batch]:
+    keys = {site.name: keys_of(site) for site in sites}
+    return {name: Batch(rows[sides[0]], rows[sides[-1]]) for name, sides in keys.items()}
 
 
 class CacheBatches:
@@ -129,13 +154,14 @@ class CacheBatches:
         device: torch.device | str = "cpu",
     ) -> None:
         self._split, self._seed, self._batch_rows, self._n_rows = split, seed, batch_rows, n_rows
-        self._to_batches = _RowsToBatches(split, sites, torch.device(device))
-        self._stream = self._open(0, 0)
+        self._sites, self._device = sites, torch.device(device)
+        self._n_steps = 0
+        self._open(0, 0)
 
-    def _open(self, epoch: int, step: int) -> RowStream:
+    def _open(self, epoch: int, step: int) -> None:
         n_rows = self._split.n_rows if self._n_rows is None else self._n_rows
-        return self._split.stream(
-            self._to_batches.keys,
+        stream = self._split.stream(
+            _keys(self._sites),
             batch_rows=self._batch_rows,
             seed=self._seed,
             epoch=epoch,
@@ -143,28 +169,35 @@ class CacheBatches:
             n_rows=self._n_rows,
             drop_last=n_rows >= self._batch_rows,
         )
-
-    @property
-    def n_steps_per_epoch(self) -> int:
+        self.n_steps_per_epoch = stream.n_steps_per_epoch
         """Number of batches in one pass over the split."""
-        return self._stream.n_steps_per_epoch
+        self._rows = _read(stream, self._device)
+        self.expect(self._n_steps)
+
+    def expect(self, n_steps: int) -> None:
+        """Note that ``n_steps`` batches, counted from the first epoch's first, will be asked for, perhaps more.
+
+        On a GPU, rows that will be read again are then kept where they fit.
+        """
+        self._n_steps = max(self._n_steps, n_steps)
+        self._rows.n_steps = self._n_steps
 
     def next_batch(self) -> dict[str, Batch]:
         """Return the next batch by site, valid until the next call."""
-        return self._to_batches(next(self._stream).arrays)
+        return _by_site(self._sites, next(self._rows))
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``{"epoch", "step"}`` of the next batch."""
-        return asdict(self._stream.state)
+        return asdict(self._rows.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the batch at ``state``."""
-        self._stream.close()
-        self._stream = self._open(state["epoch"], state["step"])
+        self._rows.close()
+        self._open(state["epoch"], state["step"])
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._stream.close()
+        self._rows.close()
 
     def __enter__(self) -> Self:
         return self
@@ -197,10 +230,8 @@ def iter_sites_once(
     max_rows: int | None = None,
 ) -> Iterator[SiteBatches]:
     """Yield the same rows as ``iter_once``, at several sites."""
-    to_batches = _RowsToBatches(split, sites, torch.device(device))
     n_rows = None if max_rows is None or max_rows >= split.n_rows else max_rows
-    with split.stream(
-        to_batches.keys, batch_rows=batch_rows, seed=EVALUATION_SEED, n_epochs=1, n_rows=n_rows
-    ) as stream:
-        for rows in stream:
-            yield to_batches(rows.arrays)
+    stream = split.stream(_keys(sites), batch_rows=batch_rows, seed=EVALUATION_SEED, n_epochs=1, n_rows=n_rows)
+    with closing(_read(stream, torch.device(device))) as rows:
+        for batch in rows:
+            yield _by_site(sites, batch)

@@ -18,7 +18,7 @@ import torch
 from tailrace.storage.activation_cache import CacheSplit
 from tailrace.storage.cache_format import Site
 from tailrace.storage.memory import aligned_rows
-from tailrace.storage.shuffle import EpochPlan, Run, deal, invert, philox, random_permutation, sample_prefix
+from tailrace.storage.shuffle import EpochPlan, Span, deal, philox, random_permutation, sample_prefix
 from tailrace.storage.stream import GatheredOrder
 from tailrace.training.rows.batches import Batch, as_tensor, keys_of
 
@@ -105,17 +105,18 @@ class SamplePlan(EpochPlan):
         starts = generator.integers(0, np.array(unit_rows))
         return cls(seed, step, "train", tuple(counts.tolist()), n_rows, unit_rows, tuple(starts.tolist()))
 
-    def runs(self, bucket: int) -> list[Run]:
-        """Return the runs that make up the sample, whose order is random too."""
+    def bucket_order(self, bucket: int) -> np.ndarray:
+        """Return int64 (rows,): which row of the concatenated runs comes i-th."""
         assert bucket == 0, "a sample is one bucket"
-        places = invert(random_permutation(philox(self.seed, f"{_PURPOSE}/order", self.epoch), self.n_rows))
-        runs, taken = [], 0
+        return random_permutation(philox(self.seed, f"{_PURPOSE}/order", self.epoch), self.n_rows)
+
+    def spans(self, bucket: int) -> list[Span]:
+        """Return the runs that make up the sample."""
+        assert bucket == 0, "a sample is one bucket"
+        spans = []
         for unit, (n_rows, n_whole, start) in enumerate(
             zip(self.unit_rows, self.whole_units, self.starts, strict=True)
         ):
             n_first = min(n_rows, n_whole - start)
-            for begin, n in ((start, n_first), (0, n_rows - n_first)):
-                if n:
-                    runs.append(Run(unit, begin, begin + n, places[taken : taken + n]))
-                    taken += n
-        return runs
+            spans += [Span(unit, begin, begin + n) for begin, n in ((start, n_first), (0, n_rows - n_first)) if n]
+        return spans
