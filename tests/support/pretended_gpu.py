@@ -385,7 +385,6 @@ _IN_TORCH = {
     "torch.cuda.set_device": lambda device: None,
     "torch.cuda.get_device_properties": lambda *_: _PROPERTIES,
     "torch.cuda.get_device_name": lambda *_: "pretended GPU",
-    "torch.cuda.mem_get_info": lambda *_: (80 << 30, 80 << 30),
     "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
     "torch.cuda.is_current_stream_capturing": lambda: False,
     "torch.cuda.synchronize": lambda *_: record.waits.update([("synchronize", _line())]),
