@@ -48,9 +48,8 @@ logged = partial(option, section="Logging and scoring")
     "--checkpoint-steps",
     metavar="N",
     type=click.IntRange(min=1),
-    default=1000,
-    show_default=True,
-    help="Steps between checkpoints; sooner when a minute, and 20 times what the last ones took, have passed.",
+    help="Write a checkpoint every N steps too; by default when a minute, and 20 times what the last ones took, have "
+    "passed.",
 )
 @options.compute
 def command(
@@ -64,7 +63,7 @@ def command(
     tensorboard: bool,
     wandb_project: str | None,
     fresh: bool,
-    checkpoint_steps: int,
+    checkpoint_steps: int | None,
     compute: Compute,
     **given: Any,
 ) -> None:

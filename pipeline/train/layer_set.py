@@ -71,7 +71,7 @@ def run(
     output: Path,
     compute: Compute = Compute(),
     together: int | None = None,
-    checkpoint_steps: int = 100,
+    checkpoint_steps: int | None = None,
     say: Say = lambda _: None,
 ) -> CircuitsModelResult:
     """Publish a cache and a transcoder per layer below ``output``; continue what is there, return what is finished.
@@ -142,7 +142,7 @@ def _train(
     n_together: int,
     *,
     compute: Compute,
-    checkpoint_steps: int,
+    checkpoint_steps: int | None,
     say: Say,
 ) -> CircuitsModelResult:
     runs = {site: settings.training(site) for site in cached.sites}

@@ -113,7 +113,7 @@ def train_drafts(
     context: RunContext,
     *,
     output: Path,
-    checkpoint_steps: int,
+    checkpoint_steps: int | None,
     quiet: bool,
     others_go_on: bool = False,
 ) -> None:
@@ -189,7 +189,7 @@ def _open_session(
     source: TrainingSource,
     rows: TrainingRows,
     context: RunContext,
-    checkpoint_steps: int,
+    checkpoint_steps: int | None,
     quiet: bool,
 ) -> Session:
     n_steps = rows.n_steps(draft.settings)

@@ -63,7 +63,7 @@ def run(
     live: LiveSettings | None = None,
     compute: Compute = Compute(),
     fresh: bool = False,
-    checkpoint_steps: int = 1000,
+    checkpoint_steps: int | None = None,
     hooks: Sequence[tuple[int, PeriodicHook]] = (),
     start_from: Path | None = None,
     model_scores: ModelScoreSettings | None = None,

@@ -97,6 +97,31 @@ def sweeping(folder: Path, device: str) -> dict[str, float]:
     return {run.name: run.metrics["heldout"]["fvu"] for run in done.runs}
 
 
+def sweep_resumed(folder: Path, device: str) -> dict[str, float]:
+    """End a sweep after 8 steps and continue it, beside one that nothing ended."""
+    cache = small_cache(folder / "cache", d_in=16, d_out=12)
+    runs = {f"k={k}": TrainSettings.read(BASE, {"architecture": {"kind": "topk", "k": k}}) for k in (2, 4)}
+
+    def kill(step: int, _: Transcoder) -> None:
+        if step == 8:
+            raise Killed
+
+    def go(name: str, *hooks: Any) -> sweep.SweepResult:
+        compute = Compute(device=device, quiet=True)
+        return sweep.run(
+            runs, cache=cache, output=folder / name, compute=compute, checkpoint_steps=3, hooks=[(1, h) for h in hooks]
+        )
+
+    whole = go("whole")
+    try:
+        go("cut", kill)
+    except Killed:
+        cut = go("cut")
+    names = [f"{run.path}/weights.safetensors" for run in whole.runs]
+    same = all((whole.path / name).read_bytes() == (cut.path / name).read_bytes() for name in names)
+    return {"same bytes as uninterrupted": float(same)}
+
+
 def across_layers(kind: str, **changes: Any) -> Case:
     """Return a case that trains one transcoder over three layers."""
 
@@ -150,6 +175,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TRAINED: dict[str, Case] = {
     **{name: training(**changes) for name, changes in SETTINGS.items()},
     "sweep": sweeping,
+    "sweep resumed": sweep_resumed,
     **{f"across layers, {kind}": across_layers(kind) for kind in ("batch_topk", "jumprelu", "relu")},
     "live": living,
 }

@@ -21,7 +21,7 @@ class FiringRecord:
     def update(self, n_active: Tensor) -> None:
         """Count one step in which feature f fired on ``n_active[f]`` rows."""
         self.steps_since_fired += 1
-        self.steps_since_fired[n_active > 0] = 0
+        self.steps_since_fired.masked_fill_(n_active > 0, 0)
 
     def restart(self, features: Tensor) -> None:
         """Count features (n,), by index, as having fired just now: they have new weights."""

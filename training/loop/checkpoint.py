@@ -3,8 +3,8 @@
 A checkpoint is a safetensors file whose header also carries the run's JSON state: no pickle, and weights and position
 cannot come from different steps. There is no random state to keep: every draw is derived from (seed, purpose, index).
 
-They are written after so many steps, or once the last ones are old for what they cost. What is written when changes no
-result: a run continued from any checkpoint ends with the same bytes.
+They are written once the last ones are old for what they cost, or after so many steps where that is asked for. What is
+written when changes no result: a run continued from any checkpoint ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -98,14 +101,62 @@ class Checkpoints:
         return sorted(self._directory.glob("[0-9]*.safetensors"))
 
 
+class CheckpointWriter:
+    """Writes the checkpoints of all runs of a stream in the order in which they were taken. A context manager.
+
+    On a CPU at once. On a GPU a thread does it: the step goes on as soon as the tensors are copied on the device, or to
+    the host where the device has no room. The order matters: a round that one run has finished, every run has begun,
+    so that there is always a step that all can be continued from.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, "checkpoints") if device.type == "cuda" else None
+        self._copying: torch.cuda.Stream | None = None
+
+    def write(self, checkpoints: Checkpoints, checkpoint: RunCheckpoint) -> Future[None]:
+        """Write ``checkpoint`` as it is now; the future has the errors of ``Checkpoints.save``."""
+        if self._thread is None:
+            done: Future[None] = Future()
+            checkpoints.save(checkpoint)
+            done.set_result(None)
+            return done
+        if self._copying is None:
+            self._copying = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        n_bytes = sum(value.nbytes for value in checkpoint.tensors.values() if value.is_cuda)
+        on_device = n_bytes < torch.cuda.mem_get_info(self._device)[0] // 2
+        taken = {
+            name: value.detach().clone() if on_device or not value.is_cuda else value.detach().cpu()
+            for name, value in checkpoint.tensors.items()
+        }
+        self._copying.wait_stream(torch.cuda.current_stream(self._device))
+        return self._thread.submit(self._save, checkpoints, checkpoint._replace(tensors=taken), self._copying)
+
+    @staticmethod
+    def _save(checkpoints: Checkpoints, checkpoint: RunCheckpoint, copying: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(copying):
+            tensors = {name: checkpoint.tensors.pop(name).cpu() for name in [*checkpoint.tensors]}
+        checkpoints.save(checkpoint._replace(tensors=tensors))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+
+
 class CheckpointClock:
     """Tells all runs of one stream after which steps to write a checkpoint, the same to each.
 
-    One is due every ``every_steps``, whatever it costs, and when the last round is ``CHECKPOINT_SECONDS`` old and so
-    old that writing it took at most ``LARGEST_SHARE`` of the time since it began. ``now`` gives seconds that only rise.
+    One is due when the last round is ``CHECKPOINT_SECONDS`` old and so old that writing it took at most
+    ``LARGEST_SHARE`` of the time since it began; and every ``every_steps``, if given, whatever it costs. ``now`` gives
+    seconds that only rise.
     """
 
-    def __init__(self, every_steps: int, *, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, every_steps: int | None, *, now: Callable[[], float] = time.monotonic) -> None:
         self._every_steps, self._now = every_steps, now
         self._began = now()
         """When the last round of checkpoints began; the training itself, before there is one."""
@@ -120,7 +171,8 @@ class CheckpointClock:
             self._step = step
             now = self._now()
             wait = max(CHECKPOINT_SECONDS, self._took / LARGEST_SHARE)
-            self._is_due = step % self._every_steps == 0 or now - self._began >= wait
+            is_asked_for = self._every_steps is not None and step % self._every_steps == 0
+            self._is_due = is_asked_for or now - self._began >= wait
             if self._is_due:
                 self._began, self._took = now, 0.0
         return self._is_due

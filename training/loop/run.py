@@ -174,7 +174,7 @@ class TrainingRun:
         return self.scored.folded(self.normalisation)
 
     def _refuse_non_finite(self, *values: Tensor) -> None:
-        if all(bool(torch.isfinite(value).all()) for value in values):
+        if bool(torch.stack([torch.isfinite(value).all() for value in values]).all()):
             return
         raise NonFiniteActivation(
             f"{self.name}: the loss or a weight is not finite at step {self.n_steps_done + 1} "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.manifest import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS
 from tailrace.training.architectures.transcoder import save_weights, write_tensors
-from tailrace.training.loop.checkpoint import CheckpointClock, Checkpoints, RunCheckpoint
+from tailrace.training.loop.checkpoint import CheckpointClock, Checkpoints, CheckpointWriter, RunCheckpoint
 from tailrace.training.loop.evaluate import HeldoutScore
 from tailrace.training.loop.firing_frequency import LOG_SPARSITY, FiringWindow
 from tailrace.training.loop.loggers import Logger
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 BEST = "best.safetensors"
 """The weights with the lowest held-out FVU, where they are kept."""
 SHOW_EVERY = 10
-"""Steps between looks at the loss by the progress bar: on a GPU each look makes the host wait."""
+"""Steps between updates of the progress bar."""
 
 N_RESAMPLED = "resampled_features"
 """What a resampler calls the number of features it has resampled since the start."""
@@ -81,7 +82,7 @@ class Session:
         *,
         n_steps: int,
         heldout: HeldoutBatches | None,
-        checkpoint_steps: int = 1000,
+        checkpoint_steps: int | None = None,
         hooks: Sequence[tuple[int, PeriodicHook]] = (),
         loggers: Sequence[Logger] = (),
         quiet: bool = False,
@@ -108,6 +109,7 @@ class Session:
         transcoder = run.transcoder
         self._window = FiringWindow(transcoder.d_sae, settings.feature_sampling_window, transcoder.W_enc.device)
         self._n_resampled_logged = 0.0
+        self._written: Future[None] | None = None
         self._log: RunLog | None = None
         self._bar: Any = None
 
@@ -147,15 +149,18 @@ class Session:
         )
         return stream_state
 
-    def callbacks(self, stream: BatchStream, clock: CheckpointClock | None = None) -> list[StepCallback]:
+    def callbacks(
+        self, stream: BatchStream, clock: CheckpointClock | None = None, writer: CheckpointWriter | None = None
+    ) -> list[StepCallback]:
         """Return what is due between steps.
 
         A look at the weights comes first: one that is not finite would be scored and, after the last step, published.
         The checkpoint comes last, so that it holds all that was logged before.
 
-        ``clock`` is that of all runs on the stream; by default of this one alone.
+        ``clock`` and ``writer`` are those of all runs on the stream; by default of this one alone.
         """
         settings = self._settings
+        self._writer = CheckpointWriter(torch.device("cpu")) if writer is None else writer
         clock = CheckpointClock(self._checkpoint_steps) if clock is None else clock
         callbacks = [
             StepCallback(self._is_scored, lambda _: self._refuse_non_finite_weights()),
@@ -187,6 +192,7 @@ class Session:
     def export(self) -> list[str]:
         """Write the final weights; return the names of the files that make up the artifact."""
         assert self._log is not None, "a session is resumed before it is exported"
+        self._wait_for_checkpoint()
         self._log.commit()
         files = [WEIGHTS, *(snapshot_name(step) for step in snapshot_steps(self._settings.snapshots, self.n_steps))]
         if "best" in self.scores:
@@ -275,12 +281,11 @@ class Session:
         self._log.write(step, self.run.n_rows_done, split, record)
 
     def _show(self, step: int) -> None:
-        latest = self.run.latest
-        assert latest is not None
         if not self._bar.disable:
             assert self._log is not None
-            shown = {"loss": f"{float(latest.losses['loss']):.4f}"}
-            shown["L0"] = f"{int(latest.n_active.sum()) / self.run.latest_rows:.1f}"
+            shown = {}
+            if logged := self.scores.get("train"):  # a look at the step itself would make the host wait for a GPU
+                shown = {"loss": f"{logged['loss']:.4f}", "L0": f"{logged['l0']:.1f}"}
             if fvu := self.scores.get("heldout", {}).get("fvu"):
                 shown["FVU"] = f"{fvu:.4f}"
             shown["rows/s"] = f"{self._log.rate(self.run.n_rows_done):,.0f}"
@@ -299,7 +304,14 @@ class Session:
                 "scores": self.scores,
             }
             tensors = {**self.run.state_tensors(), **self._window.state_tensors()}
-            self._checkpoints.save(RunCheckpoint(step, tensors, state))
+            self._wait_for_checkpoint()
+            self._written = self._writer.write(self._checkpoints, RunCheckpoint(step, tensors, state))
+
+    def _wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint lies on the disk; raise what kept it from there."""
+        if self._written is not None:
+            written, self._written = self._written, None
+            written.result()
 
     def __enter__(self) -> Self:
         return self

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from tailrace.storage.errors import NonFiniteActivation
-from tailrace.training.loop.checkpoint import CheckpointClock
+from tailrace.training.loop.checkpoint import CheckpointClock, CheckpointWriter
 from tailrace.training.loop.session import Session, StepCallback
 from tailrace.training.rows.batches import BatchStream, SiteBatches
 
@@ -79,7 +81,7 @@ def train_all(
     stream: BatchStream,
     sessions: Sequence[Session],
     *,
-    checkpoint_steps: int,
+    checkpoint_steps: int | None,
     give_up: Callable[[Session, NonFiniteActivation], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     before_first_step: Callable[[], None] | None = None,
@@ -100,24 +102,27 @@ def train_all(
     if before_first_step is not None:
         before_first_step()
     clock = CheckpointClock(checkpoint_steps)
-    train(
-        stream,
-        [_scheduled(session, stream, clock, give_up) for session in sessions],
-        first_step=step or 0,
-        after_step=after_step,
-    )
+    device = sessions[0].run.transcoder.W_enc.device if sessions else torch.device("cpu")
+    with CheckpointWriter(device) as writer:
+        train(
+            stream,
+            [_scheduled(session, stream, clock, writer, give_up) for session in sessions],
+            first_step=step or 0,
+            after_step=after_step,
+        )
 
 
 def _scheduled(
     session: Session,
     stream: BatchStream,
     clock: CheckpointClock,
+    writer: CheckpointWriter,
     give_up: Callable[[Session, NonFiniteActivation], None] | None,
 ) -> ScheduledRun:
     return ScheduledRun(
         session.run,
         session.n_steps,
-        session.callbacks(stream, clock),
+        session.callbacks(stream, clock, writer),
         session.finish,
         None if give_up is None else lambda error: give_up(session, error),
     )
