@@ -12,14 +12,13 @@ order that suits the processor's vectors, so its last bits depend on them.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from tailrace.storage.bfloat16 import bits_to_float32
+from tailrace.storage.compiled import compiled_loop
 
 BLOCK_ROWS = 256
 
@@ -48,92 +47,92 @@ def sum_rows(rows: np.ndarray) -> RowSums:
     shift = np.empty(width, np.float32)
     sums, squares = np.zeros(width, np.float64), np.zeros(width, np.float64)
     energies, extremes = np.empty(n, np.float32), np.empty(2, np.float32)
-    bits = rows.view({"float16": np.int16, "uint16": np.uint16, "float32": np.uint32}[rows.dtype.name])
-    _kernel(rows.dtype.name)(bits, shift, sums, squares, energies, extremes)
+    bits = rows.view(f"int{8 * rows.itemsize}")
+    _sum_blocks(bits, *_FORMS[rows.dtype.name], shift, sums, squares, energies, extremes)
     return RowSums(shift, sums, squares, energies, float(extremes[0]), float(extremes[1]))
 
 
-def _float16_bits(value: Any) -> Any:
-    # Exponent and mantissa move to float32's bits; the factor below corrects the exponent's bias.
-    return (np.int32(value) << np.int32(13)) & np.int32(-1879056384)  # 0x8FFFE000
-
-
-def _bfloat16_bits(value: Any) -> Any:
-    return np.uint32(value) << np.uint32(16)
-
-
-def _float32_bits(value: Any) -> Any:
-    return value
-
-
-_FORMS: dict[str, tuple[Callable[[Any], Any], Any, float]] = {
-    "float16": (_float16_bits, np.int32, 2.0**112),
-    "uint16": (_bfloat16_bits, np.uint32, 1.0),
-    "float32": (_float32_bits, np.uint32, 1.0),
+_FLOAT16, _BFLOAT16, _FLOAT32 = range(3)
+_FORMS = {
+    "float16": (_FLOAT16, np.float32(2.0**112)),
+    "uint16": (_BFLOAT16, np.float32(1)),
+    "float32": (_FLOAT32, np.float32(1)),
 }
+"""By dtype: which bits its numbers have, and what they are to be multiplied by once they are float32's."""
 
 
-@cache
-def _kernel(dtype: str) -> Callable[..., None]:
-    """Compile the kernel for one dtype, half a second at first use."""
-    import numba
-
-    plain, word, scale = _FORMS[dtype]
-    to_bits, factor = numba.njit(inline="always")(plain), np.float32(scale)
-    # reassociation alone: nothing is assumed about NaN or infinity
-    squared_norm = numba.njit(fastmath={"reassoc", "contract", "nsz"})(_squared_norm)
-
-    def sum_blocks(
-        bits: Any, shift: Any, total: Any, total_squares: Any, energies: Any, extremes: Any
-    ) -> None:  # pragma: no cover - compiled
-        n, width = bits.shape
-        words = np.empty(width, word)
-        row = words.view(np.float32)
-        sums, squares = np.zeros(width, np.float32), np.zeros(width, np.float32)
-        first = min(n, BLOCK_ROWS)
-        mean = np.zeros(width, np.float64)
-        for i in range(first):
-            for j in range(width):
-                words[j] = to_bits(bits[i, j])
-            for j in range(width):
-                mean[j] += np.float64(row[j] * factor)
-        for j in range(width):
-            shift[j] = np.float32(mean[j] / first)
-        # As coarse as float16, so that deviations of 16-bit numbers are exact and no sum is rounded one way throughout.
-        coarse = shift.view(np.uint32)
-        for j in range(width):
-            coarse[j] &= np.uint32(0xFFFFE000)
-        lows, highs = np.full(width, np.inf, np.float32), np.full(width, -np.inf, np.float32)
-        for start in range(0, n, BLOCK_ROWS):
-            sums[:] = 0
-            squares[:] = 0
-            for i in range(start, min(n, start + BLOCK_ROWS)):
-                for j in range(width):
-                    words[j] = to_bits(bits[i, j])
-                energies[i] = squared_norm(row, factor)
-                for j in range(width):
-                    value = row[j] * factor
-                    lows[j] = value if value < lows[j] else lows[j]  # unlike min() it leaves NaN alone, and vectorises
-                    highs[j] = value if value > highs[j] else highs[j]
-                    deviation = value - shift[j]
-                    sums[j] += deviation
-                    squares[j] += deviation * deviation
-            for j in range(width):
-                total[j] += np.float64(sums[j])
-                total_squares[j] += np.float64(squares[j])
-        extremes[0], extremes[1] = lows.min(), highs.max()
-
-    # Not reassociated: a shift subtracted from a sum instead of from each value would be rounded one way 256 times.
-    compiled: Callable[..., None] = numba.njit(nogil=True, fastmath={"contract"})(sum_blocks)
-    return compiled
+@compiled_loop()
+def _as_float32_bits(bits: np.ndarray, form: int, words: np.ndarray) -> None:  # pragma: no cover - compiled
+    """Write the numbers of a row (d,), integers that hold their bits, to int32 ``words`` (d,) as float32's bits."""
+    if form == _FLOAT16:
+        # Exponent and mantissa move to float32's bits; a factor corrects the exponent's bias.
+        for j in range(len(words)):
+            words[j] = (np.int32(bits[j]) << np.int32(13)) & np.int32(-1879056384)  # 0x8FFFE000
+    elif form == _BFLOAT16:
+        for j in range(len(words)):
+            words[j] = np.int32(bits[j]) << np.int32(16)
+    else:
+        for j in range(len(words)):
+            words[j] = bits[j]
 
 
-def _squared_norm(row: Any, factor: Any) -> Any:  # pragma: no cover - compiled
+# reassociation alone: nothing is assumed about NaN or infinity
+@compiled_loop("reassoc", "contract", "nsz")
+def _squared_norm(row: np.ndarray, factor: float) -> float:  # pragma: no cover - compiled
     energy = np.float32(0)
     for j in range(len(row)):
         value = row[j] * factor
         energy += value * value
     return energy
+
+
+# Not reassociated: a shift subtracted from a sum instead of from each value would be rounded one way 256 times.
+@compiled_loop("contract")
+def _sum_blocks(
+    bits: np.ndarray,
+    form: int,
+    factor: float,
+    shift: np.ndarray,
+    total: np.ndarray,
+    total_squares: np.ndarray,
+    energies: np.ndarray,
+    extremes: np.ndarray,
+) -> None:  # pragma: no cover - compiled
+    """Fill the sums of rows (n, d), given as integers that hold their bits."""
+    n, width = bits.shape
+    words = np.empty(width, np.int32)
+    row = words.view(np.float32)
+    sums, squares = np.zeros(width, np.float32), np.zeros(width, np.float32)
+    first = min(n, BLOCK_ROWS)
+    mean = np.zeros(width, np.float64)
+    for i in range(first):
+        _as_float32_bits(bits[i], form, words)
+        for j in range(width):
+            mean[j] += np.float64(row[j] * factor)
+    for j in range(width):
+        shift[j] = np.float32(mean[j] / first)
+    # As coarse as float16, so that deviations of 16-bit numbers are exact and no sum is rounded one way throughout.
+    coarse = shift.view(np.uint32)
+    for j in range(width):
+        coarse[j] &= np.uint32(0xFFFFE000)
+    lows, highs = np.full(width, np.inf, np.float32), np.full(width, -np.inf, np.float32)
+    for start in range(0, n, BLOCK_ROWS):
+        sums[:] = 0
+        squares[:] = 0
+        for i in range(start, min(n, start + BLOCK_ROWS)):
+            _as_float32_bits(bits[i], form, words)
+            energies[i] = _squared_norm(row, factor)
+            for j in range(width):
+                value = row[j] * factor
+                lows[j] = value if value < lows[j] else lows[j]  # unlike min() it leaves NaN alone, and vectorises
+                highs[j] = value if value > highs[j] else highs[j]
+                deviation = value - shift[j]
+                sums[j] += deviation
+                squares[j] += deviation * deviation
+        for j in range(width):
+            total[j] += np.float64(sums[j])
+            total_squares[j] += np.float64(squares[j])
+    extremes[0], extremes[1] = lows.min(), highs.max()
 
 
 MASSIVE_SHARE = 0.25

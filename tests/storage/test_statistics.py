@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tailrace.storage.artifact import canonical_json
 from tailrace.storage.bfloat16 import bits_to_float32, float32_to_bits
-from tailrace.storage.statistics import SiteStatistics
+from tailrace.storage.compiled import CompiledLoop
+from tailrace.storage.statistics import SiteStatistics, _sum_blocks
 
 BLOCK_ERROR = 128 * 2.0**-24
 """Relative error of a block's float32 sum, of the mean magnitude of what is summed (module docstring)."""
@@ -159,3 +160,16 @@ def test_json_keeps_every_bit() -> None:
     assert canonical_json(again.as_json()) == canonical_json(statistics.as_json())
     assert again.total.tobytes() == statistics.total.tobytes()
     assert again.energy_share() == statistics.energy_share()
+
+
+def test_compiled_sums_are_kept_for_later_processes() -> None:
+    rows = heavy_tailed(3, 8)
+    gather(rows)
+    later = CompiledLoop(_sum_blocks._function, ("contract",))  # as another process makes it
+    later(
+        rows.view(np.int32),
+        *(2, np.float32(1)),
+        *(np.empty(8, np.float32), np.zeros(8), np.zeros(8)),
+        *(np.empty(3, np.float32), np.empty(2, np.float32)),
+    )
+    assert sum(later._compiled.stats.cache_hits.values()) == 1
