@@ -150,13 +150,15 @@ def sweep(
     wandb: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    workers: int = 0,
     quiet: bool = True,
     **settings: Any,
 ) -> SweepResult:
     """Train transcoders of many settings side by side, from one reading of the rows, and publish the sweep at ``out``.
 
     ``over`` has lists of values by setting, all combinations of which are run, or a list of runs, each with what it
-    changes. All else is as for ``train``. Raises NonFiniteActivation if every run diverges.
+    changes. ``workers`` processes share the runs, on a GPU each in turn. All else is as for ``train``. Raises
+    NonFiniteActivation if every run diverges.
 
     ``tailrace.sweep("caches/gpt2", over={"k": [16, 32], "lr": [1e-3, 2e-3]}, out="sweeps/gpt2", steps=500)``
     """
@@ -174,7 +176,7 @@ def sweep(
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
         loggers=_loggers(tensorboard, wandb),
-        compute=Compute(device, threads, quiet=quiet),
+        compute=Compute(device, threads, workers, quiet=quiet),
     )
 
 

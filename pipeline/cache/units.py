@@ -29,9 +29,9 @@ from tailrace.pipeline.cache.context_packing import PackingProgress
 from tailrace.pipeline.cache.rows import RowMaker, Rows, UnitRows, UnitTask
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import load_language_model
-from tailrace.pipeline.shared.compute import Compute, device_named
+from tailrace.pipeline.shared.compute import Compute, device_of_worker
 from tailrace.pipeline.shared.progress import RowProgress
-from tailrace.pipeline.shared.worker_processes import completed, open_workers, worker_number
+from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.artifact import sync_directory
 from tailrace.storage.cache_format import SPLITS, CacheFormat, UnitRecord, unit_record_name
 from tailrace.storage.cache_writer import ContextBlocks, UnitBuffer, remove_temporary_files
@@ -261,17 +261,11 @@ def _worker(job: WorkerJob) -> tuple[UnitFiles, UnitRows, UnitBuffer]:
         torch.set_num_threads(job.threads)
     settings = CacheSettings.model_validate_json(job.settings)
     layout = CacheFormat.from_json(job.layout)
-    model = load_language_model(settings, device=_own_device(job.device), compile_model=job.compile_model)
+    model = load_language_model(settings, device=device_of_worker(job.device), compile_model=job.compile_model)
     files = UnitFiles(Path(job.root), layout, job.generation, settings.seed, with_provenance=True)
     blocks = {split: ContextBlocks(files.root, layout, job.generation, split) for split in SPLITS}
     maker = RowMaker(model, layout.sites, settings.rows_of(model), settings.contexts_per_batch)
     return files, UnitRows(maker, blocks), files.buffer()
-
-
-def _own_device(name: str) -> str:
-    """Return the device of this worker: workers of one machine share its GPUs out in turn."""
-    name, number = device_named(name), worker_number()
-    return name if name != "cuda" or number is None else f"cuda:{number % max(1, torch.cuda.device_count())}"
 
 
 def _n_bytes(record: UnitRecord) -> int:

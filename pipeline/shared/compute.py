@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tailrace.pipeline.shared.worker_processes import worker_number
 from tailrace.storage.errors import ActionableError, DeviceLostError, OutOfMemoryError, SettingsError, is_out_of_memory
 
 if TYPE_CHECKING:  # commands import this module, and torch takes seconds
@@ -57,6 +58,10 @@ class Compute:
         if self.threads is not None or self.scheduler is not None:
             return self.threads
         return max(1, torch.get_num_threads() // self.workers)
+
+    def in_worker(self) -> Compute:
+        """Return what the process that is given this as a task computes with, where it is one of ``workers``."""
+        return Compute(device_of_worker(self.device), self.worker_threads, quiet=True)
 
     @contextmanager
     def opened(self) -> Iterator[torch.device]:
@@ -142,6 +147,14 @@ def gpus_seen() -> str:
         return ", ".join(f"cuda:{index}" for index in range(n_gpus))
     reason = str(caught[0].message).split(". ")[0] if caught else "the driver shows none"
     return f"none, {reason}"
+
+
+def device_of_worker(name: str) -> str:
+    """Return a device's name in this process: workers of one machine share its GPUs out in turn."""
+    import torch
+
+    name, number = device_named(name), worker_number()
+    return name if name != "cuda" or number is None else f"cuda:{number % max(1, torch.cuda.device_count())}"
 
 
 def _open_device(name: str) -> torch.device:

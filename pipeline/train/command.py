@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 other_way = partial(option, section="Other ways to train")
 logged = partial(option, section="Logging and scoring")
+_WORKERS = running(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes that share the runs of a sweep, on a GPU each in turn; 0: this one trains all.",
+)
 
 
 @click.command("train", cls=SectionCommand)
@@ -51,7 +59,7 @@ logged = partial(option, section="Logging and scoring")
     help="Write a checkpoint every N steps too; by default when a minute, and 20 times what the last ones took, have "
     "passed.",
 )
-@options.compute
+@options.computing(_WORKERS, options.device, options.threads, options.quiet)
 def command(
     cache: Path | None,
     output: Path,

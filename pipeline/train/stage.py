@@ -72,6 +72,11 @@ def run(
 
     Started by torchrun, several processes train the transcoder of a cache together; the first one writes its files.
     """
+    if compute.has_workers:
+        raise SettingsError(
+            f"--workers {compute.workers}: workers share the runs of a sweep; several processes train one transcoder "
+            "if torchrun starts them"
+        )
     compute = replace(compute, device=device_of_process(compute.device_name))
     with ExitStack() as stack:
         on = stack.enter_context(compute.opened())

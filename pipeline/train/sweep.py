@@ -11,13 +11,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tailrace.pipeline.artifacts.manifests import RunRecord, SweepManifest
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.pipeline.train.grid import SHARED
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ended, kind_of, train_drafts
@@ -38,6 +39,7 @@ from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.session import PeriodicHook
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.train_all import continued_together
 
 KIND = SweepManifest.of_kind
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -77,6 +79,8 @@ def run(
     ``tailrace.pipeline.train.stage.run`` does.
     """
     check_shared(runs)
+    if compute.has_workers and (live is not None or hooks):
+        raise SettingsError(f"--workers {compute.workers}: not with live rows or hooks, which one process has; use 0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingsError("a sweep trains in one process; start one run with torchrun, or the sweep without it")
     with compute.opened() as on, ExitStack() as stack:
@@ -93,28 +97,94 @@ def run(
             Draft(output, KIND, {"format": FORMAT_VERSION, "runs": requests}, discard_with="--fresh")
         )
         if not sweep.published:
-            drafts = {
-                name: stack.enter_context(Draft(output / RUNS / name, kind_of(runs[name]), request))
-                for name, request in requests.items()
-            }
-            unfinished = {name: draft for name, draft in drafts.items() if not has_ended(draft)}
-            if unfinished:
-                chosen = _choose_sites(runs, context, source) if sites is None else sites
-                train_drafts(
-                    source,
-                    {name: RunDraft(runs[name], chosen[name], draft) for name, draft in unfinished.items()},
-                    context,
-                    output=output,
-                    checkpoint_steps=checkpoint_steps,
-                    quiet=compute.quiet,
-                    others_go_on=True,
-                )
+            every = _Share(runs, requests, sites, output, compute, checkpoint_steps)
+            if compute.has_workers:
+                assert cache is not None, "workers read a cache"
+                shares = [(share, cache, start_from, model_scores, model, loggers) for share in every.cut()]
+                with open_workers(compute.workers) as submit:
+                    for _ in completed(submit, _train_in_worker, shares):
+                        pass
+            drafts = every.train(source, context, stack)
             _publish(sweep, drafts)
             for draft in drafts.values():
                 if draft.published:
                     Checkpoints(draft.path / CHECKPOINTS).clear()
         Checkpoints(output / CHECKPOINTS).clear()
     return read_result(output)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Some runs of a sweep, and what it takes to train them here or in a worker."""
+
+    runs: Mapping[str, TrainSettings]
+    requests: Mapping[str, Mapping[str, Any]]
+    sites: Mapping[str, Sequence[Site]] | None
+    """None if they were chosen in an earlier process, and are not known here."""
+    output: Path
+    """Of the sweep."""
+    compute: Compute
+    checkpoint_steps: int | None
+
+    def train(self, source: TrainingSource, context: RunContext, stack: ExitStack) -> dict[str, Draft]:
+        """Train the runs that have not ended, from where they were left; return the drafts of all, held by ``stack``.
+
+        Runs that can go on from a common step are trained side by side.
+        """
+        drafts = {
+            name: stack.enter_context(Draft(self._folder(name), kind_of(self.runs[name]), request))
+            for name, request in self.requests.items()
+        }
+        unfinished = {name: draft for name, draft in drafts.items() if not has_ended(draft)}
+        if not unfinished:
+            return drafts
+        chosen = _choose_sites(self.runs, context, source) if self.sites is None else self.sites
+        steps = {name: Checkpoints(draft.path / CHECKPOINTS).steps() for name, draft in unfinished.items()}
+        for group in continued_together(steps):
+            train_drafts(
+                source,
+                {name: RunDraft(self.runs[name], chosen[name], unfinished[name]) for name in group},
+                context,
+                output=self.output,
+                checkpoint_steps=self.checkpoint_steps,
+                quiet=self.compute.quiet,
+                others_go_on=True,
+            )
+        return drafts
+
+    def cut(self) -> list[_Share]:
+        """Return the runs that have not ended in shares for workers: those that go on from one step, dealt in turn."""
+        left = [name for name in self.runs if not any((self._folder(name) / end).exists() for end in (MANIFEST, MARK))]
+        steps = {name: Checkpoints(self._folder(name) / CHECKPOINTS).steps() for name in left}
+        shares = []
+        for group in continued_together(steps) if left else []:
+            for first in range(min(self.compute.workers, len(group))):
+                names = group[first :: self.compute.workers]
+                own = {name: self.runs[name] for name in names}
+                shares.append(replace(self, runs=own, requests={name: self.requests[name] for name in names}))
+        return shares
+
+    def _folder(self, name: str) -> Path:
+        return self.output / RUNS / name
+
+
+def _train_in_worker(
+    share: _Share,
+    cache: Path,
+    start_from: Path | None,
+    model_scores: ModelScoreSettings | None,
+    model: str | None,
+    loggers: Callable[[], list[Logger]],
+) -> None:
+    """Train a share in the process that this is a task of, on its device."""
+    share = replace(share, compute=share.compute.in_worker())
+    with share.compute.opened() as on, ExitStack() as stack:
+        first = next(iter(share.runs.values()))
+        source = stack.enter_context(open_source(cache, None, first, share.output, on))
+        name = share.compute.device_name
+        scores = ModelScores(model_scores or ModelScoreSettings(), source, model=model, device=name)
+        start = None if start_from is None else WarmStart(start_from)
+        share.train(source, RunContext(on, scores, start, loggers=loggers), stack)
 
 
 def check_shared(runs: Mapping[str, TrainSettings]) -> None:

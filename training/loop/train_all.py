@@ -6,7 +6,7 @@ without the others. A run alone, a sweep, a transcoder for each layer and a cros
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -126,6 +126,21 @@ def _scheduled(
         session.finish,
         None if give_up is None else lambda error: give_up(session, error),
     )
+
+
+def continued_together(steps: Mapping[str, Iterable[int]]) -> list[list[str]]:
+    """Return which runs go on side by side, given the steps that each can be continued from, by name.
+
+    All, if there is a step that they have in common, or none has any; else those whose newest steps agree. They part
+    where other processes trained some of them.
+    """
+    own = {name: set(of_one_run) for name, of_one_run in steps.items()}
+    if newest_common_step(own.values()) is not None or not any(own.values()):
+        return [[*own]]
+    newest: dict[int, list[str]] = {}
+    for name, of_one_run in own.items():
+        newest.setdefault(max(of_one_run, default=0), []).append(name)
+    return [*newest.values()]
 
 
 def newest_common_step(steps: Iterable[Iterable[int]]) -> int | None:

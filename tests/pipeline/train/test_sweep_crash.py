@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand
-from tailrace.storage.errors import NonFiniteActivation
+from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.checkpoint import Checkpoints, RunCheckpoint
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.train_all import continued_together
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import Kill, count_renames, die_at, differing
 from tests.support.training_caches import small_cache
@@ -181,3 +183,47 @@ def test_runs_that_have_ended_are_not_trained_again(cache: Path, tmp_path: Path)
         run()
     assert published.stat().st_mtime_ns == written
     assert DIVERGING_D_SAE not in widths
+
+
+def test_runs_go_on_together_from_a_common_step_or_with_those_as_far() -> None:
+    assert continued_together({"a": [], "b": []}) == [["a", "b"]]
+    assert continued_together({"a": [4, 8], "b": [8, 12], "c": [8]}) == [["a", "b", "c"]]
+    assert continued_together({"a": [4, 8], "b": [12, 16], "c": [4, 8], "d": []}) == [["a", "c"], ["b"], ["d"]]
+
+
+def go_on(cache: Path, output: Path, workers: int, *hooks: Any) -> None:
+    compute = Compute(device="cpu", threads=1, workers=workers, quiet=True)
+    hooked = [(1, hook) for hook in hooks]
+    sweep.run(plain_runs(), cache=cache, output=output, compute=compute, checkpoint_steps=4, hooks=hooked)
+
+
+def plain_runs() -> dict[str, TrainSettings]:
+    return expand([{"steps": 23}, {"steps": 9}, {"steps": 17}], lambda point: TrainSettings.read(BASE, point))
+
+
+@pytest.mark.slow
+def test_workers_that_share_a_sweep_end_with_the_bytes_of_one_process(cache: Path, tmp_path: Path) -> None:
+    go_on(cache, tmp_path / "alone", 0)
+    go_on(cache, tmp_path / "shared", 2)
+    expected = results(tmp_path / "alone")
+    assert results(tmp_path / "shared") == expected
+
+    def interrupt(step: int, transcoder: Transcoder) -> None:
+        if step == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(cache, tmp_path / "cut", 0, interrupt)
+    ahead = tmp_path / "cut" / "runs" / "steps=17" / "checkpoints"
+    for checkpoint in ahead.iterdir():  # as if another process had trained this run, and had not come as far
+        checkpoint.unlink()
+    go_on(cache, tmp_path / "cut", 2)
+    assert results(tmp_path / "cut") == expected
+
+
+def test_workers_are_for_sweeps_of_a_cache(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="not with live rows or hooks"):
+        go_on(cache, tmp_path / "out", 2, diverge)
+    with pytest.raises(SettingsError, match="workers share the runs of a sweep"):
+        train.run(TrainSettings.read(BASE), cache=cache, output=tmp_path / "out", compute=Compute(workers=2))
+    assert not (tmp_path / "out").exists()
