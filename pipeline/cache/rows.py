@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailrace.pipeline.model.language_model import LanguageModel
+from tailrace.pipeline.model.language_model import LanguageModel, on_device
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.cache_format import Site
@@ -43,6 +43,61 @@ class Rows:
         return {key: as_array(values) for key, values in self.activations.items()}
 
 
+class PendingRows:
+    """Rows of a pass that may still be running: a GPU makes them and copies them out while the host goes on."""
+
+    def __init__(
+        self,
+        provenance: Mapping[str, np.ndarray],
+        values: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        hooks: Mapping[str, str],
+        copying: torch.cuda.Stream | None = None,
+    ) -> None:
+        self._provenance, self._dtypes, self._hooks = provenance, dtypes, hooks
+        self._values = values
+        stored = [rows.to(dtypes[key]).contiguous() for key, rows in values.items()]
+        extremes = [torch.stack(torch.aminmax(rows)).double() for rows in values.values() if len(rows)]
+        self._extremes = torch.stack(extremes) if extremes else torch.zeros(0, 2)
+        self._stored = dict(zip(values, stored, strict=True))
+        self._arrived = None if copying is None else self._copy_out(copying)
+
+    def __len__(self) -> int:
+        return len(self._provenance["context"])
+
+    def _copy_out(self, copying: torch.cuda.Stream) -> torch.cuda.Event:
+        """Begin to copy everything into pinned memory, which torch keeps for later batches once it is free."""
+        self._on_device = (*self._stored.values(), self._extremes)  # until they are copied
+        copying.wait_stream(torch.cuda.current_stream(self._extremes.device))
+        with torch.cuda.stream(copying):
+            self._stored = {key: _copied(rows) for key, rows in self._stored.items()}
+            self._extremes = _copied(self._extremes)
+            arrived = torch.cuda.Event()
+            arrived.record(copying)
+        return arrived
+
+    def finished(self) -> Rows:
+        """Wait for the rows and return them.
+
+        Raises NonFiniteActivation, or ActivationOverflow beyond the storage dtype, naming hook, context and position.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._on_device = ()
+        for key, (lowest, highest) in zip(self._stored, self._extremes.tolist(), strict=False):
+            limit = torch.finfo(self._dtypes[key]).max
+            if not -limit <= lowest <= highest <= limit:  # NaN is in no order
+                raise _unstorable(self._values[key], self._dtypes[key], self._hooks[key], self._provenance)
+        self._values = {}
+        return Rows(self._provenance, self._stored)
+
+
+def _copied(values: Tensor) -> Tensor:
+    """Return values on the host, in pinned memory, once the stream that is asked here has copied them."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
+
+
 class RowMaker:
     """Runs the language model over batches of one size; keeps the rows of ``sites`` that the row mask keeps."""
 
@@ -50,23 +105,37 @@ class RowMaker:
         self.sites, self.contexts_per_batch = tuple(sites), contexts_per_batch
         self._model, self._row_mask = model, row_mask
         self._hooks = [SiteHooks.of(site) for site in sites]
+        sides = [
+            (f"{site.name}/{side}", hook, torch_dtype(site))
+            for site, hooks in zip(self.sites, self._hooks, strict=True)
+            for side, hook in hooks.sides.items()
+        ]
+        self._hook_of = {key: hook for key, hook, _ in sides}
+        self._dtype_of = {key: dtype for key, _, dtype in sides}
+        self._copying = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a batch can be begun while the rows of the one before are still on their way."""
+        return self._copying is not None
 
     def rows(self, tokens: np.ndarray, documents: np.ndarray, first_context: int) -> Rows:
         """Return the rows of contexts (n, context_length), at most a batch of them; their documents are marked ones.
 
         Raises NonFiniteActivation, or ActivationOverflow beyond the storage dtype, naming hook, context and position.
         """
+        return self.begin(tokens, documents, first_context).finished()
+
+    def begin(self, tokens: np.ndarray, documents: np.ndarray, first_context: int) -> PendingRows:
+        """Begin with ``rows``; on a GPU nothing here waits for it."""
         kept = self._row_mask(tokens, documents)
-        provenance = _provenance(tokens, documents, kept, first_context)
         padded = np.concatenate([tokens, np.repeat(tokens[-1:], self.contexts_per_batch - len(tokens), 0)])
         captured = self._model.capture(torch.from_numpy(padded.astype(np.int64)), self._hooks)
-        mask = torch.from_numpy(kept).to(self._model.device)
-        activations = {}
-        for site, hooks in zip(self.sites, self._hooks, strict=True):
-            for side, hook in hooks.sides.items():
-                values = captured[hook][: len(tokens)][mask]
-                activations[f"{site.name}/{side}"] = to_stored(values, torch_dtype(site), hook, provenance)
-        return Rows(provenance, activations)
+        # by numbers, which the host knows: how many a mask selects, a GPU would have to tell first
+        chosen = on_device(torch.from_numpy(np.flatnonzero(kept)), self._model.device)
+        values = {key: captured[hook].flatten(0, 1).index_select(0, chosen) for key, hook in self._hook_of.items()}
+        provenance = _provenance(tokens, documents, kept, first_context)
+        return PendingRows(provenance, values, self._dtype_of, self._hook_of, self._copying)
 
 
 @dataclass(frozen=True)
@@ -88,26 +157,30 @@ class UnitRows:
 
     def __init__(self, maker: RowMaker, contexts: Mapping[str, ContextBlocks]) -> None:
         self._maker, self._contexts = maker, contexts
-        self._last: tuple[tuple[str, int, int], Rows] | None = None
+        self._last: tuple[tuple[str, int, int], PendingRows] | None = None
 
     def pieces(self, task: UnitTask) -> Iterator[Rows]:
         """Yield the rows of one unit, a batch at a time."""
         missing, skipped, batch = task.n_rows, task.skipped_rows, task.first_batch
+        pending = self._batch(task, batch)
         while missing:
-            rows = self._batch(task.split, batch, task.n_contexts)
-            piece = rows.cut(skipped, min(len(rows), skipped + missing))
-            if len(piece):
-                yield piece
-            missing -= len(piece)
-            skipped, batch = 0, batch + 1
+            stop = min(len(pending), skipped + missing)
+            missing, batch, this = missing - (stop - skipped), batch + 1, pending
+            if missing and self._maker.runs_ahead:
+                pending = self._batch(task, batch)
+            if stop > skipped:
+                yield this.finished().cut(skipped, stop)
+            if missing and not self._maker.runs_ahead:
+                pending = self._batch(task, batch)
+            skipped = 0
 
-    def _batch(self, split: str, batch: int, n_contexts: int) -> Rows:
+    def _batch(self, task: UnitTask, batch: int) -> PendingRows:
         size = self._maker.contexts_per_batch
-        start, stop = batch * size, min((batch + 1) * size, n_contexts)
-        assert start < stop, f"batch {batch} of {split} lies beyond its {n_contexts} contexts"
-        identity = (split, batch, stop)
+        start, stop = batch * size, min((batch + 1) * size, task.n_contexts)
+        assert start < stop, f"batch {batch} of {task.split} lies beyond its {task.n_contexts} contexts"
+        identity = (task.split, batch, stop)
         if self._last is None or self._last[0] != identity:
-            self._last = (identity, self._maker.rows(*self._contexts[split].read(start, stop), start))
+            self._last = (identity, self._maker.begin(*self._contexts[task.split].read(start, stop), start))
         return self._last[1]
 
 
@@ -121,16 +194,6 @@ def torch_dtype(site: Site) -> torch.dtype:
 def as_array(rows: Tensor) -> np.ndarray:
     """View rows on the CPU as NumPy, bfloat16 as uint16 bits, which is what storage reads."""
     return np.asarray(rows.view(torch.uint16 if rows.dtype == torch.bfloat16 else rows.dtype).numpy())
-
-
-def to_stored(values: Tensor, dtype: torch.dtype, hook: str, provenance: Mapping[str, np.ndarray]) -> Tensor:
-    """Return rows (n, d) on the CPU in ``dtype``; refuse values that it cannot hold."""
-    limit = torch.finfo(dtype).max
-    if len(values):
-        lowest, highest = torch.stack(torch.aminmax(values)).tolist()
-        if not -limit <= lowest <= highest <= limit:  # NaN is in no order
-            raise _unstorable(values, dtype, hook, provenance)
-    return values.to(device="cpu", dtype=dtype).contiguous()
 
 
 def _unstorable(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tailrace.pipeline.cache.rows import to_stored
+from tailrace.pipeline.cache.rows import PendingRows
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.storage.errors import ActivationOverflow, ModelError, NonFiniteActivation, SettingsError, TextError
 from tests.support.live_runs import open_live, take
@@ -176,11 +176,15 @@ def test_a_failure_of_the_background_thread_is_raised_by_every_later_call(tmp_pa
 def test_a_row_beyond_float16_is_refused_with_its_place_and_the_way_out() -> None:
     where = {name: np.array([4, 5], np.int64) for name in ("context", "position", "document", "token_id")}
     values = torch.tensor([[1.0, 65504.0], [2.0, -7e4]])
-    assert to_stored(values[:1], torch.float16, "hook", where).tolist() == [[1.0, 65504.0]]
+
+    def stored(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return PendingRows(where, {"a": rows}, {"a": dtype}, {"a": "hook"}).finished().activations["a"]
+
+    assert stored(values[:1], torch.float16).tolist() == [[1.0, 65504.0]]
     with pytest.raises(
         ActivationOverflow, match=r"hook, context 5, position 5 \(document 5, token id 5\): 70000 is beyond float16"
     ):
-        to_stored(values, torch.float16, "hook", where)
-    assert to_stored(values, torch.bfloat16, "hook", where)[1, 1] == torch.tensor(-7e4).bfloat16()
+        stored(values, torch.float16)
+    assert stored(values, torch.bfloat16)[1, 1] == torch.tensor(-7e4).bfloat16()
     with pytest.raises(NonFiniteActivation, match="context 4"):
-        to_stored(torch.tensor([[float("inf"), 0.0]]), torch.float32, "hook", where)
+        stored(torch.tensor([[float("inf"), 0.0]]), torch.float32)
