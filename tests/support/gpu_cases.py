@@ -41,6 +41,7 @@ from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows import device_rows
 from tailrace.training.rows.batches import Batch, CacheBatches, SiteBatches, iter_sites_once
+from tests.support.gpu_stages import STAGES
 from tests.support.gpu_training import BASE, TRAINED, Case, resuming, training
 from tests.support.spliced_models import mlp_site, random_transcoder
 from tests.support.synthetic_cache import write_synthetic_cache
@@ -242,6 +243,7 @@ SLOW: dict[str, Case] = {
     "resume adamw": resuming("adamw"),
     "resume muon": resuming("muon"),
     **TRAINED,
+    **STAGES,
 }
 
 
