@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -175,9 +175,15 @@ def open_shard(path: Path, n_rows: int, spec: ArraySpec) -> FileIO:
     return file
 
 
+@lru_cache(maxsize=64)
+def _contiguous_footer(spec: ArraySpec, n_chunks: int) -> bytes:
+    """Return the index of an uncompressed shard, of which a cache has two for every array: full, and last."""
+    return shard_footer(spec, [spec.chunk_bytes] * n_chunks)
+
+
 def _is_contiguous(descriptor: int, n_rows: int, spec: ArraySpec) -> bool:
     n_chunks = rows_to_chunks(spec, n_rows)
-    footer = shard_footer(spec, [spec.chunk_bytes] * n_chunks)
+    footer = _contiguous_footer(spec, n_chunks)
     start = n_chunks * spec.chunk_bytes
     if os.fstat(descriptor).st_size != start + len(footer):
         return False
