@@ -30,7 +30,7 @@ from benchmarks.report import Report, parse_arguments, scratch_folder
 from tailrace.storage.activation_cache import CacheSplit
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.memory import aligned_rows, as_bytes
-from tailrace.storage.stream import Piece
+from tailrace.storage.orders import Piece
 from tailrace.training.rows.device_rows import N_READERS, N_SLOTS, SLOT_BYTES
 
 BATCH_ROWS = 4096

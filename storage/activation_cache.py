@@ -33,9 +33,10 @@ from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactM
 from tailrace.storage.formats import LEFT_OUT
 from tailrace.storage.layout import ArraySpec, Side
 from tailrace.storage.names import folder_problem, inside
+from tailrace.storage.orders import Read
 from tailrace.storage.shard import read_rows
 from tailrace.storage.statistics import SiteStatistics
-from tailrace.storage.stream import Read, RowStream, StreamSource
+from tailrace.storage.stream import RowStream, StreamSource
 
 
 def open_cache(path: Path | str, generation: int | None = None) -> ActivationCache:

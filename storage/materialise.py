@@ -19,9 +19,9 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.layout import ArraySpec, array_metadata, group_metadata
 from tailrace.storage.memory import aligned_rows
+from tailrace.storage.orders import GatheredOrder
 from tailrace.storage.shard import write_shard
 from tailrace.storage.shuffle import EpochPlan
-from tailrace.storage.stream import GatheredOrder
 
 RunTasks = Callable[[Callable[[int], None], Iterable[int]], None]
 """Calls a function with every id, in turn or on workers."""

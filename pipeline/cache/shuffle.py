@@ -16,7 +16,7 @@ from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.cache_format import epoch_path
 from tailrace.storage.errors import StorageFull
 from tailrace.storage.materialise import materialise_epoch, plan_epoch
-from tailrace.storage.stream import find_materialised
+from tailrace.storage.orders import find_materialised
 
 
 def run(

@@ -55,7 +55,7 @@ class Rates(BaseModel):
     copy_pageable: float | None = None
 
 
-class Limits(BaseModel):
+class RowRates(BaseModel):
     """Rows a second that each part can give a training run of ``d_sae`` features; the smallest one decides."""
 
     cache: str
@@ -116,7 +116,7 @@ class Report(BaseModel):
     precision: str
     """What ``precision: auto`` is there."""
     rates: Rates
-    limits: Limits | None
+    limits: RowRates | None
     notes: list[str]
     """What could be better, each with what to do."""
 
@@ -277,7 +277,7 @@ def _files(split: CacheSplit, site: Site) -> Iterator[Path]:
                 yield split.read_shard(spec, unit, lambda group: group) / spec.shard_name(unit)
 
 
-def _limits(split: CacheSplit, site: Site, settings: TrainSettings, rates: Rates, device: torch.device) -> Limits:
+def _limits(split: CacheSplit, site: Site, settings: TrainSettings, rates: Rates, device: torch.device) -> RowRates:
     widths = [(site.d_in, site.d_out)]
     check_memory([(settings, widths)], device)
     precision = resolve_precision(settings.precision, device)
@@ -289,7 +289,7 @@ def _limits(split: CacheSplit, site: Site, settings: TrainSettings, rates: Rates
 
         reading = _seconds(read)
     step = step_seconds(settings, site.d_in, site.d_out, device=device, precision=precision)
-    return Limits(
+    return RowRates(
         cache=str(split.cache.path),
         site=site.name,
         row_bytes=site.row_bytes,

@@ -169,7 +169,7 @@ def _open_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
-            f"--device {name}: cannot be used here ({reason}). GPUs that torch can use: {gpus_seen()}; take one of "
-            "them, or --device cpu; docs/gpu.md says which torch a GPU needs"
+            f"--device {name}: cannot be used here ({reason}). GPUs: {gpus_seen()}. Take one of them, or --device cpu; "
+            "see docs/gpu.md"
         ) from error
     return device

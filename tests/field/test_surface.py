@@ -43,6 +43,7 @@ def made(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_some_rows_are_those_of_contexts_drawn_from_all_of_the_split(made, tmp_path):
     settings = AnalyzeSettings(rows=150, examples=2, without_model=True, block_rows=50)
     paths = {"cache": made / "cache", "transcoder": made / "transcoder"}

@@ -535,6 +535,7 @@ def test_name_of_a_special_token_in_a_text_is_letters_unless_the_text_is_markup(
     assert tokenizer.tokenize(plain, is_markup=False) == tokenizer.tokenize(plain, is_markup=True)
 
 
+@pytest.mark.slow
 def test_texts_are_cached_as_letters_by_default_and_older_caches_stay_as_they_were(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": SPELLED}] * 40)
     chosen = cache_settings(
@@ -845,6 +846,7 @@ def test_cache_of_roles_is_verified_and_its_evaluation_sees_its_rows(role_caches
     np.testing.assert_array_equal(position, rows_of(made, "position"))
 
 
+@pytest.mark.slow
 def test_cache_of_roles_grows_to_the_rows_of_one_run(tmp_path, chat_model, role_caches):
     made = cache_of_roles(tmp_path, chat_model, "made", "assistant", tokens=70)
     assert made.split("train").n_rows == 70
@@ -856,6 +858,7 @@ def test_cache_of_roles_grows_to_the_rows_of_one_run(tmp_path, chat_model, role_
     assert verify.run(made.path, pairs=4, **HERE).passed
 
 
+@pytest.mark.slow
 def test_interrupted_cache_of_roles_ends_with_the_same_bytes(tmp_path, chat_model, monkeypatch):
     chosen = {"tokens": 150, "holdout": "3::10"}
     expected = cache_of_roles(tmp_path, chat_model, "expected", "assistant", **chosen)

@@ -23,7 +23,7 @@ def test_no_command_draws_a_progress_bar_into_a_file(tmp_path: Path, capsys: pyt
     ):
         answer = command(capsys, *arguments)
         assert (answer.code, answer.out == "") == (0, False), answer
-        told = ("warning: ", "keeping the activations of ")
+        told = ("warning: ", "device: ", "keeping the activations of ")
         assert [line for line in answer.err.splitlines() if not line.startswith(told)] == []
 
 

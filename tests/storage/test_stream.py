@@ -171,9 +171,9 @@ def collect(stream: Iterator[Any], n_batches: int | None = None) -> list[tuple[i
     return found
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("n_rows", [None, 333])
-@pytest.mark.parametrize("materialised", ["none", "first", "second"])
+@pytest.mark.parametrize(
+    ("materialised", "n_rows", "drop_last"), diagonal(["none", "first", "second"], [None, 333], [False, True])
+)
 def test_a_stream_resumed_at_any_batch_serves_what_would_have_come(
     directory: Path, materialised: str, n_rows: int | None, drop_last: bool
 ) -> None:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from tailrace.storage.layout import ArraySpec
+from tailrace.storage.orders import Piece, cut_pieces
 from tailrace.storage.shuffle import Span
-from tailrace.storage.stream import BatchSpan, Piece, RowStream, StreamSource, StreamState, cut_pieces
+from tailrace.storage.stream import BatchSpan, RowStream, StreamSource, StreamState
 
 SLOT_BYTES = 8 << 20
 """Pinned memory that is read into and copied from at once; more leaves the processor's cache (0.9 of the speed)."""

@@ -18,8 +18,8 @@ import torch
 from tailrace.storage.activation_cache import CacheSplit
 from tailrace.storage.cache_format import Site
 from tailrace.storage.memory import aligned_rows
+from tailrace.storage.orders import GatheredOrder
 from tailrace.storage.shuffle import EpochPlan, Span, deal, philox, random_permutation, sample_prefix
-from tailrace.storage.stream import GatheredOrder
 from tailrace.training.rows.batches import Batch, as_tensor, keys_of
 
 _PURPOSE = "train/fresh rows"

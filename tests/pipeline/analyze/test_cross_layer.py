@@ -206,6 +206,7 @@ def test_two_workers_write_the_bytes_of_one_process(made: Path, tmp_path: Path) 
     assert {f"{name}/features.parquet" for name in NAMES} < alone.keys()
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_with_the_first_layer_that_is_not_finished(made: Path, tmp_path: Path) -> None:
     def stop(_: AnalyzeResult) -> None:
         raise KeyboardInterrupt
@@ -220,6 +221,7 @@ def test_interrupted_it_goes_on_with_the_first_layer_that_is_not_finished(made: 
     assert differing(tree(tmp_path / "t"), tree(made / "tables")) == []
 
 
+@pytest.mark.slow
 def test_fresh_text_gives_every_layer_what_a_cache_of_it_does(made: Path, tmp_path: Path) -> None:
     text = FreshText.read({"dataset": str(text_file()), "context_length": CONTEXT_LENGTH, "contexts_per_batch": 4}, {})
     run(made, tmp_path / "cached")

@@ -159,6 +159,7 @@ def test_transcoders_that_read_earlier_than_some_are_told_before_anything_is_mad
     assert Manifest.read(tmp_path / "t" / "layer0", "tables").as_json()["inputs"]["downstream"].keys() == {"layer1"}
 
 
+@pytest.mark.slow
 def test_fresh_text_is_read_with_one_model_for_all(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = FreshText.read({"dataset": str(text_file()), "context_length": CONTEXT_LENGTH, "contexts_per_batch": 4}, {})
     fresh: dict[str, Any] = {"cache": None, "live": text, "model": str(model_folder())}
@@ -180,6 +181,7 @@ def invoke(made: Path, output: Path, *paths: Path) -> tuple[list[str], str]:
     return said.stdout.splitlines(), said.stderr
 
 
+@pytest.mark.slow
 def test_the_command_takes_one_a_folder_or_several(made: Path, tmp_path: Path) -> None:
     with Draft(made / "set" / "layer2", "transcoder", {"never": "finished"}) as draft:
         (draft.path / "weights").touch()

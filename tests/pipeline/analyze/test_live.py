@@ -94,6 +94,7 @@ def test_published_tables_are_returned_without_the_model(made: Path, live: Path)
     assert result.n_rows == 450
 
 
+@pytest.mark.slow
 def test_documents_can_be_left_out(made: Path, tmp_path: Path) -> None:
     from_text(made, tmp_path / "t", text={"holdout": "0,1"}, settings={"rows": 100})
     documents = read_table(tmp_path / "t" / "rows.parquet")["document"].to_pylist()

@@ -30,6 +30,7 @@ from tests.support.cache_jobs import (
     tree,
 )
 from tests.support.paths import DOCS
+from tests.support.quick import quick
 
 Z = "blocks.1.attn.hook_z"
 HOOKS = {
@@ -142,7 +143,7 @@ def test_info_shows_the_hook_of_a_one_sided_site_once(cache: Path, capsys: pytes
     assert f"{Z}[3] (4) -> blocks.1.hook_attn_out (16), float32" in answer.out
 
 
-@pytest.mark.parametrize("name", list(HOOKS))
+@pytest.mark.parametrize("name", quick(HOOKS, "head3", "pair"))
 def test_every_kind_of_site_is_trained_and_analysed(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -30,6 +30,7 @@ def kill_a_worker_after_the_first_unit(path: Path, killed: list[int]) -> None:
     killed.append(workers[0].pid)
 
 
+@pytest.mark.slow
 def test_two_workers_one_of_which_is_killed_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     # 63 units of 8 rows, so that some are left when the worker dies
     small = {"shard_rows": 8, "chunk_rows": 8}

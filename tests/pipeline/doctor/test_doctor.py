@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from tailrace.pipeline.cli import cli
 from tailrace.pipeline.doctor import stage
-from tailrace.pipeline.doctor.stage import Limits
+from tailrace.pipeline.doctor.stage import RowRates
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.errors import SettingsError
 from tailrace.training.loop.settings import TrainSettings
@@ -55,7 +55,7 @@ def test_rates_become_rows_by_the_bytes_of_a_row(tmp_path: Path) -> None:
         stage.run(cache=tmp_path / "cache", settings=TrainSettings.read({"site": "layer77"}))
 
 
-LIMITS = Limits(
+LIMITS = RowRates(
     cache="caches/a",
     site="layer8",
     row_bytes=3072,

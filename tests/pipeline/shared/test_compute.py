@@ -54,7 +54,7 @@ def test_a_name_that_is_no_device_is_refused() -> None:
 
 def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "gpus_seen", lambda: "cuda:0, cuda:1")
-    with pytest.raises(SettingsError, match=r"--device cuda:7: cannot be used here \(.+\). GPUs .+: cuda:0, cuda:1;"):
+    with pytest.raises(SettingsError, match=r"cuda:7: cannot be used here \(.+\). GPUs: cuda:0, cuda:1\. Take"):
         Compute("cuda:7").opened().__enter__()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tailrace.pipeline.cache import shuffle, units
+from tailrace.pipeline.cache import shuffle
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.worker_processes import completed, open_workers, worker_number
 from tailrace.storage.errors import SettingsError
@@ -149,9 +149,9 @@ def test_workers_are_numbered_and_share_the_gpus_out(monkeypatch: pytest.MonkeyP
     with open_workers(2) as submit:
         assert set(completed(submit, worker_number, [()] * 6)) <= {0, 1}
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert units._own_device("cuda") == "cuda"  # of one process, or a scheduler's, which chooses itself
+    assert device_of_worker("cuda") == "cuda"  # of one process, or a scheduler's, which chooses itself
     for number, device in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
-        monkeypatch.setattr(units, "worker_number", lambda number=number: number)
-        assert units._own_device("cuda") == device
-        assert units._own_device("cuda:1") == "cuda:1"
-        assert units._own_device("cpu") == "cpu"
+        monkeypatch.setattr(compute, "worker_number", lambda number=number: number)
+        assert device_of_worker("cuda") == device
+        assert device_of_worker("cuda:1") == "cuda:1"
+        assert device_of_worker("cpu") == "cpu"

@@ -23,6 +23,7 @@ from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.train_all import continued_together
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import Kill, count_renames, die_at, differing
+from tests.support.quick import quick
 from tests.support.training_caches import small_cache
 
 CHECKPOINT_STEPS = 4
@@ -98,7 +99,7 @@ def test_the_sweep_of_this_file_has_a_run_that_diverges(uninterrupted: dict[str,
     assert len([name for name in uninterrupted if name.endswith("weights.safetensors")]) == 3
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", quick(range(2), 0))
 def test_a_sweep_killed_at_seeded_writes_ends_with_the_same_bytes(
     cache: Path, uninterrupted: dict[str, bytes], tmp_path: Path, seed: int
 ) -> None:
@@ -141,7 +142,7 @@ def interrupt_save(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
     monkeypatch.setattr(Checkpoints, "save", counted)
 
 
-@pytest.mark.parametrize("first", [1, 2, 3, 5, 6, 8])
+@pytest.mark.parametrize("first", quick([1, 2, 3, 5, 6, 8], 2, 6))
 def test_a_common_checkpoint_survives_two_interruptions_between_runs(
     cache: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
