@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from tailrace.pipeline.cache import shuffle
-from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared import compute
+from tailrace.pipeline.shared.compute import Compute, device_of_worker
 from tailrace.pipeline.shared.worker_processes import completed, open_workers, worker_number
 from tailrace.storage.errors import SettingsError
 from tests.support.cache_jobs import run_cache
