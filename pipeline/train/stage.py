@@ -24,7 +24,7 @@ from tailrace.pipeline.train.sources import CacheSource, TrainingSource
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from tailrace.storage.draft import LOCK, Draft, Lock
-from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.storage.errors import ArtifactMismatch, DeviceLostError, SettingsError
 from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.distributed import device_of_process, open_group
@@ -78,7 +78,7 @@ def run(
             "if torchrun starts them"
         )
     compute = replace(compute, device=device_of_process(compute.device_name))
-    with ExitStack() as stack:
+    with checkpoint_named(output), ExitStack() as stack:
         on = stack.enter_context(compute.opened())
         group = open_group(on)
         if group is not None:
@@ -133,6 +133,17 @@ def open_source(
     assert live is not None
     with closing(LiveSource(live, output, batch_rows=settings.batch_rows, device=device)) as source:
         yield source
+
+
+@contextmanager
+def checkpoint_named(output: Path) -> Iterator[None]:
+    """Add to the error of a GPU that was lost inside from where the runs at ``output`` will go on."""
+    try:
+        yield
+    except DeviceLostError as error:
+        newest = [max(steps) for path in output.rglob(CHECKPOINTS) if (steps := Checkpoints(path).steps())]
+        step = f"the newest checkpoint is at step {min(newest):,}" if newest else "there is no checkpoint yet"
+        raise DeviceLostError(f"{error}. {output}: {step}") from error
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ende
 from tailrace.pipeline.train.runs_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
 from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import TrainingSource, known_problems
-from tailrace.pipeline.train.stage import discard_draft, nothing_left_if_refused, open_source
+from tailrace.pipeline.train.stage import checkpoint_named, discard_draft, nothing_left_if_refused, open_source
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
 from tailrace.storage.cache_format import Site
@@ -83,7 +83,7 @@ def run(
         raise SettingsError(f"--workers {compute.workers}: not with live rows or hooks, which one process has; use 0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingsError("a sweep trains in one process; start one run with torchrun, or the sweep without it")
-    with compute.opened() as on, ExitStack() as stack:
+    with checkpoint_named(output), compute.opened() as on, ExitStack() as stack:
         if fresh:
             discard_draft(output)
         stack.enter_context(nothing_left_if_refused(output))

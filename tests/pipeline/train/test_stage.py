@@ -22,6 +22,7 @@ from tailrace.storage.errors import (
     ArtifactIncomplete,
     ArtifactMismatch,
     ArtifactMissing,
+    DeviceLostError,
     OutOfMemoryError,
     SettingsError,
     StorageFull,
@@ -248,3 +249,14 @@ def test_memory_that_runs_out_is_explained(cache: Path, tmp_path: Path) -> None:
     assert "lower batch_rows or d_sae" in message
     # what was reached is kept
     assert run(TrainSettings.read(QUICK), **arguments).metrics["steps"] == 60
+
+
+def test_a_gpu_that_is_lost_names_the_checkpoint(cache: Path, tmp_path: Path) -> None:
+    def lose(step: int, transcoder: Transcoder) -> None:
+        raise DeviceLostError("--device cuda: the GPU stopped answering")
+
+    arguments: dict[str, Any] = {"cache": cache, "compute": Compute(quiet=True), "checkpoint_steps": 5}
+    with pytest.raises(DeviceLostError, match=r"stopped answering\. .*one: the newest checkpoint is at step 10"):
+        run(TrainSettings.read(QUICK), output=tmp_path / "one", **arguments, hooks=[(11, lose)])
+    with pytest.raises(DeviceLostError, match="two: there is no checkpoint yet"):
+        run(TrainSettings.read(QUICK), output=tmp_path / "two", **arguments, hooks=[(1, lose)])
