@@ -23,7 +23,10 @@ from tailrace.storage.errors import ActivationOverflow, NonFiniteActivation
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in token order: where each comes from, and its activations on the CPU in storage dtype by ``site/side``."""
+    """Rows in token order: where each comes from, and its activations in storage dtype by ``site/side``.
+
+    They are on the CPU, unless they were to stay where the model is.
+    """
 
     provenance: Mapping[str, np.ndarray]
     activations: Mapping[str, Tensor]
@@ -99,9 +102,20 @@ def _copied(values: Tensor) -> Tensor:
 
 
 class RowMaker:
-    """Runs the language model over batches of one size; keeps the rows of ``sites`` that the row mask keeps."""
+    """Runs the language model over batches of one size; keeps the rows of ``sites`` that the row mask keeps.
 
-    def __init__(self, model: LanguageModel, sites: Sequence[Site], row_mask: RowMask, contexts_per_batch: int) -> None:
+    Their activations go to the host, or stay where the model is.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        sites: Sequence[Site],
+        row_mask: RowMask,
+        contexts_per_batch: int,
+        *,
+        to_host: bool = True,
+    ) -> None:
         self.sites, self.contexts_per_batch = tuple(sites), contexts_per_batch
         self._model, self._row_mask = model, row_mask
         self._hooks = [SiteHooks.of(site) for site in sites]
@@ -112,7 +126,7 @@ class RowMaker:
         ]
         self._hook_of = {key: hook for key, hook, _ in sides}
         self._dtype_of = {key: dtype for key, _, dtype in sides}
-        self._copying = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._copying = torch.cuda.Stream(model.device) if to_host and model.device.type == "cuda" else None
 
     @property
     def runs_ahead(self) -> bool:

@@ -24,10 +24,10 @@ from tailrace.pipeline.cache.rows import RowMaker
 from tailrace.pipeline.cache.stage import check_pairing
 from tailrace.pipeline.live.contexts import ContextBatches
 from tailrace.pipeline.live.heldout import HeldoutRows, compute_heldout_rows, read_heldout_contexts
-from tailrace.pipeline.live.mixing import Mixing, choose_block_rows
+from tailrace.pipeline.live.mixing import STAGES_IN_MEMORY, Mixing, choose_block_rows
 from tailrace.pipeline.live.producer import BlockProducer, BlockStart, StageMemory
 from tailrace.pipeline.live.settings import LiveSettings
-from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model, on_device
 from tailrace.pipeline.model.same_model import without_versions
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.dataset import open_documents
@@ -42,6 +42,9 @@ from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.rows.batches import Batch
+
+DEVICE_SHARE = 0.25
+"""Of a GPU's memory that is free beside the language model, how much rows may take; the rest is training's."""
 
 logger = logging.getLogger(__name__)
 
@@ -123,13 +126,14 @@ class LiveBatches:
         row_bytes = sum(site.row_bytes for site in sites)
         block_rows = choose_block_rows(settings.buffer_rows, settings.buffer_bytes, row_bytes, batch_rows)
         self._mixing = Mixing(settings.seed, block_rows)
-        self._maker = RowMaker(self._model, sites, self._row_mask, settings.contexts_per_batch)
+        stay = self._fit_on_device(row_bytes, STAGES_IN_MEMORY * block_rows + settings.heldout_rows)
+        self._maker = RowMaker(self._model, sites, self._row_mask, settings.contexts_per_batch, to_host=not stay)
         self.facts = self._facts()
         self.made_from = self._made_from()
         if opening:
             _refuse_other_run("the opening", opening.made_from, self.made_from)
         self._heldout = self._compute_heldout()
-        self._memory = StageMemory(sites, block_rows)
+        self._memory = StageMemory(sites, block_rows, self._device if stay else torch.device("cpu"))
         self._model_lock = threading.Lock()
         self._producer: BlockProducer | None = None
         self._begin(0, 0, BlockStart())
@@ -215,6 +219,16 @@ class LiveBatches:
     ) -> None:
         self.close()
 
+    def _fit_on_device(self, row_bytes: int, n_rows: int) -> bool:
+        """Return whether the buffer and the held-out rows take at most a quarter of a GPU's memory that is free."""
+        if self._device.type != "cuda":
+            return True  # the host's memory is the device's
+        free, _ = torch.cuda.mem_get_info(self._device)
+        fits = row_bytes * n_rows <= DEVICE_SHARE * free
+        if not fits:
+            logger.info("live buffer: on the host, for want of memory on %s; smaller buffer_bytes fit", self._device)
+        return fits
+
     def _begin(self, stage: int, step: int, oldest: BlockStart) -> None:
         """Stand before a step; ``oldest`` is where the older of the stage's blocks began. Nothing is computed yet."""
         self.close()
@@ -269,7 +283,7 @@ class LiveBatches:
     def _as_batches(self, rows: Mapping[str, Tensor]) -> dict[str, Batch]:
         batches = {}
         for name, site in self.sites.items():
-            sides = [rows[f"{name}/{side}"].to(self._device).to(torch.float32) for side in site.sides]
+            sides = [on_device(rows[f"{name}/{side}"], self._device).to(torch.float32) for side in site.sides]
             batches[name] = Batch(sides[0], sides[-1])
         return batches
 

@@ -62,12 +62,12 @@ def count_listed(rule: HoldoutRule) -> int | None:
 
 
 class HeldoutRows:
-    """Rows by ``site/side`` on the CPU in storage dtype, in an order drawn once for all."""
+    """Rows by ``site/side`` in storage dtype, in an order drawn once for all."""
 
     def __init__(self, rows: Mapping[str, Tensor]) -> None:
         self.n_rows = len(next(iter(rows.values())))
         order = torch.from_numpy(random_permutation(philox(EVALUATION_SEED, "live/heldout"), self.n_rows))
-        self._rows = {key: values[order] for key, values in rows.items()}
+        self._rows = {key: values[order.to(values.device)] for key, values in rows.items()}
 
     def pieces(self, piece_rows: int, max_rows: int | None) -> Iterator[dict[str, Tensor]]:
         """Yield all rows, or the first ``max_rows``, in pieces; the last may be short."""

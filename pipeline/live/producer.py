@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tailrace.pipeline.cache.rows import RowMaker, as_array, torch_dtype
 from tailrace.pipeline.live.contexts import ContextBatches, TextPosition
 from tailrace.pipeline.live.mixing import STAGES_IN_MEMORY, Mixing, Serving
+from tailrace.pipeline.model.language_model import on_device
 from tailrace.storage.cache_format import Site
 from tailrace.storage.statistics import SiteStatistics
 
@@ -136,17 +138,23 @@ class BlockProducer:
 
     def _sum(self, piece: dict[str, Tensor]) -> None:
         for key, rows in piece.items():
-            bad = self.statistics[key].add(as_array(rows))
+            bad = self.statistics[key].add(as_array(rows.cpu()))
             assert bad is None, "rows were checked when they were made"
 
 
 class StageMemory:
-    """Rows of three consecutive stages by ``site/side``, on the CPU in storage dtype."""
+    """Rows of three consecutive stages by ``site/side``, in storage dtype.
 
-    def __init__(self, sites: Sequence[Site], block_rows: int) -> None:
+    On a GPU nothing waits: what fills a stage and what reads it are asked for on one stream, in the order of permits.
+    """
+
+    def __init__(self, sites: Sequence[Site], block_rows: int, device: torch.device) -> None:
+        self._device = device
         self._slots: list[dict[str, Tensor]] = [
             {
-                f"{site.name}/{side}": torch.empty((block_rows, site.width(side)), dtype=torch_dtype(site))
+                f"{site.name}/{side}": torch.empty(
+                    (block_rows, site.width(side)), dtype=torch_dtype(site), device=device
+                )
                 for site in sites
                 for side in site.sides
             }
@@ -161,12 +169,13 @@ class StageMemory:
     def put(self, block: int, serving: Serving, first_row: int, rows: dict[str, Tensor]) -> None:
         """Put consecutive rows of a block, the first of which is its row ``first_row``, where they are served."""
         chosen = slice(first_row, first_row + len(next(iter(rows.values()))))
-        is_later, target = torch.from_numpy(serving.is_later[chosen]), torch.from_numpy(serving.target[chosen])
+        is_later, target = serving.is_later[chosen], serving.target[chosen]
         for later in (False, True):
-            picked = torch.nonzero(is_later if later else ~is_later).flatten()
+            picked = np.flatnonzero(is_later == later)
+            picks, targets = (on_device(torch.from_numpy(rows), self._device) for rows in (picked, target[picked]))
             slot = self._slots[(block + later) % STAGES_IN_MEMORY]
             for key, values in rows.items():
-                slot[key].index_copy_(0, target[picked], values[picked])
+                slot[key].index_copy_(0, targets, values.index_select(0, picks))
 
     def read(self, stage: int, start: int, stop: int) -> dict[str, Tensor]:
         """Return views of the rows served [start, stop) in a stage; valid until the stage is given back."""

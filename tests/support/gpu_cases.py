@@ -29,6 +29,7 @@ from tailrace.analysis.interventions.prompts import pad_prompts
 from tailrace.analysis.splice.replacement import run_replaced
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
+from tailrace.pipeline.live.batches import LiveBatches
 from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.shared.compute import Compute
@@ -43,6 +44,7 @@ from tailrace.training.rows import device_rows
 from tailrace.training.rows.batches import Batch, CacheBatches, SiteBatches, iter_sites_once
 from tests.support.gpu_stages import STAGES
 from tests.support.gpu_training import BASE, TRAINED, Case, resuming, training
+from tests.support.live_runs import live_settings
 from tests.support.spliced_models import mlp_site, random_transcoder
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tiny_models import save_tiny_model
@@ -188,6 +190,33 @@ def bringing_rows(
     return case
 
 
+def living_rows(dtype: str, **machine: Any) -> Case:
+    """Return a case that compares rows of a language model that runs beside with those of the CPU, to the bit."""
+
+    def case(folder: Path, device: str) -> dict[str, float]:
+        if device == "cpu":
+            return {"batches": 20, "batches held out": 10}
+        vars(limits).update(machine)
+        settings = live_settings(storage_dtype=dtype)
+        opened = [LiveBatches(settings, batch_rows=32, device=on) for on in ("cpu", device)]
+        with ExitStack() as stack:
+            wanted, brought = map(stack.enter_context, opened)
+            for batch in range(20):
+                if batch == 3:
+                    record.clear()
+                check_same(wanted.next_batch(), brought.next_batch(), device)
+            asked = [*record.waits, *((way, line) for way, line in record.copies if "without a wait" not in way)]
+            here = [line for _, line in asked if "another thread" not in line and line != "outside the project"]
+            assert asked, "nothing was recorded"
+            assert not here, here
+            heldout = list(zip(wanted.heldout(), brought.heldout(), strict=True))
+            for batches in heldout:
+                check_same(*batches, device)
+        return {"batches": 20, "batches held out": len(heldout)}
+
+    return case
+
+
 def one_by_one(task: Callable[[int], None], indices: Iterable[int]) -> None:
     """Do what workers would."""
     for index in indices:
@@ -236,6 +265,8 @@ ROWS: dict[str, Case] = {
     "rows of a sample": bringing_rows("bfloat16", n_rows=310, start={"epoch": 2, "step": 3}),
     "rows of a sample in buckets": bringing_rows("float16", n_rows=310, free_bytes=2 << 20),
     "rows of a materialised epoch": bringing_rows("bfloat16", free_bytes=2 << 20, materialised=True),
+    "live rows": living_rows("float32"),
+    "live rows on the host": living_rows("bfloat16", free_bytes=1000),
     "rows without pinned memory": bringing_rows("bfloat16", free_bytes=2 << 20, can_pin=False),
 }
 SLOW: dict[str, Case] = {
