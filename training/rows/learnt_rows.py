@@ -51,8 +51,10 @@ class LearntRows:
         """Return the ordinary rows, normalised, (rows, sites · width); there may be none."""
         raw = [batches[site] for site in self.sites]
         mask = self.mask(raw)
-        if mask is not None and not bool(mask.all()):
-            raw = [Batch(batch.inputs[mask], batch.outputs[mask]) for batch in raw]
+        if mask is not None:
+            ordinary = mask.nonzero().flatten()  # how many there are is the only number that a GPU is waited for
+            if len(ordinary) < len(mask):
+                raw = [Batch(*(side.index_select(0, ordinary) for side in batch)) for batch in raw]
         if isinstance(self.normalisation, JoinedNormalisation):
             return self.normalisation.join(raw)
         return self.normalisation.apply(raw[0])
