@@ -91,7 +91,7 @@ def test_the_help_of_train_begins_with_at_most_twelve_flags_and_those_of_running
         "out", "config", "site", "architecture", "k", "expansion", "d-sae", "epochs", "rows", "batch-rows", "lr",
         "auxiliary",
     ]  # fmt: skip
-    assert short[RUNNING] == ["fresh", "checkpoint-steps", "device", "threads", "quiet"]
+    assert short[RUNNING] == ["fresh", "checkpoint-steps", "workers", "device", "threads", "quiet"]
 
 
 def test_only_long_commands_have_a_short_help(capsys: pytest.CaptureFixture[str]) -> None:
