@@ -78,7 +78,7 @@ def _as_float32_bits(bits: np.ndarray, form: int, words: np.ndarray) -> None:  #
 
 # reassociation alone: nothing is assumed about NaN or infinity
 @compiled_loop("reassoc", "contract", "nsz")
-def _squared_norm(row: np.ndarray, factor: float) -> float:  # pragma: no cover - compiled
+def _squared_norm(row: np.ndarray, factor: float) -> Any:  # pragma: no cover - compiled
     energy = np.float32(0)
     for j in range(len(row)):
         value = row[j] * factor

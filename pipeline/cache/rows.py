@@ -75,7 +75,7 @@ class PendingRows:
         with torch.cuda.stream(copying):
             self._stored = {key: _copied(rows) for key, rows in self._stored.items()}
             self._extremes = _copied(self._extremes)
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(copying)
         return arrived
 
@@ -126,7 +126,8 @@ class RowMaker:
         ]
         self._hook_of = {key: hook for key, hook, _ in sides}
         self._dtype_of = {key: dtype for key, _, dtype in sides}
-        self._copying = torch.cuda.Stream(model.device) if to_host and model.device.type == "cuda" else None
+        on_gpu = to_host and model.device.type == "cuda"
+        self._copying = torch.cuda.Stream(model.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     @property
     def runs_ahead(self) -> bool:

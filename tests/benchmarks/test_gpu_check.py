@@ -134,7 +134,12 @@ def test_after_a_failure_that_leaves_the_device_dead_a_new_process_continues(tmp
 
 def test_a_check_that_does_not_end_is_given_up(tmp_path: Path) -> None:
     record, begun_anew = Record(tmp_path / "lines.jsonl"), []
-    hanging = Check("hanging", "cost", 0.05, lambda: time.sleep(0.4) or {})
+
+    def hang() -> dict[str, Any]:
+        time.sleep(0.4)
+        return {}
+
+    hanging = Check("hanging", "cost", 0.05, hang)
     run_all(record, hanging, begin_anew=lambda: begun_anew.append(len(record.outcomes)), patience=2)
     assert begun_anew == [1]  # the outcome was written first
     assert (record.outcomes[0].status, record.outcomes[0].why) == ("failed", "did not end in 0 s")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -172,4 +174,5 @@ def test_compiled_sums_are_kept_for_later_processes() -> None:
         *(np.empty(8, np.float32), np.zeros(8), np.zeros(8)),
         *(np.empty(3, np.float32), np.empty(2, np.float32)),
     )
-    assert sum(later._compiled.stats.cache_hits.values()) == 1
+    compiled: Any = later._compiled
+    assert sum(compiled.stats.cache_hits.values()) == 1

@@ -18,10 +18,10 @@ from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand, read_grid
 from tailrace.pipeline.train.sweep import SweepResult
-from tailrace.storage import stream as stream_module
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
+from tailrace.storage.orders import GatheredOrder
 from tailrace.storage.tables import describe, read_schema, read_table
 from tailrace.training.architectures.transcoder import load_transcoder
 from tailrace.training.loop.settings import TrainSettings
@@ -132,7 +132,7 @@ def test_stored_rows_are_read_once_however_many_runs_there_are(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_by = {}
-    load = stream_module.GatheredOrder.load
+    load = GatheredOrder.load
     for n_runs in (1, 4):
         n_loads = [0]
 
@@ -140,7 +140,7 @@ def test_stored_rows_are_read_once_however_many_runs_there_are(
             count[0] += self._split.name == "train"
             load(self, index, stored)
 
-        monkeypatch.setattr(stream_module.GatheredOrder, "load", counted)
+        monkeypatch.setattr(GatheredOrder, "load", counted)
         runs = {f"lr{n}": settings(lr=1e-2 * (n + 1), steps=10) for n in range(n_runs)}  # one epoch
         run_sweep(runs, cache, tmp_path / f"of-{n_runs}")
         read_by[n_runs] = n_loads[0]
