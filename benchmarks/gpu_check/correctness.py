@@ -44,7 +44,7 @@ from tailrace.training.kernels.kernel import Precision
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch, iter_once
 from tests.support import gpu_cases
-from tests.support.gpu_cases import BASE, Case
+from tests.support.gpu_training import BASE, Case, train_once
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tiny_models import WORDS, save_tiny_model
 
@@ -213,7 +213,7 @@ def by_chosen_kernel(changes: Mapping[str, Any]) -> Case:
 
     def case(folder: Path, device: str) -> dict[str, float]:
         kernel = "dense" if device == "cpu" else "auto"
-        return gpu_cases.train_once(folder, device, **{**changes, "kernel": kernel})
+        return train_once(folder, device, **{**changes, "kernel": kernel})
 
     return case
 
@@ -227,7 +227,7 @@ def repeated(bench: Bench) -> Numbers:
             for run in ("first", "second"):
                 home = folder / precision / run
                 home.mkdir(parents=True)
-                gpu_cases.train_once(home, bench.device, kernel="auto", precision=precision)
+                train_once(home, bench.device, kernel="auto", precision=precision)
                 (file,) = home.rglob("weights.safetensors")
                 weights.append(file.read_bytes())
             same[precision] = weights[0] == weights[1]
