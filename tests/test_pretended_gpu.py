@@ -103,3 +103,15 @@ def test_waits_and_copies_are_recorded_with_their_line(quick: dict[str, dict[str
     )
     assert any("training/loop/step_metrics.py:" in line for line in asked["waits"])
     assert not quick["method"]["cpu"].get("copies")
+
+
+def test_analysis_waits_for_the_number_of_active_pairs_and_for_finished_blocks_alone(
+    quick: dict[str, dict[str, Any]],
+) -> None:
+    asked = quick["analyze"]["cuda"]
+    waits = [line for line in asked["waits"] if "analysis/harvest/" in line]
+    assert {line.split(" at ")[0] for line in waits} == {"aten::nonzero", "event"}
+    assert all("encoding.py" in line for line in waits)
+    copies = [line for line in asked["copies"] if "rows/transfer.py" in line or "analysis/harvest/" in line]
+    assert copies
+    assert all("without a wait" in line for line in copies)

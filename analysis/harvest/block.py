@@ -46,12 +46,16 @@ class EncodedBlock:
         self.inputs = inputs
         """(rows, d_in) float32."""
         self.outputs = outputs
-        """(rows, d_out) float32."""
+        """(rows, d_out) float32, on the host."""
         self._encode = encode
 
     @cached_property
     def _encoded(self) -> Encoded:
         return self._encode(self.inputs)
+
+    def encode(self) -> None:
+        """Compute everything now, before several threads read it."""
+        self.by_feature  # noqa: B018 - kept from now on
 
     @property
     def pairs(self) -> Pairs:

@@ -8,7 +8,8 @@ be pickled.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar
@@ -30,6 +31,7 @@ from tailrace.analysis.harvest.rows import RowBlock, TokenOrderSplit, iter_block
 from tailrace.analysis.weights.unembedding import TokenEffects
 from tailrace.storage.errors import ActionableError
 from tailrace.training.rows.batches import as_tensor
+from tailrace.training.rows.transfer import begun_early, to_device
 
 PROBE_ROWS: Final = 1024
 """Rows on which the share of active pairs is measured."""
@@ -124,10 +126,10 @@ class Harvest:
         assert isinstance(accumulator, kind)
         return accumulator
 
-    def add(self, block: EncodedBlock) -> None:
-        """Count a block of the open unit in every accumulator."""
-        for accumulator in self._accumulators.values():
-            accumulator.add(block)
+    def add(self, block: EncodedBlock, pool: ThreadPoolExecutor | None = None) -> None:
+        """Count a block of the open unit in every accumulator, of which a pool's threads take one each."""
+        for _ in (pool.map if pool else map)(lambda counts: counts.add(block), self._accumulators.values()):
+            pass
 
     def end_unit(self) -> None:
         """Close the open unit in every accumulator."""
@@ -163,13 +165,18 @@ def gather(
     keys = [f"{subject.site}/in", f"{subject.site}/out"]
     encode = open_encoder(subject.coder, subject.device, find_density(subject))
     blocks = iter_blocks(subject.split, keys, block_rows=plan.block_rows, n_rows=plan.n_rows, units=units)
-    for rows in blocks:
-        while harvest.units.stop < rows.unit:
+    opened, pool = _opened(subject, blocks, keys, encode), None
+    if torch.device(subject.device).type == "cuda":
+        # the disk, the GPU and the cores work side by side, where otherwise all cores encode
+        opened = begun_early(_opened(subject, begun_early(blocks), keys, encode))
+        pool = ThreadPoolExecutor(len(kinds))
+    for block in opened:
+        while harvest.units.stop < block.rows.unit:
             harvest.end_unit()
         with torch.inference_mode():
-            harvest.add(_open_block(subject, rows, keys, encode))
-        progress(rows.n_rows)
-        del rows  # a view of its unit, whose memory the next unit needs
+            harvest.add(block, pool)
+        progress(block.rows.n_rows)
+        del block  # a view of its unit, whose memory the next unit needs
     while harvest.units.stop < units.stop:
         harvest.end_unit()
     return harvest
@@ -206,9 +213,21 @@ def measure_density(subject: Subject) -> float:
 
 
 def _open_block(subject: Subject, rows: RowBlock, keys: list[str], encode: Encoder) -> EncodedBlock:
-    inputs, outputs = (_on_device(subject, rows, key) for key in keys)
-    return EncodedBlock(rows, inputs, outputs, encode)
+    outputs = as_tensor(rows.arrays[keys[1]], subject.split.dtype(keys[1])).float()
+    return EncodedBlock(rows, _on_device(subject, rows, keys[0]), outputs, encode)
 
 
 def _on_device(subject: Subject, rows: RowBlock, key: str) -> torch.Tensor:
-    return as_tensor(rows.arrays[key], subject.split.dtype(key)).to(subject.device).float()
+    return to_device(as_tensor(rows.arrays[key], subject.split.dtype(key)), torch.device(subject.device)).float()
+
+
+def _opened(subject: Subject, blocks: Iterable[RowBlock], keys: list[str], encode: Encoder) -> Iterator[EncodedBlock]:
+    """Yield the blocks; on a GPU they are encoded before they are asked for anything."""
+    for rows in blocks:
+        block = _open_block(subject, rows, keys, encode)
+        del rows
+        if block.inputs.is_cuda:
+            with torch.inference_mode():
+                block.encode()
+        yield block
+        del block

@@ -38,7 +38,7 @@ class RowTotals:
     def add(self, block: EncodedBlock) -> None:
         """Count a block. Raises NonFiniteActivation if the transcoder yields one."""
         deviation, sums = np.zeros_like(self._center), np.zeros(2)
-        loops.add_rows(block.outputs.cpu().numpy(), block.predicted, self._center, deviation, sums)
+        loops.add_rows(block.outputs.numpy(), block.predicted, self._center, deviation, sums)
         error, squared_deviation = sums
         if not np.isfinite(error):
             first, last = block.rows.first_row, block.rows.first_row + block.rows.n_rows - 1

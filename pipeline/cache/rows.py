@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailrace.pipeline.model.language_model import LanguageModel, on_device
+from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.cache_format import Site
 from tailrace.storage.cache_writer import ContextBlocks
 from tailrace.storage.errors import ActivationOverflow, NonFiniteActivation
+from tailrace.training.rows.transfer import arrived, to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,9 @@ class PendingRows:
         self._on_device = (*self._stored.values(), self._extremes)  # until they are copied
         copying.wait_stream(torch.cuda.current_stream(self._extremes.device))
         with torch.cuda.stream(copying):
-            self._stored = {key: _copied(rows) for key, rows in self._stored.items()}
-            self._extremes = _copied(self._extremes)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record(copying)
-        return arrived
+            self._stored = {key: to_host(rows) for key, rows in self._stored.items()}
+            self._extremes = to_host(self._extremes)
+            return arrived()
 
     def finished(self) -> Rows:
         """Wait for the rows and return them.
@@ -95,12 +94,6 @@ class PendingRows:
         return Rows(self._provenance, self._stored)
 
 
-def _copied(values: Tensor) -> Tensor:
-    """Return values on the host, in pinned memory, once the stream that is asked here has copied them."""
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values, non_blocking=True)
-
-
 class RowMaker:
     """Runs the language model over batches of one size; keeps the rows of ``sites`` that the row mask keeps.
 
@@ -114,7 +107,7 @@ class RowMaker:
         row_mask: RowMask,
         contexts_per_batch: int,
         *,
-        to_host: bool = True,
+        copies_out: bool = True,
     ) -> None:
         self.sites, self.contexts_per_batch = tuple(sites), contexts_per_batch
         self._model, self._row_mask = model, row_mask
@@ -126,7 +119,7 @@ class RowMaker:
         ]
         self._hook_of = {key: hook for key, hook, _ in sides}
         self._dtype_of = {key: dtype for key, _, dtype in sides}
-        on_gpu = to_host and model.device.type == "cuda"
+        on_gpu = copies_out and model.device.type == "cuda"
         self._copying = torch.cuda.Stream(model.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     @property
@@ -147,7 +140,7 @@ class RowMaker:
         padded = np.concatenate([tokens, np.repeat(tokens[-1:], self.contexts_per_batch - len(tokens), 0)])
         captured = self._model.capture(torch.from_numpy(padded.astype(np.int64)), self._hooks)
         # by numbers, which the host knows: how many a mask selects, a GPU would have to tell first
-        chosen = on_device(torch.from_numpy(np.flatnonzero(kept)), self._model.device)
+        chosen = to_device(torch.from_numpy(np.flatnonzero(kept)), self._model.device)
         values = {key: captured[hook].flatten(0, 1).index_select(0, chosen) for key, hook in self._hook_of.items()}
         provenance = _provenance(tokens, documents, kept, first_context)
         return PendingRows(provenance, values, self._dtype_of, self._hook_of, self._copying)

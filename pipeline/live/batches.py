@@ -127,7 +127,7 @@ class LiveBatches:
         block_rows = choose_block_rows(settings.buffer_rows, settings.buffer_bytes, row_bytes, batch_rows)
         self._mixing = Mixing(settings.seed, block_rows)
         stay = self._fit_on_device(row_bytes, STAGES_IN_MEMORY * block_rows + settings.heldout_rows)
-        self._maker = RowMaker(self._model, sites, self._row_mask, settings.contexts_per_batch, to_host=not stay)
+        self._maker = RowMaker(self._model, sites, self._row_mask, settings.contexts_per_batch, copies_out=not stay)
         self.facts = self._facts()
         self.made_from = self._made_from()
         if opening:

@@ -50,6 +50,7 @@ from tailrace.storage.artifact import JSON, checksum_file, digest
 from tailrace.storage.cache_format import HookName
 from tailrace.storage.errors import ActionableError, ModelError, OutOfMemoryError, is_out_of_memory
 from tailrace.storage.layout import relative_error
+from tailrace.training.rows.transfer import to_device
 
 __all__ = ["LanguageModel", "PairingCheck", "SiteHooks", "load_language_model"]
 
@@ -198,7 +199,7 @@ class LanguageModel:
         """
         self._check_tokens(tokens)
         hooks = list(dict.fromkeys(hook for site in sites for hook in (site.hook_in, site.hook_out)))
-        return _capture(self.bridge, self._points, hooks, on_device(tokens, self.device))
+        return _capture(self.bridge, self._points, hooks, to_device(tokens, self.device))
 
     def widths(self, sites: Sequence[SiteHooks]) -> dict[str, tuple[int, int]]:
         """Return (d_in, d_out) of each site, seen in a pass over one short context."""
@@ -301,14 +302,6 @@ class LanguageModel:
                 f"{self.d_vocab - 1}: they were made by another model's tokenizer, or name a token that it has no "
                 "embedding for"
             )
-
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return values on a device. For those on the host nothing waits: from memory that is not pinned, CUDA would."""
-    if device.type != "cuda" or values.device.type != "cpu":
-        return values.to(device)
-    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
-    return pinned.to(device, non_blocking=True)
 
 
 def load_language_model(

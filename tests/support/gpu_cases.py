@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from tailrace.analysis.harvest import encoding
 from tailrace.analysis.interventions.experiment import PatchPlace, patching_effects
 from tailrace.analysis.interventions.features import Clamp, EditedFeatures
 from tailrace.analysis.interventions.metrics import LogitDifference
@@ -54,15 +55,17 @@ def analysing(folder: Path, device: str) -> dict[str, float]:
     """Train on the CPU, where both devices get the same transcoder, and analyse it on the device."""
     write_synthetic_cache(folder / "cache", n_heldout_contexts=20)
     settings = TrainSettings.read(BASE, {"d_sae": 24})
-    train.run(settings, cache=folder / "cache", output=folder / "transcoder", compute=Compute(quiet=True))
+    on_cpu = Compute(device="cpu", quiet=True)
+    train.run(settings, cache=folder / "cache", output=folder / "transcoder", compute=on_cpu)
     options = AnalyzeSettings(examples=5, window_before=4, window_after=2, block_rows=50, without_model=True)
-    made = analyze.run(
-        options,
-        cache=folder / "cache",
-        transcoder=folder / "transcoder",
-        output=folder / "tables",
-        compute=Compute(device=device, quiet=True),
-    )
+    with mock.patch.object(encoding, "DENSE_BYTES_ON_GPU", 4 * 24 * 30):  # two pieces a block
+        made = analyze.run(
+            options,
+            cache=folder / "cache",
+            transcoder=folder / "transcoder",
+            output=folder / "tables",
+            compute=Compute(device=device, quiet=True),
+        )
     features = pq.read_table(made.path / "features.parquet")
     numeric = [
         field.name for field in features.schema if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)

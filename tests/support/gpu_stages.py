@@ -94,13 +94,13 @@ def caching(storage_dtype: str) -> Case:
         settings = cache_jobs.settings(storage_dtype=storage_dtype, shard_rows=256)
         n_sites = len(plan_budget(settings, output=folder / "out", compute=compute).sites)
         copied = []
-        copy_out = cache_rows._copied
+        copy_out = cache_rows.to_host
 
         def noting(values: torch.Tensor) -> torch.Tensor:
             copied.append(values.dtype)
             return copy_out(values)
 
-        with mock.patch.object(cache_rows, "_copied", noting):
+        with mock.patch.object(cache_rows, "to_host", noting):
             done = cache.run(settings, output=folder / "out", compute=compute)
         if device == "cuda":  # besides their largest and smallest number, two float64
             wanted = {"int8": "float32"}.get(storage_dtype, storage_dtype)
