@@ -168,11 +168,15 @@ def open_shard(path: Path, n_rows: int, spec: ArraySpec) -> FileIO:
         file = FileIO(path, "rb")
         try:
             if not _is_contiguous(file.fileno(), n_rows, spec):
-                raise _damaged(path, f"its index is not that of {n_rows:,} rows that lie one after the other")
+                raise _not_contiguous(path, n_rows)
         except BaseException:
             file.close()
             raise
     return file
+
+
+def _not_contiguous(path: Path, n_rows: int) -> ArtifactCorrupt:
+    return _damaged(path, f"its index is not that of {n_rows:,} rows that lie one after the other")
 
 
 @lru_cache(maxsize=64)
@@ -221,10 +225,18 @@ def read_part_of_shard(group: Path, spec: ArraySpec, unit: int, n_rows: int, sta
         first = unit * spec.shard_rows + start
         rows[...] = read_zarr(group, spec, first, first + len(rows))
         return
-    path = group / spec.shard_name(unit)
-    with shard_errors(path), open_shard(path, n_rows, spec) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # as above
-        read_sequential(file.fileno(), start, rows)
+    name = f"{group}/{spec.shard_name(unit)}"  # many short runs are read: what a Path and a file object cost is felt
+    try:
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            if not _is_contiguous(descriptor, n_rows, spec):
+                raise _not_contiguous(Path(name), n_rows)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # as above
+            read_sequential(descriptor, start, rows)
+        finally:
+            os.close(descriptor)
+    except (OSError, EOFError) as error:
+        raise _damaged(Path(name), error) from error
 
 
 def read_zarr(group: Path, spec: ArraySpec, start: int, stop: int) -> np.ndarray:

@@ -372,3 +372,36 @@ def test_statistics_are_those_of_the_rows_before_storing(cache: ActivationCache)
     assert statistics.n_rows == 600
     np.testing.assert_allclose(statistics.mean, rows.mean(0), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(statistics.variance, rows.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["gathered", "materialised", "kept"])
+def test_segments_filled_run_by_run_hold_what_is_served(directory: Path, order: str) -> None:
+    cache = write_synthetic_cache(directory / "cache", dtype="int8", bucket_rows=128)
+    split = cache.split("train")
+    if order == "materialised":
+        materialise_epoch(split, seed=0, epoch=1, run_tasks=in_turn)
+    kept = np.zeros(600, bool) if order == "kept" else None
+    memory: dict[str, np.ndarray] = {}
+    with split.stream(KEYS[:3], batch_rows=40, n_epochs=1) as stream:
+        n_read = []
+        for epoch in (1, 2):
+            # provenance and activations, of shards and of a bucket, in pieces that no run or shard ends with
+            reader = stream.open_order(epoch, 128, kept)
+            served = []
+            for segment in range(reader.n_segments):
+                if kept is None or not memory:
+                    n_rows = 600 if order == "kept" else 128
+                    memory = {spec.name: np.zeros(spec.shape(n_rows), spec.memory_dtype) for spec in stream.specs}
+                pieces = list(reader.pieces(segment, 100))
+                for piece in pieces:
+                    assert piece.n_rows * piece.spec.row_bytes <= 100
+                    reader.read(piece, memory[piece.spec.name][piece.first : piece.first + piece.n_rows])
+                n_read.append(sum(piece.n_rows for piece in pieces))
+                rows = np.arange(reader.n_rows(segment)) if (own := reader.served(segment)) is None else own
+                served.append({name: values[rows] for name, values in memory.items()})
+            everything = {name: np.concatenate([part[name] for part in served]) for name in memory}
+            expected = read_epoch(split, epoch=epoch)
+            for name, source in stream.sources.items():
+                assert np.array_equal(source.decode(everything), expected[name]), (epoch, name)
+    n_arrays = len(stream.specs)
+    assert sum(n_read) == 600 * n_arrays * (1 if order == "kept" else 2), "of what is kept nothing is read twice"
