@@ -9,7 +9,7 @@ without a selection known here, and where many features fire.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ class DenseEncoder:
     def __call__(self, inputs: Tensor) -> Encoded:
         """Return active pairs and predictions of inputs (rows, d_in)."""
         n_bytes = DENSE_BYTES_ON_GPU if inputs.is_cuda else DENSE_BYTES
-        pieces = inputs.split(max(1, n_bytes // (4 * self._coder.d_sae)))
+        pieces = torch.split(inputs, max(1, n_bytes // (4 * self._coder.d_sae)))
         if inputs.is_cuda:
             return self._encode_on_gpu(pieces)
         columns, values, counts, predicted = (
@@ -138,13 +138,14 @@ class DenseEncoder:
         rows, features = place // d_sae, place % d_sae
         by_feature, order = torch.sort(features, stable=True)
         device = place.device
-        offsets = torch.searchsorted(rows, torch.arange(n_rows + 1, device=device))
-        feature_offsets = torch.searchsorted(by_feature, torch.arange(d_sae + 1, device=device))
-        on_device = (rows, features, offsets, order, feature_offsets, torch.cat(values), torch.cat(predicted))
-        on_host = [to_host(numbers) for numbers in on_device]
+        row_ends = torch.searchsorted(rows, torch.arange(n_rows + 1, device=device))
+        feature_ends = torch.searchsorted(by_feature, torch.arange(d_sae + 1, device=device))
+        numbers = [to_host(part) for part in (rows, features, row_ends, order, feature_ends)]
+        active_values, outputs = to_host(torch.cat(values)), to_host(torch.cat(predicted))
         arrived().synchronize()
-        pairs = _SortedPairs(*(numbers.numpy() for numbers in on_host[:5]), d_sae)
-        return Encoded(pairs, on_host[5].numpy(), on_host[6].numpy())
+        known: Any = [part.numpy() for part in numbers]
+        pairs = _SortedPairs(*known, d_sae=d_sae)
+        return Encoded(pairs, active_values.numpy(), outputs.numpy())
 
 
 class _SortedPairs(Pairs):

@@ -27,7 +27,7 @@ from tailrace.pipeline.live.heldout import HeldoutRows, compute_heldout_rows, re
 from tailrace.pipeline.live.mixing import STAGES_IN_MEMORY, Mixing, choose_block_rows
 from tailrace.pipeline.live.producer import BlockProducer, BlockStart, StageMemory
 from tailrace.pipeline.live.settings import LiveSettings
-from tailrace.pipeline.model.language_model import LanguageModel, load_language_model, on_device
+from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.same_model import without_versions
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.text.dataset import open_documents
@@ -42,6 +42,7 @@ from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.transfer import to_device
 
 DEVICE_SHARE = 0.25
 """Of a GPU's memory that is free beside the language model, how much rows may take; the rest is training's."""
@@ -283,7 +284,7 @@ class LiveBatches:
     def _as_batches(self, rows: Mapping[str, Tensor]) -> dict[str, Batch]:
         batches = {}
         for name, site in self.sites.items():
-            sides = [on_device(rows[f"{name}/{side}"], self._device).to(torch.float32) for side in site.sides]
+            sides = [to_device(rows[f"{name}/{side}"], self._device).to(torch.float32) for side in site.sides]
             batches[name] = Batch(sides[0], sides[-1])
         return batches
 

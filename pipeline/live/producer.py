@@ -23,9 +23,9 @@ from torch import Tensor
 from tailrace.pipeline.cache.rows import RowMaker, as_array, torch_dtype
 from tailrace.pipeline.live.contexts import ContextBatches, TextPosition
 from tailrace.pipeline.live.mixing import STAGES_IN_MEMORY, Mixing, Serving
-from tailrace.pipeline.model.language_model import on_device
 from tailrace.storage.cache_format import Site
 from tailrace.storage.statistics import SiteStatistics
+from tailrace.training.rows.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class StageMemory:
         is_later, target = serving.is_later[chosen], serving.target[chosen]
         for later in (False, True):
             picked = np.flatnonzero(is_later == later)
-            picks, targets = (on_device(torch.from_numpy(rows), self._device) for rows in (picked, target[picked]))
+            picks, targets = (to_device(torch.from_numpy(rows), self._device) for rows in (picked, target[picked]))
             slot = self._slots[(block + later) % STAGES_IN_MEMORY]
             for key, values in rows.items():
                 slot[key].index_copy_(0, targets, values.index_select(0, picks))

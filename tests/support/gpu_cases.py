@@ -203,14 +203,12 @@ def damaged_rows(folder: Path, device: str) -> dict[str, float]:
     shard = split.root / "train/sites/layer0/out/c/4/0"
     shard.write_bytes(shard.read_bytes()[:-1000])
     before = set(threading.enumerate())
-    n_served = 0
-    with CacheBatches(split, [site], batch_rows=50, seed=3, device=device) as rows:
-        with pytest.raises(ArtifactCorrupt, match="sites/layer0/out/c/4/0"):
-            while True:
-                rows.next_batch()
-                n_served += 1
+    served: list[SiteBatches] = []
+    damaged = pytest.raises(ArtifactCorrupt, match="sites/layer0/out/c/4/0")
+    with CacheBatches(split, [site], batch_rows=50, seed=3, device=device) as rows, damaged:
+        served.extend(rows.next_batch() for _ in range(rows.n_steps_per_epoch))
     assert set(threading.enumerate()) <= before
-    return {"served": n_served}
+    return {"served": len(served)}
 
 
 def living_rows(dtype: str, **machine: Any) -> Case:

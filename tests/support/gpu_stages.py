@@ -35,6 +35,7 @@ from tailrace.pipeline.train import stage as train
 from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.statistics import as_float32
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.transfer import to_host
 from tests.support import cache_jobs
 from tests.support.gpu_training import BASE, Case
 
@@ -94,11 +95,10 @@ def caching(storage_dtype: str) -> Case:
         settings = cache_jobs.settings(storage_dtype=storage_dtype, shard_rows=256)
         n_sites = len(plan_budget(settings, output=folder / "out", compute=compute).sites)
         copied = []
-        copy_out = cache_rows.to_host
 
         def noting(values: torch.Tensor) -> torch.Tensor:
             copied.append(values.dtype)
-            return copy_out(values)
+            return to_host(values)
 
         with mock.patch.object(cache_rows, "to_host", noting):
             done = cache.run(settings, output=folder / "out", compute=compute)
