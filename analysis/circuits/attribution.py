@@ -26,6 +26,8 @@ from tailrace.training.kernels.pairs import Pairs
 FEW_ROOTS = 16
 """Most roots for which a compiled loop over pairs beats gathering the decoder rows of each token for a product: 0.25 ms
 against 9 ms for one root, 128 tokens with 32 features of width 576 each, on one core."""
+_BYTES_AT_ONCE = 1 << 30
+"""Decoder rows that are gathered at a time on a GPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +70,7 @@ def list_sources(run: LinearisedRun) -> Sources:
     for number, layer in enumerate(run.layers):
         if layer.features is not None:
             active = layer.features
-            features[number] = add(
-                columns_of(Kind.FEATURE, number, active.token.cpu().numpy(), active.feature.cpu().numpy())
-            )
+            features[number] = add(columns_of(Kind.FEATURE, number, active.token.cpu().numpy(), active.ids))
         columns = columns_of(Kind.ERROR, number, tokens)
         opaque = columns_of(Kind.MLP, number, tokens)
         stands_in = transcoded if layer.features is not None else np.zeros_like(transcoded)
@@ -216,7 +216,9 @@ def _written(features: ActiveFeatures, W_dec: Tensor, v: Tensor) -> Tensor:
     """Return (roots, n) what the features of the first T tokens write by ``W_dec`` along ``v`` (roots, T, d_out)."""
     n_tokens = v.shape[1]
     end = int(features.starts[n_tokens])
-    if v.device.type == "cpu" and len(v) <= FEW_ROOTS:
+    if v.device.type != "cpu":
+        dots = dots_at_once(features, W_dec, v)
+    elif len(v) <= FEW_ROOTS:
         offsets = features.starts[: n_tokens + 1].numpy()
         pairs = Pairs(features.token[:end].numpy(), features.feature[:end].numpy(), offsets, len(W_dec))
         dots = torch.stack([pairs.dots(root.contiguous(), W_dec) for root in v])
@@ -224,6 +226,24 @@ def _written(features: ActiveFeatures, W_dec: Tensor, v: Tensor) -> Tensor:
         per_token = [v[:, token] @ W_dec[features.feature[features.at(token)]].T for token in range(n_tokens)]
         dots = torch.cat(per_token, dim=1)
     return dots * features.activation[:end]
+
+
+def dots_at_once(features: ActiveFeatures, W_dec: Tensor, v: Tensor) -> Tensor:
+    """Return (roots, n) the products of ``v`` (roots, T, d_out) with the decoder row of each pair, at its own token.
+
+    Every token is given as many pairs as the one with most has, so that a few kernels do what would take several for
+    each token; what is too much is left out of the result.
+    """
+    n_tokens, width = v.shape[1:]
+    if not features.n_active:
+        return v.new_zeros(len(v), 0)
+    pairs, kept = features.padded
+    at_once = max(1, _BYTES_AT_ONCE // (pairs.shape[1] * width * W_dec.element_size()))
+    products = [
+        torch.einsum("rtd,tpd->rtp", v[:, start : start + at_once], W_dec[features.feature[some]])
+        for start, some in zip(range(0, n_tokens, at_once), pairs[:n_tokens].split(at_once), strict=True)
+    ]
+    return torch.cat(products, dim=1).flatten(1).index_select(1, kept[: int(features.starts[n_tokens])])
 
 
 def _dot_tokens(v: Tensor, activations: Tensor) -> Tensor:

@@ -56,13 +56,13 @@ def contributions(run: LinearisedRun, probe: Probe) -> Terms:
     """
     with torch.inference_mode():
         parts = list(_parts(run, probe))
-    nodes = joined_columns([columns for columns, _ in parts])
-    return Terms(nodes, np.concatenate([values.double().reshape(-1).cpu().numpy() for _, values in parts]))
+        values = torch.cat([values.double().reshape(-1) for _, values in parts]).cpu()
+    return Terms(joined_columns([columns for columns, _ in parts]), values.numpy())
 
 
 def _parts(run: LinearisedRun, probe: Probe) -> Iterator[tuple[NodeColumns, Tensor]]:
     v, token = probe.vector, probe.token
-    yield columns_of(Kind.BIAS, probe.layer, token), torch.tensor([probe.constant], dtype=torch.float64)
+    yield columns_of(Kind.BIAS, probe.layer, token), v.new_full((1,), probe.constant, dtype=torch.float64)
     outputs = [probe.layer] if probe.part is Part.OUT else list(range(probe.layer))
     read = {layer: written_direction(run, layer, token, probe) for layer in outputs}
     for layer in range(max(outputs, default=-1) + 1):
@@ -91,7 +91,7 @@ def _of_features(
     along = [decoder[chosen] @ v for decoder, v in decoders if decoder is not None]
     if along:
         written = features.activation[here] * sum(along[1:], along[0])
-        yield columns_of(Kind.FEATURE, layer, token, chosen.cpu().numpy()), written
+        yield columns_of(Kind.FEATURE, layer, token, features.ids[here]), written
 
 
 def _of_mlp(run: LinearisedRun, probe: Probe, layer: int, v: Tensor) -> Iterator[tuple[NodeColumns, Tensor]]:

@@ -21,11 +21,9 @@ def feature_probe(run: LinearisedRun, layer: int, token: int, feature: int, gain
     """
     features = _features(run, layer)
     pair = features.pair_of(token, feature)
-    slope = 1.0 if pair is None else float(features.slope[pair])
-    offset = 0.0 if pair is None else float(features.offset[pair])
-    coder = features.transcoder
-    direction = coder.W_enc[feature] * slope
-    bias = float(coder.encoder_bias()[feature]) * slope + offset
+    slope, offset = (1.0, 0.0) if pair is None else features.slope_and_offset[:, pair].tolist()
+    direction = features.transcoder.W_enc[feature] * slope
+    bias = float(features.encoder_bias[feature]) * slope + offset
     return _of_inputs(run, layer, token, direction * gain, bias * gain)
 
 

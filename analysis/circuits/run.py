@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tailrace.analysis.weights.model_weights import LayerWeights, ModelWeights
@@ -90,8 +92,35 @@ class ActiveFeatures:
 
     def pair_of(self, token: int, feature: int) -> int | None:
         """Return the index of the pair (token, feature), None if the feature does not fire there."""
-        matches = torch.nonzero(self.feature[self.at(token)] == feature)
-        return None if matches.numel() == 0 else int(self.starts[token]) + int(matches[0])
+        matches = np.flatnonzero(self.ids[self.at(token)] == feature)
+        return None if not len(matches) else int(self.starts[token]) + int(matches[0])
+
+    @cached_property
+    def ids(self) -> NDArray[np.int64]:
+        """(n_active,) ``feature``, on the host."""
+        return self.feature.cpu().numpy()
+
+    @cached_property
+    def encoder_bias(self) -> Tensor:
+        """(d_sae,) what is added to pre-activations, on the CPU."""
+        return self.transcoder.encoder_bias().detach().cpu()
+
+    @cached_property
+    def slope_and_offset(self) -> Tensor:
+        """(2, n_active) on the CPU."""
+        return torch.stack([self.slope, self.offset]).cpu()
+
+    @cached_property
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Pairs (T, most of a token) by token, those of a token with fewer filled up with pairs of others, and the
+        place of each pair (n_active,) among them.
+        """
+        starts = self.starts.numpy()
+        counts = np.diff(starts)
+        most = max(1, int(counts.max(initial=0)))
+        pairs = np.minimum(starts[:-1, None] + np.arange(most), max(0, self.n_active - 1))
+        places = np.repeat(np.arange(len(counts)) * most - starts[:-1], counts) + np.arange(self.n_active)
+        return torch.from_numpy(pairs).to(self.feature.device), torch.from_numpy(places).to(self.feature.device)
 
 
 @dataclass(frozen=True, eq=False)

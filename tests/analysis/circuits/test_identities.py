@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tailrace.analysis.circuits.attribution import FEW_ROOTS, attribute, list_sources
+from tailrace.analysis.circuits.attribution import FEW_ROOTS, attribute, dots_at_once, list_sources
 from tailrace.analysis.circuits.contributions import contributions
 from tailrace.analysis.circuits.nodes import Kind, Node
 from tailrace.analysis.circuits.operators import (
@@ -200,6 +200,17 @@ def test_many_roots_at_once_have_the_terms_of_few() -> None:
     many = probes * (FEW_ROOTS // len(probes) + 1)
     assert len(probes) <= FEW_ROOTS < len(many)
     torch.testing.assert_close(attribute(run, many)[: len(probes)], attribute(run, probes), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 30])
+def test_products_of_all_tokens_at_once_are_those_of_each(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailrace.analysis.circuits.attribution._BYTES_AT_ONCE", at_once)
+    features = tiny_run("gpt2").transcoders[1]
+    assert len(set(features.starts.diff().tolist())) > 1
+    for n_tokens in (1, 4, len(TOKENS)):
+        v, W_dec = randoms(3, n_tokens, 16), features.transcoder.W_dec
+        each = [v[:, token] @ W_dec[features.feature[features.at(token)]].T for token in range(n_tokens)]
+        torch.testing.assert_close(dots_at_once(features, W_dec, v), torch.cat(each, 1), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
