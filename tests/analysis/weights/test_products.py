@@ -13,7 +13,7 @@ from tailrace.analysis.weights.extremes import nearest_decoders
 from tailrace.analysis.weights.model_weights import Norm
 from tailrace.analysis.weights.pullback import mean_input_gradient, overlap, pullback
 from tailrace.analysis.weights.stream import write_point
-from tailrace.analysis.weights.unembedding import N_BINS, token_effects
+from tailrace.analysis.weights.unembedding import N_BINS, counted_by_sorting, token_effects
 from tailrace.storage.errors import ModelError
 from tests.support.made_up_weights import D_MODEL, D_VOCAB, made_up_weights, normalised
 
@@ -70,6 +70,8 @@ def test_the_histogram_counts_every_token_between_its_own_edges() -> None:
         inside[-1] |= row == edges[-1]
         assert counts.tolist() == [int(bin_.sum()) for bin_ in inside]
         assert counts.sum() == D_VOCAB
+    on_gpu = counted_by_sorting(torch.from_numpy(scores), torch.from_numpy(found.histogram_edges))
+    assert np.array_equal(on_gpu.numpy(), found.histogram)
 
 
 def test_a_decoder_row_of_zeros_touches_no_token() -> None:
@@ -79,6 +81,8 @@ def test_a_decoder_row_of_zeros_touches_no_token() -> None:
     found = token_effects(torch.zeros(1, D_MODEL), writes, weights)
     assert found.histogram.sum() == D_VOCAB
     assert not found.histogram_edges.any()
+    on_gpu = counted_by_sorting(torch.zeros(1, D_VOCAB), torch.from_numpy(found.histogram_edges))
+    assert np.array_equal(on_gpu.numpy(), found.histogram)
     assert not found.promoted.values.any()
 
 
