@@ -22,13 +22,13 @@ def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
     ``logits`` is (contexts, positions, vocab), ``tokens`` (contexts, positions).
     """
-    losses = torch.empty(tokens.shape[0], tokens.shape[1] - 1, dtype=torch.float64)
+    targets = tokens[:, 1:].to(logits.device).long()
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     for context, positions in _pieces(logits):
-        targets = tokens[context, positions.start + 1 : positions.stop + 1].to(logits.device)
         losses[context, positions] = F.cross_entropy(
-            logits[context, positions].float(), targets.long(), reduction="none"
-        ).to("cpu", torch.float64)
-    return losses
+            logits[context, positions].float(), targets[context, positions], reduction="none"
+        )
+    return losses.to("cpu", torch.float64)
 
 
 def next_token_divergences(original: Tensor, changed: Tensor) -> Tensor:
@@ -36,11 +36,12 @@ def next_token_divergences(original: Tensor, changed: Tensor) -> Tensor:
 
     Both are logits, (contexts, positions, vocab), on any device. Rounding alone never makes it negative.
     """
-    divergences = torch.empty(original.shape[0], original.shape[1] - 1, dtype=torch.float64)
+    shape = original.shape[0], original.shape[1] - 1
+    divergences = torch.empty(shape, dtype=torch.float32, device=changed.device)
     for context, positions in _pieces(original):
         p, q = (logits[context, positions].to(changed.device).float().log_softmax(-1) for logits in (original, changed))
-        divergences[context, positions] = (p.exp() * (p - q)).sum(-1).clamp_min(0).to("cpu", torch.float64)
-    return divergences
+        divergences[context, positions] = (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    return divergences.to("cpu", torch.float64)
 
 
 def pattern_divergences(original: Tensor, changed: Tensor) -> Tensor:

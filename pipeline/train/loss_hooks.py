@@ -29,9 +29,9 @@ from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 class SplicedLoss:
     """Cross entropy with a transcoder in place, on a sample of contexts that is the same at every call.
 
-    The original and the zero-ablated model are run once, when this is made. The original's logits are kept on the
-    host for KL: n_contexts · positions · vocabulary numbers in the model's dtype, 410 MB for 16 contexts of 128 tokens
-    and 50,000 tokens of vocabulary in float32.
+    The original and the zero-ablated model are run once, when this is made. The original's logits are kept where
+    the model lies, for KL: n_contexts · positions · vocabulary numbers in the model's dtype, 410 MB for 16 contexts of
+    128 tokens and 50,000 tokens of vocabulary in float32.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SplicedLoss:
             logits, loss = self._model.run(batch, {})
             losses.append(loss)
             zero.append(self._model.run(batch, dict.fromkeys(self._model.sites, ZeroAblated()))[1])
-            self._original.append(logits.cpu())
+            self._original.append(logits)
         self.ce_original = float(torch.cat(losses).mean())
         """Mean over predictions of the model itself, in nats."""
         self.ce_zero = float(torch.cat(zero).mean())
