@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tailrace.pipeline.cache.draft import begun_request
 from tailrace.pipeline.cache.plan import choose_rows, row_bytes_of
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
@@ -51,6 +52,7 @@ class Budget:
 
 def plan_budget(settings: CacheSettings, *, output: Path, compute: Compute = Compute()) -> Budget:
     """Measure the model on the first batches of the text and say what the cache would cost. Writes nothing."""
+    settings = settings.for_device(compute.device_name, begun_request(output))
     with compute.opened():
         model = load_language_model(settings, device=compute.device_name)
         hooks = model.resolve_sites(settings.layers, settings.hooks)

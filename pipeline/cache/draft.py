@@ -14,7 +14,7 @@ from typing import Any
 from tailrace.pipeline.cache.context_packing import CHECKPOINT
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.storage.artifact import REQUEST, Record, canonical_json
+from tailrace.storage.artifact import MANIFEST, REQUEST, Record, canonical_json
 from tailrace.storage.cache_format import CacheFormat
 from tailrace.storage.cache_publish import write_file
 from tailrace.storage.draft import LOCK, list_differences
@@ -62,6 +62,17 @@ def begin_draft(root: Path, change: str, generation: int, inputs: Mapping[str, A
 def begun_with(root: Path) -> dict[str, Any]:
     """Return the inputs that an unfinished draft was begun with; nothing if there is none."""
     return dict(Begun.read_file(root / BEGUN).inputs) if (root / BEGUN).exists() else {}
+
+
+def begun_request(root: Path) -> dict[str, Any]:
+    """Return the request of the cache that lies at a path, finished or not; nothing if none can be read."""
+    for name, part in ((MANIFEST, "request"), (REQUEST, None)):
+        with suppress(OSError, ValueError):
+            content = json.loads((root / name).read_bytes())
+            content = content.get(part) if part and isinstance(content, dict) else content
+            if isinstance(content, dict):
+                return content
+    return {}
 
 
 def refuse_other_inputs(path: str, recorded: Mapping[str, Any], opened: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -10,6 +11,9 @@ from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.text.settings import CapturedContexts, TextSettings
 from tailrace.storage.formats import Compression
 from tailrace.storage.settings import Quantity, Settings
+
+TOKENS_PER_GPU_BATCH = 1 << 14
+"""Tokens of a pass of the language model on a GPU: fewer leave it idle while the host asks for the next kernel."""
 
 
 def _as_text(value: Any) -> Any:
@@ -104,6 +108,20 @@ class CacheSettings(CacheLayout, CapturedContexts, CapturedSites, WantedRows, Te
         if isinstance(value, int) and isinstance(shard_rows, int) and value % max(1, shard_rows):
             raise ValueError(f"wanted a multiple of shard_rows ({shard_rows})")
         return value
+
+    def for_device(self, device: str, begun: Mapping[str, Any]) -> Self:
+        """Return settings whose batch, unless it is given, is as large as the device wants it.
+
+        ``begun``: the request of a cache that lies at the same path already. It keeps the batch that it was begun with
+        by default, on whatever device.
+        """
+        if "contexts_per_batch" in self.model_fields_set:
+            return self
+        on_gpu = max(self.contexts_per_batch, TOKENS_PER_GPU_BATCH // self.context_length)
+        chosen = begun.get("contexts_per_batch")
+        if chosen not in (self.contexts_per_batch, on_gpu):
+            chosen = on_gpu if device.startswith("cuda") else self.contexts_per_batch
+        return self.model_copy(update={"contexts_per_batch": chosen})
 
     def request(self) -> dict[str, Any]:
         """Return what identifies the cache: every setting but how many rows, which may grow."""

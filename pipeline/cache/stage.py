@@ -29,6 +29,7 @@ from tailrace.pipeline.cache.context_packing import (
 )
 from tailrace.pipeline.cache.draft import (
     begin_draft,
+    begun_request,
     begun_with,
     forget_draft,
     forget_finished_draft,
@@ -101,6 +102,7 @@ def run(
     Raises SettingsError, TextError, ModelError, ArtifactMismatch, ArtifactBusy, NonFiniteActivation,
     ActivationOverflow or StorageFull; finished units are kept whatever happens.
     """
+    settings = settings.for_device(compute.device_name, begun_request(output))
     with compute.opened(), Draft(output, KIND, settings.request()) as draft:
         if draft.published:
             return _finished(settings, output)

@@ -137,7 +137,8 @@ class CapturedContexts(RowFilter):
     """What a row of token ids is: a document, which a separator then ends; a context made beforehand, taken as it is;
     or a piece of longer text. auto: contexts or pieces where the first rows have one length, else documents."""
     contexts_per_batch: int = 32
-    """Contexts per pass of the language model. Part of a cache's identity: a row's last bits depend on it."""
+    """Contexts per pass of the language model; a cache made on a GPU takes as many as 16,384 tokens make, unless it is
+    given. Part of a cache's identity: a row's last bits depend on it."""
     holdout: str = "0.01"
     """Documents held out for evaluation: a share such as 0.01 or 1%, indices such as 7::20 or 3,17, or 0 for none."""
     seed: int = 0

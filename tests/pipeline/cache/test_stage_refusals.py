@@ -15,6 +15,7 @@ import pytest
 
 import tailrace.storage.shard
 from tailrace.pipeline.cache import stage as cache
+from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_verify import verify_bytes
@@ -334,6 +335,20 @@ def test_every_problem_of_the_settings_is_reported_at_once() -> None:
         "  bucket_rows: Input should be a valid integer, unable to parse string as an integer, or 'auto' (got 'many')",
         "  colour: is no setting",
     ]
+
+
+def test_a_gpu_takes_larger_batches_unless_they_are_given_and_a_cache_keeps_what_it_was_begun_with() -> None:
+    given = {"model": "m", "dataset": "d.txt", "layers": "0", "tokens": 10, "context_length": 128}
+    by_default, chosen = CacheSettings.read(given), CacheSettings.read(given, {"contexts_per_batch": 8})
+
+    def batch(settings: CacheSettings, device: str, **begun: Any) -> int:
+        return settings.for_device(device, begun).contexts_per_batch
+
+    assert (batch(by_default, "cpu"), batch(by_default, "cuda:1"), batch(chosen, "cuda")) == (32, 128, 8)
+    assert batch(by_default, "cpu", contexts_per_batch=128) == batch(by_default, "cuda", contexts_per_batch=128) == 128
+    assert batch(by_default, "cuda", contexts_per_batch=32) == 32
+    assert batch(by_default, "cpu", contexts_per_batch=9) == 32, "another request, which is refused"
+    assert CacheSettings.read(given, {"context_length": 2048}).for_device("cuda", {}).contexts_per_batch == 32
 
 
 @pytest.mark.parametrize(
