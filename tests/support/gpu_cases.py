@@ -151,12 +151,14 @@ def bringing_rows(
     n_rows: int | None = None,
     start: dict[str, int] | None = None,
     materialised: bool = False,
+    epochs: int = 3,
+    by: str = "KeptOrder",
     **machine: Any,
 ) -> Case:
     """Return a case that compares rows brought to the device with those of the CPU: three sites, units of 128 rows.
 
     They must be the same to the bit, and once the first two batches were served the host must not wait for the device.
-    Three epochs are announced, so rows are kept where ``machine`` has room for them.
+    Where several epochs are announced, rows are kept if ``machine`` has room for them; ``by`` is what reads in the end.
     """
 
     def case(folder: Path, device: str) -> dict[str, float]:
@@ -174,7 +176,7 @@ def bringing_rows(
             opened = []
             for on in ("cpu", device):
                 opened.append(CacheBatches(split, chosen, batch_rows=50, seed=3, n_rows=n_rows, device=on))
-                opened[-1].expect(3 * opened[-1].n_steps_per_epoch)
+                opened[-1].expect(epochs * opened[-1].n_steps_per_epoch)
                 opened[-1].load_state_dict(start or {"epoch": 0, "step": 0})
             return opened
 
@@ -186,6 +188,8 @@ def bringing_rows(
                 check_same(wanted.next_batch(), brought.next_batch(), device)
                 assert wanted.state_dict() == brought.state_dict()
             check_no_waits(pinned=limits.can_pin)
+            reader: Any = brought._rows
+            assert type(reader._loader._open_order(0)).__name__ == by
             once = (iter_sites_once(split, chosen, batch_rows=90, device=on, max_rows=400) for on in ("cpu", device))
             for wanted_once, brought_once in zip(*once, strict=True):
                 check_same(wanted_once, brought_once, device)
@@ -203,12 +207,11 @@ def damaged_rows(folder: Path, device: str) -> dict[str, float]:
     shard = split.root / "train/sites/layer0/out/c/4/0"
     shard.write_bytes(shard.read_bytes()[:-1000])
     before = set(threading.enumerate())
-    served: list[SiteBatches] = []
-    damaged = pytest.raises(ArtifactCorrupt, match="sites/layer0/out/c/4/0")
-    with CacheBatches(split, [site], batch_rows=50, seed=3, device=device) as rows, damaged:
-        served.extend(rows.next_batch() for _ in range(rows.n_steps_per_epoch))
+    batches = CacheBatches(split, [site], batch_rows=50, seed=3, device=device)
+    with pytest.raises(ArtifactCorrupt, match="sites/layer0/out/c/4/0"), batches:
+        list(iter(batches.next_batch, None))
     assert set(threading.enumerate()) <= before
-    return {"served": len(served)}
+    return {"refused": 1}
 
 
 def living_rows(dtype: str, **machine: Any) -> Case:
@@ -273,23 +276,25 @@ CASES: dict[str, Case] = {
     "sparse": training(kernel="sparse"),
     "interventions": intervening,
     "threshold gradients": threshold_gradients,
-    "rows in buckets": bringing_rows("bfloat16", n_batches=16, free_bytes=2 << 20),
+    "rows in buckets": bringing_rows("bfloat16", n_batches=16, epochs=1, by="GatheredOrder"),
     "rows that are kept": bringing_rows("int8", n_batches=16, start={"epoch": 1, "step": 4}),
 }
 ROWS: dict[str, Case] = {
     **{f"rows of {dtype}, kept": bringing_rows(dtype) for dtype in ("float32", "float16", "bfloat16", "int8")},
     **{
-        f"rows of {dtype} in buckets": bringing_rows(dtype, free_bytes=4 << 20)
+        f"rows of {dtype} in buckets": bringing_rows(dtype, epochs=1, by="GatheredOrder")
         for dtype in ("float32", "float16", "bfloat16", "int8")
     },
-    "rows on a small card": bringing_rows("int8", free_bytes=1 << 18, start={"epoch": 0, "step": 5}),
-    "rows of a sample": bringing_rows("bfloat16", n_rows=310, start={"epoch": 2, "step": 3}),
-    "rows of a sample in buckets": bringing_rows("float16", n_rows=310, free_bytes=2 << 20),
-    "rows of a materialised epoch": bringing_rows("bfloat16", free_bytes=2 << 20, materialised=True),
+    "rows on a small card": bringing_rows("int8", free_bytes=1 << 18, by="_HostBatches", start={"epoch": 0, "step": 5}),
+    "rows beside large weights": bringing_rows("int8", epochs=1, by="GatheredOrder", allocated_bytes=20 << 30),
+    "rows kept beside large weights": bringing_rows("bfloat16", allocated_bytes=20 << 30),
+    "rows of a sample": bringing_rows("bfloat16", n_rows=310, epochs=5, start={"epoch": 2, "step": 3}),
+    "rows of a sample in buckets": bringing_rows("float16", n_rows=310, epochs=1, by="GatheredOrder"),
+    "rows of a materialised epoch": bringing_rows("bfloat16", epochs=1, by="MaterialisedOrder", materialised=True),
     "rows of a damaged shard": damaged_rows,
     "live rows": living_rows("float32"),
     "live rows on the host": living_rows("bfloat16", free_bytes=1000),
-    "rows without pinned memory": bringing_rows("bfloat16", free_bytes=2 << 20, can_pin=False),
+    "rows without pinned memory": bringing_rows("bfloat16", epochs=1, by="GatheredOrder", can_pin=False),
 }
 SLOW: dict[str, Case] = {
     **ROWS,

@@ -181,7 +181,7 @@ def stream(chosen: Stream) -> Iterator[None]:
 
 _pinned: list[Tensor] = []
 """Kept, so that nothing else comes to lie there."""
-limits = SimpleNamespace(can_pin=True, free_bytes=80 << 30)
+limits = SimpleNamespace(can_pin=True, free_bytes=80 << 30, allocated_bytes=0)
 """What the pretended machine has; a case may change it inside ``pretended_gpu``."""
 
 
@@ -394,7 +394,8 @@ _IN_TORCH = {
     "torch.cuda.stream": stream,
     "torch.cuda.current_stream": current_stream,
     "torch.cuda.mem_get_info": lambda *_: (limits.free_bytes, 80 << 30),
-    "torch.cuda.max_memory_allocated": lambda *_: 0,
+    "torch.cuda.memory_allocated": lambda *_: limits.allocated_bytes,
+    "torch.cuda.max_memory_allocated": lambda *_: limits.allocated_bytes,
     "torch.cuda.empty_cache": lambda: None,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     "threading.Thread.run": _run_thread_in_mode,

@@ -30,11 +30,11 @@ from tailrace.storage.stream import BatchSpan, RowStream, StreamSource, StreamSt
 
 SLOT_BYTES = 8 << 20
 """Pinned memory that is read into and copied from at once; more leaves the processor's cache (0.9 of the speed)."""
-BUCKETS_SHARE = 0.25
-"""Of the memory that is free before the first step, how much two buckets may take."""
-LEAST_SPARE_BYTES = 1 << 30
-"""Left free, at least, beside a cache that is kept and what the first step took: scores and checkpoints need some."""
-
+STEP_PER_WEIGHTS = 8
+"""Memory that training takes at its peak, in weights: gradients, moments, bfloat16 copies and activations; 6 to 7 of
+131,072 features (counted)."""
+SPARE_BYTES = 1 << 30
+"""Left free beside rows and what steps take, for scores and checkpoints."""
 N_READERS = 4
 """Threads that read."""
 N_SLOTS = 2 * N_READERS
@@ -73,9 +73,9 @@ class DeviceRows:
             self.close()
             raise StopIteration
         if self._loader is None:
-            self._loader = self._open_loader(span)
+            self._loader = self._open_first(span)
         elif self._n_served == 1:
-            self._keep_if_it_fits(span)
+            self._reconsider(span)
         self._n_served += 1
         batch = self._cut(span)
         return {name: batch[key] for name, key in self._stream.names.items()}
@@ -97,48 +97,59 @@ class DeviceRows:
             row = end
         return batch
 
-    def _open_loader(self, at: BatchSpan) -> _Loader:
-        stream = self._stream
-        n_rows = min(stream.plan(at.epoch).bucket_rows, stream.n_rows)
-        free, _ = torch.cuda.mem_get_info(self._device)
-        if 2 * n_rows * _row_bytes(stream) <= BUCKETS_SHARE * free:
-            buckets = [_Segment(_allocate(stream, n_rows, self._device), n_rows, self._device) for _ in range(2)]
-            return _Loader(lambda epoch: stream.open_order(epoch, n_rows), buckets, at, self._position.n_epochs)
-        batches = [_Segment(_allocate(stream, stream.batch_rows, self._device), 0, self._device) for _ in range(3)]
+    def _open_first(self, at: BatchSpan) -> _Loader:
+        """Return what brings buckets, if they fit beside what the first step may take, else batches."""
+        free = torch.cuda.mem_get_info(self._device)[0]
+        if self._position.n_epochs is None:  # for training, of which the weights are there
+            free -= STEP_PER_WEIGHTS * torch.cuda.memory_allocated(self._device)
+        if self._bucket_bytes <= free - SPARE_BYTES:
+            return self._open_buckets(at)
+        stream, device = self._stream, self._device
+        batches = [_Segment(_allocate(stream, stream.batch_rows, device), 0, device) for _ in range(3)]
         return _Loader(lambda _: _HostBatches(stream), batches, at, self._position.n_epochs)
 
-    def _keep_if_it_fits(self, at: BatchSpan) -> None:
-        """Keep all rows on the device if later epochs will want them, and there is room beside what a step takes."""
-        stream, before = self._stream, self._loader
+    def _reconsider(self, at: BatchSpan) -> None:
+        """Keep all rows if later epochs want them, or bring buckets, where there is room beside what a step took."""
+        before, stream = self._loader, self._stream
         assert before is not None, "a batch was served"
-        if self.n_steps <= (at.epoch + 1) * stream.n_steps_per_epoch or not before.is_of_buckets:
-            return
-        needed = stream.n_rows * _row_bytes(stream)
-        step = torch.cuda.max_memory_allocated(self._device) - before.n_device_bytes
         free = torch.cuda.mem_get_info(self._device)[0] + before.n_device_bytes
-        if needed > free - max(step, LEAST_SPARE_BYTES):
+        step = torch.cuda.max_memory_allocated(self._device) - before.n_device_bytes
+        is_read_again = self.n_steps > (at.epoch + 1) * stream.n_steps_per_epoch
+        keeps = is_read_again and stream.n_rows * _row_bytes(stream) <= free - max(step, SPARE_BYTES)
+        if not keeps and (before.is_of_buckets or self._bucket_bytes > free - SPARE_BYTES):
             return
         before.close()
-        self._loader = None
-        del before
+        if not before.is_of_buckets:
+            stream.close()  # what the host gathers with
+        self._loader = before = None
         torch.cuda.empty_cache()
-        self._loader = self._open_keeping_loader(at) or self._open_loader(at)
+        self._loader = (self._open_kept(at) if keeps else None) or self._open_buckets(at)
 
-    def _open_keeping_loader(self, at: BatchSpan) -> _Loader | None:
-        stream, n_rows = self._stream, self._stream.n_rows
+    @property
+    def _bucket_rows(self) -> int:
+        return min(self._stream.plan(0).bucket_rows, self._stream.n_rows)
+
+    @property
+    def _bucket_bytes(self) -> int:
+        return 2 * self._bucket_rows * _row_bytes(self._stream)
+
+    def _open_buckets(self, at: BatchSpan) -> _Loader:
+        stream, n_rows, device = self._stream, self._bucket_rows, self._device
+        buckets = [_Segment(_allocate(stream, n_rows, device), n_rows, device) for _ in range(2)]
+        return _Loader(lambda epoch: stream.open_order(epoch, n_rows), buckets, at, self._position.n_epochs)
+
+    def _open_kept(self, at: BatchSpan) -> _Loader | None:
+        stream, n_rows, bucket_rows = self._stream, self._stream.n_rows, self._bucket_rows
         try:
             stored = _allocate(stream, n_rows, self._device)
-        except torch.OutOfMemoryError:  # in pieces that are too small, or another program was faster
+        except torch.OutOfMemoryError:  # it is free in pieces that are too small, or another program was faster
             return None
-        bucket_rows = min(stream.plan(at.epoch).bucket_rows, n_rows)
+        n_bytes = n_rows * _row_bytes(stream)
+        logger.info(
+            "%s rows stay on %s (%.1f GB): later epochs read nothing", f"{n_rows:,}", self._device, n_bytes / 1e9
+        )
         kept = np.zeros(n_rows, bool)
         segments = [_Segment(stored, bucket_rows, self._device) for _ in range(2)]
-        logger.info(
-            "%s rows stay on %s (%.1f GB): later epochs read nothing",
-            f"{n_rows:,}",
-            self._device,
-            n_rows * _row_bytes(stream) / 1e9,
-        )
         return _Loader(lambda epoch: stream.open_order(epoch, bucket_rows, kept), segments, at, self._position.n_epochs)
 
     def close(self) -> None:
