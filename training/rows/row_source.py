@@ -74,7 +74,7 @@ class CacheRows:
         activations = keys_of(self._site)
         arrays = self._read(SamplePlan.draw(self._seed, step, self._unit_rows, n_rows), [*activations, *_PROVENANCE])
         tensors = [
-            as_tensor(arrays[key], self._split.dtype(key)).to(self._device, torch.float32) for key in activations
+            as_tensor(arrays[key], self._split.dtype(key)).to(self._device).to(torch.float32) for key in activations
         ]
         context, position = (arrays[key].astype(np.int64) for key in _PROVENANCE)
         return SampledRows(Batch(tensors[0], tensors[-1]), context, position)
