@@ -17,6 +17,7 @@ os.environ["HF_HOME"] = _HUB_CACHE.name  # neither reads nor fills the developer
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # read where a program is defined, and there is no GPU
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")

@@ -8,7 +8,7 @@ to, and is read only where the feature fires.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,14 +19,16 @@ from tailrace.training.architectures.entries import Above, LargestOfBatch
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.choices import KernelKind
 from tailrace.training.cross_layer.stack import Stack, StackedEntries
-from tailrace.training.kernels.adaptive import AdaptiveStep, refuse_sparse
-from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.adaptive import build_kernel
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult, finish
 from tailrace.training.kernels.pairs import Pairs, decode_pairs, sum_by_row
 from tailrace.training.kernels.select import Selector, keep_largest
 from tailrace.training.kernels.sparse import clear_gradients
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
+
+if TYPE_CHECKING:
+    from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep
 
 
 class _Layer(NamedTuple):
@@ -175,10 +177,16 @@ class _EncodeStack(torch.autograd.Function):
         return None, None, torch.cat(of_bias), None, None, None
 
 
-def build_stack_kernel(kind: KernelKind, precision: Precision, device: torch.device, *, name: str) -> StepKernel:
-    """Return the kernel of a run; on devices other than the CPU auto is dense, and sparse raises SettingsError."""
-    refuse_sparse(kind, device)
-    if kind == "dense" or device.type != "cpu":
-        return DenseStep(precision)
-    sparse = SparseStackStep(precision)
-    return sparse if kind == "sparse" else AdaptiveStep(precision, name=name, sparse=sparse)
+def build_stack_kernel(
+    kind: KernelKind, precision: Precision, device: torch.device, *, name: str, fused: bool = False
+) -> StepKernel:
+    """Return the kernel of a run of several layers; otherwise as ``build_kernel``."""
+    steps: Any = {"sparse": SparseStackStep, "sparse_on_gpu": _stack_step_on_gpu}
+    return build_kernel(kind, precision, device, name=name, fused=fused, **steps)
+
+
+def _stack_step_on_gpu(gradients: DeviceGradients) -> DeviceStep:
+    # triton is optional
+    from tailrace.training.cross_layer.device import DeviceStackStep
+
+    return DeviceStackStep(gradients)

@@ -1,13 +1,15 @@
-"""Which kernel computes a step: a function of settings, device and the number of features that fired, never of time.
+"""Which kernel computes a step: a function of settings, device and the number of features that fired.
 
-So a run that is resumed takes the same kernel for every step as one that was not.
+Of time only once on a GPU, where what was chosen is kept. So a run that is resumed takes the same kernel for every step
+as one that was not.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,6 +23,9 @@ from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, S
 from tailrace.training.kernels.sparse import SparseStep
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
+
+if TYPE_CHECKING:
+    from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep
 
 logger = logging.getLogger(__name__)
 
@@ -86,20 +91,48 @@ def _expected_density(transcoder: Transcoder) -> float:
     return 1.0 if isinstance(selection, Above) else selection.k / transcoder.d_sae
 
 
-def build_kernel(kind: KernelKind, precision: Precision, device: torch.device, *, name: str) -> StepKernel:
-    """Return the kernel of a run; on devices other than the CPU auto is dense, and sparse raises SettingsError."""
-    refuse_sparse(kind, device)
-    if kind == "sparse":
-        return SparseStep(precision)
-    if kind in ("dense", "compiled") or device.type != "cpu":
+def build_kernel(
+    kind: KernelKind,
+    precision: Precision,
+    device: torch.device,
+    *,
+    name: str,
+    fused: bool = False,
+    sparse: Callable[[Precision], StepKernel] = SparseStep,
+    sparse_on_gpu: Callable[[DeviceGradients], DeviceStep] | None = None,
+) -> StepKernel:
+    """Return the kernel of a run; ``sparse`` and ``sparse_on_gpu`` make sparse steps, by default those of one layer.
+
+    ``fused``: whether the optimiser takes gradients as a GPU's sparse step leaves them. Raises SettingsError for the
+    sparse kernel on a device that has none.
+    """
+    if kind in ("dense", "compiled"):
         return DenseStep(precision, compiled=kind == "compiled")
-    return AdaptiveStep(precision, name=name)
+    if device.type == "cpu":
+        step = sparse(precision)
+        return step if kind == "sparse" else AdaptiveStep(precision, name=name, sparse=step)
+    missing = _missing_for_sparse(device)
+    if missing is None:
+        # triton is optional
+        from tailrace.training.kernels.device.choice import build_choice
+
+        return build_choice(precision, sparse_on_gpu, name=name, fused=fused, prove=kind == "auto")
+    if kind == "sparse":
+        raise SettingsError(f"kernel: sparse: {missing}; or use auto or dense")
+    if device.type == "cuda":
+        logger.info("%s: steps are dense: %s", name, missing)
+    return DenseStep(precision)
 
 
-def refuse_sparse(kind: KernelKind, device: torch.device) -> None:
-    """Raise SettingsError for the sparse kernel on a device that it cannot compute on."""
-    if kind == "sparse" and device.type != "cpu":
-        raise SettingsError(f"kernel: sparse runs on CPUs, and the device is {device}; use auto, dense or compiled")
+def _missing_for_sparse(device: torch.device) -> str | None:
+    """Return what the sparse step lacks on a device other than the CPU, as a sentence; None for nothing."""
+    if device.type != "cuda":
+        return f"the sparse step runs on CPUs and CUDA GPUs, and the device is {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "the sparse step of a GPU is written in Triton, which is not installed (pip install triton)"
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "the sparse step needs a GPU that multiplies bfloat16, of compute capability 8.0 or later"
+    return None
 
 
 def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:

@@ -78,7 +78,7 @@ def build_run(
         transcoder.to(device),
         objective,
         rows,
-        build_kernel(settings.kernel, precision, device, name=name),
+        build_kernel(settings.kernel, precision, device, name=name, fused=_takes_pairs(settings, group)),
         means,
         extra=[] if connection is None else [connection],
         n_steps=n_steps,
@@ -139,7 +139,7 @@ def build_cross_layer_run(
         stack.to(device),
         objective,
         rows,
-        build_stack_kernel(settings.kernel, precision, device, name=name),
+        build_stack_kernel(settings.kernel, precision, device, name=name, fused=_takes_pairs(settings, group)),
         means,
         n_steps=n_steps,
         name=name,
@@ -158,6 +158,11 @@ def _ordinary(
     limits = OrdinaryRows.within(settings.max_norm_multiple, statistics)
     source = _needed(row_source, f"max_norm_multiple: {settings.max_norm_multiple:g}")
     return limits, limits.statistics(site.name, site.sides, source)
+
+
+def _takes_pairs(settings: TrainSettings, group: Group | None) -> bool:
+    """Tell whether gradients at pairs need not become matrices: nothing asks for their norm, or adds them up."""
+    return settings.optimiser == "adam" and settings.gradient_clip is None and group is None
 
 
 def _assemble(
@@ -186,7 +191,13 @@ def _assemble(
         objective,
         rows,
         kernel if group is None else DistributedStep(kernel, group),
-        build_optimiser(settings.optimiser, transcoder, lr=settings.lr, clip=settings.gradient_clip),
+        build_optimiser(
+            settings.optimiser,
+            transcoder,
+            lr=settings.lr,
+            clip=settings.gradient_clip,
+            gradients=getattr(kernel, "gradients", None),
+        ),
         settings.build_schedule(n_steps),
         lr=settings.lr,
         firing=firing,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from tailrace.training.architectures.base import Transcoder
 from tailrace.training.choices import OptimiserKind
 from tailrace.training.kernels import loops
 from tailrace.training.kernels.loops import over_ranges
+
+if TYPE_CHECKING:
+    from tailrace.training.kernels.device.step import DeviceGradients
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -161,14 +164,26 @@ def _rows(value: Tensor) -> np.ndarray:
     return array if array.ndim == 2 else array.reshape(1, -1)
 
 
-def build_optimiser(kind: OptimiserKind, transcoder: Transcoder, *, lr: float, clip: float | None) -> Optimiser:
+def build_optimiser(
+    kind: OptimiserKind,
+    transcoder: Transcoder,
+    *,
+    lr: float,
+    clip: float | None,
+    gradients: DeviceGradients | None = None,
+) -> Optimiser:
     """Return the optimiser called ``kind`` for a transcoder that lies on its device.
 
-    Raises SettingsError where this torch has none of that name.
+    ``gradients`` are those of a kernel for GPUs. Raises SettingsError where this torch has none of that name.
     """
     device = transcoder.W_enc.device
     if kind == "adam" and device.type == "cpu":
         return BlockedAdam(transcoder, clip=clip)
+    if kind == "adam" and gradients is not None:
+        # triton is optional
+        from tailrace.training.kernels.device.adam import DeviceAdam
+
+        return DeviceAdam(transcoder, gradients, clip=clip)
     parameters = list(transcoder.parameters())
     fused: Any = {"fused": True} if device.type in ("cpu", "cuda") else {"foreach": True}
     if kind == "muon":

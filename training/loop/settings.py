@@ -141,8 +141,8 @@ class TrainSettings(Settings):
     connection: AnyConnection = NoConnection()
     """Penalty on connections to another transcoder's features: none or sparse."""
     kernel: KernelKind = "auto"
-    """How a step is computed: auto (on a CPU, sparse while few features fire, else dense), dense, sparse, or compiled
-    (dense through torch.compile)."""
+    """How a step is computed: auto (sparse while few features fire, else dense; on a GPU only if the sparse step proves
+    right and faster on the first batches), dense, sparse, or compiled (dense through torch.compile)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; auto is bfloat16 where the device has instructions for it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import pickle
 import subprocess
@@ -297,8 +298,11 @@ def test_what_is_not_rows_is_no_batch(inputs: tuple[int, ...], outputs: tuple[in
 
 
 @pytest.mark.parametrize("build", [build_kernel, build_stack_kernel])
-def test_the_sparse_kernel_is_refused_where_it_cannot_compute(build: Any) -> None:
-    with pytest.raises(SettingsError, match="kernel: sparse runs on CPUs, and the device is cuda"):
+def test_the_sparse_kernel_is_refused_where_it_cannot_compute(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="runs on CPUs and CUDA GPUs, and the device is meta"):
+        build("sparse", "float32", torch.device("meta"), name="run")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SettingsError, match=r"kernel: sparse: .* not installed"):
         build("sparse", "float32", torch.device("cuda"), name="run")
     assert isinstance(build("auto", "float32", torch.device("cuda"), name="run"), DenseStep)
 

@@ -1,0 +1,245 @@
+"""Which step a GPU takes: the sparse one where it was proven right and faster on the run's own batches, else the dense.
+
+What is chosen goes into the run's state, so that a resumed run takes the same. Nothing here waits for the device but
+the proof: how many pairs were active is read two steps later, when the number has long arrived.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.entries import Above, LargestOfBatch
+from tailrace.training.architectures.objectives import Objective
+from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.device.proof import largest_error, unchanged
+from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep, slots_for
+from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
+from tailrace.training.rows.batches import Batch
+
+logger = logging.getLogger(__name__)
+
+SPARSE_BELOW, DENSE_ABOVE = 0.05, 0.08
+"""Shares of active pairs below and above which the sparse step takes over, and the dense one; as on the CPU."""
+LARGEST_ERROR = 1e-3
+"""Relative; products in float32 agree to 1e-6, and a pair at the edge of a selection moves a gradient by 1e-4."""
+LAG = 2
+"""Steps after which numbers of a step are read: it is done while the host prepares the next but one."""
+TIMED_STEPS = 3
+
+
+class DeviceChoice:
+    """The sparse step of a GPU, or the dense one.
+
+    With ``prove`` the first batch that few features fire on decides: the sparse step must agree with the dense one in
+    float32 and take less time than the dense one in the run's precision. Processes that share a batch decide together.
+    """
+
+    def __init__(self, sparse: DeviceStep, precision: Precision, *, name: str, prove: bool = True) -> None:
+        self._sparse, self._name = sparse, name
+        self._dense: StepKernel = DenseStep(precision)
+        self._prove = prove
+        self.choice: str | None = None if prove else "sparse"
+        """``sparse`` or ``dense``; None before the proof."""
+        self.is_sparse: bool | None = None
+        """Whether few enough features fire; None before the first step."""
+        self._late: deque[tuple[int, Callable[[], int], Callable[[], int]]] = deque()
+        self.gradients.trusted = not prove
+
+    @property
+    def gradients(self) -> DeviceGradients:
+        """What the step leaves to the optimiser."""
+        return self._sparse.gradients
+
+    def __call__(
+        self,
+        transcoder: Transcoder,
+        batch: Batch,
+        objective: Objective,
+        extra: Sequence[ExtraLoss] = (),
+        *,
+        per_row: bool = False,
+        reductions: BatchReductions = ALONE,
+    ) -> StepResult:
+        """Set ``.grad`` of every parameter, or leave it to ``gradients``, and return the loss terms."""
+        self._read_late(transcoder, len(batch.inputs))
+        self._choose_by_density(transcoder)
+        if self.is_sparse and self.choice is None:
+            self._put_to_the_proof(transcoder, batch, objective, reductions)
+        can_share = reductions is ALONE or not isinstance(transcoder.selection(), LargestOfBatch)
+        if self.is_sparse and self.choice == "sparse" and can_share:
+            result = self._sparse(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
+            assert self.gradients.n_candidates is not None, "a step has just counted them"
+            self._remember(result, self.gradients.n_candidates)
+        else:
+            self.gradients.at_pairs.clear()
+            if self.gradients.overflow is not None:
+                self.gradients.overflow.zero_()
+            result = self._dense(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
+            if isinstance(transcoder.selection(), Above):
+                self._remember(result, None)
+        return result
+
+    def _choose_by_density(self, transcoder: Transcoder) -> None:
+        """Take note of the density that a selection of the largest has; where it has none, begin dense."""
+        selection = transcoder.selection()
+        if isinstance(selection, Above):
+            if self.is_sparse is None:
+                self.is_sparse = not self._prove
+        else:
+            self._by_density(selection.k / transcoder.d_sae)
+
+    def _by_density(self, density: float) -> None:
+        before = self.is_sparse
+        if density < SPARSE_BELOW or not self._prove:
+            self.is_sparse = True
+        elif density > DENSE_ABOVE or before is None:
+            self.is_sparse = False
+        if self.is_sparse is not before and before is not None and self.choice != "dense":
+            kind = "sparse" if self.is_sparse else "dense"
+            logger.info("%s: %.2f%% of activations are not zero, steps are %s", self._name, 100 * density, kind)
+
+    def _remember(self, result: StepResult, n_candidates: Tensor | None) -> None:
+        """Have the numbers of a step sent to the host, to be read later."""
+        active = on_its_way(result.n_active.sum())
+        self._late.append((result.n_rows, active, active if n_candidates is None else on_its_way(n_candidates)))
+
+    def _read_late(self, transcoder: Transcoder, n_rows: int) -> None:
+        """Take note of what happened two steps ago: how many pairs were active, and whether there was room for them."""
+        while len(self._late) >= LAG:
+            of_rows, active, candidates = self._late.popleft()
+            n_candidates = candidates()
+            n_slots, selection = self._sparse.n_slots, transcoder.selection()
+            if isinstance(selection, Above):
+                self._by_density(active() / (of_rows * transcoder.d_sae))
+            if n_slots is not None and n_candidates > n_slots:
+                logger.warning(
+                    "%s: a step had %d candidate pairs and room for %d; it changed no weight, and there is more room "
+                    "from now on",
+                    self._name,
+                    n_candidates,
+                    n_slots,
+                )
+            least = 1 if isinstance(selection, Above) else slots_for(selection, n_rows, transcoder.d_sae)
+            self._sparse.n_slots = _room(n_candidates, n_slots, least, n_rows * transcoder.d_sae)
+
+    def _put_to_the_proof(
+        self, transcoder: Transcoder, batch: Batch, objective: Objective, reductions: BatchReductions
+    ) -> None:
+        device = batch.inputs.device
+        error, problem, times = 0.0, "", (0, 0)
+        try:
+            error = largest_error(self._sparse, transcoder, batch, objective)
+            if not error < LARGEST_ERROR:
+                problem = f"its numbers differ from those of the dense step by {error:.1e}"
+            else:
+                times = (
+                    _microseconds(self._sparse, transcoder, batch, objective),
+                    _microseconds(self._dense, transcoder, batch, objective),
+                )
+        except Exception as broken:  # whatever a compiler, a driver or a GPU may raise
+            problem = f"{type(broken).__name__}: {str(broken).strip().splitlines()[-1] if str(broken).strip() else ''}"
+        is_right = bool(reductions.least(torch.tensor(float(not problem), device=device)) > 0)
+        sparse_time, dense_time = reductions.total(torch.tensor(times, device=device)).tolist()
+        self.choice = "sparse" if is_right and sparse_time < dense_time else "dense"
+        self.gradients.trusted = is_right
+        self.gradients.at_pairs.clear()
+        if not is_right:
+            logger.warning(
+                "%s: steps are dense, because the sparse step failed its proof (%s). Please report this, with GPU %s, "
+                "torch %s, triton %s",
+                self._name,
+                problem or "in another process",
+                torch.cuda.get_device_name(device),
+                torch.__version__,
+                triton.__version__,
+            )
+            return
+        logger.info(
+            "%s: steps are %s: the sparse one is right to %.0e and takes %.2f ms, the dense one %.2f ms",
+            self._name,
+            self.choice,
+            error,
+            sparse_time / 1000,
+            dense_time / 1000,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what was chosen, and the numbers that are still to be read, as JSON."""
+        late = [(n_rows, active(), candidates()) for n_rows, active, candidates in self._late]
+        return {
+            "is_sparse": self.is_sparse,
+            "choice": self.choice,
+            "is_trusted": self.gradients.trusted,
+            "n_slots": self._sparse.n_slots,
+            "late": late,
+        }
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Continue from ``state``; from that of a run that began without this choice, choose."""
+        if state is None or "choice" not in state:
+            return
+        self.is_sparse, self.choice = state["is_sparse"], state["choice"] if self._prove else "sparse"
+        self.gradients.trusted = state["is_trusted"] or not self._prove
+        self._sparse.n_slots = state["n_slots"]
+        self._late = deque(
+            (numbers[0], partial(int, numbers[1]), partial(int, numbers[2])) for numbers in state["late"]
+        )
+
+
+def _room(n_wanted: int, before: int | None, least: int, most: int) -> int:
+    """Return room for what was wanted, twice as much at least; as before while that is neither scarce nor far more."""
+    if before is not None and before >= least and n_wanted * 8 >= before >= n_wanted * 5 // 4:
+        return before
+    return max(1, min(most, max(least, 1 << max(6, 2 * n_wanted - 1).bit_length())))
+
+
+def on_its_way(value: Tensor) -> Callable[[], int]:
+    """Start to copy a number to the host; return what waits until it is there and reads it."""
+    if not value.is_cuda:
+        number = int(value)
+        return lambda: number
+    host = torch.empty((), dtype=value.dtype, pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def read() -> int:
+        arrived.synchronize()
+        return int(host)
+
+    return read
+
+
+def _microseconds(step: StepKernel, transcoder: Transcoder, batch: Batch, objective: Objective) -> int:
+    """Return how long a step takes on average, the first left out."""
+    with unchanged(transcoder):
+        step(transcoder, batch, objective)
+        torch.cuda.synchronize(batch.inputs.device)
+        start = time.perf_counter()
+        for _ in range(TIMED_STEPS):
+            step(transcoder, batch, objective)
+        torch.cuda.synchronize(batch.inputs.device)
+    return round(1e6 * (time.perf_counter() - start) / TIMED_STEPS)
+
+
+def build_choice(
+    precision: Precision,
+    build_step: Callable[[DeviceGradients], DeviceStep] | None,
+    *,
+    name: str,
+    fused: bool,
+    prove: bool,
+) -> DeviceChoice:
+    """Return the choice; ``build_step`` makes the sparse step, by default that of one layer."""
+    return DeviceChoice((build_step or DeviceStep)(DeviceGradients(fused=fused)), precision, name=name, prove=prove)
