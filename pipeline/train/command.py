@@ -59,6 +59,12 @@ _WORKERS = running(
     help="Write a checkpoint every N steps too; by default when a minute, and 20 times what the last ones took, have "
     "passed.",
 )
+@running(
+    "--shard-features",
+    is_flag=True,
+    help="Each of the processes that torchrun starts has a slice of the features and sees all rows, for a dictionary "
+    "larger than a GPU; without it, each has all features and a slice of the rows.",
+)
 @options.computing(_WORKERS, options.device, options.threads, options.quiet)
 def command(
     cache: Path | None,
@@ -72,6 +78,7 @@ def command(
     wandb_project: str | None,
     fresh: bool,
     checkpoint_steps: int | None,
+    shard_features: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -100,11 +107,13 @@ def command(
         "loggers": partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb_project),
     }
     if sweeps or sweep_file:
+        if shard_features:
+            raise click.UsageError("--shard-features: is for one transcoder; leave it out, or the sweep")
         swept = train_sweep(read_grid(sweeps, sweep_file), given, **arguments)
         if not compute.quiet:
             show_sweep(swept)
         return
-    result = train_one(given, **arguments)
+    result = train_one(given, shard_features=shard_features, **arguments)
 
     from tailrace.training.architectures.manifest import CrossLayerManifest, is_cross_layer
 

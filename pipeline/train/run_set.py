@@ -28,17 +28,16 @@ from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
 from tailrace.training.architectures.manifest import CHECKPOINTS, KIND
 from tailrace.training.architectures.transcoder import describe_versions
-from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_cross_layer_run, build_run
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.cost import check_memory
 from tailrace.training.loop.distributed import Group, RankBatches, broadcast_run
-from tailrace.training.loop.evaluate import score_layers
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.session import PeriodicHook, Session
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.shards import ShardedRun, refuse_shards
 from tailrace.training.loop.train_all import train_all
 from tailrace.training.rows.normalisation import JoinedNormalisation
 from tailrace.training.rows.ordinary_rows import massive_warning
@@ -80,6 +79,8 @@ class RunContext:
         Raises SettingsError listing every setting that fits neither the rows nor the weights to start from.
         """
         sites = choose_sites(settings, source)
+        if self.group is not None and self.group.shards_features:
+            refuse_shards(settings, sites, self.group.size, starts=self.start is not None)
         if self.start is not None and (problems := self.start.problems(settings, sites)):
             raise SettingsError(
                 f"{self.start.path}: cannot be started from, a transcoder of another shape; use its settings:\n"
@@ -125,7 +126,8 @@ def train_drafts(
     sites = {site.name: site for draft in drafts.values() for site in draft.sites}
     alone = len(drafts) == 1 and not others_go_on
     shapes = [(draft.settings, [(site.d_in, site.d_out) for site in draft.sites]) for draft in drafts.values()]
-    check_memory(shapes, context.device)
+    shares_features = context.group is not None and context.group.shards_features
+    check_memory(shapes, context.device, context.group.size if context.group is not None and shares_features else 1)
     if context.device.type == "cuda" and not quiet:
         chosen = " and ".join(sorted({context.precision(draft.settings) for draft in drafts.values()}))
         say_once(f"products: {chosen} in steps; scores and auxiliary losses of bfloat16 runs in TF32")
@@ -137,7 +139,7 @@ def train_drafts(
             sessions.append(stack.enter_context(session))
         stream, group = rows.stream, context.group
         before_first_step = None
-        if group is not None:
+        if group is not None and not shares_features:
             (session,) = sessions
             stream = RankBatches(stream, group.rank, group.size)
             before_first_step = partial(broadcast_run, group, session.run, stream)
@@ -151,6 +153,8 @@ def train_drafts(
             after_step=bar,
             before_first_step=before_first_step,
         )
+        for session in sessions:
+            session.run.release()
 
 
 def has_ended(draft: Draft) -> bool:
@@ -251,6 +255,9 @@ def train_beside(source: TrainingSource, settings: TrainSettings, context: RunCo
     with ExitStack() as stack:
         rows: TrainingRows = stack.enter_context(source.open(sites, output))
         run = _build("transcoder", settings, sites, rows, context)
+        if isinstance(run, ShardedRun):
+            run.serve()
+            return
         stream = RankBatches(rows.stream, context.group.rank, context.group.size)
         broadcast_run(context.group, run, stream)
         for _ in range(run.n_steps_done, rows.n_steps(settings)):
@@ -299,9 +306,7 @@ def _described_sites(draft: RunDraft, run: TrainingRun, rows: TrainingRows) -> d
     scales = [[layer.scale_in for layer in units.layers], [layer.scale_out for layer in units.layers]]
     heldout, scores = rows.heldout(draft.sites), {}
     if heldout is not None:
-        transcoder = run.folded().to(run.transcoder.W_enc.device)
-        assert isinstance(transcoder, CrossLayerTranscoder), "that is what a stack becomes"
-        scores = dict(score_layers(transcoder, run.rows.sites, heldout(None), run.rows.mask))
+        scores = dict(run.score_layers(heldout(None)))
     return {
         "sites": [site.as_json() for site in draft.sites],
         "normalisation": {"kind": kind, "scale_in": scales[0], "scale_out": scales[1]},

@@ -61,6 +61,7 @@ def run(
     model_scores: ModelScoreSettings | None = None,
     model: str | None = None,
     loggers: Callable[[], list[Logger]] = list,
+    shard_features: bool = False,
 ) -> TrainResult:
     """Train on the cache at ``cache``, or on ``live`` rows, and publish the transcoder at ``output``.
 
@@ -71,6 +72,7 @@ def run(
     errors of ``tailrace.storage.artifact.Draft`` and of opening what is given.
 
     Started by torchrun, several processes train the transcoder of a cache together; the first one writes its files.
+    With ``shard_features`` each has a slice of the features, else of the rows.
     """
     if compute.has_workers:
         raise SettingsError(
@@ -80,7 +82,12 @@ def run(
     compute = replace(compute, device=device_of_process(compute.device_name))
     with checkpoint_named(output), ExitStack() as stack:
         on = stack.enter_context(compute.opened())
-        group = open_group(on)
+        group = open_group(on, shards_features=shard_features)
+        if shard_features and group is None:
+            raise SettingsError(
+                "--shard-features: shares the features out to the processes that torchrun starts, and this is the only "
+                "one; use torchrun --standalone --nproc-per-node N, or leave it out"
+            )
         if group is not None:
             on = stack.enter_context(group).device
         if group is not None and live is not None:

@@ -191,15 +191,19 @@ class Transcoder(nn.Module, ABC):
         return self.activate(self.pre_activations(inputs))
 
     def decode(
-        self, activations: Float[Tensor, "*rows {self.d_sae}"], inputs: Float[Tensor, "*rows {self.d_in}"] | None = None
+        self,
+        activations: Float[Tensor, "*rows {self.d_sae}"],
+        inputs: Float[Tensor, "*rows {self.d_in}"] | None = None,
+        reductions: BatchReductions = ALONE,
     ) -> Float[Tensor, "*rows {self.d_out}"]:
         """Return outputs of activations; a skip transcoder needs the inputs too.
 
-        Raises ValueError if they are missing.
+        ``reductions`` are those over all features, of which these may be a slice. Raises ValueError if inputs are
+        missing.
         """
         if self.W_skip is not None and inputs is None:
             raise ValueError("this transcoder has a skip path: call decode(activations, inputs), or forward(inputs)")
-        return activations @ self.W_dec + self.unexplained(inputs)
+        return reductions.over_features(activations @ self.W_dec) + self.unexplained(inputs)
 
     def unexplained(self, inputs: Tensor | None) -> Tensor:
         """Return what is not written by features: the bias, and the skip path's part of inputs (…, d_in)."""
@@ -235,6 +239,9 @@ class Transcoder(nn.Module, ABC):
         """Return the names of the parameters whose rows have unit norm: what each feature writes."""
         return frozenset({"W_dec"})
 
+    def become_slice(self, first: int, d_sae: int) -> None:
+        """Make these the features from ``first`` on of ``d_sae``, the others of which are in other processes."""
+
     def begin_step(self, step: int) -> None:
         """Take the settings that change while training to their values in ``step``, counted from 0."""
 
@@ -249,7 +256,8 @@ class Transcoder(nn.Module, ABC):
     def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:
         """Return outputs and loss terms of a batch of normalised rows."""
         activations = self.activation(entries)
-        outputs = entries.decode(activations, self.W_dec) + self.unexplained(batch.inputs)
+        written = entries.reductions.over_features(entries.decode(activations, self.W_dec))
+        outputs = written + self.unexplained(batch.inputs)
         terms = {"reconstruction": objective.reconstruction(exact(outputs, batch.outputs), batch.outputs)}
         return Trace(outputs, activations, {**terms, **self.penalties(entries, activations)})
 

@@ -122,8 +122,12 @@ def restrict(
         case Above():
             return pre
         case LargestPerRow(k):
-            chosen = pre.detach().topk(min(k, pre.shape[1]), dim=1, sorted=False).indices
-            return pre * torch.zeros_like(pre, dtype=torch.bool).scatter_(1, chosen, True)
+            largest = pre.detach().topk(min(k, pre.shape[1]), dim=1, sorted=False)
+            kept = reductions.among_largest(largest.values, k)
+            mask = torch.zeros_like(pre, dtype=torch.bool)
+            return pre * (
+                mask.scatter_(1, largest.indices, True) if kept is None else mask.scatter_(1, largest.indices, kept)
+            )
         case LargestOfBatch(k):
             flat = pre.detach().flatten()
             n_chosen = reductions.share_of_largest(flat, k * reductions.n_rows(len(pre)))

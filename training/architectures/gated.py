@@ -64,11 +64,12 @@ class GatedTranscoder(Transcoder):
         gated = super().trace(entries, batch, objective)
         gates = entries.pre.relu()
         constant = self.unexplained(batch.inputs).detach()
-        from_gates = entries.decode(gates, self.W_dec.detach()) + constant
+        from_gates = entries.reductions.over_features(entries.decode(gates, self.W_dec.detach())) + constant
         gates = gates.float() if gates.dtype == torch.bfloat16 else gates
         terms = {
             **gated.terms,
-            "sparsity": total(gates) * (self.l1 / self.activation_unit / entries.n_rows),
+            "sparsity": entries.reductions.over_features(total(gates))
+            * (self.l1 / self.activation_unit / entries.n_rows),
             "gate": objective.reconstruction(exact(from_gates, batch.outputs), batch.outputs),
         }
         return gated._replace(terms=terms)

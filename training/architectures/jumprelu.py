@@ -125,7 +125,7 @@ class JumpReLUTranscoder(Transcoder):
     def penalties(self, entries: Entries, activations: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the weighted L0."""
         fires: Tensor = _Step.apply(entries.pre, entries.at(self.threshold), self.bandwidth)  # type: ignore[no-untyped-call]
-        mean_l0 = entries.reductions.mean(total(fires) / entries.n_rows)
+        mean_l0 = entries.reductions.mean(entries.reductions.over_features(total(fires) / entries.n_rows))
         target = self._settings.target_l0
         return {"sparsity": self.l0 * (mean_l0 if target is None else (mean_l0 / target - 1).square())}
 

@@ -22,12 +22,18 @@ class MatryoshkaTranscoder(BatchTopKTranscoder):
     def __init__(self, d_in: int, d_out: int, d_sae: int, *, settings: Matryoshka) -> None:
         super().__init__(d_in, d_out, d_sae, settings=settings)
         self.ends = settings.ends(d_sae)
+        self._ends_of = settings.ends
+
+    def become_slice(self, first: int, d_sae: int) -> None:
+        """Take the part of each prefix that is at hand, which may be none or all."""
+        self.ends = tuple(min(max(end - first, 0), self.d_sae) for end in self._ends_of(d_sae))
 
     def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:
         """Return the outputs of the whole dictionary and the mean loss over prefixes."""
         activations = self.activation(entries)
         constant = self.unexplained(batch.inputs)
-        by_prefix = entries.decode_groups(activations, self.W_dec, self.ends).cumsum(0) + constant
+        by_level = entries.reductions.over_features(entries.decode_groups(activations, self.W_dec, self.ends))
+        by_prefix = by_level.cumsum(0) + constant
         losses = [objective.reconstruction(exact(outputs, batch.outputs), batch.outputs) for outputs in by_prefix]
         return Trace(by_prefix[-1], activations, {"reconstruction": torch.stack(losses).mean()})
 

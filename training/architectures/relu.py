@@ -40,7 +40,8 @@ class ReLUTranscoder(Transcoder):
 
     def penalties(self, entries: Entries, activations: Float[Tensor, "*pairs"]) -> dict[str, Float[Tensor, ""]]:
         """Return the sparsity term. Summed over features only, so it does not depend on how many rows there are."""
-        return {"sparsity": total(self._penalty(activations)) * (self.l1 / entries.n_rows)}
+        penalty = entries.reductions.over_features(total(self._penalty(activations)))
+        return {"sparsity": penalty * (self.l1 / entries.n_rows)}
 
     def _penalty(self, activations: Tensor) -> Tensor:
         exact = activations.float() if activations.dtype == torch.bfloat16 else activations

@@ -23,6 +23,7 @@ from tailrace.training.architectures.entries import Entries, LargestOfBatch
 from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.architectures.relu import ReLUTranscoder
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.normalisation import AnyNormalisation, JoinedNormalisation, Normalisation
 
@@ -105,17 +106,24 @@ class Stack(Transcoder):
         own = self.of_layer(layer)
         return nn.functional.linear(inputs, self.W_enc[own], self.b_enc[own])
 
-    def decode(self, activations: Tensor, inputs: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def decode(
+        self,
+        activations: Tensor,
+        inputs: Tensor | None = None,  # noqa: ARG002
+        reductions: BatchReductions = ALONE,
+    ) -> Tensor:
         """Return outputs (…, d_out) of activations (…, d_sae)."""
         rows = activations.reshape(-1, self.d_sae)
-        outputs = self._written(len(rows), lambda layer: rows[:, self.of_layer(layer)] @ self.decoder(layer))
+        outputs = self._written(
+            len(rows), lambda layer: rows[:, self.of_layer(layer)] @ self.decoder(layer), reductions
+        )
         return outputs.view(*activations.shape[:-1], self.d_out)
 
-    def _written(self, n_rows: int, by_layer: Callable[[int], Tensor]) -> Tensor:
+    def _written(self, n_rows: int, by_layer: Callable[[int], Tensor], reductions: BatchReductions) -> Tensor:
         """Return outputs (rows, d_out); ``by_layer`` gives what one layer's features write, as wide as its decoder."""
         parts = (by_layer(layer) for layer in range(self.n_layers))
-        outputs: Tensor = _AddUp.apply(self.b_dec_out, n_rows, *parts)  # type: ignore[no-untyped-call]
-        return outputs
+        written: Tensor = _AddUp.apply(reductions.once(self.b_dec_out), n_rows, *parts)  # type: ignore[no-untyped-call]
+        return reductions.over_features(written)
 
     # As it is trained
 
@@ -146,7 +154,8 @@ class Stack(Transcoder):
     def trace(self, entries: Entries, batch: Batch, objective: Objective) -> Trace:
         """Return outputs and loss terms of a batch of normalised rows, from dense entries."""
         activations = self.activation(entries)
-        outputs = self._written(len(batch.inputs), partial(_decode_part, self, entries, activations))
+        by_layer = partial(_decode_part, self, entries, activations)
+        outputs = self._written(len(batch.inputs), by_layer, entries.reductions)
         terms = {"reconstruction": objective.reconstruction(exact(outputs, batch.outputs), batch.outputs)}
         return Trace(outputs, activations, {**terms, **self.penalties(entries, activations)})
 

@@ -90,7 +90,8 @@ class Selector:
                 of_row = self._row_margin(rows, weights)
                 pairs = self._candidates(rows, bias + of_row.max(), partial(self._row_cuts, k, of_row.numpy()))
                 pre = pairs.dots(inputs, W_enc) + bias[torch.from_numpy(pairs.features)]
-                return _kept(pairs, pre, keep_largest(pre, pairs.offsets, k))
+                own = _kept(pairs, pre, keep_largest(pre, pairs.offsets, k))
+                return _largest_of_rows(*own, k, reductions) if reductions.shares_features else own
             case LargestOfBatch(k):
                 return self._largest_of_batch(inputs, W_enc, bias, (rows, weights), k, reductions)
             case _:
@@ -261,6 +262,16 @@ def keep_largest(pre: Tensor, offsets: np.ndarray, k: int) -> np.ndarray:
         return kept
     over_ranges(len(offsets) - 1, lambda start, stop: loops.keep_largest(values, offsets, k, start, stop, kept))
     return kept
+
+
+def _largest_of_rows(pairs: Pairs, pre: Tensor, k: int, reductions: BatchReductions) -> tuple[Pairs, Tensor]:
+    """Return which of the ``k`` largest pairs of each row at hand are the largest of all features."""
+    columns = np.arange(len(pairs)) - pairs.offsets[pairs.rows]
+    values = pre.new_full((pairs.n_rows, k), -torch.inf)
+    values[torch.from_numpy(pairs.rows), torch.from_numpy(columns)] = pre
+    kept = reductions.among_largest(values, k)
+    assert kept is not None, "not all features are at hand"
+    return _kept(pairs, pre, kept.numpy()[pairs.rows, columns])
 
 
 def _kept(pairs: Pairs, pre: Tensor, kept: np.ndarray) -> tuple[Pairs, Tensor]:

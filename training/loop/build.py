@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -20,10 +21,18 @@ from tailrace.training.kernels.adaptive import build_kernel
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel
 from tailrace.training.loop.connection import build_connection
 from tailrace.training.loop.distributed import DistributedStep, Group
-from tailrace.training.loop.initialise import Centres, data_directions, initialise, initialise_stack, medians
+from tailrace.training.loop.initialise import (
+    Centres,
+    FeatureSlice,
+    data_directions,
+    initialise,
+    initialise_stack,
+    medians,
+)
 from tailrace.training.loop.optim import build_optimiser
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.shards import FeatureShards, ShardedRun, ShardedStep
 from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.learnt_rows import LearntRows
@@ -56,8 +65,8 @@ def build_run(
 
     ``row_source`` gives raw rows of ``site`` to initialise from and to resample dead features from, ``row_scorer`` says
     what they cost the language model; each is needed only by settings that ask for it. With a ``group``, batches are
-    slices of those of all its processes. Raises NonFiniteActivation or
-    SettingsError for activations that cannot be learnt from, SettingsError for a setting that cannot be honoured.
+    slices of those of all its processes, or the features are. Raises NonFiniteActivation or SettingsError for
+    activations that cannot be learnt from, SettingsError for a setting that cannot be honoured.
     """
     ordinary, statistics = _ordinary(settings, site, statistics, row_source)
     check_statistics(site.name, statistics)
@@ -66,13 +75,16 @@ def build_run(
     rows = LearntRows([site.name], normalisation, {} if ordinary is None else {site.name: ordinary})
     row_source = None if row_source is None else rows.source([row_source])
     objective = build_objective(settings.reconstruction, float(side_out.variance.sum()) / normalisation.scale_out**2)
-    transcoder = settings.architecture.build(site.d_in, site.d_out, settings.n_features(site.d_in))
+    d_sae, shards = settings.n_features(site.d_in), _shards(group)
+    own = FeatureSlice(0, d_sae, d_sae) if shards is None else shards.slice_of(d_sae)
+    transcoder = settings.architecture.build(site.d_in, site.d_out, own.n)
+    transcoder.become_slice(own.first, d_sae)
     transcoder.activation_unit = objective.activation_unit
     means = Centres(
         normalisation.inputs(torch.from_numpy(side_in.mean)), normalisation.outputs(torch.from_numpy(side_out.mean))
     )
     connection = build_connection(settings.connection, site.d_out)
-    _initialise(transcoder, settings, normalisation, means, row_source)
+    _initialise(transcoder, settings, normalisation, means, row_source, own)
     return _assemble(
         settings,
         transcoder.to(device),
@@ -86,6 +98,7 @@ def build_run(
         row_source=row_source,
         row_scorer=row_scorer,
         group=group,
+        shards=shards,
     )
 
 
@@ -125,15 +138,15 @@ def build_cross_layer_run(
     objective = build_objective(settings.reconstruction, sum(variances))
     joined = JoinedNormalisation(layers)
     rows = LearntRows([site.name for site in sites], joined, ordinary)
-    stack = build_stack(
-        settings.architecture, len(sites), sites[0].d_in, sites[0].d_out, settings.n_features(sites[0].d_in)
-    )
+    n_features, shards = settings.n_features(sites[0].d_in), _shards(group, len(sites))
+    own = FeatureSlice(0, n_features, n_features) if shards is None else shards.slice_of(n_features)
+    stack = build_stack(settings.architecture, len(sites), sites[0].d_in, sites[0].d_out, own.n)
     stack.activation_unit = objective.activation_unit
     means = Centres(
         joined.inputs(torch.cat([torch.from_numpy(seen[site.name]["in"].mean) for site in sites])),
         joined.outputs(torch.cat([torch.from_numpy(out.mean) for out in outs])),
     )
-    initialise_stack(stack, mean_out=means.outputs, encoder_scale=settings.encoder_scale, seed=settings.seed)
+    initialise_stack(stack, mean_out=means.outputs, encoder_scale=settings.encoder_scale, seed=settings.seed, own=own)
     return _assemble(
         settings,
         stack.to(device),
@@ -146,7 +159,13 @@ def build_cross_layer_run(
         row_source=None if row_sources is None else rows.source([row_sources[site.name] for site in sites]),
         row_scorer=row_scorer,
         group=group,
+        shards=shards,
     )
+
+
+def _shards(group: Group | None, n_layers: int = 1) -> FeatureShards | None:
+    """Return how the processes of ``group`` share the features, None if they do not."""
+    return FeatureShards(group, n_layers) if group is not None and group.shards_features else None
 
 
 def _ordinary(
@@ -179,25 +198,26 @@ def _assemble(
     row_source: RowSource | None,
     row_scorer: RowScorer | None,
     group: Group | None,
+    shards: FeatureShards | None,
 ) -> TrainingRun:
     """Return the run of a transcoder that has its first weights and lies on its device."""
-    firing = FiringRecord(transcoder.d_sae, transcoder.W_enc.device)
+    n_processes = 1 if shards is None else shards.group.size
+    firing = FiringRecord(transcoder.d_sae * n_processes, transcoder.W_enc.device)
     auxiliary = settings.auxiliary.build(firing, objective, dead_after_steps=settings.dead_after_steps)
     surroundings = Surroundings(
         transcoder.d_sae, n_steps, settings.seed, means.inputs, means.outputs, row_source, row_scorer
     )
-    return TrainingRun(
+    clip, gradients = settings.gradient_clip, getattr(kernel, "gradients", None)
+    if shards is not None:
+        kernel, clip = ShardedStep(kernel, shards, clip=clip), None
+    elif group is not None:
+        kernel = DistributedStep(kernel, group)
+    return (TrainingRun if shards is None else partial(ShardedRun, shards))(
         transcoder,
         objective,
         rows,
-        kernel if group is None else DistributedStep(kernel, group),
-        build_optimiser(
-            settings.optimiser,
-            transcoder,
-            lr=settings.lr,
-            clip=settings.gradient_clip,
-            gradients=getattr(kernel, "gradients", None),
-        ),
+        kernel,
+        build_optimiser(settings.optimiser, transcoder, lr=settings.lr, clip=clip, gradients=gradients),
         settings.build_schedule(n_steps),
         lr=settings.lr,
         firing=firing,
@@ -252,11 +272,12 @@ def _initialise(
     normalisation: Normalisation,
     means: Centres,
     row_source: RowSource | None,
+    own: FeatureSlice,
 ) -> None:
     rows = _initial_rows(settings, transcoder, normalisation, row_source)
     begin, decoder = means, None
     if rows is not None and settings.decoder_init == "data":
-        decoder = data_directions(rows.outputs, means.outputs, transcoder.d_sae, settings.seed)
+        decoder = data_directions(rows.outputs, means.outputs, own, settings.seed)
     if settings.bias_init == "zeros":
         begin = Centres(torch.zeros_like(means.inputs), torch.zeros_like(means.outputs))
     elif rows is not None and settings.bias_init == "geometric_median":
@@ -270,6 +291,7 @@ def _initialise(
         encoder_init=settings.encoder_init,
         decoder=decoder,
         seed=settings.seed,
+        own=own,
     )
 
 

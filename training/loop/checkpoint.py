@@ -5,6 +5,8 @@ cannot come from different steps. There is no random state to keep: every draw i
 
 They are written once the last ones are old for what they cost, or after so many steps where that is asked for. What is
 written when changes no result: a run continued from any checkpoint ends with the same bytes.
+
+Where processes share a run's features, each writes its own part, and a step counts if all parts are there.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.storage.errors import ArtifactCorrupt, SettingsError
 from tailrace.training.architectures.transcoder import write_tensors
 
 KEPT = 2
@@ -45,22 +47,40 @@ class RunCheckpoint(NamedTuple):
     state: dict[str, Any]
 
 
-class Checkpoints:
-    """The checkpoints of one run, in a directory of their own."""
+class Shards(NamedTuple):
+    """How the processes that wrote a checkpoint shared the features; as JSON in the ``run`` state of their first."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    n: int
+    """How many they were."""
+    blocks: Mapping[str, int]
+    """The tensors of which each part has the rows of its own features, and of how many layers these are."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a directory of their own.
+
+    ``rank`` and ``size`` say which of the features are this process's: those that it loads, from whatever parts.
+    """
+
+    def __init__(self, directory: Path, rank: int = 0, size: int = 1) -> None:
+        self._root, self._rank, self._size = directory, rank, size
+        self._directory = self._part(rank)
+
+    def begin(self) -> None:
+        """Prepare to save a checkpoint; unlike ``save``, called by the thread that trains."""
 
     def save(self, checkpoint: RunCheckpoint) -> None:
         """Write a checkpoint, then remove all but the newest ``KEPT``."""
         state = {_STATE: json.dumps(checkpoint.state, sort_keys=True, allow_nan=False)}
         write_tensors(self._path(checkpoint.step), checkpoint.tensors, state)
-        for old in self._paths()[:-KEPT]:
-            old.unlink()
+        if self._rank == 0 and len(kept := self._paths()[-KEPT:]) == KEPT:
+            oldest = int(kept[0].stem)  # all parts of which are there
+            self._remove(lambda step: step < oldest)
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints there are, ascending."""
-        return [int(path.stem) for path in self._paths()]
+        steps = [int(path.stem) for path in self._paths()]
+        return [step for step in steps if self._is_complete(step)] if self._part(1).exists() else steps
 
     def latest(self) -> RunCheckpoint | None:
         """Return the newest checkpoint, or None if there is none; the errors are those of ``load``."""
@@ -72,21 +92,55 @@ class Checkpoints:
 
         Raises ArtifactCorrupt if it cannot be read; deleting the file named falls back to the one before.
         """
-        path = self._path(step)
+        with _reading(self._path(step, 0)) as file:
+            state = json.loads(file.metadata()[_STATE])
+            shards = _shards(state)
+            if shards.n == 1 and self._size > 1:
+                raise SettingsError(
+                    f"{self._path(step, 0)}: was written by a process that had all features; continue without "
+                    "--shard-features, or throw the run away with --fresh"
+                )
+            names = (name for name in file.keys() if name not in shards.blocks)  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+        if shards.blocks:
+            tensors |= self._own_rows(step, shards)
+        if shards.n == self._size > 1:
+            with _reading(self._path(step)) as file:
+                state["run"] = json.loads(file.metadata()[_STATE])["run"]
+        return RunCheckpoint(step, tensors, state)
+
+    def _own_rows(self, step: int, shards: Shards) -> dict[str, Tensor]:
+        """Return this process's rows of the tensors that parts have slices of; nothing else is read."""
+        pieces: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(n)] for name, n in shards.blocks.items()}
+        for part in range(shards.n):
+            with _reading(self._path(step, part)) as file:
+                for name, blocks in pieces.items():
+                    rows = file.get_slice(name)
+                    n_rows = rows.get_shape()[0] // len(blocks)
+                    own = n_rows * shards.n // self._size
+                    start, stop = (
+                        min(max(own * end - n_rows * part, 0), n_rows) for end in (self._rank, self._rank + 1)
+                    )
+                    for number, block in enumerate(blocks):
+                        if start < stop:
+                            block.append(rows[number * n_rows + start : number * n_rows + stop])
+        return {name: torch.cat([piece for block in blocks for piece in block]) for name, blocks in pieces.items()}
+
+    def _is_complete(self, step: int) -> bool:
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                state = json.loads(file.metadata()[_STATE])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactCorrupt(
-                f"{path}: is no readable checkpoint ({error}); delete it to continue from the one before it"
-            ) from error
-        return RunCheckpoint(int(path.stem), tensors, state)
+            with _reading(self._path(step, 0)) as file:
+                shards = _shards(json.loads(file.metadata()[_STATE]))
+        except ArtifactCorrupt:
+            return True  # which ``load`` says
+        return all(self._path(step, part).exists() for part in range(shards.n))
 
     def discard_after(self, step: int) -> None:
         """Remove checkpoints newer than ``step``: a run continued from there would count them among those kept."""
-        for path in self._paths():
-            if int(path.stem) > step:
+        self._remove(lambda other: other > step)
+
+    def _remove(self, is_old: Callable[[int], bool]) -> None:
+        for path in self._root.rglob("[0-9]*.safetensors"):
+            if is_old(int(path.stem)):
                 path.unlink()
 
     def clear(self) -> None:
@@ -94,11 +148,32 @@ class Checkpoints:
         if self._directory.exists():
             shutil.rmtree(self._directory)
 
-    def _path(self, step: int) -> Path:
-        return self._directory / f"{step:09d}.safetensors"
+    def _part(self, rank: int) -> Path:
+        """Return the directory of a process's part; the first process's is the run's."""
+        return self._root / f"part-{rank}" if rank else self._root
+
+    def _path(self, step: int, rank: int | None = None) -> Path:
+        return (self._directory if rank is None else self._part(rank)) / f"{step:09d}.safetensors"
 
     def _paths(self) -> list[Path]:
         return sorted(self._directory.glob("[0-9]*.safetensors"))
+
+
+def _shards(state: Mapping[str, Any]) -> Shards:
+    described = state.get("run", {}).get("shards")
+    return Shards(1, {}) if described is None else Shards(**described)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Open a checkpoint's file; raise ArtifactCorrupt for whatever goes wrong inside with what it holds."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactCorrupt(
+            f"{path}: is no readable checkpoint ({error}); delete it to continue from the one before it"
+        ) from error
 
 
 class CheckpointWriter:
@@ -116,6 +191,7 @@ class CheckpointWriter:
 
     def write(self, checkpoints: Checkpoints, checkpoint: RunCheckpoint) -> Future[None]:
         """Write ``checkpoint`` as it is now; the future has the errors of ``Checkpoints.save``."""
+        checkpoints.begin()
         if self._thread is None:
             done: Future[None] = Future()
             checkpoints.save(checkpoint)

@@ -43,7 +43,7 @@ class ConnectionLoss:
             with safe_open(self._file, framework="pt") as file:
                 self._reference = file.get_tensor(self._name).to(transcoder.W_dec.device, transcoder.W_dec.dtype)
         penalty: Tensor = _MeanAbsoluteProducts.apply(transcoder.W_dec, self._reference)  # type: ignore[no-untyped-call]
-        return {"connection": penalty * self._coefficient}
+        return {"connection": trace.reductions.over_features(penalty) * self._coefficient}
 
 
 class _MeanAbsoluteProducts(torch.autograd.Function):

@@ -45,20 +45,25 @@ def training_bytes(settings: TrainSettings, widths: Sequence[tuple[int, int]]) -
     return n_parameters(settings, widths) * (STATE_BYTES + average) + settings.batch_rows * n_columns * 4 + activations
 
 
-def check_memory(runs: Sequence[tuple[TrainSettings, Sequence[tuple[int, int]]]], device: torch.device) -> None:
+def check_memory(
+    runs: Sequence[tuple[TrainSettings, Sequence[tuple[int, int]]]], device: torch.device, n_shards: int = 1
+) -> None:
     """Raise OutOfMemoryError if runs side by side, each (settings, widths), cannot fit into a GPU's free memory.
 
-    Says the largest d_sae that fits. Of a CPU's memory nothing is known: others give theirs back when it is short.
+    ``n_shards`` GPUs share the features of each. Says the largest d_sae that fits.
+
+    Of a CPU's memory nothing is known: others give theirs back when it is short.
     """
     if device.type != "cuda":
         return
     free = torch.cuda.mem_get_info(device)[0]
+    runs = [(_share(settings, widths, n_shards), widths) for settings, widths in runs]
     wanted = sum(training_bytes(settings, widths) for settings, widths in runs)
     if wanted <= free:
         return
     settings, widths = max(runs, key=lambda run: training_bytes(*run))
-    d_sae = settings.n_features(widths[0][0])
-    share = _largest_d_sae(settings, widths, free / len(runs)) // 64 * 64
+    d_sae = settings.n_features(widths[0][0]) * n_shards
+    share = _largest_d_sae(settings, widths, free / len(runs)) // 64 * 64 * n_shards
     beside = f"the {len(runs)} runs side by side take" if len(runs) > 1 else "training takes"
     advice = f"d_sae: {d_sae} is too many, {share} fit" if share > 0 else "no d_sae is small enough"
     fewer = ", train fewer side by side" if len(runs) > 1 else ""
@@ -67,6 +72,11 @@ def check_memory(runs: Sequence[tuple[TrainSettings, Sequence[tuple[int, int]]]]
         f"(weights, gradients and Adam's moments, {STATE_BYTES} bytes a parameter, and {settings.batch_rows} rows). "
         f"{advice}; lower it or batch_rows{fewer}, free the GPU of other programs, or take another"
     )
+
+
+def _share(settings: TrainSettings, widths: Sequence[tuple[int, int]], n_shards: int) -> TrainSettings:
+    """Return the settings of what each GPU has of a run."""
+    return settings.model_copy(update={"d_sae": settings.n_features(widths[0][0]) // n_shards})
 
 
 def _largest_d_sae(settings: TrainSettings, widths: Sequence[tuple[int, int]], n_bytes: float) -> int:

@@ -32,12 +32,19 @@ TIMEOUT = timedelta(minutes=30)
 class Group:
     """The processes that train together, as torch's default process group. A context manager, which leaves it."""
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device, *, shards_features: bool = False) -> None:
         self.rank = rank
         """From 0."""
         self.size = size
         self.device = device
         """Where this process computes, and what it sends comes from."""
+        self.shards_features = shards_features
+        """Whether the processes share the features, and each sees all rows, instead of the rows."""
+        self._host = dist.new_group(backend="gloo") if device.type == "cuda" else None
+        """For what lies on the host."""
+
+    def _channel(self, values: Tensor) -> dist.ProcessGroup | None:
+        return self._host if values.device.type == "cpu" else None
 
     @property
     def is_first(self) -> bool:
@@ -46,12 +53,12 @@ class Group:
 
     def add_up(self, values: Tensor) -> Tensor:
         """Replace ``values`` by their sum over all processes, bit for bit the same in each; return them."""
-        dist.all_reduce(values, dist.ReduceOp.SUM)
+        dist.all_reduce(values, dist.ReduceOp.SUM, group=self._channel(values))
         return values
 
     def least(self, values: Tensor) -> Tensor:
         """Replace ``values`` by the smallest of all processes; return them."""
-        dist.all_reduce(values, dist.ReduceOp.MIN)
+        dist.all_reduce(values, dist.ReduceOp.MIN, group=self._channel(values))
         return values
 
     def gather(self, rows: Tensor) -> list[Tensor]:
@@ -66,16 +73,32 @@ class Group:
         dist.all_gather(pieces, padded)
         return [piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
 
+    def gather_alike(self, values: Tensor) -> list[Tensor]:
+        """Return the ``values`` of every process in order; all have the same shape."""
+        pieces = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(pieces, values.contiguous(), group=self._channel(values))
+        return pieces
+
+    def gather_first(self, values: Tensor) -> list[Tensor]:
+        """Return, in the first process, the same; nothing in the others."""
+        pieces = [torch.empty_like(values) for _ in range(self.size)] if self.is_first else None
+        dist.gather(values.contiguous(), pieces, dst=0, group=self._channel(values))
+        return pieces or []
+
     def copy_first(self, values: Tensor) -> Tensor:
         """Replace ``values`` by those of the first process; return them."""
-        dist.broadcast(values, src=0)
+        dist.broadcast(values, src=0, group=self._channel(values))
         return values
 
     def share_first(self, value: Any) -> Any:
         """Return the first process's ``value``, which must be picklable; those of the others do not count."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self._host, device=torch.device("cpu"))
         return box[0]
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        self.add_up(torch.zeros(1))
 
     def close(self) -> None:
         """Leave the group."""
@@ -91,13 +114,17 @@ class Group:
 
 
 def open_group(
-    device: torch.device | str = "cpu", *, meeting: str = "env://", environment: Mapping[str, str] = os.environ
+    device: torch.device | str = "cpu",
+    *,
+    shards_features: bool = False,
+    meeting: str = "env://",
+    environment: Mapping[str, str] = os.environ,
 ) -> Group | None:
     """Join the group that the variables set by torchrun describe; None where there are none, or is one process.
 
     On CUDA a process takes the device of its LOCAL_RANK and the backend is NCCL, else it is gloo. ``meeting`` says
-    where processes find each other (``init_method`` of torch). Raises SettingsError naming every variable that is
-    missing or wrong.
+    where processes find each other (``init_method`` of torch). ``shards_features`` says what they share. Raises
+    SettingsError naming every variable that is missing or wrong.
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return None
@@ -110,16 +137,26 @@ def open_group(
         torch.cuda.set_device(on)
     backend = "nccl" if on.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=TIMEOUT)
-    return Group(rank, size, on)
+    return Group(rank, size, on, shards_features=shards_features)
 
 
 def device_of_process(name: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return the device of this process by name: cuda is that of its LOCAL_RANK where torchrun started several.
 
     For use before anything is put on a device: whatever opens cuda without a number takes memory on the first GPU.
+    Raises SettingsError where there are fewer GPUs than processes.
     """
     local = environment.get("LOCAL_RANK", "")
-    return f"cuda:{local}" if name == "cuda" and "RANK" in environment and local.isdecimal() else name
+    if name != "cuda" or "RANK" not in environment or not local.isdecimal():
+        return name
+    n_processes, n_gpus = environment.get("LOCAL_WORLD_SIZE", ""), torch.cuda.device_count()
+    needed = max(int(local) + 1, int(n_processes) if n_processes.isdecimal() else 0)
+    if 0 < n_gpus < needed:
+        raise SettingsError(
+            f"--device {name}: torchrun started {needed} processes on this machine, which has a GPU each for {n_gpus}; "
+            f"start it with --nproc-per-node {n_gpus}"
+        )
+    return f"cuda:{local}"
 
 
 def _read_environment(environment: Mapping[str, str], *, with_address: bool) -> tuple[int, int, int]:
@@ -210,9 +247,9 @@ class SharedBatch(BatchReductions):
         Of values equal to the threshold, those of the first processes count.
         """
         own = candidates.detach()
-        own = own[own > 0]
         if len(own) > n:
             own = own.topk(n, sorted=False).values
+        own = own[own > 0]
         if own.dtype in (torch.bfloat16, torch.float16):
             own = own.float()  # exact, and what a process whose kernel is exact sends
         floor = -float(self._group.least(torch.tensor([-certain], dtype=torch.float64, device=self._group.device)))

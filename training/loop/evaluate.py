@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.entries import restrict
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.loop.firing_frequency import histogram, log10_frequency
+from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch, SiteBatches
 from tailrace.training.rows.ordinary_rows import OrdinaryRows
 
@@ -89,9 +91,10 @@ class OrdinaryScore:
 
 class FitSums:
     """What a score is made of: float64 sums on the host, about the first row's target so that a large mean cancels
-    nothing."""
+    nothing. ``reductions`` are those over all features, of which the processes of a group may each have some."""
 
-    def __init__(self) -> None:
+    def __init__(self, reductions: BatchReductions = ALONE) -> None:
+        self._reductions = reductions
         self.n_rows = 0
         self.error = 0.0
         self.squares = 0.0
@@ -126,15 +129,16 @@ class FitSums:
         """Return the score of the rows so far; raises ValueError if there were none."""
         if self.n_active is None:
             raise ValueError("no rows to evaluate on")
-        log10 = log10_frequency(self.n_active, self.n_rows)
+        n_active = self._reductions.all_features(self.n_active)
+        log10 = log10_frequency(n_active, self.n_rows)
         return HeldoutScore(
             n_rows=self.n_rows,
             fvu=self.fvu,
-            l0=int(self.n_active.sum()) / self.n_rows,
-            l0_quantiles=l0_quantiles(torch.cat(self.l0)),
-            dead_fraction=int((self.n_active == 0).sum()) / len(self.n_active),
+            l0=int(n_active.sum()) / self.n_rows,
+            l0_quantiles=l0_quantiles(self._reductions.over_features(torch.cat(self.l0))),
+            dead_fraction=int((n_active == 0).sum()) / len(n_active),
             mean_log10_frequency=float(log10.mean()),
-            frequent=_frequent(self.n_active, self.n_rows),
+            frequent=_frequent(n_active, self.n_rows),
             log10_frequency=histogram(log10),
         )
 
@@ -144,9 +148,17 @@ def _sum_of_squares(rows: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(predict: Predictor, batches: Iterable[Batch], ordinary: OrdinaryRows | None = None) -> HeldoutScore:
-    """Score ``predict`` on raw ``batches``, on ``ordinary`` rows also apart; there must be at least one row."""
-    sums, ordinary_sums = FitSums(), FitSums()
+def evaluate(
+    predict: Predictor,
+    batches: Iterable[Batch],
+    ordinary: OrdinaryRows | None = None,
+    reductions: BatchReductions = ALONE,
+) -> HeldoutScore:
+    """Score ``predict`` on raw ``batches``, on ``ordinary`` rows also apart; there must be at least one row.
+
+    ``reductions`` are those over all features, of which ``predict`` may know a slice.
+    """
+    sums, ordinary_sums = FitSums(reductions), FitSums()
     for batch in batches:
         outputs, active = predict(batch.inputs)
         sums.add(batch.outputs, outputs, active)
@@ -163,16 +175,17 @@ def score_layers(
     sites: Sequence[str],
     batches: Iterable[SiteBatches],
     mask_of: Callable[[Sequence[Batch]], Tensor | None] = lambda _: None,
+    reductions: BatchReductions = ALONE,
 ) -> Mapping[str, HeldoutScore]:
     """Return by site a score of each layer's output: its FVU, and L0 of the features that read that layer.
 
     ``transcoder`` is folded, ``sites`` lowest first and ``batches`` raw. The rows that ``mask_of`` tells, bool (rows,),
-    are also scored apart, if they are not all.
+    are also scored apart, if they are not all. ``reductions`` are those over all features of a layer.
     """
-    sums, ordinary = ({site: FitSums() for site in sites} for _ in range(2))
+    sums, ordinary = ({site: FitSums(reductions) for site in sites} for _ in range(2))
     for batch in in_pieces(batches, transcoder.d_sae):
         activations = transcoder.encode(torch.cat([batch[site].inputs for site in sites], 1))
-        outputs = transcoder.decode(activations)
+        outputs = transcoder.decode(activations, reductions=reductions)
         mask = mask_of([batch[site] for site in sites])
         for layer, (site, predicted) in enumerate(zip(sites, outputs.chunk(len(sites), 1), strict=True)):
             active = activations[:, transcoder.of_layer(layer)] > 0
@@ -210,12 +223,16 @@ def _frequent(n_active: Tensor, n_rows: int) -> dict[str, float]:
     return shares
 
 
-def predictor(transcoder: Transcoder) -> Predictor:
-    """Return a loaded (folded) transcoder as something ``evaluate`` can score."""
+def predictor(transcoder: Transcoder, reductions: BatchReductions = ALONE) -> Predictor:
+    """Return a loaded (folded) transcoder, or a slice of its features, as something ``evaluate`` can score."""
 
     def predict(inputs: Tensor) -> tuple[Tensor, Tensor]:
-        activations = transcoder.encode(inputs)
-        return transcoder.decode(activations, inputs), activations > 0
+        if reductions.shares_features:
+            pre = restrict(transcoder.pre_activations(inputs), transcoder.selection_in_use(), reductions)
+            activations = transcoder.activate(pre)
+        else:
+            activations = transcoder.encode(inputs)
+        return transcoder.decode(activations, inputs, reductions), activations > 0
 
     return predict
 

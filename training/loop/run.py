@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.architectures.schedule import Schedule
+from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.dead_features.record import FiringRecord
 from tailrace.training.dead_features.resampling.settings import Resampler
 from tailrace.training.kernels.kernel import ExtraLoss, StatefulKernel, StepKernel, StepResult
-from tailrace.training.loop.evaluate import HeldoutScore, evaluate, in_pieces, predictor
+from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.evaluate import HeldoutScore, evaluate, in_pieces, predictor, score_layers
 from tailrace.training.loop.optim import Optimiser
 from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch, SiteBatches
@@ -173,8 +176,17 @@ class TrainingRun:
         """Return the transcoder as it would be published: raw inputs to raw outputs, on the CPU."""
         return self.scored.folded(self.normalisation)
 
+    def score_layers(self, batches: Iterable[SiteBatches]) -> Mapping[str, HeldoutScore]:
+        """Return by site the score of each layer's output on raw ``batches``, of a cross-layer transcoder."""
+        transcoder = self.folded().to(self.transcoder.W_enc.device)
+        assert isinstance(transcoder, CrossLayerTranscoder), "that is what a stack becomes"
+        return score_layers(transcoder, self.rows.sites, batches, self.rows.mask)
+
+    def _all_finite(self, *values: Tensor) -> bool:
+        return bool(torch.stack([torch.isfinite(value).all() for value in values]).all())
+
     def _refuse_non_finite(self, *values: Tensor) -> None:
-        if bool(torch.stack([torch.isfinite(value).all() for value in values]).all()):
+        if self._all_finite(*values):
             return
         raise NonFiniteActivation(
             f"{self.name}: the loss or a weight is not finite at step {self.n_steps_done + 1} "
@@ -185,6 +197,9 @@ class TrainingRun:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return everything a step depends on, by name. Raises NonFiniteActivation rather than keep a bad weight."""
         self._refuse_non_finite(*self._parameters.values())
+        return self._tensors()
+
+    def _tensors(self) -> dict[str, Tensor]:
         tensors = dict(self.firing.state_tensors())
         tensors |= {f"transcoder.{name}": value for name, value in self.transcoder.state_dict().items()}
         tensors |= self.optimiser.state_tensors()
@@ -197,6 +212,13 @@ class TrainingRun:
     def state(self) -> dict[str, Any]:
         """Return the rest of what a step depends on, as JSON."""
         return {"kernel": self._kernel.state() if isinstance(self._kernel, StatefulKernel) else None}
+
+    def release(self) -> None:
+        """Let go of what the run has claimed: it is over."""
+
+    def checkpoints(self, directory: Path) -> Checkpoints:
+        """Return the run's checkpoints in ``directory``."""
+        return Checkpoints(directory)
 
     @torch.no_grad()
     def load_state(

@@ -22,7 +22,7 @@ from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.manifest import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS
 from tailrace.training.architectures.transcoder import save_weights, write_tensors
-from tailrace.training.loop.checkpoint import CheckpointClock, Checkpoints, CheckpointWriter, RunCheckpoint
+from tailrace.training.loop.checkpoint import CheckpointClock, CheckpointWriter, RunCheckpoint
 from tailrace.training.loop.evaluate import HeldoutScore
 from tailrace.training.loop.firing_frequency import LOG_SPARSITY, FiringWindow
 from tailrace.training.loop.loggers import Logger
@@ -105,9 +105,9 @@ class Session:
         self._hooks = hooks
         self._loggers = loggers
         self._quiet = quiet
-        self._checkpoints = Checkpoints(directory / CHECKPOINTS)
-        transcoder = run.transcoder
-        self._window = FiringWindow(transcoder.d_sae, settings.feature_sampling_window, transcoder.W_enc.device)
+        self._checkpoints = run.checkpoints(directory / CHECKPOINTS)
+        n_features, device = len(run.firing.steps_since_fired), run.transcoder.W_enc.device
+        self._window = FiringWindow(n_features, settings.feature_sampling_window, device)
         self._n_resampled_logged = 0.0
         self._written: Future[None] | None = None
         self._log: RunLog | None = None

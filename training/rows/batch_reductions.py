@@ -1,14 +1,15 @@
-"""Reductions over a batch, of which this process may hold a slice only.
+"""Reductions over a batch, of which this process may hold a slice only: of its rows, or of the features.
 
 Almost everything in a step is a mean over rows, and slices of a mean combine by themselves. The few things that do not
-(the largest activations *of the batch*, a penalty on the *mean* L0, the smallest activation) ask this object.
-``BatchReductions`` is the case of one process, in which nothing needs to be asked;
-``tailrace.training.loop.distributed`` has the other.
+(the largest activations *of the batch*, a penalty on the *mean* L0, the smallest activation) ask this object, and so
+does what is summed over features: what they write, a penalty. ``BatchReductions`` is the case of one process, in which
+nothing needs to be asked; ``tailrace.training.loop.distributed`` has that of slices of rows, ``shards`` beside it that
+of slices of features.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -26,7 +27,10 @@ class Cut(NamedTuple):
 
 
 class BatchReductions:
-    """Reductions over a batch that lies in one process."""
+    """Reductions over a batch that lies in one process, which has all features."""
+
+    shares_features: ClassVar[bool] = False
+    """Whether the features at hand are a slice of all."""
 
     def n_rows(self, own: int) -> int:
         """Return the batch's number of rows; ``own`` of them are at hand."""
@@ -59,6 +63,25 @@ class BatchReductions:
         values = candidates.numpy()
         threshold = max(0.0, float(np.partition(values, -n)[-n])) if len(values) >= n else 0.0
         return Cut(threshold, n, threshold >= certain)
+
+    def among_largest(self, values: Tensor, k: int) -> Tensor | None:  # noqa: ARG002
+        """Return which of ``values`` (rows, at most k) are among the ``k`` largest of their row, bool; None for all.
+
+        ``values`` are the largest of each row at the features at hand.
+        """
+        return None
+
+    def over_features(self, own: Tensor) -> Tensor:
+        """Return the sum over all features of what ``own`` sums over those at hand; its gradient is that of ``own``."""
+        return own
+
+    def once(self, constant: Tensor) -> Tensor:
+        """Return what ``over_features`` makes ``constant``, whose gradient is as if no process shared the features."""
+        return constant
+
+    def all_features(self, own: Tensor) -> Tensor:
+        """Return a value for each feature, (d_sae,), of those for the features at hand."""
+        return own
 
 
 ALONE = BatchReductions()

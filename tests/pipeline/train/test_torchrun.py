@@ -22,7 +22,9 @@ PIPELINE = Path(sys.executable).parent / "pipeline"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def train(cache: Path, output: Path, *launcher: str, across: bool = False) -> subprocess.CompletedProcess[str]:
+def train(
+    cache: Path, output: Path, *launcher: str, across: bool = False, flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     settings = [
         "--architecture",
         "batch_topk",
@@ -35,6 +37,7 @@ def train(cache: Path, output: Path, *launcher: str, across: bool = False) -> su
         "--steps",
         "12",
         *(["--cross-layer"] if across else []),
+        *flags,
     ]
     command = [*launcher, str(PIPELINE), "train", str(cache), *settings, "--precision", "float32", "--out", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -42,12 +45,13 @@ def train(cache: Path, output: Path, *launcher: str, across: bool = False) -> su
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--shard-features",)], ids=["rows", "features"])
 @pytest.mark.parametrize("across", [False, True], ids=["one layer", "cross-layer"])
-def test_two_processes_publish_what_one_does(across: bool, tmp_path: Path) -> None:
+def test_two_processes_publish_what_one_does(across: bool, flags: tuple[str, ...], tmp_path: Path) -> None:
     cache = publish(tmp_path / "cache") if across else small_cache(tmp_path / "cache")
     alone, together = (tmp_path / name for name in ("alone", "together"))
     assert train(cache, alone, sys.executable, across=across).returncode == 0
-    done = train(cache, together, *TORCHRUN, across=across)
+    done = train(cache, together, *TORCHRUN, across=across, flags=flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out FVU") == 1  # one of them speaks
     wanted, found = (load_file(path / "weights.safetensors") for path in (alone, together))
@@ -56,7 +60,8 @@ def test_two_processes_publish_what_one_does(across: bool, tmp_path: Path) -> No
         assert torch.allclose(found[name], values, atol=1e-4 * float(values.abs().max())), name
     scores = [read_either_manifest(path).metrics.heldout["fvu"] for path in (alone, together)]
     assert abs(scores[0] - scores[1]) < 1e-4
-    assert train(cache, together, *TORCHRUN, across=across).returncode == 0  # published: returned as it is
+    again = train(cache, together, *TORCHRUN, across=across, flags=flags)
+    assert again.returncode == 0  # published: returned as it is
 
 
 def test_a_sweep_by_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from tailrace.training.architectures.objectives import Objective, ReferenceObjec
 from tailrace.training.architectures.relu import ReLUTranscoder
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.sparse import SparseStep
-from tailrace.training.loop.initialise import initialise, random_directions
+from tailrace.training.loop.initialise import FeatureSlice, initialise, random_directions
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.normalisation import Normalisation
@@ -405,9 +405,10 @@ def test_initial_weights_are_unit_directions_tied_where_widths_agree() -> None:
 
 
 def test_initial_directions_depend_on_seed_and_purpose_alone() -> None:
-    assert torch.equal(random_directions(1, "a", 5, 3), random_directions(1, "a", 5, 3))
-    assert not torch.equal(random_directions(1, "a", 5, 3), random_directions(2, "a", 5, 3))
-    assert not torch.equal(random_directions(1, "a", 5, 3), random_directions(1, "b", 5, 3))
+    five = FeatureSlice(0, 5, 5)
+    assert torch.equal(random_directions(1, "a", five, 3), random_directions(1, "a", five, 3))
+    assert not torch.equal(random_directions(1, "a", five, 3), random_directions(2, "a", five, 3))
+    assert not torch.equal(random_directions(1, "a", five, 3), random_directions(1, "b", five, 3))
 
 
 def test_shapes_that_annotations_state_are_checked_here() -> None:

@@ -74,9 +74,10 @@ class DeviceChoice:
         """Set ``.grad`` of every parameter, or leave it to ``gradients``, and return the loss terms."""
         self._read_late(transcoder, len(batch.inputs))
         self._choose_by_density(transcoder)
-        if self.is_sparse and self.choice is None:
+        of_all = reductions.shares_features or isinstance(transcoder.selection(), LargestOfBatch)
+        can_share = reductions is ALONE or not of_all  # what is chosen among other processes' pairs, too, is not here
+        if self.is_sparse and self.choice is None and can_share:
             self._put_to_the_proof(transcoder, batch, objective, reductions)
-        can_share = reductions is ALONE or not isinstance(transcoder.selection(), LargestOfBatch)
         if self.is_sparse and self.choice == "sparse" and can_share:
             result = self._sparse(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
             assert self.gradients.n_candidates is not None, "a step has just counted them"
