@@ -241,7 +241,7 @@ def dots_at_once(features: ActiveFeatures, W_dec: Tensor, v: Tensor) -> Tensor:
     at_once = max(1, _BYTES_AT_ONCE // (pairs.shape[1] * width * W_dec.element_size()))
     products = [
         torch.einsum("rtd,tpd->rtp", v[:, start : start + at_once], W_dec[features.feature[some]])
-        for start, some in zip(range(0, n_tokens, at_once), pairs[:n_tokens].split(at_once), strict=True)
+        for start, some in zip(range(0, n_tokens, at_once), torch.split(pairs[:n_tokens], at_once), strict=True)
     ]
     return torch.cat(products, dim=1).flatten(1).index_select(1, kept[: int(features.starts[n_tokens])])
 

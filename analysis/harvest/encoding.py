@@ -9,7 +9,7 @@ without a selection known here, and where many features fire.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -143,8 +143,8 @@ class DenseEncoder:
         numbers = [to_host(part) for part in (rows, features, row_ends, order, feature_ends)]
         active_values, outputs = to_host(torch.cat(values)), to_host(torch.cat(predicted))
         arrived().synchronize()
-        known: Any = [part.numpy() for part in numbers]
-        pairs = _SortedPairs(*known, d_sae=d_sae)
+        of_row, of_feature, offsets, by_order, feature_offsets = (part.numpy() for part in numbers)
+        pairs = _SortedPairs(of_row, of_feature, offsets, by_order, feature_offsets, d_sae)
         return Encoded(pairs, active_values.numpy(), outputs.numpy())
 
 
