@@ -169,6 +169,9 @@ def cli(context: click.Context, debug: bool, log_level: str) -> None:
     context.obj = {"debug": debug}
     level = logging.DEBUG if debug else getattr(logging, log_level.upper())
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if level == logging.WARNING:  # which step a GPU takes, and whether rows stay on it, is said once a run
+        for name in ("tailrace.training.kernels.device", "tailrace.training.rows.device_rows"):
+            logging.getLogger(name).setLevel(logging.INFO)
 
 
 def main(arguments: list[str] | None = None) -> None:
