@@ -109,7 +109,7 @@ def group(name: str, kind: Kind, bench: Bench, **more: Any) -> Iterator[Check]:
     module = f"benchmarks.gpu_check.{name}"
     try:
         made = list(import_module(module).checks(bench, **more))
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         made = [Check(name, kind, 0, partial(fail, error))]
     for check in made:
         # a case of correctness offers the device itself, and the CPU without it

@@ -73,8 +73,8 @@ class Bench:
             mark.record()
         self.wait()
         wall = (time.perf_counter() - started) / n
-        each = [first.elapsed_time(last) / 1e3 for first, last in itertools.pairwise(marks)]
-        return Timing(statistics.median(each), wall)
+        apart = [first.elapsed_time(last) / 1e3 for first, last in itertools.pairwise(marks)]
+        return Timing(statistics.median(apart), wall)
 
     def wait(self) -> None:
         """Wait until the device has done all it was asked for."""

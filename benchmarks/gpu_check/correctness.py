@@ -137,7 +137,8 @@ def gradients(bench: Bench, kind: type[Architecture]) -> Numbers:
     name = kind.model_fields["kind"].default
     worst: dict[str, float] = {}
     variants = [(False, None), (True, None), (False, AuxK(aux_k=16)), (False, Ghost())]
-    for (skip, auxiliary), precision in itertools.product(variants, ("float32", "bfloat16")):
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    for (skip, auxiliary), precision in itertools.product(variants, precisions):
         settings = kind(**small_settings(name), skip=skip, input_bias=True)
         problem = _Problem(settings, auxiliary)
         wanted = problem.gradients("cpu", torch.float64, None)

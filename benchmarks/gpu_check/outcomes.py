@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import threading
@@ -94,13 +95,21 @@ def outcome_of(check: Check) -> Outcome:
     except NotHereError as error:
         status, why = "skipped", str(error)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] in OPTIONAL:
-            status, why = "skipped", f"{error.name.split('.')[0]} is not installed"
+        if package := missing_package(error):
+            status, why = "skipped", f"{package} is not installed"
         else:
             status, why = "failed", f"{type(error).__name__}: {str(error).strip()[:600]}"
             frames = traceback.extract_tb(error.__traceback__)[-6:]
             at = [f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}" for frame in frames]
     return Outcome(check.name, check.kind, status, round(time.monotonic() - began, 2), rounded(numbers), why, at)
+
+
+def missing_package(error: Exception) -> str | None:
+    """Return the optional package that an import did not find; None for any other error, a broken package's too."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    package = error.name.split(".")[0]
+    return package if package in OPTIONAL and importlib.util.find_spec(package) is None else None
 
 
 def run_checks(

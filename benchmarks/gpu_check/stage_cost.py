@@ -51,7 +51,7 @@ def caching(bench: Bench, dtype: str) -> Numbers:
         settings = GPT2Config(vocab_size=size, n_layer=layers, n_embd=width, n_head=heads)
         settings.bos_token_id = settings.eos_token_id = 0
         GPT2LMHeadModel(settings).save_pretrained(folder / "model")
-        chosen = ModelSettings(model=str(folder / "model"), model_dtype=dtype)  # type: ignore[arg-type]
+        chosen = ModelSettings(model=str(folder / "model"), model_dtype=dtype)
         model = load_language_model(chosen, device=bench.device)
         hooks = model.resolve_sites(str(layer))
         (named,) = hooks

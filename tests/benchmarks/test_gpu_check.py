@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu_check import outcomes
 from benchmarks.gpu_check.bench import Bench
 from benchmarks.gpu_check.outcomes import (
     Check,
@@ -78,14 +79,16 @@ def test_each_end_of_a_check_has_its_word() -> None:
     assert any("test_gpu_check.py" in line for line in failed.at)
 
 
-def test_a_package_that_is_not_installed_is_a_reason_to_skip_and_a_missing_module_is_a_failure() -> None:
-    optional = ModuleNotFoundError(
-        "No module named 'transformer_lens.model_bridge'", name="transformer_lens.model_bridge"
-    )
-    skipped = outcome_of(Check("one", "correctness", 1, raising(optional)))
-    assert (skipped.status, skipped.why) == ("skipped", "transformer_lens is not installed")
-    ours = ModuleNotFoundError("No module named 'tailrace.gone'", name="tailrace.gone")
-    assert outcome_of(Check("one", "correctness", 1, raising(ours))).status == "failed"
+def test_a_package_that_is_not_installed_is_a_reason_to_skip_and_a_broken_one_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outcomes, "OPTIONAL", ("not_installed_anywhere", "numpy"))
+    absent = ModuleNotFoundError("No module named 'not_installed_anywhere.x'", name="not_installed_anywhere.x")
+    skipped = outcome_of(Check("one", "correctness", 1, raising(absent)))
+    assert (skipped.status, skipped.why) == ("skipped", "not_installed_anywhere is not installed")
+    for name in ("numpy.gone", "tailrace.gone"):
+        broken = ModuleNotFoundError(f"No module named {name!r}", name=name)
+        assert outcome_of(Check("one", "correctness", 1, raising(broken))).status == "failed"
 
 
 def test_what_does_not_fit_into_the_time_left_is_skipped_and_said(tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_after_a_failure_that_leaves_the_device_dead_a_new_process_continues(tmp
 def test_a_check_that_does_not_end_is_given_up(tmp_path: Path) -> None:
     record, begun_anew = Record(tmp_path / "lines.jsonl"), []
 
-    def hang() -> dict[str, Any]:
+    def hang() -> Numbers:
         time.sleep(0.4)
         return {}
 
