@@ -31,7 +31,6 @@ QUICK = (
     *("method", "topk", "jumprelu", "batch_topk", "resume adam", "analyze", "interventions", "threshold gradients"),
     *("rows in buckets", "rows that are kept"),
 )
-REFUSED = ("sparse",)
 BFLOAT16 = 2e-3
 """Both devices round the same products to bfloat16; where autocast keeps more digits on CUDA, scores differ by this."""
 
@@ -48,7 +47,7 @@ def run_cases(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_cases(tmp_path_factory.mktemp("quick"), QUICK + REFUSED)
+    return run_cases(tmp_path_factory.mktemp("quick"), QUICK)
 
 
 def check_agrees(outcome: dict[str, Any]) -> None:
@@ -72,12 +71,6 @@ def test_everything_else_agrees_with_the_cpu(tmp_path: Path, subtests: pytest.Su
     for case, outcome in outcomes.items():
         with subtests.test(case):
             check_agrees(outcome)
-
-
-def test_the_sparse_kernel_is_refused_on_a_gpu(quick: dict[str, dict[str, Any]]) -> None:
-    outcome = quick["sparse"]
-    assert outcome["cuda"]["error"].startswith("SettingsError: kernel: sparse runs on CPUs, and the device is cuda")
-    assert "error" not in outcome["cpu"]
 
 
 def test_an_architecture_copies_nothing_to_the_device_in_a_step(quick: dict[str, dict[str, Any]]) -> None:

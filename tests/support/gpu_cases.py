@@ -273,7 +273,6 @@ CASES: dict[str, Case] = {
     "resume adam": resuming("adam"),
     "analyze": analysing,
     "batch_topk": training(architecture={"kind": "batch_topk", "k": 4}),
-    "sparse": training(kernel="sparse"),
     "interventions": intervening,
     "threshold gradients": threshold_gradients,
     "rows in buckets": bringing_rows("bfloat16", n_batches=16, epochs=1, by="GatheredOrder"),
@@ -297,6 +296,9 @@ ROWS: dict[str, Case] = {
     "rows without pinned memory": bringing_rows("bfloat16", epochs=1, by="GatheredOrder", can_pin=False),
 }
 SLOW: dict[str, Case] = {
+    "sparse": training(kernel="sparse", steps=4),
+    "sparse, by batch": training(kernel="sparse", steps=4, architecture={"kind": "batch_topk", "k": 4}),
+    "sparse above a threshold": training(kernel="sparse", steps=4, architecture={"kind": "jumprelu"}),
     **ROWS,
     "resume adamw": resuming("adamw"),
     "resume muon": resuming("muon"),

@@ -39,6 +39,15 @@ def test_a_run_too_large_for_a_gpu_is_refused_with_what_fits(monkeypatch: pytest
         assert (taken <= wanted) == fits
 
 
+def test_gpus_that_share_the_features_need_room_for_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, widths = torch.device("cuda", 0), [(16, 12)]
+    free = training_bytes(SETTINGS.model_copy(update={"d_sae": 64}), widths)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    check_memory([(SETTINGS, widths)], gpu, n_shards=4)
+    with pytest.raises(OutOfMemoryError, match=r"d_sae: 256 is too many, 128 fit;"):
+        check_memory([(SETTINGS, widths)], gpu, n_shards=2)
+
+
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 def test_a_step_is_timed(kind: str) -> None:
     settings = TrainSettings.read({"architecture": {"kind": kind}, "d_sae": 256, "batch_rows": 64})

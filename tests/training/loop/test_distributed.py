@@ -188,3 +188,11 @@ def test_a_process_of_torchrun_opens_its_own_gpu_from_the_first(
     with pytest.raises(SettingsError, match="nothing is opened"):
         train.run(TrainSettings(), cache=tmp_path, output=tmp_path / "run", compute=Compute(device="cuda"))
     assert opened == ["cuda:1"]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    started = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
+    with pytest.raises(SettingsError, match=r"torchrun started 4 processes .+ start it with --nproc-per-node 2"):
+        device_of_process("cuda", started)
+    assert device_of_process("cuda", {**started, "LOCAL_WORLD_SIZE": "2"}) == "cuda:0"
