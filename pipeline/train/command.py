@@ -44,6 +44,12 @@ _WORKERS = running(
 @other_way("--sweep", "sweeps", multiple=True, metavar="NAME=VALUE,…", help="Train a run per value. Repeatable.")
 @other_way("--sweep-file", type=options.FILE, help="YAML: settings with lists of values, or a list of runs.")
 @other_way("--from", "start_from", type=options.ARTIFACT, help="Transcoder to start from, of the same shape.")
+@other_way(
+    "--shard-features",
+    is_flag=True,
+    help="Each of the processes that torchrun starts has a slice of the features and sees all rows, for a dictionary "
+    "larger than a GPU; without it, each has all features and a slice of the rows.",
+)
 @settings_options(
     TrainSettings,
     also={"": ModelScoreSettings, "with --live": LiveSettings},
@@ -58,12 +64,6 @@ _WORKERS = running(
     type=click.IntRange(min=1),
     help="Write a checkpoint every N steps too; by default when a minute, and 20 times what the last ones took, have "
     "passed.",
-)
-@running(
-    "--shard-features",
-    is_flag=True,
-    help="Each of the processes that torchrun starts has a slice of the features and sees all rows, for a dictionary "
-    "larger than a GPU; without it, each has all features and a slice of the rows.",
 )
 @options.computing(_WORKERS, options.device, options.threads, options.quiet)
 def command(

@@ -13,6 +13,7 @@ from tailrace.pipeline.train import sweep
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_cross_layer import publish
+from tests.support.sharded_runs import publish_sharded
 from tests.support.tiny_models import save_tiny_model
 from tests.support.training_caches import small_cache
 
@@ -135,6 +136,28 @@ def across_layers(kind: str, **changes: Any) -> Case:
     return case
 
 
+def sharing_features(size: int, **changes: Any) -> Case:
+    """Return a case in which ``size`` processes share the features and two go on from their checkpoint."""
+
+    def case(folder: Path, device: str) -> dict[str, float]:
+        settings = TrainSettings.read(BASE, changes)
+        cache, output = folder / "cache", folder / "out"
+        publish(cache) if settings.cross_layer else small_cache(cache, d_in=16, d_out=12)
+
+        def kill(step: int, _: Transcoder) -> None:
+            if step == 8:
+                raise Killed
+
+        shared: dict[str, Any] = {"device": device, "cache": cache, "output": output, "checkpoint_steps": 3}
+        try:
+            publish_sharded(size, settings, hooks=[(1, kill)], **shared)
+        except Killed:
+            heldout = publish_sharded(2, settings, **shared).metrics["heldout"]
+        return {"fvu": heldout["fvu"], "l0": heldout["l0"]}
+
+    return case
+
+
 def living(folder: Path, device: str) -> dict[str, float]:
     """Train on rows of a model as it runs."""
     model = save_tiny_model(folder / "model", "gpt2")
@@ -177,6 +200,11 @@ TRAINED: dict[str, Case] = {
     "sweep": sweeping,
     "sweep resumed": sweep_resumed,
     **{f"across layers, {kind}": across_layers(kind) for kind in ("batch_topk", "jumprelu", "relu")},
+    "features shared, topk": sharing_features(4),
+    "features shared, batch_topk": sharing_features(2, architecture={"kind": "batch_topk", "k": 4}),
+    "features shared, across layers": sharing_features(
+        4, cross_layer=True, architecture={"kind": "batch_topk"}, gradient_clip=0.3
+    ),
     "live": living,
 }
 """Cases that take long together, by name."""

@@ -10,11 +10,15 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train.stage import TrainResult
 from tailrace.training.architectures import Architecture, BatchTopK, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import VarianceObjective
@@ -123,6 +127,21 @@ def in_threads(size: int, work: Callable[[Group], Result], device: torch.device 
     if errors:
         raise errors[0]
     return results  # type: ignore[return-value]
+
+
+_of_thread = threading.local()
+
+
+def publish_sharded(size: int, settings: TrainSettings, *, device: str = "cpu", **arguments: Any) -> TrainResult:
+    """Train and publish a transcoder as ``size`` processes do that torchrun started with ``--shard-features``."""
+
+    def work(group: Group) -> TrainResult:
+        _of_thread.group = group
+        return train.run(settings, compute=Compute(device=device, quiet=True), shard_features=True, **arguments)
+
+    on = torch.device("cuda", 0) if device == "cuda" else CPU
+    with mock.patch.object(train, "open_group", side_effect=lambda *_, **__: _of_thread.group):
+        return in_threads(size, work, on)[0]
 
 
 class StepCase(NamedTuple):
