@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -61,6 +62,8 @@ class VarianceObjective:
         self, predicted: Float[Tensor, "rows d_out"], target: Float[Tensor, "rows d_out"]
     ) -> Float[Tensor, ""]:
         """Return mean over rows of ‖predicted − target‖² / V."""
+        if predicted.device.type != "cpu":  # one kernel instead of four, and one backwards
+            return F.mse_loss(predicted, target, reduction="sum") / (len(target) * self.total_variance)
         mean_error: Tensor = (predicted - target).pow(2).sum(-1).mean()
         return mean_error / self.total_variance
 

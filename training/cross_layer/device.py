@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import partial
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from tailrace.training.architectures.base import Transcoder
@@ -49,7 +48,7 @@ class DeviceStackEntries(StackedEntries):
         self.pre = self._entries.pre
         n_features = stack.features_per_layer
         self._layers = [pairs.of_layer(layer, self.n_rows, n_features) for layer in range(n_layers)]
-        self._group = torch.full((1,), n_features, dtype=torch.int32, device=pre.device)
+        self._group = pairs.up_to[n_features : n_features + 1]
 
     def at(self, per_feature: Tensor) -> Tensor:
         """Return each slot's feature's parameter, zero in slots without a pair."""
@@ -73,4 +72,4 @@ class DeviceStackEntries(StackedEntries):
             n_rows=self.n_rows,
             group_ends=self._group,
             name=f"{DECODER}{layer}",
-        )[0]
+        ).squeeze(0)

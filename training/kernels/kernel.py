@@ -102,7 +102,7 @@ def finish(
     terms, trace = dict(trace.terms), trace._replace(reductions=entries.reductions)
     for loss in extra:
         terms |= loss(transcoder, batch, trace)
-    total = torch.stack([*terms.values()]).sum()
+    total = next(iter(terms.values())) if len(terms) == 1 else torch.stack([*terms.values()]).sum()
     total.backward()  # type: ignore[no-untyped-call]
     activations = trace.activations.detach()
     transcoder.end_step(activations, entries.reductions)

@@ -10,12 +10,18 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
+from benchmarks.gpu_step import count
 from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection
@@ -28,6 +34,7 @@ from tailrace.training.kernels.device.adam import BETAS, EPSILON, DeviceAdam
 from tailrace.training.kernels.device.choice import DeviceChoice
 from tailrace.training.kernels.device.proof import largest_error
 from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep, slots_for
+from tailrace.training.kernels.device.traffic import TRAFFIC, Sizes
 from tailrace.training.kernels.select import Selector
 from tailrace.training.loop import optim
 from tailrace.training.loop.optim import BlockedAdam
@@ -125,22 +132,24 @@ CASES = [
     pytest.param(name, fused, marks=[] if name == QUICK and fused else pytest.mark.slow)
     for name in ARCHITECTURES
     for fused in (True, False)
+    if fused or name in (QUICK, "gated")
 ]
 
 
 @pytest.mark.parametrize(("name", "fused"), CASES)
 def test_steps_agree_with_dense_autograd_in_float64(name: str, fused: bool) -> None:
     reference = with_random_weights(ARCHITECTURES[name].build(D_IN, D_OUT, D_SAE))
-    n_steps = 1 if name == QUICK else 2
+    n_steps = 2 if name == "gated" else 1
     check_steps(reference, DeviceStep(DeviceGradients(fused=fused)), random_batch(), n_steps)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fused", [True, False], ids=["gradients at pairs", "gradients in memory"])
-@pytest.mark.parametrize("architecture", [BatchTopK(k=3), JumpReLU(l0=0.1, bandwidth=0.4), ReLU(l1=0.3)])
+@pytest.mark.parametrize(
+    ("architecture", "fused"), [(BatchTopK(k=3), True), (JumpReLU(l0=0.1, bandwidth=0.4), True), (ReLU(l1=0.3), False)]
+)
 def test_steps_of_several_layers_agree_with_dense_autograd_in_float64(architecture: Any, fused: bool) -> None:
-    reference = with_random_weights(build_stack(architecture, 3, 8, 6, 17))
-    check_steps(reference, DeviceStackStep(DeviceGradients(fused=fused)), random_batch(24, 18))
+    reference = with_random_weights(build_stack(architecture, 3, 8, 6, 9))
+    check_steps(reference, DeviceStackStep(DeviceGradients(fused=fused)), random_batch(24, 18), 1)
 
 
 @pytest.mark.slow
@@ -275,12 +284,21 @@ def test_the_optimiser_is_that_of_the_cpu_and_goes_on_from_torchs_state() -> Non
 def test_the_proof_passes_right_programs_and_changes_nothing(name: str) -> None:
     transcoder = with_random_weights(ARCHITECTURES[name].build(D_IN, D_OUT, D_SAE)).float()
     before = {key: value.clone() for key, value in transcoder.state_dict().items()}
-    assert largest_error(DeviceStep(), transcoder, single(random_batch()), OBJECTIVE) < 1e-4
+    assert largest_error(DeviceStep(), transcoder, single(random_batch()), OBJECTIVE) < 5e-4
     assert all(torch.equal(value, before[key]) for key, value in transcoder.state_dict().items())
     assert all(value.grad is None for value in transcoder.parameters())
 
 
-OPERATORS = ["screen_vectors", "keep_of_rows", "pair_dots", "decode", "sum_features", "outer", "adam_rows"]
+OPERATORS = {
+    "screen_vectors": (1, 0),
+    "keep_of_rows": (0, 0),
+    "pair_dots": (7, 1.01),
+    "decode": (7, 1.01),
+    "sum_features": (3, 2),
+    "outer": (6, 1.01),
+    "adam_rows": (0, 1.01),
+}
+"""Which argument is made wrong, and by what factor."""
 
 
 @pytest.mark.slow
@@ -290,15 +308,8 @@ def test_the_proof_finds_any_operator_that_is_wrong(broken: str, monkeypatch: py
 
     def wrong(*arguments: Any) -> None:
         right(*arguments)
-        changed = {"screen_vectors": 1, "keep_of_rows": 0, "outer": 6, "adam_rows": 0}
-        if broken == "pair_dots":
-            arguments[7].mul_(1.01)
-        elif broken in ("decode", "sum_features"):
-            arguments[7 if broken == "decode" else 3].mul_(1.01)
-        elif broken == "screen_vectors":
-            arguments[1].mul_(-1)
-        else:
-            arguments[changed[broken]].mul_(1.01 if broken != "keep_of_rows" else 0)
+        index, factor = OPERATORS[broken]
+        arguments[index].mul_(factor)
 
     monkeypatch.setattr(operators, broken, wrong)
     transcoder, _, _, batch = small_step()
@@ -393,6 +404,107 @@ def test_room_for_a_penalty_is_twice_what_is_active() -> None:
     assert slots_for(LargestPerRow(64), 2, 100) == 200
 
 
+class Accesses(TorchDispatchMode):
+    """Compares what each operator declares with what its programs access, operand by operand."""
+
+    AT_MOST = ("histograms", "gradient", "taken_off")
+    """Bins that are empty, and features without a pair, are left alone."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self._addresses: list[tuple[Any, int]] = []
+        plain = interpreter._interpreter
+        recorded = SimpleNamespace(
+            load=lambda pointers, mask, *rest: self._record(
+                pointers, mask, np.dtype(rest[-1]).itemsize, plain.load, *rest
+            ),
+            store=lambda pointers, values, mask: self._record(
+                pointers, mask, values.itemsize, lambda p, m, v: plain.store(p, v, m), values
+            ),
+            atomic_rmw=lambda how, pointers, values, mask, order: self._record(
+                pointers, mask, 2 * values.itemsize, lambda p, m: plain.atomic_rmw(how, p, values, m, order)
+            ),
+        )
+        rest = {name: getattr(plain, name) for name in dir(plain) if not hasattr(recorded, name)}
+        patch.setattr(interpreter, "_interpreter", SimpleNamespace(**rest | vars(recorded)))
+
+    def _record(self, pointers: Any, mask: Any, size: int, access: Any, *rest: Any) -> Any:
+        self._addresses += [(pointers[mask], size)]
+        return access(pointers, mask, *rest)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._addresses.clear()
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("tailrace::")
+        if name not in TRAFFIC:
+            return result
+        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=True))
+        operands = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        if named.get("pairs"):
+            operands |= dict(zip(("weights", "by_row", "rows", "order", "bounds"), named["pairs"], strict=True))
+        if name == "screen_bias":
+            self.n_features = len(named["bias"])
+        if name == "write_pairs":
+            self.n_pairs = int((named["features"] < self.n_features).sum())
+        values = next(
+            (operands[key] for key in ("chosen", "values", "weights", "pre") if operands.get(key) is not None), None
+        )
+        sizes = Sizes(getattr(self, "n_pairs", 0), 0 if values is None else int((values != 0).sum()))
+        for key, declared in TRAFFIC[name](named, sizes).items():
+            accessed = sum(size * self._within(operands[key], addresses) for addresses, size in self._addresses)
+            assert declared.size == operands[key].nbytes
+            assert accessed == declared.accessed or (key in self.AT_MOST and accessed < declared.accessed), (name, key)
+        self.seen[name] += 1
+        return result
+
+    @staticmethod
+    def _within(tensor: Tensor, addresses: Any) -> int:
+        start = tensor.data_ptr()
+        return int(((addresses >= start) & (addresses < start + tensor.nbytes)).sum())
+
+
+@pytest.mark.slow
+def test_operators_move_what_they_declare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every access of every program is compared, in steps of which each operator is a part."""
+    seen: Counter[str] = Counter()
+    for architecture, fused in ((TopK(k=2), True), (BatchTopK(k=2), False), (JumpReLU(bandwidth=0.4), True)):
+        transcoder = with_random_weights(architecture.build(6, 5, 19)).float()
+        step = DeviceStep(DeviceGradients(fused=fused))
+        step.gradients.trusted = True
+        optimiser = DeviceAdam(transcoder, step.gradients)
+        with Accesses(monkeypatch) as accesses:
+            step(transcoder, single(random_batch(6, 5)), OBJECTIVE, per_row=True)
+            optimiser.step(0.1)
+        seen += accesses.seen
+    assert set(seen) == set(TRAFFIC)
+
+
+SIZES = {(768, 24_576): (1.0, 1.4), (2304, 65_536): (6.5, 6.5), (4096, 131_072): (21.0, 19.0)}
+"""Width and features: the GB and, of an H200 as the counter models it, the milliseconds that a step may take. An input
+bias would take two more reads of the encoder."""
+
+
+@pytest.mark.parametrize(
+    ("size", "architecture"),
+    [
+        pytest.param(
+            size, architecture, marks=[] if size[0] == 768 and architecture.kind == "topk" else pytest.mark.slow
+        )
+        for size in SIZES
+        for architecture in (TopK(k=64), BatchTopK(k=64), JumpReLU(), ReLU(input_bias=False))
+    ],
+    ids=str,
+)
+def test_a_step_of_4096_rows_stays_within_its_budget(size: tuple[int, int], architecture: Architecture) -> None:
+    gigabytes, milliseconds = SIZES[size]
+    cost = count(architecture, *size)
+    assert cost.peak_bytes / 1e9 <= gigabytes
+    assert 1e3 * cost.seconds.total() <= milliseconds
+    if size[1] == 24_576:
+        assert cost.bytes_moved.total() / 1e9 <= 4.2  # 6.8 for the dense step of TopK
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_program_compiles_for_gpus_and_spills_no_register(capability: int) -> None:
@@ -402,7 +514,7 @@ def test_every_program_compiles_for_gpus_and_spills_no_register(capability: int)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     programs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len({program["program"] for program in programs}) == 18
+    assert {program["program"] for program in programs} == set(TRAFFIC)
     for program in programs:
         assert program["stack"] == program["local"] == 0, program  # where spilled registers go
         assert program["registers"] <= 128, program  # so that two programs of 8 warps share a processor

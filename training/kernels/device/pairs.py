@@ -36,6 +36,8 @@ class DevicePairs:
     """int32 (d_sae + 1,): where each feature's pairs begin in ``order``."""
     norms: Tensor
     """float32 (n_rows,) of the inputs."""
+    up_to: Tensor
+    """int32 (d_sae + 1,): the numbers from 0 on, since what the host knows would have to be copied."""
     chosen_only: bool
     """Whether pairs whose value is zero have no gradient either."""
     row_offset: int = 0
@@ -116,7 +118,7 @@ class DeviceEntries(Entries):
         self.pairs, self._keep = pairs, keep
         self.reductions = reductions
         self.n_rows = len(inputs) if n_rows is None else n_rows
-        self._group = torch.full((1,), pairs.d_sae, dtype=torch.int32, device=pre.device)
+        self._group = pairs.up_to[-1:]
         self.pre = encode_pairs(pre, transcoder, inputs, pairs, keep)
 
     def at(self, per_feature: Tensor) -> Tensor:
@@ -126,13 +128,13 @@ class DeviceEntries(Entries):
 
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
         """Return the sum of decoder rows of each row's pairs."""
-        return decode_pairs(values, W_dec, self.pairs, self._keep, n_rows=self.n_rows, group_ends=self._group)[0]
+        return decode_pairs(values, W_dec, self.pairs, self._keep, n_rows=self.n_rows, group_ends=self._group).squeeze(
+            0
+        )
 
     def decode_groups(self, values: Tensor, W_dec: Tensor, ends: Sequence[int]) -> Tensor:
         """Return one sum per group of features."""
-        group_ends = torch.empty(len(ends), dtype=torch.int32, device=values.device)
-        for group, end in enumerate(ends):  # numbers of the host go along with a launch, tensors would be copied
-            group_ends[group : group + 1].fill_(end)
+        group_ends = torch.cat([self.pairs.up_to[end : end + 1] for end in ends])
         return decode_pairs(values, W_dec, self.pairs, self._keep, n_rows=self.n_rows, group_ends=group_ends)
 
     def count(self, active: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Screen:
             case _:
                 assert_never(selection)
         chosen_only = not isinstance(selection, Above)
-        return DevicePairs(listed, of_rows, ends, counts, order, bounds, norms, chosen_only), pre
+        return DevicePairs(listed, of_rows, ends, counts, order, bounds, norms, self._arange, chosen_only), pre
 
     @staticmethod
     def _cut(
@@ -116,7 +116,8 @@ class Screen:
         if isinstance(selection, LargestPerRow) or n_groups == 0:
             k = selection.k if isinstance(selection, LargestPerRow) else 0
             operators.count_of_rows(screened, rows, peaks, cuts, counts, k, width, n_rows)
-            return torch.zeros(4, 256, dtype=torch.int32, device=cuts.device)
+            of_batch = isinstance(selection, LargestOfBatch)
+            return torch.zeros(4, 256, dtype=torch.int32, device=cuts.device) if of_batch else counts
         histograms = torch.zeros(6, 256, dtype=torch.int32, device=cuts.device)
         keys = torch.empty(len(cuts), n_groups, dtype=torch.int16, device=cuts.device)
         operators.maxima_of_rows(screened, rows, peaks, keys, width, n_rows)

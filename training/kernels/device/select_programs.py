@@ -16,10 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SUMMING = tl.constexpr(2.0**-14)
-"""Largest change of a product by the order, and the truncation, of a tensor core's sums, in ‖x‖ ‖w‖."""
-ROUNDING = tl.constexpr(2.0**-8)
-"""Twice the largest change of a number by rounding it to bfloat16."""
+SUMMING = tl.constexpr(2.0**-13)
+"""More than a product changes by the order, and the truncation, of a tensor core's sums, in ‖x‖ ‖w‖."""
+ROUNDING = tl.constexpr(2.0**-7)
+"""Twice the largest change of a number by rounding it to bfloat16, relative: it keeps eight bits."""
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def screen_bias(bias, floor, out, n, width, out_width, HAS_FLOOR: tl.constexpr, 
     values = tl.load(bias + at, mask=inside, other=0.0)
     if HAS_FLOOR:
         values -= tl.load(floor + at, mask=inside, other=0.0)
-    values += tl.abs(values) * (ROUNDING * ROUNDING)
+    values += tl.abs(values) * (ROUNDING * ROUNDING * 0.5)
     large = values.to(tl.bfloat16)
     small = (values - large.to(tl.float32)).to(tl.bfloat16)
     start = out + at.to(tl.int64) * out_width + width
