@@ -55,6 +55,7 @@ def plan_budget(settings: CacheSettings, *, output: Path, compute: Compute = Com
     settings = settings.for_device(compute.device_name, begun_request(output))
     with compute.opened():
         model = load_language_model(settings, device=compute.device_name)
+        model.may_record = True  # as in the stage
         hooks = model.resolve_sites(settings.layers, settings.hooks)
         widths = model.widths(hooks)
         rate = _rows_per_second(settings, model, hooks)
@@ -72,7 +73,8 @@ def _rows_per_second(settings: CacheSettings, model: LanguageModel, hooks: list[
     tokens = _first_contexts(settings, model)
     kept = int(settings.rows_of(model)(tokens).sum())
     batch = torch.from_numpy(tokens.astype(np.int64))
-    model.capture(batch, hooks)  # warm-up
+    for _ in range(2 if model.device.type == "cuda" else 1):  # warm-up; a GPU's second pass may be recorded
+        model.capture(batch, hooks)
     started, n_batches = time.monotonic(), 0
     while n_batches < _PROBE_BATCHES and time.monotonic() - started < _PROBE_SECONDS:
         captured = model.capture(batch, hooks)

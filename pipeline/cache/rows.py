@@ -64,7 +64,7 @@ class PendingRows:
         extremes = [torch.stack(torch.aminmax(rows)).double() for rows in values.values() if len(rows)]
         self._extremes = torch.stack(extremes) if extremes else torch.zeros(0, 2)
         self._stored = dict(zip(values, stored, strict=True))
-        self._arrived = None if copying is None else self._copy_out(copying)
+        self._arrived: torch.cuda.Event | None = None if copying is None else self._copy_out(copying)
 
     def __len__(self) -> int:
         return len(self._provenance["context"])
@@ -85,7 +85,7 @@ class PendingRows:
         """
         if self._arrived is not None:
             self._arrived.synchronize()
-            self._on_device = ()
+            self._arrived, self._on_device = None, ()
         for key, (lowest, highest) in zip(self._stored, self._extremes.tolist(), strict=False):
             limit = torch.finfo(self._dtypes[key]).max
             if not -limit <= lowest <= highest <= limit:  # NaN is in no order

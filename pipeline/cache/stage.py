@@ -236,6 +236,7 @@ class CacheJob:
         quiet: bool,
     ) -> None:
         self.root, self.settings, self.model, self.cache, self.quiet = root, settings, model, cache, quiet
+        self.model.may_record = True
         self.number = cache.generation + 1 if cache else 0
         self.contexts = cache.layout if cache else context_format(settings)
         """The format of contexts."""

@@ -262,6 +262,7 @@ def _worker(job: WorkerJob) -> tuple[UnitFiles, UnitRows, UnitBuffer]:
     settings = CacheSettings.model_validate_json(job.settings)
     layout = CacheFormat.from_json(job.layout)
     model = load_language_model(settings, device=device_of_worker(job.device), compile_model=job.compile_model)
+    model.may_record = True
     files = UnitFiles(Path(job.root), layout, job.generation, settings.seed, with_provenance=True)
     blocks = {split: ContextBlocks(files.root, layout, job.generation, split) for split in SPLITS}
     maker = RowMaker(model, layout.sites, settings.rows_of(model), settings.contexts_per_batch)

@@ -37,6 +37,7 @@ from tailrace.pipeline.model.loading import (
     parse_device,
     quiet,
 )
+from tailrace.pipeline.model.recorded_pass import Passes
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks, head_problem
 from tailrace.pipeline.model.tokenizer import (
@@ -91,6 +92,10 @@ class LanguageModel:
         with quiet():  # of names that lead nowhere, which are refused where they are asked for
             self._points: Mapping[str, Any] = bridge.hook_dict
         self._of_more: Mapping[int, str] = {}
+        self._passes = Passes()
+        self.may_record = False
+        """Whether passes over batches of one shape may be recorded as a CUDA graph, which no other thread of the
+        process must do at the same time."""
 
     @property
     def name(self) -> str:
@@ -199,7 +204,13 @@ class LanguageModel:
         """
         self._check_tokens(tokens)
         hooks = list(dict.fromkeys(hook for site in sites for hook in (site.hook_in, site.hook_out)))
-        return _capture(self.bridge, self._points, hooks, to_device(tokens, self.device))
+        tokens = to_device(tokens, self.device)
+
+        def run(tokens: Tensor) -> dict[str, Tensor]:
+            return _capture(self.bridge, self._points, hooks, tokens)
+
+        is_recorded = self.may_record and tokens.is_cuda
+        return self._passes(run, tuple(hooks), tokens) if is_recorded else run(tokens)
 
     def widths(self, sites: Sequence[SiteHooks]) -> dict[str, tuple[int, int]]:
         """Return (d_in, d_out) of each site, seen in a pass over one short context."""

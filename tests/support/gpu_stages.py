@@ -38,6 +38,7 @@ from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.transfer import to_host
 from tests.support import cache_jobs
 from tests.support.gpu_training import BASE, Case
+from tests.support.pretended_gpu import record
 
 MODEL = str(cache_jobs.model_folder())
 ON_CPU = Compute(device="cpu", quiet=True)
@@ -87,6 +88,12 @@ def rows_of(opened: ActivationCache) -> dict[str, float]:
     return sums
 
 
+def n_waits() -> int:
+    """Return how often the host has waited for the device, or for a copy."""
+    copies = sum(n for (way, _), n in record.copies.items() if "without a wait" not in way)
+    return sum(record.waits.values()) + copies
+
+
 def caching(storage_dtype: str) -> Case:
     """Return a case that makes a cache, after a look at its size, and checks its rows with the model."""
 
@@ -94,17 +101,30 @@ def caching(storage_dtype: str) -> Case:
         compute = Compute(device=device, quiet=True)
         settings = cache_jobs.settings(storage_dtype=storage_dtype, shard_rows=256)
         n_sites = len(plan_budget(settings, output=folder / "out", compute=compute).sites)
-        copied = []
+        copied: list[str] = []
+        asked: list[int] = []
+        begin = cache_rows.RowMaker.begin
 
-        def noting(values: torch.Tensor) -> torch.Tensor:
-            copied.append(values.dtype)
+        def noting_dtype(values: torch.Tensor) -> torch.Tensor:
+            copied.append(str(values.dtype).removeprefix("torch."))
             return to_host(values)
 
-        with mock.patch.object(cache_rows, "to_host", noting):
+        def noting_waits(*arguments: Any) -> Any:
+            asked.append(n_waits())
+            return begin(*arguments)
+
+        with (
+            mock.patch.object(cache_rows, "to_host", noting_dtype),
+            mock.patch.object(cache_rows.RowMaker, "begin", noting_waits),
+        ):
             done = cache.run(settings, output=folder / "out", compute=compute)
-        if device == "cuda":  # besides their largest and smallest number, two float64
-            wanted = {"int8": "float32"}.get(storage_dtype, storage_dtype)
-            assert {str(dtype).removeprefix("torch.") for dtype in copied} == {wanted, "float64"}, copied
+        if device == "cuda":
+            # besides the smallest and the largest number of each side
+            assert set(copied) == {{"int8": "float32"}.get(storage_dtype, storage_dtype), "float64"}, copied
+            # the first passes are compared with what is recorded of them
+            assert len(asked) > 8, len(asked)
+            in_flight = 2
+            assert n_waits() - asked[4] <= len(asked) - 4 + in_flight, "one wait a batch, for rows on their way"
         errors = [report.relative_error for report in check_pairs(done.path, n_contexts=3, compute=compute)]
         rows = rows_of(done.cache)
         wide = cache.widen(done.path, "1", compute=compute)

@@ -179,6 +179,47 @@ def stream(chosen: Stream) -> Iterator[None]:
         _streams.current = before
 
 
+class CUDAGraph:
+    """What was asked of a device while it was recorded; done again, on the same memory, when it is replayed."""
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Any, Any, Any, Any]] = []
+
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Keep a call and where its results lie, all on the host."""
+        self._asked.append((func, args, kwargs, result))
+
+    def replay(self) -> None:
+        """Ask for everything again."""
+        record.operators["graph"] += 1
+        for func, args, kwargs, result in self._asked:
+            for before, now in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(before, Tensor) and before is not now:
+                    before.copy_(now)
+
+
+_graphs = threading.local()
+
+
+def _recording() -> CUDAGraph | None:
+    return getattr(_graphs, "recording", None)
+
+
+@contextmanager
+def graph(recorded: CUDAGraph, **_: Any) -> Iterator[None]:
+    """Record what is asked for inside; what needs an answer from the device is refused."""
+    _graphs.recording = recorded
+    try:
+        yield
+    finally:
+        _graphs.recording = None
+
+
+def _refuse_while_recording(what: str) -> None:
+    if _recording() is not None:
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what} at {_line()})")
+
+
 _pinned: list[Tensor] = []
 """Kept, so that nothing else comes to lie there."""
 limits = SimpleNamespace(can_pin=True, free_bytes=80 << 30, allocated_bytes=0)
@@ -254,6 +295,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(generator := kwargs.get("generator"), torch.Generator) and generator.device.type == "cpu":
         raise RuntimeError(f"{name}: Expected a 'cuda' device type for generator but found 'cpu'")
     if name in WAITS or _is_boolean_index(name, args):
+        _refuse_while_recording(name)
         record.waits[name, _line()] += 1
     first = args[0].device if name == "aten::copy_" else (on_device[0].device if on_device else CPU)
     target = first if wanted is None else wanted
@@ -266,6 +308,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             is_free = all(map(_is_pinned, (t for t in tensors if t.device.type == "cpu"))) and (
                 kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
             )
+            if not is_free:
+                _refuse_while_recording(f"a copy {way}")
             record.copies[f"{way}, without a wait" if is_free else way, _line()] += 1
             if is_free and name == "aten::copy_" and current_stream() is not _COMPUTING:
                 source_numbers, target_numbers = _numbers(args[1]), _numbers(args[0])
@@ -279,6 +323,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func, wide = getattr(torch.ops.aten, name.removeprefix("aten::")).default, host_args[2]
         host_args = tuple(operand.to(wide) for operand in host_args[:2])
     result = func(*host_args, **host_kwargs)
+    if (recorded := _recording()) is not None:
+        recorded.note(func, host_args, host_kwargs, result)
     if torch.Tag.inplace_view in func.tags:
         _change_shape(func, args, kwargs)
 
@@ -386,7 +432,9 @@ _IN_TORCH = {
     "torch.cuda.get_device_properties": lambda *_: _PROPERTIES,
     "torch.cuda.get_device_name": lambda *_: "pretended GPU",
     "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
-    "torch.cuda.is_current_stream_capturing": lambda: False,
+    "torch.cuda.is_current_stream_capturing": lambda: _recording() is not None,
+    "torch.cuda.CUDAGraph": CUDAGraph,
+    "torch.cuda.graph": graph,
     "torch.cuda.synchronize": lambda *_: record.waits.update([("synchronize", _line())]),
     "torch.cuda._lazy_init": lambda: None,
     "torch.cuda.Stream": Stream,
