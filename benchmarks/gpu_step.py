@@ -56,7 +56,7 @@ class Cost:
     """How often each is called."""
     bytes_moved: Counter[str] = field(default_factory=Counter)
     """Between memory and cache, by operator."""
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     """Model times."""
     peak_bytes: int = 0
 
@@ -104,7 +104,7 @@ class Counting(TorchDispatchMode):
         times = (moved / FROM_MEMORY, accessed / FROM_CACHE, flops / PRODUCT_FLOPS, LAUNCH)
         self.cost.operators[name] += 1
         self.cost.bytes_moved[name] += moved
-        self.cost.seconds[name] += max(times)
+        self.cost.seconds[name] = self.cost.seconds.get(name, 0.0) + max(times)
         return result
 
 
@@ -147,9 +147,10 @@ def main() -> None:
             cost = count(architecture, width, d_sae)
             write(
                 f"{model:16} {architecture.kind:12} {cost.operators.total():9} {cost.bytes_moved.total() / 1e9:9.1f} "
-                f"{cost.peak_bytes / 1e9:8.2f} {1e3 * cost.seconds.total():9.2f}\n"
+                f"{cost.peak_bytes / 1e9:8.2f} {1e3 * sum(cost.seconds.values()):9.2f}\n"
             )
-        most = ", ".join(f"{name.split('::')[1]} {1e3 * seconds:.2f}" for name, seconds in cost.seconds.most_common(8))
+        largest = sorted(cost.seconds.items(), key=lambda item: -item[1])[:8]
+        most = ", ".join(f"{name.split('::')[1]} {1e3 * seconds:.2f}" for name, seconds in largest)
         write(f"{'':16} of the last: {most}\n")
 
 

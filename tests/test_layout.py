@@ -188,7 +188,9 @@ def imported_names(module: Path) -> Iterator[str]:
 def test_every_import_is_of_a_declared_requirement() -> None:
     providers = packages_distributions()
     extras = project()["optional-dependencies"]
-    lines = project()["dependencies"] + [line for name in ("smollm2", "tensorboard", "wandb") for line in extras[name]]
+    lines = project()["dependencies"] + [
+        line for name in ("gpu", "smollm2", "tensorboard", "wandb") for line in extras[name]
+    ]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     undeclared = set()
     for module in MODULES:

@@ -100,6 +100,9 @@ class DrawManifest(Manifest):
     n_items: int
     commitment: str
     """Digest of the sealed key."""
+    inputs: list[dict[str, JSON]] = Field(default_factory=list)
+    """The tables compared."""
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 class ExportManifest(Manifest):

@@ -37,7 +37,7 @@ from tailrace.pipeline.model.loading import (
     parse_device,
     quiet,
 )
-from tailrace.pipeline.model.recorded_pass import Passes
+from tailrace.pipeline.model.recorded_pass import RepeatedPasses
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks, head_problem
 from tailrace.pipeline.model.tokenizer import (
@@ -92,7 +92,7 @@ class LanguageModel:
         with quiet():  # of names that lead nowhere, which are refused where they are asked for
             self._points: Mapping[str, Any] = bridge.hook_dict
         self._of_more: Mapping[int, str] = {}
-        self._passes = Passes()
+        self._passes = RepeatedPasses()
         self.may_record = False
         """Whether passes over batches of one shape may be recorded as a CUDA graph, which no other thread of the
         process must do at the same time."""

@@ -37,8 +37,8 @@ class RecordedPass:
         return self._activations
 
 
-class Passes:
-    """Passes to the same hooks over batches of the same shape: recorded at the second, where that can be done.
+class RepeatedPasses:
+    """RepeatedPasses to the same hooks over batches of the same shape: recorded at the second, where that can be done.
 
     A model that looks at numbers of the device while it runs cannot be recorded. A record that gives other bits than
     the pass itself is not used: rows must not depend on which of the two made them.
