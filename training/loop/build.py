@@ -90,7 +90,7 @@ def build_run(
         transcoder.to(device),
         objective,
         rows,
-        build_kernel(settings.kernel, precision, device, name=name, fused=_takes_pairs(settings, group)),
+        build_kernel(settings.kernel, precision, device, name=name, fused=takes_pairs(settings, group)),
         means,
         extra=[] if connection is None else [connection],
         n_steps=n_steps,
@@ -152,7 +152,7 @@ def build_cross_layer_run(
         stack.to(device),
         objective,
         rows,
-        build_stack_kernel(settings.kernel, precision, device, name=name, fused=_takes_pairs(settings, group)),
+        build_stack_kernel(settings.kernel, precision, device, name=name, fused=takes_pairs(settings, group)),
         means,
         n_steps=n_steps,
         name=name,
@@ -179,7 +179,7 @@ def _ordinary(
     return limits, limits.statistics(site.name, site.sides, source)
 
 
-def _takes_pairs(settings: TrainSettings, group: Group | None) -> bool:
+def takes_pairs(settings: TrainSettings, group: Group | None) -> bool:
     """Tell whether gradients at pairs need not become matrices: nothing asks for their norm, or adds them up."""
     return settings.optimiser == "adam" and settings.gradient_clip is None and group is None
 

@@ -14,6 +14,7 @@ from tailrace.training.architectures.objectives import build_objective
 from tailrace.training.cross_layer.stack import build_stack
 from tailrace.training.kernels.adaptive import build_kernel
 from tailrace.training.kernels.kernel import Precision
+from tailrace.training.loop.build import takes_pairs
 from tailrace.training.loop.initialise import initialise
 from tailrace.training.loop.optim import build_optimiser
 from tailrace.training.loop.settings import TrainSettings
@@ -102,8 +103,14 @@ def step_seconds(
     initialise(transcoder, mean_in=torch.zeros(d_in), mean_out=torch.zeros(d_out))
     transcoder = transcoder.to(device)
     batch = Batch(inputs.to(device), outputs.to(device))
-    kernel = build_kernel(settings.kernel, precision, device, name="timing")
-    optimiser = build_optimiser(settings.optimiser, transcoder, lr=settings.lr, clip=settings.gradient_clip)
+    kernel = build_kernel(settings.kernel, precision, device, name="timing", fused=takes_pairs(settings, None))
+    optimiser = build_optimiser(
+        settings.optimiser,
+        transcoder,
+        lr=settings.lr,
+        clip=settings.gradient_clip,
+        gradients=getattr(kernel, "gradients", None),
+    )
     seconds = []
     for step in range(n_steps + 1):
         started = time.perf_counter()
