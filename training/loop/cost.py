@@ -23,7 +23,7 @@ from tailrace.training.rows.batches import Batch
 STATE_BYTES = 16
 """Of a parameter while it is trained: weight, gradient and two moments in float32."""
 CHECKPOINT_BYTES = 12
-"""Of a parameter in a checkpoint, which keeps no gradient."""
+"""Of a parameter in a checkpoint, and where a GPU's sparse step makes no gradient of weights."""
 
 
 def n_parameters(settings: TrainSettings, widths: Sequence[tuple[int, int]]) -> int:
@@ -39,11 +39,13 @@ def n_parameters(settings: TrainSettings, widths: Sequence[tuple[int, int]]) -> 
 
 
 def training_bytes(settings: TrainSettings, widths: Sequence[tuple[int, int]]) -> int:
-    """Return the least memory that a run takes on its device: its state, a batch and one screened activation each."""
+    """Return the least memory that a run takes on its device: weights, moments, a batch and one screened activation
+    each.
+    """
     average = 0 if settings.ema is None else 4
     n_columns = sum(d_in + d_out for d_in, d_out in widths)
-    activations = settings.batch_rows * settings.n_features(widths[0][0]) * 2
-    return n_parameters(settings, widths) * (STATE_BYTES + average) + settings.batch_rows * n_columns * 4 + activations
+    batch = settings.batch_rows * (4 * n_columns + 2 * settings.n_features(widths[0][0]))
+    return n_parameters(settings, widths) * (CHECKPOINT_BYTES + average) + batch
 
 
 def check_memory(
@@ -70,7 +72,7 @@ def check_memory(
     fewer = ", train fewer side by side" if len(runs) > 1 else ""
     raise OutOfMemoryError(
         f"--device {device}: {beside} at least {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
-        f"(weights, gradients and Adam's moments, {STATE_BYTES} bytes a parameter, and {settings.batch_rows} rows). "
+        f"(weights and Adam's moments, {CHECKPOINT_BYTES} bytes a parameter, and {settings.batch_rows} rows). "
         f"{advice}; lower it or batch_rows{fewer}, free the GPU of other programs, or take another"
     )
 

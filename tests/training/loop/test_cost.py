@@ -15,7 +15,7 @@ SETTINGS = TrainSettings.read({"architecture": {"kind": "topk", "k": 4}, "d_sae"
 def test_parameters_and_bytes_are_those_counted_by_hand() -> None:
     parameters = 256 * 16 + 256 + 256 * 12 + 12  # encoder, its bias, decoder, its bias
     assert n_parameters(SETTINGS, [(16, 12)]) == parameters
-    assert training_bytes(SETTINGS, [(16, 12)]) == 16 * parameters + 64 * (16 + 12) * 4 + 64 * 256 * 2
+    assert training_bytes(SETTINGS, [(16, 12)]) == 12 * parameters + 64 * (16 + 12) * 4 + 64 * 256 * 2
     averaged = SETTINGS.model_copy(update={"ema": 0.9})
     assert training_bytes(averaged, [(16, 12)]) == training_bytes(SETTINGS, [(16, 12)]) + 4 * parameters
 
