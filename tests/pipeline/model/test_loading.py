@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.loading import choose_dtype, open_checkpoint
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.tokenizer import ModelTokenizer
 from tailrace.storage.errors import ModelError
@@ -102,6 +103,17 @@ def test_auto_dtype_is_the_checkpoints_except_float16_on_a_cpu(
     tmp_path: Path, stored: torch.dtype, wanted: str, loaded: torch.dtype
 ) -> None:
     assert load(save_tiny_model(tmp_path / "m", dtype=stored), model_dtype=wanted).dtype is loaded
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "n_warnings"), [("cuda", "auto", 1), ("cuda", "float32", 0), ("cpu", "auto", 0)]
+)
+def test_a_float32_model_stays_so_on_a_gpu_and_the_faster_dtype_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, device: str, wanted: str, n_warnings: int
+) -> None:
+    checkpoint = open_checkpoint(str(save_tiny_model(tmp_path / "m")), None)
+    assert choose_dtype(checkpoint, wanted, torch.device(device)) is torch.float32
+    assert ["--model-dtype bfloat16" in line for line in caplog.messages] == [True] * n_warnings
 
 
 def test_a_configuration_without_dtype_leaves_it_to_the_weights(tmp_path: Path) -> None:
