@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch must not be imported before a pretended GPU is made
     from benchmarks.gpu_check.bench import Bench
 
 FILE = "gpu_check.jsonl"
-PATIENCE = 10.0
+PATIENCE = 15.0
 """Times what a check is expected to take, after which it is given up."""
 
 
@@ -100,8 +100,8 @@ def checks(bench: Bench, chosen: argparse.Namespace, uncompiled: bool) -> Iterat
         yield from group("correctness", "correctness", bench)
     if costs:
         yield from group("step_cost", "cost", bench)
-        yield from group("stage_cost", "cost", bench, uncompiled=uncompiled)
         yield from group("peers", "cost", bench)
+        yield from group("stage_cost", "cost", bench, uncompiled=uncompiled)
 
 
 def group(name: str, kind: Kind, bench: Bench, **more: Any) -> Iterator[Check]:

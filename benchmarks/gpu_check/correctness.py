@@ -244,7 +244,7 @@ def rows_as_stored(folder: Path, device: str) -> dict[str, float]:
     """Bring rows of every stored dtype to the device and sum them there, each batch's bits against the CPU's."""
     numbers: dict[str, float] = {}
     for dtype in ("float32", "float16", "bfloat16", "int8"):
-        cache = write_synthetic_cache(folder / dtype, dtype=dtype)
+        cache = write_synthetic_cache(folder / dtype, dtype=dtype, n_contexts=16, n_heldout_contexts=1)
         split, (site,) = cache.split("train"), cache.sites.values()
         pairs = zip(
             iter_once(split, site, batch_rows=100, device="cpu"),

@@ -18,10 +18,13 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Final
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "gpu-check"
 LIMIT_BYTES = 60 << 20
+PRESET: Final = 2
+"""Of xz: five times as fast as its default, a tenth larger."""
 SOURCES = ("tailrace", "pipeline", "storage", "training", "analysis", "benchmarks/*.py", "benchmarks/gpu_check")
 SUPPORT = ("tests/__init__.py", "tests/support", "pyproject.toml", "constraints.txt", "LICENSE")
 PACKAGES = (
@@ -31,9 +34,9 @@ PACKAGES = (
 )
 """What every check imports, besides torch and what torch brings."""
 MODEL_PACKAGES = (
-    *("anyio", "beartype", "certifi", "datasets", "dill", "fancy-einsum", "h11", "httpcore", "httpcore2", "httpx"),
-    *("httpx2", "huggingface_hub", "idna", "multiprocess", "pandas", "python-dateutil", "regex", "sniffio"),
-    *("tokenizers", "transformer-lens", "transformers", "truststore", "typer", "rich"),
+    *("accelerate", "anyio", "datasets", "dill", "h11", "httpcore2", "httpx2", "huggingface_hub", "idna"),
+    *("multiprocess", "pandas", "python-dateutil", "regex", "rich", "sniffio", "tokenizers", "transformer-lens"),
+    *("transformers", "truststore"),
 )
 """What the checks with a language model import besides."""
 UNUSED = (
@@ -60,7 +63,7 @@ def main() -> None:
         describe_project(home / "packages")
         copy_sources(home / "source")
         (home / "__main__.py").write_text(starter(chosen.python))
-        with tarfile.open(chosen.out, "w:xz") as archive:
+        with tarfile.open(chosen.out, "w:xz", preset=PRESET) as archive:
             archive.add(home, FOLDER)
         size = chosen.out.stat().st_size
         if size > LIMIT_BYTES:

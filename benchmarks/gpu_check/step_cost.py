@@ -60,17 +60,15 @@ SWEEP_KS = (16, 32, 64, 128)
 
 
 def checks(bench: Bench) -> Iterator[Check]:
-    """Yield the checks, the smallest size first: what time is left decides how far they go."""
-    for size in SMALL if bench.small else SIZES:
-        for kind in ("topk", "batch_topk"):
-            for kernel in ("auto", "dense"):
-                name = f"step, {kind} {size.name}, {kernel}"
-                yield Check(name, "cost", size.seconds, partial(steps, bench, size, kind, kernel))
-        if size.d_sae <= 65_536:
-            name = f"step, jumprelu {size.name}, auto"
-            yield Check(name, "cost", size.seconds, partial(steps, bench, size, "jumprelu", "auto"))
-    yield Check("rows to the device", "cost", 15, partial(rows_to_device, bench))
-    yield Check("resident sweep", "cost", 25, partial(resident_sweep, bench))
+    """Yield the checks, what users get and the smallest size first: what time is left decides how far they go."""
+    sizes = SMALL if bench.small else SIZES
+    for kernel, kinds in (("auto", ("topk", "batch_topk", "jumprelu")), ("dense", ("topk", "batch_topk"))):
+        for size, kind in itertools.product(sizes, kinds):
+            name = f"step, {kind} {size.name}, {kernel}"
+            yield Check(name, "cost", size.seconds, partial(steps, bench, size, kind, kernel))
+        if kernel == "auto":
+            yield Check("rows to the device", "cost", 15, partial(rows_to_device, bench))
+            yield Check("resident sweep", "cost", 25, partial(resident_sweep, bench))
 
 
 def steps(bench: Bench, size: Size, kind: str, kernel: str) -> Numbers:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,18 @@ from benchmarks.gpu_check.outcomes import (
     run_checks,
     table,
 )
+from benchmarks.gpu_check.pack import (
+    MODEL_PACKAGES,
+    PACKAGES,
+    copy_sources,
+    describe_project,
+    pinned,
+    remove_unused,
+    starter,
+)
 from tests.support.paths import ROOT
+
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def raising(error: Exception) -> Callable[[], Numbers]:
@@ -189,6 +201,49 @@ def test_numbers_become_json() -> None:
     assert rounded({"a": 123456.789, 3: (True, None, Path("x"))}) == {"a": 123500.0, "3": [True, None, "x"]}
 
 
+def test_every_packed_package_has_a_pin() -> None:
+    wanted = pinned((*PACKAGES, *MODEL_PACKAGES))
+    assert len(wanted) == len(PACKAGES) + len(MODEL_PACKAGES)
+    assert any(line.startswith("PyYAML==") for line in wanted)
+    with pytest.raises(SystemExit, match="no pin of not-a-package"):
+        pinned(["zarr", "not-a-package"])
+
+
+def test_only_what_no_check_opens_is_left_out_of_packages(tmp_path: Path) -> None:
+    kept = ("pyarrow/lib.cpython-312-x86_64-linux-gnu.so", "pyarrow/libarrow.so.2600", "zarr/testing/store.py")
+    gone = ("pyarrow/libarrow_python.so", "pyarrow/libarrow_flight.so.2600", "pandas/tests/test_a.py", "zarr/a.pyi")
+    for name in (*kept, *gone):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    remove_unused(tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
+
+
+def test_the_packed_project_tells_its_version_and_its_data_type(tmp_path: Path) -> None:
+    describe_project(tmp_path)
+    (described,) = distributions(path=[str(tmp_path)])
+    assert described.version == version("tailrace")
+    assert {entry.group for entry in described.entry_points} == {"zarr.data_type", "zarr.buffer"}
+
+
+def test_a_pack_for_another_python_says_so(tmp_path: Path) -> None:
+    (tmp_path / "__main__.py").write_text(starter("3.99"))
+    done = subprocess.run([sys.executable, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("this is packed for Python 3.99 and runs on 3.")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler, which the pretended GPU's shim needs")
+def test_the_packed_sources_are_all_that_a_check_needs_of_this_checkout(tmp_path: Path) -> None:
+    copy_sources(tmp_path / "source")
+    (tmp_path / "__main__.py").write_text(starter(f"{sys.version_info.major}.{sys.version_info.minor}"))
+    command = [sys.executable, str(tmp_path), "--out", "results", "--pretend", "--only", "cache and verify"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "1 ok, 0 wrong" in done.stdout
+
+
 def check_gpu(out: Path, *options: str) -> list[dict[str, Any]]:
     """Run the command; return its outcomes."""
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(out), "--minutes", "60", *options]
@@ -199,9 +254,6 @@ def check_gpu(out: Path, *options: str) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-4000:]
     assert (out / "gpu_check.md").read_text() in done.stdout
     return outcomes
-
-
-HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 @pytest.mark.slow
