@@ -32,7 +32,7 @@ from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_cross_layer_run, build_run
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.cost import check_memory
-from tailrace.training.loop.distributed import Group, RankBatches, broadcast_run
+from tailrace.training.loop.distributed import Group, SharedRows, broadcast_run
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.session import PeriodicHook, Session
@@ -141,7 +141,7 @@ def train_drafts(
         before_first_step = None
         if group is not None and not shares_features:
             (session,) = sessions
-            stream = RankBatches(stream, group.rank, group.size)
+            stream = SharedRows(stream, group)
             before_first_step = partial(broadcast_run, group, session.run, stream)
         n_steps = max((session.n_steps for session in sessions), default=0)
         bar = stack.enter_context(_SharedBar(n_steps, hidden=quiet or alone))
@@ -258,7 +258,7 @@ def train_beside(source: TrainingSource, settings: TrainSettings, context: RunCo
         if isinstance(run, ShardedRun):
             run.serve()
             return
-        stream = RankBatches(rows.stream, context.group.rank, context.group.size)
+        stream = SharedRows(rows.stream, context.group)
         broadcast_run(context.group, run, stream)
         for _ in range(run.n_steps_done, rows.n_steps(settings)):
             run.step(stream.next_batch())

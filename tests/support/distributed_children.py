@@ -19,7 +19,14 @@ from tailrace.training.kernels.adaptive import AdaptiveStep
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import ExtraLoss, StepKernel
 from tailrace.training.kernels.sparse import SparseStep
-from tailrace.training.loop.distributed import DistributedStep, Group, RankBatches, broadcast_run, open_group
+from tailrace.training.loop.distributed import (
+    DistributedStep,
+    Group,
+    SharedRows,
+    broadcast_run,
+    open_group,
+    rows_of_rank,
+)
 from tailrace.training.loop.optim import BlockedAdam
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.weight_average import WeightAverage
@@ -83,17 +90,18 @@ def cases() -> list[tuple[str, str, str, str, torch.dtype]]:
 
 
 def take_step(
-    case: tuple[str, str, str, str, torch.dtype], kernel: StepKernel, slice_of: RankBatches | None = None
+    case: tuple[str, str, str, str, torch.dtype], kernel: StepKernel, group: Group | None = None
 ) -> dict[str, Tensor]:
     """Return gradients, losses, counts, what each row gave, and buffers, by name, of two steps on the same rows."""
     architecture, rows, _, auxiliary, dtype = case
     transcoder = random_transcoder(ARCHITECTURES[architecture]).to(dtype)
     batch = cast(rows_of(rows), dtype)
-    if slice_of is not None:
-        batch = Batch(slice_of._slice(batch.inputs), slice_of._slice(batch.outputs))
+    if group is not None:
+        own = rows_of_rank(len(batch.inputs), group.rank, group.size)
+        batch = Batch(batch.inputs[own], batch.outputs[own])
     for _ in range(2):  # the second begins from the first one's guesses and memory
         # asked for by the first process alone, as in training, where it keeps the log
-        asks = slice_of is None or slice_of._rank == 0
+        asks = group is None or group.is_first
         result = kernel(transcoder, batch, OBJECTIVE, extra_losses(auxiliary, transcoder.d_sae), per_row=asks)
     assert result.per_row is not None
     found = {f"gradient.{name}": value.grad for name, value in transcoder.named_parameters() if value.grad is not None}
@@ -147,7 +155,7 @@ def train_planted(architecture: Architecture, group: Group | None) -> dict[str, 
         kernel: StepKernel = AdaptiveStep("float32")
         if group is None:
             return doubled(build_planted(architecture), kernel), Doubled()
-        rows = RankBatches(Doubled(), group.rank, group.size)
+        rows = SharedRows(Doubled(), group)
         return doubled(build_planted(architecture), DistributedStep(kernel, group)), rows
 
     run, stream = begin()
@@ -172,11 +180,10 @@ def main(directory: Path) -> None:
     """Run every case as one of the processes and save what it gave."""
     torch.set_num_threads(1)
     with open_group(meeting=f"file://{directory / 'meeting'}") or sys.exit("not a group") as group:
-        one_slice = RankBatches(PlantedRows(), group.rank, group.size)
         results: dict[str, Tensor] = {}
         for index, case in enumerate(cases()):
             own = DistributedStep(KERNELS[case[2]][min(1, group.rank)], group)
-            results |= {f"step.{index}.{name}": value for name, value in take_step(case, own, one_slice).items()}
+            results |= {f"step.{index}.{name}": value for name, value in take_step(case, own, group).items()}
         for kind, architecture in WHOLE_RUNS.items():
             found = train_planted(architecture, group)
             results |= {f"run.{kind}.{name}": value for name, value in found.items()}

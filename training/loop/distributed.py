@@ -1,8 +1,8 @@
 """One transcoder trained by several processes, each on a slice of the rows of every batch; the numbers of one process.
 
-Every process reads the same stream and keeps its rows, has all the weights, and takes the same step: gradients are
-added up, weighted by rows, before the optimiser sees them. What is not a mean over rows is asked of ``SharedBatch``.
-The first process writes the files.
+The first process reads the rows and sends each its slice. Every process has all the weights and takes the same step:
+gradients are added up, weighted by rows, before the optimiser sees them. What is not a mean over rows is asked of
+``SharedBatch``. The first process writes the files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.kernel import ExtraLoss, PerRow, StatefulKernel, StepKernel, StepResult
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions, Cut
-from tailrace.training.rows.batches import Batch, BatchStream
+from tailrace.training.rows.batches import Batch, BatchStream, SiteBatches
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others, one of which may be scoring held-out rows."""
@@ -95,6 +95,15 @@ class Group:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._host, device=torch.device("cpu"))
         return box[0]
+
+    def send(self, values: Tensor, rank: int) -> None:
+        """Send ``values`` to a process, which is about to ``receive`` as many from the first."""
+        dist.send(values.contiguous(), rank, group=self._channel(values))
+
+    def receive(self, values: Tensor) -> Tensor:
+        """Replace ``values`` by those that the first process sends; return them."""
+        dist.recv(values, 0, group=self._channel(values))
+        return values
 
     def wait(self) -> None:
         """Wait until all processes have come here."""
@@ -179,35 +188,73 @@ def _read_environment(environment: Mapping[str, str], *, with_address: bool) -> 
     return numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
 
 
-class RankBatches:
-    """The rows of process ``rank`` of ``world`` out of every batch of ``stream``; its states are the stream's.
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...] | None]]
+"""Type and shapes of inputs and outputs of a batch by site; None for outputs that are the inputs."""
 
-    Slices are consecutive and differ by at most one row.
+
+def layout_of(batches: SiteBatches) -> Layout:
+    """Return what a process has to know of batches before it is sent them."""
+    return {
+        site: (
+            rows.inputs.dtype,
+            tuple(rows.inputs.shape),
+            None if rows.outputs is rows.inputs else tuple(rows.outputs.shape),
+        )
+        for site, rows in batches.items()
+    }
+
+
+class SharedRows:
+    """This process's rows of every batch that the first process reads; the ``stream`` of the others is not read.
+
+    Slices are consecutive and differ by at most one row. States are the stream's.
     """
 
-    def __init__(self, stream: BatchStream, rank: int, world: int) -> None:
-        self._stream, self._rank, self._world = stream, rank, world
+    def __init__(self, stream: BatchStream, group: Group) -> None:
+        self._stream, self._group = stream, group
 
     def next_batch(self) -> dict[str, Batch]:
         """Return the next batch's slice by site. Raises SettingsError if there is no row for every process."""
-        return {site: Batch(*map(self._slice, batch)) for site, batch in self._stream.next_batch().items()}
+        batches = self._stream.next_batch() if self._group.is_first else {}
+        layout: Layout = self._group.share_first(layout_of(batches))
+        shared = {}
+        for site, (dtype, *shapes) in layout.items():
+            given = batches[site] if self._group.is_first else (None, None)
+            sides = [
+                self._share(rows, shape, dtype) for rows, shape in zip(given, shapes, strict=True) if shape is not None
+            ]
+            shared[site] = Batch(sides[0], sides[-1])
+        return shared
 
-    def _slice(self, rows: Tensor) -> Tensor:
-        n = len(rows)
-        if n < self._world:
-            raise SettingsError(
-                f"batch_rows: a batch of {n} rows cannot be shared by {self._world} processes; "
-                "raise batch_rows, or start fewer processes"
-            )
-        return rows[n * self._rank // self._world : n * (self._rank + 1) // self._world]
+    def _share(self, rows: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the own slice of the first process's ``rows``, which have that ``shape``."""
+        group = self._group
+        slices = [rows_of_rank(shape[0], rank, group.size) for rank in range(group.size)]
+        if rows is None:
+            own = slices[group.rank]
+            return group.receive(torch.empty(own.stop - own.start, *shape[1:], dtype=dtype, device=group.device))
+        for rank in range(1, group.size):
+            group.send(rows[slices[rank]], rank)
+        return rows[slices[0]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the stream's position."""
+        """Return the stream's position, in the first process."""
         return self._stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a position."""
-        self._stream.load_state_dict(state)
+        """Continue from a position, where the stream is read."""
+        if self._group.is_first:
+            self._stream.load_state_dict(state)
+
+
+def rows_of_rank(n: int, rank: int, size: int) -> slice:
+    """Return a process's rows of a batch of ``n``. Raises SettingsError if there is no row for every process."""
+    if n < size:
+        raise SettingsError(
+            f"batch_rows: a batch of {n} rows cannot be shared by {size} processes; "
+            "raise batch_rows, or start fewer processes"
+        )
+    return slice(n * rank // size, n * (rank + 1) // size)
 
 
 class SharedBatch(BatchReductions):

@@ -22,16 +22,13 @@ from tailrace.training.architectures.objectives import Objective
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tailrace.training.kernels.kernel import ExtraLoss, StatefulKernel, StepKernel, StepResult
 from tailrace.training.loop.checkpoint import Checkpoints, CheckpointWriter, RunCheckpoint, Shards
-from tailrace.training.loop.distributed import Group, SharedBatch
+from tailrace.training.loop.distributed import Group, Layout, SharedBatch, layout_of
 from tailrace.training.loop.evaluate import HeldoutScore, evaluate, in_pieces, predictor, score_layers
 from tailrace.training.loop.initialise import FeatureSlice
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch, SiteBatches
-
-_Layout = dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...] | None]]
-"""Type and shapes of inputs and outputs by site; None for outputs that are the inputs."""
 
 
 def refuse_shards(settings: TrainSettings, sites: Sequence[Site], size: int, *, starts: bool = False) -> None:
@@ -244,11 +241,11 @@ class ShardedRun(TrainingRun):
 
     def step(self, batches: SiteBatches) -> None:
         """Take one step; in the other processes on the rows of the first one."""
-        layout = _layout(batches) if self._group.is_first else {}
+        layout = layout_of(batches) if self._group.is_first else {}
         self._say("step", layout, self.wants_rows(self.n_steps_done + 1))
         super().step(self._send(batches, layout))
 
-    def _step_beside(self, layout: _Layout, per_row: bool) -> None:
+    def _step_beside(self, layout: Layout, per_row: bool) -> None:
         self.wants_rows = lambda _: per_row
         super().step(self._receive(layout))
 
@@ -387,7 +384,7 @@ class ShardedRun(TrainingRun):
         """Yield, in every process, the ``batches`` of the first one."""
         if self._group.is_first:
             for batch in batches:
-                layout = _layout(batch)
+                layout = layout_of(batch)
                 self._say(layout)
                 yield self._send(batch, layout)
             self._say(None)
@@ -395,14 +392,14 @@ class ShardedRun(TrainingRun):
             while (order := self._group.share_first(None))[0] is not None:
                 yield self._receive(*order)
 
-    def _send(self, batches: SiteBatches, layout: _Layout) -> SiteBatches:
+    def _send(self, batches: SiteBatches, layout: Layout) -> SiteBatches:
         for site, (_, _, outputs) in layout.items():
             self._group.copy_first(batches[site].inputs.contiguous())
             if outputs is not None:
                 self._group.copy_first(batches[site].outputs.contiguous())
         return batches
 
-    def _receive(self, layout: _Layout) -> SiteBatches:
+    def _receive(self, layout: Layout) -> SiteBatches:
         received = {}
         for site, (dtype, *shapes) in layout.items():
             sides = [
@@ -412,17 +409,6 @@ class ShardedRun(TrainingRun):
             ]
             received[site] = Batch(sides[0], sides[-1])
         return received
-
-
-def _layout(batches: SiteBatches) -> _Layout:
-    return {
-        site: (
-            rows.inputs.dtype,
-            tuple(rows.inputs.shape),
-            None if rows.outputs is rows.inputs else tuple(rows.outputs.shape),
-        )
-        for site, rows in batches.items()
-    }
 
 
 class _ShardCheckpoints(Checkpoints):
