@@ -130,9 +130,13 @@ def restrict(
             )
         case LargestOfBatch(k):
             flat = pre.detach().flatten()
-            n_chosen = reductions.share_of_largest(flat, k * reductions.n_rows(len(pre)))
-            chosen = flat.topk(n_chosen, sorted=False).indices
-            mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, chosen, True)
-            return pre * mask.view_as(pre)
+            mask, n_chosen = torch.zeros_like(flat, dtype=torch.bool), k * reductions.n_rows(len(pre))
+            if reductions.shares_features and pre.is_cuda:  # as for a row, which lets no device wait
+                largest = flat.topk(min(n_chosen, len(flat)), sorted=False)
+                kept = reductions.among_largest(largest.values[None], n_chosen)
+                assert kept is not None, "not all features are at hand"
+                return pre * mask.scatter_(0, largest.indices, kept[0]).view_as(pre)
+            chosen = flat.topk(reductions.share_of_largest(flat, n_chosen), sorted=False).indices
+            return pre * mask.scatter_(0, chosen, True).view_as(pre)
         case _:
             assert_never(selection)
