@@ -105,6 +105,7 @@ def train(
     checkpoint_steps: int | None = None,
     tensorboard: bool = False,
     wandb: str | None = None,
+    shard_features: bool = False,
     device: str = "auto",
     threads: int | None = None,
     quiet: bool = True,
@@ -113,7 +114,8 @@ def train(
     """Train a transcoder on a cache, or with ``live`` straight from ``model`` on ``dataset``, and publish it.
 
     ``settings`` are those of `pipeline train`, an architecture's beside its name: ``architecture="topk", k=32``;
-    ``start_from`` is ``--from``. ``cross_layer=True`` trains one transcoder over several layers. An unfinished run with
+    ``start_from`` is ``--from``. ``cross_layer=True`` trains one transcoder over several layers. Started by torchrun,
+    several processes train it together, with ``shard_features`` each a slice of the features. An unfinished run with
     the same settings is continued, a finished one returned as it is. Raises SettingsError with every problem of the
     settings, ArtifactError, NonFiniteActivation or StorageFull.
 
@@ -131,6 +133,7 @@ def train(
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
         loggers=_loggers(tensorboard, wandb),
+        shard_features=shard_features,
         compute=Compute(device, threads, quiet=quiet),
     )
 
