@@ -1,15 +1,21 @@
-"""What runs both on a pretended GPU and on the CPU: ``python -m tests.support.gpu_cases FOLDER [CASE…]``.
+"""What runs both on a pretended GPU and on the CPU: ``python -m tests.support.gpu_cases FOLDER [CASE…]``;
+sparse is those of the sparse step.
 
 Prints a line of JSON for each case: the numbers, or the error, of either device, and what the GPU was asked for.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+
+# whether programs are interpreted is decided where Triton is imported, and torch may do that
+os.environ["TRITON_INTERPRET"] = "1" if sys.argv[2:] == ["sparse"] else "0"
+
 from tests.support.pretended_gpu import limits, pretended_gpu, record  # isort: skip  (before anything imports torch)
 
 import json
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
@@ -296,9 +302,6 @@ ROWS: dict[str, Case] = {
     "rows without pinned memory": bringing_rows("bfloat16", epochs=1, by="GatheredOrder", can_pin=False),
 }
 SLOW: dict[str, Case] = {
-    "sparse": training(kernel="sparse", steps=4),
-    "sparse, by batch": training(kernel="sparse", steps=4, architecture={"kind": "batch_topk", "k": 4}),
-    "sparse above a threshold": training(kernel="sparse", steps=4, architecture={"kind": "jumprelu"}),
     **ROWS,
     "resume adamw": resuming("adamw"),
     "resume muon": resuming("muon"),
@@ -323,8 +326,13 @@ def outcome(case: Case, folder: Path, device: str) -> dict[str, Any]:
 
 def main(folder: Path, names: list[str]) -> None:
     """Run the cases, those that take long if none is named, and print what became of them."""
+    cases = CASES | SLOW
+    if names == ["sparse"]:
+        from tests.support.gpu_sparse import SPARSE
+
+        cases, names = SPARSE, [*SPARSE]
     for name in names or SLOW:
-        case = (CASES | SLOW)[name]
+        case = cases[name]
         both = {device: outcome(case, folder / name / device, device) for device in ("cuda", "cpu")}
         sys.stdout.write(json.dumps({"case": name, **both}) + "\n")
         sys.stdout.flush()

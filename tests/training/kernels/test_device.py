@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from benchmarks.gpu_step import count
@@ -32,6 +35,7 @@ from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.device import operators
 from tailrace.training.kernels.device.adam import BETAS, EPSILON, DeviceAdam
 from tailrace.training.kernels.device.choice import DeviceChoice
+from tailrace.training.kernels.device.graph import CapturedStep
 from tailrace.training.kernels.device.proof import largest_error
 from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep, slots_for
 from tailrace.training.kernels.device.traffic import TRAFFIC, Sizes
@@ -402,6 +406,91 @@ def test_room_for_a_penalty_is_twice_what_is_active() -> None:
     assert slots_for(Above(), 4096, 24_576, 0.01) == 1 << 21
     assert slots_for(LargestPerRow(64), 4096, 24_576) == 1 << 20
     assert slots_for(LargestPerRow(64), 2, 100) == 200
+
+
+class Recording(TorchDispatchMode):
+    """A graph on a CPU: the operators that were called, called again with the same memory.
+
+    Unlike CUDA it computes while it captures; what the host read would be in the graph for ever on either.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.n_replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        assert func._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero"), "the host must not wait"
+        self._calls.append((func, args, kwargs or {}, [v for v in tree_leaves(result) if isinstance(v, Tensor)]))
+        return result
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        with self:
+            yield
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.n_replays += 1
+        for func, args, kwargs, outputs in self._calls:
+            again = [value for value in tree_leaves(func(*args, **kwargs)) if isinstance(value, Tensor)]
+            for kept, value in zip(outputs, again, strict=True):
+                if kept.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
+                    kept.data.copy_(value.reshape(kept.shape))  # whatever autograd knows of it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "architecture", [BatchTopK(k=2, k_start=4, k_warmup_steps=2, input_bias=True), JumpReLU(l0_warmup_steps=2)]
+)
+def test_a_captured_step_is_the_step_bit_for_bit(architecture: Any) -> None:
+    """Batches differ, weights move, and a feature is given new weights from outside; the first steps change k or l0."""
+    runs: list[tuple[Transcoder, Any, DeviceAdam]] = []
+    graphs: list[Recording] = []
+
+    def build() -> Recording:
+        graphs.append(Recording())
+        return graphs[-1]
+
+    for captured in (False, True):
+        transcoder = with_random_weights(architecture.build(4, 3, 12)).float()
+        step = DeviceStep(DeviceGradients(fused=True))
+        step.gradients.trusted, step.n_slots = True, 60
+        kernel = CapturedStep(step, graph=build) if captured else step
+        runs.append((transcoder, kernel, DeviceAdam(transcoder, step.gradients)))
+    for index in range(8):
+        batch = Batch(*(torch.randn(5, width, generator=generator(10 * index + width)) for width in (4, 3)))
+        losses = []
+        for transcoder, kernel, optimiser in runs:
+            transcoder.begin_step(index)
+            result = kernel(transcoder, batch, OBJECTIVE, per_row=index == 6)
+            optimiser.step(0.1 / (index + 1))
+            losses.append(float(result.losses["loss"]))
+            if index == 6:
+                with torch.no_grad():
+                    transcoder.W_enc[3] = 0.5
+        assert losses[0] == losses[1]
+        mine, theirs = (run[0].state_dict() for run in runs)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert len(graphs) == 1  # of the steps after the warm-up
+    assert graphs[0].n_replays >= 3
+
+
+def test_a_step_that_cannot_be_captured_is_taken_as_before_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    transcoder, _, _, batch = small_step()
+
+    def refuse() -> Recording:
+        raise RuntimeError("no graphs here")
+
+    step = CountedStep(DeviceGradients(fused=True))
+    step.gradients.overflow = torch.zeros(1, dtype=torch.int32)
+    kernel = CapturedStep(step, name="run", graph=refuse)
+    with caplog.at_level(logging.WARNING):
+        losses = [float(kernel(transcoder, batch, OBJECTIVE).losses["loss"]) for _ in range(6)]
+    assert len(set(losses)) == 1
+    assert [record.message[:50] for record in caplog.records] == ["run: the step is launched operator by operator, be"]
+    assert "no graphs here" in caplog.text
 
 
 class Accesses(TorchDispatchMode):

@@ -21,6 +21,7 @@ from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.dense import DenseStep
+from tailrace.training.kernels.device.graph import CapturedStep
 from tailrace.training.kernels.device.proof import largest_error, unchanged
 from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep, slots_for
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
@@ -47,6 +48,7 @@ class DeviceChoice:
 
     def __init__(self, sparse: DeviceStep, precision: Precision, *, name: str, prove: bool = True) -> None:
         self._sparse, self._name = sparse, name
+        self._captured = CapturedStep(sparse, name=name)
         self._dense: StepKernel = DenseStep(precision)
         self._prove = prove
         self.choice: str | None = None if prove else "sparse"
@@ -79,7 +81,7 @@ class DeviceChoice:
         if self.is_sparse and self.choice is None and can_share:
             self._put_to_the_proof(transcoder, batch, objective, reductions)
         if self.is_sparse and self.choice == "sparse" and can_share:
-            result = self._sparse(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
+            result = self._captured(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
             assert self.gradients.n_candidates is not None, "a step has just counted them"
             self._remember(result, self.gradients.n_candidates)
         else:

@@ -1,0 +1,117 @@
+"""The GPU's sparse step on a pretended GPU, interpreted, and the CPU's: whole runs, and what steps wait for.
+
+Interpreted programs are slow: rows and features are few.
+"""
+
+from __future__ import annotations
+
+from tests.support import interpreted  # isort: skip  (before anything that imports the programs)
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.train import stage as train
+from tailrace.training.architectures import Architecture, BatchTopK, JumpReLU, ReLU, TopK
+from tailrace.training.architectures.base import Transcoder
+from tailrace.training.architectures.objectives import VarianceObjective
+from tailrace.training.kernels.adaptive import build_kernel
+from tailrace.training.loop.optim import build_optimiser
+from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.rows.batches import Batch
+from tests.pipeline.train.test_cross_layer import publish
+from tests.support.gpu_training import Case, Killed
+from tests.support.pretended_gpu import record
+from tests.support.training_caches import small_cache
+
+assert interpreted.__doc__
+
+BASE = {
+    "architecture": {"kind": "topk", "k": 2},
+    "d_sae": 20,
+    "steps": 3,
+    "batch_rows": 8,
+    "lr": 1e-2,
+    "log_every": 2,
+    "evaluate_every": 3,
+    "evaluation_rows": 64,
+    "kernel": "sparse",
+}
+
+
+def run(folder: Path, device: str, cache: Path, name: str = "out", **changes: Any) -> train.TrainResult:
+    """Train by sparse steps."""
+    settings, hooks = TrainSettings.read(BASE, changes.pop("settings", {})), changes.pop("hooks", [])
+    compute = Compute(device=device, quiet=True)
+    return train.run(settings, cache=cache, output=folder / name, compute=compute, checkpoint_steps=2, hooks=hooks)
+
+
+def training(folder: Path, device: str, **settings: Any) -> dict[str, float]:
+    """Return the scores of a run."""
+    layers = settings.get("cross_layer", False)
+    cache = publish(folder / "cache") if layers else small_cache(folder / "cache", d_in=9, d_out=7)
+    metrics = run(folder, device, cache, settings=settings).metrics
+    return {"fvu": metrics["heldout"]["fvu"], "l0": metrics["heldout"]["l0"], "loss": metrics["train"]["loss"]}
+
+
+def resuming(folder: Path, device: str) -> dict[str, float]:
+    """End a run after 3 steps of 4 and continue it, beside a run that nothing ended."""
+    cache = small_cache(folder / "cache", d_in=9, d_out=7)
+    settings = {"steps": 4, "architecture": {"kind": "batch_topk", "k": 2}}
+
+    def kill(step: int, _: Transcoder) -> None:
+        if step == 3:
+            raise Killed
+
+    uninterrupted = run(folder, device, cache, "uninterrupted", settings=settings)
+    try:
+        run(folder, device, cache, settings=settings, hooks=[(1, kill)])
+    except Killed:
+        resumed = run(folder, device, cache, settings=settings)
+    files = [result.path / "weights.safetensors" for result in (uninterrupted, resumed)]
+    same = files[0].read_bytes() == files[1].read_bytes()
+    return {"fvu": resumed.metrics["heldout"]["fvu"], "same bytes as uninterrupted": float(same)}
+
+
+def waiting(folder: Path, device: str, architecture: Architecture) -> dict[str, float]:
+    """Take four steps; on the GPU they must wait for nothing but, two steps late, for a number that has arrived."""
+    generator = torch.Generator().manual_seed(0)
+    transcoder = architecture.build(6, 6, 18)
+    with torch.no_grad():
+        for parameter in transcoder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) - 0.5)
+    transcoder.constrain_parameters()
+    transcoder = transcoder.to(device)
+    kernel = build_kernel("sparse", "float32", torch.device(device), name="run", fused=True)
+    gradients = getattr(kernel, "gradients", None)
+    optimiser = build_optimiser("adam", transcoder, lr=0.01, clip=None, gradients=gradients)
+    batch = Batch(*(torch.randn(7, 6, generator=generator).to(device) for _ in range(2)))
+    loss = torch.zeros(())
+    for step in range(4):
+        if step == 1:
+            record.clear()
+        loss = kernel(transcoder, batch, VarianceObjective(6.0)).losses["loss"]
+        optimiser.step(0.01)
+    waits = {line for name, line in record.waits if name != "event"}
+    copies = {line for way, line in record.copies if not way.endswith("without a wait")}
+    events = sum(record.waits.values())
+    if device == "cuda" and (waits or copies or not 2 <= events <= 4):
+        raise AssertionError(f"steps wait: {record.waits}, {record.copies}")
+    return {"loss": float(loss)}
+
+
+SPARSE: dict[str, Case] = {
+    "sparse topk": training,
+    "sparse gated, clipped": partial(training, architecture={"kind": "gated"}, gradient_clip=1.0),
+    "sparse auxk": partial(training, auxiliary={"kind": "auxk", "aux_k": 2}, dead_after_steps=1),
+    "sparse across layers": partial(training, cross_layer=True, architecture={"kind": "batch_topk", "k": 2}, steps=2),
+    "sparse resumed": resuming,
+    **{
+        f"sparse {architecture.kind} waits": partial(waiting, architecture=architecture)
+        for architecture in (TopK(k=2), BatchTopK(k=2), JumpReLU(), ReLU())
+    },
+}
+"""By name."""
