@@ -136,7 +136,7 @@ class DenseEncoder:
             del acts, flat  # or they would be in memory beside the next piece's
         place = torch.cat(places)
         rows, features = place // d_sae, place % d_sae
-        by_feature, order = torch.sort(features, stable=True)
+        ascending, order = torch.sort(features, stable=True)
         device = place.device
         row_ends = torch.searchsorted(rows, torch.arange(n_rows + 1, device=device))
         feature_ends = torch.searchsorted(by_feature, torch.arange(d_sae + 1, device=device))
@@ -156,12 +156,11 @@ class _SortedPairs(Pairs):
         rows: np.ndarray,
         features: np.ndarray,
         offsets: np.ndarray,
-        order: np.ndarray,
-        feature_offsets: np.ndarray,
         d_sae: int,
+        by_feature: tuple[np.ndarray, np.ndarray],
     ) -> None:
         super().__init__(rows, features, offsets, d_sae)
-        self.__dict__["_sorted"] = (order, feature_offsets)
+        self.__dict__["_sorted"] = by_feature
 
 
 class SparseEncoder:
