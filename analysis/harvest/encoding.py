@@ -138,14 +138,14 @@ class DenseEncoder:
         rows, features = place // d_sae, place % d_sae
         ascending, order = torch.sort(features, stable=True)
         device = place.device
-        row_ends = torch.searchsorted(rows, torch.arange(n_rows + 1, device=device))
-        feature_ends = torch.searchsorted(by_feature, torch.arange(d_sae + 1, device=device))
-        numbers = [to_host(part) for part in (rows, features, row_ends, order, feature_ends)]
-        active_values, outputs = to_host(torch.cat(values)), to_host(torch.cat(predicted))
+        offsets = torch.searchsorted(rows, torch.arange(n_rows + 1, device=device))
+        feature_offsets = torch.searchsorted(ascending, torch.arange(d_sae + 1, device=device))
+        on_device = (rows, features, offsets, order, feature_offsets, torch.cat(values), torch.cat(predicted))
+        on_host = [to_host(numbers) for numbers in on_device]
         arrived().synchronize()
-        of_row, of_feature, offsets, by_order, feature_offsets = (part.numpy() for part in numbers)
-        pairs = _SortedPairs(of_row, of_feature, offsets, by_order, feature_offsets, d_sae)
-        return Encoded(pairs, active_values.numpy(), outputs.numpy())
+        row, feature, offset, *by_feature, value, prediction = (numbers.numpy() for numbers in on_host)
+        pairs = _SortedPairs(row, feature, offset, d_sae, (by_feature[0], by_feature[1]))
+        return Encoded(pairs, value, prediction)
 
 
 class _SortedPairs(Pairs):
