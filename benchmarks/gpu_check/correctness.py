@@ -44,7 +44,7 @@ from tailrace.training.kernels.kernel import Precision
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch, iter_once
 from tests.support import gpu_cases
-from tests.support.gpu_training import BASE, Case, train_once
+from tests.support.gpu_training import BASE, Case, training
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tiny_models import WORDS, save_tiny_model
 
@@ -214,7 +214,7 @@ def by_chosen_kernel(changes: Mapping[str, Any]) -> Case:
 
     def case(folder: Path, device: str) -> dict[str, float]:
         kernel = "dense" if device == "cpu" else "auto"
-        return train_once(folder, device, **{**changes, "kernel": kernel})
+        return training(**{**changes, "kernel": kernel})(folder, device)
 
     return case
 
@@ -228,7 +228,7 @@ def repeated(bench: Bench) -> Numbers:
             for run in ("first", "second"):
                 home = folder / precision / run
                 home.mkdir(parents=True)
-                train_once(home, bench.device, kernel="auto", precision=precision)
+                training(kernel="auto", precision=precision)(home, bench.device)
                 (file,) = home.rglob("weights.safetensors")
                 weights.append(file.read_bytes())
             same[precision] = weights[0] == weights[1]
