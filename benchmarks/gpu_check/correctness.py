@@ -44,7 +44,7 @@ from tailrace.training.kernels.kernel import Precision
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch, iter_once
 from tests.support import gpu_cases
-from tests.support.gpu_training import BASE, Case, training
+from tests.support.gpu_training import BASE, Case, across_layers, training
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tiny_models import WORDS, save_tiny_model
 
@@ -55,8 +55,8 @@ LOOSE = 0.03
 """For steps in bfloat16, where choices between nearly equal activations are many, and for resampling, which draws."""
 EXACT = 2e-5
 """Of float32 gradients from float64's, norms: products over 256 rows and 384 features, rounding 6e-8 each."""
-REFUSED = ("sparse",)
-"""Cases that a device may refuse with an error that says so."""
+REFUSED = "sparse"
+"""How the names begin of cases that a device may refuse with an error that says so."""
 SIZES = (48, 40, 384)
 """d_in, d_out and d_sae of a step's check."""
 
@@ -78,6 +78,17 @@ def checks(bench: Bench) -> Iterator[Check]:
             partial(compared, bench, f"chosen {name}", by_chosen_kernel(settings)),
         )
     yield Check("the same command twice", "correctness", 6, partial(repeated, bench))
+    if not bench.is_cuda:
+        return  # programs are compiled for a real one; interpreted, as the tests do, they take minutes
+    for name in ("topk", "batch_topk", "jumprelu", "gated"):
+        case = training(architecture=small_settings(name), kernel="sparse")
+        yield Check(
+            f"training by the sparse step, {name}", "correctness", 20, partial(compared, bench, f"sparse {name}", case)
+        )
+    across = across_layers("batch_topk", kernel="sparse")
+    yield Check(
+        "training by the sparse step, layers", "correctness", 20, partial(compared, bench, "sparse layers", across)
+    )
 
 
 def compared(bench: Bench, name: str, case: Case) -> Numbers:
@@ -89,7 +100,7 @@ def compared(bench: Bench, name: str, case: Case) -> Numbers:
             with bench.offered():
                 there = case(folder / "device", bench.device)
         except SettingsError as error:
-            if name not in REFUSED:
+            if not name.startswith(REFUSED):
                 raise
             return {"refused": str(error)[:100]}
         here = case(folder / "cpu", "cpu")
