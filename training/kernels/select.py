@@ -6,7 +6,7 @@ these *screened* numbers; only those few candidates are computed exactly, and th
 
 The margin. With x and w rounded to u and v, their product changes by at most ‖x − u‖ ‖v‖ + ‖x‖ ‖w − v‖
 (Cauchy-Schwarz), whose norms are computed: about half of the 2⁻⁸ ‖x‖ ‖w‖ that rounding could do at worst. Sums are
-float32. The result is rounded by at most 2⁻⁹ of itself, which leaves its sign alone and is allowed for where a cut is
+float32. The result is rounded by at most 2⁻⁸ of itself, which leaves its sign alone and is allowed for where a cut is
 not zero. So nothing is missed, whatever the scale of the activations.
 """
 
