@@ -407,6 +407,7 @@ def adam_rows(
     """
     n_features, width = parameter.shape
     block = row_block(width)
+    blocks = triton.cdiv(width, block)
     weights, by_row, rows, order, bounds = pairs or (parameter, parameter, overflow, overflow, overflow)
     _launch(
         pair_programs.adam_rows,
@@ -432,10 +433,10 @@ def adam_rows(
         HAS_TAKEN_OFF=taken_off is not None,
         HAS_SCREENED=screened is not None,
         UNIT_NORM=unit_norm,
-        BLOCKS=triton.cdiv(width, block),
+        BLOCKS=blocks,
         PAIRS=4 if block <= 1024 else 2,
         BLOCK=block,
-        num_warps=4 if block <= 1024 else 8,
+        num_warps=8 if block > 1024 and (blocks == 1 or not unit_norm) else 4,  # what spills nothing
     )
 
 
