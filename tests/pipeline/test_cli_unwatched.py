@@ -9,6 +9,7 @@ import pytest
 from tests.support.cache_jobs import command, model_folder, run_cache
 
 
+@pytest.mark.slow
 def test_no_command_draws_a_progress_bar_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache, transcoder, tables = (tmp_path / name for name in ("cache", "transcoder", "tables"))
     run_cache(cache)

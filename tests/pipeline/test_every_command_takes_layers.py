@@ -38,6 +38,7 @@ from tailrace.training.cross_layer.layers import split_layers
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 from tests.support.cache_jobs import Answer, command, model_folder, run_cache
 from tests.support.cross_layer_transcoders import D_SAE, publish_cross_layer, random_cross_layer
+from tests.support.quick import quick
 from tests.support.spliced_models import WIDTH
 
 NAMES = ("layer0", "layer1")
@@ -110,7 +111,7 @@ def ran(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Answer:
     return answer
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", quick(FORMS, "cross-layer"))
 def test_commands_about_transcoders(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     given, text, model = made / form, " ".join(words()[:6]), ("--model", model_folder())
     quick: tuple[Any, ...] = ("--threads", 1)

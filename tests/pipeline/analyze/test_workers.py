@@ -43,6 +43,7 @@ def tables_of(made: Path, name: str, settings: AnalyzeSettings = SETTINGS, worke
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_bytes_of_one_process(made: Path) -> None:
     settings = SETTINGS.model_copy(update={"rows": 500, "activations": 400})  # the last units in part, or not at all
     alone, together = (tables_of(made, str(workers), settings, workers) for workers in (0, 2))

@@ -11,6 +11,7 @@ import pytest
 
 from tailrace.storage.cache_verify import verify_bytes
 from tests.support.cache_jobs import Job, Kill, copy_cache, count_renames, differing, kill_until_done, run_cache, tree
+from tests.support.quick import quick
 
 KILLED = -signal.SIGKILL
 STAGES: dict[str, dict[str, Any]] = {"extend": {"tokens": 900}, "widen": {"layers": "1"}, "shuffle": {}}
@@ -23,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=STAGES)
+@pytest.fixture(scope="module", params=quick(STAGES, "extend", "shuffle"))
 def stage(
     request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, bytes], int]:

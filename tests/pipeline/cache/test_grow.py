@@ -125,6 +125,7 @@ def test_the_old_generation_is_whole_at_every_moment_of_an_extension(small: Path
     assert verify_bytes(path) == []
 
 
+@pytest.mark.slow
 def test_extending_to_all_takes_the_whole_dataset_and_then_nothing_more(small: Path, tmp_path: Path) -> None:
     whole = run_cache(tmp_path / "whole", holdout="0", tokens="all").cache.split("train").n_rows
     path = copy_cache(small, tmp_path / "cache")
@@ -182,6 +183,7 @@ def test_a_widened_cache_holds_the_bytes_of_one_made_with_all_layers(both_layers
     assert verify_bytes(path) == []
 
 
+@pytest.mark.slow
 def test_a_widened_cache_can_be_extended_and_the_other_way_round(tmp_path: Path) -> None:
     paths = [tmp_path / "first widened", tmp_path / "first extended"]
     for path in paths:

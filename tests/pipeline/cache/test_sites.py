@@ -204,6 +204,7 @@ def test_heads_the_model_does_not_have_are_refused_with_those_it_has(
     assert tree(tmp_path / "cache") == {}
 
 
+@pytest.mark.slow
 def test_a_cache_widened_by_heads_and_extended_holds_the_bytes_of_one_made_at_once(tmp_path: Path) -> None:
     heads = (f"{Z}[0]", f"zero-to-attn={Z}[0]:blocks.1.hook_attn_out", "mid=blocks.0.hook_resid_mid")
     at_once, grown = tmp_path / "at once", tmp_path / "grown"

@@ -42,7 +42,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "relu across layers": {"architecture": {"kind": "relu"}, "cross_layer": True},
     "jumprelu across layers": {"architecture": {"kind": "jumprelu"}, "cross_layer": True, "max_norm_multiple": 2.0},
 }
-QUICK = ("batch_topk",)
 ROUNDING = 1e-4
 """Sums over features are taken in another order; twelve steps of Adam in float32 amplify that."""
 
@@ -80,9 +79,8 @@ def check_published(found: Path, wanted: Path) -> None:
         assert own == pytest.approx(other, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CHANGES if n not in QUICK)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
 def test_processes_publish_what_one_does_and_continue_in_any_number(name: str, tmp_path: Path) -> None:
     settings = TrainSettings.read(SETTINGS, CHANGES[name])
     cache = publish(tmp_path / "cache") if settings.cross_layer else small_cache(tmp_path / "cache")
