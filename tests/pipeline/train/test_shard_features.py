@@ -74,9 +74,9 @@ def check_published(found: Path, wanted: Path) -> None:
             assert float((own - values).abs().max()) <= ROUNDING * float(values.abs().max()), name
     lines = list(zip(numbers_of(found), numbers_of(wanted), strict=True))
     assert len(lines) > 5
-    for own, other in lines:
-        assert own.keys() == other.keys()
-        assert own == pytest.approx(other, rel=1e-3, abs=1e-3)
+    for logged, other in lines:
+        assert logged.keys() == other.keys()
+        assert logged == pytest.approx(other, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.slow
