@@ -186,6 +186,7 @@ def as_on_a_gpu(monkeypatch):
     return on_a_gpu
 
 
+@pytest.mark.slow
 def test_float16_cache_of_a_gpu_is_used_and_grown_on_a_cpu(tmp_path, as_on_a_gpu):
     model = {"model": str(model_folder(dtype=torch.float16)), "storage_dtype": "auto", "tokens": 100}
     with as_on_a_gpu():

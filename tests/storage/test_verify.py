@@ -95,6 +95,7 @@ def test_one_changed_byte_in_any_file_is_found(copied: Path) -> None:
     assert verify_bytes(copied) == []
 
 
+@pytest.mark.slow
 def test_any_file_that_is_cut_short_or_gone_is_found(copied: Path) -> None:
     missed = []
     for number, name in enumerate(every_file(copied)):

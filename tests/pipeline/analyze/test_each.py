@@ -74,6 +74,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> list
     return calls
 
 
+@pytest.mark.slow
 def test_each_gets_the_tables_it_would_get_alone_from_a_model_that_is_opened_once(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("where", quick(KILLS, "contexts", "publishing"))
+@pytest.mark.parametrize("where", quick(KILLS, "publishing"))
 def test_a_cache_killed_at_an_edge_ends_with_the_same_bytes(
     uninterrupted: tuple[dict[str, bytes], int], tmp_path: Path, where: str
 ) -> None:

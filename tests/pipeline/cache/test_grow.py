@@ -242,6 +242,7 @@ def test_growing_follows_a_model_and_a_text_that_moved(small: Path, large: Path,
     assert differing(shards(path), shards(large)) == []
 
 
+@pytest.mark.slow
 def test_an_unfinished_extension_must_be_finished_before_widening(small: Path, tmp_path: Path) -> None:
     path = copy_cache(small, tmp_path / "cache")
     assert run_job(Job("extend", path, tokens=900), Kill(1, "train-unit")) != 0

@@ -174,6 +174,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(cache: Path, trained: Train
         train_on(cache, tmp_path / "cut", snapshots=1, lr=2e-2)
 
 
+@pytest.mark.slow
 def test_rows_that_are_too_long_at_any_layer_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = publish(tmp_path / "cache", massive=True)
     with caplog.at_level(logging.WARNING):

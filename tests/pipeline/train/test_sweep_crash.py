@@ -99,7 +99,8 @@ def test_the_sweep_of_this_file_has_a_run_that_diverges(uninterrupted: dict[str,
     assert len([name for name in uninterrupted if name.endswith("weights.safetensors")]) == 3
 
 
-@pytest.mark.parametrize("seed", quick(range(2), 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_a_sweep_killed_at_seeded_writes_ends_with_the_same_bytes(
     cache: Path, uninterrupted: dict[str, bytes], tmp_path: Path, seed: int
 ) -> None:
