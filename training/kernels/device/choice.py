@@ -27,6 +27,7 @@ from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep, s
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
+from tailrace.training.rows.transfer import arrived, to_host
 
 logger = logging.getLogger(__name__)
 
@@ -212,13 +213,10 @@ def on_its_way(value: Tensor) -> Callable[[], int]:
     if not value.is_cuda:
         number = int(value)
         return lambda: number
-    host = torch.empty((), dtype=value.dtype, pin_memory=True)
-    host.copy_(value, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record()
+    host, event = to_host(value), arrived()
 
     def read() -> int:
-        arrived.synchronize()
+        event.synchronize()
         return int(host)
 
     return read
