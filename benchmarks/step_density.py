@@ -18,8 +18,7 @@ from benchmarks.train_step_ours import statistics_of
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import TopK
 from tailrace.training.choices import KernelKind
-from tailrace.training.kernels.adaptive import DENSE_ABOVE, SPARSE_BELOW
-from tailrace.training.kernels.kernel import Precision
+from tailrace.training.kernels.kernel import DENSE_ABOVE, SPARSE_BELOW, Precision
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings

@@ -19,7 +19,7 @@ from tailrace.training.architectures.entries import Above
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.choices import KernelKind
 from tailrace.training.kernels.dense import DenseStep
-from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
+from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult, suits_sparse
 from tailrace.training.kernels.sparse import SparseStep
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep
 
 logger = logging.getLogger(__name__)
-
-SPARSE_BELOW = 0.05
-"""Share of active pairs below which the sparse step takes over."""
-DENSE_ABOVE = 0.08
-"""Share above which the dense step does; they cross at about 0.07 (`benchmarks/step_density.py`)."""
 
 
 class AdaptiveStep:
@@ -68,10 +63,7 @@ class AdaptiveStep:
 
     def _choose(self, density: float) -> None:
         before = self.is_sparse
-        if density < SPARSE_BELOW:
-            self.is_sparse = True
-        elif density > DENSE_ABOVE or before is None:
-            self.is_sparse = False
+        self.is_sparse = suits_sparse(density, before)
         if self.is_sparse is not before:
             kind = "sparse" if self.is_sparse else "dense"
             logger.info("%s: %.2f%% of activations are not zero, steps are %s", self._name, 100 * density, kind)

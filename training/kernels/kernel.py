@@ -89,6 +89,17 @@ class StatefulKernel(Protocol):
         ...
 
 
+SPARSE_BELOW = 0.05
+"""Share of active pairs below which the sparse step takes over."""
+DENSE_ABOVE = 0.08
+"""Share above which the dense step does; they cross at about 0.07 (`benchmarks/step_density.py`)."""
+
+
+def suits_sparse(density: float, before: bool | None) -> bool:
+    """Whether steps at a share of active pairs should be sparse; between the two shares, as ``before``."""
+    return density < SPARSE_BELOW or (density <= DENSE_ABOVE and bool(before))
+
+
 def finish(
     transcoder: Transcoder,
     entries: Entries,

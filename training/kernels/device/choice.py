@@ -24,15 +24,13 @@ from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.device.graph import CapturedStep
 from tailrace.training.kernels.device.proof import largest_error, unchanged
 from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep, slots_for
-from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult
+from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult, suits_sparse
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.transfer import arrived, to_host
 
 logger = logging.getLogger(__name__)
 
-SPARSE_BELOW, DENSE_ABOVE = 0.05, 0.08
-"""Shares of active pairs below and above which the sparse step takes over, and the dense one; as on the CPU."""
 LARGEST_ERROR = 1e-3
 """Relative; products in float32 agree to 1e-6, and a pair at the edge of a selection moves a gradient by 1e-4."""
 LAG = 2
@@ -105,10 +103,7 @@ class DeviceChoice:
 
     def _by_density(self, density: float) -> None:
         before = self.is_sparse
-        if density < SPARSE_BELOW or not self._prove:
-            self.is_sparse = True
-        elif density > DENSE_ABOVE or before is None:
-            self.is_sparse = False
+        self.is_sparse = not self._prove or suits_sparse(density, before)
         if self.is_sparse is not before and before is not None and self.choice != "dense":
             kind = "sparse" if self.is_sparse else "dense"
             logger.info("%s: %.2f%% of activations are not zero, steps are %s", self._name, 100 * density, kind)
