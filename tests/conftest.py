@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 
 import hypothesis
+import pytest
 from jaxtyping import install_import_hook
 
 from tests.support import shapes
@@ -23,3 +25,10 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 install_import_hook(shapes.MODULES, f"{shapes.__name__}.{shapes.check.__name__}")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet() -> None:
+    """Let every test hear what is said once a process, whichever test came before."""
+    if compute := sys.modules.get("tailrace.pipeline.shared.compute"):
+        compute.say_once.cache_clear()

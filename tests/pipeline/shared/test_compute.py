@@ -12,11 +12,6 @@ from tailrace.pipeline.shared.compute import Compute, gpus_seen
 from tailrace.storage.errors import DeviceLostError, SettingsError
 
 
-@pytest.fixture(autouse=True)
-def _unsaid() -> None:
-    module.say_once.cache_clear()
-
-
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, name in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
