@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.analysis.dashboards.values import visible_token
+from tailrace.pipeline.shared.pages import COLOURS
 from tailrace.storage.artifact import write_atomically
 
 SITE = Path(__file__).parent / "site"
@@ -52,7 +53,7 @@ def write_blind_page(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>Item {item}</title>\n<link rel="icon" href="data:,">\n'
-        f"<style>\n{(SITE / 'tokens.css').read_text()}{_STYLE}{shades}</style>\n</head>\n"
+        f"<style>\n{COLOURS.read_text()}{(SITE / 'tokens.css').read_text()}{_STYLE}{shades}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>Item {item}</h1>\n"
         '<p class="about">The stronger the colour, the stronger the feature. Each line is centred on its own token.</p>'
         f"\n{sections}</main>\n</body>\n</html>\n"

@@ -22,7 +22,7 @@ from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
-from tailrace.pipeline.dashboard.stage import KIND, SITE
+from tailrace.pipeline.dashboard.stage import KIND, site_files
 from tailrace.storage.artifact import published_kind
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
 from tailrace.storage.names import inside
@@ -67,7 +67,7 @@ class TablesSite(ServedSite):
     def __init__(self, path: Path) -> None:
         tables = FeatureTables(path)
         self._data = SiteData(tables, range(tables.n_features), DashboardSettings().window)
-        self._own = {"index.html" if one.suffix == ".html" else f"site/{one.name}": one for one in SITE.iterdir()}
+        self._own = site_files()
         self._names = set(self._data.names())
         self._index = self._data.index()
         self._pages = functools.lru_cache(PAGES_KEPT)(self._make)

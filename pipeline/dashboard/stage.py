@@ -20,6 +20,7 @@ from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.dashboard.feature_selection import parse_features, parse_layer_features
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
+from tailrace.pipeline.shared.pages import COLOURS, TOOLTIP
 from tailrace.pipeline.shared.stage import Made, publish_stage
 from tailrace.storage.artifact import (
     MANIFEST,
@@ -33,7 +34,7 @@ from tailrace.storage.formats import TABLES_KIND
 
 KIND = DashboardManifest.of_kind
 SITE = Path(__file__).parent / "site"
-"""The site's own files: its page, styles and scripts."""
+"""The site's own page, styles and scripts."""
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +128,15 @@ def _write_site(
 
 def _write_own_files(output: Path) -> list[str]:
     """Copy the site's page, styles and scripts; return their names."""
-    names = {path: "index.html" if path.suffix == ".html" else f"site/{path.name}" for path in sorted(SITE.iterdir())}
-    for path, name in names.items():
+    for name, path in site_files().items():
         write_atomically(output / name, path.read_bytes())
-    return list(names.values())
+    return list(site_files())
+
+
+def site_files() -> dict[str, Path]:
+    """Return the files that are the same in every site, by their names there."""
+    paths = sorted([*SITE.iterdir(), COLOURS, TOOLTIP], key=lambda path: path.name)
+    return {"index.html" if path.suffix == ".html" else f"site/{path.name}": path for path in paths}
 
 
 def _write_blind(
@@ -155,7 +161,7 @@ def _write_blind(
 
 def blind_list(names: list[str]) -> str:
     """Return a page of links to the items, in order."""
-    style = (SITE / "tokens.css").read_text()
+    style = COLOURS.read_text()
     links = "".join(f'<li><a href="{name}">Item {item}</a></li>\n' for item, name in enumerate(names, start=1))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Items</title>\n'

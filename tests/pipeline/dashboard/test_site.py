@@ -14,12 +14,12 @@ from tailrace.pipeline.dashboard import site_data
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import FEATURES_PER_FILE, pack, unpack
-from tailrace.pipeline.dashboard.stage import SITE
+from tailrace.pipeline.dashboard.stage import site_files
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing
 from tests.support.dashboard_tables import WORDS, MadeTables, make_tables
 
-SCRIPTS = sorted(SITE.glob("*.js"))
+SCRIPTS = [path for path in site_files().values() if path.suffix == ".js"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_page_names_files_that_are_there_and_nothing_else(made: MadeTables, 
     named = [name for name in re.findall(r'(?:src|href)="([^"]*)"', page) if name != "data:,"]
     assert named
     assert [name for name in named if not (result.path / name).is_file()] == []
-    assert {f"site/{path.name}" for path in SITE.iterdir() if path.suffix != ".html"} == set(named)
+    assert {name for name in site_files() if name != "index.html"} == set(named)
     everything = page + "".join(path.read_text() for path in (result.path / "site").iterdir())
     addresses = set(re.findall(r"\w+://[^\s\"')]*", everything))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name, which is not fetched
@@ -110,7 +110,7 @@ def test_scripts_never_read_text_as_markup_or_program(script: Path) -> None:
     assert re.findall(forbidden, script.read_text()) == []
 
 
-@pytest.mark.parametrize("file", sorted(SITE.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("file", site_files().values(), ids=lambda path: path.name)
 def test_files_of_the_site_fit_the_line_budget(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 400
 

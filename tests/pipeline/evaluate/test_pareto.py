@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from tailrace.pipeline.evaluate import pareto
 from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.pareto import Point, as_json, collect, front, lines
-from tailrace.pipeline.evaluate.pareto_plot import COLOURS, style, table, write_plot
+from tailrace.pipeline.evaluate.pareto_plot import draw_points, short_label, style, table, write_plot
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.pages import NARROW, WIDE
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.grid import expand, read_grid
@@ -74,7 +77,7 @@ def test_a_picture_names_every_point_and_line_in_its_own_colour(tmp_path: Path) 
     texts = {element.text for element in ElementTree.fromstring(drawing).iter() if element.tag.endswith("text")}
     assert {"a", "b", "worse", "dense", "c", "d", "topk", "relu"} <= texts
     assert "held-out FVU (lower is better)" in texts
-    assert all(colour.lower() in drawing.lower() for colour in COLOURS[:2])
+    assert all(style(index)[0] in drawing for index in range(2))
     write_plot(tmp_path / "again.svg", lines(POINTS, "fvu"), "fvu")
     assert (tmp_path / "again.svg").read_bytes() == drawing.encode()
     write_plot(tmp_path / "plot.png", lines(POINTS, "fvu"), "fvu")
@@ -101,23 +104,53 @@ def test_a_transcoder_worse_than_none_is_counted_and_listed_but_flattens_no_pict
     assert "wild" in (tmp_path / "alone.svg").read_text()
 
 
+def test_labels_cover_neither_each_other_nor_the_frame_and_do_not_repeat_the_legend() -> None:
+    crowded = [
+        point(f"k={k},architecture={kind}", k, 0.6 / k + nearer, group=kind)
+        for k in (8, 16, 32, 64)
+        for kind, nearer in (("topk", 0.01), ("jumprelu", 0.012), ("batch_topk", 0.0))
+    ]
+    for size in (WIDE, NARROW):
+        figure = Figure(figsize=size, layout="constrained")
+        tips = draw_points(lines(crowded, "fvu"), "fvu", figure)
+        [axes] = figure.axes
+        assert {label.get_text() for label in axes.texts} == {"k=8", "k=16", "k=32", "k=64"}
+        boxes = [label.get_window_extent() for label in axes.texts]
+        assert len(boxes) >= 10
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        frame = axes.get_window_extent().padded(0.5)  # half a pixel of rounding
+        assert all(frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) for box in boxes)
+        assert len(tips) == 12
+        assert tips["mark 0"].startswith("k=8,architecture=batch_topk\nbatch_topk, 24 features\nL0 8, FVU 0.075")
+    assert short_label(point("lr=1,architecture=relu,k=2", 1, 1)) == "lr=1,k=2"
+
+
 def test_a_page_needs_nothing_else_and_escapes_names(tmp_path: Path) -> None:
     odd = [*POINTS, replace(point("e", 9, 0.2), name="<script>$x$&")]
     write_plot(tmp_path / "plot.html", lines(odd, "fvu"), "fvu")
     page = (tmp_path / "plot.html").read_text()
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;$x$&amp;") >= 2  # in the picture and in the table
+    assert page.count("<script>") == 1  # the tooltip's
+    assert page.count("&lt;script&gt;$x$&amp;") >= 3  # in the picture, in its tooltip, and in the table
     references = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
-    assert [reference for reference in references if not reference.startswith("#")] == []
+    assert [reference for reference in references if not reference.startswith("#") and reference != "data:,"] == []
     assert "@import" not in page
     assert page.count("<tr>") == 1 + len(odd)
+    colours = set(re.findall(r"#[0-9a-f]{6}\b", page.partition("</style>")[2]))
+    assert colours == set()  # all are variables, which follow the page from light to dark
 
 
-def test_the_table_marks_the_front() -> None:
+def test_the_table_marks_the_front_of_all_and_of_each_line() -> None:
     head, *rows = table(lines(POINTS, "fvu"), "fvu")
     assert head == ("architecture", "transcoder", "L0", "FVU", "CE recovered", "d_sae", "front")
-    assert rows[1] == ("topk", "a", "8.0", "0.5000", "60.0%", "24", "*")
-    assert [row[1] for row in rows if row[-1] == "*"] == ["d", "a", "b", "c"]
+    assert rows[1] == ("topk", "a", "8.0", "0.5000", "60.0%", "24", "of all")
+    beaten = replace(POINTS[5], fvu=0.6)
+    _, *rows = table(lines([*POINTS[:5], beaten], "fvu"), "fvu")
+    assert [(row[1], row[-1]) for row in rows if row[-1]] == [
+        ("d", "of its line"),
+        ("a", "of all"),
+        ("b", "of all"),
+        ("c", "of all"),
+    ]
 
 
 @pytest.fixture(scope="module")
