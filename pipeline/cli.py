@@ -18,7 +18,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from tailrace.pipeline.shared.sections import write_sections
-from tailrace.storage.errors import ActionableError
+from tailrace.storage.errors import ActionableError, SettingsError
 
 
 class Command(NamedTuple):
@@ -174,13 +174,27 @@ def cli(context: click.Context, debug: bool, log_level: str) -> None:
             logging.getLogger(name).setLevel(logging.INFO)
 
 
+def _said(error: click.ClickException) -> str:
+    """Return click's message in the words of ours."""
+    if isinstance(error, click.NoSuchOption):
+        near = " or ".join(error.possibilities or ())
+        return f"no such option {error.option_name}" + (f"; did you mean {near}?" if near else "")
+    message = error.format_message().rstrip(".")
+    return message[:1].lower() + message[1:]
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; errors a user can act on are printed without a traceback and exit with 1."""
+    """Run the command line; errors a user can act on are printed without a traceback and exit with 1.
+
+    What is wrong with arguments and settings exits with 2.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        click.echo(f"error: {_said(error)}", err=True)
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            click.echo(f"see {error.ctx.command_path} --help", err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
@@ -191,4 +205,4 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, SettingsError) else 1)

@@ -24,7 +24,7 @@ EXAMPLES = {kind: name for name, kind in sorted(artifacts(RELEASED).items(), rev
 """An artifact of each kind."""
 OPENED_BY = {
     "activation-cache": ["train {} --site layer0 --out new", "extend {} --tokens 999", "shuffle {}"],
-    "transcoder": ["analyze {} --cache caches/float32 --out new", "score text --transcoder {}"],
+    "transcoder": ["analyze {} --cache caches/float32 --out new", "score text --transcoders {}"],
     "cross_layer_transcoder": [
         "evaluate {} --cache caches/float32 --out new",
         "export {} --to circuit-tracer --out new",

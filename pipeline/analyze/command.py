@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     help="Transcoder of later layers of the same model, or a folder of some, to tell connections to its features; may "
     "be repeated.",
 )
+@options.as_json
 @options.computing(options.workers, options.device, options.threads, options.quiet)
 def command(
     transcoders: tuple[Path, ...],
@@ -57,6 +59,7 @@ def command(
     config: Path | None,
     model: str | None,
     downstream: tuple[Path, ...],
+    as_json: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -92,14 +95,19 @@ def command(
         "downstream": downstream,
         "announce": _say_nothing if compute.quiet else partial(click.echo, err=True),
     }
-    say = _say_nothing if compute.quiet else click.echo
+    say = _say_nothing if compute.quiet or as_json else click.echo
     if len(transcoders) == 1 and not analyze_each.stands_for_many(transcoders[0]):
-        say(_line(analyze.run(settings, transcoder=transcoders[0], **arguments)))
+        result = analyze.run(settings, transcoder=transcoders[0], **arguments)
+        say(_line(result))
+        if as_json:
+            options.echo_made(result.path, **_scores(result))
         return
     for path in transcoders:
         if unfinished := unfinished_inside(path) if transcoder_paths(path) != [path] else []:
             click.echo(f"{path}: left out, as never finished: {', '.join(one.name for one in unfinished)}", err=True)
-    analyze_each.run(settings, transcoders=transcoders, finished=lambda one: say(_line(one)), **arguments)
+    results = analyze_each.run(settings, transcoders=transcoders, finished=lambda one: say(_line(one)), **arguments)
+    if as_json:
+        options.echo_json({"artifacts": [{"path": str(one.path), **_scores(one)} for one in results]})
 
 
 def _line(result: AnalyzeResult) -> str:
@@ -109,6 +117,10 @@ def _line(result: AnalyzeResult) -> str:
         f"{result.path}: {result.n_features:,} features over {result.n_rows:,} rows{drawn}, L0 {result.l0:.1f}{fvu}, "
         f"{result.n_dead:,} dead"
     )
+
+
+def _scores(result: AnalyzeResult) -> dict[str, Any]:
+    return {name: value for name, value in asdict(result).items() if name != "path"}
 
 
 def _say_nothing(_: str) -> None:

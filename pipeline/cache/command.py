@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,12 +35,14 @@ _SCHEDULER = running(
 @settings_options(CacheSettings)
 @click.option("--dry-run", is_flag=True, help="Measure for a moment, print rows, bytes and hours, and write nothing.")
 @running("--compile", "compile_model", is_flag=True, help="Compile the model's MLPs with torch.compile.")
+@options.as_json
 @options.computing(options.workers, _SCHEDULER, options.device, options.threads, options.quiet)
 def command(
     output: Path,
     config: Path | None,
     dry_run: bool,
     compile_model: bool,
+    as_json: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -57,7 +60,11 @@ def command(
     from tailrace.pipeline.cache.budget import plan_budget
 
     if dry_run:
-        show_budget(plan_budget(settings, output=output, compute=compute))
+        budget = plan_budget(settings, output=output, compute=compute)
+        if as_json:
+            options.echo_json(asdict(budget))
+        else:
+            show_budget(budget)
         return
     result = cache.run(
         settings,
@@ -65,7 +72,14 @@ def command(
         compile_model=compile_model,
         compute=compute,
     )
-    if not compute.quiet:
+    _report(result, compute, as_json=as_json)
+
+
+def _report(result: CacheResult, compute: Compute, *, as_json: bool) -> None:
+    if as_json:
+        counts = {"n_new_rows": result.n_new_rows, "seconds": result.seconds, "warnings": result.warnings}
+        options.echo_made(result.path, **counts)
+    elif not compute.quiet:
         show_result(result)
 
 
@@ -120,6 +134,7 @@ def _size(n_bytes: int) -> str:
 @options.model_moved
 @click.option("--dataset", help="Where the dataset lies now, if it moved since the cache was made.")
 @click.option("--on-bad-row", type=click.Choice(["fail", "skip"]), help="As of pipeline cache.  [default: fail]")
+@options.as_json
 @options.compute
 def extend(
     cache: Path,
@@ -127,6 +142,7 @@ def extend(
     model: str | None,
     dataset: str | None,
     on_bad_row: str | None,
+    as_json: bool,
     compute: Compute,
 ) -> None:
     """Add training rows to CACHE, continuing its text where it stopped."""
@@ -137,8 +153,7 @@ def extend(
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--tokens") from error
     result = stage.extend(cache, n_rows, compute=compute, model=model, dataset=dataset, on_bad_row=on_bad_row)
-    if not compute.quiet:
-        show_result(result)
+    _report(result, compute, as_json=as_json)
 
 
 @click.command("widen", cls=SectionCommand)
@@ -146,20 +161,21 @@ def extend(
 @click.option("--layers", help="Layers to add, such as 4,5 or all.")
 @click.option("--hooks", multiple=True, help="Sites to add by hook names, as of pipeline cache. May be repeated.")
 @options.model_moved
+@options.as_json
 @options.compute
 def widen(
     cache: Path,
     layers: str | None,
     hooks: tuple[str, ...],
     model: str | None,
+    as_json: bool,
     compute: Compute,
 ) -> None:
     """Add layers to CACHE for the rows it holds, by running its recorded contexts again."""
     from tailrace.pipeline.cache import stage
 
     result = stage.widen(cache, layers, hooks, compute=compute, model=model)
-    if not compute.quiet:
-        show_result(result)
+    _report(result, compute, as_json=as_json)
 
 
 @click.command("shuffle", cls=SectionCommand)
@@ -167,8 +183,9 @@ def widen(
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch whose order is written.")
 @click.option("--seed", type=int, help="Seed of the epochs; by default the cache's.")
 @click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Rows.")
+@options.as_json
 @options.computing(options.workers, options.quiet)
-def shuffle(cache: Path, epoch: int, seed: int | None, split: str, compute: Compute) -> None:
+def shuffle(cache: Path, epoch: int, seed: int | None, split: str, as_json: bool, compute: Compute) -> None:
     """Write the shuffled order of one epoch of CACHE as sequential shards.
 
     Not needed for training: an epoch is shuffled while it is read. Worth it with little memory, a slow disk, or many
@@ -177,7 +194,9 @@ def shuffle(cache: Path, epoch: int, seed: int | None, split: str, compute: Comp
     from tailrace.pipeline.cache.shuffle import run
 
     path = run(cache, epoch=epoch, seed=seed, split=split, compute=compute)
-    if not compute.quiet:
+    if as_json:
+        options.echo_made(path)
+    elif not compute.quiet:
         click.echo(f"{path}: training reads epoch {epoch} from here")
 
 
@@ -191,6 +210,7 @@ def shuffle(cache: Path, epoch: int, seed: int | None, split: str, compute: Comp
 @click.option("--batch-rows", type=click.IntRange(min=2), help="Batch of that report; 4096 unless there are few rows.")
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch of that report.")
 @options.model_moved
+@options.as_json
 @options.compute
 def verify(
     path: Path,
@@ -200,6 +220,7 @@ def verify(
     batch_rows: int | None,
     epoch: int,
     model: str | None,
+    as_json: bool,
     compute: Compute,
 ) -> None:
     """Check the artifact at PATH; exit with 1 if anything is wrong.
@@ -210,7 +231,7 @@ def verify(
     from tailrace.pipeline.cache.verify import kind_of, run
     from tailrace.storage.cache_format import KIND
 
-    if (kind := kind_of(path)) != KIND:
+    if (kind := kind_of(path)) != KIND and not as_json:
         click.echo(f"{path}: comparing every file of the {kind} with its checksum")
     done = run(
         path,
@@ -221,11 +242,14 @@ def verify(
         epoch=epoch,
         model=model,
         compute=compute,
-        finished=show_check,
+        finished=(lambda _: None) if as_json else show_check,
     )
     problems = [*done.damage, *(_line(report) for report in done.pairs if not report.passed)]
     if done.shuffle is not None and not done.shuffle.passed:
         problems.append("the order does not look like a uniformly random permutation")
+    if as_json:
+        options.echo_json({**asdict(done), "passed": done.passed, "problems": problems})
+        sys.exit(0 if done.passed else 1)
     _finish(problems)
 
 

@@ -50,6 +50,7 @@ asked = partial(option, section="What to explain")
 @options.out
 @settings_options(CircuitSettings)
 @options.model_elsewhere
+@options.as_json
 @options.compute
 def command(
     prompt: str,
@@ -63,6 +64,7 @@ def command(
     output: Path,
     config: Path | None,
     model: str | None,
+    as_json: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -99,7 +101,9 @@ def command(
         model=model,
         compute=compute,
     )
-    if not compute.quiet:
+    if as_json:
+        options.echo_made(result.path)
+    elif not compute.quiet:
         for line in show_circuit(result):
             click.echo(line)
 

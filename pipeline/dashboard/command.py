@@ -17,8 +17,9 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.argument("tables", type=options.ARTIFACT)
 @options.out
 @settings_options(DashboardSettings)
+@options.as_json
 @options.quiet
-def command(tables: Path, output: Path, config: Path | None, quiet: bool, **given: Any) -> None:
+def command(tables: Path, output: Path, config: Path | None, as_json: bool, quiet: bool, **given: Any) -> None:
     """Write a static site of TABLES' features: a list to sort, search and filter, and a page for each.
 
     \b
@@ -34,7 +35,11 @@ def command(tables: Path, output: Path, config: Path | None, quiet: bool, **give
 
     from tailrace.pipeline.dashboard import stage as dashboard
 
-    for result in dashboard.run_each(settings, tables=tables, output=output, quiet=quiet):
+    results = dashboard.run_each(settings, tables=tables, output=output, quiet=quiet)
+    if as_json:
+        options.echo_made(*(result.page.parent for result in results))
+        return
+    for result in results:
         if quiet:
             continue
         size = f"{result.n_bytes / 1e6:.1f} MB in {result.n_files:,} files"

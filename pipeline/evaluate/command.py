@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @options.out
 @settings_options(EvaluateSettings)
 @options.model_moved
+@options.as_json
 @options.compute
 def command(
     transcoders: tuple[Path, ...],
@@ -30,6 +31,7 @@ def command(
     output: Path,
     config: Path | None,
     model: str | None,
+    as_json: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -55,7 +57,9 @@ def command(
         compute=compute,
         model=model,
     )
-    if not compute.quiet:
+    if as_json:
+        options.echo_made(result.path)
+    elif not compute.quiet:
         for line in show_scores(result.scores):
             click.echo(line)
         click.echo(f"{result.path}: written")

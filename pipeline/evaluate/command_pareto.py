@@ -18,7 +18,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.argument("artifacts", metavar="SWEEP_OR_TRANSCODER...", type=options.ARTIFACT, nargs=-1, required=True)
 @click.option("--out", "output", type=options.FILE, help="Picture to write: .png, .svg or .html.")
 @click.option("--y", "measure", type=click.Choice(get_args(Measure)), default="fvu", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the points as JSON instead of a table.")
+@options.as_json
 def command(artifacts: tuple[Path, ...], output: Path | None, measure: Measure, as_json: bool) -> None:
     """Compare transcoders: L0 against held-out FVU, or against the cross entropy recovered.
 

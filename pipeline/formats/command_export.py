@@ -34,6 +34,7 @@ class _ListsFormats(SectionCommand):
 )
 @settings_options(ExportSettings)
 @options.model_moved
+@options.as_json
 @options.quiet
 def command(
     sources: tuple[Path, ...],
@@ -42,6 +43,7 @@ def command(
     cache: Path | None,
     config: Path | None,
     model: str | None,
+    as_json: bool,
     quiet: bool,
     **given: Any,
 ) -> None:
@@ -60,6 +62,8 @@ def command(
 
     result = export.run(settings, to=to, sources=sources, output=output, cache=cache, model=model)
     for note in result.costs if quiet else result.notes:  # what an export is worth is no chatter
-        click.echo(note)
-    if not quiet:
+        click.echo(note, err=as_json)
+    if as_json:
+        options.echo_made(result.path)
+    elif not quiet:
         click.echo(f"{result.path}: {len(result.files):,} files for {result.to}")

@@ -33,6 +33,7 @@ class _ListsOrigins(SectionCommand):
 @click.option("--cache", required=True, type=options.ARTIFACT, help="Cache of the model it was trained on.")
 @options.out
 @settings_options(ImportSettings)
+@options.as_json
 @options.compute
 def command(
     source: Path,
@@ -40,6 +41,7 @@ def command(
     cache: Path,
     output: Path,
     config: Path | None,
+    as_json: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -55,7 +57,9 @@ def command(
     from tailrace.pipeline.formats import import_transcoder
 
     result = import_transcoder.run(settings, source=source, origin=origin, cache=cache, output=output, compute=compute)
-    if not compute.quiet:
+    if as_json:
+        options.echo_made(output, notes=result.notes)
+    elif not compute.quiet:
         for note in result.notes:
             click.echo(f"note: {note}")
         click.echo(f"{output}: {_summary(result)}")

@@ -21,7 +21,7 @@ pipeline query --list --tables tables/gpt2-l8       # every column with meaning 
 pipeline query --saved examples --set feature=89 --tables tables/gpt2-l8 --format csv
 ```
 
-The answer is shown as a table (the first 40 rows), or as `--format csv`, `json` or `parquet`; `--output FILE` writes
+The answer is shown as a table (the first 40 rows), or as `--format csv`, `json` or `parquet`; `--out FILE` writes
 it, whole. `$name` in your own SQL is filled in by `--set name=value`.
 
 **Several artifacts.** `--tables` may be repeated. Artifacts with different tables are seen side by side, such as an

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 @click.option("--set", "values", metavar="NAME=VALUE", multiple=True, help="Value of $NAME; may be repeated.")
 @click.option("--list", "as_list", is_flag=True, help="Show the tables' columns, with meanings, and the ready queries.")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json", "parquet"]), help="[default: table]")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option(
     "--out",
-    "--output",
     "output",
     type=options.FILE,
     help="File to write the answer to; one that ends in .parquet, .csv or .json is written so.",
@@ -43,6 +43,7 @@ def command(
     values: tuple[str, ...],
     as_list: bool,
     form: Format | None,
+    as_json: bool,
     output: Path | None,
 ) -> None:
     """Answer one SQL query over tables; each is a view: features, examples, activations and more of `pipeline analyze`,
@@ -57,10 +58,13 @@ def command(
     from tailrace.pipeline.query import stage as query
     from tailrace.pipeline.query.views import find_views, parse_tables
 
+    if as_json and form not in (None, "json"):
+        raise click.UsageError(f"--json and --format {form}: give one of them")
+    form = "json" if as_json else form
     if (sql is not None) + (saved is not None) + as_list != 1:
         raise click.UsageError("give one of SQL, --saved NAME or --list")
     if as_list and (values or output is not None or form not in (None, "table", "json")):
-        raise click.UsageError("--list shows its answer as text or --format json; --set and --output do not go with it")
+        raise click.UsageError("--list shows its answer as text or --format json; --set and --out do not go with it")
     if not tables and not as_list:
         raise click.UsageError("--tables PATH is missing: tables of `pipeline analyze`, a sweep or an evaluation")
     if as_list:
@@ -68,7 +72,7 @@ def command(
         return
     chosen = form or query.format_of(output)
     if chosen == "parquet" and output is None:
-        raise click.UsageError("--format parquet needs --output FILE.parquet")
+        raise click.UsageError("--format parquet needs --out FILE.parquet")
     opened = parse_tables(tables)
     empty = ""
     if saved is not None:

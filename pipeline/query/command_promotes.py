@@ -14,8 +14,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.command("promotes", cls=SectionCommand)
 @click.argument("tokens", metavar="TOKEN...", nargs=-1, required=True)
 @click.option(
-    "--transcoder",
-    "transcoders",
+    "--transcoders",
     required=True,
     multiple=True,
     type=options.ARTIFACT,
@@ -24,12 +23,12 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, help="Features shown for each token.")
 @click.option(
     "--out",
-    "--output",
     "output",
     type=options.FILE,
     help="File for the effects of every feature: .parquet, .csv or .json.",
 )
 @options.model_elsewhere
+@options.as_json
 @options.compute
 def command(
     tokens: tuple[str, ...],
@@ -37,13 +36,14 @@ def command(
     top: int,
     output: Path | None,
     model: str | None,
+    as_json: bool,
     compute: Compute,
 ) -> None:
     """Rank features by what they write to the logit of TOKEN, by weights alone; any token can be asked.
 
     \b
-    pipeline promotes " Paris" --transcoder transcoders/gpt2-l8
-    pipeline promotes " he" " she" --transcoder demo/circuits/transcoders --out effects.parquet
+    pipeline promotes " Paris" --transcoders transcoders/gpt2-l8
+    pipeline promotes " he" " she" --transcoders demo/circuits/transcoders --out effects.parquet
 
     A token is written with its leading space. An effect is per unit of activation, and up to a positive factor that
     depends on the text; what later layers make of it is left out.
@@ -54,8 +54,11 @@ def command(
     if output is not None:
         check_folder(output)
     effects = promotes.run(tokens, transcoders=transcoders, model=model, compute=compute)
-    if not compute.quiet:
+    if as_json:
+        strongest = promotes.strongest(effects, top).to_pylist()
+        options.echo_json({"effects": strongest, **({"path": output} if output is not None else {})})
+    elif not compute.quiet:
         click.echo(render_table(promotes.strongest(effects, top), None), nl=False)
     if output is not None:
         write_answer(output, effects, format_of(output))
-        click.echo(f"{output}: written")
+        click.echo(f"{output}: written", err=as_json)

@@ -15,10 +15,11 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.command("score", cls=SectionCommand)
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @click.option(
-    "--transcoder",
+    "--transcoders",
+    multiple=True,
     required=True,
     type=options.ARTIFACT,
-    help="Transcoder whose features are asked, or a folder of them.",
+    help="Transcoder whose features are asked, or a folder of them; may be repeated.",
 )
 @click.option(
     "--feature",
@@ -39,35 +40,41 @@ from tailrace.pipeline.shared.sections import SectionCommand
     "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Features told where none is asked for."
 )
 @click.option("--context-length", type=int, help="Tokens per context, BOS included. [default: 1024 at most]")
-@click.option("--tables", type=options.ARTIFACT, help="Its tables, to tell what is known of features.")
+@click.option(
+    "--tables",
+    multiple=True,
+    type=options.ARTIFACT,
+    help="Their tables, or a folder of them, to tell what is known of features; may be repeated.",
+)
 @click.option(
     "--out",
-    "--output",
     "output",
     type=options.FILE,
     help="Picture or data to write: .html, .png or .json.",
 )
 @options.model_elsewhere
+@options.as_json
 @options.compute
 def command(
     texts: tuple[str, ...],
-    transcoder: Path,
+    transcoders: tuple[Path, ...],
     features: tuple[str, ...],
     files: tuple[Path, ...],
     raw: bool,
     top: int,
     context_length: int | None,
-    tables: Path | None,
+    tables: tuple[Path, ...],
     output: Path | None,
     model: str | None,
+    as_json: bool,
     compute: Compute,
 ) -> None:
     """Show what features make of TEXT, token by token; '-' reads standard input.
 
     \b
-    pipeline score "This was his first goal" --transcoder transcoders/gpt2-l8 --feature 89,235
-    pipeline score --file prompts.jsonl --transcoder transcoders/gpt2-l8 \\
-        --tables tables/gpt2-l8 --output scores.html
+    pipeline score "This was his first goal" --transcoders transcoders/gpt2-l8 --feature 89,235
+    pipeline score --file prompts.jsonl --transcoders transcoders/gpt2-l8 \\
+        --tables tables/gpt2-l8 --out scores.html
 
     Of a cross-layer transcoder, or a folder that holds transcoders, all layers are asked.
 
@@ -82,8 +89,8 @@ def command(
         score_pictures.check_output(output)
     scores = score.run(
         score.read_texts(texts, files),
-        transcoder=transcoder,
-        features=parse_layer_features(features, score.layer_sizes(transcoder)),
+        transcoder=transcoders,
+        features=parse_layer_features(features, score.layer_sizes(transcoders)),
         raw=raw,
         top=top,
         context_length=context_length,
@@ -91,8 +98,10 @@ def command(
         model=model,
         compute=compute,
     )
-    if not compute.quiet:
+    if as_json:
+        options.echo_json(score_pictures.as_json(scores))
+    elif not compute.quiet:
         click.echo(show(scores), nl=False)
     if output is not None:
         score_pictures.write_scores(output, scores)
-        click.echo(f"{output}: written")
+        click.echo(f"{output}: written", err=as_json)

@@ -40,7 +40,7 @@ td.n,th.n{text-align:right}td.token{white-space:pre;font-family:ui-monospace,mon
 def check_output(path: Path) -> None:
     """Raise SettingsError unless the name says which of the three kinds of file is wanted."""
     if path.suffix.lower() not in SUFFIXES:
-        raise SettingsError(f"--output {path}: the name decides the kind of file; end it in {', '.join(SUFFIXES)}")
+        raise SettingsError(f"--out {path}: the name decides the kind of file; end it in {', '.join(SUFFIXES)}")
 
 
 def write_scores(path: Path, scores: Scores) -> None:
@@ -131,7 +131,7 @@ def _draw(scores: Scores) -> bytes:
     ]
     if not 0 < len(rows) <= MAX_ROWS:
         raise SettingsError(
-            f"--output: a PNG has 1 to {MAX_ROWS} rows of {TOKENS_PER_ROW} tokens, this would have {len(rows)}; "
+            f"--out: a PNG has 1 to {MAX_ROWS} rows of {TOKENS_PER_ROW} tokens, this would have {len(rows)}; "
             "write .html, or score less"
         )
     width = min(TOKENS_PER_ROW, max(len(text.tokens) for text in scores.texts))

@@ -99,12 +99,12 @@ class Scores:
 def run(
     texts: Sequence[str],
     *,
-    transcoder: Path,
+    transcoder: Path | Sequence[Path],
     features: Sequence[int | tuple[int, int]] = (),
     raw: bool = False,
     top: int = 5,
     context_length: int | None = None,
-    tables: Path | None = None,
+    tables: Sequence[Path] = (),
     model: str | None = None,
     compute: Compute = Compute(),
 ) -> Scores:
@@ -122,9 +122,10 @@ def run(
     """
     given = open_transcoders(transcoder)
     layers = list(layers_by_site(given).values())
+    name = ", ".join(path.name for path in ([transcoder] if isinstance(transcoder, Path) else transcoder))
     asked = [(0, one) if isinstance(one, int) else one for one in dict.fromkeys(features)]
     _check(texts, asked, raw, [layer.d_sae for layer in layers])
-    known = open_tables([tables], dict(enumerate(layers))) if tables is not None else {}
+    known = open_tables(tables, dict(enumerate(layers)))
     with compute.opened() as device:
         language_model = open_transcoder_model([one.path for one in given], model=model, device=compute.device_name)
         length = _context_length(context_length, language_model)
@@ -133,10 +134,10 @@ def run(
         read = [_read(text, language_model, hooks, length, learnt) for text in texts]
         if not any(text.is_scored.any() for text in read):
             raise TextError(
-                f"no token of the texts is of a kind that {transcoder} has learnt from (its manifest's `packing` says "
+                f"no token of the texts is of a kind that {name} has learnt from (its manifest's `packing` says "
                 "which); give longer texts"
             )
-        scores = _score(read, layers, asked, raw, top, transcoder.name, device)
+        scores = _score(read, layers, asked, raw, top, name, device)
     mentioned = {feature for text in scores.texts for row in text.strongest for feature, _ in row}
     mentioned.update(scores.features)
     start = 0
@@ -147,7 +148,7 @@ def run(
     return scores
 
 
-def layer_sizes(transcoder: Path) -> dict[str, int]:
+def layer_sizes(transcoder: Path | Sequence[Path]) -> dict[str, int]:
     """Return the number of features by site, of a transcoder or of several. Raises SettingsError, ArtifactError."""
     return {site: layer.d_sae for site, layer in layers_by_site(open_transcoders(transcoder)).items()}
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
+import yaml
 from pydantic.fields import FieldInfo
 
-from tailrace.pipeline.shared.run_options import FILE
-from tailrace.pipeline.shared.sections import option
+from tailrace.pipeline.shared.run_options import FILE, FILE_OR_ARTIFACT
+from tailrace.pipeline.shared.sections import current_name, option, running
+from tailrace.storage.artifact import REQUEST, read_json, write_atomically
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Retired, Settings, load_yaml
 
@@ -52,16 +55,24 @@ def settings_options(
             section = None if name in settings.help_basics else flag.section
             more = (notes or {}).get(name, "")
             command = option(*flag.names, section=section, help=flag.explained(more), **flag.attributes)(command)
-        return option("--config", type=FILE, help="YAML file of settings; flags override it.")(command)
+        command = running(
+            "--save-config", type=FILE, expose_value=False, callback=_keep_file,
+            help="Write the settings that would be used to a file for --config, and stop.",
+        )(command)  # fmt: skip
+        return option(
+            "--config",
+            type=FILE_OR_ARTIFACT,
+            help="YAML file of settings, or an artifact made with them; flags override.",
+        )(command)
 
     return decorate
 
 
 def read_settings(settings: type[Read], config: Path | None, given: dict[str, Any]) -> Read:
     """Merge a configuration file with the flags that were given, and validate once."""
-    loaded = current_names([settings], load_yaml(config) if config else {})
-    given = current_names([settings], given)
-    return _read(settings, loaded, given, str(config) if config else "the settings")
+    (read,) = read_settings_together([settings], config, given)
+    assert isinstance(read, settings)
+    return read
 
 
 def _read(settings: type[Read], loaded: dict[str, Any], given: Mapping[str, Any], where: str) -> Read:
@@ -78,9 +89,10 @@ def read_settings_together(
 ) -> list[Settings]:
     """Read one configuration file and one set of flags as several settings, each taking the names it knows.
 
+    ``config`` may be an artifact's folder too, whose settings it then is. With ``--save-config`` the command ends here.
     Raises SettingsError with the problems of all; names that none knows are the first one's.
     """
-    loaded = current_names(classes, load_yaml(config) if config else {})
+    loaded = _load_config(classes, config) if config else {}
     given = current_names(classes, given)
     names = [setting_fields(settings).keys() for settings in classes]
     unknown = (loaded.keys() | given.keys()) - set().union(*names)
@@ -101,22 +113,104 @@ def read_settings_together(
             problems.append(str(error))
     if problems:
         raise SettingsError("\n".join(problems))
+    _save_config(read)
     return read
+
+
+def _load_config(classes: Sequence[type[Settings]], config: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file, or those that an artifact's request records."""
+    file = config / REQUEST if config.is_dir() else config
+    if config.is_dir() and not file.is_file():
+        raise SettingsError(
+            f"{config}: is no artifact, so it has no settings; give a YAML file, or an artifact's folder"
+        )
+    if file.name != REQUEST:
+        return current_names(classes, load_yaml(file))
+    loaded = read_json(file)
+    if not isinstance(loaded, dict) or "runs" in loaded:
+        raise SettingsError(f"{config}: was made with settings of several runs; give the folder of one of them")
+    own = loaded.get("settings", loaded)  # a cache's request is its settings
+    beside = [part for part in (loaded.get("live"), loaded.get("model_scores")) if part and own is not loaded]
+    fields = {name: field for settings in classes for name, field in settings.model_fields.items()}
+    current = {name: retired.new for name, retired in _former_names(classes).items()}
+    recorded = {current.get(name, name): value for part in (*beside, own) for name, value in part.items()}
+    if unknown := sorted(name for name in own if current.get(name, name) not in fields):
+        raise SettingsError(
+            f"{config}: was made with other settings than this command has, such as {', '.join(unknown[:3])}; give an "
+            "artifact that this command makes"
+        )
+    used = {name: value for name, value in recorded.items() if name in fields}
+    used = {name: value for name, value in used.items() if value not in (None, _recorded_default(fields[name]))}
+    return {name: value for name, value in used.items() if name != "expansion" or "d_sae" not in used}
+
+
+def _recorded_default(field: FieldInfo) -> Any:
+    default = field.get_default(call_default_factory=False)
+    return default.model_dump(mode="json") if isinstance(default, Settings) else default
+
+
+_SAVED = "save-config"
+"""Key in a context's ``meta``: the file that settings are written to."""
+
+
+def _keep_file(ctx: click.Context, _: click.Parameter, file: Path | None) -> None:
+    ctx.meta[_SAVED] = file
+
+
+def saves_config() -> bool:
+    """Return whether the command that runs was asked for its settings, instead of what it makes."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(_SAVED) is not None
+
+
+def _save_config(read: Sequence[Settings]) -> None:
+    """Write settings and end the command, if it was asked to."""
+    if not saves_config():
+        return
+    context = click.get_current_context()
+    file: Path = context.meta[_SAVED]
+    lines = [f"# Settings of {context.command_path}. Lines that begin with # have the defaults."]
+    known: set[str] = set()
+    for settings in read:
+        lines += _yaml_lines(settings, settings.model_dump(mode="json"), but=known)
+        known |= type(settings).model_fields.keys()
+    write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
+    click.echo(f"{file}: written, nothing else; use it with --config {file}")
+    context.exit()
+
+
+def _yaml_lines(
+    settings: Settings, values: Mapping[str, Any], *, indent: str = "", but: Collection[str] = ()
+) -> Iterator[str]:
+    """Yield lines for each setting; those that have their default as a comment, except the kind of a choice."""
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if name in but:
+            continue
+        if isinstance(value, Settings):
+            yield f"{indent}{name}:"
+            yield from _yaml_lines(value, values[name], indent=indent + "  ")
+        else:
+            written = yaml.safe_dump(values.get(name), default_flow_style=True, width=sys.maxsize).removesuffix("...\n")
+            is_default = name != _TAG and value == field.get_default(call_default_factory=True)
+            yield f"{indent}{'# ' if is_default else ''}{name}: {written.strip()}"
 
 
 def current_names(classes: Sequence[type[Settings]], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a user gave by the names that settings have now, and warn of each name that is retired.
 
+    Other names of a setting (``ALIASES``) are as good as its own.
     Raises SettingsError for names that are refused by now, and for a setting given by two names.
     """
     kinds = {name: _kinds(field) for settings in classes for name, field in settings.model_fields.items()}
+    fields = {name for settings in classes for name in setting_fields(settings)}
     former = _former_names([*classes, *(kind for several in kinds.values() for kind in several)])
     current: dict[str, Any] = {}
     problems = []
     for written, value in values.items():
         if value is None or value == ():
             continue  # a flag that was not given
-        name = written
+        name = current_name(written, fields)
         if written in former:
             name, since, is_refused = former[written]
             advice = f"{written} is called {name} since {since}; write {name}"
@@ -125,7 +219,7 @@ def current_names(classes: Sequence[type[Settings]], values: Mapping[str, Any]) 
             else:
                 logger.warning("%s", advice)
         if name in current:
-            problems.append(f"{name} is given twice, once by a former name; leave one out")
+            problems.append(f"{name} is given twice, once by another name; leave one out")
         is_nested = bool(kinds.get(name)) and isinstance(value, Mapping)
         current[name] = current_names(kinds[name], value) if is_nested else value
     if problems:

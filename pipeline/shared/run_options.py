@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -38,6 +39,9 @@ device = running(
 threads = running(
     "--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads of torch; by default its own choice."
 )
+as_json = running(
+    "--json", "as_json", is_flag=True, help="Print the result as a JSON object, and nothing else, on standard output."
+)
 quiet = running("--quiet", is_flag=True, help="No progress bar and no summary.")
 workers = running(
     "--workers",
@@ -68,6 +72,19 @@ def computing(*flags: Decorator) -> Decorator:
 
 
 compute = computing(device, threads, quiet)
+
+
+def echo_json(value: Any) -> None:
+    """Print a value as JSON."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def echo_made(*paths: Path, **more: Any) -> None:
+    """Print an artifact as ``pipeline info --json`` shows it, with its path and ``more``; several as ``artifacts``."""
+    from tailrace.pipeline.artifacts.info_stage import describe
+
+    made = [{"path": str(path), **describe(path)} for path in paths]
+    echo_json({**(made[0] if len(made) == 1 else {"artifacts": made}), **more})
 
 
 model_moved = click.option("--model", help="Where the model lies now, if it moved since the cache was made.")

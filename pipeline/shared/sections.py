@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -12,9 +14,39 @@ RUNNING = "How to run"
 LONG = 25
 """A command with more options than this shows the first ones only, unless all are asked for."""
 
+ALIASES: dict[str, tuple[str, ...]] = {
+    "output": ("out",),
+    "transcoder": ("transcoders",),
+    "table": ("tables",),
+    "features": ("feature",),
+    "tokens": ("rows",),
+    "rows": ("tokens",),
+    "training_tokens": ("tokens", "rows"),
+    "batch_size": ("batch_rows", "contexts_per_batch", "prompts_per_batch"),
+    "learning_rate": ("lr",),
+    "optimizer": ("optimiser",),
+    "normalization": ("normalisation",),
+    "n_features": ("d_sae",),
+    "expansion_factor": ("expansion",),
+    "layer": ("layers",),
+    "hook": ("hooks",),
+    "context_size": ("context_length",),
+    "text_column": ("column",),
+    "logit_diff": ("logit_difference",),
+    "wandb_project": ("wandb",),
+}
+"""Other names of flags and settings, which help does not show: former ones, and what other tools call the same.
+
+Each stands for the first of the names behind it that a command has, unless the command has a flag of that name."""
+
 _FIRST_COLUMN = 28
 HELP_ALL = "help-all"
 """Key in a context's ``meta``: set where all settings are shown."""
+
+
+def current_name(written: str, known: Collection[str]) -> str:
+    """Return the name among ``known`` that a name stands for; itself if it is known, or stands for none."""
+    return written if written in known else next((name for name in ALIASES.get(written, ()) if name in known), written)
 
 
 class SectionOption(click.Option):
@@ -43,13 +75,24 @@ class SectionCommand(click.Command):
 
     def __init__(self, *arguments: Any, **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
-        self.is_long = sum(isinstance(one, click.Option) for one in self.params) > LONG
+        self.is_long = sum(getattr(one, "section", "") != RUNNING for one in self.params) > LONG
         self.params.append(
             click.Option(
                 ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all,
                 hidden=not self.is_long, help="Show all settings and exit.",
             )
         )  # fmt: skip
+
+    def make_parser(self, ctx: click.Context) -> Any:
+        """Return click's parser, which takes the other names of the options too."""
+        parser = super().make_parser(ctx)
+        flags = {_name(flag): one for one in self.get_params(ctx) for flag in one.opts if isinstance(one, click.Option)}
+        for alias in ALIASES:
+            if (name := current_name(alias, flags)) != alias:
+                also = copy(flags[name])
+                also.opts, also.secondary_opts = ["--" + alias.replace("_", "-")], []
+                also.add_to_parser(parser, ctx)
+        return parser
 
     def sections(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
         """Return names and help of all options by heading: first what has none, last how to run."""
@@ -80,6 +123,11 @@ def write_sections(sections: dict[str, list[tuple[str, str]]], formatter: click.
     for heading, rows in sections.items():
         with formatter.section(heading):
             formatter.write_dl([(name.ljust(width), about) for name, about in rows], col_max=width)
+
+
+def _name(flag: str) -> str:
+    """Return a flag's name as Python writes it."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _show_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 @click.command("task", cls=SectionCommand)
 @click.argument("prompts", type=options.FILE)
 @click.option(
-    "--transcoder",
-    "transcoders",
+    "--transcoders",
     required=True,
     multiple=True,
     type=options.ARTIFACT,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 @options.out
 @settings_options(TaskSettings)
 @options.model_elsewhere
+@options.as_json
 @options.compute
 def command(
     prompts: Path,
@@ -40,6 +40,7 @@ def command(
     output: Path,
     config: Path | None,
     model: str | None,
+    as_json: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -63,7 +64,9 @@ def command(
         model=model,
         compute=compute,
     )
-    if not compute.quiet:
+    if as_json:
+        options.echo_made(result.path)
+    elif not compute.quiet:
         for line in show(result):
             click.echo(line)
         click.echo(f"\n{result.path}: written")

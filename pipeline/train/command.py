@@ -12,7 +12,7 @@ import click
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
-from tailrace.pipeline.shared.options import settings_options
+from tailrace.pipeline.shared.options import saves_config, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, option, running
 from tailrace.pipeline.train.from_flags import train_one, train_sweep
 from tailrace.pipeline.train.grid import read_grid
@@ -65,6 +65,7 @@ _WORKERS = running(
     help="Write a checkpoint every N steps too; by default when a minute, and 20 times what the last ones took, have "
     "passed.",
 )
+@options.as_json
 @options.computing(_WORKERS, options.device, options.threads, options.quiet)
 def command(
     cache: Path | None,
@@ -79,6 +80,7 @@ def command(
     fresh: bool,
     checkpoint_steps: int | None,
     shard_features: bool,
+    as_json: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -109,15 +111,23 @@ def command(
     if sweeps or sweep_file:
         if shard_features:
             raise click.UsageError("--shard-features: is for one transcoder; leave it out, or the sweep")
+        if saves_config():
+            raise click.UsageError("--save-config: a sweep has settings of several runs; leave it out, or the sweep")
         swept = train_sweep(read_grid(sweeps, sweep_file), given, **arguments)
-        if not compute.quiet:
+        if as_json:
+            options.echo_made(swept.path, metrics={run.name: run.metrics for run in swept.runs})
+        elif not compute.quiet:
             show_sweep(swept)
         return
     result = train_one(given, shard_features=shard_features, **arguments)
 
     from tailrace.training.architectures.manifest import CrossLayerManifest, is_cross_layer
 
-    if not compute.quiet and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+        return
+    if as_json:
+        options.echo_made(result.path)
+    elif not compute.quiet:
         layers = show_layers(CrossLayerManifest.read(result.path)) if is_cross_layer(result.path) else ""
         click.echo(f"{result.path}: {layers or show_metrics(result.metrics)}")
         if (score := result.metrics.get("heldout")) and (score.get("fvu_ordinary", score["fvu"]) or 0) > 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
     help=f"Transcoders trained side by side; by default as many as {TOGETHER_BYTES >> 30} GiB holds, "
     "half of the free memory on a GPU.",
 )
+@options.as_json
 @options.compute
 def command(
     output: Path,
     config: Path | None,
     together: int | None,
+    as_json: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -45,7 +49,6 @@ def command(
     settings = read_settings(CircuitsModelSettings, config, given)
 
     from tailrace.pipeline.train import layer_set as circuits_model
-    from tailrace.pipeline.train.layer_set import model_place
     from tailrace.pipeline.train.layer_set_scores import LAYERS
 
     result = circuits_model.run(
@@ -53,17 +56,17 @@ def command(
         output=output,
         compute=compute,
         together=together,
-        say=(lambda _: None) if compute.quiet else click.echo,
+        say=(lambda _: None) if compute.quiet else partial(click.echo, err=as_json),
     )
-    if not compute.quiet:
+    if as_json:
+        options.echo_made(result.path, layers=[asdict(layer) for layer in result.layers])
+    elif not compute.quiet:
         for line in show_layers(result.layers):
             click.echo(line)
         click.echo(f"\n{result.path / LAYERS}: written, beside {len(result.transcoders)} transcoders")
-        model = model_place(settings, output)
-        lies = f" --model {shlex.quote(model)}" if Path(model).is_dir() else ""
         click.echo(
             "to trace a circuit: pipeline circuit 'PROMPT' --logit ' TOKEN' "
-            f"--transcoders {shlex.quote(str(result.path))}{lies} --out circuits/first"
+            f"--transcoders {shlex.quote(str(result.path))} --out circuits/first"
         )
 
 

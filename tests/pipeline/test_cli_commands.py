@@ -210,7 +210,7 @@ def test_a_wrong_command_is_answered_with_the_right_ones(capsys: pytest.CaptureF
     assert answer.code == 2
     assert "no command 'chace'; did you mean cache? There are" in answer.err
     answer = command(capsys, "cache", "--no-such-flag", "--out", "x")
-    assert (answer.code, "No such option" in answer.err) == (2, True)
+    assert (answer.code, "no such option" in answer.err) == (2, True)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

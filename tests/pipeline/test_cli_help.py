@@ -91,7 +91,9 @@ def test_the_help_of_train_begins_with_at_most_twelve_flags_and_those_of_running
         "out", "config", "site", "architecture", "k", "expansion", "d-sae", "epochs", "rows", "batch-rows", "lr",
         "auxiliary",
     ]  # fmt: skip
-    assert short[RUNNING] == ["fresh", "checkpoint-steps", "workers", "device", "threads", "quiet"]
+    assert short[RUNNING] == [
+        "save-config", "fresh", "checkpoint-steps", "json", "workers", "device", "threads", "quiet"
+    ]  # fmt: skip
 
 
 def test_only_long_commands_have_a_short_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,8 +135,9 @@ def test_a_new_setting_stands_under_the_heading_of_the_one_above_it() -> None:
         """Eat."""
 
     text = eat.get_help(click.Context(eat))
-    assert headings(text) == {"Options": ["config", "help"], "Starters": ["soup", "bread"], "Desserts": ["cake"]}
-    assert "  --[no-]bread   Bread beside it. [default: on]\n" in text
+    settings = {"Starters": ["soup", "bread"], "Desserts": ["cake"]}
+    assert headings(text) == {"Options": ["config", "help"], **settings, RUNNING: ["save-config"]}
+    assert re.search(r"^  --\[no-\]bread +Bread beside it. \[default: on\]$", text, re.MULTILINE)
     assert "Crumbs of cake. [default: 20_000]" in text
 
 

@@ -41,7 +41,7 @@ from tailrace.pipeline import cli
 try:
     cli.main(sys.argv[1:])
 except SystemExit as stop:
-    assert stop.code == 1, stop.code
+    assert stop.code == 2, stop.code
 """
 
 
@@ -72,7 +72,7 @@ def test_the_count_sees_what_a_stage_loads_and_knows_libraries_by_their_names() 
         ("analyze", "transcoder", "--cache", "cache", "--rows", "x"),
         ("evaluate", "transcoder", "--cache", "cache", "--contexts", "x"),
         ("circuit", "text", "--transcoders", "t", "--branches", "x"),
-        ("task", "prompts", "--transcoder", "t", "--leave-out", "x"),
+        ("task", "prompts", "--transcoders", "t", "--leave-out", "x"),
         ("export", "transcoder", "--to", "saelens", "--rows", "x"),
         ("import", "files", "--from", "saelens", "--cache", "cache", "--rows", "x"),
     ],

@@ -157,12 +157,12 @@ def test_all_problems_of_file_and_flags_come_at_once_and_name_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text("model: gpt2\ndataset: text.jsonl\ntokens: 60M\nlayer: 8\nshard_rows: 100\nchunk_rows: 30\n")
+    config.write_text("model: gpt2\ndataset: text.jsonl\ntokens: 60M\nlayrs: 8\nshard_rows: 100\nchunk_rows: 30\n")
     answer = command(
         capsys, "cache", "--config", config, "--out", tmp_path / "c",
         "--storage-dtype", "float8", "--compression", "zip", "--context-length", "two",
     )  # fmt: skip
-    assert answer.code == 1
+    assert answer.code == 2
     assert answer.err.splitlines() == [
         f"error: 6 problems in {config}:",
         "  hooks: no site is asked for: give --layers (such as 8, or all) or --hooks",
@@ -170,7 +170,7 @@ def test_all_problems_of_file_and_flags_come_at_once_and_name_the_file(
         "  storage_dtype: Input should be 'auto', 'bfloat16', 'float16', 'float32' or 'int8' (got 'float8')",
         "  compression: Input should be 'none', 'lz4', 'zstd', 'gzip' or 'blosc-zstd' (got 'zip')",
         "  chunk_rows: wanted a divisor of shard_rows (100) (got 30)",
-        "  layer: is no setting; did you mean layers?",
+        "  layrs: is no setting; did you mean layers?",
     ]
     assert not (tmp_path / "c").exists()
 
@@ -179,7 +179,7 @@ def test_a_command_without_its_settings_names_all_that_are_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = command(capsys, "cache", "--out", tmp_path / "c")
-    assert answer.code == 1
+    assert answer.code == 2
     assert [line.strip() for line in answer.err.splitlines()[1:]] == [
         "model: is required",
         "dataset: is required",

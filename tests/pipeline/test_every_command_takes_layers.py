@@ -115,12 +115,12 @@ def ran(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Answer:
 def test_commands_about_transcoders(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     given, text, model = made / form, " ".join(words()[:6]), ("--model", model_folder())
     quick: tuple[Any, ...] = ("--threads", 1)
-    assert "feature" in ran(capsys, "score", text, "--transcoder", given, *model, *quick).out
+    assert "feature" in ran(capsys, "score", text, "--transcoders", given, *model, *quick).out
     effects = ("--out", tmp_path / "effects.parquet")
-    ran(capsys, "promotes", words()[9], words()[10], "--transcoder", given, *effects, *model, *quick)
+    ran(capsys, "promotes", words()[9], words()[10], "--transcoders", given, *effects, *model, *quick)
     asked = read_table(tmp_path / "effects.parquet")
     assert len(asked) == 2 * D_SAE * (1 + (form != "one"))
-    ran(capsys, "task", made / "prompts.jsonl", "--transcoder", given, "--out", tmp_path / "task", "--kept", 2, *model)
+    ran(capsys, "task", made / "prompts.jsonl", "--transcoders", given, "--out", tmp_path / "task", "--kept", 2, *model)
     ran(capsys, "evaluate", given, "--cache", made / "cache", "--out", tmp_path / "evaluation", *quick)
     analysed = ("--cache", made / "cache", "--split", "train", "--rows", 40, *quick)
     later = made / "folder" if form == "one" else given
@@ -191,7 +191,7 @@ def test_scores_of_a_cross_layer_transcoder_are_those_of_its_layers(made: Path) 
 
 
 def test_tables_of_a_folder_tell_what_is_known_of_each_layers_features(made: Path) -> None:
-    about = scored(made / "cross-layer", features=[(0, 3), (1, 3)], tables=made / "tables" / "cross-layer").about
+    about = scored(made / "cross-layer", features=[(0, 3), (1, 3)], tables=[made / "tables" / "cross-layer"]).about
     for layer, name in enumerate(NAMES):
         row = read_table(made / "tables" / "cross-layer" / name / "features.parquet").to_pylist()[3]
         assert about[layer * D_SAE + 3]["max"] == row["max"]

@@ -251,7 +251,7 @@ def run_commands(outcome: Outcome, folder: Path) -> dict[str, bool]:
             "circuit", "the people which", "--logit", "the", "--transcoders", coders, "--missing-layers", "opaque",
             "--model", model,
         ),
-        "task": ("task", prompts, "--transcoder", last, "--model", model, "--kept", "0", "--leave-out", "0"),
+        "task": ("task", prompts, "--transcoders", last, "--model", model, "--kept", "0", "--leave-out", "0"),
         "export": ("export", last, "--to", "saelens", "--cache", cache, "--rows", "64"),
         "fold-norm": (
             "export", last, "--to", "saelens", "--cache", cache, "--rows", "64", "--fold-norm", "--model", model

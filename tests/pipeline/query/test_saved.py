@@ -331,7 +331,7 @@ def run(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
 def test_a_ready_query_is_run_by_name_and_written_as_its_file_is_named(capsys, tables: Path, tmp_path: Path) -> None:
     wanted = ["query", "--saved", "densest", "--set", "n=1", "--tables", tables]
     assert json.loads(run(capsys, *wanted, "--format", "json")[1])[0]["feature"] == 0
-    assert run(capsys, *wanted, "--output", tmp_path / "a.csv")[1] == f"{tmp_path / 'a.csv'}: written\n"
+    assert run(capsys, *wanted, "--out", tmp_path / "a.csv")[1] == f"{tmp_path / 'a.csv'}: written\n"
     assert (tmp_path / "a.csv").read_text().startswith("feature,frequency,")
 
 
@@ -374,7 +374,7 @@ def test_the_list_tells_columns_with_meaning_and_unit_and_the_queries(capsys, tm
         (["SELECT 1", "--list"], "give one of SQL"),
         (["SELECT 1"], "--tables PATH is missing"),
         (["--list", "--format", "csv"], "--list shows its answer as text or --format json"),
-        (["SELECT 1", "--tables", "t", "--format", "parquet"], "needs --output FILE.parquet"),
+        (["SELECT 1", "--tables", "t", "--format", "parquet"], "needs --out FILE.parquet"),
     ],
 )
 def test_what_does_not_go_together_is_refused(capsys, arguments: list[str], said: str) -> None:

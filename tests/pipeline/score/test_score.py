@@ -176,11 +176,11 @@ def tables_of(path: Path, transcoder: Path, digest: str | None = None) -> Path:
 
 
 def test_tables_tell_what_is_known_of_a_feature(transcoder: Path, tmp_path: Path) -> None:
-    scores = run(transcoder, features=[7], tables=tables_of(tmp_path / "tables", transcoder))
+    scores = run(transcoder, features=[7], tables=[tables_of(tmp_path / "tables", transcoder)])
     assert scores.about == {7: {"frequency": 0.25, "max": 2.0, "top_token": "top7", "promoted_tokens": ["up7", "b"]}}
     assert "feature 7: active on 25.00%, at most 2, top token 'top7', promotes 'up7' 'b'" in show(scores)
     with pytest.raises(ArtifactMismatch, match="made from a transcoder that was not given"):
-        run(transcoder, features=[7], tables=tables_of(tmp_path / "others", transcoder, "sha256:0"))
+        run(transcoder, features=[7], tables=[tables_of(tmp_path / "others", transcoder, "sha256:0")])
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_the_command_prints_draws_and_says_so(transcoder: Path, tmp_path: Path, 
         "score",
         text(),
         words(1)[0],
-        "--transcoder",
+        "--transcoders",
         transcoder,
         "--model",
         model_folder(),
@@ -332,7 +332,7 @@ def test_the_command_prints_draws_and_says_so(transcoder: Path, tmp_path: Path, 
         "--top",
         2,
     ]
-    cli.main([str(argument) for argument in [*wanted, "--output", picture]])
+    cli.main([str(argument) for argument in [*wanted, "--out", picture]])
     out = capsys.readouterr().out
     assert out.startswith("strongest features\nfeature ")
     assert "text 2 of 2\nposition  token  strongest features\n       0  <eos>  –\n" in out
@@ -346,7 +346,7 @@ def test_the_command_prints_draws_and_says_so(transcoder: Path, tmp_path: Path, 
 def test_features_are_named_by_number_list_and_range_and_shown_in_that_order(
     transcoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["score", text(), "--transcoder", str(transcoder), "--model", str(model_folder())]
+    asked = ["score", text(), "--transcoders", str(transcoder), "--model", str(model_folder())]
     cli.main([*asked, "--feature", "7,2-4", "--feature", "3,0"])
     columns = re.findall(r"feature (\d+)", capsys.readouterr().out.splitlines()[0])
     assert columns == ["7", "2", "3", "4", "0"]

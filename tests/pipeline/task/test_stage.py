@@ -116,7 +116,7 @@ def test_a_finished_task_is_returned_without_the_model(made: task.TaskResult, mo
 
 def test_the_command_prints_curves_and_features(made: task.TaskResult) -> None:
     place = made.path.parent
-    arguments = [str(place / "prompts.jsonl"), "--transcoder", str(place / "transcoder"), "--out", str(place / "cli")]
+    arguments = [str(place / "prompts.jsonl"), "--transcoders", str(place / "transcoder"), "--out", str(place / "cli")]
     result = CliRunner().invoke(command, [*arguments, "--model", model_folder(), "--kept", "1", "--leave-out", "1"])
     assert result.exit_code == 0, result.output
     assert "score of the model itself" in result.output
