@@ -16,6 +16,7 @@ from tests.support import shapes
 # inherit them.
 _HUB_CACHE = tempfile.TemporaryDirectory(prefix="hub-cache-", ignore_cleanup_errors=True)
 os.environ["HF_HOME"] = _HUB_CACHE.name  # neither reads nor fills the developer's own cache
+os.environ["TAILRACE_MODELS"] = ""  # nor what a developer's machine remembers of models
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -13,7 +13,8 @@ import torch
 from tailrace.analysis.evaluate.evaluation import ContextBatch
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.model.language_model import LanguageModel, explained_failures, without_padding_advice
-from tailrace.pipeline.model.of_transcoders import load_recorded, recorded_location
+from tailrace.pipeline.model.locations import recorded_location
+from tailrace.pipeline.model.of_transcoders import load_recorded
 from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit
 from tailrace.storage.errors import OutOfMemoryError

@@ -32,11 +32,11 @@ from tailrace.pipeline.model.loading import (
     choose_dtype,
     compile_mlps,
     has_tokenizer,
-    loaded_files,
     open_checkpoint,
     parse_device,
     quiet,
 )
+from tailrace.pipeline.model.locations import folder_digest, remember
 from tailrace.pipeline.model.recorded_pass import RepeatedPasses
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.model.sites import SiteHooks, head_problem
@@ -47,7 +47,7 @@ from tailrace.pipeline.model.tokenizer import (
     open_tokenizer,
     read_stated_tokens,
 )
-from tailrace.storage.artifact import JSON, checksum_file, digest
+from tailrace.storage.artifact import JSON, digest
 from tailrace.storage.cache_format import HookName
 from tailrace.storage.errors import ActionableError, ModelError, OutOfMemoryError, is_out_of_memory
 from tailrace.storage.layout import relative_error
@@ -58,7 +58,6 @@ __all__ = ["LanguageModel", "PairingCheck", "SiteHooks", "load_language_model"]
 logger = logging.getLogger(__name__)
 
 _HOOK_LEVEL = 712_349  # tells our hooks from anybody else's when they are taken away; any number no one uses
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _PROBE_POSITIONS = 7  # of the pass that finds out widths and heads; a number that is no usual number of heads
 _LIBRARIES = ("torch", "transformer_lens", "transformers", "tokenizers")
 
@@ -260,18 +259,13 @@ class LanguageModel:
         }
 
     def _files_digest(self, recorded: str | None) -> str | None:
-        """Return one digest of a folder's configuration and weights; the tokenizer has its own."""
+        """Return one digest of a folder's configuration and weights, and remember where it is; None for the hub's."""
         if not self._checkpoint.is_local:
             return None
         folder = Path(self._checkpoint.name)
-        files = loaded_files(folder)
-        checksums = {path: checksum_file(path) for path in files}
-        own = digest({path.name: checksum for path, checksum in checksums.items()})
-        if recorded in (None, own):
-            return own
-        beside = [path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES and path not in checksums]
-        older = digest({path.name: checksums.get(path) or checksum_file(path) for path in [*files, *beside]})
-        return older if older == recorded else own
+        found = folder_digest(folder, recorded)
+        remember(folder, found)
+        return found
 
     def short_context(self) -> Tensor:
         """Return (1, positions) the BOS and a few ordinary tokens, the same ones always, on the model's device."""

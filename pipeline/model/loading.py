@@ -26,17 +26,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tailrace.pipeline.model.locations import WEIGHT_FILES, named_folder
 from tailrace.pipeline.shared.compute import device_named
 from tailrace.storage.errors import ModelError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.bpe")
 _NOISY_LOGGERS = ("transformers", "huggingface_hub", "transformer_lens")
 _OTHER_KINDS = {
@@ -97,6 +92,7 @@ def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
 
     Raises ModelError if there is none, with near matches for a folder and the way round a missing network.
     """
+    name = named_folder(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -116,19 +112,6 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """
     files = list(Path(checkpoint.name).iterdir()) if checkpoint.is_local else []
     return not checkpoint.is_local or any(path.match(pattern) for path in files for pattern in TOKENIZER_FILES)
-
-
-def loaded_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that decide what is loaded: its configuration, and the weights that are read.
-
-    Of several formats the first of ``WEIGHT_FILES`` is read, and of shards those that their index names. A trainer's
-    ``training_args.bin``, its optimizer's state and weights in a maker's own format lie beside and change nothing.
-    """
-    weights = next(folder / name for name in WEIGHT_FILES if (folder / name).exists())
-    if weights.suffix != ".json":
-        return [folder / "config.json", weights]
-    shards = json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / "config.json", *(folder / name for name in sorted(set(shards)))]
 
 
 def check_kind(checkpoint: Checkpoint) -> None:

@@ -1,8 +1,7 @@
 """The language model that transcoders were trained on, opened again from what the transcoders themselves record.
 
 No cache is needed, so a transcoder can be tried on any text. A model from a folder is recorded by the folder's name and
-a digest of its files, never by a path: where it lies has to be said, unless it is in the current directory or comes
-with this package.
+a digest of its files, never by a path; ``tailrace.pipeline.model.locations`` looks for it.
 
 A model from the hub is opened by its name. One from a folder is not asked for there, not even if the hub has a model of
 that name: its files could not be those recorded.
@@ -17,9 +16,9 @@ from typing import Any
 
 from tailrace.pipeline.artifacts.folders import PathLike, Paths, as_paths, transcoder_paths
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
+from tailrace.pipeline.model.locations import named_folder, recorded_location
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.settings import ModelSettings
-from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
 from tailrace.training.architectures.manifest import read_either_manifest
 
@@ -40,6 +39,7 @@ def open_transcoder_model(
     if not transcoders:
         raise SettingsError("no transcoder given, and so no language model; give the path of at least one")
     recorded = _common_model(transcoders)
+    model = None if model is None else named_folder(model)
     settings = {
         "model": model if model is not None else recorded_location(recorded, str(recorded["name"]), transcoders[0]),
         "revision": None if model is not None and Path(model).expanduser().is_dir() else recorded.get("revision"),
@@ -123,21 +123,3 @@ def _given_bos(recorded: Mapping[str, Any]) -> int | None:
     """Return the BOS if it was a setting; a tokenizer's own is found again."""
     tokenizer = recorded.get("tokenizer") or {}
     return tokenizer.get("bos_token_id") if tokenizer.get("bos_source") == "setting" else None
-
-
-def recorded_location(identity: Mapping[str, Any], location: str, artifact: Path) -> str:
-    """Return ``location``, a hub's name or a folder that ``artifact`` records; or this package's own copy of the model.
-
-    Raises ModelError for a folder that is not there.
-    """
-    folder = Path(location).expanduser()
-    if identity.get("files_digest") is None or folder.is_dir():
-        return location
-    try:
-        return str(bundled_model(str(identity["name"])))
-    except ModelError:
-        gone = "is gone" if folder.is_absolute() else "is not in the current directory"
-        raise ModelError(
-            f"{artifact}: its language model was read from a folder, {location}, which {gone}; "
-            "say where it lies with --model"
-        ) from None

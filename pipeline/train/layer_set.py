@@ -81,7 +81,7 @@ def run(
     result. ``say`` is told time and disk before they are spent. Raises StorageFull before anything is written if the
     disk is too small, and what the stages of caching and training raise.
     """
-    model = settings.model or fetch_smollm2(Path(model_place(settings, output)))
+    model = settings.model or fetch_smollm2(output / "smollm2-135m")
     dataset = settings.dataset or fetch_sotu(output / "speeches.jsonl")
     folder = output / FOLDER
     caching = settings.caching(model, dataset)
@@ -109,11 +109,6 @@ def run(
         checkpoint_steps=checkpoint_steps,
         say=say,
     )
-
-
-def model_place(settings: CircuitsModelSettings, output: Path) -> str:
-    """Return the language model's folder, or its name on the hub."""
-    return settings.model or str(output / "smollm2-135m")
 
 
 def together_bytes(device: str) -> int:

@@ -31,7 +31,8 @@ from tailrace.pipeline.evaluate.command import show_scores
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.live.batches import LiveBatches, Opening
 from tailrace.pipeline.model.language_model import LanguageModel, PairingCheck, load_language_model
-from tailrace.pipeline.model.loading import choose_dtype, loaded_files
+from tailrace.pipeline.model.loading import choose_dtype
+from tailrace.pipeline.model.locations import loaded_files
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.score import stage as score
 from tailrace.pipeline.shared.compute import Compute

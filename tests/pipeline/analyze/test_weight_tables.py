@@ -210,7 +210,7 @@ def test_a_model_that_moved_is_asked_for_and_found_again(made: Path, tmp_path: P
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "model").rename(tmp_path / "elsewhere" / "renamed")
     publish_transcoder(tmp_path / "t0", open_cache(tmp_path / "cache"), "layer0", random_transcoder())
-    with pytest.raises(ModelError, match=r"read from a folder, .*, which is gone; [\s\S]*--without-model"):
+    with pytest.raises(ModelError, match=r"read from a folder, .*, which is gone, nor [\s\S]*--without-model"):
         run(tmp_path, "t0", tmp_path / "tables")
     run(tmp_path, "t0", tmp_path / "tables", model=str(tmp_path / "elsewhere" / "renamed"))
     assert read_table(tmp_path / "tables" / "features.parquet")["promoted_tokens"].null_count == 0
