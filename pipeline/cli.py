@@ -9,8 +9,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import platform
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -174,6 +179,45 @@ def cli(context: click.Context, debug: bool, log_level: str) -> None:
             logging.getLogger(name).setLevel(logging.INFO)
 
 
+_INTERRUPTED = 130
+
+
+@contextmanager
+def _interrupts_acknowledged() -> Iterator[None]:
+    """Inside, Ctrl-C is answered at once, and a second one ends the process whatever it is doing.
+
+    Python raises KeyboardInterrupt in the main thread when what that runs returns, which may be a long product or a
+    wait for the disk. A pipe carries the signal to a thread in the meantime.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_answer_interrupts, args=(read,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        thread.join()
+        os.close(read)
+
+
+def _answer_interrupts(pipe: int) -> None:
+    n_interrupts = 0
+    while numbers := os.read(pipe, 64):
+        n_new = numbers.count(signal.SIGINT)
+        if n_interrupts == 0 and n_new:
+            click.echo("stopping after what runs now; Ctrl-C again stops at once", err=True)
+        n_interrupts += n_new
+        if n_interrupts > 1:
+            os._exit(_INTERRUPTED)  # drafts outlive a lost process, and workers end with it
+
+
 def _said(error: click.ClickException) -> str:
     """Return click's message in the words of ours."""
     if isinstance(error, click.NoSuchOption):
@@ -190,7 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
+        with _interrupts_acknowledged():
+            cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
     except click.ClickException as error:
         click.echo(f"error: {_said(error)}", err=True)
         if isinstance(error, click.UsageError) and error.ctx is not None:
@@ -200,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(stop.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped; run the same command again to continue", err=True)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except ActionableError as error:
         if "--debug" in arguments:
             raise

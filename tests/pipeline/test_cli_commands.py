@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -270,13 +271,45 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
     process.start()
     process.join()
     assert process.exitcode == 130
-    assert errors.read_text().strip() == "stopped; run the same command again to continue"
+    assert errors.read_text().splitlines() == [
+        "stopping after what runs now; Ctrl-C again stops at once",
+        "stopped; run the same command again to continue",
+    ]
     n_kept = len(list(tmp_path.glob("cache/commits/0/train-unit-*.json")))
     assert 3 <= n_kept <= 8
     assert not list(tmp_path.rglob(".*.tmp*"))
     assert command(capsys, *arguments).code == 0
     run_cache(tmp_path / "expected")
     assert differing(tree(tmp_path / "cache"), tree(tmp_path / "expected")) == []
+
+
+IN_A_LONG_CALL = """
+import hashlib, sys
+import click
+from tailrace.pipeline import cli
+
+@click.command()
+def wait() -> None:
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # half an hour in C, which Python cannot interrupt
+
+cli.COMMANDS["wait"] = cli.Command("__main__", "", "wait")
+cli.main(["wait"])
+"""
+
+
+def test_ctrl_c_is_acknowledged_inside_a_long_call_and_a_second_one_ends_it() -> None:
+    program = [sys.executable, "-c", IN_A_LONG_CALL]
+    unblocked = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **unblocked) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == b"stopping after what runs now; Ctrl-C again stops at once\n"
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(60), process.stderr.read()) == (130, b"")
 
 
 @pytest.mark.parametrize(
@@ -298,8 +331,6 @@ def test_the_shell_completes_commands_options_and_values(
 
 
 def test_completing_a_command_loads_none_of_them() -> None:
-    import subprocess
-
     program = (
         "import sys\nfrom tailrace.pipeline.cli import main\ntry: main([])\nfinally: assert 'torch' not in sys.modules"
     )
