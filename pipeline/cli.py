@@ -60,6 +60,7 @@ GROUPS = {
             "tailrace.pipeline.analyze.command", "Turn a transcoder into tables of features and examples."
         ),
         "query": Command("tailrace.pipeline.query.command", "Ask tables, a sweep or an evaluation in SQL."),
+        "label": Command("tailrace.pipeline.label.command", "Give features labels, notes and stars."),
         "dashboard": Command("tailrace.pipeline.dashboard.command", "Write a static site of feature pages."),
         "serve": Command(
             "tailrace.pipeline.dashboard.command_serve", "Show a dashboard over HTTP, or tables without making one."

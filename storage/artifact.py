@@ -307,6 +307,8 @@ class Inputs(Record):
     tables: Reference | dict[str, Reference] | None = None
     """One, or by site."""
     prompts: Reference | None = None
+    labels: dict[str, str] | None = None
+    """Digests of the labels of tables that had some, by site or folder."""
 
 
 class DerivedManifest(Manifest):

@@ -15,6 +15,7 @@ traceback. A message says what, where, what was there, what was wanted, and the 
     │   ├── ArtifactIncomplete   a draft that was never published
     │   ├── ArtifactBusy         another process is writing it
     │   ├── ArtifactMismatch     made from other settings, another model or another input
+    │   ├── LabelConflict        another edit of the same label came first
     │   └── ArtifactCorrupt      bytes differ from their recorded checksum, or a file is gone
     ├── NonFiniteActivation      NaN or infinity where an activation should be
     ├── ActivationOverflow       a value that the chosen storage dtype cannot hold
@@ -80,6 +81,10 @@ class ArtifactBusy(ArtifactError):
 
 class ArtifactMismatch(ArtifactError):
     """The artifact was made with other settings or from other inputs."""
+
+
+class LabelConflict(ArtifactError):
+    """A label was edited since the editor looked at it."""
 
 
 class ArtifactCorrupt(ArtifactError):

@@ -29,8 +29,8 @@ FeatureSelection = Annotated[tuple[str, ...], BeforeValidator(split_features)]
 """A setting that chooses features; empty if none is chosen. ``parse_features`` reads it."""
 
 
-def parse_features(texts: Sequence[str], n_features: int) -> list[int]:
-    """Return the chosen features, in the order they are named, each once.
+def parse_features(texts: Sequence[str], n_features: int, flag: str = "--feature") -> list[int]:
+    """Return the chosen features, in the order they are named, each once; ``flag`` is what a message calls them.
 
     Both ends of a range belong to it. Raises SettingsError with everything that cannot be read or does not exist.
     """
@@ -51,11 +51,13 @@ def parse_features(texts: Sequence[str], n_features: int) -> list[int]:
     if problems:
         rest = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         lines = "".join(f"\n  {line}" for line in [*problems[:_SHOWN], *rest])
-        raise SettingsError(f"--feature: not every part is a feature, or a range such as 100-200, of these:{lines}")
+        raise SettingsError(f"{flag}: not every part is a feature, or a range such as 100-200, of these:{lines}")
     return list(chosen)
 
 
-def parse_layer_features(texts: Sequence[str], layers: Mapping[str, int]) -> list[tuple[int, int]]:
+def parse_layer_features(
+    texts: Sequence[str], layers: Mapping[str, int], flag: str = "--feature"
+) -> list[tuple[int, int]]:
     """Return the chosen features, (layer by its place in ``layers``, feature), in the order they are named, each once.
 
     ``layers`` has the number of features by name. Where there are several, a part begins with a name and a colon,
@@ -78,11 +80,15 @@ def parse_layer_features(texts: Sequence[str], layers: Mapping[str, int]) -> lis
     if problems:
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         raise SettingsError(
-            f"--feature: {'; '.join(problems)}. There are {shown}; write LAYER:FEATURE, such as {names[-1]}:0"
+            f"{flag}: {'; '.join(problems)}. There are {shown}; write LAYER:FEATURE, such as {names[-1]}:0"
         )
     for index in dict.fromkeys(index for index, _ in parts):
-        parse_features([rest for layer, rest in parts if layer == index], layers[names[index]])  # every problem at once
-    found = [(index, feature) for index, rest in parts for feature in parse_features([rest], layers[names[index]])]
+        parse_features(
+            [rest for layer, rest in parts if layer == index], layers[names[index]], flag
+        )  # every problem at once
+    found = [
+        (index, feature) for index, rest in parts for feature in parse_features([rest], layers[names[index]], flag)
+    ]
     return list(dict.fromkeys(found))
 
 

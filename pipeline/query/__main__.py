@@ -11,9 +11,9 @@ _INTRODUCTION = """\
 # Queries
 
 `pipeline query` answers SQL over published tables, in DuckDB's dialect. Every Parquet file, and every folder of them,
-is a view under its own name: those of `pipeline analyze` ([tables](../tables.md)), `runs` of a sweep, `tokens` of an
-evaluation. This page is made from the query files by `python -m tailrace.pipeline.query docs/guides/queries.md`, and a
-test compares the two.
+is a view under its own name: those of `pipeline analyze` ([tables](../tables.md)) and their `labels`
+([labels](labels.md)), `runs` of a sweep, `tokens` of an evaluation. This page is made from the query files by
+`python -m tailrace.pipeline.query docs/guides/queries.md`, and a test compares the two.
 
 ```bash
 pipeline query "SELECT feature, promoted_tokens FROM features WHERE NOT is_dead LIMIT 5" --tables tables/gpt2-l8

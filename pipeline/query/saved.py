@@ -31,6 +31,7 @@ MADE_BY = {
     "examples": "pipeline analyze",
     "features": "pipeline analyze",
     "layers": "pipeline analyze",
+    "labels": "pipeline label",
     "tokens": "pipeline evaluate",
 }
 """Which command makes a table, for a query that misses it."""

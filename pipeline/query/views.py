@@ -17,6 +17,7 @@ import duckdb
 from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.storage.artifact import MANIFEST, Manifest, published_kind
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.storage.labels import LABELS, SCHEMA, labels_file
 from tailrace.storage.names import inside
 from tailrace.storage.tables import TableColumn, describe, read_schema
 
@@ -39,13 +40,19 @@ FOLDER = TableColumn(
 )
 
 
+_NO_LABELS = (
+    "NULL::INTEGER AS feature, '' AS label, '' AS note, false AS starred, NULL::TIMESTAMPTZ AS updated, '' AS author"
+)
+
+
 class View(NamedTuple):
     """A table as a query names it."""
 
     schema: str | None
     name: str
     files: tuple[Path, ...]
-    folders: tuple[str, ...] = ()
+    """None of labels that nobody gave yet: a query that joins them works all the same."""
+    folders: tuple[str, ...] | None = None
     """Of a folder of tables, the folder that each file lies in."""
 
     @property
@@ -56,13 +63,16 @@ class View(NamedTuple):
 
     def columns(self) -> list[TableColumn]:
         """Return what every column holds, as the file itself says."""
-        own = describe(read_schema(self.files[0]))
-        return [FOLDER, *own] if self.folders else own
+        own = describe(read_schema(self.files[0]) if self.files else SCHEMA)
+        return own if self.folders is None else [FOLDER, *own]
 
     @property
     def select(self) -> str:
         """The SQL that reads it."""
-        if not self.folders:
+        if not self.files:
+            folder = "" if self.folders is None else f"NULL::VARCHAR AS {FOLDER.name}, "
+            return f"SELECT {folder}{_NO_LABELS} WHERE false"
+        if self.folders is None:
             return f"SELECT * FROM {_rows(self.files)}"
         by_folder: dict[str, list[Path]] = {}
         for folder, path in zip(self.folders, self.files, strict=True):
@@ -162,6 +172,8 @@ def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
             f"{artifact}: is of kind {kind}, which has no tables; give the path of tables, a sweep or an evaluation"
         )
     found: dict[str, list[Path]] = {}
+    if kind == KINDS[0]:  # no manifest lists labels, since they change
+        found[LABELS] = [] if (labels := labels_file(artifact)) is None else [labels]
     for name in sorted(Manifest.read(artifact, kind).files):
         place = PurePosixPath(name)
         if place.suffix == ".parquet":
@@ -182,7 +194,8 @@ def _check_names(names: Mapping[str, Path]) -> None:
 def _refuse_clashes(views: Sequence[View], unnamed: Sequence[Path]) -> None:
     shared: dict[str, list[str]] = {}
     for name in dict.fromkeys(view.name for view in views if view.schema is None):
-        holders = [path for path in unnamed for view in views if view.name == name and path in view.files[0].parents]
+        files = [view.files[0] for view in views if view.name == name and view.files]
+        holders = [path for path in unnamed for file in files if path in file.parents]
         if len(holders) > 1:
             shared.setdefault(" and ".join(map(str, holders)), []).append(name)
     if shared:

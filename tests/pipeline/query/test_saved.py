@@ -270,7 +270,7 @@ def test_every_ready_query_fits_the_tables_as_they_are_made(tmp_path: Path, name
     publish(tmp_path / "tables", {names[table.name]: table.schema.empty_table() for table in EVERY_TABLE})
     publish(tmp_path / "evaluation", {"tokens": TOKENS.empty_table()}, kind="evaluation")
     ready = queries.saved_query(name)
-    ready.check_tables([*names, "tokens"])
+    ready.check_tables([*names, "labels", "tokens"])
     assert query.select(ready.sql, [tmp_path / "tables", tmp_path / "evaluation"], ready.values([])).num_rows == 0
 
 

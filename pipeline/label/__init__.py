@@ -1,0 +1,1 @@
+"""What ``pipeline label`` is made of."""
