@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tailrace.pipeline.cache.verify import Verification
     from tailrace.pipeline.circuit.stage import CircuitResult
     from tailrace.pipeline.evaluate.stage import EvaluateResult
+    from tailrace.pipeline.steer.stage import SteerResult
     from tailrace.pipeline.train.stage import TrainResult
     from tailrace.pipeline.train.sweep import SweepResult
     from tailrace.training.loop.loggers import Logger
@@ -311,6 +312,50 @@ def circuit(
         model=_text(model),
         compute=Compute(device, threads, quiet=quiet),
     )
+
+
+@_speaking_of_keywords()
+def steer(
+    prompts: str | Sequence[str] = (),
+    *,
+    transcoders: Paths,
+    from_circuit: PathLike | None = None,
+    tables: Paths = (),
+    out: PathLike | None = None,
+    config: PathLike | None = None,
+    model: PathLike | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> SteerResult:
+    """Write on after ``prompts`` with features changed, beside what the language model writes by itself.
+
+    ``settings`` are those of `pipeline steer`, of which ``feature`` says what is changed; without prompts that of
+    ``from_circuit`` is run. ``out`` gets a file: .html, .parquet or .json. The result has the texts, ``summary(run)``
+    and ``table()``, and nothing is published. Raises SettingsError, TextError, ArtifactError or ModelError.
+
+    ``tailrace.steer("The people", transcoders="transcoders/gpt2", feature="3:1850=+10,+30").of(0, 1).text``
+    """
+    from tailrace.pipeline.steer import stage
+    from tailrace.pipeline.steer.page import write_result
+    from tailrace.pipeline.steer.settings import SteerSettings, check_output
+
+    output = _path(out)
+    if output is not None:
+        check_output(output)
+    result = stage.run(
+        _read(SteerSettings, config, settings),
+        [prompts] if isinstance(prompts, str) else list(prompts),
+        transcoders=as_paths(transcoders),
+        from_circuit=_path(from_circuit),
+        tables=as_paths(tables),
+        model=_text(model),
+        compute=Compute(device, threads, quiet=quiet),
+    )
+    if output is not None:
+        write_result(output, result)
+    return result
 
 
 @_speaking_of_keywords()

@@ -80,6 +80,9 @@ GROUPS = {
         "circuit": Command(
             "tailrace.pipeline.circuit.command", "Explain a feature or a predicted token on one prompt."
         ),
+        "steer": Command(
+            "tailrace.pipeline.steer.command", "Write text with features changed, beside the model's own."
+        ),
         "task": Command(
             "tailrace.pipeline.task.command", "Find the features that do a task, from prompts with answers."
         ),

@@ -1,0 +1,1 @@
+"""What `pipeline steer` asks, runs and shows."""
