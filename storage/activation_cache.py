@@ -7,7 +7,7 @@ Rows are read here unit by unit and in token order, which is what analysis wants
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tailrace.storage.cache_format import (
     split_path,
     superseded_path,
 )
+from tailrace.storage.display import card, table
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import LEFT_OUT
 from tailrace.storage.layout import ArraySpec, Side
@@ -70,12 +71,12 @@ def _check_names(root: Path, manifest: CacheManifest) -> None:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ActivationCache:
     """A published activation cache at one generation."""
 
     path: Path
-    manifest: CacheManifest = field(repr=False)
+    manifest: CacheManifest
 
     @property
     def cache_id(self) -> str:
@@ -120,13 +121,30 @@ class ActivationCache:
         """Return the string of every token id."""
         return list(read_json(self.path / VOCABULARY)["tokens"])
 
+    def __repr__(self) -> str:
+        rows = "".join(f", {name}={split.n_rows:,} rows" for name, split in self.manifest.splits.items())
+        return f"ActivationCache({str(self.path)!r}, sites={list(self.sites)}{rows})"
 
-@dataclass(frozen=True)
+    def _repr_html_(self) -> str:
+        facts = {"model": self.manifest.model.get("name"), "context": f"{self.layout.context_length} tokens"}
+        facts |= {f"{name} rows": f"{split.n_rows:,}" for name, split in self.manifest.splits.items()}
+        sites = [
+            (site.name, site.hook_in, site.hook_out, f"{site.d_in} → {site.d_out}", site.dtype)
+            for site in self.sites.values()
+        ]
+        listed = table(("site", "input", "output", "widths", "stored as"), sites)
+        return card("Activation cache", facts, listed, note=self.path)
+
+
+@dataclass(frozen=True, repr=False)
 class CacheSplit:
     """The training or the held-out rows of a cache."""
 
     cache: ActivationCache
     name: str
+
+    def __repr__(self) -> str:
+        return f"CacheSplit({str(self.cache.path)!r}, {self.name!r}, {self.n_rows:,} rows)"
 
     @property
     def root(self) -> Path:

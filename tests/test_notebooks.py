@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import tailrace
+from tailrace.pipeline.analyze import stage as analyze
+from tailrace.pipeline.cache.verify import Verification
+from tailrace.pipeline.circuit import stage as circuit
+from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.train import sweep
+from tailrace.pipeline.train.stage import TrainResult
 from tests.support.notebooks import NOTEBOOKS, code_cells, is_parameters, run_notebook
 from tests.support.paths import DOCS, ROOT, SPEECHES
+
+RELEASED = ROOT / "tests" / "released" / "d14043a"
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +69,51 @@ def test_a_notebook_begins_with_its_parameters_and_keeps_what_it_printed_and_no_
     assert [is_parameters(cell) for cell in cells] == [True, *[False] * (len(cells) - 1)]
     for cell in cells:
         ast.parse("".join(cell["source"]))
-        assert all(output["output_type"] == "stream" for output in cell["outputs"])
+        assert {output["output_type"] for output in cell["outputs"]} <= {"stream", "execute_result"}
+        shown = ["".join(output["data"]["text/html"]) for output in cell["outputs"] if "data" in output]
+        assert [html for html in shown if re.search(r"<(script|link|img|iframe)\b|https?:", html)] == []
     assert any(cell["outputs"] for cell in cells)
+
+
+SHOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "cache": (lambda: tailrace.open_cache(RELEASED / "caches/bfloat16"), ["layer0", "train rows", "8 → 8"]),
+    "transcoder": (lambda: tailrace.load_transcoder(RELEASED / "transcoders/topk"), ["TopKTranscoder", "d_sae", "k"]),
+    "cross-layer": (lambda: tailrace.load_transcoder(RELEASED / "transcoders/cross-layer"), ["features_per_layer"]),
+    "trained": (lambda: TrainResult(RELEASED, {"steps": 3, "rows": 9, "heldout": {"fvu": 0.25}}), ["FVU", "0.25"]),
+    "sweep": (lambda: sweep.read_result(RELEASED / "sweep"), ["held-out FVU", "dead"]),
+    "tables": (lambda: analyze.read_result(RELEASED / "tables/topk"), ["features", "L0"]),
+    "feature": (lambda: analyze.read_result(RELEASED / "tables/topk").feature(0), ["fires on", "font-weight:bold"]),
+    "evaluation": (lambda: evaluate.read_result(RELEASED / "evaluations/layers"), ["recovered", "KL"]),
+    "circuit": (lambda: circuit.read_result(RELEASED / "circuits/logit"), ["influence", "made of", "circuit"]),
+    "verified": (lambda: Verification(RELEASED, damage=["weights: <torn>"]), ["DAMAGED", "&lt;torn&gt;"]),
+}
+"""What the public functions return, read from artifacts of an earlier release, and words of the cards."""
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_object_shows_its_numbers_in_a_notebook_without_scripts(name: str) -> None:
+    make, words = SHOWN[name]
+    value = make()
+    html = value._repr_html_()
+    assert [word for word in words if word not in html] == []
+    assert re.search(r"<(script|style|link|img|iframe)\b|https?:|\bNone\b|\bnan\b", html) is None
+    tags = ("div", "table", "tr", "span", "code")
+    unbalanced = [tag for tag in tags if html.count(f"<{tag}") != html.count(f"</{tag}")]
+    assert unbalanced == []
+    assert len(repr(value)) < 3000
+
+
+def test_the_plain_forms_of_a_transcoder_and_a_cache_say_their_sizes() -> None:
+    assert repr(tailrace.load_transcoder(RELEASED / "transcoders/topk")) == (
+        "TopKTranscoder(d_in=8, d_out=8, d_sae=16, k=4)"
+    )
+    cache = tailrace.open_cache(RELEASED / "caches/bfloat16")
+    assert repr(cache).endswith("sites=['layer0', 'layer1'], train=48 rows)")
+
+
+def test_a_feature_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(tailrace.SettingsError, match="has no feature 16; its features are 0 to 15"):
+        analyze.read_result(RELEASED / "tables/topk").feature(16)
 
 
 def test_paths_that_notebooks_begin_with_are_those_of_the_repository() -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tailrace.analysis.dashboards.feature_card import FeatureCard
 from tailrace.analysis.harvest.activations import LAST_ROW, SCRATCH_BYTES
 from tailrace.analysis.harvest.one_pass import Plan, Subject
 from tailrace.analysis.harvest.table import WrittenTables, write_tables
@@ -49,6 +50,7 @@ from tailrace.pipeline.shared.stage import Made, open_draft, publish_stage
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.cache_format import Site
+from tailrace.storage.display import card
 from tailrace.storage.draft import LOCK, list_differences
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import TABLES_KIND
@@ -97,6 +99,15 @@ class AnalyzeResult:
     fvu: float | None
     of_rows: int | None = None
     """Rows of the split, where ``n_rows`` of them were drawn; None if all were read."""
+
+    def feature(self, index: int) -> FeatureCard:
+        """Return a feature's rows of the tables, which a notebook shows with their examples. Raises SettingsError."""
+        return FeatureCard.read(self.path, index)
+
+    def _repr_html_(self) -> str:
+        drawn = "" if self.of_rows is None else f" of {self.of_rows:,}, drawn uniformly"
+        facts = {"features": self.n_features, "rows": f"{self.n_rows:,}{drawn}", "dead": self.n_dead}
+        return card("Tables", {**facts, "L0": self.l0, "FVU": self.fvu}, note=self.path)
 
 
 def run(

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,7 @@ from tailrace.storage.artifact import canonical_json
 from tailrace.storage.cache_format import KIND, SPLITS, VOCABULARY, CacheFormat, Site
 from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
 from tailrace.storage.cache_writer import ContextBlocks, remove_temporary_files
+from tailrace.storage.display import line
 from tailrace.storage.draft import Draft, Lock
 from tailrace.storage.errors import (
     ActivationOverflow,
@@ -88,6 +90,9 @@ class CacheResult:
     warnings: tuple[str, ...]
     n_new_rows: int
     seconds: float
+
+    def _repr_html_(self) -> str:
+        return self.cache._repr_html_() + "".join(line(escape(text), "warning") for text in self.warnings)
 
 
 def run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
 from tailrace.storage.cache_format import KIND, Site
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
+from tailrace.storage.display import card, line, table
 from tailrace.storage.errors import ActionableError
 from tailrace.storage.layout import RELATIVE_ERROR, Side, relative_error
 from tailrace.storage.shuffle import philox
@@ -70,6 +72,15 @@ class Verification:
         """Whether nothing was wrong."""
         is_shuffled = self.shuffle is None or self.shuffle.passed
         return not self.damage and all(report.passed for report in self.pairs) and is_shuffled
+
+    def _repr_html_(self) -> str:
+        columns = ("split", "site", "side", "rows", "relative error", "at most", "")
+        compared = [
+            (one.split, one.site, one.side, one.n_rows, one.relative_error, one.tolerance, "✓" if one.passed else "✗")
+            for one in self.pairs
+        ]
+        parts = [*(line(escape(problem)) for problem in self.damage), table(columns, compared) if compared else ""]
+        return card("Checked: passed" if self.passed else "Checked: DAMAGED", {}, *parts, note=self.path)
 
 
 def kind_of(path: Path) -> str:

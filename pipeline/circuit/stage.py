@@ -43,6 +43,7 @@ from tailrace.pipeline.model.weights import read_weights
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.storage.artifact import write_atomically
+from tailrace.storage.display import card, table
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.tables import TablesManifest
 from tailrace.storage.token_text import join_characters
@@ -55,6 +56,7 @@ VIEWER = "viewer.json"
 """The attribution graph for circuit-tracer's and Neuronpedia's viewers."""
 PAGE = "index.html"
 """To look at in a browser."""
+_N_FEATURES_SHOWN = 8
 N_LIKELY = 5
 """Tokens of which it is said how likely they are to come next."""
 
@@ -66,6 +68,20 @@ class CircuitResult:
     path: Path
     document: dict[str, Any] = field(repr=False)
     """What ``circuit.json`` holds."""
+
+    def _repr_html_(self) -> str:
+        root, texts = self.document["root"], [token["text"] for token in self.document["tokens"]]
+        kinds = table(("made of", "adds"), root["by_kind"].items())
+        graph = self.document["attribution_graph"] or {"nodes": []}
+        features = [node for node in graph["nodes"] if node["kind"] == "feature" and node["influence"] is not None]
+        strongest = sorted(features, key=lambda node: -node["influence"])[:_N_FEATURES_SHOWN]
+        rows = [
+            (f"layer {node['layer']}, feature {node['index']}", repr(texts[node["token"]]), f"{node['influence']:.1%}")
+            for node in strongest
+        ]
+        listed = table(("strongest features", "on", "influence"), rows) if rows else ""
+        facts = {"prompt": self.document["prompt"], "value": root["value"], "page": self.path / PAGE}
+        return card(f"Circuit of {root['text']}", facts, kinds, listed)
 
 
 def run(

@@ -23,6 +23,7 @@ from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource, TrainingSource
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
+from tailrace.storage.display import card
 from tailrace.storage.draft import LOCK, Draft, Lock
 from tailrace.storage.errors import ArtifactMismatch, DeviceLostError, SettingsError
 from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
@@ -45,6 +46,17 @@ class TrainResult:
         score = self.metrics.get("heldout") or {}
         shown = {"steps": self.metrics["steps"], **{name: score[name] for name in ("fvu", "l0") if name in score}}
         return f"TrainResult({str(self.path)!r}, {', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+    def _repr_html_(self) -> str:
+        score = self.metrics.get("heldout") or {}
+        facts = {
+            "held-out FVU": score.get("fvu"),
+            "L0": score.get("l0"),
+            "dead": f"{score['dead_fraction']:.1%}" if "dead_fraction" in score else None,
+            "steps": self.metrics["steps"],
+            "rows": self.metrics["rows"],
+        }
+        return card("Transcoder", facts, note=self.path)
 
 
 def run(

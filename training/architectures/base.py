@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tailrace.storage.display import card
 from tailrace.training.architectures.entries import Above, Entries, Selection
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
@@ -143,6 +144,19 @@ class Transcoder(nn.Module, ABC):
     def d_sae(self) -> int:
         """Number of features."""
         return self.W_enc.shape[0]
+
+    def sizes(self) -> dict[str, int]:
+        """Return what its size is made of, by name; k where the architecture has one."""
+        sizes = {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
+        return sizes | ({"k": int(self.k)} if hasattr(self, "k") else {})
+
+    def extra_repr(self) -> str:
+        """Return the sizes, which torch writes between the parentheses."""
+        return ", ".join(f"{name}={size}" for name, size in self.sizes().items())
+
+    def _repr_html_(self) -> str:
+        n_weights = sum(parameter.numel() for parameter in self.parameters())
+        return card(type(self).__name__, {**self.sizes(), "weights": n_weights, "device": str(self.W_enc.device)})
 
     # As it is used
 

@@ -58,6 +58,15 @@ class Stack(Transcoder):
         """Width of a row of outputs: of all layers."""
         return self.n_layers * self.width_out
 
+    def sizes(self) -> dict[str, int]:
+        """Return the number of layers, the widths of each, and the features that read one."""
+        return {
+            "layers": self.n_layers,
+            "d_in": self.width_in,
+            "d_out": self.width_out,
+            "features_per_layer": self.features_per_layer,
+        }
+
     def of_layer(self, layer: int) -> slice:
         """Return the features that read a layer. Layers count from 0 within the stack, here and everywhere below.
 
