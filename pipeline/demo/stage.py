@@ -103,7 +103,6 @@ def run(
             "steps": steps or recipe.steps,
             "auxiliary": {"kind": "auxk"},
             "dead_after_steps": 50,  # so short a run would be over before the default calls a feature dead
-            "evaluate_every": 200,
         }
     )
     trained = train.run(training, cache=cached.path, output=folder / "transcoder", compute=compute)

@@ -95,7 +95,6 @@ class CircuitsModelSettings(Settings):
                 "max_norm_multiple": self.max_norm_multiple,
                 "seed": self.seed,
                 "order_seed": self.seed,
-                "evaluate_every": self.steps,  # held-out rows are read once, at the end
             }
         )
         if problems := training.architecture.problems(self.d_sae):

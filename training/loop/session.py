@@ -93,7 +93,8 @@ class Session:
                 f"{directory}: keep_best needs held-out rows, and there are none; leave it out, or cache with --holdout"
             )
         self.run = run
-        run.wants_rows = every(settings.log_every, n_steps)
+        self._intervals = settings.intervals(n_steps)
+        run.wants_rows = every(self._intervals.log_every, n_steps)
         self.n_steps = n_steps
         self.finish = finish
         """Called once, after the last step; None: nothing."""
@@ -165,10 +166,10 @@ class Session:
         callbacks = [
             StepCallback(self._is_scored, lambda _: self._refuse_non_finite_weights()),
             StepCallback(every(1), self._count_firings),
-            StepCallback(every(settings.log_every, self.n_steps), self._log_training),
+            StepCallback(every(self._intervals.log_every, self.n_steps), self._log_training),
         ]
         if self._heldout is not None:
-            callbacks.append(StepCallback(every(settings.evaluate_every, self.n_steps), self._evaluate))
+            callbacks.append(StepCallback(every(self._intervals.evaluate_every, self.n_steps), self._evaluate))
         callbacks += [StepCallback(every(n, self.n_steps), self._call(hook)) for n, hook in self._hooks]
         snapshots = snapshot_steps(settings.snapshots, self.n_steps)
         callbacks += [
@@ -183,7 +184,7 @@ class Session:
         return callbacks
 
     def _is_scored(self, step: int) -> bool:
-        intervals = [self._settings.evaluate_every, *(n for n, _ in self._hooks)]
+        intervals = [self._intervals.evaluate_every, *(n for n, _ in self._hooks)]
         return step == self.n_steps or any(step % n == 0 for n in intervals)
 
     def _refuse_non_finite_weights(self) -> None:
@@ -238,14 +239,14 @@ class Session:
         self._log.write_timing(step, run.n_rows_done)
 
     def _evaluate(self, step: int) -> None:
-        score = self._score(None if step == self.n_steps else self._settings.evaluation_rows)
+        score = self._score(None if step == self.n_steps else self._intervals.evaluation_rows)
         record = score.record()
         self._write(step, "heldout", {**record, "log10_frequency": score.log10_frequency})
         self.scores["heldout"] = record
         if self._settings.keep_best:
             # Only scores on the same rows compare, and the last one is over all of them.
-            sampled = score.n_rows <= self._settings.evaluation_rows
-            self._keep_if_best(step, score if sampled else self._score(self._settings.evaluation_rows))
+            sampled = score.n_rows <= self._intervals.evaluation_rows
+            self._keep_if_best(step, score if sampled else self._score(self._intervals.evaluation_rows))
 
     def _score(self, max_rows: int | None) -> HeldoutScore:
         assert self._heldout is not None

@@ -6,7 +6,7 @@ Nothing here, nor what it imports, needs torch: ``pipeline train --help`` is qui
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -47,6 +47,15 @@ class SparseConnection(Settings):
 
 AnyConnection = Annotated[NoConnection | SparseConnection, Field(discriminator="kind")]
 """Settings of the sparse-connection loss, told apart by ``kind``."""
+
+
+class Intervals(NamedTuple):
+    """How often a run is logged and scored, in steps."""
+
+    log_every: int
+    evaluate_every: int
+    evaluation_rows: int
+    """Held-out rows of a score before the end."""
 
 
 class TrainSettings(Settings):
@@ -146,12 +155,14 @@ class TrainSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; auto is bfloat16 where the device has instructions for it."""
 
-    log_every: Quantity = Field(default=50, ge=1)
-    """Steps between lines of training losses in metrics.jsonl."""
-    evaluate_every: Quantity = Field(default=1000, ge=1)
-    """Steps between scores on held-out rows; there is always one at the end, over all of them."""
+    log_every: Quantity | None = Field(default=None, ge=1)
+    """Steps between lines of training losses in metrics.jsonl; by default a thirtieth of all, at most 50."""
+    evaluate_every: Quantity | None = Field(default=None, ge=1)
+    """Steps between scores on held-out rows; by default a tenth of all, at most 1000. There is always one at the end,
+    over all of them."""
     evaluation_rows: Quantity = Field(default=65_536, ge=1)
-    """Held-out rows used before the end."""
+    """Held-out rows used before the end, at most. Where evaluate_every is not given they are a 1000th of the rows
+    trained on, at least 1024: all scores together cost little."""
     dead_after_steps: Quantity = Field(default=1000, ge=1)
     """Steps without firing after which a feature counts as dead, for the training log and for auxiliary."""
     feature_sampling_window: Quantity = Field(default=2000, ge=1)
@@ -193,6 +204,15 @@ class TrainSettings(Settings):
         if self.rows is not None:
             return -(-self.rows // min(self.batch_rows, n_rows))
         return max(1, round((self.epochs or 1) * n_steps_per_epoch))
+
+    def intervals(self, n_steps: int) -> Intervals:
+        """Return how often a run of ``n_steps`` is logged and scored."""
+        affordable = max(1024, n_steps * self.batch_rows // 1000)
+        return Intervals(
+            self.log_every or min(50, max(1, n_steps // 30)),
+            self.evaluate_every or min(1000, max(1, n_steps // 10)),
+            min(self.evaluation_rows, affordable) if self.evaluate_every is None else self.evaluation_rows,
+        )
 
     def build_schedule(self, n_steps: int) -> Schedule:
         """Return the learning-rate schedule of a run of ``n_steps``."""

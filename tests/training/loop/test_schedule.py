@@ -64,3 +64,19 @@ def test_all_problems_of_the_settings_are_reported_at_once() -> None:
 def test_two_settings_for_one_thing_are_refused(values: dict[str, object], clash: str) -> None:
     with pytest.raises(SettingsError, match=clash):
         TrainSettings.read(values)
+
+
+@pytest.mark.parametrize(
+    ("given", "n_steps", "expected"),
+    [
+        ({}, 146, (4, 14, 1024)),
+        ({}, 100_000, (50, 1000, 65_536)),
+        ({}, 3, (1, 1, 1024)),
+        ({"log_every": 7, "evaluate_every": 30}, 146, (7, 30, 65_536)),
+        ({"evaluation_rows": 500}, 146, (4, 14, 500)),
+    ],
+)
+def test_a_run_is_scored_ten_times_and_logged_thirty_times_at_least(
+    given: dict[str, int], n_steps: int, expected: tuple[int, int, int]
+) -> None:
+    assert TrainSettings.read(given).intervals(n_steps) == expected
