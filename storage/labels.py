@@ -10,6 +10,7 @@ when that was last changed, and is refused if it has been changed since.
 
 from __future__ import annotations
 
+import getpass
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -218,6 +219,14 @@ def _locked(tables: Path) -> Iterator[None]:
         yield
     finally:
         lock.take_back()
+
+
+def login() -> str:
+    """Return the name under which edits of this machine's user are kept."""
+    try:
+        return getpass.getuser()[: MOST_CHARACTERS["author"]]
+    except (KeyError, OSError):  # a user without a name, as in a container
+        return "unknown"
 
 
 def as_json(label: Label) -> dict[str, Any]:

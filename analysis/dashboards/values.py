@@ -59,6 +59,11 @@ def visible_token(text: str) -> str:
     return text if text.isprintable() else "".join(_visible_character(character) for character in text)
 
 
+def visible_text(text: str) -> str:
+    """Return ``text`` with a visible sign for every character but spaces and the ends of its lines."""
+    return "\n".join("".join(map(_visible_character, line)) for line in text.split("\n"))
+
+
 def _visible_character(character: str) -> str:
     """Return a character, its sign, or its code if it is not printable: a control, format, separator or unassigned."""
     if character.isprintable():

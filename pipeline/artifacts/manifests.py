@@ -88,6 +88,9 @@ class DashboardManifest(DerivedManifest):
     of_kind = "dashboard"
 
     site: Site
+    """Of the first, if it shows several."""
+    sites: dict[str, Site] = Field(default_factory=dict)
+    """Of a site over several tables, by name."""
     n_features: int
 
 

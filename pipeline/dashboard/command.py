@@ -14,19 +14,26 @@ from tailrace.pipeline.shared.sections import SectionCommand
 
 
 @click.command("dashboard", cls=SectionCommand)
-@click.argument("tables", type=options.ARTIFACT)
+@click.argument("tables", metavar="TABLES...", nargs=-1, required=True, type=options.ARTIFACT)
 @options.out
 @settings_options(DashboardSettings)
 @options.as_json
 @options.quiet
-def command(tables: Path, output: Path, config: Path | None, as_json: bool, quiet: bool, **given: Any) -> None:
+def command(
+    tables: tuple[Path, ...], output: Path, config: Path | None, as_json: bool, quiet: bool, **given: Any
+) -> None:
     """Write a static site of TABLES' features: a list to sort, search and filter, and a page for each.
 
     \b
     pipeline dashboard tables/gpt2-l8 --out dashboards/gpt2-l8
     pipeline dashboard tables/gpt2-l8 --feature 89,100-200 --out dashboards/some
 
-    Of a folder of tables, each gets a site under its own name, and features are chosen as layer8:89.
+    Of several tables, or a folder of them, the site has a switch for layer and run, and features are chosen as
+    layer8:89:
+
+    \b
+    pipeline dashboard tables/smollm2 --out dashboards/smollm2
+    pipeline dashboard tables/k16 tables/k32 --out dashboards/both
 
     It opens from disk: no server, no network. Copy the folder to share it. A link to one feature ends in
     index.html#feature=89.
@@ -35,12 +42,9 @@ def command(tables: Path, output: Path, config: Path | None, as_json: bool, quie
 
     from tailrace.pipeline.dashboard import stage as dashboard
 
-    results = dashboard.run_each(settings, tables=tables, output=output, quiet=quiet)
+    result = dashboard.run(settings, tables=tables, output=output, quiet=quiet)
     if as_json:
-        options.echo_made(*(result.page.parent for result in results))
-        return
-    for result in results:
-        if quiet:
-            continue
+        options.echo_made(result.path)
+    elif not quiet:
         size = f"{result.n_bytes / 1e6:.1f} MB in {result.n_files:,} files"
         click.echo(f"{result.page}: {result.n_features:,} features, {size}; open it in a browser")

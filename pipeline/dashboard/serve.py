@@ -1,16 +1,23 @@
 """``pipeline serve``: a dashboard over HTTP, published or made from tables as it is looked at.
 
 Opening a published site from disk needs no server. This is for tables so large that writing all pages is not worth it,
-and for looking from another machine. Read-only, and only names that belong to the site are answered.
+for looking from another machine, and for what a site on disk cannot do: to edit labels and to try texts.
+
+Only names that belong to the site are answered. A page may edit and try if it was loaded from this machine: then it
+has a secret of this run of the server, which no page of another site can read. A request has to bring it, and to come
+from a page of this server.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import mimetypes
 import re
+import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,12 +26,16 @@ from urllib.parse import unquote, urlsplit
 
 from tailrace.analysis.dashboards.feature_tables import KIND as TABLES
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.artifacts.manifests import DashboardManifest
+from tailrace.pipeline.dashboard.answers import MOST_BYTES, Answers, TriedTexts
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
+from tailrace.pipeline.dashboard.sites import SITES, index_page, open_tables, sites_file
 from tailrace.pipeline.dashboard.stage import KIND, site_files
 from tailrace.storage.artifact import published_kind
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
+from tailrace.storage.labels import Label, login, read_labels
 from tailrace.storage.names import inside
 
 PAGES_KEPT = 64
@@ -32,11 +43,19 @@ PAGES_KEPT = 64
 
 logger = logging.getLogger(__name__)
 
-_DATA = re.compile(r"data/([a-z0-9-]+)\.js")
+TOKEN_HEADER = "X-Tailrace-Token"
+SERVED_FILES = {f"served/{path.name}": path for path in sorted((Path(__file__).parent / "served").iterdir())}
+"""Files of pages that a server has beside those of the site."""
+_LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
+
+_DATA = re.compile(r"data/(?:([^/]+)/)?([a-z0-9-]+)\.js")
 
 
 class ServedSite(ABC):
     """Files of a site by name."""
+
+    answers: Answers | None = None
+    """What pages may ask for beside files; None if nothing."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
@@ -62,49 +81,83 @@ class PublishedSite(ServedSite):
 
 
 class TablesSite(ServedSite):
-    """The same site made from tables on demand; the list of features is made at once."""
+    """The same site made from tables on demand, with labels as they are now; a list of features is made once."""
 
-    def __init__(self, path: Path) -> None:
-        tables = FeatureTables(path)
-        self._data = SiteData(tables, range(tables.n_features), DashboardSettings().window)
+    def __init__(self, paths: Sequence[Path], tried: TriedTexts | None = None) -> None:
+        self._parts = {key: _Part(tables) for key, tables in open_tables(paths).items()}
         self._own = site_files()
-        self._names = set(self._data.names())
-        self._index = self._data.index()
-        self._pages = functools.lru_cache(PAGES_KEPT)(self._make)
+        self.answers = Answers({key: part.tables.path for key, part in self._parts.items()}, login(), tried)
 
     def read(self, name: str) -> bytes | None:
         """Return the bytes of one of the site's own files, or of a data file, made now if it was not lately."""
+        tables = {key: part.tables for key, part in self._parts.items()}
+        if name == "index.html":
+            return index_page(tables)
+        if name == SITES and "" not in tables:
+            return sites_file(tables)
         if name in self._own:
             return self._own[name].read_bytes()
         match = _DATA.fullmatch(name)
-        if match is None:
-            return None
-        if match[1] == INDEX:
-            return self._index
-        return self._pages(match[1]) if match[1] in self._names else None
+        part = self._parts.get(match[1] or "") if match else None
+        return part.read(match[2]) if match and part is not None else None
+
+
+class _Part:
+    """The data files of one of a site's tables."""
+
+    def __init__(self, tables: FeatureTables) -> None:
+        self.tables = tables
+        self._data = SiteData(tables, range(tables.n_features), DashboardSettings().window)
+        self._names = set(self._data.names())
+        self._labels: Mapping[int, Label] | None = None
+        self._index = b""
+        self._pages = functools.lru_cache(PAGES_KEPT)(self._make)
+
+    def read(self, name: str) -> bytes | None:
+        """Return the bytes of a file by its name without folder and ending; None if there is none."""
+        if name == INDEX:
+            return self._list()
+        return self._pages(name) if name in self._names else None
+
+    def _list(self) -> bytes:
+        """Return the file of the list, made again if labels have changed since."""
+        if (labels := read_labels(self.tables.path)) != self._labels:
+            self._labels, self._index = labels, self._data.index(labels)
+        return self._index
 
     def _make(self, name: str) -> bytes:
         ((_, content),) = self._data.pages({name})
         return content
 
 
-def open_site(path: Path) -> ServedSite:
-    """Open the dashboard or tables at ``path``. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    kind = published_kind(path)
-    if kind not in (KIND, TABLES, None):
-        raise ArtifactMismatch(f"{path}: is of kind {kind}, which cannot be served; give a dashboard, or tables")
-    return TablesSite(path) if kind == TABLES else PublishedSite(path)
+def open_site(paths: Sequence[Path], tried: TriedTexts | None = None) -> ServedSite:
+    """Open a dashboard, or tables; a folder stands for the tables in it.
+
+    Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch.
+    """
+    paths = each_artifact(paths, TABLES)
+    kinds = {path: published_kind(path) for path in paths}
+    if len(paths) == 1 and kinds[paths[0]] in (KIND, None):
+        return PublishedSite(paths[0])
+    if other := [path for path, kind in kinds.items() if kind != TABLES]:
+        what = f"is of kind {kinds[other[0]]}" if kinds[other[0]] else "holds none"
+        raise ArtifactMismatch(f"{other[0]}: {what}, which cannot be served; give one dashboard, or tables")
+    return TablesSite(paths, tried)
 
 
-def open_server(path: Path, *, host: str = "127.0.0.1", port: int = 8000) -> ThreadingHTTPServer:
-    """Return a server of what lies at ``path``, listening; port 0 takes any that is free.
+def open_server(
+    paths: Path | Sequence[Path], *, host: str = "127.0.0.1", port: int = 8000, tried: TriedTexts | None = None
+) -> ThreadingHTTPServer:
+    """Return a server of what lies at ``paths``, listening; port 0 takes any that is free.
 
     Raises SettingsError if the address cannot be had, and what ``open_site`` raises.
     """
-    site = open_site(path)
+    site = open_site([paths] if isinstance(paths, Path) else paths, tried)
 
     class Handler(_Handler):
         served = site
+        token = secrets.token_urlsafe(32)
+        is_local = host in _LOCAL_NAMES
 
     try:
         return ThreadingHTTPServer((host, port), Handler)
@@ -115,31 +168,82 @@ def open_server(path: Path, *, host: str = "127.0.0.1", port: int = 8000) -> Thr
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD."""
+    """Answers GET and HEAD with files, and POST with what a page asks for."""
 
     served: ServedSite
+    token: str
+    is_local: bool
+    """Whether only this machine reaches the server."""
+    timeout = 60.0
     server_version = "tailrace"
     sys_version = ""
 
     def do_GET(self) -> None:
         """Send a file."""
-        self._answer(with_body=True)
+        self._send_file(with_body=True)
 
     def do_HEAD(self) -> None:
         """Send what would come before a file."""
-        self._answer(with_body=False)
+        self._send_file(with_body=False)
 
-    def _answer(self, with_body: bool) -> None:
+    def do_POST(self) -> None:
+        """Answer a page of this server."""
+        status, answer = self._answer()
+        content = json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
+        self._send(status, "application/json", content, with_body=True)
+
+    def _answer(self) -> tuple[HTTPStatus, dict[str, Any]]:
+        answers = self.served.answers
+        if answers is None or not self._is_from_here():
+            return HTTPStatus.FORBIDDEN, {"error": "this is only for pages loaded on the server's own machine"}
+        origin, token = self.headers.get("Origin", ""), self.headers.get(TOKEN_HEADER, "")
+        if origin != f"http://{self.headers['Host']}" or not secrets.compare_digest(
+            token.encode(), self.token.encode()
+        ):
+            return HTTPStatus.FORBIDDEN, {
+                "error": "the server was started anew since this page was loaded; load it again"
+            }
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit():
+            return HTTPStatus.LENGTH_REQUIRED, {"error": "the request does not say how long it is"}
+        if int(length) > MOST_BYTES:
+            return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": f"at most {MOST_BYTES:,} bytes are read"}
+        try:
+            asked = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError):
+            asked = None
+        if not isinstance(asked, dict):
+            return HTTPStatus.BAD_REQUEST, {"error": "wanted a JSON object"}
+        return answers.answer(self.path.removeprefix("/"), asked)
+
+    def _is_from_here(self) -> bool:
+        """Return whether the browser calls this server by a name of the machine itself.
+
+        A page of another site can make its own name lead here, and would then be of the same origin.
+        """
+        try:
+            return self.is_local and urlsplit(f"//{self.headers.get('Host', '')}").hostname in _LOCAL_NAMES
+        except ValueError:
+            return False
+
+    def _send_file(self, with_body: bool) -> None:
         name = unquote(urlsplit(self.path).path).removeprefix("/") or "index.html"
-        content = self.served.read(name)
+        content = SERVED_FILES[name].read_bytes() if name in SERVED_FILES else self.served.read(name)
         if content is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
+        if name == "index.html" and self.served.answers is not None and self._is_from_here():
+            content = content.replace(b"</head>", _head(self.token) + b"</head>", 1)
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8" if kind.startswith("text/") else kind)
+        self._send(HTTPStatus.OK, f"{kind}; charset=utf-8" if kind.startswith("text/") else kind, content, with_body)
+
+    def _send(self, status: HTTPStatus, kind: str, content: bytes, with_body: bool) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Frame-Options", "SAMEORIGIN")  # or another site could lay its own buttons over ours
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")  # a script of data is for its own pages
         self.send_header("Cache-Control", "no-cache")  # another site may be served here next
         self.end_headers()
         if with_body:
@@ -148,3 +252,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
         """Log to our logger: requests are of interest to nobody by default."""
         logger.info("%s %s", self.address_string(), format % arguments)
+
+
+def _head(token: str) -> bytes:
+    """Return what a page needs to edit labels and to try texts."""
+    scripts = [f'<script defer src="{name}"></script>' for name in SERVED_FILES if name.endswith(".js")]
+    styles = [f'<link rel="stylesheet" href="{name}">' for name in SERVED_FILES if name.endswith(".css")]
+    return "\n".join([f'<meta name="token" content="{token}">', *styles, *scripts, ""]).encode()

@@ -12,14 +12,16 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
 from tailrace.analysis.dashboards.feature_index import feature_index
 from tailrace.analysis.dashboards.feature_pages import FeaturePages
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
-from tailrace.analysis.dashboards.values import Vocabulary, rounded
+from tailrace.analysis.dashboards.values import Vocabulary, rounded, visible_text
+from tailrace.storage.labels import Label
 
 FEATURES_PER_FILE = 32
 """Features whose pages share a file; see docs/guides/dashboard.md for the measurement."""
@@ -40,9 +42,13 @@ class SiteData:
         """``features`` are sorted; ``window`` is the number of tokens shown on each side of an example."""
         self._tables, self._features, self._window = tables, features, window
 
-    def index(self) -> bytes:
-        """Return the file of the list."""
-        return pack(INDEX, {"about": self._about(), **feature_index(self._tables, self._features)})
+    def index(self, labels: Mapping[int, Label]) -> bytes:
+        """Return the file of the list, with what is said of its features in ``labels``."""
+        return pack(INDEX, {**self._index, **_label_columns(self._features, labels)})
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        return {"about": self._about(), **feature_index(self._tables, self._features)}
 
     def names(self) -> list[str]:
         """Return the names of the files of pages, in the order of features."""
@@ -82,6 +88,18 @@ class SiteData:
             "n_bands": self._tables.n_bands,
             "version": version("tailrace"),
         }
+
+
+def _label_columns(features: Sequence[int], labels: Mapping[int, Label]) -> dict[str, Any]:
+    """Return label, note and star of each feature, empty for most; nothing where none has any."""
+    own = [labels.get(feature, Label(feature)) for feature in features]
+    if all(one.is_empty for one in own):
+        return {}
+    return {
+        "label": [visible_text(one.label) for one in own],
+        "note": [visible_text(one.note) for one in own],
+        "starred": [int(one.starred) for one in own],
+    }
 
 
 def file_name(first: int) -> str:

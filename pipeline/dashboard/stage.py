@@ -7,34 +7,27 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
-from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.pipeline.artifacts.manifests import DashboardManifest
+from tailrace.pipeline.dashboard import sites
 from tailrace.pipeline.dashboard.blind import write_blind_page
-from tailrace.pipeline.dashboard.feature_selection import parse_features, parse_layer_features
+from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
 from tailrace.pipeline.shared.pages import COLOURS, TOOLTIP
 from tailrace.pipeline.shared.stage import Made, publish_stage
-from tailrace.storage.artifact import (
-    MANIFEST,
-    REQUEST,
-    canonical_json,
-    make_directory,
-    write_atomically,
-)
-from tailrace.storage.errors import ArtifactMismatch
-from tailrace.storage.formats import TABLES_KIND
+from tailrace.storage.artifact import canonical_json, make_directory, write_atomically
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.labels import Label, labels_digest, read_labels
 
 KIND = DashboardManifest.of_kind
-SITE = Path(__file__).parent / "site"
-"""The site's own page, styles and scripts."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,50 +47,66 @@ class DashboardResult:
         return self.path / "index.html"
 
 
-def run(settings: DashboardSettings, *, tables: Path, output: Path, quiet: bool = False) -> DashboardResult:
+def run(
+    settings: DashboardSettings, *, tables: Path | Sequence[Path], output: Path, quiet: bool = False
+) -> DashboardResult:
     """Publish the site of ``tables`` at ``output``; return at once if it is there already.
 
-    A run that was interrupted continues with the pages that are missing. Raises ArtifactMissing, ArtifactIncomplete or
-    ArtifactMismatch for what is no tables artifact or another site at ``output``, SettingsError for features that do
-    not exist, StorageFull.
+    A folder stands for the tables in it. Of several, features are chosen as ``layer8:89``, and tables of which none is
+    chosen are left out. A run that was interrupted continues with the pages that are missing. Raises ArtifactMissing,
+    ArtifactIncomplete or ArtifactMismatch for what is no tables artifact or another site at ``output``, SettingsError
+    for features that do not exist and for tables of different models, StorageFull.
     """
-    opened = FeatureTables(tables)
-    features = sorted(parse_features(settings.feature, opened.n_features)) or list(range(opened.n_features))
-    inputs = {"tables": {"digest": opened.manifest.digest}}
+    opened = sites.open_tables([tables] if isinstance(tables, Path) else tables)
+    parts = _parts(settings, opened)
+    names = {key: part.tables.manifest.site.name if len(opened) == 1 else key for key, part in parts.items()}
+    digests = {key: {"digest": part.tables.manifest.digest} for key, part in parts.items()}
+    inputs: dict[str, Any] = {"tables": digests[""] if "" in parts else digests}
+    if labelled := {names[key]: labels_digest(part.labels) for key, part in parts.items() if part.labels}:
+        inputs["labels"] = labelled
 
     def make(path: Path) -> Made:
-        write = _write_blind if settings.blind else _write_site
-        files = write(opened, features, settings, path, quiet)
-        of = {"model": opened.manifest.model, "site": opened.manifest.site.as_json()}
-        return Made({**of, "n_features": len(features)}, files, ("tailrace", "pyarrow"))
+        files = (_write_blind if settings.blind else _write_site)(parts, settings, path, quiet)
+        first = next(iter(parts.values())).tables.manifest
+        several = {key: part.tables.manifest.site.as_json() for key, part in parts.items()}
+        record = {
+            "model": first.model,
+            "site": first.site.as_json(),
+            **({} if "" in parts else {"sites": several}),
+            "n_features": sum(len(part.features) for part in parts.values()),
+        }
+        return Made(record, files, ("tailrace", "pyarrow"))
 
     publish_stage(output, KIND, {"settings": settings.model_dump(mode="json"), "inputs": inputs}, make)
     return read_result(output)
 
 
-def run_each(
-    settings: DashboardSettings, *, tables: Path, output: Path, quiet: bool = False
-) -> Iterator[DashboardResult]:
-    """Publish the site of ``tables``; of a folder of tables, a site for each at ``output/<its name>``.
+@dataclass(frozen=True)
+class _Part:
+    """What a site shows of some tables."""
 
-    Features of several are chosen as ``layer8:89``, and those of which none is chosen get no site. The errors are those
-    of ``run``, and ArtifactMismatch if something else lies at ``output``.
-    """
-    inside = artifacts_inside(tables, TABLES_KIND)
-    if not inside:
-        yield run(settings, tables=tables, output=output, quiet=quiet)
-        return
-    if (output / REQUEST).exists() or (output / MANIFEST).exists():
-        raise ArtifactMismatch(
-            f"{output}: holds an artifact already; of a folder of tables, --out is a folder that gets a site for each. "
-            "Choose another"
+    tables: FeatureTables
+    features: list[int]
+    """Sorted."""
+    labels: Mapping[int, Label]
+    """Of these features."""
+
+
+def _parts(settings: DashboardSettings, opened: Mapping[str, FeatureTables]) -> dict[str, _Part]:
+    """Return what is shown, by its name in the address. Raises SettingsError."""
+    if settings.blind and len(opened) > 1:
+        raise SettingsError("--blind: pages without numbers are of one dictionary's features; give its tables alone")
+    # a site of one has no name, and there its features need none
+    chosen = parse_layer_features(settings.feature, {key: one.n_features for key, one in opened.items()})
+    parts = {}
+    for index, (key, tables) in enumerate(opened.items()):
+        features = (
+            sorted(feature for at, feature in chosen if at == index) if chosen else list(range(tables.n_features))
         )
-    chosen = parse_layer_features(settings.feature, {one.name: FeatureTables(one).n_features for one in inside})
-    for index, one in enumerate(inside):
-        own = tuple(str(feature) for layer, feature in chosen if layer == index)
-        if own or not chosen:
-            part = settings.model_copy(update={"feature": own})
-            yield run(part, tables=one, output=output / one.name, quiet=quiet)
+        if features:
+            there = {} if settings.blind else read_labels(tables.path)
+            parts[key] = _Part(tables, features, {one: there[one] for one in features if one in there})
+    return parts
 
 
 def read_result(path: Path) -> DashboardResult:
@@ -107,43 +116,50 @@ def read_result(path: Path) -> DashboardResult:
     return DashboardResult(path, manifest.n_features, len(files), sum(file.bytes for file in files))
 
 
-def _write_site(
-    tables: FeatureTables, features: list[int], settings: DashboardSettings, output: Path, quiet: bool
-) -> list[str]:
+def _write_site(parts: Mapping[str, _Part], settings: DashboardSettings, output: Path, quiet: bool) -> list[str]:
     """Write everything that is not there yet; return the names of all files."""
-    data = SiteData(tables, features, settings.window)
-    names = [f"data/{name}.js" for name in data.names()]
+    tables = {key: part.tables for key, part in parts.items()}
+    names = []
     for folder in ("data", "site"):
         make_directory(output / folder)
-    own = _write_own_files(output)
+    for name, path in site_files().items():
+        content = sites.index_page(tables) if name == "index.html" else path.read_bytes()
+        write_atomically(output / name, content)
+        names.append(name)
+    if "" not in parts:
+        write_atomically(output / sites.SITES, sites.sites_file(tables))
+        names.append(sites.SITES)
+    with tqdm(desc="dashboard", unit="file", total=0, disable=quiet or None) as bar:
+        for key, part in parts.items():
+            names += _write_data(part, settings, output, f"data/{key}".rstrip("/"), bar)
+    return names
+
+
+def _write_data(part: _Part, settings: DashboardSettings, output: Path, folder: str, bar: Any) -> list[str]:
+    """Write the data of some tables; return the names of the files."""
+    data = SiteData(part.tables, part.features, settings.window)
+    make_directory(output / folder)
+    names = [f"{folder}/{name}.js" for name in data.names()]
     missing = {Path(name).stem for name in names if not (output / name).exists()}
     logger.info("writing %d of %d files of pages", len(missing), len(names))
-    with tqdm(total=len(missing), desc="dashboard", unit="file", disable=quiet or None) as bar:
-        for name, content in data.pages(missing):
-            write_atomically(output / "data" / f"{name}.js", content)
-            bar.update()
-    write_atomically(output / "data" / f"{INDEX}.js", data.index())
-    return [*own, *names, f"data/{INDEX}.js"]
-
-
-def _write_own_files(output: Path) -> list[str]:
-    """Copy the site's page, styles and scripts; return their names."""
-    for name, path in site_files().items():
-        write_atomically(output / name, path.read_bytes())
-    return list(site_files())
+    bar.total += len(missing)
+    for name, content in data.pages(missing):
+        write_atomically(output / folder / f"{name}.js", content)
+        bar.update()
+    write_atomically(output / folder / f"{INDEX}.js", data.index(part.labels))
+    return [*names, f"{folder}/{INDEX}.js"]
 
 
 def site_files() -> dict[str, Path]:
     """Return the files that are the same in every site, by their names there."""
-    paths = sorted([*SITE.iterdir(), COLOURS, TOOLTIP], key=lambda path: path.name)
+    paths = sorted([*sites.SITE.iterdir(), COLOURS, TOOLTIP], key=lambda path: path.name)
     return {"index.html" if path.suffix == ".html" else f"site/{path.name}": path for path in paths}
 
 
-def _write_blind(
-    tables: FeatureTables, features: list[int], settings: DashboardSettings, output: Path, quiet: bool
-) -> list[str]:
+def _write_blind(parts: Mapping[str, _Part], settings: DashboardSettings, output: Path, quiet: bool) -> list[str]:
     """Write a page per feature in an order of the seed, a list of them, and the key; return the names of all files."""
-    order = list(features)
+    (part,) = parts.values()
+    tables, order = part.tables, list(part.features)
     random.Random(f"blind dashboard {settings.seed}").shuffle(order)
     names = []
     for item, feature in enumerate(tqdm(order, desc="dashboard", unit="page", disable=quiet or None), start=1):

@@ -6,7 +6,6 @@ Of a folder of tables, such as those of every layer, the labels of all; each row
 from __future__ import annotations
 
 import csv
-import getpass
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from tailrace.storage.labels import (
     LabelEdit,
     as_json,
     edit_labels,
+    login,
     owner_of,
     read_labels,
 )
@@ -57,14 +57,6 @@ class Imported:
 def layers_of(tables: Path) -> list[Path]:
     """Return ``tables``; of a folder that holds some, these."""
     return artifacts_inside(tables, TABLES_KIND) or [tables]
-
-
-def login() -> str:
-    """Return the name under which edits of this machine's user are kept."""
-    try:
-        return getpass.getuser()[: MOST_CHARACTERS["author"]]
-    except (KeyError, OSError):  # a user without a name, as in a container
-        return "unknown"
 
 
 def run(

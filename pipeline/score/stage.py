@@ -28,6 +28,7 @@ from tailrace.pipeline.model.language_model import LanguageModel, SiteHooks
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.errors import SettingsError, TextError
+from tailrace.storage.labels import read_labels
 from tailrace.storage.tables import read_schema, read_table
 from tailrace.storage.token_text import join_characters
 
@@ -128,6 +129,7 @@ def run(
     known = open_tables(tables, dict(enumerate(layers)))
     with compute.opened() as device:
         language_model = open_transcoder_model([one.path for one in given], model=model, device=compute.device_name)
+<<<<<<< HEAD
         length = _context_length(context_length, language_model)
         hooks = [layer.site.hook_in for layer in layers]
         learnt = LearntTokens(layers, language_model)
@@ -138,6 +140,10 @@ def run(
                 "which); give longer texts"
             )
         scores = _score(read, layers, asked, raw, top, name, device)
+=======
+        scorer = Scorer(transcoder.name, layers, language_model, device, context_length)
+        scores = scorer.score(texts, asked, raw=raw, top=top)
+>>>>>>> b527cc1 (dashboard: one site over several layers and runs; labels show, and serve edits them)
     mentioned = {feature for text in scores.texts for row in text.strongest for feature, _ in row}
     mentioned.update(scores.features)
     start = 0
@@ -148,7 +154,46 @@ def run(
     return scores
 
 
+<<<<<<< HEAD
 def layer_sizes(transcoder: Path | Sequence[Path]) -> dict[str, int]:
+=======
+class Scorer:
+    """A language model with layers of transcoders, opened once to score any number of texts.
+
+    Raises SettingsError for a length of contexts that the model cannot have.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[TranscoderLayer],
+        model: LanguageModel,
+        device: torch.device,
+        context_length: int | None = None,
+    ) -> None:
+        self._name, self._layers, self._model, self._device = name, layers, model, device
+        self._length = _context_length(context_length, model)
+        self._learnt = LearntTokens(layers, model)
+
+    def score(
+        self, texts: Sequence[str], asked: Sequence[tuple[int, int]], *, raw: bool = False, top: int = 5
+    ) -> Scores:
+        """Return the scores of ``texts`` with features (layer, index), or with the ``top`` strongest if none is asked.
+
+        Raises TextError for a text without a token, and for texts with none that the transcoders have learnt.
+        """
+        hooks = [layer.site.hook_in for layer in self._layers]
+        read = [_read(text, self._model, hooks, self._length, self._learnt) for text in texts]
+        if not any(text.is_scored.any() for text in read):
+            raise TextError(
+                f"no token of the texts is of a kind that {self._name} has learnt from (its manifest's `packing` says "
+                "which); give longer texts"
+            )
+        return _score(read, self._layers, asked, raw, top, self._name, self._device)
+
+
+def layer_sizes(transcoder: Path) -> dict[str, int]:
+>>>>>>> b527cc1 (dashboard: one site over several layers and runs; labels show, and serve edits them)
     """Return the number of features by site, of a transcoder or of several. Raises SettingsError, ArtifactError."""
     return {site: layer.d_sae for site, layer in layers_by_site(open_transcoders(transcoder)).items()}
 
@@ -261,7 +306,8 @@ def _about(tables: Path, features: set[int], start: int, d_sae: int) -> dict[int
     there = [name for name in _NOTED if name in read_schema(file).names]
     own = sorted(feature - start for feature in features if start <= feature < start + d_sae)
     rows = read_table(file, ["feature", *there], pc.field("feature").isin(own)).to_pylist()
-    return {start + row.pop("feature"): row for row in rows}
+    labels = {feature: {"label": one.label} for feature, one in read_labels(tables).items() if one.label}
+    return {start + (feature := row.pop("feature")): {**labels.get(feature, {}), **row} for row in rows}
 
 
 def read_texts(arguments: Sequence[str], files: Sequence[Path]) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tailrace.analysis.dashboards.values import visible_token
+from tailrace.analysis.dashboards.values import visible_text, visible_token
 from tailrace.pipeline.score.stage import ScoredText, Scores
 
 _BAR = 24
@@ -42,7 +42,7 @@ def as_json(scores: Scores) -> dict[str, Any]:
 def feature_note(scores: Scores, feature: int) -> str:
     """Return in a few words what the tables say of a feature; empty without tables."""
     about = scores.about.get(feature, {})
-    notes = []
+    notes = [visible_text(label)] if (label := about.get("label")) else []
     if (frequency := about.get("frequency")) is not None:
         notes.append(f"active on {frequency:.2%}")
     if (largest := about.get("max")) is not None:

@@ -145,11 +145,12 @@ def test_commands_about_tables(made: Path, tmp_path: Path, capsys: pytest.Captur
     tables, several = made / "tables" / form, form != "one"
     feature = "layer1:3" if several else "3"
     ran(capsys, "dashboard", tables, "--out", tmp_path / "dashboard", "--feature", feature)
-    assert (tmp_path / "dashboard" / ("layer1" if several else "") / "index.html").exists()
+    data = tmp_path / "dashboard" / "data" / ("layer1" if several else "")
+    assert (data / "features-000000.js").exists()
     if several:
-        assert not (tmp_path / "dashboard" / "layer0").exists()
+        assert not (data.parent / "layer0").exists()
         ran(capsys, "dashboard", tables, "--out", tmp_path / "all")
-        assert sorted(one.name for one in (tmp_path / "all").iterdir()) == list(NAMES)
+        assert sorted(one.name for one in (tmp_path / "all" / "data").iterdir()) == [*NAMES, "sites.js"]
     answer = json.loads(
         ran(capsys, "query", "--saved", "densest", "--set", "n=3", "--format", "json", "--tables", tables).out
     )

@@ -23,8 +23,9 @@ const Data = (() => {
   function script(name) {
     return new Promise((resolve, reject) => {
       waiting.set(name, { resolve });
-      const missing = new Error(`The file data/${name}.js is not there. Copy the whole folder of the dashboard, or make it again.`);
-      const element = Elements.html("script", { src: `data/${name}.js`, onerror: () => reject(missing) });
+      const path = `data/${Sites.folder()}${name}.js`;
+      const missing = new Error(`The file ${path} is not there. Copy the whole folder of the dashboard, or make it again.`);
+      const element = Elements.html("script", { src: path, onerror: () => reject(missing) });
       document.head.append(element);
     });
   }

@@ -16,6 +16,7 @@ const Feature = (() => {
           Weights.nearest(record.nearest), Weights.coactive(record.coactive), positions(record), Weights.later(record.connections),
         ]))),
       ...present([Weights.heads(record.connections, texts)]));
+    root.dispatchEvent(new CustomEvent("drawn", { detail: { feature, record } }));
     root.hidden = false;
     window.scrollTo(0, 0);
     heading.focus({ preventScroll: true });
@@ -26,7 +27,7 @@ const Feature = (() => {
   function navigation(feature) {
     const [before, after] = List.neighbours(feature);
     const list = List.address();
-    return html("nav", { "aria-label": "Features" },
+    return html("nav", { "aria-label": "Features" }, Sites.control(),
       html("a", { href: list ? `#${list}` : "#", class: "back" }, "← all features"),
       html("span", { class: "step" }, before === null ? null : html("a", { href: Route.to(before), rel: "prev" }, `‹ ${before}`),
         after === null ? null : html("a", { href: Route.to(after), rel: "next" }, `${after} ›`)));

@@ -48,7 +48,7 @@ const List = (() => {
       `L0 ${Text.number(layer.l0_mean)}`, layer.fvu === null ? null : `FVU ${Text.number(layer.fvu)}`,
       `${Text.count(layer.n_dead)} dead`, `${Text.count(layer.n_dense)} dense`, about.hooks.join(" → "),
     ];
-    return html("header", { class: "masthead" },
+    return html("header", { class: "masthead" }, Sites.control(),
       html("h1", {}, about.model, html("span", { class: "quiet" }, ` ${about.site}`)),
       html("p", { class: "facts" }, facts.filter(Boolean).map((fact) => html("span", {}, fact))));
   }
@@ -198,5 +198,11 @@ const List = (() => {
 
   const address = () => Selection.format(chosen);
 
-  return { open, show, neighbours, tokensOf, address };
+  /** Draw the list again after the index has changed. */
+  function redraw() {
+    texts = null;
+    choose(chosen, false);
+  }
+
+  return { open, show, neighbours, tokensOf, address, redraw };
 })();

@@ -15,6 +15,8 @@ import torch
 
 from tailrace.analysis import text_scores
 from tailrace.pipeline import cli
+from tailrace.pipeline.dashboard.answers import Answers, TriedTexts
+from tailrace.pipeline.model import of_transcoders
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.score import pictures as score_pictures
 from tailrace.pipeline.score import stage as score
@@ -181,6 +183,25 @@ def test_tables_tell_what_is_known_of_a_feature(transcoder: Path, tmp_path: Path
     assert "feature 7: active on 25.00%, at most 2, top token 'top7', promotes 'up7' 'b'" in show(scores)
     with pytest.raises(ArtifactMismatch, match="made from a transcoder that was not given"):
         run(transcoder, features=[7], tables=[tables_of(tmp_path / "others", transcoder, "sha256:0")])
+
+
+def test_a_text_tried_on_a_page_has_the_activations_of_a_score_and_opens_the_model_once(
+    transcoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = tables_of(tmp_path / "tables", transcoder)
+    opened = []
+    own = of_transcoders.open_transcoder_model
+    monkeypatch.setattr(of_transcoders, "open_transcoder_model", lambda *one, **by: opened.append(1) or own(*one, **by))
+    tried = TriedTexts([transcoder], model=str(model_folder()), compute=Compute(threads=1, quiet=True))
+    expected = run(transcoder, features=[7]).texts[0]
+    page = Answers({"": tables}, "ann", tried)
+    answers = [page.answer("try", {"at": "", "feature": 7, "text": text()})[1] for _ in range(2)]
+    assert [answer["tokens"] for answer in answers] == [expected.tokens] * 2
+    assert [answer["values"] for answer in answers] == [[None, *expected.values[1:, 0].tolist()]] * 2
+    assert len(opened) == 1
+    other = tables_of(tmp_path / "others", transcoder, "sha256:0")
+    status, answer = Answers({"": other}, "ann", tried).answer("try", {"at": "", "feature": 7, "text": text()})
+    assert (status, "give `pipeline serve` the path of the right one" in answer["error"]) == (400, True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""What a page of a served site asks for beside its files: to read and edit a label, and to try a text.
+
+A request and its answer are JSON objects. Labels are edited by the version that the page showed, so that of two people
+who edit the same the second is told. A text is read by the language model, which is opened when the first is tried.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailrace.analysis.dashboards.values import visible_token
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, LabelConflict, SettingsError, TextError
+from tailrace.storage.labels import Label, LabelEdit, as_json, edit_labels, owner_of, read_labels
+from tailrace.storage.tables import TablesManifest
+
+if TYPE_CHECKING:
+    from tailrace.pipeline.score.stage import Scorer
+
+JSON = dict[str, Any]
+MOST_BYTES = 1 << 18
+"""Of a request: the longest note fits in any script."""
+MOST_CHARACTERS = 10_000
+"""Of a text that is tried: some seconds of the model."""
+
+
+class TriedTexts:
+    """Transcoders whose features are asked about texts, with their language model."""
+
+    def __init__(self, transcoders: Sequence[Path], *, model: str | None, compute: Compute) -> None:
+        self._transcoders, self._model_path, self._compute = transcoders, model, compute
+        self._lock = threading.Lock()
+        """Held while the model runs: its threads and memory are for one text at a time."""
+        self._scorers: dict[Path, Scorer] = {}
+
+    def activations(self, tables: Path, feature: int, text: str) -> JSON:
+        """Return the tokens of a text with the activations of a feature of ``tables``, None where it is not scored.
+
+        Raises ArtifactMismatch if the tables are of none of the transcoders, TextError, ModelError.
+        """
+        with self._lock, self._compute.opened() as device:
+            if tables not in self._scorers:
+                self._scorers[tables] = self._open(tables, device)
+            (scored,) = self._scorers[tables].score([text], [(0, feature)]).texts
+        values = scored.values[:, 0].tolist()
+        return {
+            "tokens": [visible_token(token) for token in scored.tokens],
+            "values": [None if math.isnan(value) else value for value in values],
+        }
+
+    def _open(self, tables: Path, device: Any) -> Scorer:
+        from tailrace.pipeline.artifacts.transcoders import layers_of, open_transcoders
+        from tailrace.pipeline.score.stage import Scorer
+
+        owner = owner_of(TablesManifest.read(tables))
+        for one in open_transcoders(self._transcoders):
+            for layer in layers_of([one]):
+                if {"transcoder": layer.digest, "site": layer.site.name} == owner:
+                    return Scorer(str(layer), [layer], self._model, device)
+        raise ArtifactMismatch(
+            f"{', '.join(map(str, self._transcoders))}: not the transcoder of {tables}; give `pipeline serve` the path "
+            "of the right one with --transcoder"
+        )
+
+    @cached_property
+    def _model(self) -> Any:
+        from tailrace.pipeline.model.of_transcoders import open_transcoder_model
+
+        return open_transcoder_model(self._transcoders, model=self._model_path, device=self._compute.device_name)
+
+
+class Answers:
+    """Answers to pages of ``tables``, by the names that they have in the site."""
+
+    def __init__(self, tables: Mapping[str, Path], author: str, tried: TriedTexts | None = None) -> None:
+        self._tables, self._author, self._tried = tables, author, tried
+        self._sizes = {at: TablesManifest.read(path).tables["features"].n_rows for at, path in tables.items()}
+        self._known: Mapping[str, Callable[[Path, int, JSON], JSON]] = {
+            "label": self._label,
+            "edit": self._edit,
+            "try": self._try,
+        }
+
+    def answer(self, name: str, asked: JSON) -> tuple[HTTPStatus, JSON]:
+        """Return the answer to a question by its name, or what is wrong with it as ``error``."""
+        try:
+            if name not in self._known:
+                raise SettingsError(f"{name}: there is no such question; the page and the server differ: load it again")
+            at, feature = _of(asked, "at", str), _of(asked, "feature", int)
+            if not 0 <= feature < self._sizes.get(at, 0):
+                raise SettingsError(f"there is no feature {feature} in {at or 'these tables'}; load the page again")
+            return HTTPStatus.OK, self._known[name](self._tables[at], feature, asked)
+        except LabelConflict as error:
+            now = self._label(self._tables[at], feature, asked)
+            return HTTPStatus.CONFLICT, {**now, "error": str(error).partition(": ")[2]}
+        except ActionableError as error:
+            return HTTPStatus.BAD_REQUEST, {"error": str(error)}
+
+    def _label(self, tables: Path, feature: int, asked: JSON) -> JSON:  # noqa: ARG002 - an answer
+        return as_json(read_labels(tables).get(feature, Label(feature)))
+
+    def _edit(self, tables: Path, feature: int, asked: JSON) -> JSON:
+        texts = [_of(asked, name, str) for name in ("label", "note")]
+        edit = LabelEdit(feature, self._author, *texts, _of(asked, "starred", bool))
+        seen = asked.get("seen")
+        try:
+            version = None if seen is None else datetime.fromisoformat(seen)
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"seen: wanted a time or null, got {seen!r}; load the page again") from error
+        ((_, after),) = edit_labels(tables, [edit], seen={feature: version}).values()
+        return as_json(after)
+
+    def _try(self, tables: Path, feature: int, asked: JSON) -> JSON:
+        text = _of(asked, "text", str)
+        if not text.strip():
+            raise TextError("the text is empty; write something")
+        if len(text) > MOST_CHARACTERS:
+            raise TextError(
+                f"the text has {len(text):,} characters, at most {MOST_CHARACTERS:,} are read here; use `pipeline "
+                "score --file` for longer ones"
+            )
+        if self._tried is None:
+            raise SettingsError(
+                "no transcoder is at hand to read texts with: start the server with its path, and where the language "
+                "model lies if it moved: pipeline serve TABLES --transcoder PATH --model PATH"
+            )
+        return self._tried.activations(tables, feature, text)
+
+
+def _of(asked: JSON, name: str, kind: type) -> Any:
+    """Return a part of a request; raise SettingsError if it is not there or of another type."""
+    value = asked.get(name)
+    if type(value) is not kind:
+        raise SettingsError(f"{name}: wanted {kind.__name__}, got {value!r}; load the page again")
+    return value

@@ -1,0 +1,73 @@
+"""One site over several tables, such as those of every layer or of several runs.
+
+Each has its data in a folder of its own, and the page that is looked at loads no other. The address says which it is:
+``index.html?at=layer3#feature=89``. What follows the # is as in a site over one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.analysis.dashboards.values import rounded
+from tailrace.pipeline.artifacts.folders import each_artifact
+from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.storage.errors import SettingsError
+from tailrace.storage.formats import TABLES_KIND
+
+SITE = Path(__file__).parent / "site"
+"""The site's own page, styles and scripts."""
+SITES = "data/sites.js"
+"""The script that lists the tables of a site of several."""
+_NO_NAME = re.compile(r"[^\w.=,+-]+")
+
+
+def open_tables(paths: Sequence[Path]) -> dict[str, FeatureTables]:
+    """Open tables, by their names in the address; those of a site of one have none. A folder stands for those in it.
+
+    Raises SettingsError for tables of different models, and the errors of opening them.
+    """
+    paths = each_artifact(paths, TABLES_KIND)
+    if len(paths) == 1:
+        return {"": FeatureTables(paths[0])}
+    names = [_NO_NAME.sub("-", path.name) for path in paths]
+    if len(set(names)) < len(names):  # those of several runs may be called alike
+        names = [_NO_NAME.sub("-", f"{path.absolute().parent.name}-{path.name}") for path in paths]
+    problems = [
+        f"{path}: is given twice, or has the name of another" for n, path in enumerate(paths) if names[n] in names[:n]
+    ]
+    opened = {name: FeatureTables(path) for name, path in zip(names, paths, strict=True)}
+    first = next(iter(opened.values()))
+    for one in opened.values():
+        if differences := list_model_differences(first.manifest.model, one.manifest.model):
+            problems.append(f"{one.path}: its model is another than that of {first.path}: {'; '.join(differences)}")
+    if problems:
+        raise SettingsError("\n".join(["one site cannot show all of these tables:", *problems]))
+    return opened
+
+
+def index_page(tables: Mapping[str, FeatureTables]) -> bytes:
+    """Return the site's page; if tables have names, it loads the list of them too."""
+    page = (SITE / "index.html").read_bytes()
+    return (
+        page.replace(b"</head>", f'<script defer src="{SITES}"></script>\n</head>'.encode())
+        if len(tables) > 1
+        else page
+    )
+
+
+def sites_file(tables: Mapping[str, FeatureTables]) -> bytes:
+    """Return the script that says which tables there are, in their order."""
+    listed = [
+        {
+            "at": key,
+            "site": one.manifest.site.name,
+            "features": one.n_features,
+            **{name: rounded(one.layer.get(name)) for name in ("l0_mean", "fvu")},
+        }
+        for key, one in tables.items()
+    ]
+    return f"window.dashboardSites = {json.dumps(listed, allow_nan=False)};\n".encode()
