@@ -129,21 +129,8 @@ def run(
     known = open_tables(tables, dict(enumerate(layers)))
     with compute.opened() as device:
         language_model = open_transcoder_model([one.path for one in given], model=model, device=compute.device_name)
-<<<<<<< HEAD
-        length = _context_length(context_length, language_model)
-        hooks = [layer.site.hook_in for layer in layers]
-        learnt = LearntTokens(layers, language_model)
-        read = [_read(text, language_model, hooks, length, learnt) for text in texts]
-        if not any(text.is_scored.any() for text in read):
-            raise TextError(
-                f"no token of the texts is of a kind that {name} has learnt from (its manifest's `packing` says "
-                "which); give longer texts"
-            )
-        scores = _score(read, layers, asked, raw, top, name, device)
-=======
-        scorer = Scorer(transcoder.name, layers, language_model, device, context_length)
+        scorer = Scorer(name, layers, language_model, device, context_length)
         scores = scorer.score(texts, asked, raw=raw, top=top)
->>>>>>> b527cc1 (dashboard: one site over several layers and runs; labels show, and serve edits them)
     mentioned = {feature for text in scores.texts for row in text.strongest for feature, _ in row}
     mentioned.update(scores.features)
     start = 0
@@ -154,9 +141,6 @@ def run(
     return scores
 
 
-<<<<<<< HEAD
-def layer_sizes(transcoder: Path | Sequence[Path]) -> dict[str, int]:
-=======
 class Scorer:
     """A language model with layers of transcoders, opened once to score any number of texts.
 
@@ -192,8 +176,7 @@ class Scorer:
         return _score(read, self._layers, asked, raw, top, self._name, self._device)
 
 
-def layer_sizes(transcoder: Path) -> dict[str, int]:
->>>>>>> b527cc1 (dashboard: one site over several layers and runs; labels show, and serve edits them)
+def layer_sizes(transcoder: Path | Sequence[Path]) -> dict[str, int]:
     """Return the number of features by site, of a transcoder or of several. Raises SettingsError, ArtifactError."""
     return {site: layer.d_sae for site, layer in layers_by_site(open_transcoders(transcoder)).items()}
 
