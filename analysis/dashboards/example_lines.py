@@ -6,7 +6,9 @@ only the indices of the others are kept, counted through all windows of a featur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tailrace.analysis.dashboards.feature_tables import feature_slices
-from tailrace.analysis.dashboards.values import Vocabulary, rounded_list
+from tailrace.analysis.dashboards.feature_tables import FeatureTables, feature_slices
+from tailrace.analysis.dashboards.values import Vocabulary, rounded_list, visible_token
 
 COLUMNS = (
     *("feature", "kind", "band", "activation", "document", "context", "position"),
     *("window_start", "window_tokens", "window_activations"),
 )
 _WINDOW_DIGITS = 3
+DOCUMENT_TOKENS = 4096
+"""Tokens of a document shown on each side of an example."""
+_BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 
 
 def example_lines(
@@ -92,20 +97,86 @@ def _offsets(lists: pa.ChunkedArray) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def top_tokens(table: pa.Table, features: Sequence[int], n_tokens: int) -> list[list[str]]:
-    """Return up to ``n_tokens`` distinct tokens of each feature's strongest examples, the most frequent first.
+def top_tokens(table: pa.Table, features: Sequence[int]) -> tuple[list[dict[str, float]], list[int]]:
+    """Return the tokens of each feature's strongest examples with their shares of these, and the number of these.
 
-    Of equally frequent tokens, that of the stronger example comes first. ``table`` has ``feature``, ``token`` and, if
-    there are other kinds of examples, ``kind``; rows of a feature are in order of strength.
+    The most frequent comes first; of equally frequent tokens, that of the stronger example. ``table`` has ``feature``,
+    ``token`` and, if there are other kinds of examples, ``kind``; rows of a feature are in order of strength.
     """
     if "kind" in table.column_names:
         table = table.filter(pc.equal(table["kind"], "top"))
     tokens = table["token"].to_pylist()
-    return [list(_most_frequent(tokens[rows]))[:n_tokens] for rows in feature_slices(table, features)]
+    own = [tokens[rows] for rows in feature_slices(table, features)]
+    return [_shares(tokens) for tokens in own], [len(tokens) for tokens in own]
 
 
-def _most_frequent(tokens: list[str]) -> Iterator[str]:
-    counts: dict[str, int] = {}
-    for token in tokens:
-        counts[token] = counts.get(token, 0) + 1
-    yield from sorted(counts, key=lambda token: -counts[token])  # stable: the stronger stays first
+def _shares(tokens: list[str]) -> dict[str, float]:
+    counts = Counter(tokens)  # most_common keeps the first seen first among equals: the stronger
+    return {token: count / len(tokens) for token, count in counts.most_common()}
+
+
+def passages(table: pa.Table, features: Sequence[int], n_examples: int) -> list[str]:
+    """Return the text of each feature's ``n_examples`` strongest examples, a line each, every character visible."""
+    if "kind" in table.column_names:
+        table = table.filter(pc.equal(table["kind"], "top"))
+    lines = []
+    for rows in feature_slices(table, features):
+        windows = table["window_tokens"].slice(rows.start, min(n_examples, rows.stop - rows.start)).to_pylist()
+        texts = ("".join(token or "" for token in window) for window in windows)
+        lines.append("\n".join(dict.fromkeys(visible_token(text).strip() for text in texts if text.strip())))
+    return lines
+
+
+def document_text(
+    tables: FeatureTables, feature: int, document: int, context: int, position: int
+) -> dict[str, Any] | None:
+    """Return the text around an example as far as the tables keep its document; None if they do not keep the example.
+
+    ``tokens`` are texts, ``values`` the feature's activations by index of those on which it is active, ``here`` the
+    index of the example, and ``gaps`` the indices before which text is missing: rows that were not cached or not kept,
+    and what is beyond ``DOCUMENT_TOKENS``.
+    """
+    kept = tables.rows_of(document)
+    if kept is None:
+        return None
+    contexts, positions = kept["context"].to_numpy(), kept["position"].to_numpy()
+    found = np.flatnonzero((contexts == context) & (positions == position))
+    if len(found) == 0:
+        return None
+    here = int(found[0])
+    start, stop = max(0, here - DOCUMENT_TOKENS), min(kept.num_rows, here + DOCUMENT_TOKENS + 1)
+    shown = slice(start, stop)
+    rows, own = kept["row"].to_numpy()[shown], dict(zip(*tables.activation_of(feature), strict=True))
+    is_gap = (np.diff(contexts[shown]) > 1) | ((np.diff(contexts[shown]) == 0) & (np.diff(positions[shown]) > 1))
+    gaps = [*([0] if start else []), *(np.flatnonzero(is_gap) + 1).tolist()]
+    values = {
+        index: rounded_list([own[row]], _WINDOW_DIGITS)[0] for index, row in enumerate(rows.tolist()) if row in own
+    }
+    return {
+        "tokens": [visible_token(text) for text in whole_characters(kept["token"].to_pylist()[shown])],
+        "values": values,
+        "here": here - start,
+        "gaps": [*gaps, *([stop - start] if stop < kept.num_rows else [])],
+    }
+
+
+def whole_characters(tokens: Sequence[str]) -> list[str]:
+    """Return texts of consecutive tokens with each character at the token that completes it, those before it empty.
+
+    Tokens that are bytes only, such as ``<0xE6>``, are joined where they make characters, and left as they are where
+    they do not.
+    """
+    texts = list(tokens)
+    start = 0
+    for index, text in enumerate(texts):
+        if not _BYTES.fullmatch(text):
+            start = index + 1
+            continue
+        joined = bytes(int(byte, 16) for part in tokens[start : index + 1] for byte in re.findall(r"0x(..)", part))
+        try:
+            character = joined.decode()
+        except UnicodeDecodeError:
+            continue
+        texts[start : index + 1] = [""] * (index - start) + [character]
+        start = index + 1
+    return texts

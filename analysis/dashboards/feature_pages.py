@@ -5,7 +5,7 @@ A part that the tables do not have is None in the record, and its section is lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class FeaturePages:
         self._coactivation = tables.read("coactivation", within)
         self._connections = tables.read("connections", within)
         self._activations = tables.activations(within)
+        self._token_ids_read = None if self._connections is None else tables.token_ids_read
 
     def records(self, features: Sequence[int], vocabulary: Vocabulary) -> list[dict[str, Any]]:
         """Return one record per feature; their tokens are indices into ``vocabulary``. ``features`` is sorted."""
@@ -62,7 +63,9 @@ class FeaturePages:
                 "examples": lines[index],
                 "bands": self._bands(self._features[feature], lines[index]),
                 "coactive": None if coactive is None else _coactive(coactive[index]),
-                "connections": None if connections is None else connection_lists(connections[index], vocabulary),
+                "connections": None
+                if connections is None
+                else connection_lists(connections[index], vocabulary, self._token_ids_read),
             }
             for index, feature in enumerate(features)
         ]
@@ -155,10 +158,13 @@ def _logits(row: Row, vocabulary: Vocabulary) -> dict[str, Any] | None:
     return {**ends, "histogram": histogram}
 
 
-def connection_lists(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:
+def connection_lists(
+    rows: Sequence[Row], vocabulary: Vocabulary, token_ids_read: Collection[int] | None = None
+) -> dict[str, Any]:
     """Return the lists of one feature, from its rows of the table ``connections``.
 
-    ``tokens``: ``top`` and ``bottom`` de-embeddings, each [token, weight]; ``heads``: [layer, head, norm], the
+    ``tokens``: ``top`` and ``bottom`` de-embeddings, each [token, weight], and ``n_absent``, how many are left out as
+    they are not among ``token_ids_read``; ``heads``: [layer, head, norm], the
     strongest first; ``head_tokens``: ``top`` de-embeddings through a ``layer`` and ``head``; ``later``: by ``layer``
     and ``site``, ``top`` and ``bottom`` features that it writes to, each [feature, weight].
     """
@@ -166,8 +172,13 @@ def connection_lists(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, A
     strength = {(row["layer"], row["head"]): row["rank"] for row in heads}
     through = _grouped(_of(rows, "head_token"), "layer", "head")
     later = _grouped(_of(rows, "feature"), "layer", "site")
+    tokens = _of(rows, "token")
+    occurring = [row for row in tokens if token_ids_read is None or row["token_id"] in token_ids_read]
     return {
-        "tokens": _ends(_of(rows, "token"), lambda row: _token_index(row, vocabulary)),
+        "tokens": {
+            **_ends(occurring, lambda row: _token_index(row, vocabulary)),
+            "n_absent": len(tokens) - len(occurring),
+        },
         "heads": [[row["layer"], row["head"], rounded(row["weight"])] for row in heads],
         "head_tokens": [
             {"layer": layer, "head": head, "top": _ends(own, lambda row: _token_index(row, vocabulary))["top"]}

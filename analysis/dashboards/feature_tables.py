@@ -55,6 +55,12 @@ class FeatureTables:
         last = pc.max(bands["band"]).as_py()
         return 0 if last is None else int(last) + 1
 
+    @cached_property
+    def token_ids_read(self) -> frozenset[int] | None:
+        """The tokens that occur in the rows whose activations are kept; None if the tables keep none."""
+        rows = self.read("rows", columns=("token_id",))
+        return None if rows is None else frozenset(pc.unique(rows["token_id"]).to_pylist())
+
     def has(self, name: str) -> bool:
         """Return whether there is a table of this name."""
         return f"{name}.parquet" in self._files
@@ -85,6 +91,22 @@ class FeatureTables:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         joined = pa.concat_tables(parts)
         return joined["feature"].to_numpy().astype(np.int64), joined["activation"].to_numpy()
+
+    def activation_of(self, feature: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return row and value of every stored activation of a feature, in the order of rows."""
+        within = range(feature, feature + 1)
+        for path, first, last in self._activation_files():
+            if first <= feature <= last:
+                own = read_table(path, ["row", "activation"], _within(within))
+                return own["row"].to_numpy(), own["activation"].to_numpy()
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+
+    def rows_of(self, document: int) -> pa.Table | None:
+        """Return the kept rows of a document, in order; None if the tables keep no rows."""
+        if not self.has("rows"):
+            return None
+        columns = ["row", "token", "context", "position"]
+        return read_table(self._file("rows.parquet"), columns, pc.field("document") == document)
 
     def _file(self, name: str) -> Path:
         return inside(self.path, name)

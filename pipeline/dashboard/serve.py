@@ -107,7 +107,7 @@ class _Part:
 
     def __init__(self, tables: FeatureTables) -> None:
         self.tables = tables
-        self._data = SiteData(tables, range(tables.n_features), DashboardSettings().window)
+        self._data = SiteData(tables, range(tables.n_features), DashboardSettings().window, has_documents=True)
         self._names = set(self._data.names())
         self._labels: Mapping[int, Label] | None = None
         self._index = b""
@@ -117,7 +117,7 @@ class _Part:
         """Return the bytes of a file by its name without folder and ending; None if there is none."""
         if name == INDEX:
             return self._list()
-        return self._pages(name) if name in self._names else None
+        return self._pages(name) if name in self._names else self._data.document(name)
 
     def _list(self) -> bytes:
         """Return the file of the list, made again if labels have changed since."""

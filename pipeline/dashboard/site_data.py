@@ -1,4 +1,5 @@
-"""The data files of a site: one for the list of features, and one for every run of features' pages.
+"""The data files of a site: one for the list of features, one of texts that are searched, and one for every run of
+features' pages.
 
 They are made one by one from tables, so that the stage can write all of them and a server only what is asked for.
 
@@ -11,25 +12,36 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from tailrace.analysis.dashboards.feature_index import feature_index
+from tailrace.analysis.dashboards.example_lines import document_text
+from tailrace.analysis.dashboards.feature_index import feature_index, feature_passages
 from tailrace.analysis.dashboards.feature_pages import FeaturePages
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.analysis.dashboards.glossary import TERMS
 from tailrace.analysis.dashboards.values import Vocabulary, rounded, visible_text
+from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
+from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.labels import Label
 
 FEATURES_PER_FILE = 32
 """Features whose pages share a file; see docs/guides/dashboard.md for the measurement."""
+MANIFESTS_READ = 1000
+"""Artifacts near the tables that are looked at for their transcoder and cache."""
 FEATURES_READ = 1024
 """Features whose rows are read from the tables at once; a multiple of ``FEATURES_PER_FILE``."""
 
-INDEX = "index"
+INDEX, PASSAGES = "index", "passages"
 _LAYER = ("split", "n_rows", "d_sae", "l0_mean", "fvu", "n_dead", "n_dense")
+
+_DOCUMENT = re.compile(r"document-(\d{1,9})-(\d{1,18})-(\d{1,18})-(\d{1,9})")
 
 _FUNCTION = "dashboardData"
 """What `site/data.js` defines to receive the data."""
@@ -38,9 +50,15 @@ _FUNCTION = "dashboardData"
 class SiteData:
     """The data of a site about some features of some tables."""
 
-    def __init__(self, tables: FeatureTables, features: Sequence[int], window: int) -> None:
-        """``features`` are sorted; ``window`` is the number of tokens shown on each side of an example."""
+    def __init__(
+        self, tables: FeatureTables, features: Sequence[int], window: int, *, has_documents: bool = False
+    ) -> None:
+        """``features`` are sorted; ``window`` is the number of tokens shown on each side of an example.
+
+        ``has_documents`` says that pages may ask for ``document``.
+        """
         self._tables, self._features, self._window = tables, features, window
+        self._has_documents = has_documents and tables.has("rows")
 
     def index(self, labels: Mapping[int, Label]) -> bytes:
         """Return the file of the list, with what is said of its features in ``labels``."""
@@ -51,11 +69,11 @@ class SiteData:
         return {"about": self._about(), **feature_index(self._tables, self._features)}
 
     def names(self) -> list[str]:
-        """Return the names of the files of pages, in the order of features."""
-        return [file_name(start) for start in self._starts()]
+        """Return the names of the files of pages, in the order of features, and that of the texts that are searched."""
+        return [*(file_name(start) for start in self._starts()), PASSAGES]
 
     def pages(self, missing: set[str]) -> Iterator[tuple[str, bytes]]:
-        """Make the files of pages whose names are in ``missing``, in the order of features; yield name and bytes."""
+        """Make the files whose names are in ``missing``, in the order of ``names``; yield name and bytes."""
         for start in range(0, self._tables.n_features, FEATURES_READ):
             within = range(start, min(start + FEATURES_READ, self._tables.n_features))
             wanted = [first for first in self._starts() if first in within and file_name(first) in missing]
@@ -65,6 +83,17 @@ class SiteData:
             source = FeaturePages(self._tables, read, window=self._window, n_bands=self._tables.n_bands)
             for first in wanted:
                 yield file_name(first), self._file(source, first)
+        if PASSAGES in missing:
+            yield PASSAGES, pack(PASSAGES, feature_passages(self._tables, self._features))
+
+    def document(self, name: str) -> bytes | None:
+        """Make the file of an example's document, which its name says; None for a name of no kept example."""
+        match = _DOCUMENT.fullmatch(name)
+        if match is None or not self._has_documents:
+            return None
+        feature, document, context, position = (int(part) for part in match.groups())
+        found = document_text(self._tables, feature, document, context, position)
+        return None if found is None else pack(name, found)
 
     def _file(self, source: FeaturePages, first: int) -> bytes:
         own = [feature for feature in self._features if first <= feature < first + FEATURES_PER_FILE]
@@ -84,10 +113,49 @@ class SiteData:
             "hooks": [manifest.site.hook_in, manifest.site.hook_out],
             "layer": {name: rounded(layer[name]) for name in _LAYER if name in layer},
             "transcoder": manifest.inputs.transcoder.digest,
+            "architecture": self._architecture(),
+            "text": self._text(),
+            "documents": self._has_documents,
+            "glossary": TERMS,
             "features_per_file": FEATURES_PER_FILE,
             "n_bands": self._tables.n_bands,
             "version": version("tailrace"),
         }
+
+    def _architecture(self) -> dict[str, Any] | None:
+        """Return kind and k of the transcoder, if it lies near the tables, which keep its digest only."""
+        digest = self._tables.manifest.inputs.transcoder.digest
+        for _, manifest in _nearby(self._tables.path, digest):
+            if manifest.get("digest") == digest and isinstance(found := manifest.get("architecture"), dict):
+                return {"kind": found.get("kind"), "k": found.get("k")}
+        return None
+
+    def _text(self) -> dict[str, Any] | None:
+        """Return the cache that was read, and the name of its dataset if the cache lies near the tables."""
+        cache = self._tables.manifest.inputs.cache
+        if cache is None:
+            return None
+        datasets = (
+            read_json(path / REQUEST).get("dataset")
+            for path, manifest in _nearby(self._tables.path, cache.cache_id)
+            if manifest.get("cache_id") == cache.cache_id and (path / REQUEST).is_file()
+        )
+        return {"cache": cache.cache_id, "dataset": next((Path(name).name for name in datasets if name), None)}
+
+
+def _nearby(tables: Path, text: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield path and manifest of the artifacts beside the tables, and beside their folder, that mention ``text``."""
+    home = tables.resolve().parent
+    patterns = (f"*/{MANIFEST}", f"*/*/{MANIFEST}", f"*/runs/*/{MANIFEST}")
+    manifests = (
+        path for folder in (home, home.parent) for pattern in patterns for path in sorted(folder.glob(pattern))
+    )
+    for path in itertools.islice(manifests, MANIFESTS_READ):
+        try:
+            if text.encode() in path.read_bytes() and isinstance(manifest := read_json(path), dict):
+                yield path.parent, manifest
+        except (ArtifactCorrupt, OSError):
+            continue
 
 
 def _label_columns(features: Sequence[int], labels: Mapping[int, Label]) -> dict[str, Any]:

@@ -51,9 +51,11 @@ class Watched:
 
 
 @contextmanager
-def watched_page(browser: Browser, scheme: Scheme = "light", origin: str = "file:///") -> Iterator[Watched]:
+def watched_page(
+    browser: Browser, scheme: Scheme = "light", origin: str = "file:///", width: int = 1280
+) -> Iterator[Watched]:
     """Open a page in a fresh profile; fail on leaving it if it complained, or asked for anything not of ``origin``."""
-    context = browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 860})
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 860})
     context.set_default_timeout(30_000)
     try:
         watched = Watched(context.new_page())

@@ -32,10 +32,15 @@ const Charts = (() => {
       svg("path", { d: [...levels].map(bar).join("") }));
   }
 
-  /** A histogram with ticks below; `ticks` are [share of the width, text]. */
-  function histogram({ counts, label, ticks, tips, names, height = 84 }) {
+  /**
+   * A histogram with ticks below; `ticks` are [share of the width, text]. With `yName`, the unit of its heights, it has an
+   * axis of these as well; `yText` writes a height. `xName` says what the ticks below measure.
+   */
+  function histogram({ counts, label, ticks, tips, names, height = 84, yName = null, yText = Text.count, xName = null }) {
     const highest = Math.max(...counts, 0) || 1;
-    const width = 400;
+    const left = yName ? 46 : 0;
+    const top = yName ? 18 : 0;
+    const width = 400 - left;
     const marks = ticks.map(([share, text]) => {
       const anchor = share < 0.04 ? "start" : share > 0.96 ? "end" : "middle";
       return [
@@ -43,9 +48,18 @@ const Charts = (() => {
         svg("text", { x: share * width, y: height + 16, "text-anchor": anchor, class: "label" }, text),
       ];
     });
-    return svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height + 20}`, role: "img", "aria-label": label },
-      bars(counts.map((one) => one / highest), width, height, tips, names),
-      svg("line", { x1: 0, x2: width, y1: height, y2: height, class: "axis" }), marks);
+    const heights = yName ? [
+      svg("text", { x: -left, y: -7, class: "label" }, yName),
+      [[0, highest], [height, 0]].map(([y, value]) => [
+        svg("line", { x1: -4, x2: 0, y1: y, y2: y, class: "tick" }),
+        svg("text", { x: -7, y: y + 4, "text-anchor": "end", class: "label" }, yText(value)),
+      ]),
+    ] : [];
+    const below = xName ? svg("text", { x: width / 2, y: height + 31, "text-anchor": "middle", class: "label" }, xName) : [];
+    return svg("svg", { class: "chart", viewBox: `0 0 400 ${top + height + (xName ? 36 : 20)}`, role: "img", "aria-label": label },
+      svg("g", { transform: `translate(${left} ${top})` },
+        bars(counts.map((one) => one / highest), width, height, tips, names),
+        svg("line", { x1: 0, x2: width, y1: height, y2: height, class: "axis" }), marks, heights, below));
   }
 
   /** Ticks at round values of a logarithmic axis; few enough to read. */

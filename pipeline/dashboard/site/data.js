@@ -41,12 +41,15 @@ const Data = (() => {
   }
 
   function forgetOldest() {
-    const pages = [...loaded.keys()].filter((name) => name !== "index");
+    const pages = [...loaded.keys()].filter((name) => name !== "index" && name !== "passages");
     for (const name of pages.slice(0, Math.max(0, pages.length - KEPT))) loaded.delete(name);
   }
 
   /** The list of all features. */
   const index = () => load("index");
+
+  /** The text of every feature's strongest examples, which is searched. */
+  const passages = async () => (await load("passages")).passages;
 
   /** One feature's record, and the texts its tokens are places in; null if the site does not show it. */
   async function feature(number) {
@@ -57,5 +60,10 @@ const Data = (() => {
     return record ? { record, texts: file.vocabulary } : null;
   }
 
-  return { index, feature };
+  /** The document of an example with the feature's activations; only a server of the tables has it. */
+  function document_(feature, { document, context, position }) {
+    return load(["document", feature, document, context, position].join("-"));
+  }
+
+  return { index, passages, feature, document: document_ };
 })();

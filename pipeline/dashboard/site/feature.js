@@ -3,18 +3,23 @@
 
 const Feature = (() => {
   const { html } = Elements;
+  const { term } = Terms;
   const root = document.getElementById("feature");
+  const FEW_DOCUMENTS = 3;
 
   /** Draw the page; the focus goes to its heading. */
-  function show(feature, { record, texts }) {
+  function show(feature, { record, texts }, about) {
     const heading = html("h1", { tabindex: "-1" }, `Feature ${feature}`);
-    root.replaceChildren(navigation(feature), html("header", { class: "top" }, heading, subject(feature, record), statistics(record.statistics)),
-      html("div", { class: "columns" },
-        html("div", { class: "lines" }, Examples.sections(record, texts)),
-        html("div", { class: "cards" }, present([
-          histogram(record), Weights.logits(record.logits, texts), Weights.inputTokens(record.connections, texts),
-          Weights.nearest(record.nearest), Weights.coactive(record.coactive), positions(record), Weights.later(record.connections),
-        ]))),
+    const cards = present([
+      histogram(record), Weights.logits(record.logits, texts), Weights.inputTokens(record.connections, texts),
+      Weights.nearest(record.nearest), Weights.coactive(record.coactive), positions(record), Weights.later(record.connections),
+    ]);
+    const isDead = record.statistics.is_dead;
+    root.replaceChildren(navigation(feature),
+      html("header", { class: "top" }, heading, subject(feature, record), statistics(record.statistics)),
+      ...(isDead ? [deadNote(record.statistics, about), html("div", { class: "cards spread" }, cards)] : [
+        html("div", { class: "columns" }, html("div", { class: "lines" }, Examples.sections(feature, record, texts, about, documentsNote(record.examples))),
+          html("div", { class: "cards" }, cards))]),
       ...present([Weights.heads(record.connections, texts)]));
     root.dispatchEvent(new CustomEvent("drawn", { detail: { feature, record } }));
     root.hidden = false;
@@ -29,51 +34,83 @@ const Feature = (() => {
     const list = List.address();
     return html("nav", { "aria-label": "Features" }, Sites.control(),
       html("a", { href: list ? `#${list}` : "#", class: "back" }, "← all features"),
+      html("span", { class: "actions" }, Keys.buttons(true)),
       html("span", { class: "step" }, before === null ? null : html("a", { href: Route.to(before), rel: "prev" }, `‹ ${before}`),
         after === null ? null : html("a", { href: Route.to(after), rel: "next" }, `${after} ›`)));
   }
 
   function subject(feature, record) {
-    const tokens = List.tokensOf(feature, 8) || [];
     const flags = [["is_dead", "dead"], ["is_dense", "dense"]].filter(([name]) => record.statistics[name]);
-    return html("p", { class: "subject" }, tokens.map(Text.token), flags.map(([, name]) => html("span", { class: "flag" }, name)));
+    const label = List.labelled(feature);
+    return html("p", { class: "subject" }, label ? html("span", { class: "named" }, label) : null, List.tokensOf(feature, 8),
+      flags.map(([, name]) => html("span", { class: "flag" }, term(name))));
   }
 
   function statistics(found) {
     const interval = found.frequency_low === undefined ? null : `${Text.number(found.frequency_low * 100)} to ${Text.percent(found.frequency_high)}`;
+    const p90 = (found.p90 ?? null) === null ? null : [term("p90"), ` ${Text.number(found.p90)}`];
     const entries = [
       ["frequency", Text.percent(found.frequency), interval],
       ["fires on", `${Text.count(found.n_active)}`, "tokens"],
       ["max", Text.number(found.max), null],
       ["mean", Text.number(found.mean), found.std === null ? null : `± ${Text.number(found.std, 2)}`],
-      ["median", Text.number(found.p50), (found.p90 ?? null) === null ? null : `p90 ${Text.number(found.p90)}`],
+      ["median", Text.number(found.p50), p90],
       // none are known where no activations were kept
       ["distinct tokens", (found.n_token_ids ?? null) === null ? undefined : Text.count(found.n_token_ids), Text.percent(found.token_id_share, 2)],
       ["decoder norm", Text.number(found.decoder_norm), null],
       ["encoder norm", Text.number(found.encoder_norm), null],
-      ["bias", Text.number(found.encoder_bias), null],
+      ["encoder bias", Text.number(found.encoder_bias), null],
     ];
+    const word = (name) => (name === "fires on" ? term("activation", name) : term(name));
     return html("dl", { class: "statistics" }, entries.filter(([, value]) => value !== undefined).map(([name, value, note]) =>
-      html("div", {}, html("dt", {}, name), html("dd", {}, value, note === null ? null : html("small", {}, ` ${note}`)))));
+      html("div", {}, html("dt", {}, word(name)), html("dd", {}, value, note === null ? null : html("small", {}, " ", note)))));
+  }
+
+  /** A warning where what is seen may be of a few texts rather than of the language. */
+  function documentsNote(examples) {
+    const documents = [...new Set(examples?.document ?? [])].sort((a, b) => a - b);
+    const nExamples = examples?.document.length ?? 0;
+    if (!documents.length || documents.length > FEW_DOCUMENTS || nExamples <= documents.length) return null;
+    const names = documents.map((document) => Text.count(document)).join(", ");
+    return html("p", { class: "warning" }, `From ${Text.several(documents.length, "document")} only (${names}): `,
+      `what its ${nExamples} examples share may be these texts.`);
+  }
+
+  /** Why a feature is dead, and how close to firing it is known to be. */
+  function deadNote(found, about) {
+    const atMost = found.frequency_high === undefined ? null
+      : ` So it may still fire on other text: on up to ${Text.percent(found.frequency_high, 2)} of tokens, at 95 % confidence.`;
+    return html("section", { class: "dead" }, html("h2", {}, "Why there are no examples"),
+      html("p", {}, `Its activation was above zero on none of the ${Text.count(about.layer.n_rows)} tokens analysed.`, atMost),
+      html("p", {}, "How close it came is not in the tables, which keep activations above zero. What is known: its ",
+        term("encoder bias"), ` is ${Text.number(found.encoder_bias)} and its `, term("encoder norm"), ` ${Text.number(found.encoder_norm)}, `,
+        "so the input must go along the encoder row by more than ", distance(found), " before it fires",
+        about.architecture?.k ? ", and then be among the strongest that are kept." : "."));
+  }
+
+  /** How far an input must go along the encoder row, whose bias must be outweighed. */
+  function distance({ encoder_bias: bias, encoder_norm: norm }) {
+    if (!norm) return "any length";
+    return Text.number(Math.max(0, -bias / norm));
   }
 
   function histogram(record) {
     if (!record.histogram) return null;
     const { counts, edges } = record.histogram;
-    const tips = counts.map((count, bin) => `${Text.number(edges[bin])} to ${Text.number(edges[bin + 1])}: ${Text.count(count)} tokens`);
+    const tips = counts.map((count, bin) => `${Text.number(edges[bin])} to ${Text.number(edges[bin + 1])}: ${Text.several(count, "token")}`);
     return html("section", { class: "card" }, html("h2", {}, "Activations"), Charts.histogram({
       counts, tips, label: `Activations from ${Text.number(edges[0])} to ${Text.number(edges.at(-1))}, log scale, in ${counts.length} bins of tokens`,
-      ticks: Charts.logTicks(edges[0], edges.at(-1)),
+      ticks: Charts.logTicks(edges[0], edges.at(-1)), yName: "tokens", xName: "activation, log scale",
     }));
   }
 
   function positions(record) {
-    if (!record.positions) return null;
+    if (!record.positions || record.statistics.is_dead) return null;
     const { edges, shares } = record.positions;
     const tips = shares.map((share, bin) => `positions ${edges[bin]} to ${edges[bin + 1] - 1}: ${Text.percent(share)}`);
     return html("section", { class: "card" }, html("h2", {}, "Frequency by position"), Charts.histogram({
       counts: shares.map((share) => share ?? 0), tips, height: 48, label: `Frequency in ${shares.length} parts of the context, from its start to its end`,
-      ticks: [[0, String(edges[0])], [1, String(edges.at(-1))]],
+      ticks: [[0, String(edges[0])], [1, String(edges.at(-1))]], yName: "frequency", yText: (value) => Text.percent(value, 2), xName: "position in the context",
     }));
   }
 

@@ -16,25 +16,33 @@ const Filters = (() => {
     };
     const search = html("input", {
       type: "search", id: "search", name: "q", value: current.q, autocomplete: "off", spellcheck: "false",
-      placeholder: "token or feature number", oninput: () => set({ q: search.value }),
+      placeholder: "token, text, or feature number", oninput: () => set({ q: search.value }),
     });
     const count = html("p", { class: "count", role: "status" });
     const range = frequencyRange(index, current, set);
+    const more = html("button", { type: "button", class: "action more", "aria-expanded": "false", onclick: () => {
+      more.setAttribute("aria-expanded", String(element.classList.toggle("opened")));
+    } }, "filters");
     const element = html("form", { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() },
       html("div", { class: "field" },
-        html("label", { for: "search" }, "Search"), search),
+        html("label", { for: "search" }, "Search"), search), more,
       radios(current, set), range.element, count);
 
     /** Show what was chosen elsewhere, e.g. by the back button. */
-    function update(values, nShown) {
+    function update(values, nShown, isRanked) {
       Object.assign(current, values);
       if (document.activeElement !== search) search.value = current.q;
       for (const radio of element.querySelectorAll("input[type=radio]")) radio.checked = radio.value === current.show;
       range.update();
-      count.textContent = `${Text.count(nShown)} of ${Text.count(index.feature.length)} features`;
+      count.textContent = `${Text.count(nShown)} of ${Text.count(index.feature.length)} features${isRanked && nShown > 1 ? ", best match first" : ""}`;
     }
 
-    return { element, update };
+    function focus() {
+      search.focus();
+      search.select();
+    }
+
+    return { element, update, focus };
   }
 
   function radios(current, set) {
@@ -75,7 +83,7 @@ const Filters = (() => {
     }
 
     const element = html("fieldset", { class: "field range" },
-      html("legend", {}, "Frequency ", text), html("div", { class: "sliders" }, picture, low, high));
+      html("legend", {}, Terms.term("frequency", "Frequency"), " ", text), html("div", { class: "sliders" }, picture, low, high));
     update();
     return { element, update };
   }

@@ -3,15 +3,46 @@
 
 const Route = (() => {
   const views = ["list", "feature", "notice"].map((name) => document.getElementById(name));
-  let looked = null; // the feature shown last
+  let looked = null; // the feature shown now, or last
   let isOpen = false;
+  let isSearching = false; // whether the list opens at its search
 
   /** The address of a feature's page. */
   const to = (feature) => `#feature=${feature}`;
 
+  const isShown = (name) => !document.getElementById(name).hidden;
+
   /** Keep a choice in the address without a step in the browser's history. */
   function remember(text) {
     window.history.replaceState(null, "", text ? `#${text}` : "#");
+  }
+
+  function go(address) {
+    window.location.hash = address;
+  }
+
+  /** Open a feature drawn at random from those of the list as it is chosen. */
+  function random() {
+    const feature = isOpen ? List.drawn(isShown("feature") ? looked : null) : null;
+    if (feature !== null) go(to(feature));
+  }
+
+  /** Go on to the next feature, or back: on a page to its page, in the list to its row. */
+  function step(by) {
+    if (isShown("list")) List.step(by);
+    if (!isShown("feature")) return;
+    const feature = List.neighbours(looked)[by < 0 ? 0 : 1];
+    if (feature !== null) go(to(feature));
+  }
+
+  /** Open the list at its search. */
+  function search() {
+    if (isShown("list")) {
+      List.focusSearch();
+      return;
+    }
+    isSearching = true;
+    go(`#${List.address()}`);
   }
 
   function only(name) {
@@ -31,7 +62,10 @@ const Route = (() => {
     const wanted = new URLSearchParams(text).get("feature");
     try {
       const index = await Data.index();
-      if (!isOpen) List.open(index, wanted === null ? Selection.parse(text) : { ...Selection.DEFAULTS });
+      if (!isOpen) {
+        Terms.define(index.about.glossary);
+        List.open(index, wanted === null ? Selection.parse(text) : { ...Selection.DEFAULTS });
+      }
       isOpen = true;
       if (wanted === null) showList(index, Selection.parse(text));
       else await showFeature(index, wanted, text);
@@ -42,8 +76,11 @@ const Route = (() => {
 
   function showList(index, chosen) {
     only("list");
+    Tooltip.hide();
     document.title = `${index.about.model} ${index.about.site}: features`;
     List.show(chosen, looked);
+    if (isSearching) List.focusSearch();
+    isSearching = false;
     looked = null;
   }
 
@@ -51,17 +88,21 @@ const Route = (() => {
     const found = /^\d+$/.test(wanted) && index.feature.includes(Number(wanted)) ? await Data.feature(Number(wanted)) : null;
     if (window.location.hash.slice(1) !== text) return; // gone on while it was loading
     if (!found) {
-      tell(`There is no page of feature ${wanted} here.`);
+      const [first, last] = [index.feature[0], index.feature.at(-1)];
+      const have = index.feature.length === 0 ? "none" : index.feature.length === last - first + 1
+        ? `features ${first} to ${last}` : `${Text.several(index.feature.length, "feature")} between ${first} and ${last}`;
+      tell(`This site has no feature ${wanted}: it has ${have}.`);
       return;
     }
     only("feature");
+    Tooltip.hide();
     looked = Number(wanted);
     document.title = `Feature ${wanted}: ${index.about.model} ${index.about.site}`;
-    Feature.show(looked, found);
+    Feature.show(looked, found, index.about);
   }
 
   window.addEventListener("hashchange", follow);
   window.addEventListener("DOMContentLoaded", follow);
 
-  return { to, remember };
+  return { to, remember, random, step, search };
 })();

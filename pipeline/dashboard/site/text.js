@@ -29,13 +29,26 @@ const Text = (() => {
     return value === null || value === undefined ? "–" : Math.round(value).toLocaleString("en");
   }
 
-  /** A token on its own: in a frame, the spaces at its ends to be seen. */
-  function token(text) {
+  /** A number of things: "1 document", "3 documents". */
+  const several = (n, noun) => `${count(n)} ${noun}${n === 1 ? "" : "s"}`;
+
+  /** A text in which what is searched for is marked, as nodes; `wanted` is in lower case, or empty. */
+  function marked(text, wanted) {
+    const lower = text.toLowerCase();
+    const at = wanted && lower.length === text.length ? lower.indexOf(wanted) : -1;
+    if (at < 0) return wanted && lower.includes(wanted) ? [html("mark", {}, text)] : [text];
+    const end = at + wanted.length;
+    return [text.slice(0, at), html("mark", {}, text.slice(at, end)), text.slice(end)];
+  }
+
+  /** A token on its own: in a frame, the spaces at its ends to be seen; the larger its share (0 to 1), the stronger. */
+  function token(text, { share = null, examples = 0, wanted = "" } = {}) {
     const inner = text.replace(/^ +| +$/g, "");
     const before = text.length - text.replace(/^ +/, "").length;
     const after = inner ? text.length - text.replace(/ +$/, "").length : 0;
     const space = (length) => (length ? html("span", { class: "space" }, "␣".repeat(length)) : null);
-    return html("span", { class: "chip" }, space(before), inner, space(after));
+    const tip = share === null ? {} : { "--share": share.toFixed(2), "data-tip": `${percent(share, 2)} of ${several(examples, "strongest example")}` };
+    return html("span", { class: "chip", ...tip }, space(before), marked(inner, wanted), space(after));
   }
 
   /** A token in a sentence for those who listen. */
@@ -43,5 +56,5 @@ const Text = (() => {
     return `“${text}”`;
   }
 
-  return { number, signed, percent, count, token, spoken };
+  return { number, signed, percent, count, several, marked, token, spoken };
 })();

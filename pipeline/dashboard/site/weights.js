@@ -8,7 +8,7 @@ const Weights = (() => {
   function tokenTable(caption, pairs, texts, scale) {
     const row = ([token, weight]) =>
       html("tr", {}, html("th", { scope: "row" }, Text.token(texts[token])), weightCell(weight, scale));
-    return html("table", { class: "pairs" }, html("caption", {}, caption), headings("token", "weight"),
+    return html("table", { class: "pairs" }, html("caption", {}, Terms.term(caption)), headings("token", "weight"),
       html("tbody", {}, pairs.map(row)));
   }
 
@@ -34,13 +34,13 @@ const Weights = (() => {
   function featureLink(feature) {
     const tokens = List.tokensOf(feature);
     if (tokens === null) return html("span", {}, String(feature)); // not part of this site
-    return html("a", { href: Route.to(feature) }, String(feature), " ", tokens.map(Text.token));
+    return html("a", { href: Route.to(feature) }, String(feature), " ", tokens);
   }
 
   /** A table of this site's features, each with numbers. */
   function featureTable(caption, names, rows) {
     return html("table", { class: "pairs" }, caption ? html("caption", {}, caption) : null,
-      html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "feature"), names.map((name) => html("th", { scope: "col", class: "number" }, name)))),
+      html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "feature"), names.map((name) => html("th", { scope: "col", class: "number" }, Terms.term(name))))),
       html("tbody", {}, rows.map(([feature, ...values]) =>
         html("tr", {}, html("th", { scope: "row" }, featureLink(feature)), values.map((value) => html("td", { class: "number" }, value))))));
   }
@@ -49,7 +49,7 @@ const Weights = (() => {
     if (!found) return null;
     const parts = [html("h2", {}, "Output tokens"), bothEnds(found, texts, "promotes", "suppresses")];
     if (found.histogram) {
-      parts.push(html("p", { class: "quiet below" }, "Effects on all tokens; counts on a log scale."));
+      parts.push(html("p", { class: "quiet below" }, Terms.term("logit effect", "Effects"), " on all tokens; counts on a log scale."));
       const { counts, edges } = found.histogram;
       const names = counts.map((_, bin) => (edges[bin] + edges[bin + 1] < 0 ? "bar negative" : "bar positive"));
       const tips = counts.map((count, bin) => `${Text.number(edges[bin])} to ${Text.number(edges[bin + 1])}: ${Text.count(count)} tokens`);
@@ -75,18 +75,24 @@ const Weights = (() => {
   }
 
   function inputTokens(connections, texts) {
-    if (!connections || !connections.tokens.top.length) return null;
-    const parts = [html("h2", {}, "Input tokens"), html("p", { class: "quiet" }, "De-embedding: the tokens whose embeddings the encoder reads most, whatever the text."),
-      bothEnds(connections.tokens, texts, "read", "read against")];
-    return html("section", { class: "card" }, parts);
+    const tokens = connections?.tokens;
+    if (!tokens || tokens.top.length + tokens.bottom.length + (tokens.n_absent ?? 0) === 0) return null;
+    const absent = tokens.n_absent ? `${Text.several(tokens.n_absent, "token")} left out: they occur nowhere in the text analysed.` : null;
+    return html("section", { class: "card" }, html("h2", {}, "Input tokens"),
+      html("p", { class: "quiet" }, Terms.term("de-embedding", "De-embedding"), ": the tokens whose embeddings the encoder reads most, whatever the text."),
+      tokens.top.length + tokens.bottom.length ? bothEnds(tokens, texts, "read", "read against") : null,
+      absent ? html("p", { class: "quiet below" }, absent) : null);
   }
 
+  /** Folded: a table of layers times heads is as large as all the rest, and few need it. */
   function heads(connections, texts) {
     if (!connections || !connections.heads.length) return null;
     const through = connections.head_tokens.map(({ layer, head, top }) =>
       tokenTable(`through layer ${layer}, head ${head}`, top, texts, strongest(top)));
-    return html("section", { class: "card wide" }, html("h2", {}, "Attention heads"),
-      html("p", { class: "quiet" }, "How strongly each head can carry what the encoder reads, ‖OV · encoder row‖, and the tokens it carries best."),
+    const [layer, head] = connections.heads[0];
+    return html("details", { class: "card wide" },
+      html("summary", {}, html("h2", {}, "Attention heads"), html("span", { class: "quiet" }, ` strongest: layer ${layer}, head ${head}`)),
+      html("p", { class: "quiet" }, "How strongly each head can carry what the encoder reads (", Terms.term("head norm"), "), and the tokens it carries best."),
       html("div", { class: "heads" },
         html("div", { class: "scroll-x", tabindex: "0", role: "group", "aria-label": "norms by layer and head" },
           Charts.heatTable(connections.heads, "norm, by layer and head")),

@@ -8,12 +8,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tailrace.analysis.dashboards.example_lines import example_lines, top_tokens
-from tailrace.analysis.dashboards.feature_index import TOKENS_SHOWN, feature_index
+from tailrace.analysis.dashboards.example_lines import (
+    document_text,
+    example_lines,
+    passages,
+    top_tokens,
+    whole_characters,
+)
+from tailrace.analysis.dashboards.feature_index import TOKENS_SHOWN, feature_index, feature_passages, interests
 from tailrace.analysis.dashboards.feature_pages import FeaturePages, connection_lists
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
+from tailrace.analysis.dashboards.glossary import TERMS, as_markdown
 from tailrace.analysis.dashboards.histograms import (
     Axis,
     band_edges,
@@ -28,6 +36,12 @@ from tailrace.analysis.dashboards.histograms import (
 from tailrace.analysis.dashboards.values import Vocabulary, rounded, rounded_list, significant, visible_token
 from tailrace.analysis.harvest.histogram import EDGES, find_bins
 from tests.support.dashboard_tables import CONTEXT, DEAD, DENSE, N_BANDS, WORDS, MadeTables, make_tables
+from tests.support.paths import DOCS
+
+COLUMNS_OF_THE_LIST = (
+    *("frequency", "max", "mean", "is_dense", "sparks", "tokens", "promoted"),
+    *("interest", "examples", "shares"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +161,65 @@ def test_tokens_are_listed_by_how_often_they_are_among_the_strongest_examples() 
     table = pa.table(
         {"feature": [0, 0, 0, 0, 2, 2], "kind": ["top"] * 5 + ["band"], "token": ["b", "a", "c", "a", "d", "d"]}
     )
-    assert top_tokens(table, [0, 1, 2], 2) == [["a", "b"], [], ["d"]]
+    tokens, n_examples = top_tokens(table, [0, 1, 2])
+    assert [list(own.items()) for own in tokens] == [[("a", 0.5), ("b", 0.25), ("c", 0.25)], [], [("d", 1.0)]]
+    assert n_examples == [4, 0, 1]
+
+
+def test_the_text_of_the_strongest_examples_is_searched() -> None:
+    windows = [[" a", "\n", "b"], ["", "日", None], [" a", "\n", "b"], ["far"]]
+    table = pa.table({"feature": [0, 0, 0, 2], "kind": ["top", "top", "top", "band"], "window_tokens": windows})
+    assert passages(table, [0, 1, 2], 3) == ["a⏎b\n日", "", ""]
+    assert passages(table, [0], 1) == ["a⏎b"]
+
+
+def features_of(*rows: tuple[bool, bool, float, float, int]) -> pa.Table:
+    names = ("is_dead", "is_dense", "max", "p50", "n_active")
+    return pa.table({name: [row[at] for row in rows] for at, name in enumerate(names)})
+
+
+def test_interest_is_the_product_that_the_glossary_says() -> None:
+    live = (False, False, 8.0, 2.0, 50)
+    table = features_of(live, live, (False, True, 8.0, 2.0, 50), (True, False, 0.0, 0.0, 0), live)
+    tokens = [{" war": 0.5, "War": 0.25, " a": 0.25}, {"war": 1.0}, {"x": 1.0}, {}, {"y": 1.0}]
+    found = interests(table, tokens, [2, 9, 9, 0, 1])
+    concentrated, spread, support, documents, shared = 0.75, 2 / 3, 50 / 100, 2 / 3, 2
+    assert found[0] == round(concentrated * spread * support * documents / shared**0.5, 4)
+    assert found[1] == round(1.0 * spread * support * 1 / shared**0.5, 4)
+    assert found[2:] == [None, None, None]  # dense; dead; examples of one document
+    strong = interests(features_of((False, False, 1e6, 1.0, 10**6)), [{"z": 1.0}], [100])
+    assert strong == [1.0]
+
+
+def test_characters_that_tokens_share_are_joined_where_their_bytes_make_them() -> None:
+    given = ["a", "<0xE6>", "<0x97><0xA5>", "<0xE6>", "b", "<0x97>", "<0xC3>", "<0xA9>"]
+    assert whole_characters(given) == ["a", "", "日", "<0xE6>", "b", "<0x97>", "<0xC3>", "<0xA9>"]
+    assert whole_characters(["<0xC3>", "<0xA9>", "<0xC3>", "<0xA9>"]) == ["", "é", "", "é"]
+
+
+def test_a_document_is_what_the_rows_keep_of_it_with_its_gaps(tmp_path: Path) -> None:
+    tables = FeatureTables(make_tables(tmp_path / "tables", d_sae=8).path)
+    assert document_text(tables, 5, 0, 0, 3) is None  # they keep no rows
+    contexts = [0, 0, 0, 1, 1, 3]
+    rows = {
+        "row": range(1, 7),
+        "token": [" a", "b\n", "c", "d", "e", "f"],
+        "context": contexts,
+        "position": [1, 2, 3, 0, 2, 0],
+        "document": [7] * 6,
+        "token_id": range(6),
+    }
+    pq.write_table(pa.table({name: list(values) for name, values in rows.items()}), tmp_path / "tables/rows.parquet")
+    tables._files.add("rows.parquet")
+    found = document_text(tables, DENSE, 7, 0, 2)
+    assert found is not None
+    assert (found["tokens"], found["here"], found["gaps"]) == ([" a", "b⏎", "c", "d", "e", "f"], 1, [4, 5])
+    kept, values = tables.activation_of(DENSE)
+    by_row = dict(zip(kept.tolist(), values.tolist(), strict=True))
+    assert found["values"] == {row - 1: float(f"{by_row[row]:.3g}") for row in range(1, 7) if row in by_row}
+    assert set(found["values"]) & {0, 1, 2, 3, 4, 5}, "the dense feature fires on some of them"
+    assert document_text(tables, DENSE, 7, 2, 0) is None
+    assert document_text(tables, DENSE, 8, 0, 2) is None
 
 
 def test_connections_are_split_by_rank_and_told_by_kind() -> None:
@@ -172,6 +244,18 @@ def test_connections_are_split_by_rank_and_told_by_kind() -> None:
     assert found["heads"] == [[2, 3, 1.0], [0, 3, 1.0]]
     assert [entry["layer"] for entry in found["head_tokens"]] == [2, 0]
     assert found["later"] == [{"layer": 5, "site": "layer5", "top": [], "bottom": [[17, -3.0]]}]
+
+
+def test_tokens_that_occur_nowhere_in_the_text_are_left_out() -> None:
+    empty = {"layer": None, "head": None, "site": None, "other": None}
+    ids = enumerate((5, 6, 7))
+    rows = [
+        empty | {"kind": "token", "rank": rank, "token_id": one, "token": f"{one}", "weight": 1.0} for rank, one in ids
+    ]
+    vocabulary = Vocabulary()
+    found = connection_lists(rows, vocabulary, frozenset({6}))["tokens"]
+    assert (found["top"], found["n_absent"]) == ([[vocabulary.index_of("6"), 1.0]], 2)
+    assert connection_lists(rows, vocabulary)["tokens"]["n_absent"] == 0
 
 
 def test_statistics_and_bands_equal_a_count_over_all_rows(made: MadeTables, tables: FeatureTables) -> None:
@@ -224,14 +308,23 @@ def test_the_index_has_a_value_per_feature_and_column(made: MadeTables, tables: 
     chosen = [2, DEAD, DENSE, 40]
     index = feature_index(tables, chosen)
     assert index["feature"] == chosen
-    assert {len(index[name]) for name in ("frequency", "max", "mean", "is_dense", "sparks", "tokens", "promoted")} == {
-        4
-    }
+    assert {len(index[name]) for name in COLUMNS_OF_THE_LIST} == {4}
     assert index["frequency"] == [float(f"{(made.activations[:, one] > 0).mean():.4g}") for one in chosen]
     assert index["is_dense"] == [0, 0, 1, 0]
     assert (index["tokens"][1], index["sparks"][1], index["max"][1]) == ([], "", None)
     assert all(len(own) <= TOKENS_SHOWN for own in index["tokens"])
+    assert (index["interest"][1], index["interest"][2]) == (None, None)
+    assert 0 < index["interest"][0] < 1
+    assert [len(own) for own in index["shares"]] == [len(own) for own in index["tokens"]]
+    texts = feature_passages(tables, chosen)["passages"]
+    assert (len(texts), texts[1]) == (4, "")
     assert all("z" in spark for spark in (index["sparks"][0], index["sparks"][2]))
+
+
+def test_the_glossary_of_the_docs_is_that_of_the_pages() -> None:
+    wanted = "run: python -m tailrace.analysis.dashboards.glossary docs/guides/glossary.md"
+    assert (DOCS / "guides" / "glossary.md").read_text() == as_markdown(), wanted
+    assert list(TERMS) == sorted(TERMS, key=str.lower)
 
 
 def test_a_vocabulary_keeps_each_text_once() -> None:

@@ -32,7 +32,7 @@ def test_a_link_opens_a_feature_and_a_wrong_one_is_told(page: Page, site: Path) 
     assert page.title() == "Feature 12: tiny<b>lm layer1"
     for wrong in ("999", "x", "-1"):
         page.goto((site / "index.html").as_uri() + f"#feature={wrong}")
-        expect(page.locator("#notice")).to_contain_text(f"There is no page of feature {wrong} here.")
+        expect(page.locator("#notice")).to_contain_text(f"This site has no feature {wrong}: it has features 0 to 69.")
 
 
 def test_a_file_that_is_missing_is_named(browser: Browser, site: Path, tmp_path: Path) -> None:
@@ -61,7 +61,14 @@ def test_a_page_shows_what_its_record_says(page: Page, site: Path) -> None:
     assert first.locator(".token.here").count() == 1
     headings = page.locator("#feature h2").all_inner_texts()
     assert headings == [
-        *("Strongest examples", "By strength", "Random examples", "Activations", "Output tokens", "Input tokens"),
+        *(
+            "Strongest examples",
+            "By strength in bands",
+            "Random examples",
+            "Activations",
+            "Output tokens",
+            "Input tokens",
+        ),
         *("Nearest decoders", "Fires together with", "Frequency by position", "Later features", "Attention heads"),
     ]
 
@@ -104,7 +111,7 @@ def test_values_are_shown_by_pointing_and_by_keyboard(page: Page, site: Path) ->
     page.keyboard.press("Escape")
     expect(tooltip(page)).to_be_hidden()
     page.locator("rect.column").first.hover()
-    expect(tooltip(page)).to_contain_text("tokens")
+    expect(tooltip(page)).to_contain_text("token")
 
 
 def test_an_example_opens_to_its_whole_passage(page: Page, site: Path) -> None:
@@ -167,7 +174,7 @@ def test_tables_with_nothing_more_give_pages_with_less(browser: Browser, tmp_pat
         open_feature(watched.page, site, 1)
         assert watched.page.locator("#feature h2").all_inner_texts() == ["Strongest examples", "Activations"]
         open_feature(watched.page, site, DEAD)
-        expect(watched.page.locator("#feature")).to_contain_text("It fires on none of these tokens.")
+        expect(watched.page.locator("#feature")).to_contain_text("above zero on none of the 1,280 tokens analysed")
 
 
 def test_numbers_that_are_not_known_are_not_told(browser: Browser, tmp_path: Path) -> None:

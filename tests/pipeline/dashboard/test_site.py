@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.pipeline import cli
 from tailrace.pipeline.dashboard import site_data
 from tailrace.pipeline.dashboard import stage as dashboard
@@ -54,6 +55,27 @@ def test_the_page_names_files_that_are_there_and_nothing_else(made: MadeTables, 
     everything = page + "".join(path.read_text() for path in (result.path / "site").iterdir())
     addresses = set(re.findall(r"\w+://[^\s\"')]*", everything))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name, which is not fetched
+
+
+def test_architecture_and_text_are_those_of_what_lies_near_the_tables(tmp_path: Path) -> None:
+    tables = FeatureTables(make_tables(tmp_path / "tables" / "own", d_sae=8, parts=()).path)
+    data = site_data.SiteData(tables, [0], 8)
+    about = unpack(data.index({}))["about"]
+    assert (about["architecture"], about["text"]) == (None, {"cache": "c0", "dataset": None})
+    near = {
+        "transcoders/other": {"digest": "sha256:01", "architecture": {"kind": "relu"}, "request": "sha256:00"},
+        "transcoders/own": {"digest": "sha256:00", "architecture": {"kind": "topk", "k": 8}},
+        "cache": {"cache_id": "c0"},
+    }
+    for name, manifest in near.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+        (tmp_path / name / "request.json").write_text(json.dumps({"dataset": "texts/own.jsonl"}))
+    (tmp_path / "transcoders" / "broken").mkdir()
+    (tmp_path / "transcoders" / "broken" / "manifest.json").write_text("{ sha256:00 c0")
+    about = unpack(site_data.SiteData(tables, [0], 8).index({}))["about"]
+    assert about["architecture"] == {"kind": "topk", "k": 8}
+    assert about["text"] == {"cache": "c0", "dataset": "own.jsonl"}
 
 
 def test_only_chosen_features_are_written(made: MadeTables, tmp_path: Path) -> None:
