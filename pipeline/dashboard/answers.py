@@ -66,7 +66,7 @@ class TriedTexts:
                     return Scorer(str(layer), [layer], self._model, device)
         raise ArtifactMismatch(
             f"{', '.join(map(str, self._transcoders))}: not the transcoder of {tables}; give `pipeline serve` the path "
-            "of the right one with --transcoder"
+            "of the right one with --transcoders"
         )
 
     @cached_property
@@ -129,7 +129,7 @@ class Answers:
         if self._tried is None:
             raise SettingsError(
                 "no transcoder is at hand to read texts with: start the server with its path, and where the language "
-                "model lies if it moved: pipeline serve TABLES --transcoder PATH --model PATH"
+                "model lies if it moved: pipeline serve TABLES --transcoders PATH --model PATH"
             )
         return self._tried.activations(tables, feature, text)
 

@@ -18,7 +18,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Another address lets other machines look, too.")
 @click.option(
-    "--transcoder",
+    "--transcoders",
     "transcoders",
     multiple=True,
     type=options.ARTIFACT,
@@ -38,10 +38,10 @@ def command(
 
     \b
     pipeline serve tables/gpt2-l8
-    pipeline serve tables/gpt2-l8 --transcoder transcoders/gpt2-l8
+    pipeline serve tables/gpt2-l8 --transcoders transcoders/gpt2-l8
     pipeline serve dashboards/gpt2-l8 --port 9000
 
-    On the pages of tables, labels, notes and stars can be edited and, with --transcoder, texts be tried, by whoever is
+    On the pages of tables, labels, notes and stars can be edited and, with --transcoders, texts be tried, by whoever is
     at this machine. There is no password: whoever reaches the address can read.
     """
     from tailrace.pipeline.dashboard import serve

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -12,6 +13,7 @@ from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.sections import SectionCommand
 
 if TYPE_CHECKING:
+    from tailrace.pipeline.label.stage import Change, Imported
     from tailrace.storage.labels import Label
 
 _NOTE = 100
@@ -35,6 +37,7 @@ _KEPT = 5
 @click.option("--replace", is_flag=True, help="With --import: its labels take the place of those that are here.")
 @click.option("--export", "output", type=options.FILE, help="File to write all labels to: .csv, .jsonl or .parquet.")
 @click.option("--author", help="Who says so. [default: your login; of delphi's explanations, delphi]")
+@options.as_json
 def command(
     tables: Path,
     features: str | None,
@@ -45,6 +48,7 @@ def command(
     replace: bool,
     output: Path | None,
     author: str | None,
+    as_json: bool,
 ) -> None:
     """Give features of TABLES a label, a note or a star; without any, show what is said of them.
 
@@ -70,22 +74,43 @@ def command(
 
     if source is not None:
         imported = stage.import_labels(tables, source, replace=replace, author=author)
-        kept = [f"  {path.name}, feature {one.feature}: {_said(one)}" for path, one, _ in imported.kept]
-        click.echo(f"{source}: {imported.n_changed:,} features labelled" + (f"; {len(kept):,} keep what was here, "
-                   "--replace takes the file's:" if kept else ""))  # fmt: skip
-        for line in [*kept[:_KEPT], *([f"  and {len(kept) - _KEPT:,} more"] if len(kept) > _KEPT else [])]:
-            click.echo(line)
+        if as_json:
+            options.echo_json({"n_changed": imported.n_changed, "kept": _records(imported.kept, which=1)})
+        else:
+            click.echo("\n".join(_imported(source, imported)))
     elif output is not None:
-        click.echo(f"{output}: {stage.export_labels(tables, output):,} labels written")
+        n_labels = stage.export_labels(tables, output)
+        if as_json:
+            options.echo_json({"path": output, "n_labels": n_labels})
+        else:
+            click.echo(f"{output}: {n_labels:,} labels written")
     elif features is not None:
         changes = stage.run(tables, [features], label=label, note=note, starred=starred, author=author)
+        if as_json:
+            options.echo_json({"labels": _records(changes, which=2)})
+            return
         for _, before, after in changes:
             was = f" (was {_said(before)})" if before != after and not before.is_empty else ""
             click.echo(f"feature {after.feature}: {_said(after)}{was}")
     else:
         labels = stage.every_label(tables)
-        columns = ["site", "feature", "starred", "label", "note"]
-        click.echo(render_table(labels.select(columns), None), nl=False)
+        if as_json:
+            options.echo_json({"labels": labels.to_pylist()})
+        else:
+            click.echo(render_table(labels.select(["site", "feature", "starred", "label", "note"]), None), nl=False)
+
+
+def _records(changes: Sequence[Change], which: Literal[1, 2]) -> list[dict[str, Any]]:
+    """Return labels before (1) or after (2) changes, each with its tables, as JSON."""
+    return [{"tables": str(change[0]), **vars(change[which])} for change in changes]
+
+
+def _imported(source: Path, imported: Imported) -> list[str]:
+    """Return what an import did, in lines."""
+    kept = [f"  {path.name}, feature {one.feature}: {_said(one)}" for path, one, _ in imported.kept]
+    more = [f"  and {len(kept) - _KEPT:,} more"] if len(kept) > _KEPT else []
+    rest = f"; {len(kept):,} keep what was here, --replace takes the file's:" if kept else ""
+    return [f"{source}: {imported.n_changed:,} features labelled{rest}", *kept[:_KEPT], *more]
 
 
 def _said(label: Label) -> str:

@@ -42,6 +42,9 @@ def test_the_command_labels_shows_and_says_what_was_there(capsys: pytest.Capture
     assert len(said) < 400
     assert "elections" in command(capsys, "label", tables).out
     assert command(capsys, "label", tables, "8").out == "feature 8: no label\n"
+    (shown,) = json.loads(command(capsys, "label", tables, "2", "--json").out)["labels"]
+    assert (shown["label"], shown["starred"], shown["author"]) == ("elections", True, "bob")
+    assert len(json.loads(command(capsys, "label", tables, "--json").out)["labels"]) == 2
     assert labels(tables)[4] == ("votes", "n" * 300, True, "ann")
 
 
