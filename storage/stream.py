@@ -161,7 +161,7 @@ class RowStream(Iterator[RowBatch]):
     def _sample(self, n_rows: int) -> tuple[int, ...]:
         available = sum(self._split.unit_rows)
         if not 1 <= n_rows <= available:
-            raise SettingsError(f"{self._split.root}: {n_rows:,} rows asked for, there are {available:,}")
+            raise SettingsError(f"{self._split.root}: n_rows is {n_rows:,}, but must be 1 to {available:,}")
         return sample_prefix(self._seed, self._split.name, self._split.unit_rows, n_rows)
 
     def _check(self, epoch: int, step: int, *, drop_last: bool) -> None:
@@ -173,7 +173,7 @@ class RowStream(Iterator[RowBatch]):
         if epoch < 0 or step < 0:
             raise SettingsError(f"a stream cannot begin at epoch {epoch}, step {step}; both count from 0")
         if self._order not in ORDERS:
-            raise SettingsError(f"there is no order {self._order!r}; use one of {', '.join(ORDERS)}")
+            raise SettingsError(f"order {self._order!r} is not known; use one of {', '.join(ORDERS)}")
 
     def _decode_buffer(self, source: StreamSource) -> np.ndarray | None:
         return None if source.encoding is None else source.encoding.decode_buffer(self.batch_rows)

@@ -43,14 +43,14 @@ class Condition:
     def __post_init__(self) -> None:
         problems = []
         if self.field not in FIELDS:
-            problems.append(f"field {self.field!r} is none of {', '.join(FIELDS)}")
+            problems.append(f"field {self.field!r} is not one of {', '.join(FIELDS)}")
         if self.comparator not in COMPARATORS:
-            problems.append(f"comparator {self.comparator!r} is none of {', '.join(COMPARATORS)}")
+            problems.append(f"comparator {self.comparator!r} is not one of {', '.join(COMPARATORS)}")
         named = {"kind": tuple(kind.value for kind in KINDS), "place": POINTS}.get(self.field)
         if named is not None and self.value not in named:
-            problems.append(f"{self.field} {self.value!r} is none of {', '.join(named)}")
+            problems.append(f"{self.field} {self.value!r} is not one of {', '.join(named)}")
         if named is None and not isinstance(self.value, int):
-            problems.append(f"{self.field} {self.value!r} is no whole number")
+            problems.append(f"{self.field} {self.value!r} is not a whole number")
         if self.field == "kind" and self.comparator not in ("=", "!="):
             problems.append("kinds have no order: use = or !=")
         if problems:

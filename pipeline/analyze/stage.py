@@ -102,7 +102,7 @@ class AnalyzeResult:
 
     def feature(self, index: int) -> FeatureCard:
         """Return a feature's rows of the tables, which a notebook shows with their examples. Raises SettingsError."""
-        return FeatureCard.read(self.path, index)
+        return FeatureCard.read(self.path, int(index))
 
     def _repr_html_(self) -> str:
         drawn = "" if self.of_rows is None else f" of {self.of_rows:,}, drawn uniformly"
@@ -174,10 +174,8 @@ def open_sources(
 
         return of_cache
     if live is None or cache is not None:
-        given = "neither" if cache is None else "not both"
-        raise SettingsError(
-            f"rows come from a cache or from fresh text, {given}: give --cache, or --live with --dataset and --rows"
-        )
+        given = "no rows to analyze" if cache is None else "rows come from a cache or from fresh text, not from both"
+        raise SettingsError(f"{given}: give either --cache, or --live with --dataset and --rows")
     if settings.rows is None:
         raise SettingsError("rows: how much of the text to read is not known with --live; give --rows, such as 100k")
     n_rows = settings.rows

@@ -91,7 +91,7 @@ class Ledger:
 
 
 def _missing(path: Path) -> ArtifactMissing:
-    return ArtifactMissing(f"{path}: there is no ledger here; begin a study first")
+    return ArtifactMissing(f"{path}: is not a study; `pipeline blind study begin` starts one")
 
 
 def _read(path: Path, text: bytes) -> list[Entry]:

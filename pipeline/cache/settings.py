@@ -42,7 +42,7 @@ class CapturedSites(Settings):
     @classmethod
     def _check_sites(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not value and info.data.get("layers", "") is None:
-            raise ValueError("no site is asked for: give --layers (such as 8, or all) or --hooks")
+            raise ValueError("no layer and no hook is given: use --layers (such as 8, or all) or --hooks")
         return value
 
 

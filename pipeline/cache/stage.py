@@ -181,7 +181,7 @@ def _finished(settings: CacheSettings, output: Path) -> CacheResult:
     is_there = dataset_ended(output, cache.generation) if settings.tokens == "all" else settings.tokens in rows
     if not is_there:
         raise ArtifactMismatch(
-            f"{output}: is a finished cache of {rows[-1]:,} training rows, {settings.tokens} asked for; "
+            f"{output}: is a finished cache of {rows[-1]:,} training rows, but --tokens is {settings.tokens}; "
             "use `pipeline extend` to add rows, or another --out"
         )
     return _unchanged(cache)
@@ -223,7 +223,7 @@ def _refuse_taken_names(cache: ActivationCache, wanted: Sequence[SiteHooks]) -> 
         held = cache.sites.get(site.name)
         if held is not None and SiteHooks.of(held) != site:
             raise ArtifactMismatch(
-                f"{cache.path}: its site {site.name} is {held.hook_in} -> {held.hook_out}, asked for {site.hook_in} -> "
+                f"{cache.path}: its site {site.name} is {held.hook_in} -> {held.hook_out}, not {site.hook_in} -> "
                 f"{site.hook_out}; give the new site another name with --hooks NAME={site.hook_in}:{site.hook_out}"
             )
 
@@ -382,8 +382,8 @@ class CacheJob:
             )
         if target is not None and n_rows < target:
             raise TextError(
-                f"{dataset}: ends after {n_rows:,} training rows, {target:,} asked for. Everything so far is kept: run "
-                f"the same command with --tokens {n_rows} (or --tokens all), or start anew with more text"
+                f"{dataset}: ends after {n_rows:,} training rows of the {target:,} wanted. Everything so far is kept: "
+                f"run the same command with --tokens {n_rows} (or --tokens all), or start anew with more text"
             )
 
     def _kept_layout(self, choose: Callable[[], CacheFormat]) -> CacheFormat:

@@ -35,11 +35,11 @@ class Question:
         if len(given) != 1:
             found = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
             raise SettingsError(
-                f"a circuit explains one quantity, asked for: {found}; give one of --feature LAYER:INDEX, "
-                "--logit TEXT and --logit-difference TEXT TEXT"
+                f"a circuit explains one quantity, and {found} is given; use one of --feature LAYER:INDEX, --logit "
+                "TEXT and --logit-difference TEXT TEXT"
             )
         if self.feature is None and self.direction != "encoder":
-            raise SettingsError(f"--direction {self.direction}: is of a feature, and none is asked for; leave it out")
+            raise SettingsError(f"--direction {self.direction}: only with --feature; leave it out")
         if self.logit_difference is not None and len(set(self.logit_difference)) == 1:
             raise SettingsError(
                 f"--logit-difference: both are {self.logit_difference[0]!r}, so there is nothing to explain; "

@@ -49,7 +49,7 @@ def read_heldout_contexts(
             "--context-length, or --holdout 0"
         )
     if n_found < n_rows:
-        logger.info("%s: %s held-out rows, all there are of %s asked for", name, f"{n_found:,}", f"{n_rows:,}")
+        logger.info("%s: has only %s held-out rows of the %s wanted", name, f"{n_found:,}", f"{n_rows:,}")
     return np.concatenate(tokens), np.concatenate(documents)
 
 

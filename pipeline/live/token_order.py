@@ -123,9 +123,7 @@ def fresh_rows(text: FreshText, model: LanguageModel, site: Site, n_rows: int) -
     maker = RowMaker(model, [site], row_mask, text.contexts_per_batch)
     split = FreshSplit(maker, tokens, ids, row_mask(tokens, ids))
     if split.n_rows < n_rows:
-        logger.warning(
-            "%s: gives %s rows, all there are of %s asked for", text.dataset, f"{split.n_rows:,}", f"{n_rows:,}"
-        )
+        logger.warning("%s: has only %s rows of the %s wanted", text.dataset, f"{split.n_rows:,}", f"{n_rows:,}")
     first = split.read_unit(0, [f"{site.name}/out"])[f"{site.name}/out"]
     mean = first.mean(axis=0, dtype=np.float64)
     return ShownRows(split, SPLIT, site.name, mean, model.vocabulary()), documents.identity() | reading.as_json()

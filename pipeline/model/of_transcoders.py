@@ -106,8 +106,8 @@ def _common_model(transcoders: Sequence[Path]) -> Mapping[str, Any]:
     if others:
         lines = [line for differences, paths in others.items() for line in _of_another_model(paths, differences)]
         raise ArtifactMismatch(
-            f"these transcoders were trained on other language models than {transcoders[0]} ('there'); choose one "
-            "model's:\n" + "\n".join(lines)
+            f"these transcoders were trained on other language models than {transcoders[0]} ('there'); use only those "
+            "of one model:\n" + "\n".join(lines)
         )
     return dict(recorded[0])
 

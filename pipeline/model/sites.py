@@ -77,7 +77,8 @@ def resolve_sites(
     sites += [site for text in hooks if (site := _parse_hooks(text, problems)) is not None]
     if not sites and not problems:
         problems.append(
-            f"no site is asked for; give layers such as --layers 0 (the model has layers 0 to {n_layers - 1}), or hooks"
+            "no layer and no hook is given; use --layers, such as --layers 0 (the model has layers 0 to "
+            f"{n_layers - 1}), or --hooks"
         )
     without_mlp = [site for site in sites if site.default_layer is not None and _has_no_mlp(site, hook_names)]
     problems += _blocks_without_mlp(without_mlp, hook_names)

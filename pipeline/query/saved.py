@@ -108,9 +108,9 @@ def saved_query(name: str) -> SavedQuery:
     queries = saved_queries()
     if name not in queries:
         near = difflib.get_close_matches(name, queries, n=1)
-        meant = f"; is {near[0]} meant?" if near else "."
+        meant = f"; did you mean {near[0]}?" if near else "."
         raise SettingsError(
-            f"--saved {name}: no such query{meant} There are {', '.join(queries)}; --list tells of them"
+            f"--saved {name}: no such query{meant} The ready queries are {', '.join(queries)}; --list explains them"
         )
     return queries[name]
 

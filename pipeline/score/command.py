@@ -37,7 +37,11 @@ from tailrace.pipeline.shared.sections import SectionCommand
 )
 @click.option("--raw", is_flag=True, help="Pre-activations instead of activations.")
 @click.option(
-    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Features told where none is asked for."
+    "--top",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Features to list where --feature names none.",
 )
 @click.option("--context-length", type=int, help="Tokens per context, BOS included. [default: 1024 at most]")
 @click.option(

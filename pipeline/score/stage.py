@@ -204,7 +204,9 @@ def _check(texts: Sequence[str], features: Sequence[tuple[int, int]], raw: bool,
     ]
     problems += [f"--feature {one}: features count from 0" for _, one in features if one < 0]
     if raw and not features:
-        problems.append("--raw shows pre-activations of features named by --feature; without one, activations are told")
+        problems.append(
+            "--raw shows pre-activations of the features that --feature names; name some, or leave --raw out"
+        )
     if problems:
         raise SettingsError("\n".join(problems))
 

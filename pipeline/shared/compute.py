@@ -163,7 +163,7 @@ def _open_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise SettingsError(f"--device {name}: is no device; use auto, cpu, cuda or cuda:1") from error
+        raise SettingsError(f"--device {name}: is not a device; use auto, cpu, cuda or cuda:1") from error
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

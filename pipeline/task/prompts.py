@@ -63,8 +63,8 @@ def tokenized(path: Path, lines: Lines, model: LanguageModel) -> TaskPrompts:
         for number, value in lines:
             split = model.tokenize(value[kind])
             problems += [
-                f"line {number}: the {kind} answer {text!r} is {len(ids)} tokens, wanted one; give its first token's "
-                "text, or other answers"
+                f"line {number}: the {kind} answer {text!r} is {len(ids)} tokens, but must be one; give its first "
+                "token's text, or other answers"
                 for text, ids in zip(value[kind], split, strict=True)
                 if len(ids) != 1
             ]

@@ -252,8 +252,11 @@ def _names(settings: TrainSettings, known: Sequence[str]) -> list[str]:
 
 def _site_problems(settings: TrainSettings, known: Sequence[str]) -> list[str]:
     if settings.site is None:
-        several = len(known) > 1 and not settings.cross_layer
-        return [f"site: there are {len(known)}; choose one of {', '.join(known)}"] if several else []
+        if len(known) == 1 or settings.cross_layer:
+            return []
+        return [
+            f"site: there are {len(known)}; choose one with --site, or train each with --sweep site={','.join(known)}"
+        ]
     return [problem for name in _names(settings, known) for problem in _unknown_site(name, known)]
 
 
@@ -262,10 +265,10 @@ def _unknown_site(chosen: str, names: Sequence[str]) -> list[str]:
     if chosen in names:
         return []
     if "," in chosen:
-        return [f"site: {chosen!r} names several; that is for --cross-layer, or give one of {', '.join(names)}"]
+        return [f"site: {chosen!r} names several, which only --cross-layer takes; give one of {', '.join(names)}"]
     near = difflib.get_close_matches(chosen, names)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
-    return [f"site: there is no {chosen!r}; {meant}there {_are(names)}"]
+    return [f"site: there is no site {chosen!r}; {meant}there {_are(names)}"]
 
 
 def _layer_problems(sites: Sequence[Site]) -> list[str]:

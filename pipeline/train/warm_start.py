@@ -41,7 +41,7 @@ class WarmStart:
             f"width of the outputs at {site.name}": (their_sites[0].d_out, site.d_out),
         }
         return [
-            f"{name}: {self.path} has {there!r}, asked for {here!r}"
+            f"{name}: {self.path} has {there!r}, this run {here!r}"
             for name, (there, here) in shapes.items()
             if there != here
         ]

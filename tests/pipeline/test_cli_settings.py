@@ -165,7 +165,7 @@ def test_all_problems_of_file_and_flags_come_at_once_and_name_the_file(
     assert answer.code == 2
     assert answer.err.splitlines() == [
         f"error: 6 problems in {config}:",
-        "  hooks: no site is asked for: give --layers (such as 8, or all) or --hooks",
+        "  hooks: no layer and no hook is given: use --layers (such as 8, or all) or --hooks",
         "  context_length: Input should be a valid integer, unable to parse string as an integer (got 'two')",
         "  storage_dtype: Input should be 'auto', 'bfloat16', 'float16', 'float32' or 'int8' (got 'float8')",
         "  compression: Input should be 'none', 'lz4', 'zstd', 'gzip' or 'blosc-zstd' (got 'zip')",
@@ -184,7 +184,7 @@ def test_a_command_without_its_settings_names_all_that_are_missing(
         "model: is required",
         "dataset: is required",
         "tokens: is required",
-        "hooks: no site is asked for: give --layers (such as 8, or all) or --hooks",
+        "hooks: no layer and no hook is given: use --layers (such as 8, or all) or --hooks",
     ]
 
 
@@ -203,7 +203,7 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, content: s
 
 @pytest.mark.parametrize(
     ("device", "said"),
-    [("gpu", "is no device; use auto, cpu, cuda"), ("cpu:x", "is no device"), ("cuda:99", "--device cpu")],
+    [("gpu", "is not a device; use auto, cpu, cuda"), ("cpu:x", "is not a device"), ("cuda:99", "--device cpu")],
 )
 def test_a_device_that_is_not_there_is_told_in_a_line(device: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said) as caught, Compute(device).opened():

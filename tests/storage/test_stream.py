@@ -273,8 +273,8 @@ def test_a_damaged_shard_is_named_when_a_unit_or_a_context_is_read(directory: Pa
         ({"batch_rows": -5}, "batches of -5 rows"),
         ({"batch_rows": 10, "step": -1}, "cannot begin at epoch 0, step -1"),
         ({"batch_rows": 10, "epoch": -1}, "cannot begin at epoch -1"),
-        ({"batch_rows": 10, "n_rows": 601}, "601 rows asked for, there are 600"),
-        ({"batch_rows": 10, "n_rows": 0}, "0 rows asked for"),
+        ({"batch_rows": 10, "n_rows": 601}, "n_rows is 601, but must be 1 to 600"),
+        ({"batch_rows": 10, "n_rows": 0}, "n_rows is 0, but must be"),
         ({"batch_rows": 10, "order": "sorted"}, "order 'sorted'"),
     ],
 )

@@ -373,10 +373,10 @@ def test_kinds_and_places_are_compared_by_name() -> None:
     ("text", "complaint"),
     [
         ("token~9", "write a field, a comparator and a value"),
-        ("colour=9", "field 'colour' is none of"),
-        ("kind=neuron", "kind 'neuron' is none of feature, head"),
+        ("colour=9", "field 'colour' is not one of"),
+        ("kind=neuron", "kind 'neuron' is not one of feature, head"),
         ("kind>head", "kinds have no order"),
-        ("layer=first", "layer 'first' is no whole number"),
+        ("layer=first", "layer 'first' is not a whole number"),
     ],
 )
 def test_filters_that_mean_nothing_are_refused(text: str, complaint: str) -> None:

@@ -104,7 +104,7 @@ def test_documents_can_be_left_out(made: Path, tmp_path: Path) -> None:
 def test_less_text_than_asked_for_is_read_to_its_end(made: Path, tmp_path: Path, caplog: Any) -> None:
     result = from_text(made, tmp_path / "t", settings={"rows": 10**6, "activations": "none", "without_model": True})
     assert 1200 < result.n_rows < 1300
-    assert "rows, all there are of 1,000,000 asked for" in caplog.text
+    assert "rows of the 1,000,000 wanted" in caplog.text
 
 
 def refused(made: Path, tmp_path: Path, error: type[ActionableError], match: str, **arguments: Any) -> None:

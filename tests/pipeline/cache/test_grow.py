@@ -140,7 +140,7 @@ def test_extending_to_all_takes_the_whole_dataset_and_then_nothing_more(small: P
 
 def test_an_extension_beyond_the_text_says_how_to_continue_and_does(small: Path, tmp_path: Path) -> None:
     path = copy_cache(small, tmp_path / "cache")
-    with pytest.raises(TextError, match=r"ends after [\d,]+ training rows, 1,000,000 asked for") as refused:
+    with pytest.raises(TextError, match=r"ends after [\d,]+ training rows of the 1,000,000 wanted") as refused:
         extended(path, 1_000_000)
     n_rows = int(str(refused.value).split("--tokens ")[1].split(" ")[0])
     extended(path, n_rows)

@@ -131,7 +131,7 @@ def test_a_finished_cache_is_returned_and_another_number_of_rows_points_to_exten
     assert run_cache(finished).n_new_rows == 0
     for tokens in (600, "all"):
         message = refusal(ArtifactMismatch, finished, tokens=tokens)
-        assert f"is a finished cache of 500 training rows, {tokens} asked for; use `pipeline extend`" in message
+        assert f"is a finished cache of 500 training rows, but --tokens is {tokens}; use `pipeline extend`" in message
     assert differing(tree(finished), before) == []
 
 
@@ -202,7 +202,9 @@ def test_a_directory_that_holds_something_else_is_left_alone(tmp_path: Path) -> 
 def test_a_text_that_is_too_short_says_how_to_continue_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     message = refusal(TextError, path, tokens="2M", holdout="0")
-    assert f"{text_file()}: ends after 1,275 training rows, 2,000,000 asked for. Everything so far is kept" in message
+    assert (
+        f"{text_file()}: ends after 1,275 training rows of the 2,000,000 wanted. Everything so far is kept" in message
+    )
     assert "run the same command with --tokens 1275 (or --tokens all)" in message
     n_kept = len(list(path.glob("commits/0/train-unit-*.json")))
     assert run_cache(path, tokens=1275, holdout="0").n_new_rows == 1275 - 64 * n_kept
@@ -325,7 +327,7 @@ def test_every_problem_of_the_settings_is_reported_at_once() -> None:
     assert str(refused.value).splitlines() == [
         "9 problems in settings:",
         "  tokens: '6OM' is not a quantity; write a number such as 4096, 60M, 1.5GB or 2GiB, or 'all' (got '6OM')",
-        "  hooks: no site is asked for: give --layers (such as 8, or all) or --hooks",
+        "  hooks: no layer and no hook is given: use --layers (such as 8, or all) or --hooks",
         "  first_position: Input should be greater than or equal to 0 (got -1)",
         "  context_length: wanted 2 (BOS and a token) to 65,536 (got 1)",
         "  holdout: 'often' is not understood; write a share up to 0.5 such as 0.01, 0 for no held-out "

@@ -29,10 +29,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         (["--feature", "2:1", "--token", 11], "token 11: the prompt has 11 tokens, 0 to 10"),
         (["--feature", "2:1", "--token", 0], "token 0: transcoders do not stand in there"),
         (["--logit", "her him"], "logit 'her him': is 2 tokens to this model ('her' 'him'), wanted one"),
-        (["--feature", "2:1", "--logit", "her"], "asked for: --feature and --logit; give one of"),
-        ([], "asked for: none; give one of --feature LAYER:INDEX, --logit TEXT and --logit-difference"),
+        (["--feature", "2:1", "--logit", "her"], "--feature and --logit is given; use one of"),
+        ([], "none is given; use one of --feature LAYER:INDEX, --logit TEXT and --logit-difference"),
         (["--logit-difference", "her", "her"], "--logit-difference: both are 'her', so there is nothing to explain"),
-        (["--logit", "her", "--direction", "decoder"], "--direction decoder: is of a feature, and none is asked for"),
+        (["--logit", "her", "--direction", "decoder"], "--direction decoder: only with --feature"),
         (["--logit", "her", "--filter", "token~2"], "filter 'token~2': write a field, a comparator and a value"),
     ],
 )

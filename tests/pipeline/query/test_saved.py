@@ -287,9 +287,11 @@ def test_every_query_says_what_it_is_for_and_what_it_needs() -> None:
 
 
 def test_a_wrong_name_value_or_table_is_told_with_the_right_ones(tables: Path) -> None:
-    with pytest.raises(SettingsError, match=r"no such query; is densest meant\? There are break-ce, densest"):
+    with pytest.raises(
+        SettingsError, match=r"no such query; did you mean densest\? The ready queries are break-ce, densest"
+    ):
         queries.saved_query("dense")
-    with pytest.raises(SettingsError, match=r"--saved zzz: no such query\. There are break-ce"):
+    with pytest.raises(SettingsError, match=r"--saved zzz: no such query\. The ready queries are break-ce"):
         queries.saved_query("zzz")
     with pytest.raises(SettingsError) as caught:
         queries.saved_query("examples").values(["feature=x", "k=3", "n"])

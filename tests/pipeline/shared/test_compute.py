@@ -43,7 +43,7 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_name_that_is_no_device_is_refused() -> None:
-    with pytest.raises(SettingsError, match="--device gpu: is no device; use auto, cpu, cuda or cuda:1"):
+    with pytest.raises(SettingsError, match="--device gpu: is not a device; use auto, cpu, cuda or cuda:1"):
         Compute("gpu").opened().__enter__()
 
 

@@ -159,7 +159,7 @@ def test_answers_of_several_tokens_and_contradictions_are_named(tmp_path: Path) 
             {"prompt": "the " * 80, "correct": ["of"], "incorrect": ["a"]},
         ],
     )
-    assert "line 1: the correct answer 'of the' is 2 tokens, wanted one" in message
+    assert "line 1: the correct answer 'of the' is 2 tokens, but must be one" in message
     assert "line 2: the prompt has 81 tokens, the model reads at most 64" in message
     contradiction = [{"prompt": "the time", "correct": ["of"], "incorrect": ["of"]}]
     assert "prompt 0: token" in refused(tmp_path, contradiction)

@@ -205,7 +205,7 @@ def test_everything_that_does_not_fit_is_told_at_once(cache: Path, tmp_path: Pat
         )
     message = str(refused.value)
     for wanted in (
-        "site: there is no 'blocks.7.mlp'",
+        "site: there is no site 'blocks.7.mlp'",
         "architecture: topk features have no threshold in use",
         "architecture.skip: a cross-layer transcoder has no skip path",
         "optimiser: muon would mix encoders of layers",
@@ -227,10 +227,10 @@ def test_sites_are_named_one_by_one_or_as_a_range(tmp_path: Path) -> None:
             choose_sites(TrainSettings.read(SETTINGS, {"site": text}), source)
         assert "there is no" not in str(refused.value)
         assert str(refused.value).count("its hooks name no layer, or two") == 2
-    with pytest.raises(SettingsError, match="there is no 'layer2'"):
+    with pytest.raises(SettingsError, match="there is no site 'layer2'"):
         choose_sites(TrainSettings.read(SETTINGS, {"site": "layer0-2"}), source)
     settings = TrainSettings.read(SETTINGS, {"cross_layer": False, "site": "layer0,layer1"})
-    with pytest.raises(SettingsError, match="names several; that is for --cross-layer"):
+    with pytest.raises(SettingsError, match="names several, which only --cross-layer takes"):
         train.run(settings, cache=cache, output=tmp_path / "t", compute=Compute(quiet=True))
 
 
@@ -273,7 +273,7 @@ def test_a_run_starts_from_a_published_one_and_keeps_what_it_was(
             compute=Compute(quiet=True),
             start_from=trained.path,
         )
-    for wanted in ("layers:", "has 2, asked for 'one, by itself'", "d_sae:", "has 24, asked for 12"):
+    for wanted in ("layers:", "has 2, this run 'one, by itself'", "d_sae:", "has 24, this run 12"):
         assert wanted in str(refused.value), wanted
 
 

@@ -131,7 +131,7 @@ def test_bad_settings_of_a_live_run_leave_nothing_behind(tmp_path: Path) -> None
         run_live(tmp_path / "t", settings=settings(steps=None, site="layer7", architecture={"kind": "topk", "k": 33}))
     message = str(caught.value)
     assert "epochs: how many rows the text gives is not known in live mode; give rows or steps" in message
-    assert "site: there is no 'layer7'" in message
+    assert "site: there is no site 'layer7'" in message
     assert "33 features per row cannot be chosen from d_sae = 32" in message
     with pytest.raises(SettingsError, match="evaluate_model_every: contexts to run come from a cache"):
         run_live(tmp_path / "t", model_scores=ModelScoreSettings(evaluate_model_every=3))
@@ -236,9 +236,9 @@ def test_a_transcoder_of_another_shape_is_refused_with_every_difference(cache: P
         )
     lines = str(caught.value).splitlines()[1:]
     assert lines == [
-        f"  architecture: {first.path} has 'topk', asked for 'relu'",
-        f"  architecture.skip: {first.path} has False, asked for True",
-        f"  d_sae: {first.path} has 32, asked for 48",
+        f"  architecture: {first.path} has 'topk', this run 'relu'",
+        f"  architecture.skip: {first.path} has False, this run True",
+        f"  d_sae: {first.path} has 32, this run 48",
     ]
     assert not (tmp_path / "t").exists()
 

@@ -55,7 +55,7 @@ DRAWN = "needs training rows drawn at random, and live rows come in one order; t
             {"batch_rows": 100},
             "buffer_rows is 384, wanted at least 400: four batches; raise it, or lower batch_rows",
         ),
-        ({"site": "layer7"}, "site: there is no 'layer7'; did you mean layer0? there is layer0"),
+        ({"site": "layer7"}, "site: there is no site 'layer7'; did you mean layer0? there is layer0"),
     ],
 )
 def test_a_setting_that_live_rows_cannot_serve_is_refused(
@@ -86,7 +86,7 @@ def test_all_that_is_known_before_is_told_at_once(tmp_path: Path) -> None:
         "epochs", "bias_init", "decoder_init", "max_norm_multiple", "resampling", "keep_best", "buffer_rows", "site",
         "architecture.k",
     ]  # fmt: skip
-    assert "site: there are 2; choose one of layer0, layer1" in found
+    assert "site: there are 2; choose one with --site, or train each with --sweep site=layer0,layer1" in found
 
 
 def test_a_text_that_is_not_there_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ def test_the_command_names_bad_sweeps_and_writes_nothing(
         (["--sweep", "batch_rows=1,2"], "batch_rows: cannot be swept"),
         (["--sweep", "d_sae=0,24"], "d_sae: Input should be greater than or equal to 1"),
         (["--sweep", "k=2,25"], "25 features per row cannot be chosen from d_sae = 24"),
-        (["--sweep", "site=mlp,layer3"], "there is no 'layer3'"),
+        (["--sweep", "site=mlp,layer3"], "there is no site 'layer3'"),
         (["--sweep-file", tmp_path / "absent.yaml"], "there is no such file"),
     ):
         answer = command(capsys, "train", cache, *out, *arguments)
