@@ -237,6 +237,8 @@ def attaching(layer: TranscoderLayer, hook_in: str, hook_out: str) -> list[str]:
     adds = f", which adds {hook_in}" if str(names[hook_in]).endswith(f".{MLP_IN}") else ""
     if None not in names.values() and (adds or not layer.is_autoencoder):
         notes.append(f"attach it in HookedSAETransformer of SAELens {ATTACHES_FROM} or later{adds} (docs/export.md)")
+    if adds:
+        notes.append(f"HookedTransformer itself has no {hook_in}; --fold-norm exports with hooks that it has")
     written = hook_names(layer, (hook_in, hook_out))
     if per_head := [name for name in written if name.endswith(_PER_HEAD) and not _has_heads_side_by_side(written)]:
         notes.append(

@@ -181,7 +181,10 @@ def test_what_saelens_does_not_do_with_a_transcoder_is_told_with_its_releases(tm
     _, notes = hooks_written(
         tmp_path, {}, "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out", architecture=ReLU(skip=True)
     )
-    attach, versions, skip, evals, _ = notes
+    attach, without, versions, skip, evals, _ = notes
+    assert without == (
+        "here: HookedTransformer itself has no blocks.1.mlp.hook_in; --fold-norm exports with hooks that it has"
+    )
     assert versions == "here: read by SAELens from 6.0 on"
     assert "attach it in HookedSAETransformer of SAELens 6.34 or later, which adds blocks.1.mlp.hook_in" in attach
     assert "leaves out the path past the features" in skip
