@@ -45,7 +45,9 @@ GROUPS = {
             "tailrace.pipeline.cache.command", "Write one epoch's order as sequential shards (optional).", "shuffle"
         ),
         "verify": Command("tailrace.pipeline.cache.command", "Check bytes, pairs and shuffle of a cache.", "verify"),
+        "ls": Command("tailrace.pipeline.artifacts.command_ls", "List the artifacts under a folder."),
         "info": Command("tailrace.pipeline.artifacts.info_command", "Show any artifact at a glance."),
+        "rm": Command("tailrace.pipeline.artifacts.command_rm", "Remove artifacts that no others were made from."),
     },
     "Train": {
         "train": Command(
@@ -176,6 +178,8 @@ def _show_versions(context: click.Context, _: click.Parameter, asked: bool) -> N
 def cli(context: click.Context, debug: bool, log_level: str) -> None:
     """From text to trained transcoders through an on-disk activation cache."""
     context.obj = {"debug": debug}
+    if os.environ.get("NO_COLOR"):
+        context.color = False
     level = logging.DEBUG if debug else getattr(logging, log_level.upper())
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     if level == logging.WARNING:  # which step a GPU takes, and whether rows stay on it, is said once a run

@@ -23,8 +23,8 @@ from tests.support.paths import ROOT
 
 NOUNS = {"--cache", "--transcoders", "--tables", "--out"}
 """Flags for artifacts. Each means one thing in all commands."""
-OTHER_FOLDERS = {("train", "--from"), ("analyze", "--downstream"), ("label", "--import")}
-"""A second artifact of the kind that the command is about already, and a folder of another tool's."""
+OTHER_FOLDERS = {("train", "--from"), ("analyze", "--downstream"), ("label", "--import"), ("rm", "--in")}
+"""A second artifact of the kind that the command is about already, and folders that are none of ours."""
 WITHOUT_JSON = {"serve", "demo", "blind"}
 """A server, a tour, and studies whose ledger is the record."""
 RELEASED = ROOT / "tests/released/d14043a"

@@ -1,0 +1,235 @@
+"""All artifacts under a folder: what each is, how far it came, and which were made from which.
+
+An artifact records the digests of what it was made from, and no path. So one is used by another if both are in sight.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tailrace.storage.artifact import MANIFEST, REQUEST
+from tailrace.storage.cache_format import KIND as CACHE
+from tailrace.storage.draft import holds_artifact
+from tailrace.storage.formats import CROSS_LAYER_KIND, TABLES_KIND, TRANSCODER_KINDS
+
+_HOLDERS = ("sweep", "transcoders")
+"""Kinds whose folder has other artifacts in it."""
+_NO_ARTIFACTS = {"node_modules", "__pycache__"}
+_TAIL = 1 << 16
+"""Bytes at the end of a log in which its last line of training is looked for."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An artifact, finished or not."""
+
+    path: Path
+    kind: str
+    """As manifests have it; of an unfinished one, as far as its request tells."""
+    n_bytes: int
+    modified: float
+    """When it was finished or, of an unfinished one, written to last, in seconds since 1970."""
+    is_finished: bool
+    facts: Mapping[str, Any]
+    """Rows, features, FVU, L0 and the like by name; of an unfinished one, how far it is."""
+    identities: frozenset[str] = field(repr=False)
+    """Digests by which others refer to it."""
+    references: frozenset[str] = field(repr=False)
+    """Digests of what it was made from."""
+
+    def uses(self, other: Listed) -> bool:
+        """Return whether it was made from ``other``."""
+        return other is not self and not self.references.isdisjoint(other.identities)
+
+
+def list_artifacts(*folders: Path) -> list[Listed]:
+    """Return the artifacts in folders and all folders below, each once, by path; hidden folders are left out."""
+    found: dict[Path, Listed] = {}
+    for folder in folders:
+        new = (path for path in _artifacts(folder) if path.resolve() not in found)
+        found |= {listed.path.resolve(): listed for listed in map(_listed, new) if listed is not None}
+    return sorted(found.values(), key=lambda one: one.path)
+
+
+def made_from(artifacts: Sequence[Listed]) -> dict[Path, list[Listed]]:
+    """Return for each artifact's path those that it was made from; of copies, the one that shares most of its path."""
+    holders: dict[str, list[Listed]] = {}
+    for one in artifacts:
+        for identity in one.identities:
+            holders.setdefault(identity, []).append(one)
+    origins = {}
+    for one in artifacts:
+        copies = [[other for other in holders.get(wanted, ()) if other is not one] for wanted in sorted(one.references)]
+        nearest = [max(several, key=lambda other: _n_shared(one.path, other.path)) for several in copies if several]
+        origins[one.path] = sorted({other.path: other for other in nearest}.values(), key=lambda other: other.path)
+    return origins
+
+
+def _n_shared(path: Path, other: Path) -> int:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(path.parts, other.parts, strict=False))
+    return sum(1 for _ in same)
+
+
+def _artifacts(folder: Path) -> Iterator[Path]:
+    """Yield the folders of artifacts; of a folder that cannot be read, none."""
+    if _is_artifact(folder):
+        yield folder
+        if not _holds_others(folder):
+            return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        is_left_out = entry.name.startswith(".") or entry.name in _NO_ARTIFACTS
+        if not is_left_out and entry.is_dir(follow_symlinks=False):
+            yield from _artifacts(Path(entry))
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Return whether a folder is an artifact, or a run that was begun and came without its lock: by git, or a copy."""
+    return holds_artifact(folder) or ((folder / REQUEST).is_file() and (folder / "metrics.jsonl").is_file())
+
+
+def _holds_others(folder: Path) -> bool:
+    manifest, request = _read(folder / MANIFEST), _read(folder / REQUEST)
+    return manifest.get("kind") in _HOLDERS if manifest else "runs" in request
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return a JSON object, an empty one if there is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _listed(path: Path) -> Listed | None:
+    manifest, request = _read(path / MANIFEST), _read(path / REQUEST)
+    try:
+        sizes = list(_sizes(path, is_holder=_holds_others(path)))
+        modified = (path / MANIFEST).stat().st_mtime if manifest else max((when for _, when in sizes), default=0.0)
+    except OSError:  # removed by another process a moment ago
+        return None
+    return Listed(
+        path,
+        str(manifest["kind"]) if manifest else _kind_of_draft(request),
+        sum(n_bytes for n_bytes, _ in sizes),
+        modified,
+        bool(manifest),
+        _facts(manifest) if manifest else progress(path, request),
+        frozenset(str(manifest[name]) for name in ("digest", "cache_id") if name in manifest),
+        frozenset(_references([[manifest.get(name) for name in ("inputs", "runs", "transcoders")], request])),
+    )
+
+
+def _references(value: Any) -> Iterator[str]:
+    """Yield every digest in a JSON value that names an artifact."""
+    if isinstance(value, dict):
+        yield from (str(value[name]) for name in ("digest", "cache_id") if isinstance(value.get(name), str))
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _references(part)
+
+
+def _sizes(folder: Path, *, is_holder: bool = False) -> Iterator[tuple[int, float]]:
+    """Yield the bytes and time of each file, links to the same file once. Artifacts inside a holder have their own."""
+    seen = set()
+    for root, folders, names in os.walk(folder):
+        if is_holder:
+            folders[:] = [name for name in folders if not _is_artifact(Path(root, name))]
+        for name in names:
+            status = Path(root, name).lstat()
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                yield status.st_size, status.st_mtime
+
+
+def _kind_of_draft(request: Mapping[str, Any]) -> str:
+    """Return the kind that a request is of, as far as it tells."""
+    signs = {
+        CACHE: "shard_rows" in request,
+        "sweep": "runs" in request,
+        "transcoder": "architecture" in request.get("settings", {}),
+        "circuit": "question" in request,
+        "export": "to" in request,
+        TABLES_KIND: "transcoder" in (request.get("inputs") or {}),
+    }
+    return next((kind for kind, is_there in signs.items() if is_there), "unfinished")
+
+
+def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the few numbers by which one knows a finished artifact."""
+    kind, tables = manifest["kind"], manifest.get("tables") or {}
+    if kind == CACHE:
+        rows = {f"{name}_rows": split["n_rows"] for name, split in manifest["splits"].items()}
+        return {**rows, "sites": len(manifest["format"]["sites"])}
+    if kind in TRANSCODER_KINDS:
+        layers = manifest.get("layers") if kind == CROSS_LAYER_KIND else None
+        measured = manifest["metrics"].get("heldout") or manifest.get("measured")
+        scores = layers or ([measured] if measured else [])
+        return {**_mean_scores(scores), "features": manifest["d_sae"]}
+    if kind == TABLES_KIND:
+        return {"features": tables["features"]["n_rows"]}
+    if kind == "sweep":
+        diverged = sum(run["status"] == "diverged" for run in manifest["runs"])
+        return {"runs": len(manifest["runs"]), **({"diverged": diverged} if diverged else {})}
+    if kind == "transcoders":
+        return {"layers": len(manifest["transcoders"])}
+    if kind == "evaluation":
+        return {"recovered": manifest["scores"][-1].get("ce_recovered")}
+    names = {"dashboard": "n_features", "circuit": "root", "export": "to", "blind-comparison": "n_items"}
+    value = manifest.get(names.get(kind, ""))
+    return {} if value is None else {names[kind].removeprefix("n_"): value["text"] if kind == "circuit" else value}
+
+
+def _mean_scores(scores: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean FVU, of rows that may be learnt from, and L0."""
+    means = {}
+    for name, keys in (("fvu", ("fvu_ordinary", "fvu")), ("l0", ("l0",))):
+        values = [next((score[key] for key in keys if score.get(key) is not None), None) for score in scores]
+        known = [value for value in values if value is not None]
+        if known:
+            means[name] = sum(known) / len(known)
+    return means
+
+
+def progress(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how far an unfinished artifact is: steps and last loss of a run, finished units of a cache."""
+    if (path / "commits").is_dir():
+        return {"units": len(list((path / "commits").rglob("*-unit-*.json")))}
+    last = _last_of_training(path / "metrics.jsonl")
+    if last is None:
+        return {}
+    settings = request.get("settings") or {}
+    steps = settings.get("steps")
+    if steps is None and settings.get("rows") is not None:
+        steps = -(-settings["rows"] // settings["batch_rows"])
+    done = {"step": last["step"], **({"loss": last["loss"]} if "loss" in last else {})}
+    return {**done, **({} if steps is None else {"steps": steps, "share": last["step"] / steps})}
+
+
+def _last_of_training(log: Path) -> dict[str, Any] | None:
+    """Return the last line of a run's log that is of training."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            content = json.loads(line)
+        except ValueError:  # cut off at either end
+            continue
+        if isinstance(content, dict) and content.get("split") == "train" and "step" in content:
+            return content
+    return None

@@ -1,0 +1,86 @@
+"""Artifacts taken away: only such that nothing else was made from, each as a unit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tailrace.pipeline.artifacts.listing import Listed, list_artifacts
+from tailrace.storage.artifact import storage_refused, sync_directory
+from tailrace.storage.draft import Lock
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, ArtifactMissing, raise_together
+from tailrace.storage.names import is_temporary, temporary_path
+
+_REMOVED = "removed"
+_NAMED = 10
+"""Artifacts whose paths a message names."""
+
+
+def plan(paths: Sequence[Path], seen: Sequence[Path], *, is_forced: bool = False) -> list[Listed]:
+    """Return the artifacts at ``paths``, with those inside them.
+
+    Raises ArtifactMissing for what is no artifact, and ArtifactMismatch, unless ``is_forced``, if an artifact in the
+    folders ``seen`` that stays was made from them; with every problem.
+    """
+    problems = [problem for path in paths if (problem := _problem(path)) is not None]
+    raise_together(problems)
+    doomed = {one.path.resolve(): one for one in list_artifacts(*paths)}
+    if not is_forced:
+        staying = [one for one in list_artifacts(*seen) if one.path.resolve() not in doomed]
+        raise_together(list(_uses(list(doomed.values()), staying)))
+    return list(doomed.values())
+
+
+def _problem(path: Path) -> ActionableError | None:
+    inside = list_artifacts(path)
+    if path.is_symlink():
+        return ArtifactMismatch(f"{path}: is a link, and what it leads to may be others'; remove the link with rm")
+    if any(one.path == path for one in inside):
+        return None
+    if not inside:
+        return ArtifactMissing(f"{path}: no artifact lies here; check the path")
+    names = ", ".join(str(one.path) for one in inside[:_NAMED])
+    more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
+    return ArtifactMismatch(f"{path}: is no artifact, but holds {len(inside)}; name those to remove: {names}{more}")
+
+
+def _uses(doomed: Sequence[Listed], staying: Sequence[Listed]) -> Iterator[ActionableError]:
+    for one in doomed:
+        is_copied = any(one.identities and one.identities <= other.identities for other in staying)
+        users = [str(other.path) for other in staying if other.uses(one)]
+        if users and not is_copied:
+            more = f" and {len(users) - _NAMED} more" if len(users) > _NAMED else ""
+            yield ArtifactMismatch(
+                f"{one.path}: {len(users)} that stay were made from it: {', '.join(users[:_NAMED])}{more}; name these, "
+                "too, or give --force"
+            )
+
+
+def remove(doomed: Sequence[Listed]) -> None:
+    """Remove artifacts; what is inside another goes with it.
+
+    Raises ArtifactBusy for a draft that a process is writing, and StorageFull if the disk refuses.
+    """
+    for one in doomed:
+        if not one.path.exists():
+            continue  # was inside another
+        lock = None if one.is_finished else Lock(one.path)
+        try:
+            _remove(one.path)
+        except OSError as error:
+            raise storage_refused(error, one.path) from error
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+def _remove(path: Path) -> None:
+    """Take a folder away by its name first: what a killed process leaves is no artifact of the folder around it."""
+    aside = temporary_path(path.absolute())
+    aside.mkdir()
+    path.rename(aside / _REMOVED)  # one level below, where folders of artifacts are not looked through
+    sync_directory(aside.parent)
+    for entry in aside.parent.iterdir():  # this, and what killed processes left
+        if is_temporary(entry.name) and (entry / _REMOVED).is_dir():
+            shutil.rmtree(entry, ignore_errors=entry != aside)
