@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tailrace.pipeline.cache.stage import CacheResult
     from tailrace.pipeline.cache.verify import Verification
     from tailrace.pipeline.circuit.stage import CircuitResult
+    from tailrace.pipeline.compare.stage import ComparisonResult
     from tailrace.pipeline.evaluate.stage import EvaluateResult
     from tailrace.pipeline.steer.stage import SteerResult
     from tailrace.pipeline.train.stage import TrainResult
@@ -372,6 +373,35 @@ def query(sql: str, tables: Paths | Mapping[str, PathLike], values: Mapping[str,
     if not isinstance(tables, Mapping):
         return select(sql, as_paths(tables), values)
     return select(sql, {name: as_path(path) for name, path in tables.items()}, values)
+
+
+@_speaking_of_keywords()
+def compare(
+    a: PathLike,
+    b: PathLike,
+    *,
+    transcoders: Paths = (),
+    out: PathLike | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    quiet: bool = True,
+) -> ComparisonResult:
+    """Match the features of tables ``a`` and ``b``: for each the most similar of the other, and how many match at all.
+
+    By the rows on which they fire, where both keep activations of the same rows of a cache, and by decoder rows, where
+    the ``transcoders`` are given. ``table`` of the result has a row for each feature, ``summary`` the shares above
+    chance. Raises SettingsError if neither can be compared, ArtifactError.
+
+    ``tailrace.compare("tables/k16", "tables/k32", transcoders="transcoders").summary["cosine"]["a"]["matched"]``
+    """
+    from tailrace.pipeline.compare.stage import run
+
+    return run(
+        (as_path(a), as_path(b)),
+        transcoders=as_paths(transcoders),
+        output=_path(out),
+        compute=Compute(device, threads, quiet=quiet),
+    )
 
 
 @_speaking_of_keywords()

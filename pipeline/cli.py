@@ -63,6 +63,7 @@ GROUPS = {
         ),
         "query": Command("tailrace.pipeline.query.command", "Ask tables, a sweep or an evaluation in SQL."),
         "label": Command("tailrace.pipeline.label.command", "Give features labels, notes and stars."),
+        "compare": Command("tailrace.pipeline.compare.command", "Match the features of two dictionaries."),
         "dashboard": Command("tailrace.pipeline.dashboard.command", "Write a static site of feature pages."),
         "serve": Command(
             "tailrace.pipeline.dashboard.command_serve", "Show a dashboard over HTTP, or tables without making one."

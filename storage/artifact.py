@@ -309,6 +309,8 @@ class Inputs(Record):
     prompts: Reference | None = None
     labels: dict[str, str] | None = None
     """Digests of the labels of tables that had some, by site or folder."""
+    matches: list[str] | None = None
+    """Checksums of files about the similar features of two tables."""
 
 
 class DerivedManifest(Manifest):

@@ -1,9 +1,9 @@
 """From text to trained transcoders through an on-disk activation cache.
 
-``cache``, ``train``, ``sweep``, ``analyze``, ``evaluate``, ``circuit``, ``steer``, ``query``, ``verify`` and ``info``
-are the main commands as functions; ``open_cache``, ``load_transcoder``, ``load_transcoders`` and ``open_model`` open
-what was made; ``replaced`` and ``forward`` run the model with transcoders and edits in place; ``circuits`` takes one
-prompt apart by hand. Each is loaded when it is first used.
+``cache``, ``train``, ``sweep``, ``analyze``, ``evaluate``, ``circuit``, ``steer``, ``query``, ``compare``, ``verify``
+and ``info`` are the main commands as functions; ``open_cache``, ``load_transcoder``, ``load_transcoders`` and
+``open_model`` open what was made; ``replaced`` and ``forward`` run the model with transcoders and edits in place;
+``circuits`` takes one prompt apart by hand. Each is loaded when it is first used.
 
 The code lies in four folders at the top of the repository: ``pipeline``, ``analysis``, ``training`` and ``storage``.
 Installed, they are subpackages of this one; in a checkout, this folder holds a link to each.
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         analyze,
         cache,
         circuit,
+        compare,
         evaluate,
         info,
         query,
@@ -65,6 +66,7 @@ __all__ = [
     "cache",
     "circuit",
     "circuits",
+    "compare",
     "evaluate",
     "forward",
     "info",

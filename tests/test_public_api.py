@@ -59,8 +59,8 @@ def same_request(one: Path, other: Path) -> bool:
     return (one / REQUEST).read_bytes() == (other / REQUEST).read_bytes()
 
 
-def test_all_is_at_most_thirty_names_and_every_one_of_them_is_there_and_documented() -> None:
-    assert len(tailrace.__all__) <= 30
+def test_all_is_at_most_32_names_and_every_one_of_them_is_there_and_documented() -> None:
+    assert len(tailrace.__all__) <= 32
     assert list(tailrace.__all__) == sorted(set(tailrace.__all__))
     assert set(tailrace.__all__) <= set(dir(tailrace))
     for name in tailrace.__all__:

@@ -10,18 +10,19 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailrace.analysis.dashboards.values import visible_token
+from tailrace.pipeline.dashboard.site_data import nearby_transcoder
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, LabelConflict, SettingsError, TextError
 from tailrace.storage.labels import Label, LabelEdit, as_json, edit_labels, owner_of, read_labels
 from tailrace.storage.tables import TablesManifest
 
 if TYPE_CHECKING:
+    from tailrace.pipeline.model.language_model import LanguageModel
     from tailrace.pipeline.score.stage import Scorer
 
 JSON = dict[str, Any]
@@ -32,13 +33,17 @@ MOST_CHARACTERS = 10_000
 
 
 class TriedTexts:
-    """Transcoders whose features are asked about texts, with their language model."""
+    """Transcoders whose features are asked about texts, with their language model.
 
-    def __init__(self, transcoders: Sequence[Path], *, model: str | None, compute: Compute) -> None:
+    If none are given, those that lie near the tables.
+    """
+
+    def __init__(self, transcoders: Sequence[Path] = (), *, model: str | None, compute: Compute) -> None:
         self._transcoders, self._model_path, self._compute = transcoders, model, compute
         self._lock = threading.Lock()
         """Held while the model runs: its threads and memory are for one text at a time."""
         self._scorers: dict[Path, Scorer] = {}
+        self._model: LanguageModel | None = None
 
     def activations(self, tables: Path, feature: int, text: str) -> JSON:
         """Return the tokens of a text with the activations of a feature of ``tables``, None where it is not scored.
@@ -57,30 +62,34 @@ class TriedTexts:
 
     def _open(self, tables: Path, device: Any) -> Scorer:
         from tailrace.pipeline.artifacts.transcoders import layers_of, open_transcoders
+        from tailrace.pipeline.model.of_transcoders import open_transcoder_model
         from tailrace.pipeline.score.stage import Scorer
 
-        owner = owner_of(TablesManifest.read(tables))
-        for one in open_transcoders(self._transcoders):
+        manifest = TablesManifest.read(tables)
+        near = None if self._transcoders else nearby_transcoder(manifest, tables)
+        owner = owner_of(manifest)
+        for one in open_transcoders(self._transcoders or ([near[0]] if near else [])):
             for layer in layers_of([one]):
                 if {"transcoder": layer.digest, "site": layer.site.name} == owner:
+                    # tables of one site are of one model
+                    self._model = self._model or open_transcoder_model(
+                        [one.path], model=self._model_path, device=self._compute.device_name
+                    )
                     return Scorer(str(layer), [layer], self._model, device)
+        given = ", ".join(map(str, self._transcoders))
         raise ArtifactMismatch(
-            f"{', '.join(map(str, self._transcoders))}: not the transcoder of {tables}; give `pipeline serve` the path "
-            "of the right one with --transcoders"
+            f"{f'{given}: not the transcoder' if given else 'no transcoder at hand is that'} of {tables.name}; "
+            "start the server with its path, and with where the language model lies if it moved: pipeline serve TABLES "
+            "--transcoders PATH --model PATH"
         )
-
-    @cached_property
-    def _model(self) -> Any:
-        from tailrace.pipeline.model.of_transcoders import open_transcoder_model
-
-        return open_transcoder_model(self._transcoders, model=self._model_path, device=self._compute.device_name)
 
 
 class Answers:
     """Answers to pages of ``tables``, by the names that they have in the site."""
 
     def __init__(self, tables: Mapping[str, Path], author: str, tried: TriedTexts | None = None) -> None:
-        self._tables, self._author, self._tried = tables, author, tried
+        self._tables, self._author = tables, author
+        self._tried = tried or TriedTexts(model=None, compute=Compute(quiet=True))
         self._sizes = {at: TablesManifest.read(path).tables["features"].n_rows for at, path in tables.items()}
         self._known: Mapping[str, Callable[[Path, int, JSON], JSON]] = {
             "label": self._label,
@@ -125,11 +134,6 @@ class Answers:
             raise TextError(
                 f"the text has {len(text):,} characters, at most {MOST_CHARACTERS:,} are read here; use `pipeline "
                 "score --file` for longer ones"
-            )
-        if self._tried is None:
-            raise SettingsError(
-                "no transcoder is at hand to read texts with: start the server with its path, and where the language "
-                "model lies if it moved: pipeline serve TABLES --transcoders PATH --model PATH"
             )
         return self._tried.activations(tables, feature, text)
 

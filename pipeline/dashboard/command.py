@@ -17,10 +17,17 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.argument("tables", metavar="TABLES...", nargs=-1, required=True, type=options.ARTIFACT)
 @options.out
 @settings_options(DashboardSettings)
+@options.matches
 @options.as_json
 @options.quiet
 def command(
-    tables: tuple[Path, ...], output: Path, config: Path | None, as_json: bool, quiet: bool, **given: Any
+    tables: tuple[Path, ...],
+    output: Path,
+    config: Path | None,
+    matches: tuple[Path, ...],
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Write a static site of TABLES' features: a list to sort, search and filter, and a page for each.
 
@@ -42,7 +49,7 @@ def command(
 
     from tailrace.pipeline.dashboard import stage as dashboard
 
-    result = dashboard.run(settings, tables=tables, output=output, quiet=quiet)
+    result = dashboard.run(settings, tables=tables, output=output, matches=matches, quiet=quiet)
     if as_json:
         options.echo_made(result.path)
     elif not quiet:

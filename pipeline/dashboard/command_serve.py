@@ -22,8 +22,10 @@ from tailrace.pipeline.shared.sections import SectionCommand
     "transcoders",
     multiple=True,
     type=options.ARTIFACT,
-    help="Transcoder of the tables, or a folder of them, to try texts with; may be repeated.",
+    help="Transcoder of the tables, or a folder of them, to try texts with; may be repeated. By default that of their "
+    "digest, if it lies beside them or beside their folder.",
 )
+@options.matches
 @options.model_elsewhere
 @options.computing(options.device, options.threads)
 def command(
@@ -31,6 +33,7 @@ def command(
     port: int,
     host: str,
     transcoders: tuple[Path, ...],
+    matches: tuple[Path, ...],
     model: str | None,
     compute: Compute,
 ) -> None:
@@ -41,8 +44,8 @@ def command(
     pipeline serve tables/gpt2-l8 --transcoders transcoders/gpt2-l8
     pipeline serve dashboards/gpt2-l8 --port 9000
 
-    On the pages of tables, labels, notes and stars can be edited and, with --transcoders, texts be tried, by whoever is
-    at this machine. There is no password: whoever reaches the address can read.
+    On the pages of tables, whoever is at this machine can edit labels, notes and stars, and try texts. There is no
+    password: whoever reaches the address can read.
     """
     from tailrace.pipeline.dashboard import serve
     from tailrace.pipeline.dashboard.answers import TriedTexts
@@ -50,9 +53,8 @@ def command(
 
     for artifact in artifacts:
         refuse_folder(artifact, KIND)
-
-    tried = TriedTexts(transcoders, model=model, compute=compute) if transcoders else None
-    with serve.open_server(artifacts, host=host, port=port, tried=tried) as server:
+    tried = TriedTexts(transcoders, model=model, compute=compute)
+    with serve.open_server(artifacts, host=host, port=port, tried=tried, matches=matches) as server:
         click.echo(f"http://{host}:{server.server_address[1]}/  (stop with Ctrl-C)")
         with suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -30,8 +30,8 @@ from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.dashboard.answers import MOST_BYTES, Answers, TriedTexts
 from tailrace.pipeline.dashboard.settings import DashboardSettings
-from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
-from tailrace.pipeline.dashboard.sites import SITES, index_page, open_tables, sites_file
+from tailrace.pipeline.dashboard.site_data import INDEX, Similar, SiteData
+from tailrace.pipeline.dashboard.sites import SITES, index_page, open_tables, read_matches, sites_file
 from tailrace.pipeline.dashboard.stage import KIND, site_files
 from tailrace.storage.artifact import published_kind
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
@@ -83,8 +83,10 @@ class PublishedSite(ServedSite):
 class TablesSite(ServedSite):
     """The same site made from tables on demand, with labels as they are now; a list of features is made once."""
 
-    def __init__(self, paths: Sequence[Path], tried: TriedTexts | None = None) -> None:
-        self._parts = {key: _Part(tables) for key, tables in open_tables(paths).items()}
+    def __init__(self, paths: Sequence[Path], tried: TriedTexts | None = None, matches: Sequence[Path] = ()) -> None:
+        opened = open_tables(paths)
+        similar = read_matches(matches, opened)
+        self._parts = {key: _Part(tables, similar.get(key)) for key, tables in opened.items()}
         self._own = site_files()
         self.answers = Answers({key: part.tables.path for key, part in self._parts.items()}, login(), tried)
 
@@ -105,9 +107,10 @@ class TablesSite(ServedSite):
 class _Part:
     """The data files of one of a site's tables."""
 
-    def __init__(self, tables: FeatureTables) -> None:
+    def __init__(self, tables: FeatureTables, similar: Similar | None) -> None:
         self.tables = tables
-        self._data = SiteData(tables, range(tables.n_features), DashboardSettings().window, has_documents=True)
+        features, window = range(tables.n_features), DashboardSettings().window
+        self._data = SiteData(tables, features, window, has_documents=True, similar=similar)
         self._names = set(self._data.names())
         self._labels: Mapping[int, Label] | None = None
         self._index = b""
@@ -130,7 +133,7 @@ class _Part:
         return content
 
 
-def open_site(paths: Sequence[Path], tried: TriedTexts | None = None) -> ServedSite:
+def open_site(paths: Sequence[Path], tried: TriedTexts | None = None, matches: Sequence[Path] = ()) -> ServedSite:
     """Open a dashboard, or tables; a folder stands for the tables in it.
 
     Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch.
@@ -142,17 +145,22 @@ def open_site(paths: Sequence[Path], tried: TriedTexts | None = None) -> ServedS
     if other := [path for path, kind in kinds.items() if kind != TABLES]:
         what = f"is of kind {kinds[other[0]]}" if kinds[other[0]] else "holds none"
         raise ArtifactMismatch(f"{other[0]}: {what}, which cannot be served; give one dashboard, or tables")
-    return TablesSite(paths, tried)
+    return TablesSite(paths, tried, matches)
 
 
 def open_server(
-    paths: Path | Sequence[Path], *, host: str = "127.0.0.1", port: int = 8000, tried: TriedTexts | None = None
+    paths: Path | Sequence[Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    tried: TriedTexts | None = None,
+    matches: Sequence[Path] = (),
 ) -> ThreadingHTTPServer:
     """Return a server of what lies at ``paths``, listening; port 0 takes any that is free.
 
     Raises SettingsError if the address cannot be had, and what ``open_site`` raises.
     """
-    site = open_site([paths] if isinstance(paths, Path) else paths, tried)
+    site = open_site([paths] if isinstance(paths, Path) else paths, tried, matches)
 
     class Handler(_Handler):
         served = site

@@ -30,6 +30,7 @@ from tailrace.analysis.dashboards.values import Vocabulary, rounded, visible_tex
 from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.labels import Label
+from tailrace.storage.tables import TablesManifest
 
 FEATURES_PER_FILE = 32
 """Features whose pages share a file; see docs/guides/dashboard.md for the measurement."""
@@ -47,16 +48,28 @@ _FUNCTION = "dashboardData"
 """What `site/data.js` defines to receive the data."""
 
 
+Similar = Mapping[int, list[list[Any]]]
+"""By feature, each [name of the other tables in the address, measure, feature there, similarity, what it is about]."""
+
+
 class SiteData:
     """The data of a site about some features of some tables."""
 
     def __init__(
-        self, tables: FeatureTables, features: Sequence[int], window: int, *, has_documents: bool = False
+        self,
+        tables: FeatureTables,
+        features: Sequence[int],
+        window: int,
+        *,
+        has_documents: bool = False,
+        similar: Similar | None = None,
     ) -> None:
         """``features`` are sorted; ``window`` is the number of tokens shown on each side of an example.
 
-        ``has_documents`` says that pages may ask for ``document``.
+        ``has_documents`` says that pages may ask for ``document``; ``similar`` has the most similar features of other
+        tables of the site.
         """
+        self._similar = similar
         self._tables, self._features, self._window = tables, features, window
         self._has_documents = has_documents and tables.has("rows")
 
@@ -99,6 +112,8 @@ class SiteData:
         own = [feature for feature in self._features if first <= feature < first + FEATURES_PER_FILE]
         vocabulary = Vocabulary()
         records = source.records(own, vocabulary)
+        if self._similar is not None:
+            records = [{**one, "similar": self._similar.get(one["feature"], [])} for one in records]
         return pack(file_name(first), {"features": records, "vocabulary": vocabulary.texts})
 
     def _starts(self) -> list[int]:
@@ -124,11 +139,10 @@ class SiteData:
 
     def _architecture(self) -> dict[str, Any] | None:
         """Return kind and k of the transcoder, if it lies near the tables, which keep its digest only."""
-        digest = self._tables.manifest.inputs.transcoder.digest
-        for _, manifest in _nearby(self._tables.path, digest):
-            if manifest.get("digest") == digest and isinstance(found := manifest.get("architecture"), dict):
-                return {"kind": found.get("kind"), "k": found.get("k")}
-        return None
+        near = nearby_transcoder(self._tables.manifest, self._tables.path)
+        if near is None or not isinstance(found := near[1].get("architecture"), dict):
+            return None
+        return {"kind": found.get("kind"), "k": found.get("k")}
 
     def _text(self) -> dict[str, Any] | None:
         """Return the cache that was read, and the name of its dataset if the cache lies near the tables."""
@@ -141,6 +155,12 @@ class SiteData:
             if manifest.get("cache_id") == cache.cache_id and (path / REQUEST).is_file()
         )
         return {"cache": cache.cache_id, "dataset": next((Path(name).name for name in datasets if name), None)}
+
+
+def nearby_transcoder(of: TablesManifest, tables: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return path and manifest of the transcoder of ``tables`` if it lies near them."""
+    digest = of.inputs.transcoder.digest
+    return next((found for found in _nearby(tables, digest) if found[1].get("digest") == digest), None)
 
 
 def _nearby(tables: Path, text: str) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -10,13 +10,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
-from tailrace.analysis.dashboards.values import rounded
+from tailrace.analysis.dashboards.values import rounded, visible_text, visible_token
 from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import TABLES_KIND
+from tailrace.storage.labels import read_labels
+from tailrace.storage.tables import read_table
 
 SITE = Path(__file__).parent / "site"
 """The site's own page, styles and scripts."""
@@ -47,6 +50,48 @@ def open_tables(paths: Sequence[Path]) -> dict[str, FeatureTables]:
     if problems:
         raise SettingsError("\n".join(["one site cannot show all of these tables:", *problems]))
     return opened
+
+
+def read_matches(paths: Sequence[Path], tables: Mapping[str, FeatureTables]) -> dict[str, dict[int, list[list[Any]]]]:
+    """Return for tables of a site the most similar features of others, from files of `pipeline compare`.
+
+    Raises SettingsError for a file that is none, or of tables that the site does not show.
+    """
+    found: dict[str, dict[int, list[list[Any]]]] = {}
+    for path in paths:
+        compared = read_table(path)
+        summary = json.loads((compared.schema.metadata or {}).get(b"summary", b"null"))
+        if not isinstance(summary, dict):
+            raise SettingsError(f"--matches {path}: holds no matches; give a .parquet of `pipeline compare --out`")
+        keys = [
+            next((key for key, one in tables.items() if one.manifest.digest == summary[side]["digest"]), None)
+            for side in ("a", "b")
+        ]
+        if None in keys:
+            raise SettingsError(
+                f"--matches {path}: compares {summary['a']['tables']} and {summary['b']['tables']}, both of which "
+                "a site must show; give it these tables too, or another file"
+            )
+        about = [_about(tables[key]) for key in keys if key is not None]
+        for row in compared.to_pylist():
+            side = int(row["side"] == "b")
+            own = found.setdefault(str(keys[side]), {}).setdefault(row["feature"], [])
+            for measure in ("cosine", "phi"):
+                if (other := row[f"{measure}_feature"]) is not None:
+                    text = about[1 - side].get(other, "")
+                    own.append([keys[1 - side], measure, other, rounded(row[measure]), text])
+    return found
+
+
+def _about(tables: FeatureTables) -> dict[int, str]:
+    """Return in a word what each feature is about: its label, or its top token."""
+    known = tables.read("features", columns=("feature", "top_token"))
+    assert known is not None, "tables always have the table of features"
+    tokens = {row["feature"]: row.get("top_token") for row in known.to_pylist()}
+    labels = {feature: one.label for feature, one in read_labels(tables.path).items() if one.label}
+    return {feature: visible_token(token) for feature, token in tokens.items() if token is not None} | {
+        feature: visible_text(label) for feature, label in labels.items()
+    }
 
 
 def index_page(tables: Mapping[str, FeatureTables]) -> bytes:

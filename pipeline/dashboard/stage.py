@@ -20,10 +20,10 @@ from tailrace.pipeline.dashboard import sites
 from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
 from tailrace.pipeline.dashboard.settings import DashboardSettings
-from tailrace.pipeline.dashboard.site_data import INDEX, SiteData
+from tailrace.pipeline.dashboard.site_data import INDEX, Similar, SiteData
 from tailrace.pipeline.shared.pages import COLOURS, TOOLTIP
 from tailrace.pipeline.shared.stage import Made, publish_stage
-from tailrace.storage.artifact import canonical_json, make_directory, write_atomically
+from tailrace.storage.artifact import canonical_json, checksum_file, make_directory, write_atomically
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.labels import Label, labels_digest, read_labels
 
@@ -48,22 +48,30 @@ class DashboardResult:
 
 
 def run(
-    settings: DashboardSettings, *, tables: Path | Sequence[Path], output: Path, quiet: bool = False
+    settings: DashboardSettings,
+    *,
+    tables: Path | Sequence[Path],
+    output: Path,
+    matches: Sequence[Path] = (),
+    quiet: bool = False,
 ) -> DashboardResult:
     """Publish the site of ``tables`` at ``output``; return at once if it is there already.
 
-    A folder stands for the tables in it. Of several, features are chosen as ``layer8:89``, and tables of which none is
-    chosen are left out. A run that was interrupted continues with the pages that are missing. Raises ArtifactMissing,
-    ArtifactIncomplete or ArtifactMismatch for what is no tables artifact or another site at ``output``, SettingsError
-    for features that do not exist and for tables of different models, StorageFull.
+    A folder stands for the tables in it; ``matches`` are files of `pipeline compare` about some of them. Of
+    several, features are chosen as ``layer8:89``, and tables of which none is chosen are left out. A run that was
+    interrupted continues with the pages that are missing. Raises ArtifactMissing, ArtifactIncomplete or
+    ArtifactMismatch for what is no tables artifact or another site at ``output``, SettingsError for features that
+    do not exist and for tables of different models, StorageFull.
     """
     opened = sites.open_tables([tables] if isinstance(tables, Path) else tables)
-    parts = _parts(settings, opened)
+    parts = _parts(settings, opened, sites.read_matches(matches, opened))
     names = {key: part.tables.manifest.site.name if len(opened) == 1 else key for key, part in parts.items()}
     digests = {key: {"digest": part.tables.manifest.digest} for key, part in parts.items()}
     inputs: dict[str, Any] = {"tables": digests[""] if "" in parts else digests}
     if labelled := {names[key]: labels_digest(part.labels) for key, part in parts.items() if part.labels}:
         inputs["labels"] = labelled
+    if matches:
+        inputs["matches"] = sorted(checksum_file(path) for path in matches)
 
     def make(path: Path) -> Made:
         files = (_write_blind if settings.blind else _write_site)(parts, settings, path, quiet)
@@ -90,9 +98,13 @@ class _Part:
     """Sorted."""
     labels: Mapping[int, Label]
     """Of these features."""
+    similar: Similar | None
+    """The most similar features of other tables; None if the site compares none."""
 
 
-def _parts(settings: DashboardSettings, opened: Mapping[str, FeatureTables]) -> dict[str, _Part]:
+def _parts(
+    settings: DashboardSettings, opened: Mapping[str, FeatureTables], similar: Mapping[str, Similar]
+) -> dict[str, _Part]:
     """Return what is shown, by its name in the address. Raises SettingsError."""
     if settings.blind and len(opened) > 1:
         raise SettingsError("--blind: pages without numbers are of one dictionary's features; give its tables alone")
@@ -105,7 +117,8 @@ def _parts(settings: DashboardSettings, opened: Mapping[str, FeatureTables]) -> 
         )
         if features:
             there = {} if settings.blind else read_labels(tables.path)
-            parts[key] = _Part(tables, features, {one: there[one] for one in features if one in there})
+            labels = {one: there[one] for one in features if one in there}
+            parts[key] = _Part(tables, features, labels, similar.get(key))
     return parts
 
 
@@ -137,7 +150,7 @@ def _write_site(parts: Mapping[str, _Part], settings: DashboardSettings, output:
 
 def _write_data(part: _Part, settings: DashboardSettings, output: Path, folder: str, bar: Any) -> list[str]:
     """Write the data of some tables; return the names of the files."""
-    data = SiteData(part.tables, part.features, settings.window)
+    data = SiteData(part.tables, part.features, settings.window, similar=part.similar)
     make_directory(output / folder)
     names = [f"{folder}/{name}.js" for name in data.names()]
     missing = {Path(name).stem for name in names if not (output / name).exists()}

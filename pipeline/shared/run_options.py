@@ -91,3 +91,9 @@ model_moved = click.option("--model", help="Where the model lies now, if it move
 model_elsewhere = click.option(
     "--model", help="Where the language model lies, if not under the name that the transcoders record."
 )
+matches = click.option(
+    "--matches",
+    multiple=True,
+    type=FILE,
+    help="File of `pipeline compare` about two of the tables, to link similar features; may be repeated.",
+)

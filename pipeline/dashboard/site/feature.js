@@ -12,11 +12,11 @@ const Feature = (() => {
     const heading = html("h1", { tabindex: "-1" }, `Feature ${feature}`);
     const cards = present([
       histogram(record), Weights.logits(record.logits, texts), Weights.inputTokens(record.connections, texts),
-      Weights.nearest(record.nearest), Weights.coactive(record.coactive), positions(record), Weights.later(record.connections),
+      Weights.nearest(record.nearest), Weights.similar(record.similar), Weights.coactive(record.coactive), positions(record), Weights.later(record.connections),
     ]);
     const isDead = record.statistics.is_dead;
     root.replaceChildren(navigation(feature),
-      html("header", { class: "top" }, heading, subject(feature, record), statistics(record.statistics)),
+      html("header", { class: "top" }, heading, subject(feature, record), noted(feature), statistics(record.statistics)),
       ...(isDead ? [deadNote(record.statistics, about), html("div", { class: "cards spread" }, cards)] : [
         html("div", { class: "columns" }, html("div", { class: "lines" }, Examples.sections(feature, record, texts, about, documentsNote(record.examples))),
           html("div", { class: "cards" }, cards))]),
@@ -42,8 +42,13 @@ const Feature = (() => {
   function subject(feature, record) {
     const flags = [["is_dead", "dead"], ["is_dense", "dense"]].filter(([name]) => record.statistics[name]);
     const label = List.labelled(feature);
-    return html("p", { class: "subject" }, label ? html("span", { class: "named" }, label) : null, List.tokensOf(feature, 8),
+    return html("p", { class: "subject" }, List.starred(feature) ? html("span", { class: "starred" }, "★") : null, label ? html("span", { class: "named" }, label) : null, List.tokensOf(feature, 8),
       flags.map(([, name]) => html("span", { class: "flag" }, term(name))));
+  }
+
+  function noted(feature) {
+    const note = List.noted(feature);
+    return note ? html("p", { class: "noted" }, note) : null;
   }
 
   function statistics(found) {

@@ -282,6 +282,8 @@ const List = (() => {
 
   /** The label of a feature, or null. */
   const labelled = (feature) => index.label?.[placeOf(feature)] || null;
+  const noted = (feature) => index.note?.[placeOf(feature)] || null;
+  const starred = (feature) => Boolean(index.starred?.[placeOf(feature)]);
 
   let byFeature = null;
 
@@ -298,5 +300,5 @@ const List = (() => {
     choose(chosen, false);
   }
 
-  return { open, show, step, drawn, focusSearch, neighbours, tokensOf, labelled, address, redraw };
+  return { open, show, step, drawn, focusSearch, neighbours, tokensOf, labelled, noted, starred, address, redraw };
 })();

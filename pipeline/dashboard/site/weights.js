@@ -74,6 +74,17 @@ const Weights = (() => {
     return html("section", { class: "card" }, html("h2", {}, "Fires together with"), featureTable(null, ["φ", "Jaccard", "tokens"], rows));
   }
 
+  /** The most similar features of other tables of the site: [which, measure, feature, similarity, what it is about]. */
+  function similar(pairs) {
+    if (!pairs || !pairs.length) return null;
+    const rows = pairs.map(([at, measure, feature, value, about]) => html("tr", {},
+      html("th", { scope: "row" }, html("a", { href: Sites.to(at, feature) }, `${at} · ${feature}`), about ? [" ", Text.token(about)] : null),
+      html("td", {}, measure === "cosine" ? "decoder cosine" : "φ of firing"),
+      html("td", { class: "number" }, Text.number(value, 2))));
+    return html("section", { class: "card" }, html("h2", {}, "Most similar elsewhere"),
+      html("table", { class: "pairs" }, headings("feature", "by", "similarity"), html("tbody", {}, rows)));
+  }
+
   function inputTokens(connections, texts) {
     const tokens = connections?.tokens;
     if (!tokens || tokens.top.length + tokens.bottom.length + (tokens.n_absent ?? 0) === 0) return null;
@@ -112,5 +123,5 @@ const Weights = (() => {
     return html("section", { class: "card" }, html("h2", {}, "Later features"), connections.later.map(one));
   }
 
-  return { logits, nearest, coactive, inputTokens, heads, later };
+  return { logits, nearest, similar, coactive, inputTokens, heads, later };
 })();

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tailrace.pipeline.dashboard import stage as dashboard
@@ -77,6 +80,52 @@ def test_tables_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> N
         open_tables([tmp_path / "a/layer3", tmp_path / "c/<b>"])
     shutil.copytree(tmp_path / "c/<b>", tmp_path / "c/日本")
     assert list(open_tables([tmp_path / "c"])) == ["-b-", "日本"]
+
+
+def test_similar_features_are_linked_both_ways_and_files_about_other_tables_are_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    paths = [folder / "layer3", folder / "k=8,seed=1"]
+    edit_labels(paths[1], [LabelEdit(4, "ann", "votes")])
+    rows = [
+        {"side": "a", "feature": 6, "cosine_feature": 4, "cosine": 0.51239, "phi_feature": None, "phi": None},
+        {"side": "b", "feature": 4, "cosine_feature": 6, "cosine": 0.51239, "phi_feature": 0, "phi": 0.25},
+    ]
+    sides = {side: {"tables": str(path), "digest": digest_of(path)} for side, path in zip("ab", paths, strict=True)}
+    file = tmp_path / "matches.parquet"
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table.replace_schema_metadata({"summary": json.dumps(sides)}), file)
+    site = dashboard.run(DashboardSettings(), tables=paths, output=tmp_path / "s", matches=[file], quiet=True).path
+    found = {
+        name: {one["feature"]: one["similar"] for one in features_of(site / f"data/{name}")}
+        for name in ("layer3", "k=8,seed=1")
+    }
+    assert found["layer3"][6] == [["k=8,seed=1", "cosine", 4, 0.5124, "votes"]]
+    assert found["k=8,seed=1"][4] == [["layer3", "cosine", 6, 0.5124, ""], ["layer3", "phi", 0, 0.25, ""]]
+    assert found["layer3"][3] == []
+    assert len(read_json(site / "manifest.json")["inputs"]["matches"]) == 1
+    served = TablesSite(paths, matches=[file]).read("data/layer3/features-000000.js")
+    assert served == (site / "data/layer3/features-000000.js").read_bytes()
+    with pytest.raises(SettingsError, match="both of which a site must show"):
+        dashboard.run(DashboardSettings(), tables=paths[:1], output=tmp_path / "t", matches=[file], quiet=True)
+    with pytest.raises(SettingsError, match="holds no matches"):
+        dashboard.run(
+            DashboardSettings(),
+            tables=paths,
+            output=tmp_path / "t",
+            matches=[paths[0] / "features.parquet"],
+            quiet=True,
+        )
+
+
+def features_of(data: Path) -> list[dict[str, Any]]:
+    features: list[dict[str, Any]] = unpack((data / "features-000000.js").read_bytes())["features"]
+    return features
+
+
+def digest_of(path: Path) -> str:
+    digest: str = read_json(path / "manifest.json")["digest"]
+    return digest
 
 
 def test_what_no_site_can_show_together_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_a_text_tried_on_a_page_has_the_activations_of_a_score_and_opens_the_mod
     assert len(opened) == 1
     other = tables_of(tmp_path / "others", transcoder, "sha256:0")
     status, answer = Answers({"": other}, "ann", tried).answer("try", {"at": "", "feature": 7, "text": text()})
-    assert (status, "give `pipeline serve` the path of the right one" in answer["error"]) == (400, True)
+    assert (status, "start the server with its path" in answer["error"]) == (400, True)
 
 
 @pytest.mark.parametrize(

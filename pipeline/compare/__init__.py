@@ -1,0 +1,1 @@
+"""What ``pipeline compare`` is made of."""
