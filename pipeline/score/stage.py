@@ -298,8 +298,8 @@ def _about(tables: Path, features: set[int], start: int, d_sae: int) -> dict[int
 def read_texts(arguments: Sequence[str], files: Sequence[Path]) -> list[str]:
     """Return the texts given as arguments (``-`` is standard input, as one text) and those of files.
 
-    A ``.jsonl`` file holds a text per line, as a JSON string or under the key ``text``; any other file is one text. The
-    line break that ends a file or standard input is no part of a text.
+    A ``.jsonl`` file holds a text per line, as a JSON string or under the key ``text`` or ``prompt``; any other file is
+    one text. The line break that ends a file or standard input is no part of a text.
     Raises TextError with everything that cannot be read.
     """
     problems: list[str] = []
@@ -340,8 +340,8 @@ def _json_lines(file: Path, content: str, problems: list[str]) -> Iterator[tuple
         except ValueError as error:
             problems.append(f"--file {file}, line {number}: is not JSON ({error})")
             continue
-        text = value.get("text") if isinstance(value, dict) else value
+        text = value.get("text", value.get("prompt")) if isinstance(value, dict) else value
         if isinstance(text, str):
             yield f"--file {file}, line {number}", text
         else:
-            problems.append(f"--file {file}, line {number}: wanted a string, or an object with a string under 'text'")
+            problems.append(f"--file {file}, line {number}: wanted a string, or an object with one under 'text'")

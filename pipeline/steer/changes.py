@@ -28,7 +28,7 @@ _SMALLEST_POOL = 50
 
 
 @dataclass(frozen=True)
-class Run:
+class SteeredRun:
     """Changes that are made together."""
 
     label: str
@@ -69,7 +69,7 @@ def read_circuit(path: Path) -> CircuitNodes:
 
 def asked_runs(
     settings: SteerSettings, layers: Layers, circuit: CircuitNodes | None, *, of_its_prompt: bool
-) -> list[Run]:
+) -> list[SteeredRun]:
     """Return the runs that settings ask for.
 
     Nodes of a circuit are changed at their tokens where its own prompt is run, and elsewhere at all tokens. Raises
@@ -118,14 +118,14 @@ def asked_runs(
     return [_run(targets, number) for number in range(settings.n_runs)]
 
 
-def _run(targets: Sequence[tuple[Assignment, list[FeatureChange]]], number: int) -> Run:
+def _run(targets: Sequence[tuple[Assignment, list[FeatureChange]]], number: int) -> SteeredRun:
     labels, changes = [], []
     for one, wanted in targets:
         change: Change = one.changes[number] if len(one.changes) > 1 else one.changes[0]
         what = f"{one.features} nodes" if one.features.isdigit() and len(wanted) > 1 else one.features
         labels.append(f"{what}={change.text}")
         changes += [replace(own, kind=change.kind, value=change.value) for own in wanted]
-    return Run(", ".join(labels), tuple(changes))
+    return SteeredRun(", ".join(labels), tuple(changes))
 
 
 def _check_same(circuit: CircuitNodes, layers: Layers) -> None:
@@ -170,7 +170,7 @@ class FeatureFacts:
         return cls(rows["n_active"].to_numpy(), norms.numpy())
 
 
-def random_runs(run: Run, facts: Mapping[str, FeatureFacts], n_draws: int, seed: int) -> Iterator[Run]:
+def random_runs(run: SteeredRun, facts: Mapping[str, FeatureFacts], n_draws: int, seed: int) -> Iterator[SteeredRun]:
     """Yield ``n_draws`` runs with every feature of ``run`` exchanged for a random one that is as often active.
 
     Each is drawn, without repetition, from the living features nearest in frequency. What is added or clamped is scaled
@@ -190,7 +190,7 @@ def random_runs(run: Run, facts: Mapping[str, FeatureFacts], n_draws: int, seed:
             ratio = facts[site].norms[index] / facts[site].norms[other] if change.kind in ("add", "clamp") else 1.0
             changes.append(replace(change, features=(other,), value=change.value * ratio))
         label = ", ".join(dict.fromkeys(f"{change.site.name}:{change.features[0]}" for change in changes))
-        yield Run(label, tuple(changes))
+        yield SteeredRun(label, tuple(changes))
 
 
 def _draw(facts: FeatureFacts, site: str, own: Sequence[int], n_draws: int, seed: int) -> dict[int, list[int]]:

@@ -36,10 +36,12 @@ p, dl { margin: 0 0 .5rem; }
 .note, dd { color: var(--faint); }
 dt { font-weight: 600; }
 dd { margin: 0 0 .35rem; }
-.scrolls { overflow-x: auto; }
+.scrolls { overflow-x: auto; margin: 0 0 .5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .2rem .9rem .2rem 0; text-align: right; font-weight: 400; border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; white-space: pre-wrap; min-width: 9rem; overflow-wrap: anywhere; }
+th, td { padding: .2rem 0 .2rem 1rem; text-align: right; font-weight: 400; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; }
+tr > :first-child { padding-left: 0; text-align: left; white-space: pre-wrap; min-width: 6rem; }
+tbody th { overflow-wrap: anywhere; }
 thead th { color: var(--faint); vertical-align: bottom; }
 .texts { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 article, details { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; background: var(--panel); }
@@ -49,12 +51,13 @@ summary { cursor: pointer; }
 :focus-visible { outline: 3px solid var(--changed); outline-offset: 2px; }
 .text { white-space: pre-wrap; margin: .35rem 0 0; }
 .same { color: var(--faint); }
-mark { background: var(--mark); color: inherit; }
-svg { display: block; width: 100%; max-width: 46rem; height: auto; margin: .75rem 0; }
-svg text { fill: var(--ink); font-size: 13px; }
-svg .axis { stroke: var(--line); }
-svg .random { fill: var(--random); fill-opacity: .55; }
-svg .own { fill: var(--own); }
+mark { background: var(--mark); color: var(--ink); }
+.strip { position: relative; height: 1.5rem; margin: 0 6px .4rem; max-width: 46rem; }
+.strip::before { content: ""; position: absolute; inset: 50% -6px auto; border-top: 1px solid var(--line); }
+.strip span { position: absolute; top: 50%; transform: translate(-50%, -50%); background: var(--random); }
+.strip .random { width: 11px; height: 11px; border-radius: 50%; opacity: .5; }
+.strip .own { width: 4px; height: 1.4rem; background: var(--own); }
+.ends { display: flex; justify-content: space-between; max-width: 46rem; }
 """.strip()
 
 
@@ -109,35 +112,28 @@ def _numbers(result: SteerResult) -> Iterator[str]:
         "the text that the model writes by itself.</p>"
     )
     if result.n_draws:
-        yield _picture(result)
+        yield from _strips(result)
         yield (
-            f'<p class="note">Red: the features asked for. Grey: {result.n_draws} draws of other features that are as '
-            "often active, with the same strength times decoder norm.</p>"
+            f'<p class="note">KL of each run. Bars: the features asked for. Dots: {result.n_draws} draws of other '
+            "features that are as often active, with the same strength times decoder norm.</p>"
         )
 
 
-def _picture(result: SteerResult) -> str:
-    """Return the KL of every run, a row each, with a grey dot for each draw of random features."""
+def _strips(result: SteerResult) -> Iterator[str]:
+    """Yield the KL of every run as a bar on a line, with a dot for each draw of random features."""
     rows = [
-        (label, result.summary(n).kl, [one.kl for one in result.draws(n)]) for n, label in enumerate(result.runs) if n
+        (label, result.summary(run).kl or 0.0, [one.kl or 0.0 for one in result.draws(run)])
+        for run, label in enumerate(result.runs)
+        if run
     ]
-    largest = max([kl for _, own, draws in rows for kl in (own, *draws) if kl is not None], default=0.0) or 1.0
-    left, width, step = 10, 580, 44
-    height = step * len(rows) + 26
-    parts = [f'<svg viewBox="0 0 {width + 2 * left} {height}" role="img" aria-label="KL of each run beside random">']
-    for number, (label, own, draws) in enumerate(rows):
-        y = number * step + 30
-        parts.append(f'<text x="{left}" y="{y - 14}">{html.escape(_short(label))}</text>')
-        parts.append(f'<line class="axis" x1="{left}" x2="{left + width}" y1="{y}" y2="{y}"/>')
-        for kind, values in (("random", draws), ("own", [own])):
-            parts += [
-                f'<circle class="{kind}" cx="{left + width * kl / largest:.1f}" cy="{y}" r="5"/>'
-                for kl in values
-                if kl is not None
-            ]
-    parts.append(f'<text x="{left}" y="{height - 4}">0</text>')
-    parts.append(f'<text x="{left + width}" y="{height - 4}" text-anchor="end">{largest:.3g} nats</text></svg>')
-    return "".join(parts)
+    largest = max(kl for _, own, draws in rows for kl in (own, *draws)) or 1.0
+    for label, own, draws in rows:
+        said = f"KL {own:.3g} nats, random features {min(draws):.3g} to {max(draws):.3g}"
+        yield f'<div>{html.escape(label)}</div><div class="strip" role="img" aria-label="{html.escape(said)}">'
+        for kind, kl in [*(("random", one) for one in draws), ("own", own)]:
+            yield f'<span class="{kind}" style="left:{100 * kl / largest:.2f}%"></span>'
+        yield "</div>"
+    yield f'<div class="ends note"><span>0</span><span>{largest:.3g} nats</span></div>'
 
 
 def _prompt(result: SteerResult, prompt: int) -> Iterator[str]:
@@ -190,7 +186,3 @@ def _common(one: SteeredText, other: SteeredText) -> str:
 
 def _printable(text: str) -> str:
     return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)
-
-
-def _short(label: str, length: int = 80) -> str:
-    return label if len(label) <= length else label[: length - 1] + "…"

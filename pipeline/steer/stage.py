@@ -32,7 +32,7 @@ from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.score.stage import read_texts
 from tailrace.pipeline.shared.compute import Compute
-from tailrace.pipeline.steer.changes import FeatureFacts, Layers, Run, asked_runs, random_runs, read_circuit
+from tailrace.pipeline.steer.changes import FeatureFacts, Layers, SteeredRun, asked_runs, random_runs, read_circuit
 from tailrace.pipeline.steer.settings import SteerSettings
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError, TextError
@@ -213,7 +213,7 @@ def run(
         learnt = LearntTokens([layer for one in used for layer in one.layers], opened)
         ends = {opened.separator_token_id}
         steered = SteeredModel(opened.bridge, _loaded(used, sites, compute.device_name), learnt, ends)
-        written = list(_written(steered, ids, [Run(MODEL, ()), *runs], draws, settings, compute.quiet))
+        written = list(_written(steered, ids, [SteeredRun(MODEL, ()), *runs], draws, settings, compute.quiet))
     vocabulary = opened.vocabulary()
     return SteerResult(
         tuple(texts),
@@ -237,8 +237,8 @@ class _Written:
 def _written(
     steered: SteeredModel,
     prompts: Sequence[Sequence[int]],
-    runs: Sequence[Run],
-    draws: Sequence[Sequence[Run]],
+    runs: Sequence[SteeredRun],
+    draws: Sequence[Sequence[SteeredRun]],
     settings: SteerSettings,
     quiet: bool,
 ) -> Iterator[_Written]:
@@ -277,7 +277,9 @@ def _tables_of(tables: Sequence[Path], layers: Layers) -> dict[str, Path]:
     return {names[at]: path for at, path in open_tables(tables, dict(enumerate(layers.values()))).items()}
 
 
-def _draws(settings: SteerSettings, runs: Sequence[Run], layers: Layers, tables: Mapping[str, Path]) -> list[list[Run]]:
+def _draws(
+    settings: SteerSettings, runs: Sequence[SteeredRun], layers: Layers, tables: Mapping[str, Path]
+) -> list[list[SteeredRun]]:
     """Return the random runs beside each of ``runs``."""
     if settings.random == 0:
         return []
@@ -316,7 +318,7 @@ def _text(one: _Written, vocabulary: Sequence[str], ends: set[int]) -> SteeredTe
     return SteeredText(one.prompt, one.run, one.draw, one.features, tokens, tuple(ids), one.effect)
 
 
-def _about(runs: Sequence[Run], tables: Mapping[str, Path], at_most: int = 12) -> dict[str, str]:
+def _about(runs: Sequence[SteeredRun], tables: Mapping[str, Path], at_most: int = 12) -> dict[str, str]:
     """Return what tables say of the first features changed, by ``SITE:FEATURE``."""
     changed = dict.fromkeys(
         (change.site.name, index) for one in runs for change in one.changes for index in change.features

@@ -124,5 +124,5 @@ def _beside(result: SteerResult, prompt: int, width: int) -> Iterator[str]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    lines = text.strip("\n").split("\n")
+    lines = text.strip().split("\n")
     return [part for line in lines for part in textwrap.wrap(line, width, break_on_hyphens=False) or [""]] or [""]

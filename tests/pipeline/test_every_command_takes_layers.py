@@ -7,6 +7,7 @@ about features have to agree wherever transcoders are looked at one by one.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,11 @@ def test_commands_about_transcoders(made: Path, tmp_path: Path, capsys: pytest.C
         capsys, "circuit", text, "--logit", words()[9], "--transcoders", given, "--out", tmp_path / "circuit",
         "--tables", made / "tables" / form, *missing, *model, *quick,
     )  # fmt: skip
+    of_layer = "3" if form == "one" else "1:3"
+    steering = ("--transcoders", given, "--tables", made / "tables" / form, "--tokens", 2, *model, *quick)
+    steered = ran(capsys, "steer", text, "--feature", f"{of_layer}=+9", "--random", 2, *steering).out
+    assert re.search(r"random: median of 2 draws", steered)
+    ran(capsys, "steer", "--from-circuit", tmp_path / "circuit", "--nodes", "1=off", *steering)
     if form != "folder":
         assert "layer" in ran(capsys, "info", given).out
         assert len(tailrace.load_transcoder(given).encode(torch.zeros(1, WIDTH * (1 + (form != "one"))))[0]) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,7 +15,6 @@ from tailrace.analysis.interventions.generation import FeatureChange, NextTokenC
 from tailrace.storage.cache_format import Site
 from tailrace.training.cross_layer.layers import split_layers
 from tests.support.cross_layer_transcoders import random_cross_layer
-from tests.support.quick import quick
 from tests.support.spliced_models import N_LAYERS, TOKENS, WIDTH, mlp_site, random_transcoder, tiny_model
 
 N_NEW = 6
@@ -49,8 +49,15 @@ def test_adding_zero_leaves_every_bit_and_adding_more_does_not(across: bool) -> 
     assert model.write(PROMPTS, N_NEW, changes) != model.write(PROMPTS, N_NEW)
 
 
-@pytest.mark.parametrize("family", quick(("gpt2", "neox", "llama", "gemma2", "olmo2"), "gpt2", "llama"))
-@pytest.mark.parametrize("across", [False, True])
+FAMILIES = ("gpt2", "neox", "llama", "gemma2", "olmo2")
+QUICK = (("gpt2", True), ("llama", False))
+CASES = [
+    case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(FAMILIES, (False, True))
+]
+
+
+@pytest.mark.parametrize(("family", "across"), CASES)
 def test_the_text_needs_no_cache_and_is_that_of_each_prompt_alone(family: str, across: bool) -> None:
     model, changes = steered(family, across=across), ACROSS if across else ONE
     texts = model.write(PROMPTS, N_NEW, changes)
