@@ -6,11 +6,12 @@ Rows are read here unit by unit and in token order, which is what analysis wants
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +39,9 @@ from tailrace.storage.orders import Read
 from tailrace.storage.shard import read_rows
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.storage.stream import RowStream, StreamSource
+
+if TYPE_CHECKING:  # a training run reads no tables
+    import pyarrow as pa
 
 
 def open_cache(path: Path | str, generation: int | None = None) -> ActivationCache:
@@ -107,6 +111,12 @@ class ActivationCache:
     def reference(self) -> dict[str, Any]:
         """What an artifact made from this cache records of it."""
         return {"cache_id": self.cache_id, "generation": self.generation, "digest": self.manifest.digest}
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """Columns of the dataset that were kept for every document; ``CacheSplit.documents`` has them."""
+        kept = self.manifest.request.get("keep_columns")
+        return tuple(kept.split(",")) if kept else ()
 
     def split(self, name: str) -> CacheSplit:
         """Return the rows of ``train`` or ``heldout``; raise ArtifactMismatch if the cache has no such rows."""
@@ -280,6 +290,27 @@ class CacheSplit:
 
     def _read_rows(self, spec: ArraySpec, unit: int, n_rows: int) -> np.ndarray:
         return self.read_shard(spec, unit, lambda group: read_rows(group, spec, unit, n_rows))
+
+    def documents(self) -> pa.Table:
+        """Return every document and what the dataset says of it in the columns that were kept, in the order read.
+
+        A column whose values in all splits are of one type has it, others hold texts: ``tailrace.storage.tables``'s
+        ``schema_of``. Raises ArtifactMismatch if no columns were kept.
+        """
+        from tailrace.storage.tables import schema_of, table_of
+
+        kept = self.cache.kept_columns
+        if not kept:
+            raise ArtifactMismatch(
+                f"{self.root}: keeps no columns of its dataset; make a cache with --keep-columns, such as id,source"
+            )
+        of_all = (row for name in self.cache.manifest.splits for row in self.cache.split(name)._read_documents())
+        return table_of(self._read_documents(), schema_of(of_all, ("document", *kept)))
+
+    def _read_documents(self) -> Iterator[dict[str, Any]]:
+        for name in self._record.documents:
+            with inside(self.root, name).open(encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
 
     def context_tokens(self, contexts: np.ndarray) -> np.ndarray:
         """Return int32 (n, context_length): the token ids of contexts."""

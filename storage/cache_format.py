@@ -181,6 +181,8 @@ class SplitRecord(Record):
     """For each unit the paths of its commit records; a widened unit has several."""
     block_records: list[str]
     """For each block of contexts the path of its commit record."""
+    documents: list[str] = Field(default_factory=list)
+    """Files with what the dataset says of every document, where columns are kept."""
 
 
 class CacheManifest(Manifest):
@@ -257,6 +259,11 @@ def unit_record_name(generation: int, split: str, unit: int) -> str:
 def block_record_name(generation: int, split: str, block: int) -> str:
     """Return the path of the commit record of one block of contexts."""
     return f"commits/{generation}/{split}-contexts-{block:06d}.json"
+
+
+def documents_name(generation: int, split: str, number: int) -> str:
+    """Return the path of a file with the kept columns of documents that a generation was the first to read."""
+    return f"documents/{generation}/{split}-{number:06d}.jsonl"
 
 
 def split_path(root: Path, split: str) -> Path:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,8 @@ class Generation:
     splits: Mapping[str, SplitSize]
     previous: CacheManifest | None
     """Of the generation before."""
+    documents: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By split, the files of kept columns that this generation adds."""
 
     def unit_records(self, split: str) -> list[list[str]]:
         """Return the commit records that make up each unit of a split."""
@@ -97,6 +99,10 @@ class Generation:
             new = block_record_name(self.number, split, block)
             records.append(new if (self.root / new).exists() else before[block])
         return records
+
+    def document_files(self, split: str) -> list[str]:
+        """Return the files of kept columns of a split."""
+        return [*self._before(split).documents, *self.documents.get(split, ())]
 
     def _before(self, split: str) -> SplitRecord:
         """Return what the generation before says of a split; it may have had none."""
@@ -126,6 +132,7 @@ def publish_generation(
             "counts": dict(size.counts),
             "unit_records": generation.unit_records(split),
             "block_records": generation.block_records(split),
+            **({"documents": files} if (files := generation.document_files(split)) else {}),
         }
         for split, size in generation.splits.items()
     }
@@ -148,7 +155,7 @@ def publish_generation(
     for name, data in statistics.items():
         write_file(root / name, data)
     records = [name for split in splits.values() for names in split["unit_records"] for name in names]
-    records += [name for split in splits.values() for name in split["block_records"]]
+    records += [name for split in splits.values() for name in (*split["block_records"], *split.get("documents", ()))]
     content["files"] = describe_files(root, {*files, *statistics, *records, VOCABULARY})
     content["metadata"] = describe_files(root, metadata)
     sealed = seal(content)

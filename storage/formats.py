@@ -34,6 +34,8 @@ ARTIFACT_FORMATS = {
 
 LEFT_OUT = np.uint32(1 << 31)
 """Bit of a token's document in a cache's ``contexts/documents``: the token is in no message by the chosen roles."""
+RESERVED_COLUMNS = ("document", "split")
+"""Columns that a table of documents has by itself, beside those of the dataset that a cache keeps."""
 TABLES_KIND = "tables"
 """What ``pipeline analyze`` publishes. Its readers need no torch, which making it does."""
 CROSS_LAYER_KIND = "cross_layer_transcoder"

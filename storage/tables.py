@@ -10,10 +10,12 @@ read plain Parquet, DuckDB among them, see names and types only.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -150,6 +152,56 @@ def _regroup(schema: pa.Schema, batches: Iterable[pa.RecordBatch], n_rows: int) 
             waiting, n_waiting = table.slice(n_rows).to_batches(), n_waiting - n_rows
     if n_waiting:
         yield pa.Table.from_batches(waiting, schema=schema).combine_chunks()
+
+
+def schema_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str] | None = None) -> pa.Schema:
+    """Return the types of columns of Python values: of ``names``, or of all in the order in which they come.
+
+    A column is bool, int64, double or string where all its values are: whole numbers among others are doubles if that
+    loses no digit. A column of several types, or of lists and objects, is string.
+    """
+    kinds: dict[str, set[str]] = {name: set() for name in names or ()}
+    for row in rows:
+        for name in row if names is None else names:
+            own = kinds.setdefault(name, set())
+            if (value := row.get(name)) is not None:
+                own.add(_kind(value))
+    return pa.schema([(name, _type_of(own)) for name, own in kinds.items()])
+
+
+def table_of(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Return Python values as a table of the types that ``schema_of`` gave.
+
+    In a column of texts, what is no text is spelled as JSON spells it. A name that a row lacks is null.
+    """
+    remaining = iter(rows)
+    batches = []
+    while batch := list(islice(remaining, ROW_GROUP_ROWS)):
+        columns = [_array_of([row.get(field.name) for row in batch], field.type) for field in schema]
+        batches.append(pa.RecordBatch.from_arrays(columns, schema=schema))
+    return pa.Table.from_batches(batches, schema)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "integer" if abs(value) <= 1 << 53 else "long" if -(1 << 63) <= value < 1 << 63 else "text"
+    return "double" if isinstance(value, float) else "text"
+
+
+def _type_of(kinds: set[str]) -> pa.DataType:
+    if kinds == {"bool"}:
+        return pa.bool_()
+    if kinds and kinds <= {"integer", "long"}:
+        return pa.int64()
+    return pa.float64() if kinds and kinds <= {"integer", "double"} else pa.string()
+
+
+def _array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_string(kind):
+        values = [one if one is None or isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in values]
+    return pa.array(values, kind)
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,19 +30,25 @@ _BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 
 
 def example_lines(
-    table: pa.Table, features: Sequence[int], window: int, vocabulary: Vocabulary
+    table: pa.Table,
+    features: Sequence[int],
+    window: int,
+    vocabulary: Vocabulary,
+    about: Mapping[int, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the examples of each feature, from rows of the table ``examples`` that are sorted by feature.
 
     ``window`` is the number of tokens kept on each side. Per feature: ``kind``, ``band``, ``activation``, ``document``,
     ``context`` and ``position`` of each example, ``before`` (tokens of its window before it) and ``length`` (of its
     window), then of all windows together ``tokens`` (indices into ``vocabulary``), ``fires`` (indices of tokens with an
-    activation), ``values`` (these) and ``unread`` (indices of tokens of which the cache has no row).
+    activation), ``values`` (these) and ``unread`` (indices of tokens of which the cache has no row). ``about`` has a
+    line on documents by number, which each example then has under that name.
     """
     cut = _Windows(table, window)
     tokens = vocabulary.indices_of(cut.tokens)
     kinds = table["kind"].to_pylist() if "kind" in table.column_names else ["top"] * table.num_rows
     bands = table["band"].to_pylist() if "band" in table.column_names else [None] * table.num_rows
+    documents = [] if about is None else table["document"].to_pylist()
     lines = []
     for rows in feature_slices(table, features):
         start, stop = cut.starts[rows.start], cut.starts[rows.stop]
@@ -60,6 +66,7 @@ def example_lines(
                 "fires": fires.tolist(),
                 "values": rounded_list(values[fires], _WINDOW_DIGITS),
                 "unread": np.flatnonzero(np.isnan(values)).tolist(),
+                **({} if about is None else {"about": [about.get(one, "") for one in documents[rows]]}),
             }
         )
     return lines

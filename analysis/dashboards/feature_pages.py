@@ -43,6 +43,8 @@ class FeaturePages:
         facts = tables.schema("features").metadata or {}
         self._position_edges = [float(edge) for edge in facts.get(b"position_edges", b"").decode().split()]
         self._examples = tables.read("examples", within, COLUMNS)
+        has_documents = self._examples is not None and "document" in self._examples.column_names
+        self._about = tables.about_documents(self._examples["document"]) if has_documents else None
         self._coactivation = tables.read("coactivation", within)
         self._connections = tables.read("connections", within)
         self._activations = tables.activations(within)
@@ -53,7 +55,7 @@ class FeaturePages:
         examples = self._examples
         lines: Sequence[dict[str, Any] | None] = [None] * len(features)
         if examples is not None:
-            lines = example_lines(_only(examples, features), features, self._window, vocabulary)
+            lines = example_lines(_only(examples, features), features, self._window, vocabulary, self._about)
         coactive = _rows_of(self._coactivation, features)
         connections = _rows_of(self._connections, features)
         return [

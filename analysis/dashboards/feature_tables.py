@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tailrace.storage.formats import TABLES_KIND
+from tailrace.storage.formats import RESERVED_COLUMNS, TABLES_KIND
 from tailrace.storage.names import inside
 from tailrace.storage.tables import TablesManifest, read_schema, read_table
 
@@ -80,6 +80,20 @@ class FeatureTables:
         chosen = None if columns is None else [column for column in columns if column in read_schema(path).names]
         return read_table(path, chosen, None if features is None else _within(features))
 
+    def about_documents(self, documents: pa.ChunkedArray) -> dict[int, str] | None:
+        """Return a line with the kept columns of each of these documents, ``lang: en · source: web``; None without any.
+
+        What is null is left out, long values are cut.
+        """
+        if not self.has("documents"):
+            return None
+        rows = read_table(self._file("documents.parquet"), where=pc.field("document").isin(pc.unique(documents)))
+        kept = [name for name in rows.column_names if name not in RESERVED_COLUMNS]
+        return {
+            row["document"]: " · ".join(f"{name}: {_short(row[name])}" for name in kept if row[name] is not None)
+            for row in rows.to_pylist()
+        }
+
     def activations(self, features: range) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Return feature and value of every stored activation of a run of features; None if none are stored."""
         files = list(self._activation_files())
@@ -115,6 +129,12 @@ class FeatureTables:
         for name in sorted(self._files):
             if match := _ACTIVATIONS.fullmatch(name):
                 yield self._file(name), int(match[1]), int(match[2])
+
+
+def _short(value: object) -> str:
+    """Return a value on one line, cut at 60 characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _within(features: range) -> pc.Expression:

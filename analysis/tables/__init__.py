@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from tailrace.analysis.harvest.table import Table, TableDescription
-from tailrace.analysis.tables import activations, coactivation, connections, examples, features, layers, rows
+from tailrace.analysis.tables import (
+    activations,
+    coactivation,
+    connections,
+    documents,
+    examples,
+    features,
+    layers,
+    rows,
+)
 
 TABLES: tuple[Table, ...] = (
     features.TABLE,
@@ -14,5 +23,5 @@ TABLES: tuple[Table, ...] = (
     layers.TABLE,
 )
 
-EVERY_TABLE: tuple[TableDescription, ...] = (*TABLES, connections.DESCRIPTION)
-"""Those that are made of weights alone, without the pass, too."""
+EVERY_TABLE: tuple[TableDescription, ...] = (*TABLES, connections.DESCRIPTION, documents.DESCRIPTION)
+"""Those that are made without the pass, too."""

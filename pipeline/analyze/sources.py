@@ -7,6 +7,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from tailrace.analysis.harvest.rows import SampledSplit, ShownRows, cached_rows
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
@@ -39,6 +43,10 @@ class Source(Protocol):
         """Return the rows."""
         ...
 
+    def documents(self, rows: ShownRows) -> pa.Table | None:
+        """Return what the dataset says of the documents that ``rows`` come from; None if nothing was kept."""
+        ...
+
     def open_model(self) -> LanguageModel:
         """Return the language model, loaded and verified."""
         ...
@@ -69,6 +77,17 @@ class SplitRows:
             }
         return rows
 
+    def documents(self, rows: ShownRows) -> pa.Table | None:
+        """Return the kept columns of the documents of a split, or of the rows drawn from it."""
+        if not self._cache.kept_columns:
+            return None
+        documents = self._cache.split(self._settings.split).documents()
+        drawn = rows.split
+        if not isinstance(drawn, SampledSplit):
+            return documents
+        seen = [np.unique(drawn.read_unit(unit, ["document"])["document"]) for unit in range(drawn.n_units)]
+        return documents.filter(pc.is_in(documents["document"], pa.array(np.unique(np.concatenate(seen)), pa.int64())))
+
     def open_model(self) -> LanguageModel:
         """Return the model that the cache was made with."""
         return open_recorded_model(self._cache, model=self._place, device=self._device).model
@@ -95,6 +114,10 @@ class FreshRows:
         rows, text = fresh_rows(self._text, self._opened, self._site, self._n_rows)
         self.found = {"text": text}
         return rows
+
+    def documents(self, rows: ShownRows) -> pa.Table | None:  # noqa: ARG002 - a source's signature
+        """Return nothing: no columns are kept of text that is not cached."""
+        return None
 
     def open_model(self) -> LanguageModel:
         """Return the model that runs."""

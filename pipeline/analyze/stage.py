@@ -21,6 +21,7 @@ from tailrace.analysis.harvest.activations import LAST_ROW, SCRATCH_BYTES
 from tailrace.analysis.harvest.one_pass import Plan, Subject
 from tailrace.analysis.harvest.table import WrittenTables, write_tables
 from tailrace.analysis.tables import TABLES
+from tailrace.analysis.tables.documents import write as write_documents
 from tailrace.pipeline.analyze.analysis_pass import (
     KEPT_BYTES,
     AnalysisPass,
@@ -270,6 +271,8 @@ class PlannedTables:
         if from_weights is not None:
             subject = dataclasses.replace(subject, effects=from_weights.effects)
         written = write_tables(TABLES, whole.run(subject, compute), subject, whole.plan, path)
+        if (documents := self.source.documents(whole.rows)) is not None:
+            written = written.joined(write_documents(documents, whole.rows.split_name, path))
         if from_weights is None:
             return written
         return written.joined(WrittenTables({"connections": from_weights.n_connections}, [CONNECTIONS]))

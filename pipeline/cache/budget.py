@@ -86,7 +86,7 @@ def _rows_per_second(settings: CacheSettings, model: LanguageModel, hooks: list[
 
 def _first_contexts(settings: CacheSettings, model: LanguageModel) -> np.ndarray:
     without_heldout = settings.model_copy(update={"holdout": "0"})
-    documents = open_documents(settings, settings.seed)
+    documents = open_documents(settings, settings.seed, kept=settings.kept_columns)
     packed: list[np.ndarray] = []
     for piece in ContextSource.of(without_heldout, model, documents, {"train": None}):
         packed.append(piece.tokens)

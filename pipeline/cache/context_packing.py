@@ -9,21 +9,24 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tailrace.pipeline.text.columns import Kept
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.pipeline.text.settings import RowMask
-from tailrace.storage.artifact import canonical_json, read_json
-from tailrace.storage.cache_format import CacheFormat
+from tailrace.storage.artifact import JSON, canonical_json, read_json
+from tailrace.storage.cache_format import CacheFormat, documents_name
 from tailrace.storage.cache_publish import write_file
 from tailrace.storage.cache_writer import ContextBlocks
 
 CHECKPOINT = "draft/packing.npz"
+DOCUMENTS_PER_FILE = 1 << 14
+"""Few enough that the last ones, which every checkpoint holds, are saved in milliseconds."""
 
 
 class PackingProgress:
@@ -93,12 +96,69 @@ class PackingProgress:
         return int(self.batch_rows(split)[:n_batches].sum()) >= n_rows
 
 
+class DocumentFiles:
+    """The files of a generation that hold the kept columns, ``DOCUMENTS_PER_FILE`` documents of a split in each.
+
+    Those that do not fill a file yet wait, and lie in the checkpoint meanwhile.
+    """
+
+    def __init__(self, root: Path, generation: int) -> None:
+        self._root, self._generation = root, generation
+        self._waiting: dict[str, list[Kept]] = {}
+        self._n_full: dict[str, int] = {}
+
+    def add(self, kept: Mapping[str, list[Kept]]) -> None:
+        """Take documents by split; write the files that are full now."""
+        for split, documents in kept.items():
+            waiting = self._waiting.setdefault(split, [])
+            waiting += documents
+            while len(waiting) >= DOCUMENTS_PER_FILE:
+                self._write(split, waiting[:DOCUMENTS_PER_FILE])
+                del waiting[:DOCUMENTS_PER_FILE]
+                self._n_full[split] = self._n_full.get(split, 0) + 1
+
+    def finish(self) -> None:
+        """Write the short last files."""
+        for split, documents in self._waiting.items():
+            if documents:
+                self._write(split, documents)
+
+    def names(self) -> dict[str, list[str]]:
+        """Return the files by split, once all are written."""
+        numbers = {split: self._n_full.get(split, 0) + bool(waiting) for split, waiting in self._waiting.items()}
+        return {
+            split: [documents_name(self._generation, split, number) for number in range(n)]
+            for split, n in numbers.items()
+        }
+
+    def as_json(self) -> dict[str, JSON]:
+        """Return what a checkpoint holds; nothing where no columns are kept."""
+        return {"documents": [self._waiting, self._n_full]} if self._waiting else {}
+
+    def load(self, checkpoint: Mapping[str, JSON]) -> None:
+        """Go on after a checkpoint."""
+        if "documents" in checkpoint:
+            self._waiting, self._n_full = checkpoint["documents"]
+
+    def _write(self, split: str, documents: Sequence[Kept]) -> None:
+        lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+        name = documents_name(self._generation, split, self._n_full.get(split, 0))
+        write_file(self._root / name, lines.encode())
+
+
 class ContextPacker:
     """Writes what a ContextSource packs into blocks, and remembers where it stands."""
 
     def __init__(
-        self, root: Path, layout: CacheFormat, blocks: Mapping[str, ContextBlocks], progress: PackingProgress
+        self,
+        root: Path,
+        layout: CacheFormat,
+        blocks: Mapping[str, ContextBlocks],
+        progress: PackingProgress,
+        generation: int,
     ) -> None:
+        self.documents = DocumentFiles(root, generation)
+        """What is kept of the dataset's columns."""
         self._root, self._layout, self._blocks, self._progress = root, layout, blocks, progress
         self._pending: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in blocks}
         self._n_blocks = dict.fromkeys(blocks, 0)
@@ -113,6 +173,7 @@ class ContextPacker:
         with np.load(io.BytesIO(path.read_bytes())) as saved:
             checkpoint = json.loads(saved["state"].tobytes())
             self.state = checkpoint["source"]
+            self.documents.load(checkpoint)
             for split in self._blocks:
                 self._n_blocks[split] = checkpoint["n_blocks"][split]
                 self._set_pending(split, saved[f"{split}-tokens"], saved[f"{split}-documents"])
@@ -161,12 +222,11 @@ class ContextPacker:
         for packed in source:
             self._pending[packed.split].append((packed.tokens, packed.documents))
             if self._commit_full_blocks(packed.split):
-                self.state = source.state
-                self._save()
+                self._save(source)
             if stopped.is_set():
                 return
-        self.state = source.state
-        self._save()
+        self._save(source)
+        self.documents.finish()
         for split in self._blocks:
             tokens, documents = self._join(split)
             if len(tokens):
@@ -197,11 +257,13 @@ class ContextPacker:
     def _set_pending(self, split: str, tokens: np.ndarray, documents: np.ndarray) -> None:
         self._pending[split] = [(tokens, documents)] if len(tokens) else []
 
-    def _save(self) -> None:
+    def _save(self, source: ContextSource) -> None:
+        self.state = source.state
+        self.documents.add(source.take_kept())
         arrays: dict[str, np.ndarray] = {}
         for split in self._blocks:
             arrays[f"{split}-tokens"], arrays[f"{split}-documents"] = self._join(split)
-        checkpoint = json.dumps({"source": self.state, "n_blocks": self._n_blocks}).encode()
+        checkpoint = json.dumps({"source": self.state, "n_blocks": self._n_blocks, **self.documents.as_json()}).encode()
         buffer = io.BytesIO()
         arrays["state"] = np.frombuffer(checkpoint, np.uint8)
         np.savez(buffer, allow_pickle=False, **arrays)

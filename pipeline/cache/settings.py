@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.text.settings import CapturedContexts, TextSettings
-from tailrace.storage.formats import Compression
+from tailrace.storage.formats import RESERVED_COLUMNS, Compression
 from tailrace.storage.settings import Quantity, Settings
 
 TOKENS_PER_GPU_BATCH = 1 << 14
@@ -63,6 +63,26 @@ class CacheLayout(Settings):
     """Rows per inner chunk, the smallest piece other Zarr programs read at once."""
     bucket_rows: int | Literal["auto"] = "auto"
     """Rows shuffled together in memory when reading; auto keeps each piece read from disk large."""
+    keep_columns: str | None = Field(None, exclude_if=lambda value: value is None)
+    """Columns of the dataset to keep for every document, such as id,source,lang: texts, numbers, true or false.
+    Queries and dashboards then show them."""
+
+    @field_validator("keep_columns")
+    @classmethod
+    def _check_kept(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        names = [name.strip() for name in value.split(",")]
+        if "" in names:
+            raise ValueError("wanted the names of columns, such as id or id,source,lang")
+        if taken := [name for name in names if name.lower() in RESERVED_COLUMNS]:
+            raise ValueError(f"{' and '.join(taken)} is a column of the table already; give it another name")
+        return ",".join(dict.fromkeys(names))
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """The columns to keep, in order."""
+        return tuple(self.keep_columns.split(",")) if self.keep_columns else ()
 
 
 class WantedRows(Settings):

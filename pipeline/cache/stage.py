@@ -118,7 +118,7 @@ def run(
             model = load_language_model(
                 settings, device=compute.device_name, compile_model=compile_model, recorded=begun
             )
-            documents = open_documents(settings, settings.seed)
+            documents = open_documents(settings, settings.seed, kept=settings.kept_columns)
             # workers may have other devices
             settings = settings.in_dtype_of({"dtype": str(model.dtype).removeprefix("torch.")})
             job = CacheJob(output, settings, model, quiet=compute.quiet)
@@ -150,7 +150,8 @@ def extend(
         if tokens != "all" and tokens < n_rows:
             raise SettingsError(f"{path}: holds {n_rows:,} training rows already; ask for more than that with --tokens")
         job = _reopened(cache, {"model": model, "dataset": dataset, "on_bad_row": on_bad_row}, compute)
-        return job.extend(open_documents(job.settings, job.settings.seed), None if tokens == "all" else tokens)
+        documents = open_documents(job.settings, job.settings.seed, kept=job.settings.kept_columns)
+        return job.extend(documents, None if tokens == "all" else tokens)
 
 
 def widen(
@@ -330,7 +331,7 @@ class CacheJob:
 
         Held-out rows come with the first generation.
         """
-        packer = ContextPacker(self.root, self.contexts, self.blocks, self.progress)
+        packer = ContextPacker(self.root, self.contexts, self.blocks, self.progress, self.number)
         if not packer.restore() and self.recorded:
             state = last_packing(self.root, self.number - 1)["state"]
             packer.continue_from(state, {split: size.n_contexts for split, size in self.recorded.items()})
@@ -360,7 +361,7 @@ class CacheJob:
             files = {packing_state_name(self.number): packing_state(source)}
             if change == "create":
                 files[VOCABULARY] = canonical_json({"tokens": self.model.vocabulary()})
-            return self._publish(change, layout, sizes, bar, files)
+            return self._publish(change, layout, sizes, bar, files, packer.documents.names())
 
     def _check_rows(self, source: ContextSource, target: int | None) -> None:
         """Raise TextError if the dataset ended before ``target`` training rows were packed, or gave none."""
@@ -473,11 +474,14 @@ class CacheJob:
         sizes: Mapping[str, SplitSize],
         bar: RowProgress,
         files: Mapping[str, bytes],
+        documents: Mapping[str, Sequence[str]] | None = None,
     ) -> CacheResult:
         bucket_rows = None if self.settings.bucket_rows == "auto" else self.settings.bucket_rows
         previous = self.cache.manifest if self.cache else None
         generation = Generation(
-            self.root, self.number, change, layout, self.settings.seed, bucket_rows, sizes, previous=previous
+            *(self.root, self.number, change, layout, self.settings.seed, bucket_rows, sizes),
+            previous=previous,
+            documents=documents or {},
         )
         publish_generation(generation, self.request, self.facts, files)
         forget_draft(self.root)

@@ -6,9 +6,12 @@ nothing about the rest, and a column called ``tokens`` often holds words rather 
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import logging
+import math
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -49,6 +52,9 @@ class BadRow(NamedTuple):
 
 Row = dict[str, Any] | BadRow
 """Values by column, or why there are none."""
+
+Kept = dict[str, str | int | float | bool | None]
+"""What a row says in the columns that are kept beside its text."""
 
 
 class Padding(NamedTuple):
@@ -117,6 +123,53 @@ def _is_mask(column_type: pa.DataType) -> bool:
     return kind_of(column_type) == "tokens" or (
         pa.types.is_list(column_type) and pa.types.is_boolean(column_type.value_type)
     )
+
+
+def check_kept(schema: pa.Schema, kept: Sequence[str], dataset: str) -> None:
+    """Raise TextError unless every column of ``kept`` is there and may hold texts, numbers, dates, or true and false.
+
+    The error names every column that is wrong.
+    """
+    problems = []
+    for name in kept:
+        if name not in schema.names:
+            near = difflib.get_close_matches(name, schema.names, n=1, cutoff=0.5)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"  {name}: there is no such column; there are {', '.join(schema.names)}{meant}")
+        elif pa.types.is_nested(schema.field(name).type) or pa.types.is_binary(schema.field(name).type):
+            problems.append(f"  {name}: holds {schema.field(name).type}; wanted texts, numbers, or true and false")
+    if problems:
+        raise TextError("\n".join([f"{dataset}: not every column of --keep-columns can be kept:", *problems]))
+
+
+def read_kept(row: Row, kept: Sequence[str]) -> Kept | BadRow:
+    """Return what a row says in the columns ``kept``, as JSON has it; null where it says nothing, or no number.
+
+    Dates and decimal numbers become texts. A list or an object makes the row a bad one.
+    """
+    if isinstance(row, BadRow):
+        return row
+    values: Kept = {}
+    for name in kept:
+        value = row.get(name)
+        match value:
+            case datetime.date() | datetime.time():  # date and time together are a date too
+                value = value.isoformat()
+            case datetime.timedelta() | Decimal():
+                value = str(value)
+            case float() if not math.isfinite(value):
+                value = None
+            case str() if not value.isascii() and isinstance(checked := _check_text(value), BadRow):
+                return checked
+            case None | str() | bool() | int() | float():
+                pass
+            case _:
+                return BadRow(
+                    f"holds {value!r:.60} in column {name!r}, which --keep-columns keeps; wanted a text, a number, "
+                    "true, false or null"
+                )
+        values[name] = value
+    return values
 
 
 def learn_padding(column: Column, rows: Sequence[Row]) -> Column:

@@ -7,13 +7,21 @@ recorded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from tailrace.pipeline.text.columns import BadRow, Column, Row, choose_column, infer_schema, learn_padding
+from tailrace.pipeline.text.columns import (
+    BadRow,
+    Column,
+    Row,
+    check_kept,
+    choose_column,
+    infer_schema,
+    learn_padding,
+)
 from tailrace.pipeline.text.files import (
     TextFiles,
     find_text_files,
@@ -40,18 +48,23 @@ OPENING_FAILURES = (OSError, HTTP_ERROR, ValueError, RuntimeError, NotImplemente
 """What looking up or opening a hub dataset raises: no network, no such name, split or configuration, not streamable."""
 
 
-def open_documents(settings: TextSettings, seed: int, *, sleep: Callable[[float], None] = time.sleep) -> DocumentStream:
+def open_documents(
+    settings: TextSettings, seed: int, *, kept: Sequence[str] = (), sleep: Callable[[float], None] = time.sleep
+) -> DocumentStream:
     """Open the dataset that ``settings`` names; no document is consumed by finding its column.
 
-    Raises TextError if it does not exist, cannot be reached or read, is empty, or has no usable column.
+    Documents bring along what their row says in the columns ``kept``. Raises TextError if the dataset does not exist,
+    cannot be reached or read, is empty, has no usable column, or lacks one of ``kept``.
     """
-    opened = _open_local(settings) if looks_local(settings.dataset) else _open_hub(settings, sleep)
+    opened = _open_local(settings, kept) if looks_local(settings.dataset) else _open_hub(settings, kept, sleep)
     examples, column, first_rows, source, files = opened
+    names = list(dict.fromkeys([*column.names, *kept]))
     return DocumentStream(
-        TextExamples(settings.dataset, examples.select_columns(column.names), files, sleep),
+        TextExamples(settings.dataset, examples.select_columns(names), files, sleep),
         column,
         source,
         first_rows=first_rows,
+        kept=tuple(kept),
         shuffle_window=settings.shuffle_window,
         seed=seed,
         skips_bad_rows=settings.on_bad_row == "skip",
@@ -62,13 +75,13 @@ Opened = tuple[Any, Column, list[Row], dict[str, JSON], TextFiles | None]
 """Examples, their column and first rows, where they come from, and their files if they are local."""
 
 
-def _open_hub(settings: TextSettings, sleep: Callable[[float], None]) -> Opened:
+def _open_hub(settings: TextSettings, kept: Sequence[str], sleep: Callable[[float], None]) -> Opened:
     dataset, config, split = settings.dataset, settings.dataset_config, settings.split
     commit = find_commit(dataset, settings.dataset_revision, sleep)
     options = {"sample_by": settings.text_unit} if settings.text_unit else {}
     examples = load_hub_dataset(dataset, config, split, commit, options, sleep)
     try:
-        column, first_rows = retry_opening(lambda: _find_column(examples, settings), sleep)
+        column, first_rows = retry_opening(lambda: _find_column(examples, settings, kept), sleep)
     except TextError:
         raise
     except OPENING_FAILURES as error:
@@ -83,7 +96,7 @@ def _open_hub(settings: TextSettings, sleep: Callable[[float], None]) -> Opened:
     )
 
 
-def _open_local(settings: TextSettings) -> Opened:
+def _open_local(settings: TextSettings, kept: Sequence[str]) -> Opened:
     files = find_text_files(settings.dataset)
     if settings.text_unit is not None and files.format != "text":
         raise TextError(
@@ -93,7 +106,7 @@ def _open_local(settings: TextSettings) -> Opened:
     unit = settings.text_unit or "document"
     try:
         examples = JsonExamples(files) if files.format == "json" else load_text_files(files, unit)
-        column, first_rows = _find_column(examples, settings)
+        column, first_rows = _find_column(examples, settings, kept)
     except StopIteration as error:
         raise empty_dataset(settings.dataset) from error
     except (OSError, *UNREADABLE) as error:
@@ -103,7 +116,7 @@ def _open_local(settings: TextSettings) -> Opened:
     return examples, column, first_rows, {**source, **({"text_unit": unit} if files.format == "text" else {})}, files
 
 
-def _find_column(examples: Any, settings: TextSettings) -> tuple[Column, list[Row]]:
+def _find_column(examples: Any, settings: TextSettings, kept: Sequence[str]) -> tuple[Column, list[Row]]:
     """Choose the column from the declared types or from the first rows; the stream reads those rows again.
 
     Rows are returned only of token ids, of which types say too little.
@@ -118,7 +131,9 @@ def _find_column(examples: Any, settings: TextSettings) -> tuple[Column, list[Ro
         good = [row for row in rows if not isinstance(row, BadRow)]
         if not good:
             raise TextError(f"{settings.dataset}: its first {len(rows)} rows are no rows: the first {rows[0].reason}")
-        column = choose_column(infer_schema(good), settings.column, settings.dataset, lambda: good)
+        schema = infer_schema(good)
+        column = choose_column(schema, settings.column, settings.dataset, lambda: good)
+    check_kept(schema, kept, settings.dataset)
     if column.kind != "tokens":
         return column, []
     beside = [] if column.text is None else [column.text]

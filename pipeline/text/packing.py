@@ -22,14 +22,14 @@ import numpy as np
 
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.tokenizer import ChatTokens
-from tailrace.pipeline.text.columns import Message
+from tailrace.pipeline.text.columns import Kept, Message
 from tailrace.pipeline.text.holdout import FIRST_DOCUMENTS, FirstChoices, HoldoutRule
+from tailrace.pipeline.text.packer import NOTHING, Contexts, DocumentTokens, Packer, Partial, check_token_ids
 from tailrace.pipeline.text.reading import FIRST_RELEASE, Reading, choose_reading
 from tailrace.pipeline.text.settings import CapturedContexts, RowMask
 from tailrace.pipeline.text.stream import Document, DocumentReader, DocumentStream
 from tailrace.storage.artifact import JSON
 from tailrace.storage.errors import ModelError, SettingsError, TextError
-from tailrace.storage.formats import LEFT_OUT
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ BATCH_WEIGHT = 1 << 20
 FIRST_PROBLEMS = 5
 """Bad rows of each split that are recorded with their file, row and reason; the others are counted."""
 
-_LARGEST_TOKEN_ID = int(np.iinfo(np.int32).max)
-
 
 class PackedContexts(NamedTuple):
     """Contexts of one split: token ids (n, T) int32, and each token's marked document (n, T) uint32."""
@@ -56,131 +54,6 @@ class PackedContexts(NamedTuple):
     split: str
     tokens: np.ndarray
     documents: np.ndarray
-
-
-class DocumentTokens(NamedTuple):
-    """One document's index and its token ids, int32; none for a bad row, with its file, row and reason."""
-
-    document: int
-    tokens: np.ndarray
-    problem: str | None = None
-    left_out: np.ndarray | None = None
-    """Where rows are chosen by role: which of the tokens give none, bool."""
-
-
-class Contexts(NamedTuple):
-    """Packed token ids (contexts, T) int32, and each token's marked document, uint32.
-
-    That is the document's index, with LEFT_OUT where a role keeps the token from becoming a row.
-    """
-
-    tokens: np.ndarray
-    documents: np.ndarray
-
-
-class Partial(NamedTuple):
-    """The tokens that wait for their context to be full, without its BOS, and the document of each."""
-
-    tokens: np.ndarray
-    documents: np.ndarray
-
-    @classmethod
-    def from_json(cls, value: JSON) -> Partial:
-        """Return the partial context that ``to_json`` described."""
-        return cls(np.array(value["tokens"], dtype=np.int32), np.array(value["documents"], dtype=np.uint32))
-
-    def to_json(self) -> dict[str, JSON]:
-        """Return it as lists."""
-        return {"tokens": self.tokens.tolist(), "documents": self.documents.tolist()}
-
-
-NOTHING = Partial(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint32))
-
-
-@dataclass(frozen=True)
-class Packer:
-    """The packing rule: contexts of ``context_length`` tokens, what begins them, and what ends a document."""
-
-    context_length: int
-    bos_token_id: int
-    separator_token_id: int
-    reading: Reading = FIRST_RELEASE
-
-    def add(self, partial: Partial, documents: Sequence[DocumentTokens]) -> tuple[Contexts, Partial]:
-        """Append documents to the stream; return the contexts that are full now, and what is left over.
-
-        A separator belongs to the document it ends, a BOS to the document of the token after it. Where a document just
-        fits, its separator would follow a BOS, which is left out where the two are one token.
-        """
-        tokens, indices = self._extend_stream(partial, documents)
-        n_contexts, n_left = divmod(len(tokens), self.context_length - 1)
-        n_packed = len(tokens) - n_left
-        packed = Contexts(
-            np.full((n_contexts, self.context_length), self.bos_token_id, dtype=np.int32),
-            np.empty((n_contexts, self.context_length), dtype=np.uint32),
-        )
-        packed.tokens[:, 1:] = tokens[:n_packed].reshape(n_contexts, self.context_length - 1)
-        packed.documents[:, 1:] = indices[:n_packed].reshape(n_contexts, self.context_length - 1)
-        packed.documents[:, 0] = packed.documents[:, 1]
-        # Copies, so that a short rest does not keep a long document in memory.
-        return packed, Partial(tokens[n_packed:].copy(), indices[n_packed:].copy())
-
-    def _extend_stream(self, partial: Partial, documents: Sequence[DocumentTokens]) -> tuple[np.ndarray, np.ndarray]:
-        separator = np.array([self.separator_token_id], dtype=np.int32)
-        pieces, indices, n_stream = [partial.tokens], [partial.documents], len(partial.tokens)
-        for document in documents:
-            own = [document.tokens] if len(document.tokens) else []
-            fits = (n_stream + len(document.tokens)) % (self.context_length - 1) == 0
-            if own and self.reading.token_rows == "documents" and (self.reading.separator_after_bos or not fits):
-                own.append(separator)
-            pieces += own
-            indices.append(np.full(sum(map(len, own)), document.document, np.uint32))
-            if document.left_out is not None:  # the separator is said by no role
-                indices[-1][np.append(document.left_out, True)[: len(indices[-1])]] |= LEFT_OUT
-            n_stream += len(indices[-1])
-        return np.concatenate(pieces), np.concatenate(indices)
-
-    def strip_boundaries(self, tokens: np.ndarray) -> np.ndarray:
-        """Return pre-tokenised ``tokens`` without what packing adds: one leading BOS and one trailing separator."""
-        return tokens[self.between_boundaries(tokens)]
-
-    def between_boundaries(self, tokens: np.ndarray) -> slice:
-        """Return where in ``tokens`` the text lies.
-
-        Where BOS and separator are one token, a document that is that token alone is empty. Contexts and pieces lose
-        only a BOS that all of them have: their separators are the data's own.
-        """
-        is_document = self.reading.token_rows == "documents"
-        starts = len(tokens) > 0 and tokens[0] == self.bos_token_id
-        start = int(starts and (is_document or self.reading.rows_begin_with_bos))
-        ends = is_document and len(tokens) > start and tokens[-1] == self.separator_token_id
-        return slice(start, len(tokens) - int(ends))
-
-    def misfit(self, tokens: np.ndarray) -> str | None:
-        """Return why a row that is to be a context of its own is none; None if it is, or need not be."""
-        if self.reading.token_rows != "contexts" or not len(tokens):
-            return None
-        wanted = self.context_length - (not self.reading.rows_begin_with_bos)
-        if len(tokens) != wanted:
-            return f"has {len(tokens)} ids, wanted {wanted} as in the first rows, which are contexts"
-        if self.reading.rows_begin_with_bos and tokens[0] != self.bos_token_id:
-            return f"begins with id {tokens[0]}, wanted the BOS {self.bos_token_id} as in the first rows"
-        return None
-
-
-def check_token_ids(document: int, tokens: Sequence[int], vocabulary_size: int | None) -> np.ndarray:
-    """Return the token ids of a pre-tokenised document as int32.
-
-    Raises TextError for ids that are negative or not in the model's vocabulary.
-    """
-    limit = _LARGEST_TOKEN_ID + 1 if vocabulary_size is None else vocabulary_size
-    if tokens and (min(tokens) < 0 or max(tokens) >= limit):
-        wrong = next(token for token in tokens if not 0 <= token < limit)
-        raise TextError(
-            f"document {document}: holds token id {wrong}, but the model's ids are 0 to {limit - 1}; the dataset was "
-            "tokenised for another model: choose one made for this model, or pass --column to read its text instead"
-        )
-    return np.array(tokens, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -256,6 +129,7 @@ class ContextSource:
         self._row_mask = row_mask
         self._vocabulary_size = vocabulary_size
         self._has_warned = False
+        self._kept: dict[str, list[Kept]] = {}
         heldout = targets[HELDOUT] if HELDOUT in targets else holdout.target_rows(targets[TRAIN])
         self._targets = {TRAIN: targets[TRAIN], HELDOUT: None if heldout is None else max(1, heldout)}
         self._load(state)
@@ -347,6 +221,14 @@ class ContextSource:
         """File, row and reason of the first bad rows of each split."""
         return [problem for progress in self._progress.values() for problem in progress.first_problems]
 
+    def take_kept(self) -> dict[str, list[Kept]]:
+        """Return by split the documents read since the last call, each once over all runs, with their kept columns.
+
+        Documents without a token lie in no context, and are left out.
+        """
+        kept, self._kept = self._kept, {}
+        return kept
+
     def __iter__(self) -> Iterator[PackedContexts]:
         reader, reader_batch = None, -1
         while not self._is_done():
@@ -403,12 +285,13 @@ class ContextSource:
             offered = [document for document in tokens if document.document in held]
             held, contexts, partial = self._hold_out(offered, number)
             packed[HELDOUT] = (contexts, partial)
-            self._count(HELDOUT, [document for document in offered if document.document in held], contexts, partial)
+            own = [document for document in offered if document.document in held]
+            self._count(HELDOUT, batch, own, contexts, partial)
         self._assign(number, held)
         if TRAIN in active:
             trained = [document for document in tokens if document.document not in held]
             packed[TRAIN] = self._packer.add(self._positions[TRAIN].partial, trained)
-            self._count(TRAIN, trained, *packed[TRAIN])
+            self._count(TRAIN, batch, trained, *packed[TRAIN])
         return packed
 
     def _candidates(self, batch: list[Document], number: int, active: Sequence[str]) -> set[int]:
@@ -516,10 +399,22 @@ class ContextSource:
                 )
         return tokens
 
-    def _count(self, split: str, documents: Sequence[DocumentTokens], contexts: Contexts, partial: Partial) -> None:
-        """Count the documents of a batch, which became these contexts and left this partial one."""
+    def _count(
+        self,
+        split: str,
+        batch: Sequence[Document],
+        documents: Sequence[DocumentTokens],
+        contexts: Contexts,
+        partial: Partial,
+    ) -> None:
+        """Count those documents of a batch that became these contexts of a split and left this partial one."""
         if self._positions[split].is_counted:
             return
+        if self._stream.kept:
+            kept = {document.index: document.kept for document in batch}
+            self._kept.setdefault(split, []).extend(
+                {"document": one.document, **kept[one.document]} for one in documents if len(one.tokens)
+            )
         n_before = len(self._positions[split].partial.tokens)
         n_added = len(contexts.tokens) * (self._packer.context_length - 1) + len(partial.tokens) - n_before
         progress = self._progress[split]

@@ -21,7 +21,17 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from tailrace.pipeline.text.columns import BadRow, Column, Conversation, Kind, Message, Row, read_row
+from tailrace.pipeline.text.columns import (
+    BadRow,
+    Column,
+    Conversation,
+    Kept,
+    Kind,
+    Message,
+    Row,
+    read_kept,
+    read_row,
+)
 from tailrace.pipeline.text.files import TextFiles, describe_text_files
 from tailrace.pipeline.text.json_rows import JsonExamples
 from tailrace.pipeline.text.settings import MIN_WINDOW
@@ -75,6 +85,8 @@ class Document(NamedTuple):
     problem: str | None = None
     """File, row and reason of a bad row that is passed over."""
     messages: list[Message] | None = None
+    kept: Kept = {}  # noqa: RUF012 - never changed
+    """What its row says in the columns that are kept."""
 
     @property
     def weight(self) -> int:
@@ -95,12 +107,15 @@ class DocumentStream:
         shuffle_window: int,
         seed: int,
         first_rows: Sequence[Row] = (),
+        kept: tuple[str, ...] = (),
         skips_bad_rows: bool = False,
     ) -> None:
         self.examples = examples
         self.column = column
         self.first_rows = first_rows
         """The rows that a dataset of token ids begins with, and the text beside them."""
+        self.kept = kept
+        """Columns of which documents bring along what their row says."""
         self.shuffle_window = shuffle_window
         self.seed = seed
         self.skips_bad_rows = skips_bad_rows
@@ -220,12 +235,16 @@ class DocumentReader:
 
     def _make_document(self, index: int, row: Row) -> Document:
         value = read_row(row, self._stream.column)
-        if isinstance(value, str):
-            return Document(index, value, None)
-        if isinstance(value, list):
-            return Document(index, None, value)
-        if isinstance(value, Conversation):
-            return Document(index, None, None, messages=value.messages)
+        kept = read_kept(row, self._stream.kept)
+        if isinstance(kept, BadRow):
+            value = kept if not isinstance(value, BadRow) else value
+        elif isinstance(value, str):
+            return Document(index, value, None, kept=kept)
+        elif isinstance(value, list):
+            return Document(index, None, value, kept=kept)
+        elif isinstance(value, Conversation):
+            return Document(index, None, None, messages=value.messages, kept=kept)
+        assert isinstance(value, BadRow), "every other row was read"
         examples = self._stream.examples
         if self._stream.skips_bad_rows:
             if not self._stream.has_skipped:

@@ -125,7 +125,7 @@ def walk_to_a_cached_row() -> list[str]:
     from tailrace.pipeline.cli import main
     from tailrace.pipeline.model.language_model import LanguageModel
     from tailrace.pipeline.model.tokenizer import ModelTokenizer
-    from tailrace.pipeline.text.packing import Packer
+    from tailrace.pipeline.text.packer import Packer
     from tailrace.pipeline.text.stream import DocumentReader
     from tailrace.storage.cache_writer import ContextBlocks, UnitBuffer
     from tests.support.cache_jobs import model_folder, text_file

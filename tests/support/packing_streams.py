@@ -40,10 +40,13 @@ class TokenDocuments:
     """Pre-tokenised documents; ``order`` is the order in which they are read."""
 
     kind = "tokens"
+    kept = ("name",)
 
     def __init__(self, documents: Sequence[Sequence[int]], order: Sequence[int] | None = None) -> None:
         indices = range(len(documents)) if order is None else order
-        self.documents = [Document(index, None, list(documents[index])) for index in indices]
+        self.documents = [
+            Document(index, None, list(documents[index]), kept={"name": f"document {index}"}) for index in indices
+        ]
         self.n_opened = 0
 
     def read_from(self, state) -> ListReader:
@@ -101,17 +104,26 @@ def plain(items: Sequence[PackedContexts]) -> list:
 def assert_resumes_everywhere(make: Callable[[object], ContextSource]) -> None:
     """Take the state before the first and after every item, restart from each, and compare all that follows."""
     source = make(None)
-    states, items = [as_json(source.state)], []
+    states, items, kept = [as_json(source.state)], [], [source.take_kept()]
     for item in source:
         items.append(item)
         states.append(as_json(source.state))
+        kept.append(source.take_kept())
     states.append(as_json(source.state))  # after the end, when no further item follows
+    kept.append(source.take_kept())
     final_counts, finished = source.counts, source.finished
     for n, state in enumerate(states):
         resumed = make(state)
         assert plain(list(resumed)) == plain(items[n:]), f"after item {n}"
+        assert resumed.take_kept() == _joined(kept[n + 1 :]), f"after item {n}"
         assert resumed.counts == final_counts, f"after item {n}"
         assert resumed.finished == finished
+
+
+def _joined(pieces: Sequence[dict[str, list]]) -> dict[str, list]:
+    """Return the lists of each split, one after the other."""
+    splits = dict.fromkeys(split for piece in pieces for split in piece)
+    return {split: [item for piece in pieces for item in piece.get(split, [])] for split in splits}
 
 
 def stream_tokens(documents: Sequence[Sequence[int]], indices: Sequence[int]) -> list[tuple[int, int]]:

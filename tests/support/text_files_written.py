@@ -42,10 +42,11 @@ def zstandard(*frames: bytes) -> bytes:
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard}
 
 
-def open_text(dataset: Path | str, *, seed: int = 0, shuffle_window: int = 0, **settings: Any) -> DocumentStream:
-    return open_documents(
-        TextSettings(dataset=str(dataset), shuffle_window=shuffle_window, **settings), seed, sleep=refuse_to_sleep
-    )
+def open_text(
+    dataset: Path | str, *, seed: int = 0, shuffle_window: int = 0, kept: Sequence[str] = (), **settings: Any
+) -> DocumentStream:
+    chosen = TextSettings(dataset=str(dataset), shuffle_window=shuffle_window, **settings)
+    return open_documents(chosen, seed, kept=kept, sleep=refuse_to_sleep)
 
 
 def refuse_to_sleep(seconds: float) -> None:

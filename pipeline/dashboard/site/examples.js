@@ -22,7 +22,7 @@ const Examples = (() => {
       }
       start += length;
       const facts = Object.fromEntries(["kind", "band", "activation", "document", "context", "position"].map((name) => [name, packed[name][at]]));
-      return { ...facts, ...joined(tokens, packed.before[at]) };
+      return { ...facts, about: packed.about ? packed.about[at] : "", ...joined(tokens, packed.before[at]) };
     });
   }
 
@@ -80,6 +80,7 @@ const Examples = (() => {
       html("span", { class: "before" }, html("span", {}, spans.slice(0, example.here))), spans[example.here],
       html("span", { class: "after" }, spans.slice(example.here + 1)));
     item.append(button, window, origin(example, shown, item));
+    if (example.about) item.append(html("p", { class: "quiet about" }, example.about));
     open(item, button, mode !== "line");
     return item;
   }

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailrace.pipeline.text.packing import NOTHING, DocumentTokens, Packer, Partial, check_token_ids
+from tailrace.pipeline.text.packer import NOTHING, DocumentTokens, Packer, Partial, check_token_ids
 from tailrace.pipeline.text.reading import Reading
 from tailrace.pipeline.text.settings import RowFilter
 from tailrace.storage.errors import SettingsError, TextError
