@@ -136,7 +136,7 @@ def run(
     start = 0
     for index, layer in enumerate(layers):
         if index in known:
-            scores.about.update(_about(known[index], mentioned, start, layer.d_sae))
+            scores.about.update(about_features(known[index], mentioned, start, layer.d_sae))
         start += layer.d_sae
     return scores
 
@@ -285,7 +285,7 @@ def _score(
     return Scores(name, f"{sites[0]} to {sites[-1]}", features, bool(asked), raw, texts, layers=sizes)
 
 
-def _about(tables: Path, features: set[int], start: int, d_sae: int) -> dict[int, dict[str, Any]]:
+def about_features(tables: Path, features: set[int], start: int, d_sae: int) -> dict[int, dict[str, Any]]:
     """Return what a layer's tables tell of those of ``features`` that are its own, the first being ``start``."""
     file = tables / "features.parquet"
     there = [name for name in _NOTED if name in read_schema(file).names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tailrace.analysis.dashboards.values import visible_text, visible_token
@@ -41,7 +41,11 @@ def as_json(scores: Scores) -> dict[str, Any]:
 
 def feature_note(scores: Scores, feature: int) -> str:
     """Return in a few words what the tables say of a feature; empty without tables."""
-    about = scores.about.get(feature, {})
+    return note(scores.about.get(feature, {}))
+
+
+def note(about: Mapping[str, Any]) -> str:
+    """Return in a few words what is known of a feature, by the names of ``about_features``."""
     notes = [visible_text(label)] if (label := about.get("label")) else []
     if (frequency := about.get("frequency")) is not None:
         notes.append(f"active on {frequency:.2%}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,9 @@ from tailrace.pipeline.steer.settings import SteerSettings, check_output
     help="Tables of the transcoders, or a folder of them, for what is known of features; --random needs them.",
 )  # fmt: skip
 @click.option("--out", "output", type=options.FILE, help="File for all texts and numbers: .html, .parquet or .json.")
-@click.option("--json", "to_json", is_flag=True, help="Print JSON, which has everything.")
 @settings_options(SteerSettings)
 @options.model_elsewhere
+@options.as_json
 @options.compute
 def command(
     prompts: tuple[str, ...],
@@ -46,9 +45,9 @@ def command(
     from_circuit: Path | None,
     tables: tuple[Path, ...],
     output: Path | None,
-    to_json: bool,
     config: Path | None,
     model: str | None,
+    as_json: bool,
     compute: Compute,
     **given: Any,
 ) -> None:
@@ -69,7 +68,7 @@ def command(
 
     from tailrace.pipeline.steer import stage as steer
     from tailrace.pipeline.steer.page import write_result
-    from tailrace.pipeline.steer.text import as_json, show
+    from tailrace.pipeline.steer.text import json_of, show
 
     result = steer.run(
         settings,
@@ -82,9 +81,9 @@ def command(
     )
     if output is not None:
         write_result(output, result)
-    if to_json:
-        click.echo(json.dumps(as_json(result), indent=1, ensure_ascii=False))
+    if as_json:
+        options.echo_json(json_of(result))
     elif not compute.quiet:
         click.echo(show(result, shutil.get_terminal_size().columns), nl=False)
     if output is not None:
-        click.echo(f"{output}: written", err=to_json)
+        click.echo(f"{output}: written", err=as_json)

@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from tailrace.pipeline.score.text import note
+from tailrace.pipeline.shared.pages import html_page
 from tailrace.pipeline.steer.settings import check_output
 from tailrace.pipeline.steer.stage import SCHEMA, SteeredText, SteerResult
-from tailrace.pipeline.steer.text import as_json, number_rows
+from tailrace.pipeline.steer.text import json_of, number_rows
 from tailrace.storage.artifact import make_directory, write_atomically
 from tailrace.storage.tables import write_table
 
@@ -22,43 +24,29 @@ SHOWN_PROMPTS = 200
 """Prompts on a page; Parquet and JSON have all."""
 
 _STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5b6470; --line: #d5dae1; --panel: #f5f7f9;
-  --mark: #ffd54d; --changed: #1f6f43; --random: #6b7280; --own: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e8ebef; --faint: #a4adb8; --line: #333a43;
-  --panel: #1c2127; --mark: #7a5f00; --changed: #6cc496; --random: #9aa3ae; --own: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 92rem; padding: 1rem 1.25rem 3rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
-h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-h3 { font-size: .95rem; margin: 0; }
-p, dl { margin: 0 0 .5rem; }
-.note, dd { color: var(--faint); }
-dt { font-weight: 600; }
-dd { margin: 0 0 .35rem; }
-.scrolls { overflow-x: auto; margin: 0 0 .5rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .2rem 0 .2rem 1rem; text-align: right; font-weight: 400; border-bottom: 1px solid var(--line); }
-td { white-space: nowrap; }
-tr > :first-child { padding-left: 0; text-align: left; white-space: pre-wrap; min-width: 6rem; }
-tbody th { overflow-wrap: anywhere; }
-thead th { color: var(--faint); vertical-align: bottom; }
+dl { margin: 0 0 .75rem; }
+dt { font-weight: 650; }
+dd { margin: 0 0 .35rem; color: var(--muted); overflow-wrap: anywhere; }
+.note { color: var(--muted); margin: .4rem 0; }
+th[scope="row"] { color: var(--ink); font-size: inherit; white-space: pre-wrap; min-width: 6rem; }
+th { overflow-wrap: anywhere; }
+thead th { text-align: right; vertical-align: bottom; }
 .texts { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 article, details { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; background: var(--panel); }
+article h3 { margin: 0; overflow-wrap: anywhere; }
+article .note { margin: 0; }
 details { margin-top: .75rem; }
 details article { border: 0; border-top: 1px solid var(--line); border-radius: 0; padding: .5rem 0; }
-summary { cursor: pointer; }
-:focus-visible { outline: 3px solid var(--changed); outline-offset: 2px; }
-.text { white-space: pre-wrap; margin: .35rem 0 0; }
-.same { color: var(--faint); }
-mark { background: var(--mark); color: var(--ink); }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .35rem 0 0; }
+.same { color: var(--muted); }
+mark { background: rgb(var(--heat) / .4); color: var(--ink); }
 .strip { position: relative; height: 1.5rem; margin: 0 6px .4rem; max-width: 46rem; }
 .strip::before { content: ""; position: absolute; inset: 50% -6px auto; border-top: 1px solid var(--line); }
-.strip span { position: absolute; top: 50%; transform: translate(-50%, -50%); background: var(--random); }
+.strip span { position: absolute; top: 50%; transform: translate(-50%, -50%); background: var(--muted); }
 .strip .random { width: 11px; height: 11px; border-radius: 50%; opacity: .5; }
-.strip .own { width: 4px; height: 1.4rem; background: var(--own); }
+.strip .own { width: 4px; height: 1.4rem; background: var(--series-1); }
 .ends { display: flex; justify-content: space-between; max-width: 46rem; }
-""".strip()
+"""
 
 
 def write_result(path: Path, result: SteerResult) -> None:
@@ -69,7 +57,7 @@ def write_result(path: Path, result: SteerResult) -> None:
         case ".parquet":
             write_table(path, SCHEMA, result.table().to_batches())
         case ".json":
-            write_atomically(path, (json.dumps(as_json(result), indent=1, ensure_ascii=False) + "\n").encode())
+            write_atomically(path, (json.dumps(json_of(result), indent=1, ensure_ascii=False) + "\n").encode())
         case _:
             write_atomically(path, page(result).encode())
 
@@ -78,33 +66,27 @@ def page(result: SteerResult) -> str:
     """Return a page with the numbers of every run, and of each prompt the texts beside each other."""
     runs = result.runs[1:]
     title = f"Steered: {runs[0]}" + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
-    parts = [
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        f'img-src data:"><link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>\n{_STYLE}\n</style>'
-        f"</head><body><main><h1>{html.escape(title)}</h1>"
-    ]
+    parts = [f"<header><h1>{html.escape(title)}</h1></header><main>"]
     if result.about:
         notes = "".join(
-            f"<dt>Feature {html.escape(name)}</dt><dd>{html.escape(_printable(note))}</dd>"
-            for name, note in result.about.items()
+            f"<dt>Feature {html.escape(name)}</dt><dd>{html.escape(_printable(note(about)))}</dd>"
+            for name, about in result.about.items()
         )
         parts.append(f"<dl>{notes}</dl>")
     parts += _numbers(result)
     parts += itertools.chain.from_iterable(_prompt(result, n) for n in range(len(result.prompts))[:SHOWN_PROMPTS])
     if len(result.prompts) > SHOWN_PROMPTS:
         parts.append(f'<p class="note">{len(result.prompts) - SHOWN_PROMPTS} more prompts are in Parquet and JSON.</p>')
-    return "".join([*parts, "</main></body></html>\n"])
+    return html_page(title, "".join([*parts, "</main>"]), style=_STYLE)
 
 
 def _numbers(result: SteerResult) -> Iterator[str]:
     """Yield the table of runs, and a picture of random features beside them."""
     heading, *rows = number_rows(result)
-    yield '<div class="scrolls" tabindex="0" role="region" aria-label="Numbers of each run"><table><thead><tr>'
+    yield '<div class="scroll-x" tabindex="0" role="region" aria-label="Numbers of each run"><table><thead><tr>'
     yield f"<td></td>{''.join(f'<th scope=col>{html.escape(cell)}</th>' for cell in heading[1:])}</tr></thead><tbody>"
     for label, *cells in rows:
-        shown = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        shown = "".join(f'<td class="number">{html.escape(cell)}</td>' for cell in cells)
         yield f'<tr><th scope="row">{html.escape(label)}</th>{shown}</tr>'
     yield "</tbody></table></div>"
     yield (
@@ -156,9 +138,9 @@ def _prompt(result: SteerResult, prompt: int) -> Iterator[str]:
 def _article(result: SteerResult, one: SteeredText, own: SteeredText, label: str) -> str:
     effect = one.effect
     about = "" if effect is None or not effect.n_tokens else f"KL {effect.kl / effect.n_tokens:.3g}"
-    note = f'<p class="note">{about}</p>' if about else ""
+    number = f'<p class="note">{about}</p>' if about else ""
     shown = _marked(one, own, result.count)
-    return f'<article><h3>{html.escape(label)}</h3>{note}<p class="text" dir="auto">{shown}</p></article>'
+    return f'<article><h3>{html.escape(label)}</h3>{number}<p class="text" dir="auto">{shown}</p></article>'
 
 
 def _marked(one: SteeredText, own: SteeredText, count: str | None) -> str:

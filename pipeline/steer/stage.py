@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from tailrace.analysis.harvest.histogram import wilson_interval
@@ -30,14 +29,14 @@ from tailrace.pipeline.artifacts.transcoders import (
 from tailrace.pipeline.cache.learnt_rows import LearntTokens
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
-from tailrace.pipeline.score.stage import read_texts
+from tailrace.pipeline.score.stage import about_features, read_texts
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.steer.changes import FeatureFacts, Layers, SteeredRun, asked_runs, random_runs, read_circuit
 from tailrace.pipeline.steer.settings import SteerSettings
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError, TextError
 from tailrace.storage.shuffle import philox
-from tailrace.storage.tables import column, read_schema, read_table
+from tailrace.storage.tables import column
 from tailrace.storage.token_text import join_characters
 from tailrace.training.architectures.transcoder import Transcoder
 
@@ -107,7 +106,7 @@ class SteerResult:
     """Labels; the first is the model by itself."""
     texts: tuple[SteeredText, ...] = field(repr=False)
     """By prompt, run and draw."""
-    about: Mapping[str, str]
+    about: Mapping[str, Mapping[str, Any]]
     """What the tables say of the features changed."""
     count: str | None = None
     """The regular expression whose matches are counted."""
@@ -219,7 +218,7 @@ def run(
         tuple(texts),
         (MODEL, *(one.label for one in runs)),
         tuple(_text(one, vocabulary, ends) for one in sorted(written, key=lambda one: (one.prompt, one.run))),
-        _about(runs, known),
+        _about(runs, layers, known),
         settings.count,
     )
 
@@ -318,29 +317,18 @@ def _text(one: _Written, vocabulary: Sequence[str], ends: set[int]) -> SteeredTe
     return SteeredText(one.prompt, one.run, one.draw, one.features, tokens, tuple(ids), one.effect)
 
 
-def _about(runs: Sequence[SteeredRun], tables: Mapping[str, Path], at_most: int = 12) -> dict[str, str]:
+def _about(
+    runs: Sequence[SteeredRun], layers: Layers, tables: Mapping[str, Path], at_most: int = 12
+) -> dict[str, dict[str, Any]]:
     """Return what tables say of the first features changed, by ``SITE:FEATURE``."""
     changed = dict.fromkeys(
         (change.site.name, index) for one in runs for change in one.changes for index in change.features
     )
-    notes: dict[str, str] = {}
-    for site, index in list(changed)[:at_most]:
-        if site in tables:
-            file = tables[site] / "features.parquet"
-            there = set(read_schema(file).names)
-            wanted = [name for name in ("frequency", "max", "top_token", "promoted_tokens") if name in there]
-            (row,) = read_table(file, wanted, pc.field("feature") == index).to_pylist()
-            notes[f"{site}:{index}"] = _note(row)
-    return notes
-
-
-def _note(row: Mapping[str, Any]) -> str:
-    parts = [f"active on {row['frequency']:.2%}"] if row.get("frequency") is not None else []
-    parts += [f"at most {row['max']:.4g}"] if row.get("max") is not None else []
-    parts += [f"top token {row['top_token']!r}"] if row.get("top_token") is not None else []
-    if promoted := row.get("promoted_tokens"):
-        parts.append(f"promotes {' '.join(map(repr, promoted[:6]))}")
-    return ", ".join(parts)
+    return {
+        f"{site}:{index}": about_features(tables[site], {index}, 0, layers[site].d_sae)[index]
+        for site, index in list(changed)[:at_most]
+        if site in tables
+    }
 
 
 def read_prompts(arguments: Sequence[str], files: Sequence[Path]) -> list[str]:

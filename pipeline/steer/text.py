@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tailrace.pipeline.score.text import note
 from tailrace.pipeline.steer.stage import RunSummary, SteerResult, share_interval
 
 _NARROWEST = 30
@@ -17,7 +18,9 @@ SHOWN_PROMPTS = 5
 
 def show(result: SteerResult, width: int) -> str:
     """Return texts beside each other for a terminal of ``width``, then a line of numbers for each run."""
-    parts = ["\n".join(f"feature {name}: {note}" for name, note in result.about.items())] if result.about else []
+    parts = (
+        ["\n".join(f"feature {name}: {note(about)}" for name, about in result.about.items())] if result.about else []
+    )
     for prompt in range(min(len(result.prompts), SHOWN_PROMPTS)):
         heading = f"prompt {prompt + 1} of {len(result.prompts)}: " if len(result.prompts) > 1 else ""
         parts.append("\n".join([f"{heading}{result.prompts[prompt]}", "", *_beside(result, prompt, width)]))
@@ -52,12 +55,12 @@ def number_rows(result: SteerResult) -> list[tuple[str, ...]]:
     return rows
 
 
-def as_json(result: SteerResult) -> dict[str, Any]:
+def json_of(result: SteerResult) -> dict[str, Any]:
     """Return everything as JSON values: the numbers of each run, then its texts by prompt."""
     texts = result.table().to_pylist()
     return {
         "prompts": list(result.prompts),
-        "features": dict(result.about),
+        "features": {name: dict(about) for name, about in result.about.items()},
         "count": result.count,
         "runs": [
             {

@@ -23,8 +23,11 @@ from tests.support.paths import ROOT
 
 NOUNS = {"--cache", "--transcoders", "--tables", "--out"}
 """Flags for artifacts. Each means one thing in all commands."""
-OTHER_FOLDERS = {("train", "--from"), ("analyze", "--downstream"), ("label", "--import"), ("rm", "--in")}
-"""A second artifact of the kind that the command is about already, and folders that are none of ours."""
+OTHER_FOLDERS = {
+    ("train", "--from"), ("analyze", "--downstream"), ("steer", "--from-circuit"), ("label", "--import"), ("rm", "--in")
+}  # fmt: skip
+"""A second artifact of the kind that the command is about already, a circuit, which no other command reads, and folders
+that are none of ours."""
 WITHOUT_JSON = {"serve", "demo", "blind"}
 """A server, a tour, and studies whose ledger is the record."""
 RELEASED = ROOT / "tests/released/d14043a"
@@ -77,9 +80,15 @@ def test_a_noun_may_be_repeated_in_every_command_or_in_none() -> None:
     assert repeated == {"--cache": {False}, "--transcoders": {True}, "--tables": {True}, "--out": {False}}
 
 
-def test_tokens_is_how_much_text_goes_into_a_cache_and_rows_how_much_is_read_of_it() -> None:
+def test_tokens_is_how_much_text_is_cached_or_written_and_rows_how_much_is_read_of_it() -> None:
     flags = {name: {flag for one in options(found) for flag in one.opts} for name, found in ALL.items()}
-    assert {name for name in flags if "--tokens" in flags[name]} == {"cache", "extend", "circuits-model", "demo"}
+    assert {name for name in flags if "--tokens" in flags[name]} == {
+        "cache",
+        "extend",
+        "circuits-model",
+        "demo",
+        "steer",
+    }
     assert {name for name in flags if "--rows" in flags[name]} == {"train", "analyze", "export", "import"}
 
 

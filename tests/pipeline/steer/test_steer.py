@@ -23,7 +23,7 @@ from tailrace.pipeline.steer.changes import CircuitNodes, FeatureFacts, asked_ru
 from tailrace.pipeline.steer.page import page
 from tailrace.pipeline.steer.settings import SteerSettings
 from tailrace.pipeline.steer.stage import SteeredText, SteerResult
-from tailrace.pipeline.steer.text import as_json, show
+from tailrace.pipeline.steer.text import json_of, show
 from tailrace.storage.errors import ArtifactMismatch, SettingsError, TextError
 from tests.support.cache_jobs import command, model_folder
 from tests.support.cross_layer_transcoders import publish_cross_layer, random_cross_layer
@@ -180,7 +180,7 @@ def made_up() -> SteerResult:
         text(1, 1, 1, " law", 0.8, 2),
     ]
     return SteerResult(
-        ("<i>one</i>", "two"), ("model", "3:5=+30"), tuple(texts), {"layer3:5": "top token ' war'"}, "war"
+        ("<i>one</i>", "two"), ("model", "3:5=+30"), tuple(texts), {"layer3:5": {"top_token": " war"}}, "war"
     )
 
 
@@ -196,7 +196,7 @@ def test_numbers_are_means_over_next_tokens_and_counts_over_texts() -> None:
     assert re.search(r"  random +0\.1 \(0\.1–0\.1\) +25% \(25%–25%\) +1 of 4 \(5%–70%\)", shown)
     assert re.search(r"^of the people {20,}of the <war>$", show(result, 100), re.MULTILINE)  # side by side
     assert re.search(r"^3:5=\+30 +of the <war>$", show(result, 50), re.MULTILINE)  # below each other
-    told = as_json(result)
+    told = json_of(result)
     assert told["runs"][1]["random"][0]["kl"] == pytest.approx(0.1)
     assert len(told["texts"]) == 8
 
@@ -205,11 +205,11 @@ def test_the_page_shows_where_a_text_leaves_the_models_own_and_what_is_counted()
     shown = page(made_up())
     assert '<span class="same"> of the</span> &lt;<mark>war</mark>&gt;' in shown
     assert "&lt;i&gt;one&lt;/i&gt;" in shown
-    assert "<i>" not in shown
+    assert "<i>one" not in shown
     assert re.findall(r'<span class="(\w+)" style="left:([\d.]+)%">', shown) == [
         ("random", "26.67"), ("random", "26.67"), ("own", "100.00")
     ]  # fmt: skip
-    assert "http" not in shown.replace("http-equiv", "")
+    assert re.findall(r"https?://", shown) == []
 
 
 @pytest.fixture(scope="module")
