@@ -360,19 +360,26 @@ def steer(
 
 
 @_speaking_of_keywords()
-def query(sql: str, tables: Paths | Mapping[str, PathLike], values: Mapping[str, Any] | None = None) -> pa.Table:
+def query(
+    sql: str,
+    tables: Paths | Mapping[str, PathLike],
+    values: Mapping[str, Any] | None = None,
+    *,
+    attach: Mapping[str, PathLike] | None = None,
+) -> pa.Table:
     """Return the answer to one SELECT over tables, a sweep's runs or an evaluation's tokens, as an Arrow table.
 
     Tables by name are ``name.features`` in the SQL, which is DuckDB's; ``values`` has those of ``$name`` in it.
+    ``attach`` names files of your own (.jsonl, .csv, .parquet), which are tables by these names.
     ``.to_pandas()`` makes a data frame. Raises SettingsError, ArtifactError, and ActionableError with DuckDB's message.
 
     ``tailrace.query("SELECT feature, top_token FROM features WHERE frequency > $rare", "tables/gpt2", {"rare": 0.01})``
     """
     from tailrace.pipeline.query.stage import select
 
-    if not isinstance(tables, Mapping):
-        return select(sql, as_paths(tables), values)
-    return select(sql, {name: as_path(path) for name, path in tables.items()}, values)
+    by_name = {name: as_path(path) for name, path in tables.items()} if isinstance(tables, Mapping) else None
+    own = {name: as_path(path) for name, path in (attach or {}).items()}
+    return select(sql, as_paths(tables) if by_name is None else by_name, values, own)
 
 
 @_speaking_of_keywords()

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     multiple=True,
     help="Tables, a folder of them, a sweep or an evaluation; may be repeated. With a NAME, they are NAME.features.",
 )
+@click.option(
+    "--attach",
+    "attached",
+    metavar="[NAME=]PATH",
+    multiple=True,
+    help="File of your own (.jsonl, .csv, .parquet) to read as a table NAME; may be repeated.",
+)
 @click.option("--saved", metavar="NAME", help="Run a ready query instead of SQL; --list tells of them.")
 @click.option("--set", "values", metavar="NAME=VALUE", multiple=True, help="Value of $NAME; may be repeated.")
 @click.option("--list", "as_list", is_flag=True, help="Show the tables' columns, with meanings, and the ready queries.")
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
 def command(
     sql: str | None,
     tables: tuple[str, ...],
+    attached: tuple[str, ...],
     saved: str | None,
     values: tuple[str, ...],
     as_list: bool,
@@ -53,10 +61,12 @@ def command(
     pipeline query "SELECT feature, frequency FROM features ORDER BY frequency DESC LIMIT 5" \\
         --tables tables/gpt2-l8
     pipeline query --saved examples --set feature=89 --tables tables/gpt2-l8
+    pipeline query "SELECT lang, count(*) FROM rows JOIN docs USING (document) GROUP BY lang" \\
+        --tables tables/gpt2-l8 --attach docs=own.jsonl
     pipeline query --list --tables tables/gpt2-l8
     """
     from tailrace.pipeline.query import stage as query
-    from tailrace.pipeline.query.views import find_views, parse_tables
+    from tailrace.pipeline.query.views import find_views, parse_attached, parse_tables
 
     if as_json and form not in (None, "json"):
         raise click.UsageError(f"--json and --format {form}: give one of them")
@@ -68,12 +78,12 @@ def command(
     if not tables and not as_list:
         raise click.UsageError("--tables PATH is missing: tables of `pipeline analyze`, a sweep or an evaluation")
     if as_list:
-        _list(parse_tables(tables), form)
+        _list(parse_tables(tables), parse_attached(attached), form)
         return
     chosen = form or query.format_of(output)
     if chosen == "parquet" and output is None:
         raise click.UsageError("--format parquet needs --out FILE.parquet")
-    opened = parse_tables(tables)
+    opened, own = parse_tables(tables), parse_attached(attached)
     empty = ""
     if saved is not None:
         ready = queries.saved_query(saved)
@@ -85,17 +95,26 @@ def command(
     assert sql is not None, "checked above"
     # a ready query is of one transcoder's features, and so asked of each in a folder
     each = saved is not None
-    answer = query.run(sql, tables=opened, format=chosen, output=output, parameters=parameters, each=each, empty=empty)
+    answer = query.run(
+        sql,
+        tables=opened,
+        attached=own,
+        format=chosen,
+        output=output,
+        parameters=parameters,
+        each=each,
+        empty=empty,
+    )
     if output is None:
         click.echo(answer, nl=False)
     else:
         click.echo(f"{output}: written")
 
 
-def _list(tables: Tables, form: Format | None) -> None:
+def _list(tables: Tables, attached: dict[str, Path], form: Format | None) -> None:
     from tailrace.pipeline.query import stage as query
 
-    listed = query.list_tables(tables)
+    listed = query.list_tables(tables, attached)
     ready = queries.saved_queries()
     if form == "json":
         columns = listed.to_pylist()

@@ -49,7 +49,8 @@ def command(
     depends on the text; what later layers make of it is left out.
     """
     from tailrace.pipeline.query import promotes
-    from tailrace.pipeline.query.stage import check_folder, format_of, render_table, write_answer
+    from tailrace.pipeline.query.stage import check_folder, format_of, write_answer
+    from tailrace.pipeline.query.text_table import render_table
 
     if output is not None:
         check_folder(output)

@@ -22,6 +22,7 @@ import duckdb
 import pyarrow as pa
 
 from tailrace.pipeline.query.saved import MADE_BY
+from tailrace.pipeline.query.text_table import MAX_SHOWN_ROWS, render_table
 from tailrace.pipeline.query.views import FOLDER, Tables, View, each_folder, find_views, open_views
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ActionableError
@@ -36,11 +37,6 @@ logger = logging.getLogger(__name__)
 
 _LIST_WIDTH = 110
 
-_MAX_SHOWN_ROWS = 40
-_MAX_CELL_WIDTH = 48
-_MAX_LINE_WIDTH = 150
-"""The last column may be wider than others, as long as lines are not longer than this."""
-
 
 def run(
     sql: str,
@@ -49,28 +45,29 @@ def run(
     format: Format = "table",
     output: Path | None = None,
     parameters: Parameters | None = None,
+    attached: Mapping[str, Path] | None = None,
     each: bool = False,
     empty: str = "",
 ) -> str | pa.Table:
     """Answer one SELECT over ``tables``, in DuckDB's SQL; write the answer to ``output`` where given.
 
     ``tables`` is the path of tables, a sweep or an evaluation; or several paths, whose views are then seen side by
-    side; or paths by name, whose views are then ``name.features`` and so on. Returns text, or for ``parquet`` an Arrow
-    table. ``table`` shows the first rows only, unless it goes to a file. ``each`` asks the tables inside a folder one
-    after the other, and says in the column ``folder`` whose an answer is. ``empty`` is
-    logged as a warning where the answer has no row. Raises ActionableError with DuckDB's own message for SQL that it
-    refuses.
+    side; or paths by name, whose views are then ``name.features`` and so on. ``attached`` are files of the user's own,
+    seen as views by name. Returns text, or for ``parquet`` an Arrow table. ``table`` shows the first rows only, unless
+    it goes to a file. ``each`` asks the tables inside a folder one after the other, and says in the column ``folder``
+    whose an answer is. ``empty`` is logged as a warning where the answer has no row. Raises ActionableError with
+    DuckDB's own message for SQL that it refuses.
     """
-    views = find_views(tables)
+    views = find_views(tables, attached)
     if output is not None:
         _check_output(output, views)
     folders = each_folder(tables) if each else []
-    answer = _select_each(sql, folders, parameters) if folders else _select(sql, views, parameters)
+    answer = _select_each(sql, folders, views, parameters) if folders else _select(sql, views, parameters)
     if empty and not answer.num_rows:
         logger.warning("no rows: %s", empty)
     if output is not None:
         write_answer(output, answer, format)
-    return answer if format == "parquet" else render(answer, format, None if output is not None else _MAX_SHOWN_ROWS)
+    return answer if format == "parquet" else render(answer, format, None if output is not None else MAX_SHOWN_ROWS)
 
 
 def format_of(output: Path | None) -> Format:
@@ -87,14 +84,19 @@ def write_answer(output: Path, answer: pa.Table, format: Format) -> None:
         write_atomically(output, render(answer, format, None).encode())
 
 
-def select(sql: str, tables: Tables, parameters: Parameters | None = None) -> pa.Table:
+def select(
+    sql: str,
+    tables: Tables,
+    parameters: Parameters | None = None,
+    attached: Mapping[str, Path] | None = None,
+) -> pa.Table:
     """Return the answer to one SELECT as an Arrow table. Raises ActionableError."""
-    return _select(sql, find_views(tables), parameters)
+    return _select(sql, find_views(tables, attached), parameters)
 
 
-def list_tables(tables: Tables) -> pa.Table:
+def list_tables(tables: Tables, attached: Mapping[str, Path] | None = None) -> pa.Table:
     """Return a row for every column of every table: table, column, type, unit, meaning."""
-    columns = [(view.sql_name, column) for view in find_views(tables) for column in view.columns()]
+    columns = [(view.sql_name, column) for view in find_views(tables, attached) for column in view.columns()]
     return pa.table(
         {
             "table": [table for table, _ in columns],
@@ -120,14 +122,14 @@ def show_tables(listed: pa.Table) -> str:
 def _column_lines(column: Mapping[str, Any], width: int) -> str:
     facts = [column["type"], column["unit"], "may be null" if column["nullable"] else ""]
     first = f"  {column['column']:{width}}  "
-    text = f"{column['meaning']} ({', '.join(filter(None, facts))})"
+    text = f"{column['meaning']} ({', '.join(filter(None, facts))})".strip()
     return textwrap.fill(
         text, _LIST_WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
     )
 
 
 def _check_output(output: Path, views: Sequence[View]) -> None:
-    published = {path.parent.resolve() for view in views for path in view.files}
+    published = {path.parent.resolve() for view in views if not view.is_attached for path in view.files}
     if any(output.resolve().is_relative_to(folder) for folder in published):
         raise ActionableError(f"{output}: lies inside the published tables; write the answer somewhere else")
     check_folder(output)
@@ -150,10 +152,14 @@ def _select(sql: str, views: Sequence[View], parameters: Parameters | None) -> p
             raise ActionableError(f"{_explained(error, views)}\n{_name_tables(views)}") from error
 
 
-def _select_each(sql: str, folders: Sequence[tuple[str, Tables]], parameters: Parameters | None) -> pa.Table:
+def _select_each(
+    sql: str, folders: Sequence[tuple[str, Tables]], views: Sequence[View], parameters: Parameters | None
+) -> pa.Table:
+    """Ask the tables of one folder after the other, with the attached files of ``views``."""
+    own = [view for view in views if view.is_attached]
     answers = []
     for folder, tables in folders:
-        answer = _select(sql, find_views(tables), parameters)
+        answer = _select(sql, [*find_views(tables), *own], parameters)
         answers.append(answer.add_column(0, FOLDER.name, pa.array([folder] * len(answer), pa.string())))
     return pa.concat_tables(answers, promote_options="default")
 
@@ -186,52 +192,9 @@ def _name_tables(views: Sequence[View]) -> str:
     return f"Tables: {', '.join(names)}. Their columns: --list, or DESCRIBE {min(names, default='features')}"
 
 
-def render(answer: pa.Table, form: str, max_rows: int | None = _MAX_SHOWN_ROWS) -> str:
+def render(answer: pa.Table, form: str, max_rows: int | None = MAX_SHOWN_ROWS) -> str:
     """Return the answer as ``table`` (at most ``max_rows`` rows), ``csv`` or ``json``."""
     return render_table(answer, max_rows) if form == "table" else _TEXT_FORMATS[form](answer)
-
-
-def render_table(answer: pa.Table, max_rows: int | None = _MAX_SHOWN_ROWS) -> str:
-    """Return the answer as aligned text, numbers to the right, with a note of rows left out."""
-    shown = answer if max_rows is None else answer.slice(0, max_rows)
-    columns: list[list[str]] = []
-    widths: list[int] = []
-    for place, (name, column) in enumerate(zip(answer.column_names, shown.itercolumns(), strict=True), start=1):
-        rest = _MAX_LINE_WIDTH - sum(widths) - 2 * len(widths)
-        limit = max(_MAX_CELL_WIDTH, rest) if place == len(answer.column_names) else _MAX_CELL_WIDTH
-        columns.append([_cell(value, limit) for value in column.to_pylist()])
-        widths.append(max([len(name), *map(len, columns[-1])]))
-    is_number = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in answer.schema]
-    lines = [_aligned(answer.column_names, widths, is_number), "  ".join("─" * width for width in widths)]
-    lines += [_aligned(row, widths, is_number) for row in zip(*columns, strict=True)]
-    if not answer.num_rows:
-        lines.append("(no rows)")
-    if shown.num_rows < answer.num_rows:
-        lines.append(f"… {answer.num_rows - shown.num_rows} more rows; add a LIMIT, or choose csv, json or parquet")
-    return "\n".join(lines) + "\n"
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int], is_number: Sequence[bool]) -> str:
-    padded = [
-        cell.rjust(width) if right else cell.ljust(width)
-        for cell, width, right in zip(cells, widths, is_number, strict=True)
-    ]
-    return "  ".join(padded).rstrip()
-
-
-def _cell(value: Any, limit: int = _MAX_CELL_WIDTH) -> str:
-    """Return a value on one line: numbers to six digits, text with its white space visible, cut at ``limit``."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list):
-        text = "[" + ", ".join(_cell(item) for item in value[:limit]) + "]"
-    else:
-        text = str(value).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-        # Tokens of spaces alone are common in code and would look like nothing at all.
-        text = f"'{text}'" if text and not text.strip(" ") else text
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _render_csv(answer: pa.Table) -> str:

@@ -2,24 +2,32 @@
 
 A folder of Parquet files inside an artifact (``activations/``) is one table. Artifacts may be named, and their views
 then lie in a schema of that name; those without a name share one, so no two of them may hold the same table. A folder
-of tables, such as those of every layer, is one set of views with the rows of all, and a column that says whose.
+of tables, such as those of every layer, is one set of views with the rows of all, and a column that says whose. Files
+of a user's own are views under the names given to them.
 """
 
 from __future__ import annotations
 
+import csv
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tailrace.pipeline.artifacts.folders import artifacts_inside
+from tailrace.pipeline.text.columns import BadRow
+from tailrace.pipeline.text.files import COMPRESSIONS, TextFiles
+from tailrace.pipeline.text.json_rows import JsonExamples
 from tailrace.storage.artifact import MANIFEST, Manifest, published_kind
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.labels import LABELS, SCHEMA, labels_file
 from tailrace.storage.names import inside
-from tailrace.storage.tables import TableColumn, describe, read_schema
+from tailrace.storage.tables import TableColumn, describe, read_schema, schema_of, table_of
 
 KINDS = ("tables", "sweep", "evaluation", "task", "transcoders")
 """What has Parquet tables: those of ``pipeline analyze``, ``runs`` of a sweep, ``tokens`` of an evaluation, ``curves``
@@ -28,7 +36,12 @@ and ``ranking`` of a task, ``layers`` of transcoders of all layers. Spelled out:
 Tables = Path | Sequence[Path] | Mapping[str, Path]
 """One artifact, several, or several by name."""
 
+ATTACHED = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+"""Files of a user's own that a query can see."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RESERVED = {"main", "temp", "information_schema", "pg_catalog"}
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 FOLDER = TableColumn(
@@ -54,6 +67,10 @@ class View(NamedTuple):
     """None of labels that nobody gave yet: a query that joins them works all the same."""
     folders: tuple[str, ...] | None = None
     """Of a folder of tables, the folder that each file lies in."""
+    is_attached: bool = False
+    """Whether it is a file of the user's own."""
+    rows: pa.Table | None = None
+    """Of a file that DuckDB does not read, what it holds."""
 
     @property
     def sql_name(self) -> str:
@@ -63,6 +80,8 @@ class View(NamedTuple):
 
     def columns(self) -> list[TableColumn]:
         """Return what every column holds, as the file itself says."""
+        if self.rows is not None:
+            return describe(self.rows.schema)
         own = describe(read_schema(self.files[0]) if self.files else SCHEMA)
         return own if self.folders is None else [FOLDER, *own]
 
@@ -83,8 +102,11 @@ class View(NamedTuple):
         )
 
 
-def find_views(tables: Tables) -> list[View]:
-    """Return the views of all artifacts. Raises ArtifactMissing and its like, and SettingsError where names clash."""
+def find_views(tables: Tables, attached: Mapping[str, Path] | None = None) -> list[View]:
+    """Return the views of all artifacts, and of a user's own files by name, which are read here.
+
+    Raises ArtifactMissing and its like, and SettingsError where names clash or a file cannot be read.
+    """
     if isinstance(tables, Path):
         tables = [tables]
     if isinstance(tables, Mapping):
@@ -94,7 +116,7 @@ def find_views(tables: Tables) -> list[View]:
         named = [(None, path) for path in tables]
     views = [view for name, path in named for view in _views(name, path)]
     _refuse_clashes(views, [path for name, path in named if name is None])
-    return views
+    return [*views, *_attached_views(attached or {}, views)]
 
 
 def each_folder(tables: Tables) -> list[tuple[str, list[Path]]]:
@@ -126,6 +148,98 @@ def parse_tables(given: Sequence[str]) -> Tables:
     return unnamed
 
 
+def parse_attached(given: Sequence[str]) -> dict[str, Path]:
+    """Read ``NAME=PATH`` of every file, whose own name is taken where none is given; raise SettingsError for two."""
+    attached: dict[str, Path] = {}
+    for text in given:
+        name, path = _parse(text)
+        name = path.name.split(".")[0] if name is None else name
+        if name in attached:
+            raise SettingsError(f"--attach: {name} names several files; give each its own name, {name}2={path}")
+        attached[name] = path
+    return attached
+
+
+def _attached_views(attached: Mapping[str, Path], views: Sequence[View]) -> list[View]:
+    """Read every file; raise SettingsError that names each name and path that is wrong."""
+    taken = {(view.schema or view.name).lower() for view in views} | _RESERVED
+    problems, read = [], []
+    for name, path in attached.items():
+        if not _NAME.fullmatch(name) or name.lower() in taken:
+            why = "names a table already" if name.lower() in taken else "is no name in SQL"
+            problems.append(f"--attach {name}={path}: {name} {why}; write another, such as own={path}")
+            continue
+        try:
+            read.append(_attached_view(name, path.expanduser().resolve()))
+        except (OSError, UnicodeError, csv.Error, ValueError, pa.ArrowException) as error:
+            problems.append(f"--attach {name}={path}: {error}")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return read
+
+
+def _attached_view(name: str, path: Path) -> View:
+    """Return the view of a file; raise ValueError, OSError or ArrowException if it cannot be read."""
+    endings = [ending for ending in path.suffixes[-2:] if ending not in COMPRESSIONS]
+    kind = ATTACHED.get(endings[-1].lower()) if endings else None
+    if not path.exists():
+        raise ValueError("there is no such file; check the path")
+    if kind is None or (kind != "json" and path.suffix in COMPRESSIONS):
+        raise ValueError(f"wanted a file that ends in {', '.join(ATTACHED)}")
+    if kind == "parquet":
+        pq.read_schema(path)
+        return View(None, name, (path,), is_attached=True)
+    rows = table_of(_json_rows(path), schema_of(_json_rows(path))) if kind == "json" else _csv_table(path)
+    return View(None, name, (path,), is_attached=True, rows=rows)
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    rows = JsonExamples(TextFiles("json", (path,), (path.name,)))
+    for row in rows:
+        if isinstance(row, BadRow):
+            raise ValueError(f"{rows.line} {row.reason}; repair or remove it")
+        yield row
+
+
+def _csv_table(path: Path) -> pa.Table:
+    """Return a file of texts with a header: a column of numbers alone, or of true and false, is typed, an empty cell
+    null; ``007`` and ``1,5`` are texts, and a column with one is texts as they are written.
+    """
+    lines = [*_csv_lines(path)]
+    header, cells = lines[0], lines[1:]
+    schema = schema_of(({name: _cell(text) for name, text in zip(header, line, strict=True)} for line in cells), header)
+    is_text = [pa.types.is_string(field.type) for field in schema]
+    rows = (
+        {name: (text or None) if own else _cell(text) for name, text, own in zip(header, line, is_text, strict=True)}
+        for line in cells
+    )
+    return table_of(rows, schema)
+
+
+def _csv_lines(path: Path) -> Iterator[list[str]]:
+    """Yield the header and every row; raise ValueError for a row of another length."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        header = next(reader, None)
+        if header is None or len(set(header)) < len(header):
+            raise ValueError("wanted a first line with a different name for every column")
+        yield header
+        for line in reader:
+            if line and len(line) != len(header):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(line)} cells, the first has {len(header)}; repair it"
+                )
+            if line:
+                yield line
+
+
+def _cell(text: str) -> str | int | float | bool | None:
+    """Return what a cell says: what JSON would read as a number, true or false is that, and nothing is null."""
+    if _NUMBER.fullmatch(text) and math.isfinite(float(text)):
+        return float(text) if set(text) & set(".eE") else int(text)
+    return {"": None, "true": True, "false": False, "True": True, "False": False}.get(text, text)
+
+
 def _parse(text: str) -> tuple[str | None, Path]:
     name, equals, path = text.partition("=")
     is_named = equals and _NAME.fullmatch(name) and not Path(text).expanduser().exists()
@@ -134,7 +248,7 @@ def _parse(text: str) -> tuple[str | None, Path]:
 
 def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> None:
     """Make every view, after shutting everything but their files out for good."""
-    files = [str(path.absolute()) for view in views for path in view.files]
+    files = [str(path.absolute()) for view in views if view.rows is None for path in view.files]
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET autoload_known_extensions = false")
     connection.execute("SET python_enable_replacements = false")
@@ -146,7 +260,10 @@ def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> 
         connection.execute(f"CREATE SCHEMA {quote_identifier(schema)}")
     for view in views:
         name = ".".join(quote_identifier(part) for part in (view.schema, view.name) if part is not None)
-        connection.execute(f"CREATE VIEW {name} AS {view.select}")
+        if view.rows is not None:
+            connection.register(view.name, view.rows)
+        else:
+            connection.execute(f"CREATE VIEW {name} AS {view.select}")
 
 
 def _views(schema: str | None, path: Path) -> list[View]:
@@ -183,8 +300,7 @@ def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def _check_names(names: Mapping[str, Path]) -> None:
-    reserved = {"main", "temp", "information_schema", "pg_catalog"}
-    wrong = [name for name in names if not _NAME.fullmatch(name) or name.lower() in reserved]
+    wrong = [name for name in names if not _NAME.fullmatch(name) or name.lower() in _RESERVED]
     if wrong:
         raise SettingsError(
             f"--tables: {', '.join(map(repr, wrong))} cannot name tables; use letters, digits and _, such as layer3"
