@@ -22,7 +22,12 @@ pipeline query --saved examples --set feature=89 --tables tables/gpt2-l8 --forma
 ```
 
 The answer is shown as a table (the first 40 rows), or as `--format csv`, `json` or `parquet`; `--out FILE` writes
-it, whole. `$name` in your own SQL is filled in by `--set name=value`.
+it, whole. Tokens with a space at an end are in quotes. A single row that is wider than the terminal has a line for
+every column. `$name` in your own SQL is filled in by `--set name=value`. From Python, `tailrace.query(…)` returns an
+Arrow table: `.to_pandas()` and `.to_pylist()` are its methods.
+
+**Your own files.** `--attach NAME=PATH`, which may be repeated, reads a .jsonl, .csv or .parquet file as a table of
+that name ([guide](own-data.md)).
 
 **Several artifacts.** `--tables` may be repeated. Artifacts with different tables are seen side by side, such as an
 analysis and an evaluation of the same transcoder; of artifacts with the same tables each gets a name:
@@ -43,7 +48,8 @@ pipeline query "SELECT folder, feature, max FROM features WHERE top_token = ' Fr
 A ready query is asked of each of them, one after the other: `--saved densest --set n=5` gives five features of every
 folder.
 
-A query can read the tables and nothing else; what DuckDB has to say about SQL it cannot run is shown as it says it.
+A query can read the tables, what is attached, and nothing else; what DuckDB has to say about SQL it cannot run is shown
+as it says it.
 Activations are sorted by feature in small pieces, so a query of one feature reads only its own: say
 `WHERE feature = 89` rather than computing with the column.
 

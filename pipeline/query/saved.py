@@ -26,6 +26,7 @@ _SET = re.compile(r"set (\w+) (INTEGER|DOUBLE|VARCHAR) = (.*?): (.*)")
 MADE_BY = {
     "activations": "pipeline analyze with --activations other than none",
     "rows": "pipeline analyze with --activations other than none",
+    "documents": "pipeline analyze of a cache that keeps columns (pipeline cache --keep-columns id,source)",
     "connections": "pipeline analyze with the model",
     "coactivation": "pipeline analyze",
     "examples": "pipeline analyze",
@@ -87,9 +88,12 @@ class SavedQuery:
         """Raise SettingsError unless every table it needs is among ``tables``."""
         missing = [name for name in self.needs if name not in tables]
         if missing:
-            makers = "; ".join(f"{name} is made by {MADE_BY[name]}" for name in missing)
+            makers = "; ".join(f"{name} is made by {MADE_BY[name.rpartition('.')[2]]}" for name in missing)
             advice = f"{makers}; --tables may be given several times"
-            if any(table.endswith(f".{name}") for name in missing for table in tables):
+            names = list(dict.fromkeys(name.partition(".")[0] for name in self.needs))
+            if "." in self.needs[0] and not set(names) <= {table.partition(".")[0] for table in tables}:
+                advice = f"Give tables these names: {' '.join(f'--tables {name}=PATH' for name in names)}"
+            elif any(table.endswith(f".{name}") for name in missing for table in tables):
                 advice = "Ready queries read tables of artifacts without a name, --tables PATH"
             raise SettingsError(
                 f"the query {self.name} needs {', '.join(self.needs)}; --tables has {', '.join(sorted(tables))}. "
