@@ -12,29 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from tailrace.analysis.dashboards.values import PART, visible_token
+from tailrace.analysis.dashboards.values import PART, rounded, rounded_list, visible_token
 from tailrace.pipeline.score.stage import ScoredText, Scores
 from tailrace.pipeline.score.text import as_json, feature_note
+from tailrace.pipeline.shared.pages import html_page
 from tailrace.storage.artifact import make_directory, write_atomically
 from tailrace.storage.errors import SettingsError
 
 SUFFIXES = (".html", ".png", ".json")
-POSITIVE, NEGATIVE = (255, 140, 0), (86, 160, 233)
-"""Colours of the largest absolute value of either sign, on white; dark text can be read on both."""
 TOKENS_PER_ROW = 48
 """Tokens in a row of bars of a PNG."""
 MAX_ROWS = 40
 """Rows of bars in one PNG."""
 
-_STYLE = """
-body{font:16px/1.6 system-ui,sans-serif;color:#1a1a1a;background:#fff;margin:2em auto;max-width:60em;padding:0 1em}
-h1{font-size:1.4em}h2{font-size:1.1em;margin-bottom:.2em}h3{font-size:1em;margin:1.2em 0 .2em}
-.note{color:#555;margin:.2em 0}
-.text{font-family:ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:.6em}
-.text span{border-radius:2px}.bos{color:#767676}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.1em .8em;text-align:left}
-td.n,th.n{text-align:right}td.token{white-space:pre;font-family:ui-monospace,monospace}
-""".strip()
+_FILES = Path(__file__).parent / "page_files"
+_TITLE = 80
+"""Letters of a text in the title of its page."""
 
 
 def check_output(path: Path) -> None:
@@ -58,64 +51,66 @@ def write_scores(path: Path, scores: Scores) -> None:
 
 
 def page(scores: Scores) -> str:
-    """Return a page that shows every text once for each feature, its tokens coloured, with the numbers below."""
-    what = "Pre-activations" if scores.is_raw else "Activations"
-    title = html.escape(f"{what} of {scores.transcoder}")
-    parts = [
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f'</head><body><main><h1>{title}</h1><p class="note">Site {html.escape(scores.site)}, float32. Every context '
-        "begins with BOS; grey tokens are not scored. Colours are by value over the largest absolute value of the "
-        f"page, {scores.largest():.4g}.</p>"
-    ]
+    """Return a page that shows every text, coloured by a feature, a strip of colours per feature, and the numbers."""
+    first = "".join(
+        token for token, scored in zip(scores.texts[0].tokens, scores.texts[0].is_scored, strict=True) if scored
+    )
+    about = f"{scores.site.replace('layer', 'layer ')} of {scores.model}"
+    title = f"“{first.strip()[:_TITLE]}{'…' if len(first.strip()) > _TITLE else ''}”"
+    title += f" and {len(scores.texts) - 1} more" if scores.texts[1:] else ""
+    sections = []
     for number, text in enumerate(scores.texts, start=1):
-        parts.append(f"<section><h2>Text {number}</h2>" if len(scores.texts) > 1 else "<section>")
-        parts += [_coloured(scores, text, column) for column in range(len(scores.features))]
-        parts.append(_table(scores, text) if scores.features else "<p>No feature is active.</p>")
-        parts.append("</section>")
-    return "\n".join([*parts, "</main></body></html>\n"])
+        heading = f"<h2>Text {number}</h2>" if scores.texts[1:] else ""
+        numbers = _table(scores, text) if scores.features else "<p>No feature is active.</p>"
+        sections.append(f'<section>{heading}<p class="passage"></p>\n<div class="strips"></div>\n{numbers}</section>')
+    what = "Pre-activations" if scores.is_raw else "Activations"
+    body = (
+        f'<header><h1>{html.escape(title)}</h1>\n<p class="facts">{what} of {html.escape(scores.transcoder)} in '
+        f"{html.escape(about)}. The text has the colours of the feature chosen; the strongest colour is "
+        f"{scores.largest():.4g}, the largest value on the page. Every context begins with the BOS; what is grey is "
+        f"not scored.</p></header>\n<main>\n{chr(10).join(sections)}\n</main>"
+    )
+    style, script = ((_FILES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return html_page(f"{title}: {about}", body, style=style, script=script, data=_page_data(scores))
 
 
-def colour(value: float, largest: float) -> str:
-    """Return a value's colour, from white at 0 to full at ± ``largest``, as #rrggbb; white where all are 0."""
-    share = min(abs(value) / largest, 1) if largest > 0 and not math.isnan(value) else 0.0
-    end = POSITIVE if value > 0 else NEGATIVE
-    return "#" + "".join(f"{round(255 + (channel - 255) * share):02x}" for channel in end)
-
-
-def _coloured(scores: Scores, text: ScoredText, column: int) -> str:
-    feature, largest = scores.features[column], scores.largest()
-    spans = []
-    for token, value in zip(text.tokens, text.values[:, column].tolist(), strict=True):
-        shown = html.escape(token or PART).replace("\n", "⏎\n")
-        if math.isnan(value):
-            spans.append(f'<span class="bos" title="not scored">{shown}</span>')
-        else:
-            spans.append(f'<span style="background:{colour(value, largest)}" title="{value:.4g}">{shown}</span>')
-    note = feature_note(scores, feature)
-    about = f'<p class="note">{html.escape(note)}</p>' if note else ""
-    return f'<h3>Feature {html.escape(scores.label(feature))}</h3>{about}<div class="text">{"".join(spans)}</div>'
+def _page_data(scores: Scores) -> dict[str, Any]:
+    """Return texts, values by feature and then token (null where nothing is scored), and what is known of features."""
+    return {
+        "largest": rounded(scores.largest()),
+        "features": [{"label": scores.label(one), "note": feature_note(scores, one)} for one in scores.features],
+        "texts": [
+            {
+                "tokens": [(token or PART).replace("\n", "⏎\n") for token in text.tokens],
+                "tips": [visible_token(token) for token in text.tokens],
+                "values": [rounded_list(column) for column in text.values.T],
+            }
+            for text in scores.texts
+        ],
+    }
 
 
 def _table(scores: Scores, text: ScoredText) -> str:
     head = "".join(
-        f'<th scope="col" class="n">feature {html.escape(scores.label(feature))}</th>' for feature in scores.features
+        f'<th scope="col" class="number">feature {html.escape(scores.label(feature))}</th>'
+        for feature in scores.features
     )
     if not scores.is_chosen:
         head += '<th scope="col">strongest here</th>'
     rows = []
     for position, (token, values) in enumerate(zip(text.tokens, text.values.tolist(), strict=True)):
-        cells = "".join(f'<td class="n">{"–" if math.isnan(value) else f"{value:.4g}"}</td>' for value in values)
+        cells = "".join(f'<td class="number">{"–" if math.isnan(value) else f"{value:.4g}"}</td>' for value in values)
         if not scores.is_chosen:
             told = ", ".join(
                 html.escape(f"{scores.label(feature)} ({value:.4g})") for feature, value in text.strongest[position]
             )
             cells += f"<td>{told or '–'}</td>"
-        rows.append(
-            f'<tr><td class="n">{position}</td><td class="token">{html.escape(visible_token(token))}</td>{cells}</tr>'
-        )
+        shown = html.escape(visible_token(token))
+        rows.append(f'<tr><td class="number">{position}</td><td class="token">{shown}</td>{cells}</tr>')
     return (
-        '<details><summary>Values</summary><table><thead><tr><th scope="col" class="n">position</th>'
-        f'<th scope="col">token</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></details>'
+        '<details><summary>Values</summary><div class="scroll-x" role="region" aria-label="Values" tabindex="0">'
+        '<table><thead><tr><th scope="col" class="number">position</th>'
+        f'<th scope="col">token</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div></details>'
     )
 
 

@@ -58,6 +58,8 @@ class ScoredText:
 class Scores:
     """Texts scored by transcoders. Features of several layers are numbered through, layer after layer."""
 
+    model: str
+    """Name of the language model."""
     transcoder: str
     site: str
     """Its name; of several layers, those of the first and the last."""
@@ -173,7 +175,8 @@ class Scorer:
                 f"no token of the texts is of a kind that {self._name} has learnt from (its manifest's `packing` says "
                 "which); give longer texts"
             )
-        return _score(read, self._layers, asked, raw, top, self._name, self._device)
+        names = Path(str(self._model.identity()["name"])).name, self._name
+        return _score(read, self._layers, asked, raw, top, names, self._device)
 
 
 def layer_sizes(transcoder: Path | Sequence[Path]) -> dict[str, int]:
@@ -245,7 +248,7 @@ def _score(
     asked: Sequence[tuple[int, int]],
     raw: bool,
     top: int,
-    name: str,
+    names: tuple[str, str],
     device: torch.device,
 ) -> Scores:
     """Score layer after layer, each loaded for itself. Features are numbered through."""
@@ -280,9 +283,9 @@ def _score(
         texts.append(ScoredText(text.tokens, text.token_ids, text.is_scored, values, told))
     sites = [layer.site.name for layer in layers]
     if len(layers) == 1:
-        return Scores(name, sites[0], features, bool(asked), raw, texts)
+        return Scores(*names, sites[0], features, bool(asked), raw, texts)
     sizes = dict(zip(sites, (layer.d_sae for layer in layers), strict=True))
-    return Scores(name, f"{sites[0]} to {sites[-1]}", features, bool(asked), raw, texts, layers=sizes)
+    return Scores(*names, f"{sites[0]} to {sites[-1]}", features, bool(asked), raw, texts, layers=sizes)
 
 
 def about_features(tables: Path, features: set[int], start: int, d_sae: int) -> dict[int, dict[str, Any]]:

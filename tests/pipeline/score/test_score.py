@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
@@ -103,7 +104,7 @@ def test_a_feature_that_is_strongest_where_a_character_begins_is_told_with_the_c
     values = np.array([[np.nan], [2.0], [1.0]], np.float32)
     text = ScoredText(["<eos>", "", "日"], [0, 1, 2], ~np.isnan(values[:, 0]), values, [[], [(0, 2.0)], [(0, 1.0)]])
     [line] = [
-        line for line in show(Scores("t", "layer0", [0], False, False, [text])).splitlines() if "2.000  ◌" in line
+        line for line in show(Scores("m", "t", "layer0", [0], False, False, [text])).splitlines() if "2.000  ◌" in line
     ]
     assert line.split()[:5] == ["0", "2.000", "◌", "of", "日"]
 
@@ -274,7 +275,7 @@ def test_an_empty_text_is_told_by_where_it_stands(tmp_path: Path, monkeypatch) -
 def made_up(values: list[list[float]], tokens: list[str], features: list[int], **changes: Any) -> Scores:
     array = np.array(values, np.float32)
     text = ScoredText(tokens, list(range(len(tokens))), ~np.isnan(array[:, 0]), array, [[] for _ in tokens])
-    return Scores("t", "layer0", features, True, changes.pop("is_raw", False), [text], **changes)
+    return Scores("m", "t", "layer0", features, True, changes.pop("is_raw", False), [text], **changes)
 
 
 NAN = float("nan")
@@ -297,38 +298,33 @@ def test_json_holds_numbers_and_null_for_the_bos() -> None:
     assert json.loads(json.dumps(told)) == told
 
 
-@pytest.mark.parametrize(
-    ("value", "largest", "expected"),
-    [
-        (0, 5, "#ffffff"),
-        (5, 5, "#ff8c00"),
-        (2.5, 5, "#ffc680"),
-        (-5, 5, "#56a0e9"),
-        (9, 5, "#ff8c00"),  # every channel stays within 0 to 255
-        (0, 0, "#ffffff"),  # nothing is active
-    ],
-)
-def test_colours_run_from_white_to_full_by_the_largest_absolute_value(value, largest, expected) -> None:
-    assert score_pictures.colour(value, largest) == expected
-
-
-def test_a_page_shows_every_token_escaped_with_its_value() -> None:
+def test_a_page_is_titled_by_its_text_and_holds_every_token_as_text() -> None:
     hostile = '</span><script>alert("x")</script>&'
     about = {9: {"promoted_tokens": [hostile]}}
-    page = score_pictures.page(made_up([[NAN], [2]], [hostile, hostile], [9], about=about))
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;") == 2 + 2 + 1  # text, table, promoted tokens
-    assert '<span style="background:#ff8c00" title="2">' in page
-    assert '<span class="bos" title="not scored">' in page
-    assert '<td class="n">–</td>' in page
+    page = score_pictures.page(made_up([[NAN], [2]], [hostile, f" {hostile}"], [9], about=about))
+    assert page.count("<script") == 3  # data, tooltip, the page's own
+    assert page.count("</script>") == 3
+    assert page.count("&lt;script&gt;") == 2 + 2  # the title and heading, the table
+    assert f"<title>“{html.escape(hostile)}”: layer 0 of m</title>" in page
+    [held] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    data = json.loads(held)
+    assert data["texts"] == [
+        {"tokens": [hostile, f" {hostile}"], "tips": [hostile, f" {hostile}"], "values": [[None, 2.0]]}
+    ]
+    assert (data["largest"], [one["label"] for one in data["features"]]) == (2.0, ["9"])
+    assert hostile in data["features"][0]["note"]
+    assert '<td class="number">–</td>' in page
     assert "<h2>" not in page  # a number says nothing of the only text
+    long = score_pictures.page(made_up([[1.0]] * 50, [" word"] * 50, [9]))
+    assert "<h1>“word word" in long
+    assert "…”</h1>" in long
 
 
 def test_files_are_written_as_their_names_say(tmp_path: Path) -> None:
     scores = made_up([[NAN, NAN]] + [[0.5, -1]] * 60, ["<s>", *["$a_b$ 字"] * 60], [9, 4], is_raw=True)
     for name in ("s.html", "s.png", "s.json"):
         score_pictures.write_scores(tmp_path / name, scores)
-    assert (tmp_path / "s.html").read_text().count("<h3>Feature") == 2
+    assert "Pre-activations of t in layer 0 of m" in (tmp_path / "s.html").read_text()
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "s.json").read_text()) == as_json(scores)
     with pytest.raises(SettingsError, match=r"end it in \.html, \.png, \.json"):
