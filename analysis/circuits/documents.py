@@ -6,7 +6,7 @@ for people and are never keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from tailrace.analysis.circuits.nodes import KINDS, Kind, Node
 from tailrace.analysis.circuits.path_graph import PathGraph
 from tailrace.analysis.circuits.paths import Path, show_path
 from tailrace.analysis.circuits.roots import Root
+from tailrace.analysis.circuits.run import LinearisedRun
 
 JSON = dict[str, Any]
 
@@ -54,6 +55,18 @@ def describe_root(root: Root, terms: Terms) -> JSON:
         "by_kind": by_kind,
         "from_bos": float(terms.values[terms.nodes.are(Kind.HEAD) & (terms.nodes.token == 0)].sum()),
     }
+
+
+def describe_features(run: LinearisedRun, features: Iterable[tuple[int, int]]) -> list[JSON]:
+    """Return of features, given by layer and index, at which tokens of the prompt they fire, the strongest first."""
+    described = []
+    for layer, index in sorted(features):
+        active = run.transcoders[layer]
+        pairs = np.flatnonzero(active.ids == index)
+        fires = [{"token": int(active.token[pair]), "activation": float(active.activation[pair])} for pair in pairs]
+        fires.sort(key=lambda one: -one["activation"])
+        described.append({"layer": layer, "index": index, "fires_on": fires})
+    return described
 
 
 def describe_rounds(rounds: Sequence[Sequence[Path]]) -> list[list[JSON]]:

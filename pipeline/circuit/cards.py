@@ -1,4 +1,4 @@
-"""What tables say of the features of a circuit, short enough to be shown beside a node."""
+"""What tables say of the features of a circuit from other texts, short enough to be shown beside a node."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from tailrace.analysis.dashboards.values import visible_token
 from tailrace.storage.tables import read_table
 
 N_EXAMPLES = 4
+FEW = 10
+"""Rows on which a feature has to fire for its tables to say what it is."""
 _CONTEXT = 12
 """Tokens of an example shown on either side."""
 
@@ -31,6 +33,7 @@ def read_cards(tables: Mapping[int, Path], features: Iterable[tuple[int, int]]) 
             index = int(row["feature"])
             cards[layer, index] = {
                 "top_token": row.get("top_token"),
+                "is_rare": row.get("n_active") is not None and row["n_active"] < FEW,
                 "facts": _facts(row),
                 "examples": examples.get(index, []),
             }
@@ -43,7 +46,8 @@ def _rows(path: Path, features: Sequence[int]) -> list[dict[str, Any]]:
 
 def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what is shown of a feature's row; columns that the tables do not have are left out."""
-    facts = [("fires on", f"{row['frequency']:.3%} of rows")]
+    rare = f", only {n} in all" if (n := row.get("n_active")) is not None and n < FEW else ""
+    facts = [("fires on", f"{row['frequency']:.3%} of rows{rare}")]
     if row.get("max") is not None:
         facts.append(("strongest", f"{row['max']:.4g}"))
     if row.get("top_token") is not None:

@@ -112,34 +112,35 @@ _INACTIVE = (
     "the feature is not active here, so its pre-activation is explained "
     "(--order magnitude also shows what holds it down)"
 )
-_NOTATION = (
-    "mlp3tc[268]@6 is feature 268 of layer 3 at token 6, attn2[0]@1 head 0 of layer 2 reading token 1; "
-    "a number is what reaches the root along the path"
-)
+N_PATHS = 8
+"""Paths printed; all are in the files."""
 
 
 def show_circuit(result: CircuitResult) -> list[str]:
-    """Return what was found, in lines: the tokens, what the root is made of, the paths, the graph."""
-    from tailrace.pipeline.circuit.stage import PAGE
+    """Return what was found, in lines: the tokens, what the root is made of, the strongest paths, the graph."""
+    from tailrace.pipeline.circuit.stage import CIRCUIT, PAGE
+    from tailrace.pipeline.circuit.words import Words, quoted
 
     document = result.document
-    root = document["root"]
-    lines = [" ".join(f"{place}:{token['text']!r}" for place, token in enumerate(document["tokens"])), ""]
+    root, words = document["root"], Words(document)
+    lines = [" ".join(f"{place}:{token['text']!r}" for place, token in enumerate(document["tokens"]))]
     if likely := document.get("likely"):
-        said = ", ".join(f"{one['text']!r} {one['probability']:.0%}" for one in likely)
-        lines[:1] = [lines[0], f"likely after token {root['node']['token']}: {said}"]
+        said = ", ".join(f"{quoted(one['text'])} {one['probability']:.0%}" for one in likely)
+        lines.append(f"likely after token {root['node']['token']}: {said}")
     what = "" if root["is_active"] else f"; {_INACTIVE}"
     lines += [
-        f"{root['text']} = {root['value']:.6g}{what}",
+        "",
+        f"{words.root()} {root['value']:.6g}{what}",
         f"  {root['n_terms']:,} terms sum to it within {root['incompleteness']:.1e} of the sum of their sizes",
         "  of it " + ", ".join(_kind(kind, value, root.get("from_bos")) for kind, value in root["by_kind"].items()),
         "",
     ]
-    lines += [_NOTATION, ""] if document["rounds"] else []
-    for paths in document["rounds"]:
-        lines.append(f"--- Paths of size {len(paths[0]['steps'])} ---")
-        lines += [path["text"] for path in paths]
-    if not document["rounds"]:
+    paths = _longest([path["steps"] for paths in document["rounds"] for path in paths])
+    paths.sort(key=lambda steps: -abs(steps[-1]["value"]))
+    lines += [f"  ← {' ← '.join(words.path(steps))}" for steps in paths[:N_PATHS]]
+    if len(paths) > N_PATHS:
+        lines.append(f"  and {len(paths) - N_PATHS} weaker paths, and the beginnings of all, in {CIRCUIT}")
+    if not paths:
         lines.append("no path: nothing that the filters allow contributes")
     graph = document["attribution_graph"]
     if graph is not None:
@@ -150,6 +151,13 @@ def show_circuit(result: CircuitResult) -> list[str]:
             "them comes from tokens, the rest from what no transcoder explains",
         ]
     return [*lines, f"{result.path}: written; {result.path / PAGE} opens in a browser"]
+
+
+def _longest(paths: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Return the paths that no other goes on from."""
+    keys = [tuple(step["node"]["name"] for step in steps) for steps in paths]
+    begun = {key[:length] for key in keys for length in range(len(key))}
+    return [steps for steps, key in zip(paths, keys, strict=True) if key not in begun]
 
 
 def _kind(kind: str, value: float, from_bos: float | None) -> str:

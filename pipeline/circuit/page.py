@@ -1,7 +1,7 @@
 """A circuit as one HTML file that opens from disk: graphs to pan and zoom, a card for every feature, the paths as text.
 
-The data lies in the file as JSON in which every ``<`` is escaped, and the script writes it into the page as text, so
-nothing of a prompt or a token can become markup or code.
+The data lies in the file as JSON, and the script writes it into the page as text, so nothing of a prompt or a token can
+become markup or code.
 
 In the picture layers run upwards and tokens to the right. A token's column is as wide as its fullest layer; nodes that
 share a cell stand side by side in it, in the order given: the same every time, whatever the values.
@@ -9,41 +9,110 @@ share a cell stand side by side in it, in the order given: the same every time, 
 
 from __future__ import annotations
 
+import html
 import itertools
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 from tailrace.analysis.circuits.documents import read_node
 from tailrace.analysis.circuits.nodes import Kind, Node
+from tailrace.analysis.circuits.paths import show_value
 from tailrace.analysis.dashboards.values import visible_token
+from tailrace.pipeline.circuit.words import KINDS, Words, quoted
+from tailrace.pipeline.shared.pages import html_page
 
 JSON = dict[str, Any]
-_TEMPLATE = files("tailrace.pipeline.circuit") / "page_files"
+_FILES = files("tailrace.pipeline.circuit") / "page_files"
 _OUTPUT = re.compile(r'Output "(.*)" \(p=.*\)', re.DOTALL)
 """What the viewers call a token that may come next; at a node there is room for the token alone."""
 
 _EMPTY_LAYER = 0.15
 """Height of a layer in which nothing lies, of that of any other."""
+_LIKELY = 0.005
+"""Probability from which a token is said to be likely."""
+_N_FIRES = 3
+"""Tokens of the prompt in a feature's label."""
 
 
 def render_page(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
-    """Return the page of a ``circuit.json``; ``cards`` say what is known of features, by layer and index."""
+    """Return the page of a ``circuit.json``; ``cards`` say what tables know of features, by layer and index."""
+    words = Words(document)
+    features = _features(document, cards)
+    graphs = [graph for graph in _graphs(document, words, features) if graph["nodes"]]
+    tokens = [visible_token(token["text"]) for token in document["tokens"]]
     data = {
         "prompt": document["prompt"],
-        "tokens": [visible_token(token["text"]) for token in document["tokens"]],
-        "root": document["root"],
-        "rounds": [[path["text"] for path in paths] for paths in document["rounds"]],
-        "likely": [{**one, "text": visible_token(one["text"])} for one in document.get("likely", [])],
-        "graphs": [graph for graph in _graphs(document, cards) if graph["nodes"]],
-        "cards": {f"{layer}:{index}": card for (layer, index), card in cards.items()},
+        "tokens": tokens,
+        "here": document["root"]["node"]["token"],
+        "rounds": [[_path(path, words, graphs) for path in paths] for paths in document["rounds"]],
+        "graphs": [{name: value for name, value in graph.items() if name != "places"} for graph in graphs],
+        "cards": {f"{layer}:{index}": card for (layer, index), card in features.items()},
     }
-    parts = {name: (_TEMPLATE / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    page = parts["html"].replace("/*STYLE*/", parts["css"]).replace("/*SCRIPT*/", parts["js"])
-    return page.replace("/*DATA*/", _escaped(data))
+    part = {name: (_FILES / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    body = part["html"].replace("<!--HEADER-->", _header(document, words, tokens))
+    return html_page(words.question(), body, style=part["css"], script=part["js"], data=data)
+
+
+def _header(document: JSON, words: Words, tokens: Sequence[str]) -> str:
+    """Return the question, the prompt, what is likely to come next, and what the root is made of."""
+    root = document["root"]
+    shown = "".join(
+        f'<span class="token{" here" if place == root["node"]["token"] else ""}" data-tip="token {place}">'
+        f"{html.escape(text)}</span>"
+        for place, text in enumerate(tokens)
+    )
+    likely = ", ".join(
+        f"{quoted(one['text'])} {one['probability']:.0%}"
+        for one in document.get("likely", [])
+        if one["probability"] >= _LIKELY
+    )
+    inactive = "" if root["is_active"] else "The feature is not active here: its pre-activation is explained. "
+    return (
+        f'<h1>{html.escape(words.question())}</h1>\n<p id="prompt">{shown}</p>\n'
+        f'<p class="facts">{f"Likely to come next: {html.escape(likely)}. " if likely else ""}'
+        f"{inactive}{html.escape(words.root())} is {show_value(root['value'])}, the sum of {root['n_terms']:,} terms "
+        f"(exact within {root['incompleteness']:.0e} of the sum of their sizes):</p>\n{_sums(root)}"
+    )
+
+
+def _sums(root: JSON) -> str:
+    """Return a bar of what kinds of terms add to the root, and the numbers; hatched is what they take away."""
+    sums = sorted(root["by_kind"].items(), key=lambda pair: -pair[1])
+    bar = "".join(
+        f'<span class="sum {kind}{" less" if value < 0 else ""}" style="flex-grow: {abs(value):.4g}"></span>'
+        for kind, value in sums
+    )
+    bos = f" ({show_value(root['from_bos'])} from the BOS)" if root.get("from_bos") else ""
+    listed = "".join(
+        f'<li><span class="sum {kind}{" less" if value < 0 else ""}"></span>{html.escape(KINDS[Kind(kind)])} '
+        f"{show_value(value)}{bos if kind == Kind.HEAD else ''}</li>"
+        for kind, value in sums
+    )
+    return f'<div class="bar" aria-hidden="true">{bar}</div>\n<ul class="sums">{listed}</ul>'
+
+
+def _features(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> dict[tuple[int, int], JSON]:
+    """Return of every feature shown its label, where it fires on this prompt, and its card if there are tables."""
+    texts = [token["text"] for token in document["tokens"]]
+    found = {}
+    for feature in document["features"]:
+        key = feature["layer"], feature["index"]
+        card = cards.get(key, {})
+        fires = [(visible_token(texts[one["token"]]), one["activation"]) for one in feature["fires_on"]]
+        here = list(dict.fromkeys(text.strip() or text for text, _ in fires))[:_N_FIRES]
+        if not here and card.get("top_token") is not None:  # a feature that does not fire can be explained, too
+            here = [visible_token(card["top_token"])]
+        on_prompt = ", ".join(f"'{text}' {show_value(value)}" for text, value in fires) or "no token"
+        found[key] = {
+            "label": " ".join([f"#{feature['index']}", " · ".join(here)]).strip(),
+            "is_rare": card.get("is_rare", False),
+            "facts": [("fires here on", on_prompt), *card.get("facts", [])],
+            "examples": card.get("examples", []),
+        }
+    return found
 
 
 def features_shown(document: JSON) -> set[tuple[int, int]]:
@@ -56,23 +125,25 @@ def features_shown(document: JSON) -> set[tuple[int, int]]:
     return {(node["layer"], node["index"]) for node in [*described, document["root"]["node"]] if node["kind"] in kinds}
 
 
-def _escaped(data: JSON) -> str:
-    """Return JSON that cannot end the element it stands in, nor break a line of a script."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _graphs(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> list[JSON]:
+def _graphs(document: JSON, words: Words, features: Mapping[tuple[int, int], JSON]) -> list[JSON]:
     names = {"path_graph": "Paths", "attribution_graph": "Attribution graph"}
-    return [_drawn(title, document[name], cards) for name, title in names.items() if document[name] is not None]
+    return [
+        _drawn(title, document[name], words, features) for name, title in names.items() if document[name] is not None
+    ]
 
 
-def _label(node: Node, described: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
+def _path(path: JSON, words: Words, graphs: Sequence[JSON]) -> JSON:
+    """Return a path in words, and which nodes of each graph are on it."""
+    nodes = [read_node(step["node"]) for step in path["steps"]]
+    places = [[graph["places"][node] for node in nodes if node in graph["places"]] for graph in graphs]
+    return {"steps": words.path(path["steps"]), "nodes": places}
+
+
+def _label(node: Node, described: JSON, features: Mapping[tuple[int, int], JSON]) -> str:
     """Return what is written at a node: row and column say its layer and token, so neither is repeated."""
     match node.kind:
         case Kind.FEATURE | Kind.DECODER:
-            token = cards.get((node.layer or 0, node.index or 0), {}).get("top_token")
-            return f"#{node.index}" if token is None else visible_token(token)
+            return str(features[node.layer or 0, node.index or 0]["label"])
         case Kind.HEAD:
             return f"h{node.index}"
         case Kind.LOGIT:
@@ -86,7 +157,7 @@ def _size(described: JSON) -> float:
     return 1.0 if influence is None else float(influence)
 
 
-def _drawn(title: str, graph: JSON, cards: Mapping[tuple[int, int], JSON]) -> JSON:
+def _drawn(title: str, graph: JSON, words: Words, features: Mapping[tuple[int, int], JSON]) -> JSON:
     nodes = [read_node(described) for described in graph["nodes"]]
     layout = place_nodes(nodes)
     heights = {math.floor(height_of(node)) for node in nodes}
@@ -103,8 +174,8 @@ def _drawn(title: str, graph: JSON, cards: Mapping[tuple[int, int], JSON]) -> JS
         is_feature = node.kind in (Kind.FEATURE, Kind.DECODER)
         drawn.append(
             {
-                "name": described.get("text", described["name"]),
-                "label": "" if node.of is not None else _label(node, described, cards),
+                "name": words.node(described),
+                "label": "" if node.of is not None else _label(node, described, features),
                 "kind": node.kind.value,
                 "x": x,
                 "y": levels[y],
@@ -118,6 +189,7 @@ def _drawn(title: str, graph: JSON, cards: Mapping[tuple[int, int], JSON]) -> JS
         )
     return {
         "title": title,
+        "root": graph.get("root", 0),  # targets come first in an attribution graph
         "nodes": drawn,
         "edges": [
             {**edge, "strength": strength(edge["value"], largest_edge)}
@@ -128,6 +200,7 @@ def _drawn(title: str, graph: JSON, cards: Mapping[tuple[int, int], JSON]) -> JS
             {"name": "output" if layer in outputs else f"layer {layer}", "y": levels[layer]} for layer in layers
         ],
         "top": max(levels.values(), default=0.0),
+        "places": {node: place for place, node in enumerate(nodes)},
     }
 
 

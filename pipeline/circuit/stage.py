@@ -194,7 +194,11 @@ class _Asked:
             "prompt": self.question.prompt,
             "tokens": [{"id": one, "text": text} for one, text in self.tokens],
             "likely": [{"id": one, "text": self._vocabulary[one], "probability": p} for one, p in likely],
-            "root": {**documents.describe_root(root, contributions(run, root.probe)), "text": self._name(root)},
+            "root": {
+                **documents.describe_root(root, contributions(run, root.probe)),
+                "text": self._name(root),
+                "logits": [self._vocabulary[one] for one in self._logits],
+            },
             "rounds": documents.describe_rounds(rounds),
             "path_graph": self._path_graph(run, rounds),
             "attribution_graph": (
@@ -203,6 +207,7 @@ class _Asked:
                 else documents.describe_attribution_graph(self.graph, self.pruned, self.names)
             ),
         }
+        self.document["features"] = documents.describe_features(run, features_shown(self.document))
 
     def _root(self, run: LinearisedRun) -> Root:
         question = self.question

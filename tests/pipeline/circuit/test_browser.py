@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,35 +49,73 @@ def page(browser: Browser, out: Path) -> Iterator[Page]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_inaccessible(browser: Browser, out: Path, scheme) -> None:
+@pytest.mark.parametrize("width", [1360, 390])
+def test_nothing_is_inaccessible_or_wider_than_the_screen(browser: Browser, out: Path, width, scheme) -> None:
     with watched_page(browser, scheme) as watched:
+        watched.page.set_viewport_size({"width": width, "height": 844})
         watched.page.goto((out / "index.html").as_uri())
         watched.page.locator(".node").first.focus()
         assert accessibility_problems(watched.page) == []
+        assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
+        expect(watched.page.get_by_text("Tap a node")).to_be_visible(visible=width == 390)
+        expect(watched.page.get_by_text("Point at a node")).to_be_visible(visible=width == 1360)
 
 
-def test_pointing_at_a_node_shows_what_it_is_made_of_and_choosing_keeps_it(page: Page) -> None:
-    root = page.locator(".node").first
-    name = (root.get_attribute("aria-label") or "").partition(",")[0]
-    root.hover()
-    expect(page.locator("#details h2")).to_have_text(name)
+def test_the_page_opens_on_the_question_and_what_the_answer_is_made_of(page: Page) -> None:
+    expect(page.locator("h1")).to_have_text(
+        re.compile(r"^Why does feature \d+ of layer 2 fire at 'what' in 'the man was .*'\?$")
+    )
+    expect(page.locator("#details h2")).to_have_text(re.compile(r"^Layer 2, feature \d+ at 'what'$"))
     expect(page.locator("#details")).to_contain_text("What it is made of")
-    assert page.locator(".edge.near").count() > 1
-    root.click()
+    assert page.locator(".bar .sum").count() == page.locator(".sums li").count() > 1
+
+
+def test_pointing_near_a_node_shows_what_it_is_made_of_and_choosing_keeps_it(page: Page) -> None:
+    last = page.locator(".node:not(.beside)").last
+    name = (last.get_attribute("aria-label") or "").rpartition(",")[0]
+    box = last.locator(".shape").bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] + 5  # beside the mark, within reach
+    page.mouse.move(x, y)
+    expect(page.locator("#details h2")).to_have_text(name)
+    assert page.locator(".near .edge").count() >= 1
+    page.mouse.click(x, y)
     page.mouse.move(5, 5)
     expect(page.locator("#details h2")).to_have_text(name)
-    expect(root).to_have_attribute("aria-pressed", "true")
+    expect(last).to_have_attribute("aria-pressed", "true")
+
+
+def test_only_the_strongest_lines_are_drawn_and_all_of_the_node_pointed_at(browser: Browser, out: Path) -> None:
+    """With a limit of two lines, as a graph of thousands has one of 150."""
+    page = (out / "index.html").read_text()
+    (out / "few.html").write_text(page.replace("const N_LINES = 150;", "const N_LINES = 2;"))
+    with watched_page(browser) as watched:
+        watched.page.goto((out / "few.html").as_uri())
+        expect(watched.page.locator(".edges .edge:not(.beside)")).to_have_count(2)
+        expect(watched.page.locator("#drawn")).to_contain_text("The strongest 2 of ")
+        watched.page.locator(".node").first.focus()
+        assert watched.page.locator(".near .edge").count() > 2
+
+
+def test_a_path_lights_its_nodes(page: Page) -> None:
+    path = page.locator("#paths ol").last.locator("li").first
+    n_steps = (path.text_content() or "").count("←")
+    path.hover()
+    expect(page.locator(".node.lit")).to_have_count(n_steps + 1)
+    expect(page.locator(".near .edge")).to_have_count(n_steps)
+    page.mouse.move(5, 5)
+    expect(page.locator(".node.lit")).to_have_count(0)
 
 
 def test_every_node_is_reached_by_tab_and_chosen_by_enter(page: Page) -> None:
     page.locator("#graph").focus()
     reached = []
-    for _ in range(page.locator(".node").count()):
+    for _ in range(page.locator(".node:not(.beside)").count()):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.getAttribute('aria-label')"))
-    assert reached == [node.get_attribute("aria-label") for node in page.locator(".node").all()]
+    assert reached == [node.get_attribute("aria-label") for node in page.locator(".node:not(.beside)").all()]
     page.keyboard.press("Enter")
-    expect(page.locator(".node").last).to_have_attribute("aria-pressed", "true")
+    expect(page.locator(".node:not(.beside)").last).to_have_attribute("aria-pressed", "true")
 
 
 def test_the_view_moves_zooms_and_comes_back(page: Page) -> None:
@@ -94,11 +134,11 @@ def test_the_view_moves_zooms_and_comes_back(page: Page) -> None:
     assert graph.get_attribute("viewBox") != whole
 
 
-def test_what_paths_leave_out_can_be_hidden(page: Page) -> None:
+def test_what_paths_leave_out_is_shown_when_asked_for(page: Page) -> None:
     beside = page.locator(".node.beside")
-    expect(beside.first).to_be_visible()
-    page.get_by_role("button", name="Errors, biases and what was left out").click()
     expect(beside.first).to_be_hidden()
+    page.get_by_role("button", name="Errors, biases and what was left out").click()
+    expect(beside.first).to_be_visible()
     expect(page.locator(".node").first).to_be_visible()
 
 
@@ -112,20 +152,23 @@ def test_both_graphs_can_be_chosen(page: Page) -> None:
     expect(beside).to_be_hidden()  # nothing lies beside the nodes of an attribution graph
 
 
-def test_labels_are_longer_nearer_and_numbers_are_whole_or_left_out(page: Page) -> None:
-    graph, labels = page.locator("#graph"), page.locator(".label")
+def test_labels_are_never_small_nor_over_each_other_and_more_are_shown_nearer(page: Page) -> None:
+    page.get_by_role("button", name="Attribution graph").click()
+    graph = page.locator("#graph")
 
-    def shown() -> list[str]:
-        return [text for text in labels.all_text_contents() if text]
+    def shown() -> list[dict[str, float]]:
+        boxes = "all => all.filter((one) => one.textContent).map((one) => one.getBoundingClientRect().toJSON())"
+        return page.eval_on_selector_all(".label", boxes)  # type: ignore[no-any-return]
 
     whole = shown()
     assert whole
     graph.focus()
-    for _ in range(12):
-        page.keyboard.press("+")
-    near = shown()
-    assert len(near) >= len(whole)
-    assert not any("…" in text for text in near)
     for _ in range(24):
         page.keyboard.press("-")
-    assert not any(text.startswith("#") and "…" in text for text in shown())
+    far = shown()
+    assert 1 <= len(far) <= len(whole)
+    for boxes in (whole, far):
+        assert min(box["height"] for box in boxes) >= 11
+        for one, other in itertools.combinations(boxes, 2):
+            meet = one["left"] < other["right"] and other["left"] < one["right"]
+            assert not (meet and one["top"] < other["bottom"] - 3 and other["top"] < one["bottom"] - 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -43,13 +44,19 @@ def test_a_feature_is_explained_in_files_and_in_lines(
     said = run_command(place, capsys, *asked)
     document = json.loads((out / "circuit.json").read_text())
     index = feature.partition(":")[2]
-    assert f"mlp2tc[{index}]@10 = " in said
-    assert re.search(rf"^mlp2tc\[{index}\]@10: \S+ <- \S+: \S+$", said, re.MULTILINE)
+    assert f"feature 2:{index} at 'what' " in said
+    printed = re.findall(r"^  ← \S.*$", said, re.MULTILINE)
+    [n_more] = re.findall(r"^  and (\d+) weaker paths, and the beginnings of all, in circuit.json$", said, re.MULTILINE)
+    assert (len(printed), 0 < int(n_more) < sum(map(len, document["rounds"])) - 8) == (8, True)
+    assert all(re.fullmatch(r"  (← (head \d\.\d from|feature \d:\d+ at|token) '\S+' -?\S+ ?)+", one) for one in printed)
+    [root] = [one for one in document["features"] if (one["layer"], one["index"]) == (2, int(index))]
+    assert 10 in [fires["token"] for fires in root["fires_on"]]
+    assert document["root"]["value"] in [pytest.approx(fires["activation"], rel=1e-4) for fires in root["fires_on"]]
     assert document["root"]["incompleteness"] < 1e-5
     assert [token["text"] for token in document["tokens"]][:3] == [BOS, "the", "man"]
     likely = [one["probability"] for one in document["likely"]]
     assert likely == sorted(likely, reverse=True)
-    assert f"likely after token 10: {document['likely'][0]['text']!r} {likely[0]:.0%}, " in said
+    assert f"likely after token 10: '{document['likely'][0]['text']}' {likely[0]:.0%}, " in said
     assert f" ({show_value(document['root']['from_bos'])} from the BOS)" in said
     assert f"{out / 'index.html'} opens in a browser" in said
     assert len(document["rounds"]) == 3
@@ -108,7 +115,7 @@ def test_differences_of_logits_decoder_directions_and_inactive_features_are_expl
     said = run_command(
         place, capsys, PROMPT, "--logit-difference", "her", "him", *given(place), "--out", tmp_path / "d", *few
     )
-    assert "('her' − 'him') = " in said
+    assert re.search(r"^'her' − 'him' -?[\d.]+$", said, re.MULTILINE)
     layer, index = parse_feature(place.active_feature())
     for number in range(24):
         if number != index:
@@ -122,7 +129,7 @@ def test_differences_of_logits_decoder_directions_and_inactive_features_are_expl
         place, capsys, PROMPT, "--feature", f"{layer}:{index}", "--direction", "decoder", *given(place),
         "--out", tmp_path / "o", *few,
     )  # fmt: skip
-    assert f"mlp2dec[{index}]@10 = " in said
+    assert re.search(rf"^direction of feature 2:{index} at 'what' -?[\d.e-]+$", said, re.MULTILINE)
 
 
 def test_a_filter_that_nothing_meets_says_so(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +181,7 @@ def test_the_page_holds_no_markup_of_prompts_and_needs_nothing_else(
     )  # fmt: skip
     page = (tmp_path / "c" / "index.html").read_text()
     assert "<img" not in page
-    assert page.count("</script>") == 2
+    assert page.count("</script>") == 3  # data, tooltip, the page's own
     assert page_data(page)["prompt"] == evil
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page)
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
@@ -188,14 +195,28 @@ def test_the_page_holds_no_markup_of_prompts_and_needs_nothing_else(
         assert names[-1] == "output"
     outputs = [node["label"] for node in data["graphs"][1]["nodes"] if node["kind"] == "logit"]
     assert all(re.fullmatch(r"\S+", label) for label in outputs)
-    for node in (node for graph in data["graphs"] for node in graph["nodes"] if node["kind"] == "feature"):
-        assert node["label"] == f"#{node['card'].partition(':')[2]}"
+    titles = re.findall(r"<(title|h1)>(.*?)</\1>", page)
+    assert [text for _, text in titles] == [f"Why &#x27;her&#x27; after &#x27;{html.escape(evil)}&#x27;?"] * 2
+    features = [node for graph in data["graphs"] for node in graph["nodes"] if node["kind"] == "feature"]
+    assert features
+    for node in features:
+        layer, _, index = node["card"].partition(":")
+        text = data["tokens"][node["token"]]
+        assert node["name"] == f"Layer {layer}, feature {index} at '{text}'"
+        number, _, fires = node["label"].partition(" ")
+        assert number == f"#{index}"
+        tokens = fires.split(" · ")  # the three of this prompt on which it fires most
+        assert text in tokens or len(tokens) == 3
+        assert len(tokens) <= 3
+    for path in (path for paths in data["rounds"] for path in paths):
+        assert len(path["steps"]) + 1 == len(path["nodes"][0])  # every step, and the root, is a node of the first graph
 
 
 def write_tables(path: Path, transcoder: Path) -> Path:
     with Draft(path, "tables", {"name": path.name}) as draft:
         features = {
-            "feature": pa.array([0, 1], pa.int32()), "frequency": [0.5, 0.001], "max": [2.0, None],
+            "feature": pa.array([0, 1], pa.int32()), "frequency": [0.5, 0.001], "n_active": [2000, 4],
+            "max": [2.0, None],
             "top_token": ["her", None], "top_token_share": [0.25, None], "promoted_tokens": [["a", "b"], None],
         }  # fmt: skip
         pq.write_table(pa.table(features), path / "features.parquet")
@@ -219,14 +240,17 @@ def test_cards_tell_what_tables_know_of_the_features_shown(place: Place, tmp_pat
     cards = read_cards({2: tables}, [(2, 0), (2, 1), (1, 0)])
     assert cards == {
         (2, 0): {
-            "top_token": "her",
+            "top_token": "her", "is_rare": False,
             "facts": [
                 ("fires on", "50.000% of rows"), ("strongest", "2"), ("top token", "'her' in 25% of examples"),
                 ("promoted", "'a' 'b'"),
             ],
             "examples": [{"before": "the", "token": " man", "after": " was"}],
         },
-        (2, 1): {"top_token": None, "facts": [("fires on", "0.100% of rows")], "examples": []},
+        (2, 1): {
+            "top_token": None, "is_rare": True, "examples": [],
+            "facts": [("fires on", "0.100% of rows, only 4 in all")],
+        },
     }  # fmt: skip
     stray = write_tables(tmp_path / "stray", place.publish("stray", 1))
     with pytest.raises(ArtifactMismatch, match="was made from a transcoder that was not given"):
