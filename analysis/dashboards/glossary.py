@@ -1,6 +1,6 @@
-"""The words of pages and guides, each with its definition: shown at the word on pages, as a table in the docs.
+"""The words of pages, each with its definition: shown at the word on pages, as the last section of the docs' glossary.
 
-``python -m tailrace.analysis.dashboards.glossary docs/guides/glossary.md`` writes the guide; a test compares the two.
+``python -m tailrace.analysis.dashboards.glossary docs/glossary.md`` writes that section; a test compares the two.
 """
 
 from __future__ import annotations
@@ -59,21 +59,26 @@ TERMS: dict[str, str] = {
 }
 """A definition by word, in alphabetical order."""
 
-_HEAD = """# Glossary
+_HEAD = """## Pages and tables
 
-The words of pages, tables and guides. Pages show the same sentences at the word: point at it, tap it, or move to it
-with Tab. This page is made by `python -m tailrace.analysis.dashboards.glossary docs/guides/glossary.md`, and a test
-compares the two.
+Pages show the same sentences at the word: point at it, tap it, or move to it with Tab. This section is made by
+`python -m tailrace.analysis.dashboards.glossary docs/glossary.md`, and a test compares the two.
 
 | word | meaning |
 |---|---|
 """
+_ANCHORS = {"φ": "phi"}
+"""Of words that are no address."""
 
 
 def as_markdown() -> str:
-    """Return the guide."""
-    return _HEAD + "".join(f"| **{word}** | {meaning} |\n" for word, meaning in TERMS.items())
+    """Return the section, in which each word can be linked to: ``#fires-on``."""
+    anchors = {word: _ANCHORS.get(word, word.lower().replace(" ", "-")) for word in TERMS}
+    return _HEAD + "".join(
+        f'| <a id="{anchors[word]}"></a>**{word}** | {meaning} |\n' for word, meaning in TERMS.items()
+    )
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(as_markdown())
+    page = Path(sys.argv[1])
+    page.write_text(page.read_text().partition(_HEAD.partition("\n")[0])[0] + as_markdown())

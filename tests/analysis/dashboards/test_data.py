@@ -322,8 +322,8 @@ def test_the_index_has_a_value_per_feature_and_column(made: MadeTables, tables: 
 
 
 def test_the_glossary_of_the_docs_is_that_of_the_pages() -> None:
-    wanted = "run: python -m tailrace.analysis.dashboards.glossary docs/guides/glossary.md"
-    assert (DOCS / "guides" / "glossary.md").read_text() == as_markdown(), wanted
+    wanted = "run: python -m tailrace.analysis.dashboards.glossary docs/glossary.md"
+    assert (DOCS / "glossary.md").read_text().endswith(as_markdown()), wanted
     assert list(TERMS) == sorted(TERMS, key=str.lower)
 
 
