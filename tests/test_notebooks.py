@@ -47,8 +47,10 @@ def test_from_text_to_features_explains_most_of_the_output_and_lists_rare_featur
     assert len(scores) == 4
     assert to_features["evaluated"].scores["layer2"].ce_recovered > 0.5
     assert len(to_features["named"]) == 8
-    assert all(0.002 <= feature["frequency"] <= 0.01 for feature in to_features["named"])
-    assert [example["kind"] for example in to_features["examples"]] == ["top"] * 4
+    assert to_features["named"]["frequency"].between(0.002, 0.01).all()
+    assert to_features["feature"].fires_on[0] == to_features["named"]["top_token"][0]
+    cards = ("Activation cache", "Checked: passed", "Transcoder", "Sweep", "Evaluation", "<table", "Feature")
+    assert [card for card, html in zip(cards, to_features["shown"], strict=True) if card not in html] == []
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 COMMAND_LINE = "reference/command-line.md"
+_DATA_FRAME = ' border="1" class="dataframe"'
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 _INTRODUCTION = """\
@@ -131,11 +132,15 @@ def tutorial(path: Path) -> str:
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-        parts += [f"```text\n{_printed(output)}\n```" for output in cell.get("outputs", [])]
+        parts += [_output(output) for output in cell.get("outputs", [])]
     heading, _, rest = "\n\n".join(parts).partition("\n")
     return f'{heading}\n\n<a href="{path.name}" download>Download this notebook</a>\n{rest}\n'
 
 
-def _printed(output: dict[str, Any]) -> str:
-    assert output["output_type"] == "stream", "notebooks print; other outputs are not shown here"
-    return "".join(output["text"]).rstrip("\n")
+def _output(output: dict[str, Any]) -> str:
+    """Return what a cell printed as a block of text, what it showed as HTML."""
+    if output["output_type"] == "stream":
+        return f"```text\n{''.join(output['text']).rstrip()}\n```"
+    html = "".join(output["data"]["text/html"])
+    # in one line, which Markdown passes on as it is; without a class, a table gets the theme's looks
+    return f'<div markdown="0">{" ".join(html.replace(_DATA_FRAME, "").split())}</div>'
