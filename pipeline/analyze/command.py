@@ -11,6 +11,7 @@ import click
 
 from tailrace.pipeline.analyze.settings import AnalyzeSettings, read_flat
 from tailrace.pipeline.artifacts.folders import transcoder_paths, unfinished_inside
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
@@ -100,7 +101,7 @@ def command(
         result = analyze.run(settings, transcoder=transcoders[0], **arguments)
         say(_line(result))
         if as_json:
-            options.echo_made(result.path, **_scores(result))
+            echo_made(result.path, **_scores(result))
         return
     for path in transcoders:
         if unfinished := unfinished_inside(path) if transcoder_paths(path) != [path] else []:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
@@ -102,7 +103,7 @@ def command(
         compute=compute,
     )
     if as_json:
-        options.echo_made(result.path)
+        echo_made(result.path)
     elif not compute.quiet:
         for line in show_circuit(result):
             click.echo(line)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
@@ -51,7 +52,7 @@ def command(
 
     result = dashboard.run(settings, tables=tables, output=output, matches=matches, quiet=quiet)
     if as_json:
-        options.echo_made(result.path)
+        echo_made(result.path)
     elif not quiet:
         size = f"{result.n_bytes / 1e6:.1f} MB in {result.n_files:,} files"
         click.echo(f"{result.page}: {result.n_features:,} features, {size}; open it in a browser")

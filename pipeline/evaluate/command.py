@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
@@ -58,7 +59,7 @@ def command(
         model=model,
     )
     if as_json:
-        options.echo_made(result.path)
+        echo_made(result.path)
     elif not compute.quiet:
         for line in show_scores(result.scores):
             click.echo(line)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.formats.settings import FORMATS, ExportSettings, Format
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
@@ -64,6 +65,6 @@ def command(
     for note in result.costs if quiet else result.notes:  # what an export is worth is no chatter
         click.echo(note, err=as_json)
     if as_json:
-        options.echo_made(result.path)
+        echo_made(result.path)
     elif not quiet:
         click.echo(f"{result.path}: {len(result.files):,} files for {result.to}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.formats.settings import ORIGINS, ImportSettings, Origin
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
@@ -58,7 +59,7 @@ def command(
 
     result = import_transcoder.run(settings, source=source, origin=origin, cache=cache, output=output, compute=compute)
     if as_json:
-        options.echo_made(output, notes=result.notes)
+        echo_made(output, notes=result.notes)
     elif not compute.quiet:
         for note in result.notes:
             click.echo(f"note: {note}")

@@ -79,14 +79,6 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-def echo_made(*paths: Path, **more: Any) -> None:
-    """Print an artifact as ``pipeline info --json`` shows it, with its path and ``more``; several as ``artifacts``."""
-    from tailrace.pipeline.artifacts.info_stage import describe
-
-    made = [{"path": str(path), **describe(path)} for path in paths]
-    echo_json({**(made[0] if len(made) == 1 else {"artifacts": made}), **more})
-
-
 model_moved = click.option("--model", help="Where the model lies now, if it moved since the cache was made.")
 model_elsewhere = click.option(
     "--model", help="Where the language model lies, if not under the name that the transcoders record."

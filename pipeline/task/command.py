@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
@@ -65,7 +66,7 @@ def command(
         compute=compute,
     )
     if as_json:
-        options.echo_made(result.path)
+        echo_made(result.path)
     elif not compute.quiet:
         for line in show(result):
             click.echo(line)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
@@ -115,7 +116,7 @@ def command(
             raise click.UsageError("--save-config: a sweep has settings of several runs; leave it out, or the sweep")
         swept = train_sweep(read_grid(sweeps, sweep_file), given, **arguments)
         if as_json:
-            options.echo_made(swept.path, metrics={run.name: run.metrics for run in swept.runs})
+            echo_made(swept.path, metrics={run.name: run.metrics for run in swept.runs})
         elif not compute.quiet:
             show_sweep(swept)
         return
@@ -126,7 +127,7 @@ def command(
     if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
         return
     if as_json:
-        options.echo_made(result.path)
+        echo_made(result.path)
     elif not compute.quiet:
         layers = show_layers(CrossLayerManifest.read(result.path)) if is_cross_layer(result.path) else ""
         click.echo(f"{result.path}: {layers or show_metrics(result.metrics)}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
@@ -59,7 +60,7 @@ def command(
         say=(lambda _: None) if compute.quiet else partial(click.echo, err=as_json),
     )
     if as_json:
-        options.echo_made(result.path, layers=[asdict(layer) for layer in result.layers])
+        echo_made(result.path, layers=[asdict(layer) for layer in result.layers])
     elif not compute.quiet:
         for line in show_layers(result.layers):
             click.echo(line)

@@ -191,7 +191,7 @@ def test_a_module_is_one_folder_of_the_export(tmp_path: Path, module: str, capsy
     answer = command(
         capsys, "export", coder, "--to", "sparsify", "--module", module, "--out", tmp_path / "new" / "export"
     )
-    assert (answer.code, "names a folder of the export" in answer.err) == (1, True)
+    assert (answer.code, "names a folder of the export" in answer.err) == (2, True)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -183,5 +183,5 @@ def test_the_command_says_what_to_open_and_refuses_without_a_traceback(
     with pytest.raises(SystemExit) as stop:
         cli.main(["dashboard", str(made.path), "--out", str(tmp_path / "other"), "--feature", "500"])
     told = capsys.readouterr().err
-    assert (stop.value.code, "Traceback" in told) == (1, False)
+    assert (stop.value.code, "Traceback" in told) == (2, False)
     assert "'500' is beyond the last feature, 69" in told

@@ -209,13 +209,13 @@ def test_the_command_draws_and_prints(made: Path, tmp_path: Path, capsys: pytest
 
 def test_what_cannot_be_compared_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = command(capsys, "pareto", made / "sweep", "--out", tmp_path / "plot.pdf")
-    assert (wrong.code, "end it in .png, .svg, .html" in wrong.err) == (1, True)
+    assert (wrong.code, "end it in .png, .svg, .html" in wrong.err) == (2, True)
     with pytest.raises(ArtifactMissing, match=r"absent: no published[^\0]*gone: no published"):
         collect([made / "absent", made / "relu", made / "gone"])
     with pytest.raises(ArtifactMismatch, match=r"cache \(activation cache\)|cache \("):
         collect([made / "cache"])
     none = command(capsys, "pareto", made / "relu", "--y", "ce_recovered")
-    assert (none.code, "run `pipeline evaluate`" in none.err) == (1, True)
+    assert (none.code, "run `pipeline evaluate`" in none.err) == (2, True)
 
 
 def test_a_diverged_run_is_left_out_with_a_warning(

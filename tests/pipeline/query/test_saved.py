@@ -508,7 +508,7 @@ def test_artifacts_with_different_tables_are_seen_side_by_side(tables: Path, eva
 
 def test_artifacts_with_the_same_tables_need_names_and_are_joined_by_them(capsys, tables: Path) -> None:
     code, _, error = run(capsys, "query", "SELECT 1", "--tables", tables, "--tables", tables / ".." / "tables")
-    assert code == 1
+    assert code == 2
     assert "rows in " in error
     assert f"--tables a={tables}" in error
     sql = "SELECT x.feature FROM a.features x JOIN b.features y USING (feature) WHERE x.max > 5"

@@ -197,7 +197,7 @@ def test_the_command_trains_live_and_one_seed_feeds_both(tmp_path: Path, capsys:
     assert (request["settings"]["seed"], request["live"]["seed"]) == (3, 3)
     assert command(capsys, "info", tmp_path / "t").code == 0
     wrong = command(capsys, "train", "cache", *live, *shared)
-    assert wrong.code == 1
+    assert wrong.code == 2
     assert "--layers, --context-length" in wrong.err.replace("--dataset, ", "")
     assert "only with --live" in wrong.err
     missing = command(capsys, "train", "--live", *shared)

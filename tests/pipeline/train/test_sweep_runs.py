@@ -259,7 +259,7 @@ def test_problems_of_every_run_are_told_at_once_and_only_once(
     out = tmp_path / "s"
     swept = ["--sweep", "lr=nan,1e-3,0", "--sweep", "k=4,0", "--site", "mlp", "--out", out]
     answer = command(capsys, "train", cache, *swept)
-    assert answer.code == 1
+    assert answer.code == 2
     assert answer.err.splitlines() == [
         "error: this sweep cannot be run:",
         "  lr: Input should be a finite number (got 'nan')",
@@ -339,7 +339,7 @@ def test_the_command_names_bad_sweeps_and_writes_nothing(
         (["--sweep-file", tmp_path / "absent.yaml"], "there is no such file"),
     ):
         answer = command(capsys, "train", cache, *out, *arguments)
-        assert answer.code == 1
+        assert answer.code == 2
         assert message in answer.err
         assert not (tmp_path / "s").exists()
     (tmp_path / "grid.yaml").write_text("lr: 1e-3\n")
