@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.analysis.circuits.record import mlp_layer
+from tailrace.pipeline.artifacts.folders import by_number
 from tailrace.pipeline.formats import (
     circuit_tracer,
     cross_layer,
@@ -95,6 +96,7 @@ def run(
     has them of other widths, SettingsError if the sites are not known.
     """
     opened = open_cache(cache)
+    source = _folder_of_files(source, origin)
     checksums = _checksums(source, origin)
     request = {
         "imported": {"origin": origin, "files": checksums},
@@ -176,6 +178,23 @@ def read_result(path: Path) -> ImportResult:
         l0=[layer["l0"] for layer in measured],
         notes=manifest.notes,
     )
+
+
+def _folder_of_files(source: Path, origin: Origin) -> Path:
+    """Return the folder that holds an origin's files: ``source``, or the only folder in it that does.
+
+    Raises ArtifactMismatch with those to choose from, if there are several.
+    """
+    names = _IN_FOLDERS.get(origin)
+    if names is None or any((source / name).exists() for name in names):
+        return source
+    inside = sorted((path.parent for path in source.glob(f"*/{names[0]}")), key=lambda one: by_number(one.name))
+    if len(inside) > 1:
+        named = ", ".join(one.name for one in inside)
+        raise ArtifactMismatch(
+            f"{source}: holds {len(inside)} transcoders, {named}; one is imported at a time: give one, as {inside[0]}"
+        )
+    return inside[0] if inside else source
 
 
 def _checksums(source: Path, origin: Origin) -> dict[str, str]:

@@ -66,7 +66,7 @@ ORIGINS: dict[Origin, str] = {
     "circuit-tracer": "one layer's file layer_N.safetensors, its set's config.yaml beside it; or the folder of a "
     "cross-layer transcoder",
     "gemma-scope": "params.npz, or params.safetensors with config.json beside it",
-    "sparsify": "one module's folder with cfg.json and sae.safetensors",
+    "sparsify": "one module's folder with cfg.json and sae.safetensors, or a folder with that one in it",
     "dictionary-learning": "folder with config.json and ae.pt",
     "reference": "checkpoint (.pt, .pkl, .pkl.gz) of the original transcoders code, nothing in which is run; or its "
     "tensors alone (.safetensors)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 import zipfile
@@ -100,6 +101,20 @@ def test_a_round_trip_through_sparsify_changes_nothing(tmp_path, cache, site):
     result = take("sparsify", tmp_path / "sparsify/h.1.mlp", cache, tmp_path / "back")
     assert result.sites == [site.name]
     assert_same(tmp_path / "back", module)
+
+
+def test_a_folder_with_one_module_stands_for_it_and_of_several_one_is_to_be_named(tmp_path, cache):
+    module = exported("sparsify", tmp_path, TopK(k=3), mlp_site(1))
+    assert take("sparsify", tmp_path / "sparsify", cache, tmp_path / "back").sites == ["layer1"]
+    assert_same(tmp_path / "back", module)
+    for number in (0, 10):
+        shutil.copytree(tmp_path / "sparsify/h.1.mlp", tmp_path / f"sparsify/h.{number}.mlp")
+    with pytest.raises(
+        ArtifactMismatch, match=r"holds 3 transcoders, h\.0\.mlp, h\.1\.mlp, h\.10\.mlp; .*sparsify/h\.0"
+    ):
+        take("sparsify", tmp_path / "sparsify", cache, tmp_path / "new")
+    with pytest.raises(ArtifactMissing, match=r"cfg\.json, .*sae\.safetensors: not there"):
+        take("sparsify", tmp_path / "ours", cache, tmp_path / "new")
 
 
 def test_an_import_records_its_model_site_origin_and_how_well_it_fits(tmp_path, cache):
