@@ -23,6 +23,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from tailrace.pipeline.shared.sections import write_sections
+from tailrace.pipeline.shared.units import WIDEST
 from tailrace.storage.errors import ActionableError, SettingsError
 
 
@@ -163,8 +164,7 @@ def _show_versions(context: click.Context, _: click.Parameter, asked: bool) -> N
     context.exit()
 
 
-# help is as wide as the terminal: click would stop at 80
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": sys.maxsize})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST})
 @click.option(
     *("--version", "versions"),
     is_flag=True,
@@ -179,8 +179,7 @@ def _show_versions(context: click.Context, _: click.Parameter, asked: bool) -> N
 def cli(context: click.Context, debug: bool, log_level: str) -> None:
     """From text to trained transcoders through an on-disk activation cache."""
     context.obj = {"debug": debug}
-    if os.environ.get("NO_COLOR"):
-        context.color = False
+    context.color = _colour()
     level = logging.DEBUG if debug else getattr(logging, log_level.upper())
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     if level == logging.WARNING:  # which step a GPU takes, and whether rows stay on it, is said once a run
@@ -227,6 +226,15 @@ def _answer_interrupts(pipe: int) -> None:
             os._exit(_INTERRUPTED)  # drafts outlive a lost process, and workers end with it
 
 
+def _colour() -> bool | None:
+    """Return whether to write colours; None leaves it to whether a terminal shows them."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def _print_error(message: str) -> None:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=_colour())
+
+
 def _said(error: click.ClickException) -> str:
     """Return click's message in the words of ours."""
     if isinstance(error, click.NoSuchOption):
@@ -246,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
         with _interrupts_acknowledged():
             cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
     except click.ClickException as error:
-        click.echo(f"error: {_said(error)}", err=True)
+        _print_error(_said(error))
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(f"see {error.ctx.command_path} --help", err=True)
         sys.exit(error.exit_code)
@@ -258,5 +266,5 @@ def main(arguments: list[str] | None = None) -> None:
     except ActionableError as error:
         if "--debug" in arguments:
             raise
-        click.echo(f"error: {error}", err=True)
+        _print_error(str(error))
         sys.exit(2 if isinstance(error, SettingsError) else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ def command(folder: Path, as_json: bool) -> None:
     if not artifacts:
         click.echo(f"{folder}: no artifact lies here or below")
         return
-    columns = units.width() if sys.stdout.isatty() else None
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in _lines(artifacts, origins, folder):
         click.echo(line if columns is None else units.cut(line, columns))
 
@@ -64,6 +65,8 @@ def _record(one: Listed, folder: Path) -> dict[str, Any]:
 
 
 def _lines(artifacts: Sequence[Listed], origins: Mapping[Path, Sequence[str]], folder: Path) -> Iterator[str]:
+    from tailrace.pipeline.artifacts.listing import shown_facts
+
     rows = [("path", "kind", "size", "age", "", "made from")]
     for one in artifacts:
         uses = origins[one.path]
@@ -83,28 +86,6 @@ def _lines(artifacts: Sequence[Listed], origins: Mapping[Path, Sequence[str]], f
     whole = units.size(sum(one.n_bytes for one in artifacts))
     unfinished = sum(not one.is_finished for one in artifacts)
     yield f"{len(artifacts):,} artifacts, {whole}" + (f"; {unfinished:,} unfinished" if unfinished else "")
-
-
-def shown_facts(facts: Mapping[str, Any]) -> str:
-    """Return the numbers by which one knows an artifact, or how far it is."""
-    known = {name: value for name, value in facts.items() if value is not None}
-    shown = {
-        "train_rows": lambda value: f"{value:,} rows",
-        "heldout_rows": lambda value: f"{value:,} held out",
-        "fvu": lambda value: f"FVU {value:.3f}",
-        "l0": lambda value: f"L0 {value:.1f}",
-        "share": lambda value: f"{value:.0%}",
-        "step": lambda value: f"step {value:,}" + (f" of {known['steps']:,}" if "steps" in known else ""),
-        "loss": lambda value: f"loss {value:.3g}",
-        "units": lambda value: f"{value:,} unit{'s' * (value != 1)} of rows",
-        "recovered": lambda value: f"{value:.1%} recovered",
-        "root": str,
-        "to": lambda value: f"for {value}",
-    }
-    counts = ("sites", "features", "runs", "layers", "diverged", "items")
-    parts = [show(known[name]) for name, show in shown.items() if name in known]
-    parts += [f"{known[name]:,} {name[:-1] if known[name] == 1 else name}" for name in counts if name in known]
-    return ", ".join(parts)
 
 
 def _name(path: Path, folder: Path) -> str:

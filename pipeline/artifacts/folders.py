@@ -56,13 +56,13 @@ def artifacts_inside(path: Path, *kinds: str) -> list[Path]:
     if published_kind(path) in kinds:
         return []
     inside = [one.parent for one in _entries(path, MANIFEST) if published_kind(one.parent) in kinds]
-    return sorted(inside, key=_by_number)
+    return sorted(inside, key=lambda one: by_number(one.name))
 
 
 def unfinished_inside(path: Path) -> list[Path]:
     """Return the artifacts in a folder, or in a sweep's folder of runs, that were begun and never finished."""
     begun = [one.parent for one in _entries(path, REQUEST) if not (one.parent / MANIFEST).exists()]
-    return sorted(begun, key=_by_number)
+    return sorted(begun, key=lambda one: by_number(one.name))
 
 
 def refuse_folder(path: Path, kind: str) -> None:
@@ -83,6 +83,6 @@ def _entries(path: Path, name: str) -> list[Path]:
     return [*path.glob(f"*/{name}"), *path.glob(f"{RUNS}/*/{name}")]
 
 
-def _by_number(path: Path) -> list[tuple[int, str]]:
-    """Return a key by which numbers inside names sort as numbers."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Return a key by which numbers inside names sort as numbers: layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

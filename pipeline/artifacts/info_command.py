@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared import units
 from tailrace.pipeline.shared.sections import SectionCommand
 
 
 @click.command("info", cls=SectionCommand)
 @click.argument("path", type=options.FILE_OR_ARTIFACT)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, which has everything.")
+@options.as_json
 def command(path: Path, as_json: bool) -> None:
     """Show the cache, transcoder, sweep, evaluation or tables at PATH."""
     from tailrace.pipeline.artifacts import info_stage as info
@@ -24,11 +27,17 @@ def command(path: Path, as_json: bool) -> None:
         return
     described = info.summarise(path)
     width = max(len(name) for name in described)
+    columns = max(40, units.width() - width - 2) if sys.stdout.isatty() else sys.maxsize
     for name, value in described.items():
-        click.echo(f"{name:{width}}  {_text(value)}")
+        first, *more = textwrap.wrap(_text(name, value), columns, break_on_hyphens=False) or [""]
+        click.echo(f"{click.style(name, dim=True)}{' ' * (width - len(name))}  {first}")
+        for line in more:
+            click.echo(f"{'':{width}}  {line}")
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
+    if name.startswith("bytes"):
+        return units.size(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return json.dumps(value) if isinstance(value, dict | list) else str(value)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.analysis.evaluate.recovered import recorded_share
+from tailrace.pipeline.artifacts.folders import by_number
+from tailrace.pipeline.artifacts.listing import progress, shown_facts
 from tailrace.pipeline.artifacts.manifests import (
     CircuitManifest,
     DashboardManifest,
@@ -38,6 +40,8 @@ def summarise(path: Path) -> dict[str, Any]:
     Raises ArtifactMissing if nothing does.
     """
     described = describe(path)
+    if "request" in described and "state" in described:
+        return dict(_summarise_draft(described))
     if (kind := described.get("kind")) not in SUMMARIES:
         return described
     manifest, summary = SUMMARIES[kind]
@@ -53,12 +57,12 @@ def describe(path: Path) -> dict[str, Any]:
         if (path / REQUEST).exists():
             return {
                 "state": "unfinished: run the command that makes it again to continue",
-                **_progress(path),
-                "request": read_json(path / REQUEST),
+                **_progress(path, request := read_json(path / REQUEST)),
+                "request": request,
             }
         if inside := sorted(path.glob(f"*/{MANIFEST}")):
             return {
-                "state": f"a folder of {len(inside)} artifacts; name one of them",
+                "state": f"a folder of {len(inside)} artifacts; name one of them, or list all with pipeline ls",
                 **{entry.parent.name: read_sealed(entry).get("kind") for entry in inside},
             }
         raise ArtifactMissing(f"{path}: no cache, transcoder, tables or other artifact lies here; check the path")
@@ -68,17 +72,44 @@ def describe(path: Path) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name not in ("files", "digest")}
 
 
-def _progress(draft: Path) -> dict[str, int]:
+def _progress(draft: Path, request: Any) -> dict[str, Any]:
     """Return how far an unfinished cache or training run has come; nothing for what is made in one go."""
+    found = progress(draft, request if isinstance(request, dict) else {})
     from tailrace.training.loop.checkpoint import (
         Checkpoints,  # loads torch, which no finished artifact needs to be shown
     )
 
     if (draft / CHECKPOINTS).is_dir():
-        return {"steps kept": max(Checkpoints(draft / CHECKPOINTS).steps(), default=0)}
-    if (draft / "commits").is_dir():
-        return {"finished units": len(list((draft / "commits").rglob("*-unit-*.json")))}
-    return {}
+        return {**found, "steps kept": max(Checkpoints(draft / CHECKPOINTS).steps(), default=0)}
+    return {"finished units": found["units"]} if "units" in found else found
+
+
+_ASKED = ("architecture", "site", "d_sae", "lr", "steps", "rows", "epochs", "model", "dataset", "layers", "hooks")
+"""Settings by which one knows an unfinished artifact."""
+
+
+def _summarise_draft(described: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "state", described["state"]
+    if "step" in described:
+        yield "done", shown_facts(described)
+    yield from ((name, described[name]) for name in ("steps kept", "finished units") if name in described)
+    request = described["request"]
+    if not isinstance(request, dict):
+        return
+    if "runs" in request:
+        yield "runs", len(request["runs"])
+    settings = request.get("settings", request)
+    for name in (name for name in _ASKED if settings.get(name)):
+        value = settings[name]
+        yield name, ", ".join(map(str, value)) if isinstance(value, list) else _kind(value)
+    yield "everything else", "--json"
+
+
+def _kind(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kind, others = value.get("kind"), {name: one for name, one in value.items() if name != "kind" and one}
+    return ", ".join([str(kind), *(name if one is True else f"{name} {one}" for name, one in others.items())])
 
 
 def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
@@ -96,7 +127,7 @@ def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
         if n_bad := manifest.splits[name].counts.get("bad_rows"):
             yield f"{name} bad rows", f"{n_bad:,}, passed over"
     sums = cache.split("train").output_statistics()
-    for site in cache.sites.values():
+    for site in sorted(cache.sites.values(), key=lambda site: by_number(site.name)):
         statistics = sums[site.name]
         yield (
             f"site {site.name}",

@@ -233,3 +233,25 @@ def _last_of_training(log: Path) -> dict[str, Any] | None:
         if isinstance(content, dict) and content.get("split") == "train" and "step" in content:
             return content
     return None
+
+
+def shown_facts(facts: Mapping[str, Any]) -> str:
+    """Return the numbers by which one knows an artifact, or how far it is."""
+    known = {name: value for name, value in facts.items() if value is not None}
+    shown = {
+        "train_rows": lambda value: f"{value:,} rows",
+        "heldout_rows": lambda value: f"{value:,} held out",
+        "fvu": lambda value: f"FVU {value:.3f}",
+        "l0": lambda value: f"L0 {value:.1f}",
+        "share": lambda value: f"{value:.0%}",
+        "step": lambda value: f"step {value:,}" + (f" of {known['steps']:,}" if "steps" in known else ""),
+        "loss": lambda value: f"loss {value:.3g}",
+        "units": lambda value: f"{value:,} unit{'s' * (value != 1)} of rows",
+        "recovered": lambda value: f"{value:.1%} recovered",
+        "root": str,
+        "to": lambda value: f"for {value}",
+    }
+    counts = ("sites", "features", "runs", "layers", "diverged", "items")
+    parts = [show(known[name]) for name, show in shown.items() if name in known]
+    parts += [f"{known[name]:,} {name[:-1] if known[name] == 1 else name}" for name in counts if name in known]
+    return ", ".join(parts)

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from tailrace.pipeline.artifacts.folders import by_number
+from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.shared import run_options as options
+from tailrace.pipeline.shared import units
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from tailrace.pipeline.cache.budget import Budget
     from tailrace.pipeline.cache.stage import CacheResult
     from tailrace.pipeline.cache.verify import PairingReport, Verification
+    from tailrace.storage.activation_cache import ActivationCache
     from tailrace.storage.shuffle_evidence import ShuffleEvidence
 
 
@@ -75,26 +79,37 @@ def command(
     _report(result, compute, as_json=as_json)
 
 
-def _report(result: CacheResult, compute: Compute, *, as_json: bool) -> None:
+def _report(result: CacheResult, compute: Compute, *, as_json: bool, before: ActivationCache | None = None) -> None:
     if as_json:
         counts = {"n_new_rows": result.n_new_rows, "seconds": result.seconds, "warnings": result.warnings}
-        options.echo_made(result.path, **counts)
+        echo_made(result.path, **counts)
     elif not compute.quiet:
-        show_result(result)
+        show_result(result, before)
 
 
-def show_result(result: CacheResult) -> None:
-    """Print what a cache holds now."""
+def _added(cache: ActivationCache, before: ActivationCache | None) -> str:
+    """Return what a cache holds more than ``before``."""
+    if before is None:
+        return ""
+    more = cache.split("train").n_rows - before.split("train").n_rows
+    sites = [site for site in cache.sites if site not in before.sites]
+    added = [f"+{more:,} rows"] * (more > 0) + [f"+{', '.join(sorted(sites, key=by_number))}"] * bool(sites)
+    return "; " + ("; ".join(added) or "nothing to add")
+
+
+def show_result(result: CacheResult, before: ActivationCache | None = None) -> None:
+    """Print what a cache holds now, and what of it was added since ``before``."""
     from tailrace.storage.cache_format import SPLITS
 
     splits = result.cache.manifest.splits
     rows = ", ".join(f"{splits[name].n_rows:,} {name} rows" for name in SPLITS if name in splits)
     rate = f" ({result.n_new_rows / result.seconds:,.0f} rows/s)" if result.seconds else ""
-    click.echo(f"{result.path}: {rows} of {', '.join(result.cache.sites)}{rate}")
+    sites = ", ".join(sorted(result.cache.sites, key=by_number))
+    click.echo(f"{result.path}: {rows} of {sites}{_added(result.cache, before)}{rate}")
     if files := result.cache.manifest.text.get("files"):
-        size = sum(file["bytes"] for file in files) / 1e6
+        size = units.size(sum(file["bytes"] for file in files))
         names = ", ".join([*(file["name"] for file in files[:3]), *(["…"] if len(files) > 3 else [])])
-        click.echo(f"text: {len(files):,} file{'s' * (len(files) > 1)}, {size:,.1f} MB: {names}")
+        click.echo(f"text: {len(files):,} file{'s' * (len(files) > 1)}, {size}: {names}")
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
 
@@ -109,7 +124,7 @@ def show_budget(budget: Budget) -> None:
     click.echo(f"{budget.rows_per_second:,.0f} rows/s measured{hours}")
     for dtype in STORAGE_DTYPES:
         total = budget.total_bytes(dtype)
-        all_rows = "" if total is None else f", {_size(total)} in all"
+        all_rows = "" if total is None else f", {units.size(total)} in all"
         if total is not None and total > budget.free_bytes:
             all_rows += ", which does not fit"
         click.echo(f"  {dtype:9} {budget.row_bytes[dtype]:,} bytes per row{all_rows}")
@@ -118,10 +133,6 @@ def show_budget(budget: Budget) -> None:
 
 def _time(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} minutes"
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 @click.command("extend", cls=SectionCommand)
@@ -147,13 +158,15 @@ def extend(
 ) -> None:
     """Add training rows to CACHE, continuing its text where it stopped."""
     from tailrace.pipeline.cache import stage
+    from tailrace.storage.activation_cache import open_cache
 
     try:
         n_rows: int | Literal["all"] = "all" if tokens == "all" else int(parse_quantity(tokens))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--tokens") from error
+    before = open_cache(cache)
     result = stage.extend(cache, n_rows, compute=compute, model=model, dataset=dataset, on_bad_row=on_bad_row)
-    _report(result, compute, as_json=as_json)
+    _report(result, compute, as_json=as_json, before=before)
 
 
 @click.command("widen", cls=SectionCommand)
@@ -173,9 +186,11 @@ def widen(
 ) -> None:
     """Add layers to CACHE for the rows it holds, by running its recorded contexts again."""
     from tailrace.pipeline.cache import stage
+    from tailrace.storage.activation_cache import open_cache
 
+    before = open_cache(cache)
     result = stage.widen(cache, layers, hooks, compute=compute, model=model)
-    _report(result, compute, as_json=as_json)
+    _report(result, compute, as_json=as_json, before=before)
 
 
 @click.command("shuffle", cls=SectionCommand)
@@ -195,7 +210,7 @@ def shuffle(cache: Path, epoch: int, seed: int | None, split: str, as_json: bool
 
     path = run(cache, epoch=epoch, seed=seed, split=split, compute=compute)
     if as_json:
-        options.echo_made(path)
+        echo_made(path)
     elif not compute.quiet:
         click.echo(f"{path}: training reads epoch {epoch} from here")
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from tailrace.analysis.circuits.record import mlp_layer
+from tailrace.pipeline.artifacts.folders import by_number
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
@@ -252,11 +253,10 @@ def _names(settings: TrainSettings, known: Sequence[str]) -> list[str]:
 
 def _site_problems(settings: TrainSettings, known: Sequence[str]) -> list[str]:
     if settings.site is None:
-        if len(known) == 1 or settings.cross_layer:
-            return []
-        return [
-            f"site: there are {len(known)}; choose one with --site, or train each with --sweep site={','.join(known)}"
-        ]
+        several = len(known) > 1 and not settings.cross_layer
+        names = ",".join(sorted(known, key=by_number))
+        advice = f"choose one with --site, all with --sweep site={names} or, as one transcoder, with --cross-layer"
+        return [f"site: there are {len(known)}, {names.replace(',', ', ')}; {advice}"] if several else []
     return [problem for name in _names(settings, known) for problem in _unknown_site(name, known)]
 
 

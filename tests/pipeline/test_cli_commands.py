@@ -83,6 +83,11 @@ def test_text_becomes_a_cache_a_transcoder_tables_and_answers(
     for name in ("cache", "transcoder", "tables"):
         answer = command(capsys, "verify", place / name, "--threads", 1, "--quiet")
         assert (answer.code, answer.out.splitlines()[-1]) == (0, "verified"), answer.err
+    made = json.loads(command(capsys, "analyze", place / "transcoder", "--cache", place / "cache", "--out",
+        place / "tables", "--threads", 1, "--json").out)  # fmt: skip
+    assert (made["path"], made["kind"], made["n_rows"]) == (str(place / "tables"), "tables", 60)
+    checked = json.loads(command(capsys, "verify", place / "tables", "--json").out)
+    assert (checked["passed"], checked["problems"]) == (True, [])
 
 
 @pytest.mark.parametrize(
@@ -176,8 +181,12 @@ def test_extend_widen_and_shuffle_work_from_the_command_line(
 ) -> None:
     path = tmp_path / "cache"
     assert command(capsys, *cache_command(path, "--quiet")) == Answer(0, "", "")
-    assert f"{path}: 700 train rows, 60 heldout rows of layer0" in command(capsys, "extend", path, "--tokens", 700).out
-    assert "of layer0, layer1" in command(capsys, "widen", path, "--layers", "all").out
+    extended = command(capsys, "extend", path, "--tokens", 700).out
+    assert extended.startswith(f"{path}: 700 train rows, 60 heldout rows of layer0; +200 rows (")
+    widened = command(capsys, "widen", path, "--layers", "all", "--json")
+    assert json.loads(widened.out)["path"] == str(path)
+    again = command(capsys, "widen", path, "--layers", "all").out
+    assert again.startswith(f"{path}: 700 train rows, 60 heldout rows of layer0, layer1; nothing to add")
     copied = path / "epochs/train-generation2-seed0-epoch0"
     assert command(capsys, "shuffle", path).out == f"{copied}: training reads epoch 0 from here\n"
     assert verify_bytes(path) == []

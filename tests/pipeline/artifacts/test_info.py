@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from tailrace.pipeline.artifacts.folders import by_number
 from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.storage.draft import Draft
 from tests.support.dashboard_tables import make_tables
 from tests.support.manifests import shown
+from tests.support.paths import ROOT
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
 
 CACHE = {"cache": {"cache_id": "0", "generation": 0, "digest": "sha256:0"}}
@@ -23,6 +25,25 @@ def test_a_dashboard_says_what_to_open(tmp_path: Path) -> None:
     site = dashboard.run(DashboardSettings(), tables=tmp_path / "tables", output=tmp_path / "site", quiet=True)
     assert summarise(site.path)["open"] == "index.html"
     assert summarise(site.path)["features"] == 70
+
+
+def test_an_unfinished_run_says_how_far_it_is_in_lines_of_one_fact() -> None:
+    said = summarise(ROOT / "tests/released/d14043a/drafts/transcoder")
+    assert said == {
+        "state": "unfinished: run the command that makes it again to continue",
+        "done": "67%, step 8 of 12, loss 0.604",
+        "steps kept": 8,
+        "architecture": "batch_topk, k 4, k_warmup_steps 1000",
+        "site": "layer1",
+        "d_sae": 16,
+        "lr": 0.01,
+        "steps": 12,
+        "everything else": "--json",
+    }
+
+
+def test_sites_are_listed_in_the_order_of_their_layers() -> None:
+    assert sorted(["layer10", "layer1", "layer2", "embed"], key=by_number) == ["embed", "layer1", "layer2", "layer10"]
 
 
 def test_a_circuit_says_its_root_and_how_well_terms_add_up() -> None:
@@ -83,7 +104,7 @@ def test_a_folder_of_artifacts_says_what_is_inside(tmp_path: Path) -> None:
     for layer in (3, 4):
         publish_tables(tmp_path / f"layer{layer}", [feature_row(0)], [example_row(0)], layer=layer)
     assert summarise(tmp_path) == {
-        "state": "a folder of 2 artifacts; name one of them",
+        "state": "a folder of 2 artifacts; name one of them, or list all with pipeline ls",
         "layer3": "tables",
         "layer4": "tables",
     }
