@@ -6,7 +6,7 @@ transcoder an error, and a root that is a feature is shown as a logit. Nodes tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,12 @@ def viewer_document(
     names: Sequence[str],
     n_layers: int,
     node_threshold: float,
+    labels: Mapping[tuple[int, int], str] | None = None,
 ) -> JSON:
     """Return a graph as the viewers' document.
 
     ``tokens`` are the prompt's ids and texts, ``names`` the targets' texts for people, ``scan`` the name under which
-    the viewer finds features' examples.
+    the viewer finds features' examples, ``labels`` what people call features, by layer and index.
     """
     order = torch.argsort(pruned.influence, descending=True)
     cumulative = torch.empty_like(pruned.influence)
@@ -51,6 +52,7 @@ def viewer_document(
             described["is_target_logit"] = index == 0
         if graph.nodes[index].kind is Kind.FEATURE:
             described["activation"] = float(graph.values[index])
+            described["clerp"] = (labels or {}).get((graph.nodes[index].layer or 0, graph.nodes[index].index or 0), "")
         ids[index] = str(described["node_id"])
         nodes.setdefault(ids[index], described)
     links: dict[tuple[str, str], float] = {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tailrace.pipeline.artifacts.listing import Listed, list_artifacts
 from tailrace.storage.artifact import storage_refused, sync_directory
 from tailrace.storage.draft import Lock
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, ArtifactMissing, raise_together
+from tailrace.storage.labels import FILE as LABELS
 from tailrace.storage.names import is_temporary, temporary_path
 
 _REMOVED = "removed"
@@ -21,14 +22,14 @@ def plan(paths: Sequence[Path], seen: Sequence[Path], *, is_forced: bool = False
     """Return the artifacts at ``paths``, with those inside them.
 
     Raises ArtifactMissing for what is no artifact, and ArtifactMismatch, unless ``is_forced``, if an artifact in the
-    folders ``seen`` that stays was made from them; with every problem.
+    folders ``seen`` that stays was made from them, or labels would be lost; with every problem.
     """
     problems = [problem for path in paths if (problem := _problem(path)) is not None]
     raise_together(problems)
     doomed = {one.path.resolve(): one for one in list_artifacts(*paths)}
     if not is_forced:
         staying = [one for one in list_artifacts(*seen) if one.path.resolve() not in doomed]
-        raise_together(list(_uses(list(doomed.values()), staying)))
+        raise_together([*_uses(list(doomed.values()), staying), *_labelled(doomed.values())])
     return list(doomed.values())
 
 
@@ -54,6 +55,15 @@ def _uses(doomed: Sequence[Listed], staying: Sequence[Listed]) -> Iterator[Actio
             yield ArtifactMismatch(
                 f"{one.path}: {len(users)} that stay were made from it: {', '.join(users[:_NAMED])}{more}; name these, "
                 "too, or give --force"
+            )
+
+
+def _labelled(doomed: Iterable[Listed]) -> Iterator[ActionableError]:
+    for one in doomed:
+        if (one.path / LABELS).exists():
+            yield ArtifactMismatch(
+                f"{one.path}: people labelled its features, and the labels would go, too; keep them, pipeline label "
+                f"{one.path} --export FILE, then give --force"
             )
 
 

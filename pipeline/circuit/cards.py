@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from tailrace.analysis.dashboards.values import visible_token
+from tailrace.analysis.dashboards.values import visible_text, visible_token
+from tailrace.storage.labels import Label, read_labels
 from tailrace.storage.tables import read_table
 
 N_EXAMPLES = 4
@@ -29,15 +30,23 @@ def read_cards(tables: Mapping[int, Path], features: Iterable[tuple[int, int]]) 
     cards = {}
     for layer, indices in wanted.items():
         examples = _examples(tables[layer] / "examples.parquet", indices)
+        labels = read_labels(tables[layer])
         for row in _rows(tables[layer] / "features.parquet", indices):
             index = int(row["feature"])
             cards[layer, index] = {
+                **({"label": visible_text(labels[index].label)} if index in labels else {}),
                 "top_token": row.get("top_token"),
                 "is_rare": row.get("n_active") is not None and row["n_active"] < FEW,
-                "facts": _facts(row),
+                "facts": [*_said(labels.get(index)), *_facts(row)],
                 "examples": examples.get(index, []),
             }
     return cards
+
+
+def _said(label: Label | None) -> list[tuple[str, str]]:
+    """Return what people say of a feature."""
+    told = [] if label is None else [("label", label.label), ("note", label.note)]
+    return [(name, visible_text(text)) for name, text in told if text]
 
 
 def _rows(path: Path, features: Sequence[int]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import html
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ _LIKELY = 0.005
 """Probability from which a token is said to be likely."""
 _N_FIRES = 3
 """Tokens of the prompt in a feature's label."""
+_LABEL = 40
+"""Characters at a node of what people call its feature."""
 
 
 def render_page(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
@@ -105,10 +108,12 @@ def _features(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> dict[tup
         here = list(dict.fromkeys(text.strip() or text for text, _ in fires))[:_N_FIRES]
         if not here and card.get("top_token") is not None:  # a feature that does not fire can be explained, too
             here = [visible_token(card["top_token"])]
+        if card.get("label"):
+            here = [textwrap.shorten(card["label"], _LABEL, placeholder="…")]
         on_prompt = ", ".join(f"'{text}' {show_value(value)}" for text, value in fires) or "no token"
         found[key] = {
             "label": " ".join([f"#{feature['index']}", " · ".join(here)]).strip(),
-            "is_rare": card.get("is_rare", False),
+            "is_rare": card.get("is_rare", False) and not card.get("label"),
             "facts": [("fires here on", on_prompt), *card.get("facts", [])],
             "examples": card.get("examples", []),
         }

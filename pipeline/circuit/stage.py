@@ -45,6 +45,7 @@ from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.display import card, table
 from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.labels import labels_digest, read_labels
 from tailrace.storage.tables import TablesManifest
 from tailrace.storage.token_text import join_characters
 
@@ -115,7 +116,7 @@ def run(
         {layer: one.heldout for layer, one in traced.items()},
     )
     known = open_tables(tables, traced)
-    inputs = {
+    inputs: dict[str, Any] = {
         "transcoders": {one.site.name: {"digest": one.digest} for one in traced.values()},
         "tables": {
             one.site.name: {"digest": TablesManifest.read(known[layer]).digest}
@@ -123,6 +124,9 @@ def run(
             if layer in known
         },
     }
+    said = {layer: read_labels(path) for layer, path in known.items()}
+    if any(said.values()):
+        inputs["labels"] = {traced[layer].site.name: labels_digest(own) for layer, own in said.items() if own}
     request = {
         "question": question.record(),
         "settings": settings.model_dump(mode="json"),
@@ -276,6 +280,11 @@ def _write(asked: _Asked, tables: Mapping[int, Path], output: Path) -> list[str]
             names=asked.names,
             n_layers=asked.model.n_layers,
             node_threshold=asked.settings.node_threshold,
+            labels={
+                (layer, feature): one.label
+                for layer, path in tables.items()
+                for feature, one in read_labels(path).items()
+            },
         )
         write_atomically(output / VIEWER, _json(document))
         files.append(VIEWER)

@@ -25,6 +25,8 @@ from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.artifact import Manifest
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.labels import LabelEdit, edit_labels
+from tailrace.storage.tables import TablesManifest
 from tailrace.training.architectures.manifest import KIND
 from tests.support.circuit_places import PROMPT, SMALL, Place, given, run_command
 from tests.support.tiny_models import BOS, EOS, save_tiny_model
@@ -229,7 +231,7 @@ def write_tables(path: Path, transcoder: Path) -> Path:
         pq.write_table(pa.table(examples), path / "examples.parquet")
         manifest = Manifest.read(transcoder, KIND).as_json()
         made_of = {"inputs": {"transcoder": {"digest": manifest["digest"]}}, "model": manifest["model"]}
-        tables = {"features": {"n_rows": 2}, "examples": {"n_rows": 2}}
+        tables = {"features": {"n_rows": manifest["d_sae"]}, "examples": {"n_rows": 2}}
         names = [f"{name}.parquet" for name in tables]
         draft.publish({**made_of, "site": manifest["site"], "tables": tables}, names)
     return path
@@ -260,6 +262,26 @@ def test_cards_tell_what_tables_know_of_the_features_shown(place: Place, tmp_pat
         )  # fmt: skip
 
 
+def test_labels_are_on_cards_at_nodes_and_in_the_viewers_file(place: Place, tmp_path: Path) -> None:
+    tables = write_tables(tmp_path / "tables", place.transcoders[2])
+    d_sae = TablesManifest.read(tables).tables["features"].n_rows
+    edit_labels(tables, [LabelEdit(feature, "ann", f"label {feature}", "a note") for feature in range(d_sae)])
+    card = read_cards({2: tables}, [(2, 0)])[2, 0]
+    assert (card["label"], card["facts"][:2]) == ("label 0", [("label", "label 0"), ("note", "a note")])
+    result = circuit.run(
+        SMALL, Question(PROMPT, logit="her"), transcoders=place.transcoders, output=tmp_path / "c",
+        tables=[tables], model=str(place.model_path),
+    )  # fmt: skip
+    assert Manifest.read(result.path, "circuit").as_json()["inputs"]["labels"].keys() == {"layer2"}
+    nodes = json.loads((result.path / "viewer.json").read_text())["nodes"]
+    features = [node for node in nodes if node["feature_type"] == "cross layer transcoder"]
+    own = [node for node in features if node["layer"] == "2"]
+    assert own
+    assert [node["clerp"] for node in own] == [f"label {node['node_id'].split('_')[1]}" for node in own]
+    assert {node["clerp"] for node in features if node["layer"] != "2"} <= {""}
+    assert "label " in (result.path / "index.html").read_text()
+
+
 def test_of_a_folder_of_tables_those_of_the_transcoders_given_are_taken_by_their_digest(
     place: Place, tmp_path: Path
 ) -> None:
@@ -280,6 +302,7 @@ def test_of_a_folder_of_tables_those_of_the_transcoders_given_are_taken_by_their
         tables=[folder], model=str(place.model_path),
     )  # fmt: skip
     assert Manifest.read(result.path, "circuit").as_json()["inputs"]["tables"].keys() == {"layer2"}
+    assert "labels" not in Manifest.read(result.path, "circuit").as_json()["inputs"]
     again = write_tables(folder / "again", place.transcoders[2])
     with pytest.raises(ArtifactMismatch, match=f"{misnamed}: {again} is of the same transcoder; give one of them"):
         open_tables([folder], traced)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tailrace.pipeline.artifacts import removal
 from tailrace.pipeline.label import stage
 from tailrace.pipeline.query.stage import select
-from tailrace.storage.errors import SettingsError
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.labels import read_labels
 from tests.support.cache_jobs import command
 from tests.support.tables_by_hand import feature_row, publish_tables
@@ -152,3 +153,11 @@ def test_the_view_of_no_labels_has_the_columns_of_the_file(tables: Path) -> None
     empty = select("SELECT * FROM labels", tables)
     stage.run(tables, ["3"], label="votes")
     assert select("SELECT * FROM labels LIMIT 0", tables).schema.remove_metadata() == empty.schema.remove_metadata()
+
+
+def test_rm_refuses_tables_with_labels_unless_it_is_forced(folder: Path, tables: Path) -> None:
+    assert len(removal.plan([tables], [folder])) == 1
+    stage.run(tables, ["3"], label="votes")
+    with pytest.raises(ArtifactMismatch, match="people labelled its features, and the labels would go, too"):
+        removal.plan([tables], [folder])
+    assert len(removal.plan([tables], [folder], is_forced=True)) == 1
