@@ -73,6 +73,7 @@ def draw_points(groups: Mapping[str, Sequence[Point]], measure: Measure, figure:
     for name, (x, y) in zip(tips, zip(*_coordinates(points, measure), strict=True), strict=True):
         # a mark is small: this answers the pointer, and is seen only then
         axes.plot([x], [y], marker="o", markersize=16, color=palette()["page"], alpha=0, zorder=9)[0].set_gid(name)
+    figure.draw_without_rendering()  # fixes the layout, which labels then leave alone
     _label(axes, best, [point for point in points if point not in best], drawn, measure)
     return tips
 
@@ -136,11 +137,10 @@ def _label(
 ) -> None:
     """Write each point's settings where they cover no label and no mark, cross no line if that can be, and stay inside.
 
-    Those that fit nowhere are left out, the best last: their numbers are in the table.
+    The figure has been drawn once. Those that fit nowhere are left out, the best last: their numbers are in the table.
     """
     from matplotlib.transforms import Bbox
 
-    axes.figure.draw_without_rendering()  # fixes the layout, which labels then leave alone
     frame = axes.get_window_extent()
     scale = axes.figure.dpi / 72
 

@@ -74,7 +74,7 @@ def draw_plot(
     from matplotlib.figure import Figure
 
     colours = palette()
-    style = {
+    style: Any = {
         "figure.facecolor": colours["page"],
         "axes.facecolor": colours["page"],
         "axes.edgecolor": colours["line"],
