@@ -50,6 +50,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
     type=options.ARTIFACT,
     help="Their tables, or a folder of them, to tell what is known of features; may be repeated.",
 )
+@click.option("--dashboard", type=options.ARTIFACT, help="Their dashboard, for links to the pages of features.")
 @click.option(
     "--out",
     "output",
@@ -68,6 +69,7 @@ def command(
     top: int,
     context_length: int | None,
     tables: tuple[Path, ...],
+    dashboard: Path | None,
     output: Path | None,
     model: str | None,
     as_json: bool,
@@ -107,5 +109,5 @@ def command(
     elif not compute.quiet:
         click.echo(show(scores), nl=False)
     if output is not None:
-        score_pictures.write_scores(output, scores)
+        score_pictures.write_scores(output, scores, dashboard)
         click.echo(f"{output}: written", err=as_json)

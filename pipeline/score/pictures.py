@@ -6,13 +6,17 @@ import html
 import io
 import json
 import math
+import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import numpy as np
 
 from tailrace.analysis.dashboards.values import PART, rounded, rounded_list, visible_token
+from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.score.stage import ScoredText, Scores
 from tailrace.pipeline.score.text import as_json, feature_note
 from tailrace.pipeline.shared.pages import html_page
@@ -36,21 +40,39 @@ def check_output(path: Path) -> None:
         raise SettingsError(f"--out {path}: the name decides the kind of file; end it in {', '.join(SUFFIXES)}")
 
 
-def write_scores(path: Path, scores: Scores) -> None:
-    """Write ``scores`` as the ending of ``path`` says. Raises SettingsError, or StorageFull."""
+def write_scores(path: Path, scores: Scores, dashboard: Path | None = None) -> None:
+    """Write ``scores`` as the ending of ``path`` says; a page links to the features of ``dashboard``, if it is given.
+
+    Raises SettingsError, StorageFull, and the errors of opening the dashboard.
+    """
     check_output(path)
     match path.suffix.lower():
         case ".json":
             content = (json.dumps(as_json(scores), indent=1, ensure_ascii=False) + "\n").encode()
         case ".html":
-            content = page(scores).encode()
+            links = {} if dashboard is None else feature_links(scores, DashboardManifest.read(dashboard))
+            base = quote(os.path.relpath(dashboard or path, path.absolute().parent))
+            content = page(scores, {feature: f"{base}/{link}" for feature, link in links.items()}).encode()
         case _:
             content = _draw(scores)
     make_directory(path.absolute().parent)
     write_atomically(path, content)
 
 
-def page(scores: Scores) -> str:
+def feature_links(scores: Scores, dashboard: DashboardManifest) -> dict[int, str]:
+    """Return the address in a dashboard of each feature that is a column of ``scores``, if its layer is there, once."""
+    links = {}
+    for feature in scores.features:
+        site, own = scores.place(feature)
+        site = scores.site if site is None else site
+        names = [name for name, one in (dashboard.sites or {"": dashboard.site}).items() if one.name == site]
+        if len(names) == 1:
+            at = f"?{urlencode({'at': names[0]})}" if dashboard.sites else ""
+            links[feature] = f"index.html{at}#feature={own}"
+    return links
+
+
+def page(scores: Scores, links: Mapping[int, str] | None = None) -> str:
     """Return a page that shows every text, coloured by a feature, a strip of colours per feature, and the numbers."""
     first = "".join(
         token for token, scored in zip(scores.texts[0].tokens, scores.texts[0].is_scored, strict=True) if scored
@@ -71,14 +93,17 @@ def page(scores: Scores) -> str:
         f"not scored.</p></header>\n<main>\n{chr(10).join(sections)}\n</main>"
     )
     style, script = ((_FILES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    return html_page(f"{title}: {about}", body, style=style, script=script, data=_page_data(scores))
+    return html_page(f"{title}: {about}", body, style=style, script=script, data=_page_data(scores, links or {}))
 
 
-def _page_data(scores: Scores) -> dict[str, Any]:
+def _page_data(scores: Scores, links: Mapping[int, str]) -> dict[str, Any]:
     """Return texts, values by feature and then token (null where nothing is scored), and what is known of features."""
     return {
         "largest": rounded(scores.largest()),
-        "features": [{"label": scores.label(one), "note": feature_note(scores, one)} for one in scores.features],
+        "features": [
+            {"label": scores.label(one), "note": feature_note(scores, one), "href": links.get(one)}
+            for one in scores.features
+        ],
         "texts": [
             {
                 "tokens": [(token or PART).replace("\n", "⏎\n") for token in text.tokens],

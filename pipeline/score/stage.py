@@ -175,7 +175,7 @@ class Scorer:
                 f"no token of the texts is of a kind that {self._name} has learnt from (its manifest's `packing` says "
                 "which); give longer texts"
             )
-        names = Path(str(self._model.identity()["name"])).name, self._name
+        names = Path(self._model.name).name, self._name
         return _score(read, self._layers, asked, raw, top, names, self._device)
 
 

@@ -64,7 +64,7 @@ def test_scores_tell_a_label_before_what_was_counted(made: MadeTables) -> None:
     about = _about(made.path, {10, 11, 12, 13}, 10, 8)
     assert list(about[12])[:2] == ["label", "frequency"]
     assert "label" not in about[13]
-    scores = Scores("t", "layer1", [2], True, False, [], {2: about[12]})
+    scores = Scores("m", "t", "layer1", [2], True, False, [], {2: about[12]})
     assert feature_note(scores, 2).startswith("votes, active on ")
     assert as_json(scores)["features"][0]["label"] == "votes"
     assert np.isfinite(about[12]["max"])

@@ -16,15 +16,18 @@ import torch
 
 from tailrace.analysis import text_scores
 from tailrace.pipeline import cli
+from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.dashboard.answers import Answers, TriedTexts
 from tailrace.pipeline.model import of_transcoders
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.score import pictures as score_pictures
 from tailrace.pipeline.score import stage as score
+from tailrace.pipeline.score.pictures import feature_links
 from tailrace.pipeline.score.stage import ScoredText, Scores
 from tailrace.pipeline.score.text import as_json, show
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError, TextError
 from tailrace.storage.tables import write_table
@@ -318,6 +321,24 @@ def test_a_page_is_titled_by_its_text_and_holds_every_token_as_text() -> None:
     long = score_pictures.page(made_up([[1.0]] * 50, [" word"] * 50, [9]))
     assert "<h1>“word word" in long
     assert "…”</h1>" in long
+
+
+def test_features_link_to_the_pages_of_a_dashboard_of_their_layer(tmp_path: Path, monkeypatch) -> None:
+    def dashboard(*names: str) -> DashboardManifest:
+        sites = {name: Site(name.partition("-")[0], "in", "out", 4, 4, "float32") for name in names}
+        several = sites if sites.keys() - {names[0]} else {}
+        return DashboardManifest.model_construct(site=sites[names[0]], sites=several, n_features=8)
+
+    scores = made_up([[1.0, 2.0]], ["a"], [9, 4])
+    assert feature_links(scores, dashboard("layer0")) == {9: "index.html#feature=9", 4: "index.html#feature=4"}
+    assert feature_links(scores, dashboard("layer0-k 8", "layer1"))[9] == "index.html?at=layer0-k+8#feature=9"
+    assert feature_links(scores, dashboard("layer1")) == {}
+    assert feature_links(scores, dashboard("layer0-a", "layer0-b")) == {}  # which of the two is not known
+    several = made_up([[1.0, 2.0]], ["a"], [9, 4], layers={"layer0": 8, "layer1": 8})
+    assert feature_links(several, dashboard("layer1", "layer0"))[9] == "index.html?at=layer1#feature=1"
+    monkeypatch.setattr(score_pictures.DashboardManifest, "read", lambda path: dashboard("layer0"))
+    score_pictures.write_scores(tmp_path / "s.html", scores, tmp_path / "my site")
+    assert '"href": "my%20site/index.html#feature=9"' in (tmp_path / "s.html").read_text()
 
 
 def test_files_are_written_as_their_names_say(tmp_path: Path) -> None:
