@@ -62,6 +62,11 @@ def shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def share(value: float | None) -> str:
+    """Return a share as a percentage, a dash for None."""
+    return shown(None) if value is None else f"{value:.1%}"
+
+
 def _label(text: object) -> str:
     return f'<span style="opacity:.65">{escape(str(text))}</span>' if str(text) else ""
 

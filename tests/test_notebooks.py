@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import tailrace
+from tailrace.analysis.interventions.generation import NextTokenChange
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.cache.verify import Verification
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.samples.bundled_models import bundled_model
+from tailrace.pipeline.steer.stage import SteeredText, SteerResult
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.stage import TrainResult
 from tests.support.notebooks import NOTEBOOKS, code_cells, is_parameters, run_notebook
@@ -77,6 +79,12 @@ def test_a_notebook_begins_with_its_parameters_and_keeps_what_it_printed_and_no_
     assert any(cell["outputs"] for cell in cells)
 
 
+def steered() -> SteerResult:
+    own = SteeredText(0, 0, None, None, (" of",), (5,), None)
+    changed = SteeredText(0, 1, None, "85=+30", (" have <b>",), (6,), NextTokenChange(kl=0.5, n_changed=1, n_tokens=2))
+    return SteerResult(("The people",), ("the model", "85=+30"), (own, changed), {})
+
+
 SHOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "cache": (lambda: tailrace.open_cache(RELEASED / "caches/bfloat16"), ["layer0", "train rows", "8 → 8"]),
     "transcoder": (lambda: tailrace.load_transcoder(RELEASED / "transcoders/topk"), ["TopKTranscoder", "d_sae", "k"]),
@@ -87,6 +95,7 @@ SHOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "feature": (lambda: analyze.read_result(RELEASED / "tables/topk").feature(0), ["fires on", "font-weight:bold"]),
     "evaluation": (lambda: evaluate.read_result(RELEASED / "evaluations/layers"), ["recovered", "KL"]),
     "circuit": (lambda: circuit.read_result(RELEASED / "circuits/logit"), ["influence", "made of", "circuit"]),
+    "steered": (lambda: steered(), ["<b>The people</b>", "+30", "have &lt;b&gt;", "0.25", "50.0%"]),
     "verified": (lambda: Verification(RELEASED, damage=["weights: <torn>"]), ["DAMAGED", "&lt;torn&gt;"]),
 }
 """What the public functions return, read from artifacts of an earlier release, and words of the cards."""

@@ -42,7 +42,7 @@ from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
-from tailrace.storage.display import card, table
+from tailrace.storage.display import card, share, table
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.tables import write_table
 
@@ -67,7 +67,14 @@ class EvaluateResult:
         facts = {"cross entropy of the model": first.ce_original, "predictions": first.n_predictions}
         columns = ("replaced", "cross entropy", "with zeros", "with the mean", "recovered", "KL")
         rows = (
-            (name, score.spliced.ce, score.zero.ce, score.mean.ce, score.ce_recovered, score.spliced.kl)
+            (
+                name,
+                score.spliced.ce,
+                score.zero.ce,
+                score.mean.ce,
+                share(score.ce_recovered),
+                score.spliced.kl,
+            )
             for name, score in self.scores.items()
         )
         return card("Evaluation", facts, table(columns, rows), note=self.path)

@@ -34,6 +34,7 @@ from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.steer.changes import FeatureFacts, Layers, SteeredRun, asked_runs, random_runs, read_circuit
 from tailrace.pipeline.steer.settings import SteerSettings
 from tailrace.storage.cache_format import Site
+from tailrace.storage.display import card, share, table
 from tailrace.storage.errors import SettingsError, TextError
 from tailrace.storage.shuffle import philox
 from tailrace.storage.tables import column
@@ -62,6 +63,10 @@ SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 """Columns of what ``pipeline steer --out texts.parquet`` writes."""
+
+
+_PROMPTS_SHOWN = 5
+"""In a notebook."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,20 @@ class SteerResult:
     """What the tables say of the features changed."""
     count: str | None = None
     """The regular expression whose matches are counted."""
+
+    def _repr_html_(self) -> str:
+        columns = ("", "text", "KL, nats", "next tokens changed")
+        return "".join(
+            card(prompt, {}, table(columns, (self._shown(number, run) for run in range(len(self.runs)))))
+            for number, prompt in enumerate(self.prompts[:_PROMPTS_SHOWN])
+        )
+
+    def _shown(self, prompt: int, run: int) -> tuple[str, str, float | None, str]:
+        text = self.of(prompt, run)
+        if text.effect is None or not text.effect.n_tokens:
+            return self.runs[run], text.text, None, share(None)
+        n_tokens = text.effect.n_tokens
+        return self.runs[run], text.text, text.effect.kl / n_tokens, share(text.effect.n_changed / n_tokens)
 
     def of(self, prompt: int, run: int) -> SteeredText:
         """Return what was written in a run, without its random features."""

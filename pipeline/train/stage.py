@@ -23,7 +23,7 @@ from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource, TrainingSource
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
-from tailrace.storage.display import card
+from tailrace.storage.display import card, share
 from tailrace.storage.draft import LOCK, Draft, Lock
 from tailrace.storage.errors import ArtifactMismatch, DeviceLostError, SettingsError
 from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
@@ -52,7 +52,7 @@ class TrainResult:
         facts = {
             "held-out FVU": score.get("fvu"),
             "L0": score.get("l0"),
-            "dead": f"{score['dead_fraction']:.1%}" if "dead_fraction" in score else None,
+            "dead": share(score["dead_fraction"]) if "dead_fraction" in score else None,
             "steps": self.metrics["steps"],
             "rows": self.metrics["rows"],
         }

@@ -29,7 +29,7 @@ from tailrace.pipeline.train.stage import checkpoint_named, discard_draft, nothi
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
 from tailrace.storage.cache_format import Site
-from tailrace.storage.display import card, table
+from tailrace.storage.display import card, share, table
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
@@ -59,8 +59,13 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         rows = [run.row() for run in self.runs]
-        columns = ("name", "status", "heldout_fvu", "heldout_l0", "heldout_dead_fraction")
-        listed = table(("run", "", "held-out FVU", "L0", "dead"), ([row[name] for name in columns] for row in rows))
+        listed = table(
+            ("run", "", "held-out FVU", "L0", "dead"),
+            (
+                (row["name"], row["status"], row["heldout_fvu"], row["heldout_l0"], share(row["heldout_dead_fraction"]))
+                for row in rows
+            ),
+        )
         return card("Sweep", {"runs": len(rows)}, listed, note=self.path)
 
 
