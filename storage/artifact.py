@@ -71,6 +71,14 @@ def storage_refused(error: OSError, path: Path) -> StorageFull:
     )
 
 
+def unreadable(error: OSError, path: Path) -> ArtifactCorrupt:
+    """Return the error, with its next step, for an OSError of a read of ``path``."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ArtifactCorrupt(
+        f"{path}: cannot be read ({reason}); check its permissions and the disk, or restore it from a copy"
+    )
+
+
 def is_disk_refusal(error: OSError) -> bool:
     """Return whether the disk refused a write: full, read-only, no permission, or failing."""
     return error.errno in _DISK_REFUSALS
@@ -149,14 +157,20 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_files(root: Path, names: Iterable[str]) -> None:
-    """Make files under ``root``, and their names, survive a power cut. Raises ArtifactCorrupt for names outside."""
+    """Make files under ``root``, and their names, survive a power cut.
+
+    Raises ArtifactCorrupt for names outside, StorageFull if the disk refuses: a full one may say so only here.
+    """
     folders: set[Path] = set()
-    for path in (inside(root, name) for name in names):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        folders |= {folder for folder in path.parents if folder.is_relative_to(root)}
-    for folder in sorted(folders):
-        sync_directory(folder)
+    try:
+        for path in (inside(root, name) for name in names):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            folders |= {folder for folder in path.parents if folder.is_relative_to(root)}
+        for folder in sorted(folders):
+            sync_directory(folder)
+    except OSError as error:
+        raise storage_refused(error, root) from error
 
 
 def read_json(path: Path) -> Any:
@@ -169,6 +183,8 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactCorrupt(f"{path}: is missing; restore it or rebuild the artifact") from error
+    except OSError as error:
+        raise unreadable(error, path) from error
 
 
 def _parse_json(data: bytes, path: Path) -> Any:
@@ -390,14 +406,41 @@ def verify_artifact(path: Path, kind: str) -> list[str]:
         manifest = Manifest.read(path, kind)
     except ArtifactCorrupt as error:
         return [str(error)]
-    return check_request(path, manifest.request) + check_files(path, manifest.files)
+    own = check_request(path, manifest.request) + check_files(path, manifest.files)
+    return own + _check_members(path, manifest.as_json())
+
+
+_MEMBERS = ("runs", "transcoders")
+"""Keys under which manifests list the artifacts inside, each with ``path`` and ``digest``."""
+
+
+def _check_members(path: Path, manifest: Mapping[str, JSON]) -> list[str]:
+    """Verify the artifacts inside one, and that they are those it was published with."""
+    problems = []
+    listed = [member for key in _MEMBERS if isinstance(manifest.get(key), list) for member in manifest[key]]
+    for member in listed:
+        if member["digest"] is None:  # a run that diverged
+            continue
+        try:
+            folder = inside(path, f"{member['path']}/{MANIFEST}").parent
+            found = Manifest.read_file(folder / MANIFEST)
+        except ArtifactCorrupt as error:
+            problems.append(str(error))
+            continue
+        if found.digest != member["digest"]:
+            problems.append(f"{folder}: is not the {found.kind} that {path} was published with")
+        problems += verify_artifact(folder, found.kind)
+    return problems
 
 
 def check_request(path: Path, recorded: Mapping[str, JSON]) -> list[str]:
     """Compare ``request.json`` with the request that a manifest records; return the difference."""
     request = path / REQUEST
-    if not request.exists() or request.read_bytes() != canonical_json(recorded):
-        return [f"{request}: differs from the request in the manifest"]
+    try:
+        if not request.exists() or request.read_bytes() != canonical_json(recorded):
+            return [f"{request}: differs from the request in the manifest"]
+    except OSError as error:
+        return [str(unreadable(error, request))]
     return []
 
 
@@ -413,12 +456,15 @@ def check_files(path: Path, files: Mapping[str, FileRecord]) -> list[str]:
         except ArtifactCorrupt as error:
             problems.append(str(error))
             continue
-        if not file.exists():
-            problems.append(f"{file}: is missing")
-        elif (n_bytes := file.stat().st_size) != recorded.bytes:
-            problems.append(f"{file}: has {n_bytes} bytes, its record says {recorded.bytes}")
-        elif (checksum := checksum_file(file)) != recorded.checksum:
-            problems.append(f"{file}: checksum is {checksum}, its record says {recorded.checksum}")
+        try:
+            if not file.exists():
+                problems.append(f"{file}: is missing")
+            elif (n_bytes := file.stat().st_size) != recorded.bytes:
+                problems.append(f"{file}: has {n_bytes} bytes, its record says {recorded.bytes}")
+            elif (checksum := checksum_file(file)) != recorded.checksum:
+                problems.append(f"{file}: checksum is {checksum}, its record says {recorded.checksum}")
+        except OSError as error:  # a bad sector: the other files are checked all the same
+            problems.append(str(unreadable(error, file)))
     return problems
 
 

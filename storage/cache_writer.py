@@ -28,7 +28,6 @@ from tailrace.storage.artifact import (
 )
 from tailrace.storage.cache_format import (
     CONTEXT_ARRAYS,
-    EPOCHS,
     PROVENANCE,
     BlockRecord,
     CacheFormat,
@@ -41,7 +40,6 @@ from tailrace.storage.cache_format import (
 from tailrace.storage.errors import NonFiniteActivation
 from tailrace.storage.layout import ArraySpec
 from tailrace.storage.memory import aligned_rows
-from tailrace.storage.names import remove_temporary
 from tailrace.storage.shard import read_rows, write_shard
 from tailrace.storage.shuffle import invert, unit_permutation
 from tailrace.storage.statistics import SiteStatistics
@@ -172,14 +170,6 @@ def write_record(path: Path, record: Record) -> None:
     """Write a commit record: from then on its unit or block counts as written."""
     make_directory(path.parent)
     write_atomically(path, canonical_json(record.as_json()))
-
-
-def remove_temporary_files(root: Path) -> None:
-    """Delete files that a killed writer left half-written. Only for the holder of the lock, before any worker starts.
-
-    Materialised epochs below a cache have locks of their own and are left alone.
-    """
-    remove_temporary(path for path in root.rglob(".*") if path.relative_to(root).parts[0] != EPOCHS)
 
 
 def sync_shards(group: Path, shards: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from tailrace.storage.artifact import (
 )
 from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch
 from tailrace.storage.formats import refuse_newer
-from tailrace.storage.names import is_plural, is_temporary, remove_temporary, with_article
+from tailrace.storage.names import LOCK, entries_below, is_plural, is_temporary, remove_temporary, with_article
 
 _DIGEST = re.compile(r"(\w+:[0-9a-f]{12})[0-9a-f]{20,}")
 _NAMED = 3
@@ -107,8 +107,9 @@ def _shown(value: Any) -> str:
     return _DIGEST.sub(r"\1…", repr(value))
 
 
-LOCK = ".lock"
 _TRIES = 100
+_LISTED = 5
+"""Files that a refusal names."""
 
 
 class Lock:
@@ -203,7 +204,7 @@ class Draft:
             self._check_path()  # again, now that no other process can change it
             if not self.resumed:
                 write_atomically(path / REQUEST, canonical_json(self.request))
-            remove_temporary(path.iterdir())
+            remove_temporary(path)
         except BaseException:
             self._lock.take_back()
             raise
@@ -246,9 +247,16 @@ class Draft:
             )
         return manifest["request"]
 
-    def publish(self, manifest: Mapping[str, JSON], files: Iterable[str]) -> dict[str, JSON]:
-        """Write the manifest, which makes the artifact complete; return it as written."""
+    def publish(
+        self, manifest: Mapping[str, JSON], files: Iterable[str], *, beside: Iterable[str] = ()
+    ) -> dict[str, JSON]:
+        """Write the manifest, which makes the artifact complete; return it as written.
+
+        ``beside``: files and folders that may lie in the artifact's folder and are no part of it. Raises
+        ArtifactMismatch for any other file there, StorageFull if the disk refuses.
+        """
         names = sorted(files)
+        self._refuse_others({*names, *beside, LOCK, REQUEST, MANIFEST})
         sync_files(self.path, names)
         content = {
             **manifest,
@@ -259,6 +267,17 @@ class Draft:
         write_atomically(self.path / MANIFEST, seal(content))
         self.published = True
         return read_sealed(self.path / MANIFEST)
+
+    def _refuse_others(self, known: Set[str]) -> None:
+        remove_temporary(self.path)
+        names = [path.relative_to(self.path) for path in entries_below(self.path)]
+        others = [name for name in names if not known & {str(part) for part in (name, *name.parents)}]
+        if others:
+            listed = ", ".join(map(str, others[:_LISTED])) + (" and more" if len(others) > _LISTED else "")
+            raise ArtifactMismatch(
+                f"{self.path}: holds files that are no part of the {self.kind}: {listed}. Move them away and run the "
+                "same command again: all that is finished is kept"
+            )
 
     def __enter__(self) -> Self:
         return self

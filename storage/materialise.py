@@ -14,7 +14,7 @@ from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import FileRecord, Record
 from tailrace.storage.cache_format import EPOCH_KIND, epoch_path, epoch_request
 from tailrace.storage.cache_publish import write_file
-from tailrace.storage.cache_writer import remove_temporary_files, sync_shards, write_record
+from tailrace.storage.cache_writer import sync_shards, write_record
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.layout import ArraySpec, array_metadata, group_metadata
@@ -55,7 +55,6 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
     with Draft(path, EPOCH_KIND, epoch_request(split.identity, plan)) as draft:
         if draft.published:
             return path
-        remove_temporary_files(path)
         missing = [bucket for bucket in range(plan.n_buckets) if not (path / _record_name(bucket)).exists()]
         task = BucketTask(str(split.root), split.cache.generation, split.name, seed, epoch)
         run_tasks(task, missing)
@@ -65,7 +64,7 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
         for bucket in range(plan.n_buckets):
             shards.update(BucketRecord.read_file(path / _record_name(bucket)).as_json()["shards"])
         records = [_record_name(bucket) for bucket in range(plan.n_buckets)]
-        draft.publish({"shards": shards}, [*_metadata(split, plan), *records])
+        draft.publish({"shards": shards}, [*_metadata(split, plan), *records], beside=shards)
     return path
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 from tailrace.storage.errors import ArtifactCorrupt
 
 _TEMPORARY = re.compile(r"\..+(\.tmp-[^/]+-\d+-\d+|\.parquet\.tmp\d+|\.tmp-records)")
 """Names of ``temporary_path``, and the two forms that release 0.1 gave its tables and records."""
+LOCK = ".lock"
+"""The file by which a process holds a directory that it writes."""
 
 
 def with_article(kind: str) -> str:
@@ -33,15 +36,31 @@ def temporary_path(path: Path) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a name is that of a file while it is written."""
+    """Return whether a name is that of a file, or of a folder for one, while it is written."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def remove_temporary(paths: Iterable[Path]) -> None:
-    """Delete those files that killed writers left half-written. Only for the holder of the lock on their folder."""
-    for path in paths:
-        if is_temporary(path.name) and not path.is_dir():
-            path.unlink(missing_ok=True)
+def remove_temporary(root: Path) -> None:
+    """Delete what killed writers left half-written below ``root``. Only for the holder of the lock on it.
+
+    Folders that have locks of their own are left alone: another process may be writing there.
+    """
+    for path in entries_below(root):
+        if is_temporary(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def entries_below(root: Path) -> Iterator[Path]:
+    """Yield what lies below ``root`` but in folders that are written under locks of their own; links as they are."""
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        path = Path(entry.path)
+        if not entry.is_dir(follow_symlinks=False) or is_temporary(entry.name):
+            yield path
+        elif not (path / LOCK).exists():
+            yield from entries_below(path)
 
 
 def inside(root: Path, name: str) -> Path:

@@ -26,6 +26,7 @@ from tailrace.storage.artifact import (
     Inputs,
     Record,
     Reference,
+    discard,
     is_disk_refusal,
     refuse_replacing,
     storage_refused,
@@ -126,7 +127,7 @@ def write_table(
             raise storage_refused(error, path) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
     return n_rows
 
 
@@ -214,10 +215,13 @@ def read_table(path: Path, columns: Sequence[str] | None = None, where: pc.Expre
         return pq.read_table(inside(path.parent, path.name), columns=wanted, filters=where)
     except FileNotFoundError as error:
         raise ArtifactMissing(f"{path}: there is no such table; run the command that makes it") from error
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactCorrupt(f"{path}: cannot be read as Parquet ({error}); restore it or rebuild it") from error
 
 
 def read_schema(path: Path) -> pa.Schema:
     """Return the schema of a Parquet file, with the meanings of its columns. Raises ArtifactCorrupt for no file."""
-    return pq.read_schema(inside(path.parent, path.name))
+    try:
+        return pq.read_schema(inside(path.parent, path.name))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ArtifactCorrupt(f"{path}: cannot be read as Parquet ({error}); restore it or rebuild it") from error

@@ -52,10 +52,10 @@ from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.cache_format import Site
 from tailrace.storage.display import card
-from tailrace.storage.draft import LOCK, list_differences
+from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import TABLES_KIND
-from tailrace.storage.names import remove_temporary
+from tailrace.storage.names import LOCK
 from tailrace.storage.tables import TablesManifest, read_table
 from tailrace.training.architectures.transcoder import Transcoder
 
@@ -240,7 +240,6 @@ class PlannedTables:
         """Publish the tables unless they are there already. The other arguments are those of ``run``."""
 
         def make(path: Path) -> Made:
-            remove_temporary(path.rglob(".*"))
             with scratch_folder(path) as scratch:
                 written = self._write_tables(weights, compute, path, scratch, announce)
             record = {

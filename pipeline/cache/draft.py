@@ -17,8 +17,9 @@ from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.storage.artifact import MANIFEST, REQUEST, Record, canonical_json
 from tailrace.storage.cache_format import CacheFormat
 from tailrace.storage.cache_publish import write_file
-from tailrace.storage.draft import LOCK, list_differences
+from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.names import LOCK
 
 logger = logging.getLogger(__name__)
 

@@ -59,7 +59,7 @@ from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import canonical_json
 from tailrace.storage.cache_format import KIND, SPLITS, VOCABULARY, CacheFormat, Site
 from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
-from tailrace.storage.cache_writer import ContextBlocks, remove_temporary_files
+from tailrace.storage.cache_writer import ContextBlocks
 from tailrace.storage.display import line
 from tailrace.storage.draft import Draft, Lock
 from tailrace.storage.errors import (
@@ -72,6 +72,7 @@ from tailrace.storage.errors import (
     TextError,
 )
 from tailrace.storage.layout import FLOAT16_NORMAL
+from tailrace.storage.names import remove_temporary
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,6 @@ def run(
     with compute.opened(), Draft(output, KIND, settings.request()) as draft:
         if draft.published:
             return _finished(settings, output)
-        remove_temporary_files(output)
         with nothing_left_behind(output):
             begun = begun_with(output).get("model", {})
             settings = settings.in_dtype_of(begun)
@@ -214,7 +214,7 @@ def _reopened(cache: ActivationCache, given: Mapping[str, str | None], compute: 
         {name: value for name, value in given.items() if value is not None},
         where=f"the request recorded in {cache.path}",
     ).in_dtype_of(cache.manifest.model)
-    remove_temporary_files(cache.path)
+    remove_temporary(cache.path)
     model = load_language_model(settings, device=compute.device_name, recorded=cache.manifest.model)
     return CacheJob(cache.path, settings, model, cache, quiet=compute.quiet)
 

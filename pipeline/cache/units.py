@@ -34,7 +34,8 @@ from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.artifact import sync_directory
 from tailrace.storage.cache_format import SPLITS, CacheFormat, UnitRecord, unit_record_name
-from tailrace.storage.cache_writer import ContextBlocks, UnitBuffer, remove_temporary_files
+from tailrace.storage.cache_writer import ContextBlocks, UnitBuffer
+from tailrace.storage.names import remove_temporary
 
 _BATCHES_WAITING = 4
 
@@ -243,7 +244,7 @@ def write_units_on_workers(
         for n_rows, n_bytes in completed(submit, write_unit, tasks):
             bar.passed(n_rows)
             bar.committed(n_bytes)
-    remove_temporary_files(files.root)  # of workers that were lost
+    remove_temporary(files.root)  # of workers that were lost
 
 
 def write_unit(job: WorkerJob, task: UnitTask) -> tuple[int, int]:

@@ -26,14 +26,14 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
-from tailrace.training.architectures.manifest import CHECKPOINTS, KIND
+from tailrace.training.architectures.manifest import CHECKPOINTS, KIND, TIMING
 from tailrace.training.architectures.transcoder import describe_versions
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_cross_layer_run, build_run
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.cost import check_memory
 from tailrace.training.loop.distributed import Group, SharedRows, broadcast_run
-from tailrace.training.loop.loggers import Logger
+from tailrace.training.loop.loggers import TENSORBOARD, WANDB, Logger
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.session import PeriodicHook, Session
 from tailrace.training.loop.settings import TrainSettings
@@ -45,6 +45,8 @@ from tailrace.training.rows.row_source import RowSource
 
 MARK = "diverged.json"
 """In the folder of a run that diverged: step, rows, scores and the reason."""
+_BESIDE = (CHECKPOINTS, TIMING, TENSORBOARD, WANDB)
+"""What lies in a transcoder's folder and is no part of it."""
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +270,7 @@ def _publish(
     draft: RunDraft, session: Session, source: TrainingSource, rows: TrainingRows, context: RunContext
 ) -> None:
     files = session.export()
-    draft.draft.publish(_describe(draft, session, source, rows, context), files)
+    draft.draft.publish(_describe(draft, session, source, rows, context), files, beside=_BESIDE)
     Checkpoints(draft.path / CHECKPOINTS).discard_after(-1)
     logger.info("%s: published after %d steps", draft.path, session.run.n_steps_done)
 

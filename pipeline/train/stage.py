@@ -24,8 +24,9 @@ from tailrace.pipeline.train.sources import CacheSource, TrainingSource
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from tailrace.storage.display import card, share
-from tailrace.storage.draft import LOCK, Draft, Lock
+from tailrace.storage.draft import Draft, Lock
 from tailrace.storage.errors import ArtifactMismatch, DeviceLostError, SettingsError
+from tailrace.storage.names import LOCK
 from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.distributed import device_of_process, open_group

@@ -24,7 +24,7 @@ from tailrace.storage.artifact import (
     verify_artifact,
     write_atomically,
 )
-from tailrace.storage.draft import LOCK, Draft
+from tailrace.storage.draft import Draft
 from tailrace.storage.errors import (
     ArtifactBusy,
     ArtifactCorrupt,
@@ -34,6 +34,7 @@ from tailrace.storage.errors import (
     StorageFull,
 )
 from tailrace.storage.materialise import materialise_epoch
+from tailrace.storage.names import LOCK
 from tests.support.paths import ROOT
 from tests.support.synthetic_cache import write_synthetic_cache
 
@@ -143,7 +144,7 @@ def test_a_draft_killed_while_its_request_was_written_starts_again(tmp_path: Pat
 HOLD = """
 import sys
 from pathlib import Path
-from tailrace.storage.draft import LOCK, Draft
+from tailrace.storage.draft import Draft
 with Draft(Path(sys.argv[1]), "table", {}):
     print("held", flush=True)
     sys.stdin.read()
@@ -393,3 +394,58 @@ def test_opening_a_draft_removes_the_half_written_files_of_a_run_that_was_killed
             (tmp_path / "a" / name).write_text("{")
     with Draft(tmp_path / "a", "table", REQUESTED):
         assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".lock", "request.json"]
+
+
+def sweep_of(path: Path, runs: Iterable[str]) -> None:
+    """Publish a sweep at ``path`` with an artifact inside for each of ``runs``."""
+    with Draft(path, "sweep", {}) as sweep:
+        digests = {name: publish(path / "runs" / name)["digest"] for name in runs}
+        listed = [{"name": name, "path": f"runs/{name}", "digest": digest} for name, digest in digests.items()]
+        (path / "runs" / "lost").mkdir()
+        sweep.publish({"runs": [*listed, {"name": "lost", "path": "runs/lost", "digest": None}]}, [])
+
+
+def test_the_artifacts_inside_an_artifact_are_verified_too(tmp_path: Path) -> None:
+    sweep_of(tmp_path / "sweep", "ab")
+    assert verify_artifact(tmp_path / "sweep", "sweep") == []
+    (tmp_path / "sweep/runs/a/rows.bin").write_bytes(b"0123456780")
+    shutil.rmtree(tmp_path / "sweep/runs/b")
+    damaged, missing = verify_artifact(tmp_path / "sweep", "sweep")
+    assert "runs/a/rows.bin: checksum is" in damaged
+    assert "runs/b/manifest.json: is missing" in missing
+
+
+def test_another_artifact_in_the_stead_of_one_inside_is_found(tmp_path: Path) -> None:
+    sweep_of(tmp_path / "sweep", "a")
+    shutil.rmtree(tmp_path / "sweep/runs/a")
+    with Draft(tmp_path / "sweep/runs/a", "table", {"rows": 7}) as other:
+        other.publish({}, [])
+    (problem,) = verify_artifact(tmp_path / "sweep", "sweep")
+    assert problem == f"{tmp_path}/sweep/runs/a: is not the table that {tmp_path}/sweep was published with"
+
+
+def test_a_file_that_cannot_be_read_hides_no_other_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path / "a")
+    (tmp_path / "a/rows.bin").write_bytes(b"0123456780")
+    opened = Path.open
+
+    def bad_sector(path: Path, *arguments: Any, **keywords: Any) -> Any:  # injected: the disk's answer
+        if path.name == "lines.txt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", bad_sector)
+    unread, damaged = verify_artifact(tmp_path / "a", "table")
+    assert "log/lines.txt: cannot be read (Input/output error); check its permissions and the disk" in unread
+    assert "rows.bin: checksum is" in damaged
+
+
+def test_a_manifest_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path / "a")
+
+    def refused(path: Path) -> bytes:  # injected: the disk's answer
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(ArtifactCorrupt, match=r"manifest.json: cannot be read \(Permission denied\); check"):
+        Manifest.read(tmp_path / "a", "table")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, write_atomically
-from tailrace.storage.draft import LOCK, Draft, Lock
+from tailrace.storage.draft import Draft, Lock
 from tailrace.storage.errors import ActionableError, ArtifactBusy, ArtifactMismatch, StorageFull
-from tailrace.storage.names import temporary_path
+from tailrace.storage.names import LOCK, temporary_path
 
 
 def names(place: Path) -> list[str]:
@@ -47,6 +47,30 @@ def test_only_what_a_killed_draft_of_the_same_request_left_half_written_is_delet
     assert names(tmp_path) == before
     with Draft(tmp_path, "table", {"rows": 1}):
         assert names(tmp_path) == sorted([*theirs, LOCK, REQUEST])
+
+
+def test_what_killed_writers_left_in_subfolders_is_deleted_where_no_other_lock_is(tmp_path: Path) -> None:
+    with Draft(tmp_path, "sweep", {}):
+        for folder in ("snapshots", "runs/other"):
+            (tmp_path / folder).mkdir(parents=True)
+            temporary_path(tmp_path / folder / "weights").mkdir()
+            (temporary_path(tmp_path / folder / "weights") / ".tmpXyz123").write_bytes(b"half")
+        (tmp_path / "runs" / "other" / LOCK).touch()
+    with Draft(tmp_path, "sweep", {}):
+        assert names(tmp_path / "snapshots") == []
+        assert len(names(tmp_path / "runs" / "other")) == 2
+
+
+def test_only_listed_files_are_published(tmp_path: Path) -> None:
+    with Draft(tmp_path, "table", {}) as draft:
+        for name in ("rows", "logs/a", "notes", "deep/er/b"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("text")
+        with pytest.raises(ArtifactMismatch, match=r"no part of the table: deep/er/b, notes\. Move them away"):
+            draft.publish({}, ["rows"], beside=["logs"])
+        assert not (tmp_path / MANIFEST).exists()
+        (tmp_path / "notes").unlink()
+        assert set(draft.publish({}, ["rows", "deep/er/b"], beside=["logs"])["files"]) == {"rows", "deep/er/b"}
 
 
 def test_a_draft_that_ends_before_anything_is_written_takes_the_folders_made_for_it_back(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from tailrace.pipeline.cache.draft import BEGUN, LOG, PLAN
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import canonical_json
 from tailrace.storage.cache_format import documents_name
-from tailrace.storage.draft import LOCK
 from tailrace.storage.formats import Compression
 from tailrace.storage.layout import ArraySpec, array_metadata
 from tailrace.storage.materialise import materialise_epoch
+from tailrace.storage.names import LOCK
 from tests.support.paths import DOCS
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache
 

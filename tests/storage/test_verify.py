@@ -13,11 +13,9 @@ from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, seal
 from tailrace.storage.cache_format import VOCABULARY
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
-from tailrace.storage.cache_writer import remove_temporary_files
-from tailrace.storage.draft import LOCK
 from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
 from tailrace.storage.materialise import materialise_epoch
-from tailrace.storage.names import temporary_path
+from tailrace.storage.names import LOCK, remove_temporary, temporary_path
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache
 
 
@@ -171,7 +169,7 @@ def test_sweeping_a_cache_leaves_the_files_of_a_running_materialisation_alone(co
     running = temporary_path(epoch / "token_id/c/0")
     for path in (left, running):
         path.write_bytes(b"half")
-    remove_temporary_files(copied)
+    remove_temporary(copied)
     assert (left.exists(), running.exists()) == (False, True)
-    remove_temporary_files(epoch)
+    remove_temporary(epoch)
     assert not running.exists()

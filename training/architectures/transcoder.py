@@ -5,8 +5,8 @@ Weights on disk are folded: they take the language model's own activations and g
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tailrace.storage.artifact import sync_directory
+from tailrace.storage.artifact import make_directory, sync_directory
 from tailrace.storage.errors import ArtifactCorrupt, StorageFull
+from tailrace.storage.names import temporary_path
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.manifest import WEIGHTS, TranscoderManifest
 
@@ -35,9 +36,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
     Raises StorageFull if the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    folder = temporary_path(path)  # safetensors writes to a name of its own, and renames it
+    temporary = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
+        folder.mkdir()
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -45,10 +48,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.rename(path)
+        folder.rmdir()
         sync_directory(path.parent)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
         raise StorageFull(
             f"{path}: cannot be written ({error}). Training up to the last checkpoint is kept: free some space or fix "
             "the permissions, then run the same command again to continue"

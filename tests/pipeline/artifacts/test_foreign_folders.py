@@ -14,8 +14,8 @@ from tailrace.pipeline.cache import stage
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.artifact import REQUEST
-from tailrace.storage.draft import LOCK
 from tailrace.storage.errors import ActionableError, ArtifactMissing, SettingsError
+from tailrace.storage.names import LOCK
 from tailrace.training.architectures import TopK
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import HERE, command, model_folder, run_cache, text_file
