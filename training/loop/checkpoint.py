@@ -1,7 +1,8 @@
 """Everything a run needs to continue bit for bit, in one file that appears whole or not at all.
 
 A checkpoint is a safetensors file whose header also carries the run's JSON state: no pickle, and weights and position
-cannot come from different steps. There is no random state to keep: every draw is derived from (seed, purpose, index).
+cannot come from different steps. A checksum of both is in the header too, and is compared before a run continues from
+them. There is no random state to keep: every draw is derived from (seed, purpose, index).
 
 They are written once the last ones are old for what they cost, or after so many steps where that is asked for. What is
 written when changes no result: a run continued from any checkpoint ends with the same bytes.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from tailrace.training.architectures.transcoder import write_tensors
 KEPT = 2
 """Newest checkpoints kept, so that a damaged last one costs only its interval."""
 _STATE = "state"
+_CHECKSUM = "checksum"
 
 CHECKPOINT_SECONDS = 60.0
 """Age at which checkpoints that are cheap are followed by new ones, for runs whose steps take long."""
@@ -71,8 +74,10 @@ class Checkpoints:
 
     def save(self, checkpoint: RunCheckpoint) -> None:
         """Write a checkpoint, then remove all but the newest ``KEPT``."""
-        state = {_STATE: json.dumps(checkpoint.state, sort_keys=True, allow_nan=False)}
-        write_tensors(self._path(checkpoint.step), checkpoint.tensors, state)
+        state = json.dumps(checkpoint.state, sort_keys=True, allow_nan=False)
+        tensors = {name: tensor.detach().cpu() for name, tensor in checkpoint.tensors.items()}
+        header = {_STATE: state, _CHECKSUM: _checksum(state, sorted(tensors.items()))}
+        write_tensors(self._path(checkpoint.step), tensors, header)
         if self._rank == 0 and len(kept := self._paths()[-KEPT:]) == KEPT:
             oldest = int(kept[0].stem)  # all parts of which are there
             self._remove(lambda step: step < oldest)
@@ -128,7 +133,7 @@ class Checkpoints:
 
     def _is_complete(self, step: int) -> bool:
         try:
-            with _reading(self._path(step, 0)) as file:
+            with _opened(self._path(step, 0)) as file:
                 shards = _shards(json.loads(file.metadata()[_STATE]))
         except ArtifactCorrupt:
             return True  # which ``load`` says
@@ -164,8 +169,29 @@ def _shards(state: Mapping[str, Any]) -> Shards:
     return Shards(1, {}) if described is None else Shards(**described)
 
 
+def _checksum(state: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the checksum of a state and of tensors by name, which come in the order of their names."""
+    checksum = xxhash.xxh3_128(state.encode())
+    for name, tensor in tensors:
+        checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        checksum.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return "xxh3:" + checksum.hexdigest()
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
+    """Open a checkpoint's file whose checksum is right; the errors are those of ``_opened``."""
+    with _opened(path) as file:
+        header = file.metadata()
+        tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+        is_old = set(header) == {_STATE}  # the first version wrote no checksum
+        if not is_old and _checksum(header[_STATE], tensors) != header[_CHECKSUM]:
+            raise ValueError("it differs from its own checksum")
+        yield file
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     """Open a checkpoint's file; raise ArtifactCorrupt for whatever goes wrong inside with what it holds."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,13 +1,18 @@
-"""Checkpoints are written often enough to lose little, and seldom enough to cost little, whatever a disk takes."""
+"""Checkpoints are written often enough to lose little, and seldom enough to cost little, whatever a disk takes.
+
+One that is not as it was written is never continued from.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import sweep
+from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.checkpoint import (
     CHECKPOINT_SECONDS,
@@ -158,3 +163,20 @@ def test_runs_side_by_side_share_one_clock_and_end_with_the_same_bytes_whenever_
     train(cache, tmp_path / "sweep", seconds)
     assert saved == [25, 25, 39, 39]
     assert differing(results(tmp_path / "sweep"), results(tmp_path / "undisturbed")) == []
+
+
+def test_every_changed_byte_of_a_checkpoint_is_noticed_before_a_run_goes_on(tmp_path: Path) -> None:
+    tensors = {"W": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "fired": torch.tensor([True, False])}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(RunCheckpoint(7, tensors, {"rows": 70}))
+    loaded = checkpoints.load(7)
+    assert (loaded.state, {name: value.tolist() for name, value in loaded.tensors.items()}) == (
+        {"rows": 70},
+        {name: value.tolist() for name, value in tensors.items()},
+    )
+    (path,) = tmp_path.iterdir()
+    data = path.read_bytes()
+    for index in range(len(data)):
+        path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
+        with pytest.raises(ArtifactCorrupt, match=r"000000007.safetensors: is no readable checkpoint \(.+delete it"):
+            checkpoints.load(7)
