@@ -12,8 +12,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,7 +30,7 @@ from tailrace.storage.errors import (
     StorageFull,
 )
 from tailrace.storage.formats import refuse_newer
-from tailrace.storage.names import inside, is_plural, temporary_path, with_article
+from tailrace.storage.names import inside, is_plural, remove_abandoned, temporary_path, with_article
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,35 @@ def write_atomically(path: Path, data: bytes) -> None:
         if is_disk_refusal(error):
             raise storage_refused(error, path) from error
         raise
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file that a user asked for as ``write_atomically`` does; delete what killed commands left of it."""
+    remove_abandoned(path)
+    write_atomically(path, data)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory whose files appear at ``path`` all at once at the end, or never.
+
+    Raises ArtifactMismatch if something lies at ``path``, StorageFull if the disk refuses.
+    """
+    remove_abandoned(path)
+    temporary = temporary_path(path)
+    make_directory(temporary)
+    try:
+        yield temporary
+        try:
+            sync_directory(temporary)
+            temporary.rename(path)  # onto nothing, or an empty directory
+            sync_directory(path.parent)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise ArtifactMismatch(f"{path}: something lies here already; choose another path") from error
+            raise storage_refused(error, path) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def refuse_replacing(path: Path) -> None:

@@ -8,11 +8,12 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tailrace.storage.errors import ArtifactCorrupt
 
-_TEMPORARY = re.compile(r"\..+(\.tmp-[^/]+-\d+-\d+|\.parquet\.tmp\d+|\.tmp-records)")
+_TEMPORARY = re.compile(r"\..+(\.tmp-(?P<host>[^/]+)-(?P<process>\d+)-\d+|\.parquet\.tmp\d+|\.tmp-records)")
 """Names of ``temporary_path``, and the two forms that release 0.1 gave its tables and records."""
 LOCK = ".lock"
 """The file by which a process holds a directory that it writes."""
@@ -47,10 +48,26 @@ def remove_temporary(root: Path) -> None:
     """
     for path in entries_below(root):
         if is_temporary(path.name):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _delete(path)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete what killed processes of this machine left half-written of ``path``, which no lock guards."""
+    with suppress(OSError):  # what is left is in nobody's way
+        for entry in path.parent.iterdir():
+            name = _TEMPORARY.fullmatch(entry.name)
+            if name and entry.name.startswith(f".{path.name}.tmp-") and name["host"] == os.uname().nodename:
+                try:
+                    os.kill(int(name["process"]), 0)
+                except ProcessLookupError:
+                    _delete(entry)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def entries_below(root: Path) -> Iterator[Path]:

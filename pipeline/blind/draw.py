@@ -124,7 +124,8 @@ def run(settings: DrawSettings, *, tables: Sequence[Path], output: Path) -> Draw
         ratings.write_blank(path / ratings.FILE, len(items))
         logger.info("wrote %d items", len(items))
         # The ratings are the rater's to change, so they are no file of the artifact.
-        return Made({"n_items": len(items), "commitment": commitment}, [*files, KEY, FORM], ("tailrace", "pyarrow"))
+        record = {"n_items": len(items), "commitment": commitment}
+        return Made(record, [*files, KEY, FORM], ("tailrace", "pyarrow"), beside=[ratings.FILE])
 
     inputs = [one.reference for one in dictionaries]
     publish_stage(output, KIND, {"settings": settings.model_dump(mode="json"), "inputs": inputs}, make)

@@ -22,6 +22,7 @@ from tailrace.pipeline.blind.ledger import Clock, Entry, Ledger, utc_now
 from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.pipeline.blind.settings import OUTCOMES, Outcome
 from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
+from tailrace.storage.artifact import new_directory
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.tables import TablesManifest, read_schema, read_table
 
@@ -62,7 +63,7 @@ class BlindStudy:
 
         def check(entries: list[Entry]) -> None:
             if entries:
-                raise ArtifactMismatch(f"{directory}: a study was begun here already; choose another directory")
+                raise _begun_already(directory)
 
         study = cls(directory, clock)
         study._ledger.append("begin", check, begins=True, subject=subject, mode=mode)
@@ -227,10 +228,17 @@ def begin_from_tables(
         tables = dictionary.tables[index]
     manifest = TablesManifest.read(tables)
     subject = {"site": manifest.site.name, "feature": feature, "tables": manifest.digest, "seed": seed}
-    study = BlindStudy.begin(directory, subject, mode)
-    for one in table_evidence(tables, feature):
-        study.add(one.kind, one.content, source=one.source, about=one.about)
-    return study
+    if (directory / LEDGER).exists():
+        raise _begun_already(directory)
+    with new_directory(directory) as folder:
+        study = BlindStudy.begin(folder, subject, mode)
+        for one in table_evidence(tables, feature):
+            study.add(one.kind, one.content, source=one.source, about=one.about)
+    return BlindStudy(directory)
+
+
+def _begun_already(directory: Path) -> ArtifactMismatch:
+    return ArtifactMismatch(f"{directory}: a study was begun here already; choose another directory")
 
 
 def table_evidence(tables: Path, feature: int) -> list[TableEvidence]:

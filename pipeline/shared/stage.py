@@ -25,6 +25,8 @@ class Made:
     """Names of all files, relative to the directory."""
     libraries: Iterable[str]
     """Packages whose versions had a say in it."""
+    beside: Iterable[str] = ()
+    """Names of files that users put there, and that are no part of it."""
 
 
 def open_draft(output: Path, kind: str, request: Mapping[str, Any]) -> Draft:
@@ -44,4 +46,5 @@ def publish_stage(output: Path, kind: str, request: Mapping[str, Any], make: Cal
             return
         made = make(draft.path)
         about = {"format": ARTIFACT_FORMATS[kind], "inputs": request["inputs"], **made.record}
-        draft.publish({**about, "versions": {name: version(name) for name in made.libraries}}, made.files)
+        about["versions"] = {name: version(name) for name in made.libraries}
+        draft.publish(about, made.files, beside=made.beside)

@@ -23,6 +23,7 @@ from tailrace.storage.artifact import (
     read_sealed,
     verify_artifact,
     write_atomically,
+    write_output,
 )
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import (
@@ -449,3 +450,12 @@ def test_a_manifest_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(ArtifactCorrupt, match=r"manifest.json: cannot be read \(Permission denied\); check"):
         Manifest.read(tmp_path / "a", "table")
+
+
+def test_what_killed_commands_left_of_an_output_is_deleted_when_it_is_written_again(tmp_path: Path) -> None:
+    machine, dead = os.uname().nodename, 2**22 + 1  # beyond the largest process id
+    kept = [f".x.html.tmp-{machine}-{os.getpid()}-1", f".x.html.tmp-other-{dead}-1", f".y.tmp-{machine}-{dead}-1"]
+    for name in (f".x.html.tmp-{machine}-{dead}-1", *kept):
+        (tmp_path / name).touch()
+    write_output(tmp_path / "x.html", b"page")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "x.html"])

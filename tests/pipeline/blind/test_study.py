@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -278,6 +280,23 @@ def test_a_study_begins_with_what_tables_hold_of_its_feature(tables, tmp_path):
     assert second["rank"] == 1
     assert made.view(2) == [{"feature": 1, "kind": "token", "token": " in", "weight": 0.5}]
     assert made.view(3)["promoted_tokens"] == [" up"]
+
+
+def test_a_study_begins_whole_or_not_at_all(tables, tmp_path, monkeypatch):
+    killed = tmp_path / f".study.tmp-{os.uname().nodename}-{2**22 + 1}-1"  # beyond the largest process id
+    killed.mkdir()
+    (killed / "ledger.jsonl").write_text("half")
+    monkeypatch.setattr(BlindStudy, "add", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        begin_from_tables(tmp_path / "study", tables, feature=1, mode="blind")
+    monkeypatch.undo()
+    assert not (tmp_path / "study").exists()
+    begin_from_tables(tmp_path / "study", tables, feature=1, mode="blind")
+    assert {path.name for path in tmp_path.iterdir()} == {"study", "tables"}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").touch()
+    with pytest.raises(ArtifactMismatch, match="full: something lies here already"):
+        begin_from_tables(tmp_path / "full", tables, feature=1, mode="blind")
 
 
 def test_a_random_study_is_of_a_live_feature_and_an_unknown_one_is_refused(tables, tmp_path):
