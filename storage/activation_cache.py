@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tailrace.storage.artifact import read_json
+from tailrace.storage.artifact import published_file, read_json
 from tailrace.storage.cache_format import (
     PROVENANCE,
     VOCABULARY,
@@ -34,7 +34,7 @@ from tailrace.storage.display import card, table
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import LEFT_OUT
 from tailrace.storage.layout import ArraySpec, Side
-from tailrace.storage.names import folder_problem, inside
+from tailrace.storage.names import folder_problem
 from tailrace.storage.orders import Read
 from tailrace.storage.shard import read_rows
 from tailrace.storage.statistics import SiteStatistics
@@ -129,7 +129,7 @@ class ActivationCache:
 
     def vocabulary(self) -> list[str]:
         """Return the string of every token id."""
-        return list(read_json(self.path / VOCABULARY)["tokens"])
+        return list(read_json(published_file(self.path, self.manifest, VOCABULARY, whole=True))["tokens"])
 
     def __repr__(self) -> str:
         rows = "".join(f", {name}={split.n_rows:,} rows" for name, split in self.manifest.splits.items())
@@ -356,16 +356,18 @@ class CacheSplit:
 
     def unit_records(self) -> Iterator[UnitRecord]:
         """Yield the commit records of this split's units, in unit order; a widened unit has several."""
-        return (UnitRecord.read_file(inside(self.root, name)) for names in self._record.unit_records for name in names)
+        return (UnitRecord.read_file(self._file(name)) for names in self._record.unit_records for name in names)
 
     def first_contexts(self) -> list[int]:
         """Return the context of each unit's first row, in unit order; a context may span two units."""
-        first = [inside(self.root, names[0]) for names in self._record.unit_records]
-        return [UnitRecord.read_file(path).first_context for path in first]
+        return [UnitRecord.read_file(self._file(names[0])).first_context for names in self._record.unit_records]
 
     def block_records(self) -> Iterator[BlockRecord]:
         """Yield the commit records of this split's blocks of contexts."""
-        return (BlockRecord.read_file(inside(self.root, name)) for name in self._record.block_records)
+        return (BlockRecord.read_file(self._file(name)) for name in self._record.block_records)
+
+    def _file(self, record: str) -> Path:
+        return published_file(self.root, self.cache.manifest, record, whole=True)
 
     def stream(
         self,

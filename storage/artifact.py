@@ -317,6 +317,26 @@ class Manifest(Record):
         return manifest
 
 
+def published_file(root: Path, manifest: Manifest, name: str, *, whole: bool = False) -> Path:
+    """Return the path of a file that the manifest of the artifact at ``root`` lists, if it is as it was published.
+
+    Its size is compared; its checksum too if it has at most ``SMALL`` bytes, or if it will be read ``whole``. Raises
+    ArtifactCorrupt.
+    """
+    recorded = manifest.files.get(name)
+    path = inside(root, name)
+    if recorded is None:
+        raise ArtifactCorrupt(f"{path}: is no file of the artifact; it has {', '.join(sorted(manifest.files))}")
+    if problems := check_files(root, {name: recorded}, largest=None if whole else SMALL):
+        raise ArtifactCorrupt(f"{problems[0]}; restore the file or make the artifact again")
+    return path
+
+
+SMALL = 16 << 20
+"""Bytes up to which a file is compared with its checksum whenever it is opened: some milliseconds. `pipeline verify`
+compares all."""
+
+
 class Reference(Record):
     """A transcoder or tables that an artifact was made from."""
 
@@ -474,10 +494,11 @@ def check_request(path: Path, recorded: Mapping[str, JSON]) -> list[str]:
     return []
 
 
-def check_files(path: Path, files: Mapping[str, FileRecord]) -> list[str]:
+def check_files(path: Path, files: Mapping[str, FileRecord], *, largest: int | None = None) -> list[str]:
     """Compare files under ``path`` with their recorded ``bytes`` and ``checksum``; return the differences.
 
-    A name that leads out of ``path`` is a difference too; its file is not read.
+    Of files larger than ``largest`` bytes, if it is given, only the size is compared. A name that leads out of ``path``
+    is a difference too; its file is not read.
     """
     problems = []
     for name, recorded in sorted(files.items()):
@@ -491,6 +512,8 @@ def check_files(path: Path, files: Mapping[str, FileRecord]) -> list[str]:
                 problems.append(f"{file}: is missing")
             elif (n_bytes := file.stat().st_size) != recorded.bytes:
                 problems.append(f"{file}: has {n_bytes} bytes, its record says {recorded.bytes}")
+            elif largest is not None and n_bytes > largest:
+                continue
             elif (checksum := checksum_file(file)) != recorded.checksum:
                 problems.append(f"{file}: checksum is {checksum}, its record says {recorded.checksum}")
         except OSError as error:  # a bad sector: the other files are checked all the same

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tailrace.storage.artifact import published_file
 from tailrace.storage.formats import RESERVED_COLUMNS, TABLES_KIND
-from tailrace.storage.names import inside
 from tailrace.storage.tables import TablesManifest, read_schema, read_table
 
 KIND = TABLES_KIND
@@ -34,6 +34,7 @@ class FeatureTables:
         self.path = path
         self.manifest = TablesManifest.read(path)
         self._files = set(self.manifest.files)
+        self._checked: dict[str, Path] = {}
 
     @property
     def n_features(self) -> int:
@@ -123,7 +124,9 @@ class FeatureTables:
         return read_table(self._file("rows.parquet"), columns, pc.field("document") == document)
 
     def _file(self, name: str) -> Path:
-        return inside(self.path, name)
+        if name not in self._checked:
+            self._checked[name] = published_file(self.path, self.manifest, name)
+        return self._checked[name]
 
     def _activation_files(self) -> Iterator[tuple[Path, int, int]]:
         for name in sorted(self._files):

@@ -23,10 +23,9 @@ from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.pipeline.text.columns import BadRow
 from tailrace.pipeline.text.files import COMPRESSIONS, TextFiles
 from tailrace.pipeline.text.json_rows import JsonExamples
-from tailrace.storage.artifact import MANIFEST, Manifest, published_kind
+from tailrace.storage.artifact import MANIFEST, Manifest, published_file, published_kind
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.labels import LABELS, SCHEMA, labels_file
-from tailrace.storage.names import inside
 from tailrace.storage.tables import TableColumn, describe, read_schema, schema_of, table_of
 
 KINDS = ("tables", "sweep", "evaluation", "task", "transcoders")
@@ -291,11 +290,12 @@ def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
     found: dict[str, list[Path]] = {}
     if kind == KINDS[0]:  # no manifest lists labels, since they change
         found[LABELS] = [] if (labels := labels_file(artifact)) is None else [labels]
-    for name in sorted(Manifest.read(artifact, kind).files):
+    manifest = Manifest.read(artifact, kind)
+    for name in sorted(manifest.files):
         place = PurePosixPath(name)
         if place.suffix == ".parquet":
             table = place.stem if len(place.parts) == 1 else place.parts[0]
-            found.setdefault(table, []).append(inside(artifact, name))
+            found.setdefault(table, []).append(published_file(artifact, manifest, name))
     return {table: tuple(files) for table, files in found.items()}
 
 

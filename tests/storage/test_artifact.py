@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tailrace.storage import artifact
 from tailrace.storage.artifact import (
     MANIFEST,
     REQUEST,
@@ -20,6 +21,7 @@ from tailrace.storage.artifact import (
     canonical_json,
     digest,
     make_directory,
+    published_file,
     read_sealed,
     verify_artifact,
     write_atomically,
@@ -459,3 +461,21 @@ def test_what_killed_commands_left_of_an_output_is_deleted_when_it_is_written_ag
         (tmp_path / name).touch()
     write_output(tmp_path / "x.html", b"page")
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "x.html"])
+
+
+def test_a_file_is_compared_with_its_record_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path)
+    manifest = Manifest.read(tmp_path, "table")
+    assert published_file(tmp_path, manifest, "rows.bin") == tmp_path / "rows.bin"
+    with pytest.raises(ArtifactCorrupt, match="lines: is no file of the artifact; it has log/lines.txt, rows.bin"):
+        published_file(tmp_path, manifest, "lines")
+    (tmp_path / "rows.bin").write_bytes(b"0123456780")
+    with pytest.raises(ArtifactCorrupt, match="rows.bin: checksum is"):
+        published_file(tmp_path, manifest, "rows.bin")
+    monkeypatch.setattr(artifact, "SMALL", 9)
+    published_file(tmp_path, manifest, "rows.bin")  # a large file's size alone is compared
+    with pytest.raises(ArtifactCorrupt, match="rows.bin: checksum is"):
+        published_file(tmp_path, manifest, "rows.bin", whole=True)
+    (tmp_path / "rows.bin").write_bytes(b"0123456789+")
+    with pytest.raises(ArtifactCorrupt, match="rows.bin: has 11 bytes, its record says 10; restore the file"):
+        published_file(tmp_path, manifest, "rows.bin")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tailrace.storage.artifact import make_directory, sync_directory
+from tailrace.storage.artifact import make_directory, published_file, sync_directory
 from tailrace.storage.errors import ArtifactCorrupt, StorageFull
 from tailrace.storage.names import temporary_path
 from tailrace.training.architectures.base import Transcoder
@@ -79,7 +79,7 @@ def load_transcoder(path: Path | str, weights: str = WEIGHTS) -> Transcoder:
     with weights_as_described(path / weights):
         transcoder = manifest.architecture.build(manifest.site.d_in, manifest.site.d_out, manifest.d_sae)
         transcoder.b_dec, transcoder.tied_bias = None, False
-        transcoder.load_state_dict(load_file(path / weights))
+        transcoder.load_state_dict(load_file(published_file(path, manifest, weights, whole=True)))
     return transcoder.eval().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tailrace.storage.artifact import published_file
 from tailrace.storage.cache_format import Site
 from tailrace.training.architectures import JumpReLU
 from tailrace.training.architectures.base import Transcoder
@@ -151,8 +152,9 @@ def open_weights(path: Path | str) -> Iterator[WeightsFile]:
     """
     path = Path(path)
     manifest = CrossLayerManifest.read(path)
-    with weights_as_described(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file:
-        yield WeightsFile(file, list(manifest.sites), manifest.d_sae, manifest.digest)
+    file = published_file(path, manifest, WEIGHTS)
+    with weights_as_described(file), safe_open(file, framework="pt") as opened:
+        yield WeightsFile(opened, list(manifest.sites), manifest.d_sae, manifest.digest)
 
 
 @torch.no_grad()
@@ -182,7 +184,7 @@ def load_cross_layer(path: Path | str, weights: str = WEIGHTS) -> CrossLayerTran
     first = manifest.sites[0]
     transcoder = CrossLayerTranscoder(len(manifest.sites), first.d_in, first.d_out, manifest.d_sae)
     with weights_as_described(path / weights):
-        transcoder.load_state_dict(load_file(path / weights))
+        transcoder.load_state_dict(load_file(published_file(path, manifest, weights, whole=True)))
     return transcoder.eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tailrace.storage.artifact import published_file
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Trace, Transcoder
 from tailrace.training.architectures.manifest import WEIGHTS, TranscoderManifest
@@ -70,8 +71,7 @@ class _MeanAbsoluteProducts(torch.autograd.Function):
 def _weights_file(path: Path) -> Path:
     """Return the file of a published transcoder, or ``path`` if it is a safetensors file."""
     if path.is_dir():
-        TranscoderManifest.read(path)
-        return path / WEIGHTS
+        return published_file(path, TranscoderManifest.read(path), WEIGHTS)
     if path.suffix != ".safetensors":
         kind = "is a file with another ending" if path.exists() else "there is nothing at this path"
         raise SettingsError(
