@@ -180,10 +180,10 @@ def test_nothing_there_another_kind_and_no_json_are_told_apart(tmp_path: Path) -
     with pytest.raises(ArtifactMismatch, match="holds a table, wanted a transcoder"):
         Manifest.read(tmp_path / "a", "transcoder")
     (tmp_path / "a" / MANIFEST).write_text("{")
-    with pytest.raises(ArtifactCorrupt, match="is not valid JSON"):
+    with pytest.raises(ArtifactCorrupt, match=r"is not valid JSON"):
         Manifest.read(tmp_path / "a", "table")
     (tmp_path / "a" / MANIFEST).write_text("[]")
-    with pytest.raises(ArtifactCorrupt, match="is no manifest"):
+    with pytest.raises(ArtifactCorrupt, match=r"is no manifest"):
         Manifest.read(tmp_path / "a", "table")
 
 
@@ -220,7 +220,7 @@ def test_a_sealed_manifest_cannot_be_reformatted(tmp_path: Path) -> None:
     publish(tmp_path / "a")
     path = tmp_path / "a" / MANIFEST
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(ArtifactCorrupt, match="differs from its own digest"):
+    with pytest.raises(ArtifactCorrupt, match=r"differs from its own digest"):
         read_sealed(path)
 
 
@@ -467,15 +467,15 @@ def test_a_file_is_compared_with_its_record_when_it_is_opened(tmp_path: Path, mo
     publish(tmp_path)
     manifest = Manifest.read(tmp_path, "table")
     assert published_file(tmp_path, manifest, "rows.bin") == tmp_path / "rows.bin"
-    with pytest.raises(ArtifactCorrupt, match="lines: is no file of the artifact; it has log/lines.txt, rows.bin"):
+    with pytest.raises(ArtifactCorrupt, match=r"lines: is no file of the artifact; it has log/lines.txt, rows.bin"):
         published_file(tmp_path, manifest, "lines")
     (tmp_path / "rows.bin").write_bytes(b"0123456780")
-    with pytest.raises(ArtifactCorrupt, match="rows.bin: checksum is"):
+    with pytest.raises(ArtifactCorrupt, match=r"rows.bin: checksum is"):
         published_file(tmp_path, manifest, "rows.bin")
     monkeypatch.setattr(artifact, "SMALL", 9)
     published_file(tmp_path, manifest, "rows.bin")  # a large file's size alone is compared
-    with pytest.raises(ArtifactCorrupt, match="rows.bin: checksum is"):
+    with pytest.raises(ArtifactCorrupt, match=r"rows.bin: checksum is"):
         published_file(tmp_path, manifest, "rows.bin", whole=True)
     (tmp_path / "rows.bin").write_bytes(b"0123456789+")
-    with pytest.raises(ArtifactCorrupt, match="rows.bin: has 11 bytes, its record says 10; restore the file"):
+    with pytest.raises(ArtifactCorrupt, match=r"rows.bin: has 11 bytes, its record says 10; restore the file"):
         published_file(tmp_path, manifest, "rows.bin")

@@ -14,22 +14,54 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+import xxhash
 
 from tailrace.storage.artifact import is_disk_refusal, storage_refused
-from tailrace.storage.errors import NonFiniteActivation
+from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation
 from tailrace.training.architectures.manifest import METRICS, TIMING
 from tailrace.training.loop.firing_frequency import EDGES
 from tailrace.training.loop.loggers import Logger, Loggers
 
 
-class JsonLines:
-    """An append-only file of one JSON object per line, cut back to ``n_bytes`` on opening."""
+class Extent(NamedTuple):
+    """What a file held when it was last made to survive a power cut."""
 
-    def __init__(self, path: Path, n_bytes: int = 0) -> None:
+    n_bytes: int = 0
+    checksum: str | None = None
+    """Of these bytes; None where it is not known."""
+
+
+class JsonLines:
+    """An append-only file of one JSON object per line, cut back on opening to what it held at ``extent``.
+
+    Raises ArtifactCorrupt if that is not what it begins with.
+    """
+
+    def __init__(self, path: Path, extent: Extent = Extent()) -> None:
         self.path = path
-        self._file = path.open("ab")
-        self._file.truncate(n_bytes)
+        try:  # what a link leads to is not this run's to cut
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b")
+        except OSError as error:
+            raise storage_refused(error, path) from error
+        self._checksum = xxhash.xxh3_128()
+        try:
+            self._take_up(extent)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take_up(self, extent: Extent) -> None:
+        self._file.seek(0)
+        while block := self._file.read(min(extent.n_bytes - self._file.tell(), 1 << 20)):
+            self._checksum.update(block)
+        if self._file.tell() != extent.n_bytes or extent.checksum not in (None, self._checksum.hexdigest()):
+            raise ArtifactCorrupt(
+                f"{self.path}: is not what the run had written at its checkpoint ({extent.n_bytes:,} bytes); restore it, "
+                "or begin anew with --fresh or at another path"
+            )
+        self._file.truncate(extent.n_bytes)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; keys keep their order.
@@ -47,15 +79,16 @@ class JsonLines:
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
+            self._checksum.update(line.encode() + b"\n")
         except OSError as error:
             if is_disk_refusal(error):
                 raise storage_refused(error, self.path) from error
             raise
 
-    def commit(self) -> int:
-        """Make all lines survive a power cut; return the file's size in bytes."""
+    def commit(self) -> Extent:
+        """Make all lines survive a power cut; return what the file holds."""
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return Extent(self._file.tell(), self._checksum.hexdigest())
 
     def close(self) -> None:
         """Close the file."""
@@ -82,14 +115,14 @@ class RunLog:
         config: Mapping[str, Any],
         first_step: int,
         first_row: int,
-        n_bytes: int,
+        extent: Extent,
     ) -> None:
-        """``n_bytes``: size of ``metrics.jsonl`` at ``first_step``. Raises SettingsError if a logger cannot start."""
+        """``extent``: of ``metrics.jsonl`` at ``first_step``. Raises SettingsError if a logger cannot start."""
         self._loggers = Loggers(loggers)
         self._loggers.start(directory, run_name, config, first_step)
         timing = directory / TIMING
-        self._metrics = JsonLines(directory / METRICS, n_bytes)
-        self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
+        self._metrics = JsonLines(directory / METRICS, extent)
+        self._timing = JsonLines(timing, Extent(timing.stat().st_size if timing.exists() else 0))
         self._started, self._first_row = time.monotonic(), first_row
 
     def write(self, step: int, rows: int, split: str, record: Mapping[str, Any]) -> None:
@@ -115,8 +148,8 @@ class RunLog:
         """Return the rows per second since the log was opened, after ``rows`` of them."""
         return (rows - self._first_row) / max(1e-9, time.monotonic() - self._started)
 
-    def commit(self) -> int:
-        """Make all lines survive a power cut; return the size of ``metrics.jsonl`` in bytes."""
+    def commit(self) -> Extent:
+        """Make all lines survive a power cut; return what ``metrics.jsonl`` holds."""
         return self._metrics.commit()
 
     def close(self) -> None:

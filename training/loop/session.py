@@ -27,7 +27,7 @@ from tailrace.training.loop.evaluate import HeldoutScore
 from tailrace.training.loop.firing_frequency import LOG_SPARSITY, FiringWindow
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.run import TrainingRun
-from tailrace.training.loop.run_log import RunLog
+from tailrace.training.loop.run_log import Extent, RunLog
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.step_metrics import native_metrics, reference_metrics
 from tailrace.training.rows.batches import BatchStream, SiteBatches
@@ -122,14 +122,15 @@ class Session:
         """Continue from the checkpoint at ``step``, or begin where it is None; return the stream's state there."""
         # Newer ones, of a run that was ahead, would push out those that it has in common with the others.
         self._checkpoints.discard_after(-1 if step is None else step)
-        n_bytes, stream_state = 0, None
+        extent, stream_state = Extent(), None
         if step is not None:
             checkpoint = self._checkpoints.load(step)
             state = checkpoint.state
             self.run.load_state(checkpoint.tensors, state["run"], n_steps_done=step, n_rows_done=state["rows"])
             self._window.load_state(checkpoint.tensors)
             self._n_resampled_logged = state["n_resampled_logged"]
-            n_bytes, self.scores, stream_state = state["metrics_bytes"], state["scores"], state["stream"]
+            extent = Extent(state["metrics_bytes"], state.get("metrics_checksum"))
+            self.scores, stream_state = state["scores"], state["stream"]
             logger.info("continuing at step %d of %d", step, self.n_steps)
         self._log = RunLog(
             self.directory,
@@ -138,7 +139,7 @@ class Session:
             config=self._settings.model_dump(mode="json"),
             first_step=self.run.n_steps_done,
             first_row=self.run.n_rows_done,
-            n_bytes=n_bytes,
+            extent=extent,
         )
         hidden = True if self._quiet else None  # None: hidden unless standard error is a terminal
         self._bar = tqdm(
@@ -296,11 +297,13 @@ class Session:
     def _save_checkpoint(self, step: int, stream: BatchStream, clock: CheckpointClock) -> None:
         assert self._log is not None
         with clock.writing():
+            logged = self._log.commit()
             state = {
                 "rows": self.run.n_rows_done,
                 "run": self.run.state(),
                 "stream": stream.state_dict(),
-                "metrics_bytes": self._log.commit(),
+                "metrics_bytes": logged.n_bytes,
+                "metrics_checksum": logged.checksum,
                 "n_resampled_logged": self._n_resampled_logged,
                 "scores": self.scores,
             }
