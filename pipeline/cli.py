@@ -11,11 +11,14 @@ import importlib
 import logging
 import os
 import platform
+import shlex
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -158,10 +161,16 @@ def _show_versions(context: click.Context, _: click.Parameter, asked: bool) -> N
     """Print what a report of a fault must say: our version, Python and system, and the libraries results depend on."""
     if not asked or context.resilient_parsing:
         return
-    click.echo(f"pipeline, version {version('tailrace')}")
-    click.echo(f"Python {platform.python_version()}, {platform.platform()}")
-    click.echo(", ".join(f"{name} {version(name)}" for name in _LIBRARIES))
+    click.echo(_versions())
     context.exit()
+
+
+def _versions() -> str:
+    return (
+        f"pipeline, version {version('tailrace')}\n"
+        f"Python {platform.python_version()}, {platform.platform()}\n"
+        + ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+    )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST})
@@ -268,3 +277,41 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _print_error(str(error))
         sys.exit(2 if isinstance(error, SettingsError) else 1)
+    except BrokenPipeError:  # `pipeline query … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_BROKEN_PIPE)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        is_of_disk = isinstance(error, OSError) and error.errno is not None
+        _print_error(_refused(error) if is_of_disk else _unexpected(error, arguments))
+        sys.exit(1 if is_of_disk else _UNEXPECTED)
+
+
+_BROKEN_PIPE = 141
+_UNEXPECTED = 70
+"""Exit code of a fault of this program, as in sysexits.h."""
+
+
+def _refused(error: Exception) -> str:
+    """Return what the system refused, and how to go on."""
+    assert isinstance(error, OSError), "what the system refuses comes as an OSError"
+    path = "" if error.filename is None else f"{error.filename}: "
+    return (
+        f"{path}{error.strerror}. What is finished is kept: put that right, then run the same command again to continue"
+    )
+
+
+def _unexpected(error: Exception, arguments: Sequence[str]) -> str:
+    """Return what to do about a fault of this program, whose traceback goes to a file."""
+    where = "run the command again with --debug before its name for the traceback"
+    with suppress(OSError):
+        with tempfile.NamedTemporaryFile("w", prefix="tailrace-fault-", suffix=".txt", delete=False) as file:
+            file.write(f"{shlex.join(['pipeline', *arguments])}\n{_versions()}\n\n")
+            traceback.print_exception(error, file=file)
+        where = f"the traceback is in {file.name}"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return (
+        f"a fault of this program ({type(error).__name__}: {first}); {where}. What is finished is kept; the same command "
+        "again continues. Please report it with that file"
+    )

@@ -33,13 +33,16 @@ class Extent(NamedTuple):
     """Of these bytes; None where it is not known."""
 
 
+NOTHING = Extent()
+
+
 class JsonLines:
     """An append-only file of one JSON object per line, cut back on opening to what it held at ``extent``.
 
     Raises ArtifactCorrupt if that is not what it begins with.
     """
 
-    def __init__(self, path: Path, extent: Extent = Extent()) -> None:
+    def __init__(self, path: Path, extent: Extent = NOTHING) -> None:
         self.path = path
         try:  # what a link leads to is not this run's to cut
             self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b")
@@ -58,8 +61,8 @@ class JsonLines:
             self._checksum.update(block)
         if self._file.tell() != extent.n_bytes or extent.checksum not in (None, self._checksum.hexdigest()):
             raise ArtifactCorrupt(
-                f"{self.path}: is not what the run had written at its checkpoint ({extent.n_bytes:,} bytes); restore it, "
-                "or begin anew with --fresh or at another path"
+                f"{self.path}: is not what the run had written at its checkpoint ({extent.n_bytes:,} bytes); restore "
+                "it, or begin anew with --fresh or at another path"
             )
         self._file.truncate(extent.n_bytes)
 

@@ -18,7 +18,7 @@ from tailrace.storage.errors import SettingsError
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.firing_frequency import EDGES
 from tailrace.training.loop.loggers import Logger, Loggers, TensorBoardLogger, WandbLogger, build_loggers
-from tailrace.training.loop.run_log import Extent, RunLog
+from tailrace.training.loop.run_log import NOTHING, Extent, RunLog
 from tailrace.training.loop.session import Session
 from tailrace.training.loop.settings import TrainSettings
 from tests.training.loop.test_train_all import PlantedRows, statistics_of
@@ -59,7 +59,7 @@ class Missing(Recorder):
         raise SettingsError(f"{self.name} is not there")
 
 
-def open_log(directory: Path, loggers: Sequence[Logger], first_step: int = 0, extent: Extent = Extent()) -> RunLog:
+def open_log(directory: Path, loggers: Sequence[Logger], first_step: int = 0, extent: Extent = NOTHING) -> RunLog:
     return RunLog(
         directory,
         loggers=loggers,
