@@ -277,9 +277,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _print_error(str(error))
         sys.exit(2 if isinstance(error, SettingsError) else 1)
-    except BrokenPipeError:  # `pipeline query … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_BROKEN_PIPE)
     except Exception as error:
         if "--debug" in arguments:
             raise
@@ -288,7 +285,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1 if is_of_disk else _UNEXPECTED)
 
 
-_BROKEN_PIPE = 141
 _UNEXPECTED = 70
 """Exit code of a fault of this program, as in sysexits.h."""
 
@@ -312,6 +308,6 @@ def _unexpected(error: Exception, arguments: Sequence[str]) -> str:
         where = f"the traceback is in {file.name}"
     first = (str(error).strip() or "no message").splitlines()[0]
     return (
-        f"a fault of this program ({type(error).__name__}: {first}); {where}. What is finished is kept; the same command "
-        "again continues. Please report it with that file"
+        f"a fault of this program ({type(error).__name__}: {first}); {where}. What is finished is kept; the same "
+        "command again continues. Please report it with that file"
     )

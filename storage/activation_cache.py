@@ -34,7 +34,7 @@ from tailrace.storage.display import card, table
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import LEFT_OUT
 from tailrace.storage.layout import ArraySpec, Side
-from tailrace.storage.names import folder_problem
+from tailrace.storage.names import folder_problem, inside
 from tailrace.storage.orders import Read
 from tailrace.storage.shard import read_rows
 from tailrace.storage.statistics import SiteStatistics
@@ -367,6 +367,8 @@ class CacheSplit:
         return (BlockRecord.read_file(self._file(name)) for name in self._record.block_records)
 
     def _file(self, record: str) -> Path:
+        if not self.cache.manifest.files:  # a generation that is being published
+            return inside(self.root, record)
         return published_file(self.root, self.cache.manifest, record, whole=True)
 
     def stream(

@@ -8,6 +8,7 @@ The differences between two JSON values, in few lines.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -33,7 +34,7 @@ from tailrace.storage.artifact import (
     sync_files,
     write_atomically,
 )
-from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch
+from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch, StorageFull
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.names import LOCK, entries_below, is_plural, is_temporary, remove_temporary, with_article
 
@@ -129,6 +130,9 @@ class Lock:
         except BlockingIOError:
             pass
         except OSError as error:
+            self._remove_made()
+            if error.errno in _NO_LOCKS:
+                raise _unlockable(error, directory) from error
             raise storage_refused(error, directory) from error
         raise ArtifactBusy(
             f"{directory}: another process is writing here; wait for it to finish or choose another path"
@@ -148,8 +152,10 @@ class Lock:
         except FileNotFoundError:
             os.close(self._file)
             return False
-        except OSError:
+        except OSError as error:
             os.close(self._file)
+            if is_new and not isinstance(error, BlockingIOError):
+                self._path.unlink()
             raise
         self._made += [self._path] * is_new
         return True
@@ -171,9 +177,23 @@ class Lock:
             self.remove()
         else:
             self.release()
+        self._remove_made()
+
+    def _remove_made(self) -> None:
         for directory in reversed(self._made):
             with suppress(OSError):
                 directory.rmdir()
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Answers of a file system that has no locks: NFS without its lock daemon, some of FUSE."""
+
+
+def _unlockable(error: OSError, directory: Path) -> StorageFull:
+    return StorageFull(
+        f"{directory}: its file system has no locks ({os.strerror(error.errno or 0)}), so that two processes could "
+        "write the same files; choose a path on a local disk, or have locking switched on"
+    )
 
 
 def _open(path: Path) -> tuple[int, bool]:

@@ -198,7 +198,9 @@ def discard_draft(path: Path) -> None:
         # The request goes last: a deletion that is cut short is still recognised as a draft.
         leftovers = [entry for entry in path.iterdir() if entry.name not in (LOCK, REQUEST)]
         for entry in [*leftovers, path / REQUEST]:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if entry.is_symlink() and entry.name == CHECKPOINTS:
+                Checkpoints(entry).clear()
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     except BaseException:
         lock.release()
         raise

@@ -73,6 +73,16 @@ def test_only_listed_files_are_published(tmp_path: Path) -> None:
         assert set(draft.publish({}, ["rows", "deep/er/b"], beside=["logs"])["files"]) == {"rows", "deep/er/b"}
 
 
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:  # injected: the answer of NFS without its lock daemon
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageFull, match=r"its file system has no locks \(No locks available\).+ a local disk"):
+        Draft(tmp_path / "new", "table", {})
+    assert names(tmp_path) == []
+
+
 def test_a_draft_that_ends_before_anything_is_written_takes_the_folders_made_for_it_back(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Draft(tmp_path / "new" / "place", "table", {}):
         raise ZeroDivisionError

@@ -149,8 +149,13 @@ class Checkpoints:
                 path.unlink()
 
     def clear(self) -> None:
-        """Remove every checkpoint and what a killed writer left: the run is published."""
-        if self._directory.exists():
+        """Remove every checkpoint and what a killed writer left: the run is published.
+
+        Of a link, as where a user moved them to another disk, the checkpoints behind it and nothing else.
+        """
+        if self._directory.is_symlink():
+            self.discard_after(-1)
+        elif self._directory.exists():
             shutil.rmtree(self._directory)
 
     def _part(self, rank: int) -> Path:

@@ -180,3 +180,14 @@ def test_every_changed_byte_of_a_checkpoint_is_noticed_before_a_run_goes_on(tmp_
         path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
         with pytest.raises(ArtifactCorrupt, match=r"000000007.safetensors: is no readable checkpoint \(.+delete it"):
             checkpoints.load(7)
+
+
+def test_checkpoints_that_a_user_moved_by_a_link_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "thesis").touch()
+    (tmp_path / "checkpoints").symlink_to("big")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(RunCheckpoint(1, {"W": torch.ones(1)}, {}))
+    assert checkpoints.steps() == [1]
+    checkpoints.clear()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["big", "checkpoints", "thesis"]
