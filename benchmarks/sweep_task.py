@@ -40,7 +40,7 @@ class ReadCount:
 def isolated_steps(cache: Path, settings: TrainSettings, n_steps: int) -> float:
     """Return the seconds of ``n_steps`` steps of one run on batches in memory, after as many to get warm."""
     device = torch.device("cpu")
-    source = CacheSource(cache, batch_rows=settings.batch_rows, order_seed=0, device=device)
+    source = CacheSource(open_cache(cache), batch_rows=settings.batch_rows, order_seed=0, device=device)
     with source.open([source.sites[SITE]], cache) as rows:
         run = build_run(
             settings,

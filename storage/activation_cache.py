@@ -7,7 +7,9 @@ Rows are read here unit by unit and in token order, which is what analysis wants
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tailrace.storage.artifact import published_file, read_json
+from tailrace.storage.artifact import REQUEST, published_file, read_json
 from tailrace.storage.cache_format import (
     PROVENANCE,
     VOCABULARY,
@@ -43,6 +45,8 @@ from tailrace.storage.stream import RowStream, StreamSource
 if TYPE_CHECKING:  # a training run reads no tables
     import pyarrow as pa
 
+logger = logging.getLogger(__name__)
+
 
 def open_cache(path: Path | str, generation: int | None = None) -> ActivationCache:
     """Open a published cache, at its newest generation by default.
@@ -63,6 +67,32 @@ def open_cache(path: Path | str, generation: int | None = None) -> ActivationCac
         manifest = CacheManifest.read_file(older)
     _check_names(root, manifest)
     return ActivationCache(root, manifest)
+
+
+def reopen_cache(path: Path | str, output: Path) -> ActivationCache:
+    """Open a cache at the generation that the artifact or draft at ``output`` was begun with, else at its newest.
+
+    ``output`` may be a folder of such. So a cache that has grown strands no unfinished run. The errors are those of
+    ``open_cache``.
+    """
+    cache = open_cache(path)
+    for request in (output / REQUEST, *sorted(output.glob(f"*/{REQUEST}"))):
+        with suppress(OSError, ValueError):
+            begun = _generation_in(json.loads(request.read_bytes()), cache.cache_id)
+            if begun is not None and begun < cache.generation:
+                newest = cache.generation
+                logger.warning("%s: generation %d of 0 to %d is read: %s began with it", path, begun, newest, output)
+                return open_cache(path, begun)
+    return cache
+
+
+def _generation_in(request: Any, cache_id: str) -> int | None:
+    """Return the generation of a cache that a request names, wherever it does."""
+    if isinstance(request, dict):
+        if request.get("cache_id") == cache_id and isinstance(request.get("generation"), int):
+            return int(request["generation"])
+        return next((at for part in request.values() if (at := _generation_in(part, cache_id)) is not None), None)
+    return None
 
 
 def _check_names(root: Path, manifest: CacheManifest) -> None:

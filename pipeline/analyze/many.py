@@ -78,7 +78,13 @@ def run(
     check_workers(compute, is_live=live is not None)
     with compute.opened():
         open_source = open_sources(
-            settings, [one.path for one in opened], cache=cache, live=live, model=model, device=compute.device_name
+            settings,
+            [one.path for one in opened],
+            cache=cache,
+            live=live,
+            output=output,
+            model=model,
+            device=compute.device_name,
         )
         if live is None:
             refuse_unused_model(settings, model, downstream)

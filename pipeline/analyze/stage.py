@@ -48,7 +48,7 @@ from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.stage import Made, open_draft, publish_stage
-from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.activation_cache import ActivationCache, reopen_cache
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.cache_format import Site
 from tailrace.storage.display import card
@@ -143,7 +143,7 @@ def run(
     check_workers(compute, is_live=live is not None)
     with compute.opened():
         open_source = open_sources(
-            settings, [transcoder], cache=cache, live=live, model=model, device=compute.device_name
+            settings, [transcoder], cache=cache, live=live, output=output, model=model, device=compute.device_name
         )
         if live is None:
             refuse_unused_model(settings, model, downstream)
@@ -162,12 +162,13 @@ def open_sources(
     *,
     cache: Path | None,
     live: FreshText | None,
+    output: Path,
     model: str | None,
     device: str,
 ) -> SourceOf:
     """Open what all of ``transcoders`` have their rows from: one of cache and text, or SettingsError is raised."""
     if cache is not None and live is None:
-        opened = open_cache(cache)
+        opened = reopen_cache(cache, output)
 
         def of_cache(layer: TranscoderLayer) -> Source:
             site = check_same_site(opened, layer)

@@ -41,7 +41,7 @@ from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_pass
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
-from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, reopen_cache
 from tailrace.storage.display import card, share, table
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.tables import write_table
@@ -96,7 +96,7 @@ def run(
     Raises ArtifactMismatch if a transcoder belongs to another model or site, if the model is not the cache's, or if
     another evaluation lies at ``output``; SettingsError if two transcoders replace the same site.
     """
-    opened = open_cache(cache)
+    opened = reopen_cache(cache, output)
     split = opened.split(settings.split)
     given = _check_fit(opened, open_transcoders(transcoders))
     digests = {name: {"digest": one.manifest.digest} for name, one in _named(given, "cross-layer").items()}

@@ -142,7 +142,7 @@ def _train(
 ) -> CircuitsModelResult:
     runs = {site: settings.training(site) for site in cached.sites}
     with compute.opened() as on, ExitStack() as stack:
-        source = CacheSource(cached.path, batch_rows=settings.batch_rows, order_seed=settings.seed, device=on)
+        source = CacheSource(cached, batch_rows=settings.batch_rows, order_seed=settings.seed, device=on)
         context = RunContext(on, ModelScores(ModelScoreSettings(), source, model=None, device=compute.device_name))
         requests = {site: context.request(training, source) for site, training in runs.items()}
         request = {"format": FORMAT_VERSION, "runs": requests}

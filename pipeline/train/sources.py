@@ -17,7 +17,7 @@ import torch
 
 from tailrace.analysis.circuits.record import mlp_layer
 from tailrace.pipeline.artifacts.folders import by_number
-from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.layout import Side
@@ -104,8 +104,8 @@ class TrainingSource(Protocol):
 class CacheSource:
     """The rows of a published cache."""
 
-    def __init__(self, cache: Path, *, batch_rows: int, order_seed: int, device: torch.device) -> None:
-        self.cache = open_cache(cache)
+    def __init__(self, cache: ActivationCache, *, batch_rows: int, order_seed: int, device: torch.device) -> None:
+        self.cache = cache
         self._batch_rows, self._order_seed, self._device = batch_rows, order_seed, device
 
     @property

@@ -22,6 +22,7 @@ from tailrace.pipeline.train.run_set import RunContext, RunDraft, kind_of, train
 from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource, TrainingSource
 from tailrace.pipeline.train.warm_start import WarmStart
+from tailrace.storage.activation_cache import reopen_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from tailrace.storage.display import card, share
 from tailrace.storage.draft import Draft, Lock
@@ -146,7 +147,8 @@ def open_source(
     if (cache is None) == (live is None):
         raise SettingsError("train on a cache or on live rows: give one of them")
     if cache is not None:
-        yield CacheSource(cache, batch_rows=settings.batch_rows, order_seed=settings.order_seed, device=device)
+        opened = reopen_cache(cache, output)
+        yield CacheSource(opened, batch_rows=settings.batch_rows, order_seed=settings.order_seed, device=device)
         return
     from tailrace.pipeline.train.live_source import LiveSource  # seconds, which training from a cache does not need
 

@@ -304,7 +304,7 @@ def late(tmp_path_factory):
     folder = tmp_path_factory.mktemp("late")
     cache = run_cache(folder / "cache", layers="all", tokens=100, first_position=4).cache
     run_cache(folder / "everywhere", layers="all", tokens=100)
-    packing = CacheSource(cache.path, batch_rows=8, order_seed=0, device=torch.device("cpu")).description()["packing"]
+    packing = CacheSource(cache, batch_rows=8, order_seed=0, device=torch.device("cpu")).description()["packing"]
     for layer in range(2):
         coder = random_transcoder(seed=layer)
         publish_transcoder(folder / f"t/{layer}", cache, f"layer{layer}", coder, {"packing": packing})

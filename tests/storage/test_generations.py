@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.activation_cache import ActivationCache, open_cache, reopen_cache
+from tailrace.storage.artifact import canonical_json
 from tailrace.storage.cache_publish import keep_superseded
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMissing, SettingsError
@@ -196,3 +197,17 @@ def test_without_links_the_superseded_shards_are_copied(tmp_path: Path, monkeypa
     aside = tmp_path / "cache" / "superseded" / "0" / "train" / "sites" / "layer0" / "in" / "c" / "2" / "0"
     assert aside.stat().st_nlink == 1
     assert np.array_equal(cache.split("train").read_unit(2, ["layer0/in"])["layer0/in"], before)
+
+
+def test_what_was_begun_with_a_generation_reads_it_again_after_the_cache_has_grown(path: Path) -> None:
+    cache = write_synthetic_cache(path)
+    run, others = path.parent / "sweep", path.parent / "others"
+    for folder, reference in ((run / "layer0", cache.reference), (others, {**cache.reference, "cache_id": "another"})):
+        folder.mkdir(parents=True)
+        request = {"runs": {"a": {"inputs": {"cache": reference}}}}
+        (folder / "request.json").write_bytes(canonical_json(request))
+    for _ in extend_in_steps(path, n_contexts=2 * cache.split("train").n_contexts):
+        pass
+    assert [reopen_cache(path, output).generation for output in (run, others, path.parent / "new")] == [0, 1, 1]
+    (run / "layer0" / "request.json").write_text("[")
+    assert reopen_cache(path, run).generation == 1

@@ -221,7 +221,7 @@ def test_everything_that_does_not_fit_is_told_at_once(cache: Path, tmp_path: Pat
 def test_sites_are_named_one_by_one_or_as_a_range(tmp_path: Path) -> None:
     names = {name.replace("blocks.", "layer").removesuffix(".mlp"): side for name, side in rows(1, 128).items()}
     cache = publish_cache(tmp_path / "cache", {name: {"train": side} for name, side in names.items()})
-    source = CacheSource(cache, batch_rows=64, order_seed=0, device=torch.device("cpu"))
+    source = CacheSource(open_cache(cache), batch_rows=64, order_seed=0, device=torch.device("cpu"))
     for text in ("layer0-1", "layer0-layer1", "layer0, layer1"):
         with pytest.raises(SettingsError) as refused:  # these hooks name no layer, but both sites were found
             choose_sites(TrainSettings.read(SETTINGS, {"site": text}), source)
