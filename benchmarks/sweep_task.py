@@ -18,6 +18,7 @@ from benchmarks.made_up_rows import SITE
 from tailrace.pipeline.cli import main
 from tailrace.pipeline.train.sources import CacheSource
 from tailrace.storage import shard
+from tailrace.storage.activation_cache import open_cache
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.settings import TrainSettings
