@@ -46,7 +46,7 @@ class HookName(NamedTuple):
         """The layer whose block the point is in; None outside all blocks."""
         first, _, rest = self.point.partition(".")
         number = rest.partition(".")[0]
-        return int(number) if first == "blocks" and number.isdigit() else None
+        return int(number) if first == "blocks" and re.fullmatch(r"\d{1,9}", number) else None
 
     def __str__(self) -> str:
         return self.point if self.head is None else f"{self.point}[{self.head}]"

@@ -69,7 +69,7 @@ class Condition:
                 f"fields are {', '.join(FIELDS)}"
             )
         field, comparator, value = match[1], match[2].replace("==", "="), match[3]
-        number = int(value) if re.fullmatch(r"[+-]?[0-9]+", value) else value
+        number = int(value) if re.fullmatch(r"[+-]?[0-9]{1,18}", value) else value
         return cls(field, comparator, number)
 
     def holds(self, nodes: NodeColumns) -> NDArray[np.bool_]:

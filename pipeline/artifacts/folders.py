@@ -85,4 +85,5 @@ def _entries(path: Path, name: str) -> list[Path]:
 
 def by_number(name: str) -> list[tuple[int, str]]:
     """Return a key by which numbers inside names sort as numbers: layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d{1,18})", name)  # every second part is a number
+    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)]

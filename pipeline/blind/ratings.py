@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ArtifactMissing, SettingsError
 
 FILE = "ratings.csv"
+_ITEM = re.compile(r"\d{1,9}")
 COLUMNS = ("item", "interpretable", "context_free", "note")
 _FREE = {"yes": True, "no": False, "": False}
 """What may stand under ``context_free``; nothing means no."""
@@ -49,7 +51,7 @@ def read_ratings(path: Path, n_items: int) -> dict[int, Rating]:
     ratings: dict[int, Rating] = {}
     problems = list(_read_lines(rows[1:], n_items, ratings))
     if missing := [item for item in range(1, n_items + 1) if item not in ratings]:
-        told = {int(line[0]) for line in rows[1:] if line and line[0].strip().isdigit()}
+        told = {int(line[0]) for line in rows[1:] if line and _ITEM.fullmatch(line[0].strip())}
         if absent := [item for item in missing if item not in told]:
             problems.append(f"item {_listed(absent)}: has no line")
     if problems:
@@ -65,7 +67,7 @@ def _read_lines(rows: Sequence[Sequence[str]], n_items: int, ratings: dict[int, 
         cells = [cell.strip() for cell in row]
         if not any(cells):
             continue
-        if not cells[0].isdigit() or not 1 <= int(cells[0]) <= n_items:
+        if not _ITEM.fullmatch(cells[0]) or not 1 <= int(cells[0]) <= n_items:
             yield f"line {number}: {cells[0]!r} is no item, they go from 1 to {n_items}"
             continue
         item = int(cells[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -49,10 +50,10 @@ class Question:
 
 def parse_feature(text: str) -> tuple[int, int]:
     """Read ``8:89``; raise SettingsError for anything else."""
-    layer, colon, index = text.partition(":")
-    if not (colon and layer.strip().isdigit() and index.strip().isdigit()):
+    match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,18})\s*", text)
+    if match is None:
         raise SettingsError(f"feature {text!r}: write LAYER:INDEX, such as 8:89")
-    return int(layer), int(index)
+    return int(match[1]), int(match[2])
 
 
 def prompt_tokens(model: LanguageModel, prompt: str) -> list[int]:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator
 
 from tailrace.storage.errors import SettingsError
 
-_PART = re.compile(r"(\d+)\s*(?:-\s*(\d+))?")
+_PART = re.compile(r"(\d{1,18})\s*(?:-\s*(\d{1,18}))?")
 _SHOWN = 5
 
 
@@ -93,5 +93,5 @@ def parse_layer_features(
 
 
 def _number_in(name: str) -> str | None:
-    match = re.search(r"(\d+)$", name)
+    match = re.search(r"(\d{1,9})$", name)
     return match[1] if match else None

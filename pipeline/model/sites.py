@@ -19,7 +19,7 @@ from tailrace.storage.errors import ModelError
 from tailrace.storage.layout import Side
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_LAYER_ITEM = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+_LAYER_ITEM = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
 _MLP_HOOK = re.compile(r"blocks\.(\d+)\.mlp\.hook_(?:in|out)")
 
 HeadCounts = Callable[[Sequence[str]], Mapping[str, int]]

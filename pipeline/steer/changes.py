@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def _check_same(circuit: CircuitNodes, layers: Layers) -> None:
 
 def _named(text: str, circuit: CircuitNodes) -> tuple[list[str], list[str]]:
     """Return the names of the nodes meant, and a problem for each that is not there."""
-    if text.isdigit():
+    if re.fullmatch(r"\d{1,9}", text):
         if 0 < int(text) <= circuit.n_ranked:
             return list(circuit.by_name)[: int(text)], []
         return [], [

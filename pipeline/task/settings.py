@@ -39,7 +39,7 @@ def _numbers(text: str) -> list[int]:
     """Return the numbers of ``0-16,32``; both ends belong to a range."""
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"{part!r} is no number and no range; write numbers and ranges such as 0-16,32,64")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)

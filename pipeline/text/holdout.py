@@ -17,7 +17,7 @@ FIRST_DOCUMENTS = 16
 
 MAX_FRACTION = 0.5
 
-_LISTED = re.compile(r"(\d+)|(\d*):(\d*)(?::(\d*))?")
+_LISTED = re.compile(r"(\d{1,18})|(\d{0,18}):(\d{0,18})(?::(\d{0,18}))?")
 
 
 class Steps(NamedTuple):

@@ -243,7 +243,7 @@ def _names(settings: TrainSettings, known: Sequence[str]) -> list[str]:
         return list(known) if settings.site is None else [settings.site]
     names = []
     for part in (part.strip() for part in settings.site.split(",")):
-        ends = re.fullmatch(r"(.*?)(\d+)-(.*?)(\d+)", part)
+        ends = re.fullmatch(r"(.*?)(\d{1,9})-(.*?)(\d{1,9})", part)
         if part in known or ends is None or ends[3] not in ("", ends[1]):
             names.append(part)
         else:
