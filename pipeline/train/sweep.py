@@ -261,6 +261,7 @@ def _publish(sweep: Draft, drafts: Mapping[str, Draft]) -> None:
             "versions": describe_versions(),
         },
         [RUNS_TABLE],
+        beside=[CHECKPOINTS],
     )
 
 

@@ -89,8 +89,10 @@ def test_a_commit_record_of_another_shape_is_damage(cache: Path) -> None:
     split = open_cache(cache).split("train")
     name = open_cache(cache).manifest.splits["train"].unit_records[0][0]
     (cache / name).write_text("{}")
-    with pytest.raises(ArtifactCorrupt, match="first_context: Field required"):
+    with pytest.raises(ArtifactCorrupt, match=r"train-unit-000000.json: has 2 bytes, its record says"):
         split.first_contexts()
+    with pytest.raises(ArtifactCorrupt, match="first_context: Field required"):
+        UnitRecord.read_file(cache / name)
     (cache / name).write_text("{")
     with pytest.raises(ArtifactCorrupt, match=r"is not as wanted.*\n.*Invalid JSON"):
         UnitRecord.read_file(cache / name)

@@ -211,6 +211,7 @@ def test_a_document_is_what_the_rows_keep_of_it_with_its_gaps(tmp_path: Path) ->
     }
     pq.write_table(pa.table({name: list(values) for name, values in rows.items()}), tmp_path / "tables/rows.parquet")
     tables._files.add("rows.parquet")
+    tables._checked["rows.parquet"] = tmp_path / "tables/rows.parquet"
     found = document_text(tables, DENSE, 7, 0, 2)
     assert found is not None
     assert (found["tokens"], found["here"], found["gaps"]) == ([" a", "b⏎", "c", "d", "e", "f"], 1, [4, 5])

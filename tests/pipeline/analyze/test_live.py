@@ -113,7 +113,7 @@ def refused(made: Path, tmp_path: Path, error: type[ActionableError], match: str
 
 
 def test_what_cannot_be_done_is_refused_with_what_to_do(made: Path, tmp_path: Path) -> None:
-    refused(made, tmp_path, SettingsError, "not both: give --cache, or --live", cache=made / "cache")
+    refused(made, tmp_path, SettingsError, "not from both: give either --cache, or --live", cache=made / "cache")
     refused(made, tmp_path, SettingsError, "give --rows, such as 100k", settings={"rows": None})
     refused(made, tmp_path, SettingsError, "not with --live", compute=Compute(workers=2))
     refused(made, tmp_path, ModelError, "use at most 64", text={"context_length": 65})

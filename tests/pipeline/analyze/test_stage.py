@@ -136,7 +136,7 @@ def test_tables_that_are_there_are_returned_and_other_settings_refused(made):
 
 def test_a_run_that_was_cut_short_is_finished_and_leaves_no_half_written_file(made, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Draft, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Draft, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rerun(made, tmp_path / "t")
     half_written = temporary_path(tmp_path / "t" / "features.parquet")
@@ -209,7 +209,7 @@ def test_an_interrupted_pass_leaves_no_pairs_behind(made, tmp_path, monkeypatch)
             rerun(made, tmp_path / "t")
     assert not (tmp_path / "t").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Draft, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Draft, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rerun(made, tmp_path / "t")
     assert not (tmp_path / "t" / "spool").exists()
@@ -275,7 +275,7 @@ def test_sql_sees_one_view_per_table(made):
     answer = ask(made, "SELECT count(*) AS n FROM features JOIN layers ON true", format="parquet")
     assert answer.to_pylist() == [{"n": 24}]
     names = ask(made, "SHOW TABLES", format="parquet")["name"].to_pylist()
-    assert names == ["activations", "coactivation", "examples", "features", "layers", "rows"]
+    assert names == ["activations", "coactivation", "examples", "features", "labels", "layers", "rows"]
     assert "histogram_edges" in ask(made, "DESCRIBE features")
 
 

@@ -191,6 +191,6 @@ STUDY: dict[str, Callable[[BlindStudy], object]] = {
 def test_a_study_that_was_not_begun_leaves_no_ledger(thesis: Path, act: str) -> None:
     before = snapshot(thesis)
     for place in (thesis, thesis.with_name("nowhere")):
-        with pytest.raises(ArtifactMissing, match="begin a study first"):
+        with pytest.raises(ArtifactMissing, match="blind study begin` starts one"):
             STUDY[act](BlindStudy(place))
     assert snapshot(thesis.parent) == {"thesis": (0, None), **{f"thesis/{name}": of for name, of in before.items()}}

@@ -121,7 +121,7 @@ def tables(tmp_path: Path) -> Path:
 
 def test_a_file_name_is_no_sql(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(tables / SQL, pa.schema([("v", pa.int32())]), [pa.record_batch({"v": pa.array([7], pa.int32())})])
-    add_files(tables, (SQL,))
+    reseal(tables, lambda content: content["files"].update(describe_files(tables, [SQL])))
     before = {path.name: path.read_bytes() for path in tables.iterdir()}
     monkeypatch.chdir(tables)
     assert query.select("SELECT feature FROM features", Path()).to_pylist() == [{"feature": 0}]

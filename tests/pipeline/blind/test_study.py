@@ -194,7 +194,7 @@ def test_bad_uses_are_told(study):
         study.conclude("maybe")
     with pytest.raises(ArtifactMismatch, match="begun here already"):
         BlindStudy.begin(study.directory, {}, "blind")
-    with pytest.raises(ArtifactMissing, match="begin a study first"):
+    with pytest.raises(ArtifactMissing, match="blind study begin` starts one"):
         BlindStudy(study.directory / "elsewhere").entries()
 
 
