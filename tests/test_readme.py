@@ -58,7 +58,8 @@ def command_lines() -> Iterator[tuple[str, str]]:
         lines = "\n".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
         for line in lines:
             if match := re.match(r"(?:pipeline|tailrace) \S.*", line.strip()):
-                yield name_of(path), re.sub(r"\$\(for .*?; done\)", "--hooks many", match[0])
+                own = re.match(r"""(?:[^'"|]|'[^']*'|"[^"]*")*""", match[0])  # up to a pipe into another program
+                yield name_of(path), re.sub(r"\$\(for .*?; done\)", "--hooks many", own[0].rstrip() if own else "")
 
 
 def python_blocks() -> Iterator[tuple[str, str]]:

@@ -11,9 +11,11 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -306,6 +308,10 @@ def test_ctrl_c_is_acknowledged_inside_a_long_call_and_a_second_one_ends_it() ->
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == b"begun\n"
+        busy = psutil.Process(process.pid)
+        before = busy.cpu_times().user
+        while busy.cpu_times().user < before + 0.2:  # until it is inside the call
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == b"stopping after what runs now; Ctrl-C again stops at once\n"
         assert process.poll() is None

@@ -215,7 +215,7 @@ def test_a_text_tried_on_a_page_has_the_activations_of_a_score_and_opens_the_mod
             {"features": [24, 3, -1]},
             r"--feature 24: this transcoder has features 0 to 23\n--feature -1: features count",
         ),
-        ({"raw": True}, "--raw shows pre-activations of features named by --feature"),
+        ({"raw": True}, "--raw shows pre-activations of the features that --feature names"),
         ({"features": [0], "context_length": 65}, "--context-length 65: wanted 2 .* to 64"),
     ],
 )
