@@ -132,7 +132,7 @@ def publish_generation(
             "counts": dict(size.counts),
             "unit_records": generation.unit_records(split),
             "block_records": generation.block_records(split),
-            **({"documents": files} if (files := generation.document_files(split)) else {}),
+            **({"documents": kept} if (kept := generation.document_files(split)) else {}),
         }
         for split, size in generation.splits.items()
     }
