@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tailrace.analysis.harvest.activations import SCRATCH_BYTES
 from tailrace.analysis.harvest.one_pass import (
@@ -35,6 +34,7 @@ from tailrace.analysis.tables import TABLES
 from tailrace.analysis.weights.unembedding import TokenEffects
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.worker_processes import open_workers
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import make_directory
@@ -92,7 +92,7 @@ class AnalysisPass:
     def run(self, subject: Subject, compute: Compute) -> Harvest:
         """Count over all units."""
         logger.info("reading %d %s rows of %s", self.n_rows, self.rows.split_name, self.rows.site)
-        with tqdm(total=self.n_rows, desc="analyze", unit="row", unit_scale=True, disable=compute.quiet or None) as bar:
+        with Progress(self.n_rows, "analyze", "rows", quiet=compute.quiet) as bar:
             if not compute.has_workers:
                 return gather(subject, self.plan, accumulators(TABLES), progress=bar.update)
             job = self._job(subject, compute.worker_threads)

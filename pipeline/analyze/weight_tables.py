@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from tailrace.analysis.tables.connections import N_ENDS, ROW_GROUP_ROWS, SCHEMA, Connected, Later, connection_rows
 from tailrace.analysis.weights.model_weights import ModelWeights
@@ -25,6 +24,7 @@ from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_of, 
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.weights import read_weights
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, SettingsError
 from tailrace.storage.tables import write_table
@@ -127,7 +127,7 @@ def write_weight_tables(
     later = [found for layer in layers if (found := _open_later(layer, analysed, weights)) is not None]
     connected = Connected(coder.W_enc, coder.W_dec, reads, writes, weights, later, n_ends)
     d_sae = coder.W_enc.shape[0]
-    with tqdm(total=2 * d_sae, desc="weights", unit="feature", unit_scale=True, disable=quiet or None) as bar:
+    with Progress(2 * d_sae, "weights", "features", quiet=quiet) as bar:
         n_rows = write_table(
             output / CONNECTIONS,
             SCHEMA,

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tailrace.pipeline.cache.plan import row_bytes_of
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.cache_format import epoch_path
@@ -39,7 +38,7 @@ def run(
 
     def run_tasks(task: Callable[[int], None], buckets: Iterable[int]) -> None:
         waiting = list(buckets)
-        with tqdm(total=len(waiting), desc="shuffling", unit=" bucket", disable=compute.quiet or None) as bar:
+        with Progress(len(waiting), "shuffling", "buckets", quiet=compute.quiet) as bar:
             for _ in _completed(task, waiting, compute.workers):
                 bar.update()
 

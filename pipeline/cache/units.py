@@ -64,7 +64,7 @@ class UnitFiles:
             bar.expect(task.n_rows)
             record = self.root / unit_record_name(self.generation, task.split, task.unit)
             if record.exists() and UnitRecord.read_file(record).n_rows == task.n_rows:
-                bar.skipped(task.n_rows)
+                bar.skip(task.n_rows)
                 continue
             if record.exists():
                 # it must not vouch for the shards that now take the place of its own
@@ -142,7 +142,7 @@ class UnitWriter:
         """Hand over one unit; returns when its rows are on their way. Raises what went wrong with earlier ones."""
         self._submit(self._begin, task)
         for piece in rows:
-            self._bar.passed(len(piece))
+            self._bar.update(len(piece))
             self._submit(self._fill, piece)
 
     def _submit(self, work: Callable[[Any], None], argument: Any) -> None:
@@ -242,7 +242,7 @@ def write_units_on_workers(
     tasks = ((job, task) for task in files.missing(planner, bar))
     with open_workers(compute.workers, compute.scheduler) as submit:
         for n_rows, n_bytes in completed(submit, write_unit, tasks):
-            bar.passed(n_rows)
+            bar.update(n_rows)
             bar.committed(n_bytes)
     remove_temporary(files.root)  # of workers that were lost
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_model
 from tailrace.pipeline.cache.rows import RowMaker
 from tailrace.pipeline.model.language_model import PairingCheck
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
 from tailrace.storage.cache_format import KIND, Site
@@ -122,7 +122,7 @@ def run(
 
 def check_bytes(path: Path, *, quiet: bool = True) -> list[str]:
     """Re-read every checksum of a cache; return a sentence for every difference."""
-    with tqdm(total=None, desc="checksums", unit="B", unit_scale=True, disable=quiet or None) as bar:
+    with Progress(None, "checksums", "bytes", quiet=quiet) as bar:
 
         def note(n_bytes: int) -> None:
             bar.update(n_bytes)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.dashboard import sites
@@ -22,6 +20,7 @@ from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, Similar, SiteData
 from tailrace.pipeline.shared.pages import COLOURS, TOOLTIP
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.stage import Made, publish_stage
 from tailrace.storage.artifact import canonical_json, checksum_file, make_directory, write_atomically
 from tailrace.storage.errors import SettingsError
@@ -142,20 +141,20 @@ def _write_site(parts: Mapping[str, _Part], settings: DashboardSettings, output:
     if "" not in parts:
         write_atomically(output / sites.SITES, sites.sites_file(tables))
         names.append(sites.SITES)
-    with tqdm(desc="dashboard", unit="file", total=0, disable=quiet or None) as bar:
+    with Progress(0, "dashboard", "files", quiet=quiet) as bar:
         for key, part in parts.items():
             names += _write_data(part, settings, output, f"data/{key}".rstrip("/"), bar)
     return names
 
 
-def _write_data(part: _Part, settings: DashboardSettings, output: Path, folder: str, bar: Any) -> list[str]:
+def _write_data(part: _Part, settings: DashboardSettings, output: Path, folder: str, bar: Progress) -> list[str]:
     """Write the data of some tables; return the names of the files."""
     data = SiteData(part.tables, part.features, settings.window, similar=part.similar)
     make_directory(output / folder)
     names = [f"{folder}/{name}.js" for name in data.names()]
     missing = {Path(name).stem for name in names if not (output / name).exists()}
     logger.info("writing %d of %d files of pages", len(missing), len(names))
-    bar.total += len(missing)
+    bar.total = (bar.total or 0) + len(missing)
     for name, content in data.pages(missing):
         write_atomically(output / folder / f"{name}.js", content)
         bar.update()
@@ -175,7 +174,7 @@ def _write_blind(parts: Mapping[str, _Part], settings: DashboardSettings, output
     tables, order = part.tables, list(part.features)
     random.Random(f"blind dashboard {settings.seed}").shuffle(order)
     names = []
-    for item, feature in enumerate(tqdm(order, desc="dashboard", unit="page", disable=quiet or None), start=1):
+    for item, feature in enumerate(Progress(len(order), "dashboard", "pages", quiet=quiet).of(order), start=1):
         within = range(feature, feature + 1)
         rows, examples = tables.read("features", within), tables.read("examples", within)
         assert rows is not None, "tables always have the table of features"

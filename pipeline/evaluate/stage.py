@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from tailrace.analysis.evaluate.evaluation import (
     ALL_SITES,
@@ -40,6 +39,7 @@ from tailrace.pipeline.cache.learnt_rows import LearntContexts, LearntTokens
 from tailrace.pipeline.cache.recorded_model import RecordedModel, explained_passes, open_recorded_model, sample_contexts
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, reopen_cache
 from tailrace.storage.display import card, share, table
@@ -196,7 +196,7 @@ def _evaluate(
     contexts = sample_contexts(split, settings.contexts, settings.seed)
     logger.info("running %d %s contexts of %d", len(contexts), split.name, split.n_contexts)
     batches: Iterator[ContextBatch] = recorded.batches(split, contexts, settings.contexts_per_batch)
-    with tqdm(total=len(contexts), desc="evaluate", unit="context", disable=quiet or None) as bar:
+    with Progress(len(contexts), "evaluate", "contexts", quiet=quiet) as bar:
         for batch in batches:
             with explained_passes(len(batch.contexts)):
                 deltas = evaluation.add(batch)

@@ -7,7 +7,6 @@ it moves the model is measured along the text that the model writes by itself: t
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from tailrace.analysis.harvest.histogram import wilson_interval
 from tailrace.analysis.interventions.generation import NextTokenChange, SteeredModel, next_token_changes
@@ -31,6 +29,7 @@ from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.score.stage import about_features, read_texts
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.steer.changes import FeatureFacts, Layers, SteeredRun, asked_runs, random_runs, read_circuit
 from tailrace.pipeline.steer.settings import SteerSettings
 from tailrace.storage.cache_format import Site
@@ -269,7 +268,7 @@ def _written(
     size = settings.prompts_per_batch
     batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
     total = len(all_runs) * len(prompts)
-    with tqdm(total=total, desc="texts", unit=" texts", disable=True if quiet else None, file=sys.stderr) as bar:
+    with Progress(total, "steer", "texts", quiet=quiet) as bar:
         for batch in batches:
             own = [prompts[index] for index in batch]
             plain_texts: list[list[int]] = []

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tailrace.analysis.interventions.prompts import pad_prompts
 from tailrace.analysis.splice.replacement import Transcoded
@@ -34,6 +33,7 @@ from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.pipeline.task.prompts import TaskPrompts, read_lines, tokenized
 from tailrace.pipeline.task.settings import TaskSettings
@@ -215,7 +215,7 @@ class _Work:
         return list(logit_effects(torch.stack(rows), self._weights, self.metric.tokens))
 
     def _shown(self, values: Sequence[int], what: str) -> Iterator[int]:
-        return iter(tqdm(values, desc=what, unit="run", disable=True if self._quiet else None))
+        return Progress(len(values), what, "runs", quiet=self._quiet).of(values)
 
 
 def _place(sizes: Mapping[Site, int], number: int) -> tuple[Site, int]:
