@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def made_from(artifacts: Sequence[Listed]) -> dict[Path, list[Listed]]:
     for one in artifacts:
         for identity in one.identities:
             holders.setdefault(identity, []).append(one)
-    origins = {}
+    origins: dict[Path, list[Listed]] = {}
     for one in artifacts:
         copies = [[other for other in holders.get(wanted, ()) if other is not one] for wanted in sorted(one.references)]
         nearest = [max(several, key=lambda other: _n_shared(one.path, other.path)) for several in copies if several]
@@ -191,7 +191,7 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {} if value is None else {names[kind].removeprefix("n_"): value["text"] if kind == "circuit" else value}
 
 
-def _mean_scores(scores: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def _mean_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean FVU, of rows that may be learnt from, and L0."""
     means = {}
     for name, keys in (("fvu", ("fvu_ordinary", "fvu")), ("l0", ("l0",))):
@@ -238,7 +238,7 @@ def _last_of_training(log: Path) -> dict[str, Any] | None:
 def shown_facts(facts: Mapping[str, Any]) -> str:
     """Return the numbers by which one knows an artifact, or how far it is."""
     known = {name: value for name, value in facts.items() if value is not None}
-    shown = {
+    shown: dict[str, Callable[[Any], str]] = {
         "train_rows": lambda value: f"{value:,} rows",
         "heldout_rows": lambda value: f"{value:,} held out",
         "fvu": lambda value: f"FVU {value:.3f}",

@@ -303,7 +303,7 @@ cli.main(["wait"])
 
 def test_ctrl_c_is_acknowledged_inside_a_long_call_and_a_second_one_ends_it() -> None:
     program = [sys.executable, "-c", IN_A_LONG_CALL]
-    unblocked = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    unblocked: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **unblocked) as process:
         assert process.stdout is not None
         assert process.stderr is not None

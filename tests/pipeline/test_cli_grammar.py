@@ -71,7 +71,7 @@ def test_no_flag_has_two_spellings_and_none_is_spelt_by_another_name() -> None:
 
 
 def test_a_noun_may_be_repeated_in_every_command_or_in_none() -> None:
-    repeated = defaultdict(set)
+    repeated: defaultdict[str, set[bool]] = defaultdict(set)
     for found in ALL.values():
         for one in options(found):
             if one.opts[0] in NOUNS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import click
@@ -184,7 +185,7 @@ def test_bytes_are_shown_in_the_unit_that_fits(n_bytes: float, shown: str) -> No
     ("seconds", "shown"), [(5, "now"), (90, "1 min"), (7300, "2 h"), (3 * 86400, "3 days"), (1e8, "1998-07-09")]
 )
 def test_ages_are_shown_in_the_unit_that_fits(seconds: float, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units.time, "localtime", units.time.gmtime)
+    monkeypatch.setattr("tailrace.pipeline.shared.units.time.localtime", time.gmtime)
     assert units.age(1e9 - seconds, now=1e9) == shown
 
 
