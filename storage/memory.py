@@ -45,6 +45,9 @@ _ROWS_PER_CALL = 1024
 _SMALLEST_SCATTERED_ROW = 256
 """Below this many bytes a row, reading the run at once and scattering in NumPy is faster."""
 
+_COPIED_BYTES = 16 << 20
+"""Read at a time where a system has no call that reads straight into memory."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _preadv = getattr(_libc, "preadv64", None) or getattr(_libc, "preadv", None)
 if _preadv is not None:
@@ -72,10 +75,19 @@ def read_sequential(descriptor: int, start: int, rows: np.ndarray) -> None:
     row_bytes = rows.itemsize * (rows.shape[1] if rows.ndim == 2 else 1)
     view, offset = as_bytes(rows), 0
     while offset < len(view):
-        n_read = os.preadv(descriptor, [view[offset:]], start * row_bytes + offset)
+        n_read = _read_into(descriptor, view[offset:], start * row_bytes + offset)
         if n_read == 0:
             raise EOFError(f"file ends {len(view) - offset} bytes early")
         offset += n_read
+
+
+def _read_into(descriptor: int, view: memoryview, start: int) -> int:
+    """Read from byte ``start`` of a file into memory; return how many bytes came."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], start)
+    data = os.pread(descriptor, min(len(view), _COPIED_BYTES), start)
+    view[: len(data)] = data
+    return len(data)
 
 
 def _read_at_once(descriptor: int, start: int, rows: np.ndarray, n_rows: int) -> np.ndarray:

@@ -214,8 +214,7 @@ def read_run_of_shard(group: Path, spec: ArraySpec, n_rows: int, run: Run, rows:
         return
     path = group / spec.shard_name(run.unit)
     with shard_errors(path), open_shard(path, n_rows, spec) as file:
-        # read-ahead would fetch the neighbours of every run, which belong to other buckets
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        _advise_random(file.fileno())
         read_run(file.fileno(), run.start, rows, run.destinations)
 
 
@@ -231,12 +230,18 @@ def read_part_of_shard(group: Path, spec: ArraySpec, unit: int, n_rows: int, sta
         try:
             if not _is_contiguous(descriptor, n_rows, spec):
                 raise _not_contiguous(Path(name), n_rows)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # as above
+            _advise_random(descriptor)
             read_sequential(descriptor, start, rows)
         finally:
             os.close(descriptor)
     except (OSError, EOFError) as error:
         raise _damaged(Path(name), error) from error
+
+
+def _advise_random(descriptor: int) -> None:
+    """Turn off read-ahead, which would fetch the neighbours of every run; they belong to other buckets."""
+    if hasattr(os, "posix_fadvise"):  # macOS has none
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def read_zarr(group: Path, spec: ArraySpec, start: int, stop: int) -> np.ndarray:

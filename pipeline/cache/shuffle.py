@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.pipeline.cache.plan import row_bytes_of
-from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.compute import Compute, require_linux
 from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.activation_cache import CacheSplit, open_cache
@@ -30,6 +30,7 @@ def run(
 
     Streams use it by themselves when they come to that epoch. Raises StorageFull before writing if it does not fit.
     """
+    require_linux("shuffling")
     opened = open_cache(cache)
     rows = opened.split(split)
     plan = plan_epoch(rows, opened.seed if seed is None else seed, epoch)

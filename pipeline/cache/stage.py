@@ -47,7 +47,7 @@ from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.cache.units import UnitFiles, UnitPlanner, write_units, write_units_on_workers
 from tailrace.pipeline.model.language_model import LanguageModel, load_language_model
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.compute import Compute, require_linux
 from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.text.dataset import open_documents
 from tailrace.pipeline.text.holdout import HoldoutRule
@@ -108,6 +108,7 @@ def run(
     Raises SettingsError, TextError, ModelError, ArtifactMismatch, ArtifactBusy, NonFiniteActivation,
     ActivationOverflow or StorageFull; finished units are kept whatever happens.
     """
+    require_linux("caching")
     settings = settings.for_device(compute.device_name, begun_request(output))
     with compute.opened(), Draft(output, KIND, settings.request()) as draft:
         if draft.published:
@@ -143,6 +144,7 @@ def extend(
     ``model`` and ``dataset`` say where these lie now, if they moved; ``on_bad_row`` is the setting of that name. Raises
     SettingsError if it holds more already, ArtifactMismatch for another model or text, and what ``run`` raises.
     """
+    require_linux("caching")
     with _locked(path) as cache, compute.opened():
         n_rows = cache.split("train").n_rows
         if tokens == n_rows or (tokens == "all" and dataset_ended(path, cache.generation)):
@@ -167,6 +169,7 @@ def widen(
     Does nothing if they are there. ``model`` says where it lies now, if it moved. Raises ModelError for hooks the model
     lacks, ArtifactMismatch for another model or for a site that is there under the same name with other hooks.
     """
+    require_linux("caching")
     with _locked(path) as cache, compute.opened():
         job = _reopened(cache, {"model": model}, compute)
         wanted = job.model.resolve_sites(layers, hooks)

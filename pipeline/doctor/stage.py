@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from tailrace.pipeline.shared.compute import Compute, gpus_seen
+from tailrace.pipeline.shared.compute import Compute, gpus_seen, require_linux
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
@@ -134,6 +134,7 @@ def run(
     where 256 MB are written and deleted. Raises SettingsError if the cache has several sites and ``settings`` names
     none, and the errors of opening a cache.
     """
+    require_linux("doctor")
     chosen = settings or TrainSettings()
     opened = None if cache is None else open_cache(cache)
     site = None if opened is None else _site(opened.sites, chosen, str(cache))

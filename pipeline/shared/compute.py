@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,15 @@ from tailrace.storage.errors import ActionableError, DeviceLostError, OutOfMemor
 
 if TYPE_CHECKING:  # commands import this module, and torch takes seconds
     import torch
+
+
+def require_linux(work: str) -> None:
+    """Raise ActionableError on any other system: ``work``, such as caching, is made with calls that only Linux has."""
+    if sys.platform != "linux":
+        raise ActionableError(
+            f"{work} wants Linux, and this is {sys.platform}; what was made there can be looked at here: query, "
+            "dashboard, serve, score, info and the Python readers work"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tailrace.pipeline.train.layer_set_cost import TrainingCost, disk_problem, training_cost
 
 from tailrace.pipeline.artifacts.manifests import LayerSetManifest
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.budget import Budget, plan_budget
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.pipeline.samples.speeches import fetch_sotu
-from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.compute import Compute, require_linux
+from tailrace.pipeline.train.layer_set_cost import TrainingCost, disk_problem, training_cost
 from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ended, train_drafts
@@ -81,6 +81,7 @@ def run(
     result. ``say`` is told time and disk before they are spent. Raises StorageFull before anything is written if the
     disk is too small, and what the stages of caching and training raise.
     """
+    require_linux("training")
     model = settings.model or fetch_smollm2(output / "smollm2-135m")
     dataset = settings.dataset or fetch_sotu(output / "speeches.jsonl")
     folder = output / FOLDER

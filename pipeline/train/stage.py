@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tailrace.pipeline.live.settings import LiveSettings
-from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.compute import Compute, require_linux
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import RunContext, RunDraft, kind_of, train_beside, train_drafts
 from tailrace.pipeline.train.settings import ModelScoreSettings
@@ -88,6 +88,7 @@ def run(
     Started by torchrun, several processes train the transcoder of a cache together; the first one writes its files.
     With ``shard_features`` each has a slice of the features, else of the rows.
     """
+    require_linux("training")
     if compute.has_workers:
         raise SettingsError(
             f"--workers {compute.workers}: workers share the runs of a sweep; several processes train one transcoder "

@@ -17,7 +17,7 @@ from typing import Any
 
 from tailrace.pipeline.artifacts.manifests import RunRecord, SweepManifest
 from tailrace.pipeline.live.settings import LiveSettings
-from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.compute import Compute, require_linux
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.pipeline.train.grid import SHARED
 from tailrace.pipeline.train.model_scores import ModelScores
@@ -90,6 +90,7 @@ def run(
     every problem of every run before anything is written, NonFiniteActivation if all runs diverge, and what
     ``tailrace.pipeline.train.stage.run`` does.
     """
+    require_linux("training")
     check_shared(runs)
     if compute.has_workers and (live is not None or hooks):
         raise SettingsError(f"--workers {compute.workers}: not with live rows or hooks, which one process has; use 0")
