@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tailrace.pipeline.steer.stage import SteerResult
     from tailrace.pipeline.train.stage import TrainResult
     from tailrace.pipeline.train.sweep import SweepResult
+    from tailrace.training.loop.curves import RunCurves
     from tailrace.training.loop.loggers import Logger
 
 Read = TypeVar("Read", bound=Settings)
@@ -107,6 +108,7 @@ def train(
     checkpoint_steps: int | None = None,
     tensorboard: bool = False,
     wandb: str | None = None,
+    reference_names: bool = False,
     shard_features: bool = False,
     device: str = "auto",
     threads: int | None = None,
@@ -134,7 +136,7 @@ def train(
         start_from=_path(start_from),
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
-        loggers=_loggers(tensorboard, wandb),
+        loggers=_loggers(tensorboard, wandb, reference_names),
         shard_features=shard_features,
         compute=Compute(device, threads, quiet=quiet),
     )
@@ -153,6 +155,7 @@ def sweep(
     checkpoint_steps: int | None = None,
     tensorboard: bool = False,
     wandb: str | None = None,
+    reference_names: bool = False,
     device: str = "auto",
     threads: int | None = None,
     workers: int = 0,
@@ -180,7 +183,7 @@ def sweep(
         start_from=_path(start_from),
         fresh=fresh,
         checkpoint_steps=checkpoint_steps,
-        loggers=_loggers(tensorboard, wandb),
+        loggers=_loggers(tensorboard, wandb, reference_names),
         compute=Compute(device, threads, workers, quiet=quiet),
     )
 
@@ -412,6 +415,25 @@ def compare(
 
 
 @_speaking_of_keywords()
+def curves(runs: Paths, out: PathLike | None = None) -> list[RunCurves]:
+    """Return what runs have logged, finished or not, and a line on how each went; draw them into ``out`` if given.
+
+    ``runs`` are transcoders, sweeps or folders of them; the file that ``out`` names ends in .html, .png or .svg. Raises
+    ArtifactMissing where no run lies, and SettingsError for another ending.
+
+    ``tailrace.curves("transcoders/gpt2")[0].heldout["fvu"]``
+    """
+    from tailrace.training.loop.curves import read_all
+
+    read = read_all(as_paths(runs))
+    if out is not None:
+        from tailrace.pipeline.curves.picture import write_picture
+
+        write_picture(as_path(out), read)
+    return read
+
+
+@_speaking_of_keywords()
 def verify(
     path: PathLike,
     *,
@@ -471,10 +493,10 @@ def _train_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return _as_typed((TrainSettings, ModelScoreSettings, LiveSettings), given)
 
 
-def _loggers(tensorboard: bool, wandb: str | None) -> Callable[[], list[Logger]]:
+def _loggers(tensorboard: bool, wandb: str | None, reference_names: bool) -> Callable[[], list[Logger]]:
     from tailrace.training.loop.loggers import build_loggers
 
-    return partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb)
+    return partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb, reference_names=reference_names)
 
 
 def _as_typed(classes: Sequence[type[Settings]], given: Mapping[str, Any]) -> dict[str, Any]:

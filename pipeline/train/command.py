@@ -15,7 +15,7 @@ from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import saves_config, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, option, running
-from tailrace.pipeline.train.from_flags import train_one, train_sweep
+from tailrace.pipeline.train.from_flags import plan, train_one, train_sweep
 from tailrace.pipeline.train.grid import read_grid
 from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.training.loop.loggers import build_loggers
@@ -56,8 +56,14 @@ _WORKERS = running(
     also={"": ModelScoreSettings, "with --live": LiveSettings},
     notes={"model": "With a CACHE: where its model lies now, if one is needed and it moved."},
 )
-@logged("--tensorboard", is_flag=True, help="Log to tensorboard/ in --out as well.")
+@logged("--tensorboard", is_flag=True, help="Write TensorBoard's event files into --out as well.")
 @logged("--wandb", "wandb_project", metavar="PROJECT", help="Log to a project of Weights & Biases as well.")
+@logged(
+    "--reference-names",
+    is_flag=True,
+    help="Give TensorBoard and W&B the numbers by the names of the original transcoder code too.",
+)
+@running("--dry-run", is_flag=True, help="Say what training would cost in time, memory and disk; write nothing.")
 @running("--fresh", is_flag=True, help="Throw an unfinished run at --out away instead of continuing it.")
 @running(
     "--checkpoint-steps",
@@ -78,6 +84,8 @@ def command(
     start_from: Path | None,
     tensorboard: bool,
     wandb_project: str | None,
+    reference_names: bool,
+    dry_run: bool,
     fresh: bool,
     checkpoint_steps: int | None,
     shard_features: bool,
@@ -107,8 +115,17 @@ def command(
         "fresh": fresh,
         "checkpoint_steps": checkpoint_steps,
         "start_from": start_from,
-        "loggers": partial(build_loggers, tensorboard=tensorboard, wandb_project=wandb_project),
+        "loggers": partial(
+            build_loggers,
+            tensorboard=tensorboard,
+            wandb_project=wandb_project,
+            reference_names=reference_names,
+        ),
     }
+    if dry_run:
+        points = read_grid(sweeps, sweep_file) if sweeps or sweep_file else []
+        click.echo(plan(points, given, cache=cache, config=config, compute=compute))
+        return
     if sweeps or sweep_file:
         if shard_features:
             raise click.UsageError("--shard-features: is for one transcoder; leave it out, or the sweep")
@@ -123,6 +140,7 @@ def command(
     result = train_one(given, shard_features=shard_features, **arguments)
 
     from tailrace.training.architectures.manifest import CrossLayerManifest, is_cross_layer
+    from tailrace.training.loop.curves import read_run
 
     if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
         return
@@ -131,6 +149,7 @@ def command(
     elif not compute.quiet:
         layers = show_layers(CrossLayerManifest.read(result.path)) if is_cross_layer(result.path) else ""
         click.echo(f"{result.path}: {layers or show_metrics(result.metrics)}")
+        click.echo(read_run(result.path).verdict)
         if (score := result.metrics.get("heldout")) and (score.get("fvu_ordinary", score["fvu"]) or 0) > 1:
             click.echo(
                 "warning: FVU above 1 is worse than always predicting the mean; train for longer, or with a lower --lr",

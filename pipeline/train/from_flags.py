@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailrace.pipeline.live.settings import LiveSettings
+from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings_together, setting_fields
 from tailrace.pipeline.train.grid import Point, expand
 from tailrace.pipeline.train.settings import ModelScoreSettings
@@ -59,6 +60,18 @@ def train_sweep(
     from tailrace.pipeline.train import sweep
 
     return sweep.run(runs, **shared, **arguments)
+
+
+def plan(points: Sequence[Point], given: Given, *, cache: Path | None, config: Path | None, compute: Compute) -> str:
+    """Return what training on a cache would cost, in a line; ``points`` are a sweep's, or none."""
+    if cache is None:
+        raise SettingsError("--dry-run: is for a cache; what live rows cost, the language model decides")
+    asked = _Asked(given, config, cache, is_live=False)
+    runs = expand(points, lambda point: asked.read(point)[0]) if points else {"": asked.read({})[0]}
+
+    from tailrace.pipeline.train import stage
+
+    return stage.plan(list(runs.values()), cache, compute)
 
 
 class _Asked:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tailrace.pipeline.train.cost import TrainingCost, disk_problem, human_bytes, training_cost
 
 from tailrace.pipeline.artifacts.manifests import LayerSetManifest
 from tailrace.pipeline.cache import stage as cache
@@ -23,10 +24,9 @@ from tailrace.pipeline.cache.budget import Budget, plan_budget
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.pipeline.samples.speeches import fetch_sotu
 from tailrace.pipeline.shared.compute import Compute, require_linux
-from tailrace.pipeline.train.layer_set_cost import TrainingCost, disk_problem, training_cost
 from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
 from tailrace.pipeline.train.model_scores import ModelScores
-from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ended, train_drafts
+from tailrace.pipeline.train.run_set import RunContext, RunDraft, has_ended, train_drafts
 from tailrace.pipeline.train.settings import CACHE_DTYPE, TOGETHER_BYTES, CircuitsModelSettings, ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource
 from tailrace.storage.activation_cache import ActivationCache
@@ -35,7 +35,7 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, StorageFull
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.names import inside
-from tailrace.training.architectures.manifest import CHECKPOINTS, TranscoderManifest
+from tailrace.training.architectures.manifest import CHECKPOINTS, MARK, TranscoderManifest
 from tailrace.training.architectures.manifest import KIND as TRANSCODER
 from tailrace.training.architectures.transcoder import describe_versions, load_transcoder
 from tailrace.training.loop.checkpoint import Checkpoints
@@ -162,6 +162,7 @@ def _train(
                 checkpoint_steps=checkpoint_steps,
                 quiet=compute.quiet,
                 others_go_on=True,
+                says_cost=False,  # of all layers it was said before the cache was made
             )
         say("3/3 score: every transcoder on held-out rows, with and without massive activations")
         _publish(model_set, cached, drafts, on)
@@ -173,18 +174,14 @@ def _train(
 def _announced(budget: Budget, cost: TrainingCost) -> Iterator[str]:
     """Yield what is about to be spent."""
     yield (
-        f"cache: {_size(budget.total_bytes(CACHE_DTYPE) or 0)} for {budget.n_rows:,} rows of {len(budget.sites)} "
+        f"cache: {human_bytes(budget.total_bytes(CACHE_DTYPE) or 0)} for {budget.n_rows:,} rows of {len(budget.sites)} "
         f"sites, about {_time(3600 * (budget.hours or 0.0))} at the {budget.rows_per_second:,.0f} rows/s just measured"
     )
     yield (
-        f"training: {_size(cost.disk_bytes)} while it runs, {_size(cost.kept_bytes)} afterwards, about "
+        f"training: {human_bytes(cost.disk_bytes)} while it runs, {human_bytes(cost.kept_bytes)} afterwards, about "
         f"{_time(cost.seconds)} judging by a few steps just timed"
     )
-    yield f"{_size(budget.free_bytes)} free"
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+    yield f"{human_bytes(budget.free_bytes)} free"
 
 
 def _time(seconds: float) -> str:

@@ -1,23 +1,36 @@
-"""What transcoders of every layer will cost, known in seconds: time and disk, before either is spent."""
+"""What training will cost, known in seconds: time, memory and disk, before any is spent."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel
 
 from tailrace.pipeline.cache.budget import Budget
+from tailrace.pipeline.shared.progress import clock
 from tailrace.pipeline.train.settings import CACHE_DTYPE
 from tailrace.training.kernels.adaptive import resolve_precision
-from tailrace.training.loop.cost import CHECKPOINT_BYTES, n_parameters, step_seconds
+from tailrace.training.loop.cost import CHECKPOINT_BYTES, n_parameters, step_seconds, training_bytes
 from tailrace.training.loop.settings import TrainSettings
 
 _KEPT_CHECKPOINTS = 2
+_TIMED_STEPS, _TIMED_BYTES = 100, 2 << 30
+"""Runs of so many steps, and of no more memory, have a step timed before they begin: two in a hundred."""
 _HELDOUT_SHARE = 1.1
 """Held-out rows come on top of the training rows that were asked for."""
+
+
+class Planned(NamedTuple):
+    """A run that is about to be trained."""
+
+    settings: TrainSettings
+    widths: Sequence[tuple[int, int]]
+    """(d_in, d_out) of each layer it reads."""
+    n_steps: int
 
 
 class TrainingCost(BaseModel):
@@ -44,6 +57,45 @@ def training_cost(
         disk_bytes=parameters * (4 + CHECKPOINT_BYTES * _KEPT_CHECKPOINTS),
         kept_bytes=parameters * 4,
     )
+
+
+def cost_line(runs: Sequence[Planned], device: torch.device) -> str:
+    """Return what runs side by side cost, in a line.
+
+    Time is judged by one step of each, where that is little of what is to come and of what memory there is; never on a
+    GPU, which is not given a second dictionary to hold.
+    """
+    parameters = [n_parameters(run.settings, run.widths) for run in runs]
+    memory = sum(training_bytes(run.settings, run.widths) for run in runs)
+    running = sum(
+        n * (4 * (1 + run.settings.snapshots) + CHECKPOINT_BYTES * _KEPT_CHECKPOINTS)
+        for n, run in zip(parameters, runs, strict=True)
+    )
+    kept = sum(n * 4 * (1 + run.settings.snapshots) for n, run in zip(parameters, runs, strict=True))
+    n_steps = max(run.n_steps for run in runs)
+    side_by_side = f"{len(runs)} runs, " if len(runs) > 1 else ""
+    is_timed = device.type == "cpu" and n_steps >= _TIMED_STEPS and memory <= _TIMED_BYTES
+    is_timed = is_timed and not any(run.settings.cross_layer for run in runs)
+    seconds = sum(run.n_steps * _step_seconds(run, device) for run in runs) if is_timed else 0.0
+    about = f", about {clock(seconds)} by a step just timed" if seconds else ""
+    return (
+        f"cost: {side_by_side}{n_steps:,} steps of {runs[0].settings.batch_rows:,} rows{about}; at least "
+        f"{human_bytes(memory)} of memory; {human_bytes(running)} on disk while it runs, {human_bytes(kept)} afterwards"
+    )
+
+
+def _step_seconds(run: Planned, device: torch.device) -> float:
+    ((d_in, d_out),) = run.widths
+    precision = resolve_precision(run.settings.precision, device)
+    return step_seconds(run.settings, d_in, d_out, device=device, precision=precision, n_steps=1)
+
+
+def human_bytes(n: float) -> str:
+    """Return bytes in GB, or in MB or kB where they are fewer."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB")):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 1e3:.1f} kB"
 
 
 def disk_problem(budget: Budget, cost: TrainingCost, folder: Path) -> str | None:

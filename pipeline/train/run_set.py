@@ -7,7 +7,7 @@ has one site, or several if it is a cross-layer transcoder's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tailrace.pipeline.train.cost import Planned, cost_line
 
 from tailrace.pipeline.shared.compute import say_once
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.sources import TrainingRows, TrainingSource, choose_sites
 from tailrace.pipeline.train.warm_start import WarmStart
@@ -26,13 +27,15 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
-from tailrace.training.architectures.manifest import CHECKPOINTS, KIND, TIMING
+from tailrace.training.architectures.manifest import BASELINES, CHECKPOINTS, KIND, MARK, TIMING
 from tailrace.training.architectures.transcoder import describe_versions
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_cross_layer_run, build_run
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.cost import check_memory
+from tailrace.training.loop.curves import write_baselines
 from tailrace.training.loop.distributed import Group, SharedRows, broadcast_run
+from tailrace.training.loop.evaluate import linear_fvu
 from tailrace.training.loop.loggers import TENSORBOARD, WANDB, Logger
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.session import PeriodicHook, Session
@@ -43,10 +46,10 @@ from tailrace.training.rows.normalisation import JoinedNormalisation
 from tailrace.training.rows.ordinary_rows import massive_warning
 from tailrace.training.rows.row_source import RowSource
 
-MARK = "diverged.json"
-"""In the folder of a run that diverged: step, rows, scores and the reason."""
-_BESIDE = (CHECKPOINTS, TIMING, TENSORBOARD, WANDB)
+_BESIDE = (BASELINES, CHECKPOINTS, TIMING, TENSORBOARD, WANDB)
 """What lies in a transcoder's folder and is no part of it."""
+_BASELINE_ROWS, _PIECE_ROWS, _BASELINE_STEP = 16_384, 4096, 1 << 40
+"""A linear map is fitted to so many rows or 16 for each input width, in pieces drawn for steps that no run comes to."""
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +122,7 @@ def train_drafts(
     checkpoint_steps: int | None,
     quiet: bool,
     others_go_on: bool = False,
+    says_cost: bool = True,
 ) -> None:
     """Train the unpublished drafts, by name, from where they were left, and publish each when it is done.
 
@@ -126,7 +130,6 @@ def train_drafts(
     ``others_go_on``, a run that stops being finite leaves a mark (``has_ended``) and not the others.
     """
     sites = {site.name: site for draft in drafts.values() for site in draft.sites}
-    alone = len(drafts) == 1 and not others_go_on
     shapes = [(draft.settings, [(site.d_in, site.d_out) for site in draft.sites]) for draft in drafts.values()]
     shares_features = context.group is not None and context.group.shards_features
     check_memory(shapes, context.device, context.group.size if context.group is not None and shares_features else 1)
@@ -137,8 +140,12 @@ def train_drafts(
         rows: TrainingRows = stack.enter_context(source.open(list(sites.values()), output))
         sessions = []
         for name, draft in drafts.items():
-            session = _open_session(name, draft, source, rows, context, checkpoint_steps, quiet or not alone)
+            session = _open_session(name, draft, source, rows, context, checkpoint_steps)
             sessions.append(stack.enter_context(session))
+        if says_cost and not quiet:
+            planned = [Planned(settings, widths, rows.n_steps(settings)) for settings, widths in shapes]
+            say_once(cost_line(planned, context.device))
+        _write_baselines(drafts.values(), sessions, rows)
         stream, group = rows.stream, context.group
         before_first_step = None
         if group is not None and not shares_features:
@@ -146,17 +153,35 @@ def train_drafts(
             stream = SharedRows(stream, group)
             before_first_step = partial(broadcast_run, group, session.run, stream)
         n_steps = max((session.n_steps for session in sessions), default=0)
-        bar = stack.enter_context(_SharedBar(n_steps, hidden=quiet or alone))
+        progress = stack.enter_context(Progress(n_steps, "train", "steps", quiet=quiet))
         train_all(
             stream,
             sessions,
             checkpoint_steps=checkpoint_steps,
             give_up=_mark_diverged if others_go_on else None,
-            after_step=bar,
+            after_step=_shown(progress, sessions),
             before_first_step=before_first_step,
         )
         for session in sessions:
             session.run.release()
+
+
+def _write_baselines(drafts: Iterable[RunDraft], sessions: Sequence[Session], rows: TrainingRows) -> None:
+    """Write beside each run of one site what the best linear map of its rows scores, where rows can be drawn."""
+    known: dict[tuple[Site, float | None], float | None] = {}
+    for draft, session in zip(drafts, sessions, strict=True):
+        site, heldout = draft.sites[0], rows.heldout(draft.sites)
+        source = rows.fresh_rows(site, draft.settings.seed) if heldout is not None else None
+        is_one_map = len(draft.sites) == 1 and site.hook_in != site.hook_out  # an autoencoder's best map copies
+        if source is None or heldout is None or not is_one_map or (draft.path / BASELINES).exists():
+            continue
+        key = (site, draft.settings.max_norm_multiple)
+        if key not in known:
+            pieces = range(-(-max(_BASELINE_ROWS, 16 * site.d_in) // _PIECE_ROWS))
+            drawn = (source(_PIECE_ROWS, _BASELINE_STEP + piece).batch for piece in pieces)
+            scored = (batch[site.name] for batch in heldout(_BASELINE_ROWS))
+            known[key] = linear_fvu(drawn, scored, session.run.rows.ordinary.get(site.name))
+        write_baselines(draft.path, known[key])
 
 
 def has_ended(draft: Draft) -> bool:
@@ -172,21 +197,16 @@ def _mark_diverged(session: Session, error: NonFiniteActivation) -> None:
     write_atomically(session.directory / MARK, canonical_json({"reason": reason, **session.summary()}))
 
 
-class _SharedBar:
-    """One bar for all runs, as long as the longest; a run alone shows its own."""
+def _shown(progress: Progress, sessions: Sequence[Session]) -> Callable[[int], None]:
+    """Return what to call with the number of steps done; of runs side by side the first one's numbers are shown."""
+    whose = f"{sessions[0].run.name}: " if len(sessions) > 1 else ""
 
-    def __init__(self, n_steps: int, *, hidden: bool) -> None:
-        self._bar = tqdm(total=n_steps, unit="step", desc="sweep", disable=True if hidden else None)
+    def show(step: int) -> None:
+        if not progress.done:
+            progress.skip(step - 1)  # taken before the run was continued
+        progress.update(note=whose + sessions[0].numbers())
 
-    def __call__(self, step: int) -> None:
-        if not self._bar.disable:
-            self._bar.update(step - self._bar.n)
-
-    def __enter__(self) -> _SharedBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    return show
 
 
 def _open_session(
@@ -196,7 +216,6 @@ def _open_session(
     rows: TrainingRows,
     context: RunContext,
     checkpoint_steps: int | None,
-    quiet: bool,
 ) -> Session:
     n_steps = rows.n_steps(draft.settings)
     for sentence in [*draft.settings.without_effect(n_steps), *_massive(draft, rows)]:
@@ -210,7 +229,6 @@ def _open_session(
         checkpoint_steps=checkpoint_steps,
         hooks=[*context.scores.hooks(draft.sites), *context.hooks],
         loggers=context.loggers(),
-        quiet=quiet,
         finish=lambda: _publish(draft, session, source, rows, context),
     )
     return session

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tailrace.pipeline.train.cost import Planned, cost_line
 
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.compute import Compute, require_linux
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import RunContext, RunDraft, kind_of, train_beside, train_drafts
 from tailrace.pipeline.train.settings import ModelScoreSettings
-from tailrace.pipeline.train.sources import CacheSource, TrainingSource
+from tailrace.pipeline.train.sources import CacheSource, TrainingSource, choose_sites
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.activation_cache import reopen_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
@@ -30,6 +31,7 @@ from tailrace.storage.errors import ArtifactMismatch, DeviceLostError, SettingsE
 from tailrace.storage.names import LOCK
 from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
+from tailrace.training.loop.cost import check_memory
 from tailrace.training.loop.distributed import device_of_process, open_group
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.session import PeriodicHook
@@ -135,6 +137,22 @@ def run(
             group.share_first(None)
         Checkpoints(output / CHECKPOINTS).clear()
     return TrainResult(output, read_either_manifest(output).metrics.as_json())
+
+
+def plan(runs: Sequence[TrainSettings], cache: Path, compute: Compute = Compute()) -> str:
+    """Return what training ``runs`` side by side on the cache at ``cache`` costs, in a line; write nothing.
+
+    Raises SettingsError with what does not fit the cache, and OutOfMemoryError for a GPU that is too small.
+    """
+    with compute.opened() as device:
+        source = CacheSource(cache, batch_rows=runs[0].batch_rows, order_seed=runs[0].order_seed, device=device)
+        n_rows, planned = source.cache.split("train").n_rows, []
+        for settings in runs:
+            widths = [(site.d_in, site.d_out) for site in choose_sites(settings, source)]
+            n_steps = settings.n_steps(n_rows, -(-n_rows // settings.batch_rows))
+            planned.append(Planned(settings, widths, n_steps))
+        check_memory([(run.settings, run.widths) for run in planned], device)
+        return cost_line(planned, device)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from tailrace.pipeline.shared.compute import Compute, require_linux
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.pipeline.train.grid import SHARED
 from tailrace.pipeline.train.model_scores import ModelScores
-from tailrace.pipeline.train.run_set import MARK, RunContext, RunDraft, has_ended, kind_of, train_drafts
+from tailrace.pipeline.train.run_set import RunContext, RunDraft, has_ended, kind_of, train_drafts
 from tailrace.pipeline.train.runs_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
 from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import TrainingSource, known_problems
@@ -34,7 +34,7 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.names import inside
-from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
+from tailrace.training.architectures.manifest import CHECKPOINTS, MARK, read_either_manifest
 from tailrace.training.architectures.transcoder import describe_versions
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.loggers import Logger

@@ -39,4 +39,4 @@ def test_a_broken_file_is_named_by_our_error_alone(tmp_path: Path, capfd: pytest
 
 def _untold(err: str, *told: str) -> list[str]:
     """The lines that no command says on purpose; the device's is said once a process, by whichever comes first."""
-    return [line for line in err.splitlines() if not line.startswith(("device: ", *told))]
+    return [line for line in err.splitlines() if not line.startswith(("device: ", "cost: ", *told))]

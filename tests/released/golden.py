@@ -24,8 +24,8 @@ from tests.released.recipe import STEPS
 from tests.released.runner import run_step, write_inputs
 
 GOLDEN = Path(__file__).parent / "golden.json"
-TIMED = {".lock", "log.jsonl", "timing.jsonl", "ledger.jsonl"}
-"""Files that hold times, or nothing."""
+TIMED = {".lock", "log.jsonl", "timing.jsonl", "ledger.jsonl", "baselines.json"}
+"""Files that are no part of an artifact: they hold times, what else was measured, or nothing."""
 _LIBRARIES = ("torch", "numpy", "transformers", "transformer_lens", "tokenizers", "pyarrow", "safetensors", "zarr")
 _MAKE = "import pathlib, sys, tests.released.golden as golden; golden.make_outputs(pathlib.Path(sys.argv[1]))"
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")

@@ -17,6 +17,10 @@ FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 WEIGHTS = "weights.safetensors"
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
+BASELINES = "baselines.json"
+"""Held-out FVU of simpler maps of the same rows; like times, no part of the artifact."""
+MARK = "diverged.json"
+"""In the folder of a run that diverged: step, rows, scores and the reason."""
 SNAPSHOTS = "snapshots"
 CHECKPOINTS = "checkpoints"
 

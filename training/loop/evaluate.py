@@ -177,6 +177,43 @@ def evaluate(
 
 
 @torch.no_grad()
+def linear_fvu(rows: Iterable[Batch], heldout: Iterable[Batch], ordinary: OrdinaryRows | None = None) -> float | None:
+    """Return the FVU on raw ``heldout`` of the affine map of inputs to outputs that fits raw ``rows`` best.
+
+    Of ``ordinary`` rows alone, where given. None where rows are fewer than four for each input width, so that the fit
+    would be to their noise, and where the targets do not vary. Least squares from sums in float64 on the host.
+    """
+    moments: list[Tensor] = []
+    n_rows, d_in = 0, 0
+    for batch in (_ordinary(batch, ordinary) for batch in rows):
+        if not moments:
+            # about the first rows' means, so that a large mean cancels nothing
+            middle_in, middle_out, d_in = batch.inputs.mean(0), batch.outputs.mean(0), batch.inputs.shape[1]
+        inputs = torch.cat([batch.inputs - middle_in, torch.ones_like(batch.inputs[:, :1])], 1)
+        sums = [(inputs.T @ inputs).cpu().double(), (inputs.T @ (batch.outputs - middle_out)).cpu().double()]
+        moments = [total + more for total, more in zip(moments, sums, strict=True)] if moments else sums
+        n_rows += len(inputs)
+    if n_rows < 4 * max(d_in, 1):
+        return None
+    gram, products = moments
+    ridge = 1e-6 * gram.diagonal().mean()  # of widths that hardly vary
+    weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), products).to(middle_in)
+    sums_of_squares = FitSums()
+    for batch in (_ordinary(batch, ordinary) for batch in heldout):
+        if len(batch.inputs):
+            predicted = (batch.inputs - middle_in) @ weights[:-1] + weights[-1] + middle_out
+            sums_of_squares.add(batch.outputs, predicted, batch.inputs[:, :0].bool())
+    return sums_of_squares.fvu
+
+
+def _ordinary(batch: Batch, ordinary: OrdinaryRows | None) -> Batch:
+    if ordinary is None:
+        return batch
+    mask = ordinary.mask(batch)
+    return Batch(batch.inputs[mask], batch.outputs[mask])
+
+
+@torch.no_grad()
 def score_layers(
     transcoder: CrossLayerTranscoder,
     sites: Sequence[str],

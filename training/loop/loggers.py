@@ -24,12 +24,43 @@ from tailrace.storage.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
-TENSORBOARD = "tensorboard"
 WANDB = "wandb"
+RUNS = "runs"
+"""A sweep's folder of runs, which W&B shows as a group."""
 _WANDB_STATE = "run.json"
-_NOT_ONLINE = "W&B did not start online (%s): logging offline, 'wandb sync' sends it later"
+
+FIRST = {
+    ("train", "loss"): "loss",
+    ("train", "lr"): "lr",
+    ("heldout", "fvu"): "fvu",
+    ("heldout", "l0"): "l0",
+    ("heldout", "dead_fraction"): "dead",
+}
+"""What is looked at first, without a group."""
+GROUPS = {"heldout": "scores", "features": "sparsity"}
+"""A line's group where it is not its split. Tools sort by name: what has no group comes before all groups."""
+ONLY_REFERENCE = {
+    "losses/l1_loss": "train/l1",
+    "metrics/explained_variance": "train/explained_variance",
+    "metrics/explained_variance_std": "train/explained_variance_std",
+    "metrics/n_resampled_neurons": "train/resampled_features",
+    "metrics/mean_log10_feature_sparsity": "sparsity/mean_log10_frequency",
+    "plots/feature_density_line_chart": "sparsity/log10_frequency",
+    "sparsity/mean_passes_since_fired": "sparsity/mean_steps_since_fired",
+    "sparsity/below_1e-5": "sparsity/below_1e-5",
+    "sparsity/below_1e-6": "sparsity/below_1e-6",
+    "sparsity/dead_features": "sparsity/rare",
+}
+"""Clean names of what only the original code's names stand for; its other names repeat our own."""
 
 WandbMode = Literal["auto", "online", "offline"]
+
+
+def tag(split: str, name: str) -> str | None:
+    """Return what loggers call a number of a line in ``metrics.jsonl``; None for one that repeats another."""
+    if "/" in name:
+        return ONLY_REFERENCE.get(name)
+    return FIRST.get((split, name), f"{GROUPS.get(split, split)}/{name}")
 
 
 class Logger(Protocol):
@@ -59,11 +90,12 @@ class Logger(Protocol):
 
 
 class TensorBoardLogger:
-    """Event files in ``tensorboard/`` of the run's directory. Needs the extra ``tailrace[tensorboard]``."""
+    """Event files in the run's directory, so that TensorBoard calls the run by it. Needs ``tailrace[tensorboard]``."""
 
     name = "TensorBoard"
 
-    def __init__(self) -> None:
+    def __init__(self, *, reference_names: bool = False) -> None:
+        self.reference_names = reference_names
         self._writer: Any = None
 
     def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:  # noqa: ARG002
@@ -75,7 +107,7 @@ class TensorBoardLogger:
                 f"TensorBoard cannot be used, because a package is missing ({error}): "
                 "pip install 'tailrace[tensorboard]', or leave TensorBoard out"
             ) from error
-        self._writer = SummaryWriter(str(directory / TENSORBOARD), purge_step=first_step + 1)
+        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
         self._writer.add_text("settings", f"```\n{json.dumps(config, indent=2)}\n```", first_step + 1)
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -115,11 +147,20 @@ class WandbLogger:
 
     name = "W&B"
 
-    def __init__(self, project: str = "tailrace", *, mode: WandbMode = "auto", start_timeout: float = 20.0) -> None:
+    def __init__(
+        self,
+        project: str = "tailrace",
+        *,
+        mode: WandbMode = "auto",
+        start_timeout: float = 20.0,
+        reference_names: bool = False,
+    ) -> None:
+        self.reference_names = reference_names
         self._project, self._mode, self._timeout = project, mode, start_timeout
         self._run: Any = None
         self._last_step = 0
         self._state = Path()
+        self._reason = "asked for"
 
     def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:
         """Begin a run, or continue the one begun in ``directory`` if training continues too."""
@@ -143,6 +184,8 @@ class WandbLogger:
             "dir": str(directory),
             "config": dict(config),
         }
+        if directory.parent.name == RUNS:
+            arguments["group"] = directory.parent.parent.name
         quiet = {"init_timeout": self._timeout, "silent": True, "console": "off"}
         mode = self._choose_mode(wandb)
         try:
@@ -153,11 +196,14 @@ class WandbLogger:
                     f"W&B did not start ({error}): check the key (wandb login) and the network, "
                     "or choose the mode offline"
                 ) from error
-            logger.warning(_NOT_ONLINE, error)
+            self._reason = str(error)
             run_id = _new_run_id()  # W&B's service still holds the one that failed
             arguments |= {"mode": "offline", "id": run_id}
             self._run = wandb.init(settings=wandb.Settings(**quiet), **arguments)
         self._remember(run_id)
+        if getattr(self._run, "offline", False):
+            folder = Path(self._run.dir).parent
+            logger.warning("W&B is offline (%s); to send the run later: wandb sync %s", self._reason, folder)
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Send the numbers unless this step was sent before training was interrupted."""
@@ -207,9 +253,9 @@ class WandbLogger:
             if wandb.login(prompt=False, verify=True):
                 return "online"
         except wandb.errors.AuthenticationError as error:
-            logger.warning(_NOT_ONLINE, error)
+            self._reason = str(error)
             return "offline"
-        logger.info("no W&B key found: logging offline, 'wandb sync' sends it later")
+        self._reason = "no key found"
         return "offline"
 
 
@@ -263,12 +309,16 @@ class Loggers:
 
 
 def build_loggers(
-    *, tensorboard: bool = False, wandb_project: str | None = None, wandb_mode: WandbMode = "auto"
+    *,
+    tensorboard: bool = False,
+    wandb_project: str | None = None,
+    wandb_mode: WandbMode = "auto",
+    reference_names: bool = False,
 ) -> list[Logger]:
-    """Return new loggers for one run: those asked for."""
+    """Return new loggers for one run: those asked for; with ``reference_names`` they get the original code's too."""
     chosen: list[Logger] = []
     if tensorboard:
-        chosen.append(TensorBoardLogger())
+        chosen.append(TensorBoardLogger(reference_names=reference_names))
     if wandb_project is not None:
-        chosen.append(WandbLogger(wandb_project, mode=wandb_mode))
+        chosen.append(WandbLogger(wandb_project, mode=wandb_mode, reference_names=reference_names))
     return chosen

@@ -22,7 +22,7 @@ from tailrace.storage.artifact import is_disk_refusal, storage_refused
 from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation
 from tailrace.training.architectures.manifest import METRICS, TIMING
 from tailrace.training.loop.firing_frequency import EDGES
-from tailrace.training.loop.loggers import Logger, Loggers
+from tailrace.training.loop.loggers import Logger, Loggers, tag
 
 
 class Extent(NamedTuple):
@@ -122,6 +122,7 @@ class RunLog:
     ) -> None:
         """``extent``: of ``metrics.jsonl`` at ``first_step``. Raises SettingsError if a logger cannot start."""
         self._loggers = Loggers(loggers)
+        self._reference_names = any(getattr(logger, "reference_names", False) for logger in loggers)
         self._loggers.start(directory, run_name, config, first_step)
         timing = directory / TIMING
         self._metrics = JsonLines(directory / METRICS, extent)
@@ -131,10 +132,12 @@ class RunLog:
     def write(self, step: int, rows: int, split: str, record: Mapping[str, Any]) -> None:
         """Write one line; ``record`` holds numbers, None, and histograms as ``firing_frequency.histogram`` makes them.
 
-        Loggers get a name that already has a slash as it is, any other below the split: ``train/loss``.
+        Loggers get them by their ``tag``, and by the original code's names too where they ask for these.
         """
         self._metrics.write({"step": step, "rows": rows, "split": split, **record})
-        named = {name if "/" in name else f"{split}/{name}": value for name, value in record.items()}
+        named = {clean: value for name, value in record.items() if (clean := tag(split, name)) is not None}
+        if self._reference_names:
+            named |= {name: value for name, value in record.items() if "/" in name}
         numbers = {name: value for name, value in named.items() if _is_number(value)}
         if numbers:
             self._loggers.log(step, numbers)
@@ -142,10 +145,10 @@ class RunLog:
             if isinstance(value, dict):
                 self._loggers.log_histogram(step, name, value["counts"], EDGES)
 
-    def write_timing(self, step: int, rows: int) -> None:
-        """Note the time since the start and the rate since then."""
-        seconds = round(time.monotonic() - self._started, 3)
-        self._timing.write({"step": step, "seconds": seconds, "rows_per_second": round(self.rate(rows), 1)})
+    def write_timing(self, step: int, rows: int, n_steps: int) -> None:
+        """Note the time since the start, the rate since then, and how many steps there are to be."""
+        seconds, rate = round(time.monotonic() - self._started, 3), round(self.rate(rows), 1)
+        self._timing.write({"step": step, "seconds": seconds, "rows_per_second": rate, "n_steps": n_steps})
 
     def rate(self, rows: int) -> float:
         """Return the rows per second since the log was opened, after ``rows`` of them."""

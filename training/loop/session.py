@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
-from tqdm import tqdm
 
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.base import Transcoder
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
 """The weights with the lowest held-out FVU, where they are kept."""
-SHOW_EVERY = 10
-"""Steps between updates of the progress bar."""
 
 N_RESAMPLED = "resampled_features"
 """What a resampler calls the number of features it has resampled since the start."""
@@ -85,7 +82,6 @@ class Session:
         checkpoint_steps: int | None = None,
         hooks: Sequence[tuple[int, PeriodicHook]] = (),
         loggers: Sequence[Logger] = (),
-        quiet: bool = False,
         finish: Callable[[], None] | None = None,
     ) -> None:
         if settings.keep_best and heldout is None:
@@ -105,14 +101,12 @@ class Session:
         self._checkpoint_steps = checkpoint_steps
         self._hooks = hooks
         self._loggers = loggers
-        self._quiet = quiet
         self._checkpoints = run.checkpoints(directory / CHECKPOINTS)
         n_features, device = len(run.firing.steps_since_fired), run.transcoder.W_enc.device
         self._window = FiringWindow(n_features, settings.feature_sampling_window, device)
         self._n_resampled_logged = 0.0
         self._written: Future[None] | None = None
         self._log: RunLog | None = None
-        self._bar: Any = None
 
     def checkpoint_steps(self) -> list[int]:
         """Return the steps this run could be continued from, ascending."""
@@ -135,19 +129,11 @@ class Session:
         self._log = RunLog(
             self.directory,
             loggers=self._loggers,
-            run_name=self.run.name,
+            run_name=self.directory.absolute().name,
             config=self._settings.model_dump(mode="json"),
             first_step=self.run.n_steps_done,
             first_row=self.run.n_rows_done,
             extent=extent,
-        )
-        hidden = True if self._quiet else None  # None: hidden unless standard error is a terminal
-        self._bar = tqdm(
-            total=self.n_steps,
-            initial=self.run.n_steps_done,
-            unit="step",
-            desc=self.run.name,
-            disable=hidden,
         )
         return stream_state
 
@@ -175,7 +161,6 @@ class Session:
         snapshots = snapshot_steps(settings.snapshots, self.n_steps)
         callbacks += [
             StepCallback(snapshots.__contains__, self._save_snapshot),
-            StepCallback(lambda step: step % SHOW_EVERY == 0 or step == self.n_steps, self._show),
             # None after the last step: the results themselves follow at once.
             StepCallback(
                 lambda step: step != self.n_steps and clock.is_due(step),
@@ -237,7 +222,7 @@ class Session:
         self._n_resampled_logged = n_resampled
         self._write(step, "train", {**native, **reference})
         self.scores["train"] = native
-        self._log.write_timing(step, run.n_rows_done)
+        self._log.write_timing(step, run.n_rows_done, self.n_steps)
 
     def _evaluate(self, step: int) -> None:
         score = self._score(None if step == self.n_steps else self._intervals.evaluation_rows)
@@ -282,17 +267,16 @@ class Session:
         assert self._log is not None
         self._log.write(step, self.run.n_rows_done, split, record)
 
-    def _show(self, step: int) -> None:
-        if not self._bar.disable:
-            assert self._log is not None
-            shown = {}
-            if logged := self.scores.get("train"):  # a look at the step itself would make the host wait for a GPU
-                shown = {"loss": f"{logged['loss']:.4f}", "L0": f"{logged['l0']:.1f}"}
-            if fvu := self.scores.get("heldout", {}).get("fvu"):
-                shown["FVU"] = f"{fvu:.4f}"
-            shown["rows/s"] = f"{self._log.rate(self.run.n_rows_done):,.0f}"
-            self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(step - self._bar.n)
+    def numbers(self) -> str:
+        """Return the last loss, L0, held-out FVU and the rate, as a progress line has them."""
+        shown = []
+        if logged := self.scores.get("train"):  # a look at the step itself would make the host wait for a GPU
+            shown += [f"loss {logged['loss']:.4g}", f"L0 {logged['l0']:.3g}"]
+        if fvu := self.scores.get("heldout", {}).get("fvu"):
+            shown.append(f"FVU {fvu:.4g}")
+        if self._log is not None:
+            shown.append(f"{self._log.rate(self.run.n_rows_done):,.0f} rows/s")
+        return " ".join(shown)
 
     def _save_checkpoint(self, step: int, stream: BatchStream, clock: CheckpointClock) -> None:
         assert self._log is not None
@@ -323,9 +307,8 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for open_file in (self._log, self._bar):
-            if open_file is not None:
-                open_file.close()
+        if self._log is not None:
+            self._log.close()
 
 
 def snapshot_steps(n: int, n_steps: int) -> list[int]:

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.train import cost as circuits_cost
 from tailrace.pipeline.train import layer_set as circuits_model
-from tailrace.pipeline.train import layer_set_cost as circuits_cost
 from tailrace.pipeline.train.command_layer_set import command
 from tailrace.pipeline.train.layer_set import fitting_together
 from tailrace.pipeline.train.layer_set_scores import LAYERS

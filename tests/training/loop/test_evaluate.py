@@ -13,7 +13,7 @@ from torch import Tensor
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.bfloat16 import float32_to_bits
 from tailrace.training.dead_features.record import FiringRecord
-from tailrace.training.loop.evaluate import evaluate
+from tailrace.training.loop.evaluate import evaluate, linear_fvu
 from tailrace.training.rows.batches import Batch, CacheBatches, as_tensor, iter_once
 from tests.support.training_caches import publish_cache, random_rows, small_cache
 
@@ -186,3 +186,18 @@ def test_partial_evaluation_reads_the_same_rows_every_time(tmp_path: Path) -> No
     )
     assert [len(rows) for rows in first] == [16, 16, 8]
     assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
+
+
+def test_the_linear_baseline_is_the_least_squares_map_with_a_constant() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = 3 + torch.randn(400, 5, generator=generator, dtype=torch.float64)
+    outputs = (inputs @ torch.randn(5, 3, generator=generator, dtype=torch.float64)).tanh() + 50
+    fitted, scored = Batch(inputs[:300], outputs[:300]), Batch(inputs[300:], outputs[300:])
+    design = np.c_[fitted.inputs.numpy(), np.ones(300)]
+    weights = np.linalg.lstsq(design, fitted.outputs.numpy(), rcond=None)[0]
+    error = scored.outputs.numpy() - np.c_[scored.inputs.numpy(), np.ones(100)] @ weights
+    spread = scored.outputs.numpy() - scored.outputs.numpy().mean(0)
+    pieces = [Batch(fitted.inputs[:120], fitted.outputs[:120]), Batch(fitted.inputs[120:], fitted.outputs[120:])]
+    found = linear_fvu(pieces, [scored])
+    assert found == pytest.approx((error**2).sum() / (spread**2).sum(), rel=1e-4)  # the ridge moves the fifth digit
+    assert linear_fvu([Batch(inputs[:19], outputs[:19])], [scored]) is None  # 19 rows for 5 widths fit their noise

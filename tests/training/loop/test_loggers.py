@@ -30,6 +30,7 @@ class Recorder:
     """A logger that remembers, and fails where it is told to."""
 
     name = "recorder"
+    reference_names = False
 
     def __init__(self, *, fails_at: int | None = None) -> None:
         self.started: tuple[str, int] | None = None
@@ -71,16 +72,22 @@ def open_log(directory: Path, loggers: Sequence[Logger], first_step: int = 0, ex
     )
 
 
-def test_loggers_get_numbers_at_their_step_under_a_name_that_says_the_split(tmp_path: Path) -> None:
-    recorder = Recorder()
-    log = open_log(tmp_path, [recorder])
+def test_loggers_get_each_number_once_by_a_clean_name_and_by_the_original_ones_where_asked(tmp_path: Path) -> None:
+    plain, asking = Recorder(), Recorder()
+    asking.reference_names = True
     counts = [0] * (len(EDGES) - 1)
-    log.write(5, 50, "train", {"loss": 0.5, "losses/mse_loss": 0.25, "fvu": None})
-    log.write(5, 50, "heldout", {"fvu": 0.75, "log10_frequency": {"low": -10, "high": 0, "counts": counts}})
-    log.close()
-    assert recorder.scalars == [(5, {"train/loss": 0.5, "losses/mse_loss": 0.25}), (5, {"heldout/fvu": 0.75})]
-    assert recorder.histograms == [(5, "heldout/log10_frequency", counts)]
-    assert recorder.closed
+    for name, recorder in (("plain", plain), ("asking", asking)):
+        (tmp_path / name).mkdir()
+        log = open_log(tmp_path / name, [recorder])
+        log.write(5, 50, "train", {"loss": 0.5, "losses/mse_loss": 0.25, "losses/l1_loss": 2.0, "fvu": None, "l0": 4})
+        scores = {"fvu": 0.75, "dead_fraction": 0.5, "l0_p05": 1}
+        log.write(5, 50, "heldout", {**scores, "log10_frequency": {"low": -10, "high": 0, "counts": counts}})
+        log.close()
+    train, heldout = {"loss": 0.5, "train/l1": 2.0, "train/l0": 4.0}, {"fvu": 0.75, "dead": 0.5, "scores/l0_p05": 1.0}
+    assert plain.scalars == [(5, train), (5, heldout)]
+    assert asking.scalars == [(5, {**train, "losses/mse_loss": 0.25, "losses/l1_loss": 2.0}), (5, heldout)]
+    assert plain.histograms == [(5, "scores/log10_frequency", counts)]
+    assert plain.closed
 
 
 def test_a_logger_that_fails_later_is_warned_of_once_and_left_out(
@@ -159,7 +166,7 @@ def test_tensorboard_hides_what_was_logged_after_the_checkpoint(
     board.log_histogram(25, "h", [1, 3], [-2.0, -1.0, 0.0])
     board.close()
     (file,) = EventFile.opened
-    assert (file.purge_step, file.log_dir) == (21, str(tmp_path / "tensorboard"))
+    assert (file.purge_step, file.log_dir) == (21, str(tmp_path))
     assert file.points == [("train/loss", 0.5, 25)]
     # middles -1.5 and -0.5
     assert file.raw["sum"] == pytest.approx(-3.0)
@@ -199,6 +206,8 @@ class Wandb(types.ModuleType):
             id=run_id,
             log=lambda values, step: self.sent.append((run_id, step, list(values))),
             finish=lambda: None,
+            offline=arguments["mode"] == "offline",
+            dir=f"{arguments['dir']}/wandb/offline-run-1/files",
         )
 
 
@@ -210,11 +219,18 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
     return module
 
 
-def test_wandb_is_offline_without_a_key_and_online_with_one(tmp_path: Path, wandb: Wandb) -> None:
-    for has_key in (False, True):
-        wandb.has_key = has_key
-        WandbLogger().start(tmp_path, "run", {}, 0)
-    assert [init["mode"] for init in wandb.inits] == ["offline", "online"]
+def test_wandb_is_offline_without_a_key_and_says_how_to_send_the_run(
+    tmp_path: Path, wandb: Wandb, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "sweep" / "runs" / "k=8"
+    run.mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        for has_key in (False, True):
+            wandb.has_key = has_key
+            WandbLogger().start(run, "k=8", {}, 0)
+    assert [(init["mode"], init["group"]) for init in wandb.inits] == [("offline", "sweep"), ("online", "sweep")]
+    said = f"W&B is offline (no key found); to send the run later: wandb sync {run}/wandb/offline-run-1"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_wandb_goes_offline_where_the_server_does_not_know_the_key(
@@ -326,7 +342,7 @@ def test_the_real_wandb_writes_an_offline_run_where_nothing_answers(
     with caplog.at_level(logging.WARNING):
         one.start(tmp_path, "run", {}, 0)
     write_and_close([one])
-    assert "W&B did not start online" in caplog.text
+    assert "W&B is offline" in caplog.text
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -343,7 +359,7 @@ def test_a_session_gives_its_loggers_what_it_writes(tmp_path: Path) -> None:
         precision="float32",
     )
     recorder = Recorder()
-    with Session(tmp_path, run, settings, n_steps=4, heldout=None, loggers=[recorder], quiet=True) as session:
+    with Session(tmp_path, run, settings, n_steps=4, heldout=None, loggers=[recorder]) as session:
         session.resume(None)
         callbacks = session.callbacks(stream)
         for step in range(1, 5):
@@ -351,7 +367,7 @@ def test_a_session_gives_its_loggers_what_it_writes(tmp_path: Path) -> None:
             for callback in callbacks:
                 if callback.due(step):
                     callback.action(step)
-    assert recorder.started == ("transcoder", 0)
+    assert recorder.started == (tmp_path.name, 0)
     assert recorder.closed
-    assert [step for step, values in recorder.scalars if "losses/mse_loss" in values] == [2, 4]
-    assert [(step, name) for step, name, _ in recorder.histograms] == [(4, "plots/feature_density_line_chart")]
+    assert [step for step, values in recorder.scalars if "loss" in values] == [2, 4]
+    assert [(step, name) for step, name, _ in recorder.histograms] == [(4, "sparsity/log10_frequency")]

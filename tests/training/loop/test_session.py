@@ -173,7 +173,7 @@ def test_resampled_features_are_logged_once_even_across_a_resume(tmp_path: Path)
         stream = PlantedRows(batch_rows=16)
         run = build(stream, TopK(k=2), 10, d_sae=8)
         run._resampler = TwoEverySecondStep()
-        with Session(tmp_path, run, settings, n_steps=10, heldout=None, checkpoint_steps=7, quiet=True) as session:
+        with Session(tmp_path, run, settings, n_steps=10, heldout=None, checkpoint_steps=7) as session:
             session.resume(first or None)
             callbacks = session.callbacks(stream)
             for step in range(first + 1, last + 1):
