@@ -60,6 +60,7 @@ GROUPS = {
         "circuits-model": Command(
             "tailrace.pipeline.train.command_layer_set", "Train a transcoder for every layer of a model."
         ),
+        "curves": Command("tailrace.pipeline.curves.command", "Draw how training went: loss, FVU, L0, dead features."),
     },
     "Look": {
         "analyze": Command(

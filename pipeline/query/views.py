@@ -9,9 +9,11 @@ of a user's own are views under the names given to them.
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ from tailrace.storage.artifact import MANIFEST, Manifest, published_file, publis
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.labels import LABELS, SCHEMA, labels_file
 from tailrace.storage.tables import TableColumn, describe, read_schema, schema_of, table_of
+from tailrace.training.architectures.manifest import METRICS, TIMING
+from tailrace.training.loop.curves import find_runs
 
 KINDS = ("tables", "sweep", "evaluation", "task", "transcoders")
 """What has Parquet tables: those of ``pipeline analyze``, ``runs`` of a sweep, ``tokens`` of an evaluation, ``curves``
@@ -99,6 +103,58 @@ class View(NamedTuple):
             f"SELECT {quote_literal(folder)} AS {FOLDER.name}, * FROM {_rows(paths)}"
             for folder, paths in by_folder.items()
         )
+
+
+class LogView(View):
+    """Lines that runs log, as a table: ``run``, ``step``, ``rows``, ``split``, and every number by its name.
+
+    Numbers that only some lines have are null elsewhere.
+    """
+
+    def columns(self) -> list[TableColumn]:
+        """Return what every column holds."""
+        kinds = {"split": "string", "step": "int64", "rows": "int64"}
+        meaning = f"as {self.name}.jsonl has it"
+        own = [TableColumn(name, kinds.get(name, "double"), "", True, meaning) for name in self._names()]
+        return [TableColumn("run", "string", "", False, "name of the run"), *own]
+
+    @property
+    def select(self) -> str:
+        """The SQL that reads it: by a schema, so that DuckDB looks at each file once."""
+        kinds = {"split": "VARCHAR", "step": "BIGINT", "rows": "BIGINT"}
+        columns = ", ".join(f"{quote_literal(name)}: '{kinds.get(name, 'DOUBLE')}'" for name in self._names())
+        return " UNION ALL BY NAME ".join(
+            f"SELECT {quote_literal(run)} AS run, * FROM read_json({_literals([_pattern(str(path.absolute()))])}, "
+            f"format = 'newline_delimited', ignore_errors = true, columns = {{{columns}}})"
+            for run, path in zip(self.folders or (), self.files, strict=True)
+        )
+
+    def _names(self) -> list[str]:
+        """Return the names of numbers, from the first lines of every kind and the last: histograms are left out."""
+        names: dict[str, None] = {}
+        for path in self.files:
+            for line in _first_and_last_lines(path):
+                names |= {name: None for name, value in line.items() if not isinstance(value, dict)}
+        return list(names)
+
+
+def _first_and_last_lines(path: Path, n_bytes: int = 1 << 17) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as log:
+        head = log.read(n_bytes)
+        log.seek(max(len(head), path.stat().st_size - n_bytes))
+        for line in (head + log.read()).splitlines():
+            with suppress(ValueError):  # where the parts meet, and where a line is being written
+                yield json.loads(line)
+
+
+def _log_views(schema: str | None, path: Path) -> list[View]:
+    """Return ``metrics`` and ``timing`` of the runs at ``path``, finished or not; nothing where none lies."""
+    views: list[View] = []
+    for log in (METRICS, TIMING):
+        logs = {run: folder / log for run, folder in find_runs(path).items() if (folder / log).exists()}
+        if logs:
+            views.append(LogView(schema, log.partition(".")[0], tuple(logs.values()), tuple(logs)))
+    return views
 
 
 def find_views(tables: Tables, attached: Mapping[str, Path] | None = None) -> list[View]:
@@ -251,6 +307,7 @@ def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> 
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET autoload_known_extensions = false")
     connection.execute("SET python_enable_replacements = false")
+    connection.execute("SET enable_progress_bar = false")  # it is drawn on standard output, whatever that is
     # both what is opened and the pattern by which it is found
     connection.execute(f"SET allowed_paths = {_literals([*files, *map(_pattern, files)])}")
     connection.execute("SET enable_external_access = false")
@@ -266,10 +323,13 @@ def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> 
 
 
 def _views(schema: str | None, path: Path) -> list[View]:
-    """Return the views of an artifact, or of all tables in a folder together."""
+    """Return the views of an artifact, or of all tables in a folder together; of runs, what they logged too."""
+    logs = _log_views(schema, path)
+    if logs and published_kind(path) not in KINDS:
+        return logs
     inside = artifacts_inside(path, KINDS[0]) if not (path / MANIFEST).exists() else []
     if not inside:
-        return [View(schema, table, files) for table, files in _table_files(path).items()]
+        return [*(View(schema, table, files) for table, files in _table_files(path).items()), *logs]
     files: dict[str, list[Path]] = {}
     folders: dict[str, list[str]] = {}
     for artifact in inside:
@@ -285,7 +345,7 @@ def _table_files(artifact: Path) -> dict[str, tuple[Path, ...]]:
     kind = published_kind(artifact) or KINDS[0]
     if kind not in KINDS:
         raise ArtifactMismatch(
-            f"{artifact}: is of kind {kind}, which has no tables; give the path of tables, a sweep or an evaluation"
+            f"{artifact}: is of kind {kind}, which has no tables; give tables, a run, a sweep or an evaluation"
         )
     found: dict[str, list[Path]] = {}
     if kind == KINDS[0]:  # no manifest lists labels, since they change

@@ -203,4 +203,4 @@ def _key(folder: Path) -> list[Any]:
 
 def write_baselines(path: Path, linear_fvu: float | None) -> None:
     """Write what a transcoder should beat beside a run; it is no part of the artifact."""
-    (path / BASELINES).write_text(json.dumps({"mean_fvu": 1.0, "linear_fvu": linear_fvu}) + "\n")
+    write_atomically(path / BASELINES, canonical_json({"mean_fvu": 1.0, "linear_fvu": linear_fvu}))

@@ -356,8 +356,8 @@ def test_an_answer_is_not_written_into_the_tables_nor_where_it_cannot_be(made):
 
 
 def test_what_is_no_table_artifact_is_refused(made, tmp_path):
-    with pytest.raises(ArtifactMismatch, match="is of kind transcoder, which has no tables; give the path of tables"):
-        query.run("SELECT 1", tables=made / "transcoder")
+    with pytest.raises(ArtifactMismatch, match="is of kind activation-cache, which has no tables; give tables, a run"):
+        query.run("SELECT 1", tables=made / "cache")
     with pytest.raises(ArtifactMissing):
         query.run("SELECT 1", tables=tmp_path)
 
