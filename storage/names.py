@@ -80,6 +80,12 @@ def entries_below(root: Path) -> Iterator[Path]:
             yield from entries_below(path)
 
 
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Return a key by which numbers inside names sort as numbers: layer 10 after layer 9."""
+    parts = re.split(r"(\d{1,18})", name)  # every second part is a number
+    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)]
+
+
 def inside(root: Path, name: str) -> Path:
     """Return the path of a file below ``root`` by a name that was read from a file; the path need not exist.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from tailrace.storage.artifact import MANIFEST, REQUEST, published_kind
 from tailrace.storage.errors import ArtifactMismatch
 from tailrace.storage.formats import TRANSCODER_KINDS
+from tailrace.storage.names import by_number
 
 PathLike = str | os.PathLike[str]
 """A path, as a string or a ``Path``."""
@@ -81,9 +81,3 @@ def refuse_folder(path: Path, kind: str) -> None:
 
 def _entries(path: Path, name: str) -> list[Path]:
     return [*path.glob(f"*/{name}"), *path.glob(f"{RUNS}/*/{name}")]
-
-
-def by_number(name: str) -> list[tuple[int, str]]:
-    """Return a key by which numbers inside names sort as numbers: layer 10 after layer 9."""
-    parts = re.split(r"(\d{1,18})", name)  # every second part is a number
-    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.analysis.evaluate.recovered import recorded_share
-from tailrace.pipeline.artifacts.folders import by_number
 from tailrace.pipeline.artifacts.listing import progress, shown_facts
 from tailrace.pipeline.artifacts.manifests import (
     CircuitManifest,
@@ -24,6 +23,7 @@ from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, DerivedManifest, Manifest, read_json, read_sealed
 from tailrace.storage.cache_format import KIND, PROVENANCE, SPLITS, Site
 from tailrace.storage.errors import ArtifactMissing
+from tailrace.storage.names import by_number
 from tailrace.storage.tables import TableRecord, TablesManifest
 from tailrace.training.architectures.manifest import (
     CHECKPOINTS,

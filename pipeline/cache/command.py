@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tailrace.pipeline.artifacts.folders import by_number
 from tailrace.pipeline.artifacts.made import echo_made
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.shared import run_options as options
@@ -17,6 +16,7 @@ from tailrace.pipeline.shared import units
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand, running
+from tailrace.storage.names import by_number
 from tailrace.storage.settings import parse_quantity
 
 if TYPE_CHECKING:

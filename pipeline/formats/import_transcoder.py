@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.analysis.circuits.record import mlp_layer
-from tailrace.pipeline.artifacts.folders import by_number
 from tailrace.pipeline.formats import (
     circuit_tracer,
     cross_layer,
@@ -34,6 +33,7 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
+from tailrace.storage.names import by_number
 from tailrace.training.architectures.manifest import KIND, WEIGHTS, read_either_manifest
 from tailrace.training.architectures.transcoder import Transcoder, describe_versions, save_weights
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder

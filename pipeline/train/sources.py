@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from tailrace.analysis.circuits.record import mlp_layer
-from tailrace.pipeline.artifacts.folders import by_number
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.layout import Side
+from tailrace.storage.names import by_number
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.loop.build import cross_layer_problems
 from tailrace.training.loop.session import HeldoutBatches

@@ -5,9 +5,7 @@ A run logs ``metrics.jsonl`` and ``timing.jsonl`` from its first step, so curves
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.json
 
-from tailrace.storage.artifact import MANIFEST, read_json
+from tailrace.storage.artifact import MANIFEST, canonical_json, read_json, write_atomically
 from tailrace.storage.errors import ArtifactMissing
+from tailrace.storage.names import by_number
 from tailrace.training.architectures.manifest import BASELINES, MARK, METRICS, TIMING
 
 MEASURES = ("loss", "fvu", "fvu_ordinary", "l0", "dead_fraction", "lr")
@@ -94,7 +93,8 @@ def find_runs(path: Path) -> dict[str, Path]:
     if (path / METRICS).exists():
         return {path.name: path}
     folders = sorted(
-        {found.parent for pattern in ("*", "*/*") for found in path.glob(f"{pattern}/{METRICS}")}, key=_key
+        {found.parent for pattern in ("*", "*/*") for found in path.glob(f"{pattern}/{METRICS}")},
+        key=lambda folder: by_number(folder.as_posix()),
     )
     return {folder.relative_to(path).as_posix().removeprefix("runs/"): folder for folder in folders}
 
@@ -194,11 +194,6 @@ def _last(values: np.ndarray) -> float | None:
 
 def _json(values: np.ndarray) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-def _key(folder: Path) -> list[Any]:
-    """Order by the numbers in a name: layer10 after layer9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", folder.as_posix())]
 
 
 def write_baselines(path: Path, linear_fvu: float | None) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tailrace.pipeline.artifacts.folders import by_number
 from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.storage.draft import Draft
+from tailrace.storage.names import by_number
 from tests.support.dashboard_tables import make_tables
 from tests.support.manifests import shown
 from tests.support.paths import ROOT
