@@ -70,7 +70,7 @@ def fires(features: NDArray[np.int64], rows: NDArray[np.int64], d_sae: int, n_ro
 def most_similar_decoders(own: Tensor, other: Tensor) -> Similar:
     """Return by cosine the decoder row of ``other`` (m, d) nearest to each of ``own`` (n, d), in float32."""
     unit = [torch.nn.functional.normalize(rows.float(), dim=1) for rows in (own, other)]
-    best = [(block @ unit[1].T).max(dim=1) for block in unit[0].split(_BLOCK)]
+    best = [(block @ unit[1].T).max(dim=1) for block in torch.split(unit[0], _BLOCK)]
     similarity = torch.cat([one.values for one in best]).double().cpu().numpy()
     feature = torch.cat([one.indices for one in best]).cpu().numpy()
     is_zero = (own.norm(dim=1) == 0).cpu().numpy()

@@ -380,9 +380,10 @@ def query(
     """
     from tailrace.pipeline.query.stage import select
 
-    by_name = {name: as_path(path) for name, path in tables.items()} if isinstance(tables, Mapping) else None
     own = {name: as_path(path) for name, path in (attach or {}).items()}
-    return select(sql, as_paths(tables) if by_name is None else by_name, values, own)
+    if isinstance(tables, Mapping):
+        return select(sql, {name: as_path(path) for name, path in tables.items()}, values, own)
+    return select(sql, as_paths(tables), values, own)
 
 
 @_speaking_of_keywords()

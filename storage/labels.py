@@ -76,7 +76,7 @@ class LabelEdit:
 
     def of(self, before: Label) -> Label:
         """Return what is said of the feature after the edit; an edit that changes nothing leaves no trace."""
-        given = {"label": self.label, "note": self.note, "starred": self.starred}
+        given: dict[str, Any] = {"label": self.label, "note": self.note, "starred": self.starred}
         after = replace(before, **{name: value for name, value in given.items() if value is not None})
         return before if after == before else replace(after, updated=_after(before.updated), author=self.author)
 

@@ -43,8 +43,9 @@ class FeaturePages:
         facts = tables.schema("features").metadata or {}
         self._position_edges = [float(edge) for edge in facts.get(b"position_edges", b"").decode().split()]
         self._examples = tables.read("examples", within, COLUMNS)
-        has_documents = self._examples is not None and "document" in self._examples.column_names
-        self._about = tables.about_documents(self._examples["document"]) if has_documents else None
+        self._about = None
+        if self._examples is not None and "document" in self._examples.column_names:
+            self._about = tables.about_documents(self._examples["document"])
         self._coactivation = tables.read("coactivation", within)
         self._connections = tables.read("connections", within)
         self._activations = tables.activations(within)

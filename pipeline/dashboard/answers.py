@@ -116,8 +116,8 @@ class Answers:
         return as_json(read_labels(tables).get(feature, Label(feature)))
 
     def _edit(self, tables: Path, feature: int, asked: JSON) -> JSON:
-        texts = [_of(asked, name, str) for name in ("label", "note")]
-        edit = LabelEdit(feature, self._author, *texts, _of(asked, "starred", bool))
+        label, note, starred = _of(asked, "label", str), _of(asked, "note", str), _of(asked, "starred", bool)
+        edit = LabelEdit(feature, self._author, label, note, starred)
         seen = asked.get("seen")
         try:
             version = None if seen is None else datetime.fromisoformat(seen)

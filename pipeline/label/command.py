@@ -70,7 +70,7 @@ def command(
         raise click.UsageError("--replace goes with --import")
 
     from tailrace.pipeline.label import stage
-    from tailrace.pipeline.query.stage import render_table
+    from tailrace.pipeline.query.text_table import render_table
 
     if source is not None:
         imported = stage.import_labels(tables, source, replace=replace, author=author)

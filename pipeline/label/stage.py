@@ -111,7 +111,7 @@ def export_labels(tables: Path, output: Path) -> int:
         write_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     else:
         write_answer(output, labels, "csv" if output.suffix == ".csv" else "parquet")
-    return labels.num_rows
+    return int(labels.num_rows)
 
 
 def import_labels(tables: Path, source: Path, *, replace: bool = False, author: str | None = None) -> Imported:

@@ -89,6 +89,7 @@ def command(
     """
     from tailrace.pipeline.score import pictures as score_pictures
     from tailrace.pipeline.score import stage as score
+    from tailrace.pipeline.score.text import as_json as scores_as_json
     from tailrace.pipeline.score.text import show
 
     if output is not None:
@@ -105,7 +106,7 @@ def command(
         compute=compute,
     )
     if as_json:
-        options.echo_json(score_pictures.as_json(scores))
+        options.echo_json(scores_as_json(scores))
     elif not compute.quiet:
         click.echo(show(scores), nl=False)
     if output is not None:

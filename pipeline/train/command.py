@@ -56,7 +56,7 @@ _WORKERS = running(
     also={"": ModelScoreSettings, "with --live": LiveSettings},
     notes={"model": "With a CACHE: where its model lies now, if one is needed and it moved."},
 )
-@logged("--tensorboard", is_flag=True, help="Write TensorBoard's event files into --out as well.")
+@logged("--tensorboard", is_flag=True, help="Log to tensorboard/ in --out as well.")
 @logged("--wandb", "wandb_project", metavar="PROJECT", help="Log to a project of Weights & Biases as well.")
 @logged(
     "--reference-names",

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tailrace.pipeline.train.cost import Planned, cost_line
 
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.compute import Compute, require_linux
+from tailrace.pipeline.train.cost import Planned, cost_line
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import RunContext, RunDraft, kind_of, train_beside, train_drafts
 from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource, TrainingSource, choose_sites
 from tailrace.pipeline.train.warm_start import WarmStart
-from tailrace.storage.activation_cache import reopen_cache
+from tailrace.storage.activation_cache import open_cache, reopen_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from tailrace.storage.display import card, share
 from tailrace.storage.draft import Draft, Lock
@@ -145,7 +145,8 @@ def plan(runs: Sequence[TrainSettings], cache: Path, compute: Compute = Compute(
     Raises SettingsError with what does not fit the cache, and OutOfMemoryError for a GPU that is too small.
     """
     with compute.opened() as device:
-        source = CacheSource(cache, batch_rows=runs[0].batch_rows, order_seed=runs[0].order_seed, device=device)
+        opened, first = open_cache(cache), runs[0]
+        source = CacheSource(opened, batch_rows=first.batch_rows, order_seed=first.order_seed, device=device)
         n_rows, planned = source.cache.split("train").n_rows, []
         for settings in runs:
             widths = [(site.d_in, site.d_out) for site in choose_sites(settings, source)]

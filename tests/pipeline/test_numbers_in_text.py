@@ -20,7 +20,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "a feature": lambda text: parse_feature(f"{text}:1"),
     "features": lambda text: parse_features([text], 10),
     "features of layers": lambda text: parse_layer_features([f"layer0:{text}"], {"layer0": 10}),
-    "layers": lambda text: resolve_sites(text, (), n_layers=2, hook_names=(), count_heads=lambda _: 1),
+    "layers": lambda text: resolve_sites(text, (), n_layers=2, hook_names=(), count_heads=lambda _: {}),
     "documents held out": lambda text: HoldoutRule.parse(f"{text}:", 0),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -103,9 +104,11 @@ def test_the_second_of_two_who_saw_the_same_label_is_told_what_it_is_now(tables:
 
 
 def test_a_feature_labelled_anew_is_not_the_version_that_was_seen_before(tables: Path) -> None:
-    versions = []
+    versions: list[datetime] = []
     for label in ("a", "", "a", "b"):
-        versions += [after.updated for _, after in edit_labels(tables, [LabelEdit(5, "ann", label)]).values()]
+        for _, after in edit_labels(tables, [LabelEdit(5, "ann", label)]).values():
+            assert after.updated is not None
+            versions.append(after.updated)
     assert versions == sorted(set(versions))
 
 

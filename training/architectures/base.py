@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ class Transcoder(nn.Module, ABC):
     def sizes(self) -> dict[str, int]:
         """Return what its size is made of, by name; k where the architecture has one."""
         sizes = {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
-        return sizes | ({"k": int(self.k)} if hasattr(self, "k") else {})
+        return sizes | ({"k": int(cast(int, self.k))} if hasattr(self, "k") else {})
 
     def extra_repr(self) -> str:
         """Return the sizes, which torch writes between the parentheses."""

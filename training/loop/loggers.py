@@ -24,6 +24,7 @@ from tailrace.storage.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
+TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 RUNS = "runs"
 """A sweep's folder of runs, which W&B shows as a group."""
@@ -90,7 +91,7 @@ class Logger(Protocol):
 
 
 class TensorBoardLogger:
-    """Event files in the run's directory, so that TensorBoard calls the run by it. Needs ``tailrace[tensorboard]``."""
+    """Event files in ``tensorboard/`` of the run's directory, by the run's name. Needs ``tailrace[tensorboard]``."""
 
     name = "TensorBoard"
 
@@ -98,7 +99,7 @@ class TensorBoardLogger:
         self.reference_names = reference_names
         self._writer: Any = None
 
-    def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:  # noqa: ARG002
+    def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:
         """Open a new event file; what older ones hold after ``first_step`` is hidden."""
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -107,7 +108,7 @@ class TensorBoardLogger:
                 f"TensorBoard cannot be used, because a package is missing ({error}): "
                 "pip install 'tailrace[tensorboard]', or leave TensorBoard out"
             ) from error
-        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
+        self._writer = SummaryWriter(str(directory / TENSORBOARD / run_name), purge_step=first_step + 1)
         self._writer.add_text("settings", f"```\n{json.dumps(config, indent=2)}\n```", first_step + 1)
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -158,7 +158,7 @@ def test_labels_are_never_small_nor_over_each_other_and_more_are_shown_nearer(pa
 
     def shown() -> list[dict[str, float]]:
         boxes = "all => all.filter((one) => one.textContent).map((one) => one.getBoundingClientRect().toJSON())"
-        return page.eval_on_selector_all(".label", boxes)  # type: ignore[no-any-return]
+        return page.eval_on_selector_all(".label", boxes)
 
     whole = shown()
     assert whole

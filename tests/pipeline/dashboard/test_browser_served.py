@@ -39,7 +39,7 @@ class Read(TriedTexts):
 
     def activations(self, tables: Path, feature: int, text: str) -> dict[str, list[object]]:
         """Return made-up activations."""
-        tokens = ["<bos>", *text.split()]
+        tokens: list[object] = ["<bos>", *text.split()]
         return {"tokens": tokens, "values": [None, *(float(n % 2) * 3 for n in range(1, len(tokens)))]}
 
 

@@ -11,7 +11,7 @@ from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.serve import TablesSite
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import unpack
-from tailrace.pipeline.score.stage import Scores, _about
+from tailrace.pipeline.score.stage import Scores, about_features
 from tailrace.pipeline.score.text import as_json, feature_note
 from tailrace.storage.artifact import read_json
 from tailrace.storage.errors import ArtifactMismatch
@@ -61,7 +61,7 @@ def test_a_served_list_has_labels_as_they_are_now(made: MadeTables) -> None:
 
 def test_scores_tell_a_label_before_what_was_counted(made: MadeTables) -> None:
     edit_labels(made.path, [LabelEdit(2, "ann", "votes"), LabelEdit(3, "ann", note="only a note")])
-    about = _about(made.path, {10, 11, 12, 13}, 10, 8)
+    about = about_features(made.path, {10, 11, 12, 13}, 10, 8)
     assert list(about[12])[:2] == ["label", "frequency"]
     assert "label" not in about[13]
     scores = Scores("m", "t", "layer1", [2], True, False, [], {2: about[12]})

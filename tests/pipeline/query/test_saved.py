@@ -220,7 +220,11 @@ def test_features_of_a_kind_of_document_are_ranked_by_their_lift(told: dict[str,
 
 def test_layers_are_summed_up_one_line_each(tables: Path, tmp_path: Path) -> None:
     columns = [field.name for table in EVERY_TABLE if table.name == "layers" for field in table.schema]
-    facts = {name: [None] for name in columns} | {"site": ["layer3"], "l0_mean": [8.0], "n_dead": [2]}
+    facts: dict[str, list[Any]] = {name: [None] for name in columns} | {
+        "site": ["layer3"],
+        "l0_mean": [8.0],
+        "n_dead": [2],
+    }
     [row] = ask("layers", publish(tmp_path / "layers", {"layers": rows(**facts)}))
     assert (row["site"], row["l0_mean"], row["n_dead"]) == ("layer3", 8.0, 2)
 

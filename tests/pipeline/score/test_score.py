@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -193,16 +194,15 @@ def test_a_text_tried_on_a_page_has_the_activations_of_a_score_and_opens_the_mod
     transcoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables = tables_of(tmp_path / "tables", transcoder)
-    opened = []
-    own = of_transcoders.open_transcoder_model
-    monkeypatch.setattr(of_transcoders, "open_transcoder_model", lambda *one, **by: opened.append(1) or own(*one, **by))
+    opened = Mock(side_effect=of_transcoders.open_transcoder_model)
+    monkeypatch.setattr(of_transcoders, "open_transcoder_model", opened)
     tried = TriedTexts([transcoder], model=str(model_folder()), compute=Compute(threads=1, quiet=True))
     expected = run(transcoder, features=[7]).texts[0]
     page = Answers({"": tables}, "ann", tried)
     answers = [page.answer("try", {"at": "", "feature": 7, "text": text()})[1] for _ in range(2)]
     assert [answer["tokens"] for answer in answers] == [expected.tokens] * 2
     assert [answer["values"] for answer in answers] == [[None, *expected.values[1:, 0].tolist()]] * 2
-    assert len(opened) == 1
+    assert opened.call_count == 1
     other = tables_of(tmp_path / "others", transcoder, "sha256:0")
     status, answer = Answers({"": other}, "ann", tried).answer("try", {"at": "", "feature": 7, "text": text()})
     assert (status, "start the server with its path" in answer["error"]) == (400, True)
@@ -327,7 +327,8 @@ def test_features_link_to_the_pages_of_a_dashboard_of_their_layer(tmp_path: Path
     def dashboard(*names: str) -> DashboardManifest:
         sites = {name: Site(name.partition("-")[0], "in", "out", 4, 4, "float32") for name in names}
         several = sites if sites.keys() - {names[0]} else {}
-        return DashboardManifest.model_construct(site=sites[names[0]], sites=several, n_features=8)
+        made: Any = {"site": sites[names[0]], "sites": several, "n_features": 8}
+        return DashboardManifest.model_construct(**made)
 
     scores = made_up([[1.0, 2.0]], ["a"], [9, 4])
     assert feature_links(scores, dashboard("layer0")) == {9: "index.html#feature=9", 4: "index.html#feature=4"}
@@ -336,7 +337,7 @@ def test_features_link_to_the_pages_of_a_dashboard_of_their_layer(tmp_path: Path
     assert feature_links(scores, dashboard("layer0-a", "layer0-b")) == {}  # which of the two is not known
     several = made_up([[1.0, 2.0]], ["a"], [9, 4], layers={"layer0": 8, "layer1": 8})
     assert feature_links(several, dashboard("layer1", "layer0"))[9] == "index.html?at=layer1#feature=1"
-    monkeypatch.setattr(score_pictures.DashboardManifest, "read", lambda path: dashboard("layer0"))
+    monkeypatch.setattr(DashboardManifest, "read", lambda path: dashboard("layer0"))
     score_pictures.write_scores(tmp_path / "s.html", scores, tmp_path / "my site")
     assert '"href": "my%20site/index.html#feature=9"' in (tmp_path / "s.html").read_text()
 

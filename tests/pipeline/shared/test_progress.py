@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
             return True
 
     terminal = Terminal()
-    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(4, "train", "steps", quiet=False, done=1) as bar:
         bar.update(3, "loss 0.5")
     assert "train: 100%" in terminal.getvalue()

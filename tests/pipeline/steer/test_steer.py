@@ -19,7 +19,7 @@ from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.pipeline.model.language_model import load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.steer import stage
-from tailrace.pipeline.steer.changes import CircuitNodes, FeatureFacts, asked_runs, random_runs
+from tailrace.pipeline.steer.changes import CircuitNodes, FeatureFacts, SteeredRun, asked_runs, random_runs
 from tailrace.pipeline.steer.page import page
 from tailrace.pipeline.steer.settings import SteerSettings
 from tailrace.pipeline.steer.stage import SteeredText, SteerResult
@@ -135,7 +135,7 @@ def test_random_features_are_as_often_active_and_write_as_much() -> None:
     known = facts()
     changes = [FeatureChange(mlp_site(0), (300,), "add", 30.0), FeatureChange(mlp_site(0), (303,), "clamp", 4.0, 2)]
     changes += [FeatureChange(mlp_site(1), (200,), "scale", 2.0)]
-    run = stage.SteeredRun("asked", tuple(changes))
+    run = SteeredRun("asked", tuple(changes))
     drawn = list(random_runs(run, known, 20, seed=0))
     for one in drawn:
         for asked, other in zip(changes, one.changes, strict=True):
@@ -151,13 +151,13 @@ def test_random_features_are_as_often_active_and_write_as_much() -> None:
     for place in range(3):
         assert len({one.changes[place].features for one in drawn}) == 20
     assert drawn == list(random_runs(run, known, 20, seed=0)) != list(random_runs(run, known, 20, seed=1))
-    stronger = stage.SteeredRun("more", tuple(replace(change, value=2 * change.value) for change in changes))
+    stronger = SteeredRun("more", tuple(replace(change, value=2 * change.value) for change in changes))
     for one, other in zip(drawn, random_runs(stronger, known, 20, seed=0), strict=True):
         assert [change.features for change in one.changes] == [change.features for change in other.changes]
 
 
 def test_more_random_features_than_live_are_refused() -> None:
-    run = stage.SteeredRun("asked", (FeatureChange(mlp_site(0), (5,), "add", 1.0),))
+    run = SteeredRun("asked", (FeatureChange(mlp_site(0), (5,), "add", 1.0),))
     with pytest.raises(SettingsError, match="--random 400: site layer0 has 341 other living features"):
         list(random_runs(run, facts(), 400, seed=0))
 
@@ -260,7 +260,7 @@ def test_a_file_of_prompts_gives_every_text_in_parquet(
 
 def test_python_gives_what_the_command_prints(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt, out = " ".join(words()[:4]), tmp_path / "page.html"
-    common = {"transcoders": given / "one", "model": model_folder(), "tokens": 4, "threads": 1}
+    common: dict[str, Any] = {"transcoders": given / "one", "model": model_folder(), "tokens": 4, "threads": 1}
     result = tailrace.steer(prompt, **common, feature="4=clamp:9", out=out)
     answer = command(
         capsys, "steer", prompt, "--transcoders", given / "one", "--model", model_folder(), "--tokens", 4, "--feature",
@@ -277,13 +277,14 @@ def test_what_is_known_to_be_wrong_is_refused_before_the_model_is_loaded(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "open_transcoder_model", lambda *_, **__: pytest.fail("the model was opened"))
-    for keywords, wanted in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"feature": "4"}, "does not say what to do with a feature"),
         ({"feature": "2:4=+1"}, "'2:4' is of no layer here"),
         ({"feature": "4=+1", "random": 3}, "there are none of layer1; give them by tables"),
         ({"feature": "4=+1", "out": tmp_path / "x.pdf"}, "the name decides the kind of file"),
         ({"feature": "4=+1", "strength": 3}, "strength: is no setting"),
-    ]:
+    ]
+    for keywords, wanted in cases:
         with pytest.raises(SettingsError, match=wanted):
             tailrace.steer("a", transcoders=given / "one", **keywords)
     with pytest.raises(TextError, match="no prompt"):

@@ -166,7 +166,7 @@ def test_tensorboard_hides_what_was_logged_after_the_checkpoint(
     board.log_histogram(25, "h", [1, 3], [-2.0, -1.0, 0.0])
     board.close()
     (file,) = EventFile.opened
-    assert (file.purge_step, file.log_dir) == (21, str(tmp_path))
+    assert (file.purge_step, file.log_dir) == (21, str(tmp_path / "tensorboard" / "run"))
     assert file.points == [("train/loss", 0.5, 25)]
     # middles -1.5 and -0.5
     assert file.raw["sum"] == pytest.approx(-3.0)

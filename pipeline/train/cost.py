@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from tailrace.pipeline.cache.budget import Budget
 from tailrace.pipeline.shared.progress import clock
+from tailrace.pipeline.shared.units import size
 from tailrace.pipeline.train.settings import CACHE_DTYPE
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.cost import CHECKPOINT_BYTES, n_parameters, step_seconds, training_bytes
@@ -80,7 +81,7 @@ def cost_line(runs: Sequence[Planned], device: torch.device) -> str:
     about = f", about {clock(seconds)} by a step just timed" if seconds else ""
     return (
         f"cost: {side_by_side}{n_steps:,} steps of {runs[0].settings.batch_rows:,} rows{about}; at least "
-        f"{human_bytes(memory)} of memory; {human_bytes(running)} on disk while it runs, {human_bytes(kept)} afterwards"
+        f"{size(memory)} of memory; {size(running)} on disk while it runs, {size(kept)} afterwards"
     )
 
 
@@ -88,14 +89,6 @@ def _step_seconds(run: Planned, device: torch.device) -> float:
     ((d_in, d_out),) = run.widths
     precision = resolve_precision(run.settings.precision, device)
     return step_seconds(run.settings, d_in, d_out, device=device, precision=precision, n_steps=1)
-
-
-def human_bytes(n: float) -> str:
-    """Return bytes in GB, or in MB or kB where they are fewer."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB")):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return f"{n / 1e3:.1f} kB"
 
 
 def disk_problem(budget: Budget, cost: TrainingCost, folder: Path) -> str | None:
