@@ -186,6 +186,8 @@ def linear_fvu(rows: Iterable[Batch], heldout: Iterable[Batch], ordinary: Ordina
     moments: list[Tensor] = []
     n_rows, d_in = 0, 0
     for batch in (_ordinary(batch, ordinary) for batch in rows):
+        if not len(batch.inputs):
+            continue
         if not moments:
             # about the first rows' means, so that a large mean cancels nothing
             middle_in, middle_out, d_in = batch.inputs.mean(0), batch.outputs.mean(0), batch.inputs.shape[1]
