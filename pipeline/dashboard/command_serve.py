@@ -14,7 +14,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
 
 
 @click.command("serve", cls=SectionCommand)
-@click.argument("artifacts", metavar="DASHBOARD_OR_TABLES...", nargs=-1, required=True, type=options.ARTIFACT)
+@click.argument("artifacts", metavar="DASHBOARD_TABLES_OR_RUN...", nargs=-1, required=True, type=options.ARTIFACT)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Another address lets other machines look, too.")
 @click.option(
@@ -37,13 +37,15 @@ def command(
     model: str | None,
     compute: Compute,
 ) -> None:
-    """Show a dashboard over HTTP until stopped: a published one, or pages made from tables as they are looked at.
+    """Show a dashboard or training curves over HTTP until stopped: pages of tables are made as they are looked at.
 
     \b
     pipeline serve tables/gpt2-l8
     pipeline serve tables/gpt2-l8 --transcoders transcoders/gpt2-l8
     pipeline serve dashboards/gpt2-l8 --port 9000
+    pipeline serve transcoders/gpt2-l8
 
+    Of a run, or a sweep, the training curves are shown, with new numbers while it trains.
     On the pages of tables, whoever is at this machine can edit labels, notes and stars, and try texts. There is no
     password: whoever reaches the address can read.
     """

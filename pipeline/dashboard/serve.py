@@ -28,6 +28,7 @@ from tailrace.analysis.dashboards.feature_tables import KIND as TABLES
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.artifacts.manifests import DashboardManifest
+from tailrace.pipeline.curves.picture import page, page_data
 from tailrace.pipeline.dashboard.answers import MOST_BYTES, Answers, TriedTexts
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, Similar, SiteData
@@ -37,6 +38,7 @@ from tailrace.storage.artifact import published_kind
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
 from tailrace.storage.labels import Label, login, read_labels
 from tailrace.storage.names import inside
+from tailrace.training.loop.curves import find_runs, read_all
 
 PAGES_KEPT = 64
 """Files of pages kept in memory once made, some 10 MB."""
@@ -104,6 +106,21 @@ class TablesSite(ServedSite):
         return part.read(match[2]) if match and part is not None else None
 
 
+class CurvesSite(ServedSite):
+    """Training curves of runs, drawn from what they have logged at the moment."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def read(self, name: str) -> bytes | None:
+        """Return the page, or the numbers that it asks for every few seconds."""
+        if name == "index.html":
+            return page(read_all(self._paths), is_live=True).encode()
+        if name == "curves.json":
+            return json.dumps(page_data(read_all(self._paths), is_live=True), allow_nan=False).encode()
+        return None
+
+
 class _Part:
     """The data files of one of a site's tables."""
 
@@ -134,10 +151,12 @@ class _Part:
 
 
 def open_site(paths: Sequence[Path], tried: TriedTexts | None = None, matches: Sequence[Path] = ()) -> ServedSite:
-    """Open a dashboard, or tables; a folder stands for the tables in it.
+    """Open a dashboard, or tables, a folder of them, or runs, finished or not, whose training curves are shown.
 
     Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch.
     """
+    if all(published_kind(path) not in (KIND, TABLES) and find_runs(path) for path in paths):
+        return CurvesSite(paths)
     paths = each_artifact(paths, TABLES)
     kinds = {path: published_kind(path) for path in paths}
     if len(paths) == 1 and kinds[paths[0]] in (KIND, None):

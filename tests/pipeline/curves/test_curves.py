@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tailrace.pipeline.curves.picture import labels, page, page_data, write_picture
+from tailrace.pipeline.dashboard.serve import open_site
 from tailrace.pipeline.query.stage import select
 from tailrace.storage.errors import SettingsError
 from tailrace.training.loop.curves import read_all
@@ -57,6 +58,17 @@ def test_the_command_prints_a_line_for_each_run_and_writes_a_page(
     assert [run["name"] for run in written["runs"]] == ["architecture=topk,k=8", "architecture=topk,k=16"]
     with pytest.raises(SettingsError, match="end it in"):
         write_picture(tmp_path / "curves.pdf", [])
+
+
+def test_serve_shows_runs_as_they_are_at_the_moment(sweep: Path) -> None:
+    site = open_site([sweep])
+    first = site.read("index.html")
+    assert first is not None
+    assert b"connect-src 'self'" in first
+    write_run(sweep / "runs/architecture=topk,k=8", n_lines=30)
+    numbers = json.loads(site.read("curves.json") or b"")
+    assert (numbers["live"], numbers["runs"][0]["progress"]) == (True, "300 of 300 steps, 100%, loss 0.03333")
+    assert site.read("metrics.jsonl") is None
 
 
 def test_what_runs_log_answers_sql(sweep: Path) -> None:
