@@ -29,7 +29,8 @@ N_CONTEXTS, CONTEXT = 40, 32
 DEAD, DENSE = 3, 5
 N_BANDS = 5
 PARTS = frozenset({"model", "kinds", "activations", "coactivation", "connections", "extras"})
-"""What tables may lack: promoted tokens; banded and random examples; …; and the columns of later versions."""
+"""What tables may lack: promoted tokens; banded and random examples; …; and the columns of later versions. ``rows``
+is not among them, and has to be asked for too."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class MadeTables:
     """(rows, features)."""
 
 
-def make_tables(path: Path, d_sae: int = 70, parts: Collection[str] = PARTS, seed: int = 0) -> MadeTables:
+def make_tables(
+    path: Path, d_sae: int = 70, parts: Collection[str] = PARTS, seed: int = 0, *, n_documents: int = 10
+) -> MadeTables:
     """Publish tables of ``d_sae`` features at ``path``, with those of ``PARTS`` that are asked for."""
+    documents = np.arange(N_CONTEXTS) * n_documents // N_CONTEXTS
     rng = np.random.default_rng(seed)
     n_rows = N_CONTEXTS * CONTEXT
     tokens = rng.integers(0, len(WORDS), n_rows)
@@ -52,11 +56,13 @@ def make_tables(path: Path, d_sae: int = 70, parts: Collection[str] = PARTS, see
     activations = activations.astype(np.float32)
     tables: dict[str, pa.Table] = {
         "features": _features(activations, parts, rng),
-        "examples": _examples(activations, tokens, parts, rng),
+        "examples": _examples(activations, tokens, documents, parts, rng),
         "layers": _layers(activations),
     }
     if "activations" in parts:
         tables |= _activation_files(activations)
+    if "rows" in parts:
+        tables["rows"] = _rows(tokens, documents)
     if "coactivation" in parts:
         tables["coactivation"] = _coactivation(d_sae)
     if "connections" in parts:
@@ -139,7 +145,11 @@ def _statistics(values: NDArray[np.float32]) -> dict[str, Any]:
 
 
 def _examples(
-    activations: NDArray[np.float32], tokens: NDArray[np.int64], parts: Collection[str], rng: np.random.Generator
+    activations: NDArray[np.float32],
+    tokens: NDArray[np.int64],
+    documents: NDArray[np.int64],
+    parts: Collection[str],
+    rng: np.random.Generator,
 ) -> pa.Table:
     rows = []
     for feature in range(activations.shape[1]):
@@ -152,7 +162,8 @@ def _examples(
                 inside = [row for row in order if edges[band] < values[row] <= edges[band + 1]]
                 chosen += [("band", band, row) for row in inside[:3]]
             chosen += [("random", None, row) for row in rng.permutation(order)[:4]]
-        rows += [_example(feature, kind, band, int(row), values, tokens) for kind, band, row in chosen]
+        own = [_example(feature, kind, band, int(row), values, tokens) for kind, band, row in chosen]
+        rows += [{**example, "document": int(documents[example["context"]])} for example in own]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     if "kinds" not in parts:
         del columns["kind"], columns["band"]
@@ -174,7 +185,7 @@ def _example(
         "row": row,
         "context": context,
         "position": position,
-        "document": context // 4,
+        "document": None,
         "token": WORDS[tokens[row]],
         "window_start": start,
         "window_tokens": [WORDS[tokens[place]] for place in window],
@@ -214,6 +225,12 @@ def _activation_files(activations: NDArray[np.float32]) -> dict[str, pa.Table]:
     return files
 
 
+def _rows(tokens: NDArray[np.int64], documents: NDArray[np.int64]) -> pa.Table:
+    context, position = np.divmod(np.arange(len(tokens)), CONTEXT)
+    columns = {"row": np.arange(len(tokens)), "token_id": tokens, "token": [WORDS[token] for token in tokens]}
+    return pa.table({**columns, "context": context, "position": position, "document": documents[context]})
+
+
 def _coactivation(d_sae: int) -> pa.Table:
     rows = [
         {
@@ -236,8 +253,9 @@ def _connections(d_sae: int, rng: np.random.Generator) -> pa.Table:
     for feature in range(d_sae):
         for rank in (*range(10), *range(-1, -11, -1)):
             weight = 1.0 - 0.05 * rank if rank >= 0 else -1.0 - 0.05 * rank
-            word = WORDS[(feature + rank) % len(WORDS)]
-            rows.append(empty | {"kind": "token", "rank": rank, "token": word, "weight": weight, "feature": feature})
+            word = (feature + rank) % len(WORDS)
+            own = {"rank": rank, "token_id": word, "token": WORDS[word], "weight": weight, "feature": feature}
+            rows.append(empty | {"kind": "token"} | own)
         norms = np.sort(rng.random(8))[::-1]
         places = [(layer, head) for layer in range(2) for head in range(4)]
         for rank, (norm, place) in enumerate(zip(norms, rng.permutation(places), strict=True)):

@@ -210,5 +210,5 @@ const Examples = (() => {
     return html("details", { class: "band", open: true }, html("summary", {}, title), body);
   }
 
-  return { unpack, sections };
+  return { unpack, tip, sections };
 })();

@@ -89,8 +89,8 @@ const Feature = (() => {
       html("p", {}, `Its activation was above zero on none of the ${Text.count(about.layer.n_rows)} tokens analysed.`, atMost),
       html("p", {}, "How close it came is not in the tables, which keep activations above zero. What is known: its ",
         term("encoder bias"), ` is ${Text.number(found.encoder_bias)} and its `, term("encoder norm"), ` ${Text.number(found.encoder_norm)}, `,
-        "so the input must go along the encoder row by more than ", distance(found), " before it fires",
-        about.architecture?.k ? ", and then be among the strongest that are kept." : "."));
+        "so it can fire where the input's component along the encoder row exceeds ", distance(found),
+        about.architecture?.k ? ", if it is then among the strongest, which are kept." : "."));
   }
 
   /** How far an input must go along the encoder row, whose bias must be outweighed. */

@@ -198,29 +198,23 @@ def test_characters_that_tokens_share_are_joined_where_their_bytes_make_them() -
 
 
 def test_a_document_is_what_the_rows_keep_of_it_with_its_gaps(tmp_path: Path) -> None:
-    tables = FeatureTables(make_tables(tmp_path / "tables", d_sae=8).path)
-    assert document_text(tables, 5, 0, 0, 3) is None  # they keep no rows
-    contexts = [0, 0, 0, 1, 1, 3]
-    rows = {
-        "row": range(1, 7),
-        "token": [" a", "b\n", "c", "d", "e", "f"],
-        "context": contexts,
-        "position": [1, 2, 3, 0, 2, 0],
-        "document": [7] * 6,
-        "token_id": range(6),
-    }
-    pq.write_table(pa.table({name: list(values) for name, values in rows.items()}), tmp_path / "tables/rows.parquet")
-    tables._files.add("rows.parquet")
-    tables._checked["rows.parquet"] = tmp_path / "tables/rows.parquet"
-    found = document_text(tables, DENSE, 7, 0, 2)
+    made = make_tables(tmp_path / "tables", d_sae=8, parts={"rows", "activations"})
+    rows = pq.read_table(made.path / "rows.parquet")
+    # of document 1, contexts 4 to 7: without context 5, and without the third token of context 4
+    kept = [row for row in range(rows.num_rows) if row // CONTEXT != 5 and row != 4 * CONTEXT + 2]
+    pq.write_table(rows.take(kept), tmp_path / "rows.parquet")
+    tables = FeatureTables(made.path)
+    tables._checked["rows.parquet"] = tmp_path / "rows.parquet"
+    found = document_text(tables, DENSE, 1, 4, 1)
     assert found is not None
-    assert (found["tokens"], found["here"], found["gaps"]) == ([" a", "b⏎", "c", "d", "e", "f"], 1, [4, 5])
-    kept, values = tables.activation_of(DENSE)
-    by_row = dict(zip(kept.tolist(), values.tolist(), strict=True))
-    assert found["values"] == {row - 1: float(f"{by_row[row]:.3g}") for row in range(1, 7) if row in by_row}
-    assert set(found["values"]) & {0, 1, 2, 3, 4, 5}, "the dense feature fires on some of them"
-    assert document_text(tables, DENSE, 7, 2, 0) is None
-    assert document_text(tables, DENSE, 8, 0, 2) is None
+    own = [row for row in kept if 4 * CONTEXT <= row < 8 * CONTEXT]
+    assert found["tokens"] == [visible_token(text) for text in rows.take(own)["token"].to_pylist()]
+    assert (found["here"], found["gaps"]) == (1, [2, CONTEXT - 1])
+    active = {at: made.activations[row, DENSE] for at, row in enumerate(own) if made.activations[row, DENSE] > 0}
+    assert found["values"] == {at: float(f"{value:.3g}") for at, value in active.items()}
+    assert document_text(tables, DENSE, 1, 5, 0) is None
+    assert document_text(tables, DENSE, 99, 4, 1) is None
+    assert document_text(FeatureTables(make_tables(tmp_path / "bare", d_sae=8, parts=()).path), 5, 1, 4, 1) is None
 
 
 def test_connections_are_split_by_rank_and_told_by_kind() -> None:

@@ -127,6 +127,27 @@ def test_an_example_opens_to_its_whole_passage(page: Page, site: Path) -> None:
     assert item.bounding_box() == before
 
 
+def test_a_dead_feature_leads_on_and_says_what_is_known(page: Page, site: Path) -> None:
+    open_feature(page, site, DEAD)
+    expect(page.locator(".dead")).to_contain_text("above zero on none of the 1,280 tokens analysed")
+    expect(page.locator(".dead")).to_contain_text("encoder bias is −0.250 and its encoder norm 1.50")
+    expect(page.locator(".dead")).to_contain_text("the input's component along the encoder row exceeds 0.167")
+    expect(page.locator("a[rel=prev]")).to_contain_text(f" {DEAD - 1}")
+    expect(page.locator("a[rel=next]")).to_contain_text(f"{DEAD + 1} ")
+
+
+def test_activations_have_an_axis_of_tokens_and_a_unit(page: Page, site: Path) -> None:
+    open_feature(page, site, 12)
+    records = unpack((site / "data" / "features-000000.js").read_bytes())
+    labels = page.locator("section", has_text="Activations").locator("svg .label").all_text_contents()
+    assert labels[-4:] == [
+        "tokens",
+        f"{max(records['features'][12]['histogram']['counts'])}",
+        "0",
+        "activation, log scale",
+    ]
+
+
 CONTROLS = "a[href], button, input, summary, [tabindex='0']"
 
 
