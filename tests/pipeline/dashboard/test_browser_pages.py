@@ -127,6 +127,62 @@ def test_an_example_opens_to_its_whole_passage(page: Page, site: Path) -> None:
     assert item.bounding_box() == before
 
 
+def test_examples_wrap_at_the_ends_of_lines_as_code(page: Page, site: Path) -> None:
+    open_feature(page, site, 12)
+    items = page.locator("li.example")
+    assert "whole" not in (items.first.get_attribute("class") or "")
+    page.get_by_role("radio", name="passages").check()
+    assert page.locator("li.example.whole").count() == items.count()
+    ended = page.locator(".window", has=page.locator(".eol")).first
+    height = (ended.bounding_box() or {"height": 0})["height"]
+    page.get_by_role("radio", name="code").check()
+    assert "monospace" in ended.evaluate("one => getComputedStyle(one).fontFamily")
+    n_ends = ended.locator(".eol").count()
+    assert (ended.bounding_box() or {"height": 0})["height"] >= 20 * (n_ends + 1) > 20
+    assert height > 0
+    page.keyboard.press("j")  # the choice is kept from page to page
+    expect(page.locator("#feature h1")).not_to_have_text("Feature 12")
+    expect(page.get_by_role("radio", name="code")).to_be_checked()
+    assert page.locator("li.example.whole").count() == items.count()
+
+
+def test_a_character_that_tokens_share_is_one_box(page: Page) -> None:
+    found = page.evaluate(
+        """() => {
+            const packed = {
+                tokens: [1, 0, 2, 0, 3, 0, 1, 0], length: [6, 2], before: [1, 1],
+                fires: [1, 3], values: [2.5, 0.5], unread: [5], kind: ["top", "top"], band: [null, null],
+                activation: [2.5, 0], document: [0, 0], context: [0, 0], position: [1, 1],
+            };
+            const examples = Examples.unpack(packed, ["◌", "a", "日b", "é"]);
+            const told = (token) => [token.text, token.activation, Examples.tip(token)];
+            return examples.map(({ tokens, here }) => [here, tokens.map(told)]);
+        }"""
+    )
+    assert found == [
+        [
+            1,
+            [
+                ["a", 0, "0"],
+                ["日b", 2.5, "日: bytes E6 97 A5 in 2 tokens: 2.50, 0"],
+                ["é", 0.5, "é: bytes C3 A9 in 2 tokens: 0.500, 0"],
+                ["◌", None, "not read"],  # the window ends in the middle of a character
+            ],
+        ],
+        [1, [["a", 0, "0"], ["◌", 0, "0"]]],
+    ]
+
+
+def test_few_documents_are_warned_of(page: Page, site: Path, browser: Browser, tmp_path: Path) -> None:
+    open_feature(page, site, 12)
+    assert page.locator(".warning").count() == 0
+    few = make_tables(tmp_path / "tables", n_documents=2).path
+    few_site = dashboard.run(DashboardSettings(feature=("12",)), tables=few, output=tmp_path / "site", quiet=True).path
+    with watched_page(browser) as watched:
+        open_feature(watched.page, few_site, 12)
+        expect(watched.page.locator(".warning")).to_contain_text("From 2 documents only (0, 1)")
+
+
 def test_a_dead_feature_leads_on_and_says_what_is_known(page: Page, site: Path) -> None:
     open_feature(page, site, DEAD)
     expect(page.locator(".dead")).to_contain_text("above zero on none of the 1,280 tokens analysed")
@@ -226,17 +282,29 @@ def test_a_site_made_from_tables_as_it_is_looked_at_is_the_same_over_http(browse
             thread.join()
 
 
+@pytest.mark.parametrize("width", [1360, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(browser: Browser, site: Path, scheme: Scheme) -> None:
-    with watched_page(browser, scheme) as watched:
-        open_list(watched.page, site, "#show=all")
-        assert accessibility_problems(watched.page) == []
-        for feature in (12, DEAD):
-            open_feature(watched.page, site, feature)
-            assert accessibility_problems(watched.page) == []
-        watched.page.goto((site / "index.html").as_uri() + "#feature=999")
-        expect(watched.page.locator("#notice")).to_be_visible()
-        assert accessibility_problems(watched.page) == []
+def test_axe_finds_nothing(browser: Browser, site: Path, scheme: Scheme, width: int) -> None:
+    with watched_page(browser, scheme, width=width) as watched:
+        page = watched.page
+        open_list(page, site, "#show=all&q=mar")
+        expect(page.locator("#list mark").first).to_be_visible()
+        if width == 390:
+            page.get_by_role("button", name="filters").click()
+        assert accessibility_problems(page) == []
+        open_feature(page, site, 12)
+        assert accessibility_problems(page) == []
+        page.locator("details.wide summary").click()
+        page.get_by_role("radio", name="code").check()
+        page.keyboard.press("?")
+        expect(page.get_by_role("dialog")).to_be_visible()
+        assert accessibility_problems(page) == []
+        page.keyboard.press("Escape")
+        open_feature(page, site, DEAD)
+        assert accessibility_problems(page) == []
+        page.goto((site / "index.html").as_uri() + "#feature=999")
+        expect(page.locator("#notice")).to_be_visible()
+        assert accessibility_problems(page) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tailrace.analysis.dashboards.values import visible_token
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.answers import TriedTexts
 from tailrace.pipeline.dashboard.serve import open_server
@@ -16,7 +19,7 @@ from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.storage.labels import LabelEdit, edit_labels, read_labels
 from tests.support import dashboard_fixtures
 from tests.support.browsers import accessibility_problems, watched_page
-from tests.support.dashboard_tables import make_tables
+from tests.support.dashboard_tables import CONTEXT, PARTS, make_tables
 
 pytestmark = pytest.mark.slow
 
@@ -151,3 +154,34 @@ def test_a_published_site_over_several_opens_from_disk_without_forms(
         assert watched.page.locator(".live").count() == 0
         watched.page.locator("select:visible").select_option("layer1")
         expect(watched.page.locator("#list")).to_be_visible()
+
+
+def test_an_example_opens_the_document_around_it(browser: Browser, tmp_path: Path) -> None:
+    made = make_tables(tmp_path / "tables", d_sae=8, parts=PARTS | {"rows"})
+    words = pq.read_table(made.path / "rows.parquet")["token"].to_pylist()
+    with open_server(made.path, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        try:
+            with watched_page(browser, origin=address) as watched:
+                page = watched.page
+                page.goto(f"{address}#feature=1")
+                item = page.locator("li.example").first
+                item.locator("button.origin").click()
+                expect(item.locator(".document .here")).to_be_visible()
+                assert item.locator(".document .token").count() == 4 * CONTEXT
+                context, position = re.findall(r"\d+", item.locator("button.origin").get_attribute("data-tip") or "")[
+                    1:3
+                ]
+                row = int(context) * CONTEXT + int(position)
+                assert item.locator(".document .here").text_content() == visible_token(words[row])
+                assert float(item.locator(".document .here").get_attribute("data-tip") or "") == pytest.approx(
+                    made.activations[row, 1], rel=0.01
+                )
+                assert accessibility_problems(page) == []
+                item.locator("button.origin").click()
+                expect(item.locator(".document")).to_have_count(0)
+        finally:
+            server.shutdown()
+            thread.join()
