@@ -1,4 +1,4 @@
-"""How far a command is: a bar where a terminal watches, elsewhere a plain line now and then, as in a job's log."""
+"""How far a command is: a bar in a terminal or notebook, elsewhere a plain line now and then, as in a job's log."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import click
-from tqdm import tqdm
 
 Sized = TypeVar("Sized")
 Item = TypeVar("Item")
@@ -19,6 +18,19 @@ LINE_SECONDS = 30.0
 """Time between lines where no terminal watches; what is over sooner prints none."""
 _SCALED = 10_000
 """Counts from here on are shown as 1.2M."""
+
+
+def bar_here() -> type[Any] | None:
+    """Return tqdm for a terminal, or its widget for a notebook; None where a bar would be lines of a log."""
+    if "ipykernel" in sys.modules:
+        from tqdm.auto import tqdm as widget  # text where ipywidgets are missing
+
+        return widget
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        return tqdm
+    return None
 
 
 class Progress:
@@ -33,9 +45,9 @@ class Progress:
         self.started = self._said = time.monotonic()
         self._lock = threading.Lock()
         self._bar = None
-        if not quiet and sys.stderr.isatty():
+        if not quiet and (draw := bar_here()) is not None:
             scaled = total is None or total >= _SCALED
-            self._bar = tqdm(
+            self._bar = draw(
                 total=total,
                 desc=what,
                 initial=done,

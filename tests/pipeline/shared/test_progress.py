@@ -61,3 +61,12 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_times_are_minutes_or_hours() -> None:
     assert [clock(72), clock(7500), clock(0.2)] == ["1:12", "2:05:00", "0:00"]
+
+
+def test_a_notebook_gets_a_bar_though_no_terminal_watches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(progress.sys.modules, "ipykernel", SimpleNamespace())
+    with Progress(4, "train", "steps", quiet=False) as bar:
+        bar.update(4, "loss 0.5")
+    assert "train: 100%" in capsys.readouterr().err
