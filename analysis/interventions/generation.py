@@ -121,7 +121,8 @@ class SteeredModel:
         model = self._bridge.original_model
         device = next(model.parameters()).device
         takes = inspect.signature(model.forward).parameters
-        text, cache = tokens, None
+        text = tokens
+        cache: Any = None
         while True:
             is_text = torch.arange(text.shape[1]) >= starts[:, None]
             named: dict[str, Any] = {"attention_mask": is_text.long(), "use_cache": use_cache}

@@ -260,11 +260,10 @@ def _written(
     quiet: bool,
 ) -> Iterator[_Written]:
     """Yield every text, a batch of prompts after the other; of each run the features asked for come first."""
-    all_runs = [
-        (number, draw, changed)
-        for number, one in enumerate(runs)
-        for draw, changed in [(None, one), *(enumerate(draws[number - 1]) if number and draws else ())]
-    ]
+    all_runs: list[tuple[int, int | None, SteeredRun]] = []
+    for number, one in enumerate(runs):
+        all_runs.append((number, None, one))
+        all_runs += [(number, draw, other) for draw, other in enumerate(draws[number - 1] if number and draws else ())]
     size = settings.prompts_per_batch
     batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
     total = len(all_runs) * len(prompts)

@@ -38,7 +38,7 @@ def show(result: SteerResult, width: int) -> str:
 def number_rows(result: SteerResult) -> list[tuple[str, ...]]:
     """Return a heading, and a row for each run and for the random features beside it."""
     counted = () if result.count is None else (f"texts with {result.count}",)
-    rows = [("", "KL, nats", "next tokens changed", *counted)]
+    rows: list[tuple[str, ...]] = [("", "KL, nats", "next tokens changed", *counted)]
     for number, label in enumerate(result.runs):
         own, draws = result.summary(number), result.draws(number)
         if number == 0 and not counted:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tailrace.pipeline.train.cost import Planned, cost_line
 
 from tailrace.pipeline.shared.compute import say_once
 from tailrace.pipeline.shared.progress import Progress
+from tailrace.pipeline.train.cost import Planned, cost_line
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.sources import TrainingRows, TrainingSource, choose_sites
 from tailrace.pipeline.train.warm_start import WarmStart

@@ -134,6 +134,6 @@ def test_divergence_and_changed_tokens_by_hand() -> None:
     changed = torch.tensor([[other, other, even, even], [other, likely, other, other]])
     first, second = next_token_changes(plain, changed, [4, 3])
     moved = 0.75 * math.log(3) - 0.25 * math.log(3)  # 0.75 ln(0.75 / 0.25) + 0.25 ln(0.25 / 0.75)
-    assert first[0] == pytest.approx(moved, abs=1e-6)
-    assert first[1:] == (1, 2)  # positions 1 and 2: the BOS is left out
+    assert (first.n_changed, first.n_tokens) == (1, 2)  # positions 1 and 2: the BOS is left out
+    assert first.kl == pytest.approx(moved, abs=1e-6)
     assert second == NextTokenChange(0.0, 0, 1)  # what stands after a text counts nothing

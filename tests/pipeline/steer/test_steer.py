@@ -277,14 +277,14 @@ def test_what_is_known_to_be_wrong_is_refused_before_the_model_is_loaded(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "open_transcoder_model", lambda *_, **__: pytest.fail("the model was opened"))
-    cases: list[tuple[dict[str, Any], str]] = [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"feature": "4"}, "does not say what to do with a feature"),
         ({"feature": "2:4=+1"}, "'2:4' is of no layer here"),
         ({"feature": "4=+1", "random": 3}, "there are none of layer1; give them by tables"),
         ({"feature": "4=+1", "out": tmp_path / "x.pdf"}, "the name decides the kind of file"),
         ({"feature": "4=+1", "strength": 3}, "strength: is no setting"),
     ]
-    for keywords, wanted in cases:
+    for keywords, wanted in refused:
         with pytest.raises(SettingsError, match=wanted):
             tailrace.steer("a", transcoders=given / "one", **keywords)
     with pytest.raises(TextError, match="no prompt"):
