@@ -171,7 +171,7 @@ def _write_baselines(drafts: Iterable[RunDraft], sessions: Sequence[Session], ro
     known: dict[tuple[Site, float | None], float | None] = {}
     for draft, session in zip(drafts, sessions, strict=True):
         site, heldout = draft.sites[0], rows.heldout(draft.sites)
-        source = rows.fresh_rows(site, draft.settings.seed) if heldout is not None else None
+        source = rows.fresh_rows(site, 0) if heldout is not None else None  # the same rows for every run
         is_one_map = len(draft.sites) == 1 and site.hook_in != site.hook_out  # an autoencoder's best map copies
         if source is None or heldout is None or not is_one_map or (draft.path / BASELINES).exists():
             continue
