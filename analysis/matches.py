@@ -83,7 +83,8 @@ def rotated(decoder: Tensor, seed: int) -> Tensor:
     gaussian = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q, r = torch.linalg.qr(gaussian)
     rotation = q * r.diagonal().sign()  # uniform over all rotations only with the signs of r's diagonal
-    return (decoder.double() @ rotation.to(decoder.device)).float()
+    turned: Tensor = decoder.double() @ rotation.to(decoder.device)
+    return turned.float()
 
 
 def most_similar_rows(own: Fires, other: Fires) -> Similar:

@@ -179,7 +179,7 @@ def _checksum(state: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     checksum = xxhash.xxh3_128(state.encode())
     for name, tensor in tensors:
         checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        checksum.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        checksum.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return "xxh3:" + checksum.hexdigest()
 
 
