@@ -21,7 +21,7 @@ from tailrace.pipeline.blind.draw import Dictionary
 from tailrace.pipeline.blind.ledger import Clock, Entry, Ledger, utc_now
 from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.pipeline.blind.settings import OUTCOMES, Outcome
-from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
+from tailrace.pipeline.shared.feature_selection import parse_layer_features
 from tailrace.storage.artifact import new_directory
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.tables import TablesManifest, read_schema, read_table

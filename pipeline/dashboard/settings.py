@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from tailrace.pipeline.dashboard.feature_selection import FeatureSelection
+from tailrace.pipeline.shared.feature_selection import FeatureSelection
 from tailrace.storage.settings import Settings
 
 

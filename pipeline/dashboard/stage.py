@@ -16,9 +16,9 @@ from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.dashboard import sites
 from tailrace.pipeline.dashboard.blind import write_blind_page
-from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, Similar, SiteData
+from tailrace.pipeline.shared.feature_selection import parse_layer_features
 from tailrace.pipeline.shared.pages import COLOURS, TOOLTIP
 from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.stage import Made, publish_stage

@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from tailrace.pipeline.artifacts.folders import artifacts_inside
-from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
 from tailrace.pipeline.query.stage import check_folder, write_answer
+from tailrace.pipeline.shared.feature_selection import parse_layer_features
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import TABLES_KIND

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.feature_selection import parse_layer_features
 from tailrace.pipeline.shared.sections import SectionCommand
 
 

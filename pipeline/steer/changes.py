@@ -14,7 +14,7 @@ from tailrace.analysis.interventions.generation import FeatureChange
 from tailrace.pipeline.artifacts.manifests import CircuitManifest
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.pipeline.circuit.stage import read_result
-from tailrace.pipeline.dashboard.feature_selection import parse_layer_features
+from tailrace.pipeline.shared.feature_selection import parse_layer_features
 from tailrace.pipeline.steer.settings import Assignment, Change, SteerSettings
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.shuffle import philox

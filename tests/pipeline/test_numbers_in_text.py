@@ -10,8 +10,8 @@ import pytest
 
 from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.pipeline.circuit.question import parse_feature
-from tailrace.pipeline.dashboard.feature_selection import parse_features, parse_layer_features
 from tailrace.pipeline.model.sites import resolve_sites
+from tailrace.pipeline.shared.feature_selection import parse_features, parse_layer_features
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.storage.artifact import MANIFEST, seal
 from tailrace.storage.errors import ModelError, SettingsError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tailrace.pipeline.dashboard.feature_selection import parse_features
 from tailrace.pipeline.dashboard.settings import DashboardSettings
+from tailrace.pipeline.shared.feature_selection import parse_features
 from tailrace.pipeline.shared.options import read_settings
 from tailrace.storage.errors import SettingsError
 
