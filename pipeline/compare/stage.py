@@ -144,7 +144,8 @@ def _same_rows(
         reasons["phi"] = f"activations: the two were made from other rows ({'; '.join(differences)})"
         return None
     rows = [read_table(one.path / "rows.parquet", ["row", "context", "position"]) for one in opened]
-    common, first, _ = np.intersect1d(*(one["row"].to_numpy() for one in rows), return_indices=True)
+    a, b = (one["row"].to_numpy() for one in rows)
+    common, first, _ = np.intersect1d(a, b, return_indices=True)
     if not len(common):
         reasons["phi"] = "activations: the two keep no row in common; analyze the same --rows of the cache"
         return None
