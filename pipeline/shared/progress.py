@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 import time
@@ -23,14 +24,13 @@ _SCALED = 10_000
 def bar_here() -> type[Any] | None:
     """Return tqdm for a terminal, or its widget for a notebook; None where a bar would be lines of a log."""
     if "ipykernel" in sys.modules:
-        from tqdm.auto import tqdm as widget  # text where ipywidgets are missing
-
-        return widget
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        return tqdm
-    return None
+        name = "tqdm.auto"  # text where ipywidgets are missing
+    elif sys.stderr.isatty():
+        name = "tqdm"
+    else:
+        return None
+    bar: type[Any] = importlib.import_module(name).tqdm
+    return bar
 
 
 class Progress:

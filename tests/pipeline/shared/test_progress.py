@@ -66,7 +66,7 @@ def test_times_are_minutes_or_hours() -> None:
 def test_a_notebook_gets_a_bar_though_no_terminal_watches(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(progress.sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
     with Progress(4, "train", "steps", quiet=False) as bar:
         bar.update(4, "loss 0.5")
     assert "train: 100%" in capsys.readouterr().err

@@ -152,8 +152,8 @@ def test_random_features_are_as_often_active_and_write_as_much() -> None:
         assert len({one.changes[place].features for one in drawn}) == 20
     assert drawn == list(random_runs(run, known, 20, seed=0)) != list(random_runs(run, known, 20, seed=1))
     stronger = SteeredRun("more", tuple(replace(change, value=2 * change.value) for change in changes))
-    for one, other in zip(drawn, random_runs(stronger, known, 20, seed=0), strict=True):
-        assert [change.features for change in one.changes] == [change.features for change in other.changes]
+    for one, twice in zip(drawn, random_runs(stronger, known, 20, seed=0), strict=True):
+        assert [change.features for change in one.changes] == [change.features for change in twice.changes]
 
 
 def test_more_random_features_than_live_are_refused() -> None:
