@@ -72,7 +72,7 @@ class SplitPosition:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SplitCounts:
     """What a split has so far; ``stream_tokens`` are tokens and separators of its documents, packed or waiting."""
 
     contexts: int = 0
@@ -177,7 +177,7 @@ class ContextSource:
         self._positions = {split: SplitPosition() for split in _OTHER}
         for split, position in saved["lanes"].items():
             self._positions[split] = SplitPosition(**{**position, "partial": Partial.from_json(position["partial"])})
-        self._progress = {split: Progress(**saved["progress"].get(split, {})) for split in _OTHER}
+        self._progress = {split: SplitCounts(**saved["progress"].get(split, {})) for split in _OTHER}
         # (batch, document) of each held-out document that chance picked, for the batches that a split is still at or
         # has yet to come to. Batches below `_n_assigned` are decided.
         self._held = [(batch, document) for batch, document in saved["held"]]
@@ -205,7 +205,7 @@ class ContextSource:
         """
         return {split: self._counts_of(progress) for split, progress in self._progress.items()}
 
-    def _counts_of(self, progress: Progress) -> dict[str, int]:
+    def _counts_of(self, progress: SplitCounts) -> dict[str, int]:
         return {
             "contexts": progress.contexts,
             "tokens": progress.contexts * self._packer.context_length,

@@ -24,7 +24,8 @@ from tests.support.paths import ROOT
 NOUNS = {"--cache", "--transcoders", "--tables", "--out"}
 """Flags for artifacts. Each means one thing in all commands."""
 OTHER_FOLDERS = {
-    ("train", "--from"), ("analyze", "--downstream"), ("steer", "--from-circuit"), ("label", "--import"), ("rm", "--in")
+    ("train", "--from"), ("analyze", "--downstream"), ("steer", "--from-circuit"), ("score", "--dashboard"),
+    ("label", "--import"), ("rm", "--in"),
 }  # fmt: skip
 """A second artifact of the kind that the command is about already, a circuit, which no other command reads, and folders
 that are none of ours."""

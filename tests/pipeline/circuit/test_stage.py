@@ -42,7 +42,7 @@ def test_a_feature_is_explained_in_files_and_in_lines(
 ) -> None:
     feature = place.active_feature()
     out = tmp_path / "circuit"
-    asked = [PROMPT, "--feature", feature, *given(place), "--out", out, "--branches", 4, "--max-features", 40]
+    asked = [PROMPT, "--feature", feature, *given(place), "--out", out, "--branches", 12, "--max-features", 40]
     said = run_command(place, capsys, *asked)
     document = json.loads((out / "circuit.json").read_text())
     index = feature.partition(":")[2]

@@ -188,7 +188,7 @@ def test_a_cache_of_several_sites_wants_one_chosen(tmp_path: Path) -> None:
     cache = publish_cache(tmp_path / "cache", sites)
     with pytest.raises(SettingsError) as caught:
         train_on(cache, tmp_path / "transcoder", architecture={"kind": "topk", "k": 25})
-    assert "choose one with --site, or train each with --sweep site=layer0,layer1" in str(caught.value)
+    assert "choose one with --site, all with --sweep site=layer0,layer1 or, as one" in str(caught.value)
     assert "cannot be chosen from d_sae = 24" in str(caught.value)  # both problems at once
 
 
