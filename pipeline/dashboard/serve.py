@@ -16,6 +16,8 @@ import logging
 import mimetypes
 import re
 import secrets
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -42,6 +44,8 @@ from tailrace.training.loop.curves import find_runs, read_all
 
 PAGES_KEPT = 64
 """Files of pages kept in memory once made, some 10 MB."""
+CLIENTS = 64
+"""Clients that are answered at once; more wait for their turn."""
 
 logger = logging.getLogger(__name__)
 
@@ -187,11 +191,38 @@ def open_server(
         is_local = host in _LOCAL_NAMES
 
     try:
-        return ThreadingHTTPServer((host, port), Handler)
+        return _Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise SettingsError(
             f"cannot listen on {host}, port {port} ({error}); choose another --port or --host"
         ) from error
+
+
+class _Server(ThreadingHTTPServer):
+    """Answers at most so many clients at once, those that come then wait; one that goes away is no fault."""
+
+    request_queue_size = 256
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self._room = threading.BoundedSemaphore(CLIENTS)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, once there is room for one."""
+        self._room.acquire()
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and make room for the next."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - as the server calls it
+        """Log what went wrong with one request."""
+        logger.info("a request from %s was not answered: %r", client_address, sys.exception())
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -201,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
     token: str
     is_local: bool
     """Whether only this machine reaches the server."""
-    timeout = 60.0
+    timeout = 20.0
     server_version = "tailrace"
     sys_version = ""
 
@@ -231,7 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "error": "the server was started anew since this page was loaded; load it again"
             }
         length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit():
+        if not re.fullmatch(r"[0-9]{1,12}", length):
             return HTTPStatus.LENGTH_REQUIRED, {"error": "the request does not say how long it is"}
         if int(length) > MOST_BYTES:
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": f"at most {MOST_BYTES:,} bytes are read"}
@@ -254,6 +285,9 @@ class _Handler(BaseHTTPRequestHandler):
             return False
 
     def _send_file(self, with_body: bool) -> None:
+        if self.is_local and not self._is_from_here():  # a page of another site whose name leads here
+            self.send_error(HTTPStatus.FORBIDDEN, "this server answers to localhost")
+            return
         name = unquote(urlsplit(self.path).path).removeprefix("/") or "index.html"
         content = SERVED_FILES[name].read_bytes() if name in SERVED_FILES else self.served.read(name)
         if content is None:

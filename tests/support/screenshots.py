@@ -43,9 +43,9 @@ SHOTS = (
     Shot("page-score", "score.html"),
     Shot("page-pareto", "pareto.html", "dark"),
     Shot("page-steer", "steer.html"),
+    Shot("page-curves", "curves.html"),
     Shot("page-circuit", "circuit/index.html"),
     Shot("page-circuit-graph", "circuit/index.html", "dark", press="Attribution graph"),
-    Shot("page-circuit-phone", "circuit/index.html", is_phone=True),
 )
 
 
@@ -58,10 +58,11 @@ def make_pages(demo: Path) -> Path:
     commands: list[list[object]] = [
         ["dashboard", own / "tables", "--out", pages / "dashboard"],
         ["score", TEXT, *asked, "--dashboard", pages / "dashboard", "--out", pages / "score.html"],
-        ["steer", "The people of this country", *asked, "--feature", "85=+30,+100", "--out", pages / "steer.html"],
+        ["steer", "The people of this country", *asked, "--feature", "1647=+50", "--out", pages / "steer.html"],
         ["train", own / "cache", "--d-sae", 1024, "--steps", 60, "--sweep", "k=8,16,32,64",
          "--sweep", "architecture=topk,batch_topk", "--out", pages / "sweep"],
         ["pareto", pages / "sweep", "--out", pages / "pareto.html"],
+        ["curves", pages / "sweep", "--out", pages / "curves.html"],
         ["circuits-model", "--model", model, "--dataset", demo / "speeches.jsonl", *small, "--out", pages / "layers"],
         ["analyze", layers / "transcoders", "--cache", layers / "cache", "--model", model, "--out", layers / "tables"],
         ["circuit", "The people of the United", "--logit", " States", "--transcoders", layers / "transcoders",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tailrace.pipeline.dashboard import serve
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.serve import PAGES_KEPT, TablesSite, open_server
 from tailrace.pipeline.dashboard.settings import DashboardSettings
@@ -96,3 +99,21 @@ def test_an_address_that_is_taken_is_told(made: MadeTables) -> None:
 def test_nothing_to_serve_is_told(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMissing, match="there is no dashboard here"):
         open_server(tmp_path, port=0)
+
+
+def test_only_this_machines_names_are_answered_where_only_it_listens(made: MadeTables) -> None:
+    with served(made.path) as address:
+        for host, status in (("localhost:8000", 200), ("127.0.0.1", 200), ("rebound.example", 403)):
+            connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+            connection.request("GET", "/index.html", headers={"Host": host})
+            assert connection.getresponse().status == status, host
+            connection.close()
+
+
+def test_more_clients_than_there_is_room_for_are_answered_in_turn(
+    made: MadeTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "CLIENTS", 2)
+    with served(made.path) as address, ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(get, [f"{address}/index.html"] * 64))
+    assert {status for status, _, _ in answers} == {200}
