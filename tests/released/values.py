@@ -138,7 +138,7 @@ def _is_weights(name: str) -> bool:
 def _asked(path: Path) -> Values:
     """Read what SQL is asked of: tables, a sweep's runs, an evaluation's tokens."""
     listed = query.list_tables(path).to_pylist()
-    views = sorted({one["table"] for one in listed} - {"labels"})  # which are no part of the artifact
+    views = sorted({one["table"] for one in listed} - {"labels", "metrics", "timing"})  # no part of it
     columns = {
         view: ", ".join(f"{one['column']} {one['type']}" for one in listed if one["table"] == view) for view in views
     }

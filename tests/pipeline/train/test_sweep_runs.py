@@ -100,7 +100,7 @@ def test_a_sweep_is_asked_in_sql_as_the_view_runs(swept: SweepResult) -> None:
     answer = query.run(sql, tables=swept.path, format="parquet")
     assert isinstance(answer, pa.Table)
     assert answer["name"].to_pylist() == sorted(scores, key=scores.__getitem__)
-    with pytest.raises(ActionableError, match="Tables: runs"):
+    with pytest.raises(ActionableError, match="Tables: metrics, runs, timing"):
         query.run("SELECT 1 FROM features", tables=swept.path)
 
 
