@@ -85,6 +85,7 @@ def test_a_contender_takes_steps_when_told(tmp_path: Path) -> None:
     assert turn.wall_seconds > 0
 
 
+@pytest.mark.slow
 def test_a_contender_that_cannot_run_says_why(tmp_path: Path) -> None:
     save(plant(SMALL), SMALL, tmp_path)
     with (

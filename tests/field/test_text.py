@@ -35,6 +35,7 @@ from tailrace.storage.errors import ModelError, SettingsError, TextError
 from tests.support.cache_jobs import HERE, small_blocks, tree
 from tests.support.cache_jobs import settings as cache_settings
 from tests.support.paths import ROOT
+from tests.support.quick import quick
 from tests.support.text_files_written import open_text, texts_of, write_jsonl
 from tests.support.tiny_models import save_tiny_model
 
@@ -642,7 +643,7 @@ def read_texts(made, split="train"):
     return "".join(vocabulary[token] for token in tokens)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", quick([".jsonl", ".parquet"], ".jsonl"))
 @pytest.mark.parametrize(("column", "chats"), [("messages", CHATS), ("conversations", SHAREGPT)])
 def test_conversations_are_written_by_the_chat_template(tmp_path, chat_model, column, chats, suffix):
     path = tmp_path / f"a{suffix}"
@@ -695,6 +696,7 @@ def test_row_that_is_no_conversation_is_a_bad_row(tmp_path, chat):
     assert [document.messages for document in open_text(path, on_bad_row="skip")] == [CHATS[0], None, CHATS[0]]
 
 
+@pytest.mark.slow
 def test_conversation_that_the_template_refuses_is_named_and_a_model_without_a_template_is_refused(
     tmp_path, chat_model
 ):

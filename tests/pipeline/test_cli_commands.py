@@ -143,6 +143,7 @@ def test_info_of_a_cache_says_what_it_holds(tmp_path: Path, capsys: pytest.Captu
     assert described["bytes on disk"] == n_bytes
 
 
+@pytest.mark.slow
 def test_info_of_an_unfinished_cache_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_job(Job.cache(tmp_path / "cache"), Kill(1, "train-unit-000002")) != 0
     answer = command(capsys, "info", tmp_path / "cache")

@@ -110,8 +110,8 @@ def extend_between_looking_and_opening(patch: pytest.MonkeyPatch, growths: Itera
     ("dtype", "compression", "n_contexts"),
     [
         ("float32", "none", SAME_SIZE),
-        ("int8", "none", LONGER),
-        ("bfloat16", "zstd", SAME_SIZE),
+        pytest.param("int8", "none", LONGER, marks=pytest.mark.slow),
+        pytest.param("bfloat16", "zstd", SAME_SIZE, marks=pytest.mark.slow),
         ("int8", "lz4", LONGER),
     ],
 )

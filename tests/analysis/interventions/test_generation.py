@@ -42,6 +42,7 @@ from tailrace.storage.errors import ModelError
 from tailrace.training.cross_layer.layers import StackedLayer, split_layers
 from tests.support.cross_layer_transcoders import random_cross_layer
 from tests.support.paths import ROOT
+from tests.support.quick import quick
 from tests.support.spliced_models import (
     D_HEAD,
     N_LAYERS,
@@ -147,7 +148,7 @@ SPLICES: dict[str, Callable[[], dict[Site, Substitute]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", SPLICES)
+@pytest.mark.parametrize("kind", quick(SPLICES, *list(SPLICES)[::3]))
 def test_a_splice_gives_the_same_text_with_and_without_a_cache(kind: str) -> None:
     bridge = tiny_model().bridge
     with replaced(bridge, SPLICES[kind]()):
@@ -176,7 +177,9 @@ def real_model(folder: Path) -> tuple[Any, Tensor]:
     return model.bridge, ids
 
 
-@pytest.mark.parametrize("hook", ["hook_k", "hook_v[1]", "hook_z", "hook_pattern", "hook_attn_scores"])
+@pytest.mark.parametrize(
+    "hook", quick(["hook_k", "hook_v[1]", "hook_z", "hook_pattern", "hook_attn_scores"], "hook_v[1]", "hook_pattern")
+)
 def test_a_patch_in_the_prompt_gives_the_same_text_with_and_without_a_cache(hook: str) -> None:
     bridge, prompts = real_model(bundled_model("tiny-lm"))
     point = HookName.parse(f"blocks.1.attn.{hook}").point
@@ -208,6 +211,7 @@ def smollm2() -> Path:
 
 
 @pytest.mark.parametrize("folder", [lambda: bundled_model("tiny-lm"), pytest.param(smollm2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_trained_models_say_the_same_with_and_without_a_cache(folder: Callable[[], Path]) -> None:
     bridge, prompts = real_model(folder())
     plain = plain_text(bridge, prompts)

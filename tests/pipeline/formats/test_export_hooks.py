@@ -9,10 +9,11 @@ from tailrace.pipeline.formats.hooks import hooked_transformer_name, module_of
 from tailrace.pipeline.model.language_model import SiteHooks, load_language_model
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.cache_format import Site
+from tests.support.quick import quick
 from tests.support.tiny_models import FAMILIES, save_tiny_model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, *list(FAMILIES)[:2]))
 def test_another_name_means_the_same_vectors_and_is_given_for_the_mlp_s_output_unless_a_norm_follows(tmp_path, family):
     model = load_language_model(ModelSettings(model=str(save_tiny_model(tmp_path, family))))
     names = {hook: hooked_transformer_name(hook, model.identity()) for hook in model.bridge.hook_dict}

@@ -9,6 +9,7 @@ import tailrace.pipeline.text.stream
 from tailrace.pipeline.text.columns import Column
 from tailrace.pipeline.text.stream import DocumentStream, TextExamples
 from tailrace.storage.errors import TextError
+from tests.support.quick import quick
 from tests.support.text_files_written import open_text, texts_of, write_jsonl, write_texts
 
 
@@ -71,7 +72,7 @@ def lines(folder):
     [(three_files, {}), (parquet, {}), (lines, {"text_unit": "line"})],
     ids=["jsonl", "parquet", "txt"],
 )
-@pytest.mark.parametrize("shuffle_window", [0, 16, 10_000])
+@pytest.mark.parametrize("shuffle_window", quick([0, 16, 10_000], 16))
 def test_resumes_exactly_at_every_state(tmp_path, monkeypatch, make, settings, shuffle_window):
     monkeypatch.setattr(tailrace.pipeline.text.stream, "UNSHUFFLED_BLOCK", 7)
     path = make(tmp_path)

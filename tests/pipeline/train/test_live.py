@@ -30,6 +30,7 @@ from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import command, differing, model_folder, run_cache, text_file
 from tests.support.live_runs import live_settings
+from tests.support.quick import quick
 
 BASE: dict[str, Any] = {
     "architecture": {"kind": "topk", "k": 4},
@@ -94,7 +95,7 @@ def test_live_weights_are_those_of_the_live_batches_fed_by_hand(trained: TrainRe
     assert torch.equal(run.folded().W_dec, load_transcoder(trained.path).W_dec)
 
 
-@pytest.mark.parametrize("step", [1, 6, 11])
+@pytest.mark.parametrize("step", quick([1, 6, 11], 6))
 def test_an_interrupted_live_run_ends_with_the_same_bytes(
     trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -147,6 +148,7 @@ def test_a_live_sweep_runs_the_model_once_and_equals_runs_alone(trained: TrainRe
     assert not (swept.path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_cross_layer_transcoder_is_trained_live_and_ends_with_the_same_bytes_if_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

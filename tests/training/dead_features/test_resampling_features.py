@@ -16,6 +16,7 @@ from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.normalisation import Normalisation
 from tailrace.training.rows.row_source import SampledRows
+from tests.support.quick import quick
 from tests.support.resampled_runs import D_IN, SAE_SITE, PlantedSource, build, kill, take_steps
 from tests.training.architectures.test_architectures import SMALL
 
@@ -307,7 +308,7 @@ REVIVALS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+@pytest.mark.parametrize("kernel", quick(["dense", "sparse"], "sparse"))
 @pytest.mark.parametrize(
     ("method", "fewest", "most"),
     [

@@ -317,6 +317,7 @@ def write_and_close(loggers: Sequence[WandbLogger]) -> None:
 
 
 @pytest.mark.usefixtures("real_wandb")
+@pytest.mark.slow
 def test_the_real_wandb_writes_an_offline_run_for_each_of_several_at_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from tailrace.training.loop.session import StepCallback, every, snapshot_steps
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.train_all import ScheduledRun, train
 from tailrace.training.rows.batches import Batch
+from tests.support.quick import quick
 
 WIDTH = 16
 N_PLANTED = 32
@@ -83,7 +84,7 @@ RECOVERING: list[Architecture] = [
 ]
 
 
-@pytest.mark.parametrize("architecture", RECOVERING, ids=lambda architecture: architecture.kind)
+@pytest.mark.parametrize("architecture", quick(RECOVERING, *RECOVERING[:2]), ids=lambda architecture: architecture.kind)
 def test_planted_directions_are_recovered(architecture: Architecture) -> None:
     stream = PlantedRows()
     run = build(stream, architecture, 800, d_sae=64, lr=5e-3)
