@@ -33,7 +33,7 @@ from tailrace.training.architectures.transcoder import write_tensors
 KEPT = 2
 """Newest checkpoints kept, so that a damaged last one costs only its interval."""
 _STATE = "state"
-_CHECKSUM = "checksum"
+"""The header's one key (several have no fixed order): a checksum, a space, and the state as JSON."""
 
 CHECKPOINT_SECONDS = 60.0
 """Age at which checkpoints that are cheap are followed by new ones, for runs whose steps take long."""
@@ -76,7 +76,7 @@ class Checkpoints:
         """Write a checkpoint, then remove all but the newest ``KEPT``."""
         state = json.dumps(checkpoint.state, sort_keys=True, allow_nan=False)
         tensors = {name: tensor.detach().cpu() for name, tensor in checkpoint.tensors.items()}
-        header = {_STATE: state, _CHECKSUM: _checksum(state, sorted(tensors.items()))}
+        header = {_STATE: f"{_checksum(state, sorted(tensors.items()))} {state}"}
         write_tensors(self._path(checkpoint.step), tensors, header)
         if self._rank == 0 and len(kept := self._paths()[-KEPT:]) == KEPT:
             oldest = int(kept[0].stem)  # all parts of which are there
@@ -98,7 +98,7 @@ class Checkpoints:
         Raises ArtifactCorrupt if it cannot be read; deleting the file named falls back to the one before.
         """
         with _reading(self._path(step, 0)) as file:
-            state = json.loads(file.metadata()[_STATE])
+            state = _state_in(file)
             shards = _shards(state)
             if shards.n == 1 and self._size > 1:
                 raise SettingsError(
@@ -111,7 +111,7 @@ class Checkpoints:
             tensors |= self._own_rows(step, shards)
         if shards.n == self._size > 1:
             with _reading(self._path(step)) as file:
-                state["run"] = json.loads(file.metadata()[_STATE])["run"]
+                state["run"] = _state_in(file)["run"]
         return RunCheckpoint(step, tensors, state)
 
     def _own_rows(self, step: int, shards: Shards) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ class Checkpoints:
     def _is_complete(self, step: int) -> bool:
         try:
             with _opened(self._path(step, 0)) as file:
-                shards = _shards(json.loads(file.metadata()[_STATE]))
+                shards = _shards(_state_in(file))
         except ArtifactCorrupt:
             return True  # which ``load`` says
         return all(self._path(step, part).exists() for part in range(shards.n))
@@ -187,12 +187,22 @@ def _checksum(state: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _reading(path: Path) -> Iterator[Any]:
     """Open a checkpoint's file whose checksum is right; the errors are those of ``_opened``."""
     with _opened(path) as file:
-        header = file.metadata()
+        checksum, state = _header_of(file)
         tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-        is_old = set(header) == {_STATE}  # the first version wrote no checksum
-        if not is_old and _checksum(header[_STATE], tensors) != header[_CHECKSUM]:
+        if checksum and _checksum(state, tensors) != checksum:
             raise ValueError("it differs from its own checksum")
         yield file
+
+
+def _header_of(file: Any) -> tuple[str, str]:
+    """Return the checksum and the state in a checkpoint's header; the first version wrote no checksum."""
+    text = str(file.metadata()[_STATE])
+    checksum, _, state = ("", "", text) if text.startswith("{") else text.partition(" ")
+    return checksum, state
+
+
+def _state_in(file: Any) -> Any:
+    return json.loads(_header_of(file)[1])
 
 
 @contextmanager
