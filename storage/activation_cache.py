@@ -339,7 +339,7 @@ class CacheSplit:
 
     def _read_documents(self) -> Iterator[dict[str, Any]]:
         for name in self._record.documents:
-            with inside(self.root, name).open(encoding="utf-8") as lines:
+            with self._file(name).open(encoding="utf-8") as lines:
                 yield from map(json.loads, lines)
 
     def context_tokens(self, contexts: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ from tailrace.storage.artifact import (
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.formats import FOR_ONE_LAYER_ONLY, TABLES_KIND
-from tailrace.storage.names import inside, temporary_path
+from tailrace.storage.names import inside, remove_abandoned, temporary_path
 
 ROW_GROUP_ROWS = 65_536
 """Rows of a row group unless the table says otherwise: the least a reader must decompress."""
@@ -113,6 +113,7 @@ def write_table(
     disk refuses, ArtifactMismatch if ``path`` is no regular file; an exception of ``batches`` leaves nothing behind.
     """
     refuse_replacing(path)
+    remove_abandoned(path)
     # sorted here, since Arrow keeps the order it is given
     schema = schema.with_metadata(dict(sorted((metadata or {}).items())) or None)
     temporary = temporary_path(path)

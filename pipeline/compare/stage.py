@@ -31,7 +31,7 @@ from tailrace.analysis.matches import (
 )
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_of, open_transcoders
 from tailrace.pipeline.shared.compute import Compute
-from tailrace.storage.artifact import write_atomically
+from tailrace.storage.artifact import write_output
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.labels import owner_of, read_labels
@@ -252,4 +252,4 @@ def _write(output: Path, table: pa.Table, summary: dict[str, Any]) -> None:
         write_table(output, SCHEMA, table.to_batches(), metadata={"summary": json.dumps(summary)})
         return
     content = json.dumps({"summary": summary, "features": table.to_pylist()}, ensure_ascii=False, allow_nan=False)
-    write_atomically(output, content.encode())
+    write_output(output, content.encode())

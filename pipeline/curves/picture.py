@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tailrace.pipeline.shared.pages import N_SERIES, draw_plot, html_page, palette
-from tailrace.storage.artifact import make_directory, write_atomically
+from tailrace.storage.artifact import make_directory, write_output
 from tailrace.storage.errors import SettingsError
 from tailrace.training.loop.curves import RunCurves
 
@@ -56,7 +56,7 @@ def write_picture(path: Path, runs: Sequence[RunCurves]) -> None:
     kind = path.suffix.lower().removeprefix(".")
     content = page(runs).encode() if kind == "html" else draw_plot(partial(_draw, runs), kind, (11, 7))[0]
     make_directory(path.absolute().parent)
-    write_atomically(path, content)
+    write_output(path, content)
 
 
 def page(runs: Sequence[RunCurves], *, is_live: bool = False) -> str:

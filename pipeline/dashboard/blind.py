@@ -15,7 +15,7 @@ from typing import Any
 
 from tailrace.analysis.dashboards.values import visible_token
 from tailrace.pipeline.shared.pages import COLOURS
-from tailrace.storage.artifact import write_output
+from tailrace.storage.artifact import write_atomically
 
 SITE = Path(__file__).parent / "site"
 N_SHADES = 20
@@ -58,7 +58,7 @@ def write_blind_page(
         '<p class="about">The stronger the colour, the stronger the feature. Each line is centred on its own token.</p>'
         f"\n{sections}</main>\n</body>\n</html>\n"
     )
-    write_output(path, page.encode())
+    write_atomically(path, page.encode())
 
 
 def _sections(examples: Sequence[Mapping[str, Any]], largest: float, window: int) -> Iterator[str]:

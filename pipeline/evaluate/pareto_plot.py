@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tailrace.pipeline.evaluate.pareto import Point, front
 from tailrace.pipeline.evaluate.settings import Measure
 from tailrace.pipeline.shared.pages import N_SERIES, WIDE, draw_plot, html_page, palette, plot_html
-from tailrace.storage.artifact import make_directory, write_atomically
+from tailrace.storage.artifact import make_directory, write_output
 from tailrace.storage.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def write_plot(path: Path, groups: Mapping[str, Sequence[Point]], measure: Measu
     draw = partial(draw_points, groups, measure)
     content = _page(groups, measure).encode() if kind == "html" else draw_plot(draw, kind)[0]
     make_directory(path.absolute().parent)
-    write_atomically(path, content)
+    write_output(path, content)
 
 
 def draw_points(groups: Mapping[str, Sequence[Point]], measure: Measure, figure: Figure) -> dict[str, str]:

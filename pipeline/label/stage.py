@@ -18,7 +18,7 @@ import pyarrow as pa
 from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.pipeline.query.stage import check_folder, write_answer
 from tailrace.pipeline.shared.feature_selection import parse_layer_features
-from tailrace.storage.artifact import write_atomically
+from tailrace.storage.artifact import write_output
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.labels import (
@@ -108,7 +108,7 @@ def export_labels(tables: Path, output: Path) -> int:
     labels = every_label(tables)
     if output.suffix == ".jsonl":
         rows = [{**as_json(Label(**_without(row, OWNER))), **_only(row, OWNER)} for row in labels.to_pylist()]
-        write_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        write_output(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     else:
         write_answer(output, labels, "csv" if output.suffix == ".csv" else "parquet")
     return int(labels.num_rows)

@@ -24,7 +24,7 @@ import pyarrow as pa
 from tailrace.pipeline.query.saved import MADE_BY
 from tailrace.pipeline.query.text_table import MAX_SHOWN_ROWS, render_table
 from tailrace.pipeline.query.views import FOLDER, Tables, View, each_folder, find_views, open_views
-from tailrace.storage.artifact import write_atomically
+from tailrace.storage.artifact import write_output
 from tailrace.storage.errors import ActionableError
 from tailrace.storage.tables import write_table
 
@@ -81,7 +81,7 @@ def write_answer(output: Path, answer: pa.Table, format: Format) -> None:
     if format == "parquet":
         write_table(output, answer.schema, answer.to_batches())
     else:
-        write_atomically(output, render(answer, format, None).encode())
+        write_output(output, render(answer, format, None).encode())
 
 
 def select(

@@ -20,7 +20,7 @@ from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.score.stage import ScoredText, Scores
 from tailrace.pipeline.score.text import as_json, feature_note
 from tailrace.pipeline.shared.pages import html_page
-from tailrace.storage.artifact import make_directory, write_atomically
+from tailrace.storage.artifact import make_directory, write_output
 from tailrace.storage.errors import SettingsError
 
 SUFFIXES = (".html", ".png", ".json")
@@ -56,7 +56,7 @@ def write_scores(path: Path, scores: Scores, dashboard: Path | None = None) -> N
         case _:
             content = _draw(scores)
     make_directory(path.absolute().parent)
-    write_atomically(path, content)
+    write_output(path, content)
 
 
 def feature_links(scores: Scores, dashboard: DashboardManifest) -> dict[int, str]:

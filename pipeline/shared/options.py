@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from tailrace.pipeline.shared.run_options import FILE, FILE_OR_ARTIFACT
 from tailrace.pipeline.shared.sections import current_name, option, running
-from tailrace.storage.artifact import REQUEST, read_json, write_atomically
+from tailrace.storage.artifact import REQUEST, read_json, write_output
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.settings import Retired, Settings, load_yaml
 
@@ -174,7 +174,7 @@ def _save_config(read: Sequence[Settings]) -> None:
     for settings in read:
         lines += _yaml_lines(settings, settings.model_dump(mode="json"), but=known)
         known |= type(settings).model_fields.keys()
-    write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
+    write_output(file, "".join(f"{line}\n" for line in lines).encode())
     click.echo(f"{file}: written, nothing else; use it with --config {file}")
     context.exit()
 

@@ -17,7 +17,7 @@ from tailrace.pipeline.shared.pages import html_page
 from tailrace.pipeline.steer.settings import check_output
 from tailrace.pipeline.steer.stage import SCHEMA, SteeredText, SteerResult
 from tailrace.pipeline.steer.text import json_of, number_rows
-from tailrace.storage.artifact import make_directory, write_atomically
+from tailrace.storage.artifact import make_directory, write_output
 from tailrace.storage.tables import write_table
 
 SHOWN_PROMPTS = 200
@@ -57,9 +57,9 @@ def write_result(path: Path, result: SteerResult) -> None:
         case ".parquet":
             write_table(path, SCHEMA, result.table().to_batches())
         case ".json":
-            write_atomically(path, (json.dumps(json_of(result), indent=1, ensure_ascii=False) + "\n").encode())
+            write_output(path, (json.dumps(json_of(result), indent=1, ensure_ascii=False) + "\n").encode())
         case _:
-            write_atomically(path, page(result).encode())
+            write_output(path, page(result).encode())
 
 
 def page(result: SteerResult) -> str:

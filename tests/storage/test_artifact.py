@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from tailrace.storage import artifact
@@ -38,6 +39,7 @@ from tailrace.storage.errors import (
 )
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.names import LOCK
+from tailrace.storage.tables import write_table
 from tests.support.paths import ROOT
 from tests.support.synthetic_cache import write_synthetic_cache
 
@@ -461,6 +463,9 @@ def test_what_killed_commands_left_of_an_output_is_deleted_when_it_is_written_ag
         (tmp_path / name).touch()
     write_output(tmp_path / "x.html", b"page")
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "x.html"])
+    (tmp_path / f".t.parquet.tmp-{machine}-{dead}-1").touch()
+    write_table(tmp_path / "t.parquet", pa.schema([("v", pa.int32())]), [])
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "t.parquet", "x.html"])
 
 
 def test_a_file_is_compared_with_its_record_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
