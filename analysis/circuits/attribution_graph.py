@@ -8,7 +8,7 @@ and "Pruning").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,11 +102,19 @@ class AttributionGraph:
 
 
 def build_graph(
-    run: LinearisedRun, roots: Sequence[Root], weights: Sequence[float], settings: GraphSettings
+    run: LinearisedRun,
+    roots: Sequence[Root],
+    weights: Sequence[float],
+    settings: GraphSettings,
+    *,
+    progress: Callable[[int, int], object] = lambda n, of: None,  # noqa: ARG005 - as it is called
 ) -> AttributionGraph:
-    """Return the graph of ``roots`` with ``weights``: probabilities of logits, 1 for a feature."""
+    """Return the graph of ``roots`` with ``weights``: probabilities of logits, 1 for a feature.
+
+    ``progress`` is called with how many features have their inputs, and of how many.
+    """
     with torch.inference_mode():
-        return _Builder(run, roots, weights, settings).build()
+        return _Builder(run, roots, weights, settings).build(progress)
 
 
 def top_logits(
@@ -141,16 +149,19 @@ class _Builder:
         self._expanded: list[int] = []
         self._weights = torch.tensor(weights, dtype=run.dtype)
 
-    def build(self) -> AttributionGraph:
+    def build(self, progress: Callable[[int, int], object]) -> AttributionGraph:
         targets = [root.probe for root in self._roots]
         self._append(attribute(self._run, targets, self._sources))
-        while len(self._expanded) < len(self._rows) - len(self._roots):
+        n_wanted = len(self._rows) - len(self._roots)
+        progress(0, n_wanted)
+        while len(self._expanded) < n_wanted:
             chosen = self._most_influential(min(self._settings.block, len(self._rows) - self._n))
             if not chosen:
                 break
             probes = [self._probe(column) for column in chosen]
             self._expanded += chosen
             self._append(attribute(self._run, probes, self._sources))
+            progress(len(self._expanded), n_wanted)
         return self._graph()
 
     def _append(self, rows: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ from tailrace.analysis.tables import TABLES
 from tailrace.analysis.weights.unembedding import TokenEffects
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.pipeline.shared.compute import Compute
-from tailrace.pipeline.shared.progress import Progress
+from tailrace.pipeline.shared.progress import Progress, clock
+from tailrace.pipeline.shared.units import size
 from tailrace.pipeline.shared.worker_processes import open_workers
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import make_directory
@@ -45,6 +47,11 @@ logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 8
 """Of a pair in ``activations/``, about."""
+_FEATURE_BYTES, _EXAMPLE_BYTES, _ROW_BYTES = 1200, 60, 8
+"""In tables: of a feature with its connections, of an example with its window, of a kept row; of the demo's, about."""
+_TIMED_ROWS = 1024
+_TIMED_FROM = 100 * _TIMED_ROWS
+"""Rows from which on two small blocks are timed before the pass: two in a hundred."""
 _SCRATCH = "spool"
 
 
@@ -207,6 +214,50 @@ def with_density(subject: Subject, plan: Plan) -> Subject:
 def estimated_pairs(subject: Subject, n_rows: int, plan: Plan) -> int:
     """Return about how many activations are kept, by the subject's density."""
     return round((subject.density or 0.0) * subject.coder.d_sae * min(plan.activation_rows, n_rows))
+
+
+def cost_line(subject: Subject, whole: AnalysisPass, compute: Compute) -> str:
+    """Return what tables cost, in a line.
+
+    Time is judged by two blocks, where that is little of what is to come; not of workers, nor of rows that the language
+    model still has to make.
+    """
+    coder, plan, n_rows = subject.coder, whole.plan, whole.n_rows
+    seconds = None
+    if whole.rows.cache is not None and not compute.has_workers and n_rows >= _TIMED_FROM:
+        seconds = _seconds_per_row(subject, plan)
+    about = f", about {clock(seconds * n_rows)} by rows just timed" if seconds else ""
+    unit_rows = subject.split.first_row(1) if subject.split.n_units > 1 else subject.split.n_rows
+    memory = 4 * coder.d_sae * (coder.d_in + coder.d_out) + unit_rows * whole.analysed.site.row_bytes
+    n_pairs, kept = estimated_pairs(subject, n_rows, plan), ""
+    disk = coder.d_sae * (_FEATURE_BYTES + _EXAMPLE_BYTES * plan.n_examples)
+    if n_pairs:
+        n_kept = min(plan.activation_rows, n_rows)
+        disk += coder.d_sae * _EXAMPLE_BYTES * (plan.n_bands * plan.n_band_examples + plan.n_random_examples)
+        disk += n_pairs * KEPT_BYTES + n_kept * _ROW_BYTES
+        kept = (
+            f", of which {size(n_pairs * KEPT_BYTES)} hold about {n_pairs:,} activations of {n_kept:,} rows, and "
+            f"{size(n_pairs * SCRATCH_BYTES)} more while they are sorted"
+        )
+    return (
+        f"cost: {coder.d_sae:,} features over {n_rows:,} rows{about}; at least {size(memory)} of memory; up to about "
+        f"{size(disk)} on disk{kept}"
+    )
+
+
+def _seconds_per_row(subject: Subject, plan: Plan) -> float | None:
+    """Return the seconds that a row takes, by small blocks after the first; None if there is only one."""
+    blocks: list[tuple[float, int]] = []
+    block_rows = max(_TIMED_ROWS, subject.context_length)
+    gather(
+        replace(subject, scratch=None),
+        replace(plan, block_rows=block_rows, n_rows=2 * block_rows),
+        accumulators(TABLES),
+        progress=lambda n_rows: blocks.append((time.perf_counter(), n_rows)),
+    )
+    if len(blocks) == 1:
+        return None
+    return (blocks[-1][0] - blocks[0][0]) / sum(n_rows for _, n_rows in blocks[1:])
 
 
 def refuse_too_much(n_pairs: int, output: Path) -> None:

@@ -68,10 +68,10 @@ def run(
 
     A folder stands for the transcoders in it. Each layer of a cross-layer transcoder gets tables at
     ``output/<its site's name>``, or ``output/<folder's name>-<site's name>`` beside other transcoders. The other
-    arguments are those of ``tailrace.pipeline.analyze.stage.run``; ``announce`` hears the size of the first only, and
-    ``finished`` is told each result when it is there. A transcoder that gives a number that is not finite is told at
-    the end, after the others. Raises SettingsError, ArtifactMismatch or another ArtifactError, with every problem of
-    every transcoder and before anything is computed, and what ``tailrace.pipeline.analyze.stage.run`` raises.
+    arguments are those of ``tailrace.pipeline.analyze.stage.run``; ``announce`` is given the cost of the first only,
+    and ``finished`` each result when it is there. A number of a transcoder that is not finite is an error at the end,
+    after the others. Raises SettingsError, ArtifactMismatch or another ArtifactError, with every problem of every
+    transcoder and before anything is computed, and what ``tailrace.pipeline.analyze.stage.run`` raises.
     """
     opened = open_transcoders(transcoders)
     outputs = _outputs(opened, output)
@@ -159,4 +159,4 @@ def _say_of_first(announce: Callable[[str], object], n_missing: int, line: str) 
 
 
 def _say_nothing(_: str) -> None:
-    """Leave the sizes of all but the first out: they are about the same."""
+    """Leave the costs of all but the first out: they are about the same."""

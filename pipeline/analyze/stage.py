@@ -17,15 +17,15 @@ from typing import Any, Protocol
 import torch
 
 from tailrace.analysis.dashboards.feature_card import FeatureCard
-from tailrace.analysis.harvest.activations import LAST_ROW, SCRATCH_BYTES
-from tailrace.analysis.harvest.one_pass import Plan, Subject
+from tailrace.analysis.harvest.activations import LAST_ROW
+from tailrace.analysis.harvest.one_pass import Plan
 from tailrace.analysis.harvest.table import WrittenTables, write_tables
 from tailrace.analysis.tables import TABLES
 from tailrace.analysis.tables.documents import write as write_documents
 from tailrace.pipeline.analyze.analysis_pass import (
-    KEPT_BYTES,
     AnalysisPass,
     check_workers,
+    cost_line,
     estimated_pairs,
     refuse_too_much,
     scratch_folder,
@@ -128,11 +128,10 @@ def run(
     Rows come from ``cache`` or, with ``live``, from the language model that is run over fresh text for the purpose.
 
     ``model`` says where the language model lies if it moved; ``downstream`` are transcoders of later layers, to whose
-    features connections are told. Workers share the units, and tables
-    are the same to the bit for any number of them. ``announce`` is told how large the activations will be before they
-    are made. Raises ArtifactMismatch if the transcoder is a cross-layer one or belongs to another model or site, or if
-    other tables lie at ``output``; ModelError if the model cannot be loaded; SettingsError if the disk has no room for
-    the activations.
+    features connections are told. Workers share the units, and tables are the same to the bit for any number of them.
+    ``announce`` is given a line of what the tables cost before they are made. Raises ArtifactMismatch if the transcoder
+    is a cross-layer one or belongs to another model or site, or if other tables lie at ``output``; ModelError if the
+    model cannot be loaded; SettingsError if the disk has no room for the activations.
     """
     layers = layers_of(open_transcoders(transcoder))
     if len(layers) > 1:
@@ -266,7 +265,8 @@ class PlannedTables:
         whole = AnalysisPass(self.source.rows(), self.analysed, plan_of(self.settings), device)
         coder = self.analysed.load().to(device)
         subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
-        _announce_size(subject, whole, path, announce)
+        refuse_too_much(estimated_pairs(subject, whole.n_rows, whole.plan), path)
+        announce(cost_line(subject, whole, compute))
         from_weights = self._write_weight_tables(weights, coder, whole.rows.vocabulary, path, compute.quiet)
         if from_weights is not None:
             subject = dataclasses.replace(subject, effects=from_weights.effects)
@@ -354,18 +354,6 @@ def refuse_unused_model(settings: AnalyzeSettings, model: str | None, downstream
     if settings.without_model and (model is not None or downstream):
         given = " and ".join(["--model"] * (model is not None) + ["--downstream"] * bool(downstream))
         raise SettingsError(f"--without-model leaves nothing for {given} to do; leave out one or the other")
-
-
-def _announce_size(subject: Subject, whole: AnalysisPass, output: Path, announce: Callable[[str], object]) -> None:
-    """Say how much disk the activations will take; raise SettingsError if there is less."""
-    n_pairs = estimated_pairs(subject, whole.n_rows, whole.plan)
-    if n_pairs:
-        refuse_too_much(n_pairs, output)
-        n_kept = min(whole.plan.activation_rows, whole.n_rows)
-        announce(
-            f"keeping the activations of {n_kept:,} of {whole.n_rows:,} rows: about {n_pairs:,}, "
-            f"{n_pairs * KEPT_BYTES / 1e6:,.0f} MB, and {n_pairs * SCRATCH_BYTES / 1e6:,.0f} MB while they are sorted"
-        )
 
 
 def read_result(tables: Path) -> AnalyzeResult:

@@ -7,6 +7,7 @@ term; as the paths with the largest contributions; and as an attribution graph o
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +41,10 @@ from tailrace.pipeline.circuit.traced import traced_layers, warn_of_poor_layers
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.weights import read_weights
-from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.compute import Compute, say_once
+from tailrace.pipeline.shared.progress import Progress, clock
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
+from tailrace.pipeline.shared.units import size
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.display import card, table
 from tailrace.storage.formats import ARTIFACT_FORMATS
@@ -99,7 +102,8 @@ def run(
 
     ``transcoders`` are transcoders, or folders that hold some, or one cross-layer transcoder; ``tables`` of some of
     them, given likewise, give their features' cards on the page; ``model`` says where the language model lies if it is
-    not under its recorded name. Warns of layers whose transcoder explains next to nothing, where that is known.
+    not under its recorded name. Says what the circuit costs as soon as the graph's first features were timed, unless
+    ``compute`` is quiet. Warns of layers whose transcoder explains next to nothing, where that is known.
     Raises SettingsError for a question that cannot be asked of these transcoders (a missing layer, a feature, token or
     logit that does not exist, a prompt of the BOS alone), ArtifactMismatch if they belong to different models,
     ModelError for a model that cannot be loaded or whose pass is not linear as assumed.
@@ -134,7 +138,7 @@ def run(
     }
 
     def make(path: Path) -> Made:
-        asked = _answer(settings, question, keep, given, model, compute.device_name)
+        asked = _answer(settings, question, keep, given, model, compute)
         record = {"model": asked.model.identity(), "root": asked.document["root"]}
         return Made(record, _write(asked, known, path), MODEL_LIBRARIES)
 
@@ -155,11 +159,13 @@ def _answer(
     keep: NodeFilter,
     transcoders: Sequence[PublishedTranscoder],
     model: str | None,
-    device: str,
+    compute: Compute,
 ) -> _Asked:
     dtype = None if settings.dtype == "recorded" else settings.dtype
-    opened = open_transcoder_model([one.path for one in transcoders], model=model, device=device, dtype=dtype)
-    asked = _Asked(opened, question, settings, keep)
+    opened = open_transcoder_model(
+        [one.path for one in transcoders], model=model, device=compute.device_name, dtype=dtype
+    )
+    asked = _Asked(opened, question, settings, keep, quiet=compute.quiet)
     coders = {site: layer for one in transcoders for site, layer in one.load().items()}
     asked.run_on(coders, LearntTokens(layers_of(transcoders), opened)(torch.tensor([asked.ids]))[0])
     return asked
@@ -168,8 +174,17 @@ def _answer(
 class _Asked:
     """A question on its way to an answer."""
 
-    def __init__(self, model: LanguageModel, question: Question, settings: CircuitSettings, keep: NodeFilter) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        question: Question,
+        settings: CircuitSettings,
+        keep: NodeFilter,
+        *,
+        quiet: bool,
+    ) -> None:
         self.model, self.question, self.settings, self.keep = model, question, settings, keep
+        self._quiet = quiet
         self.ids = prompt_tokens(model, question.prompt)
         vocabulary = model.vocabulary()
         texts = join_characters([vocabulary[one] for one in self.ids])
@@ -191,15 +206,18 @@ class _Asked:
             )
         root = self._root(run)
         likely = top_logits(run, self.question.token, mass=1.0, at_most=N_LIKELY)
+        started = time.perf_counter()
+        terms = contributions(run, root.probe)
+        seconds = time.perf_counter() - started
+        self.graph, self.pruned, self.names = self._attribution_graph(run, root, seconds)
         rounds = search_paths(run, root, self._search())
-        self.graph, self.pruned, self.names = self._attribution_graph(run, root)
         self.document = {
             "format": FORMAT_VERSION,
             "prompt": self.question.prompt,
             "tokens": [{"id": one, "text": text} for one, text in self.tokens],
             "likely": [{"id": one, "text": self._vocabulary[one], "probability": p} for one, p in likely],
             "root": {
-                **documents.describe_root(root, contributions(run, root.probe)),
+                **documents.describe_root(root, terms),
                 "text": self._name(root),
                 "logits": [self._vocabulary[one] for one in self._logits],
             },
@@ -234,11 +252,16 @@ class _Asked:
         return documents.describe_path_graph(completed(run, graph))
 
     def _attribution_graph(
-        self, run: LinearisedRun, root: Root
+        self, run: LinearisedRun, root: Root, root_seconds: float
     ) -> tuple[AttributionGraph | None, Pruned | None, list[str]]:
-        """Return the graph with the root as its target; for a logit, with the other likely tokens as well."""
+        """Return the graph with the root as its target; for a logit, with the other likely tokens as well.
+
+        Says what the circuit costs once the first features were timed; a path takes as long as the root did.
+        """
         one = self.settings
+        path_seconds = root_seconds * (1 + one.branches * (one.iterations - 1))
         if one.max_features == 0:
+            self._say_cost(run, path_seconds, 0)
             return None, None, []
         settings = GraphSettings(
             max_features=one.max_features, node_threshold=one.node_threshold, edge_threshold=one.edge_threshold
@@ -254,8 +277,33 @@ class _Asked:
                 f'Output "{self._vocabulary[one]}" (p={chosen[one]:.3f})' if one in chosen else self._vocabulary[one]
                 for one in likely
             ]
-        graph = build_graph(run, targets, weights, settings)
+        with Progress(None, "circuit", "features", quiet=self._quiet) as bar:
+            started: list[float] = []
+
+            def progress(n: int, of: int) -> None:
+                bar.total = of
+                bar.update(n - bar.done)
+                started.append(time.perf_counter())
+                if len(started) == 2 or of == 0:
+                    graph_seconds = (started[-1] - started[0]) * of / max(1, n)
+                    self._say_cost(run, path_seconds + graph_seconds, of)
+
+            graph = build_graph(run, targets, weights, settings, progress=progress)
         return graph, graph.pruned(settings), names
+
+    def _say_cost(self, run: LinearisedRun, seconds: float, n_rows: int) -> None:
+        if self._quiet:
+            return
+        n_active = sum(layer.n_active for layer in run.transcoders.values())
+        modules = [self.model.bridge.original_model, *(layer.transcoder for layer in run.transcoders.values())]
+        weights = {id(one): one for module in modules for one in module.parameters()}.values()
+        n_bytes = sum(one.numel() * one.element_size() for one in weights)
+        n_bytes += n_rows * (n_active + run.n_layers * run.n_tokens) * run.embedding.element_size()
+        graph = f", {n_rows:,} of them in a graph" if n_rows else ""
+        say_once(
+            f"cost: {run.n_tokens:,} tokens, {n_active:,} active features{graph}; about {clock(seconds)} by the first, "
+            f"just timed; at least {size(n_bytes)} of memory; a few MB on disk"
+        )
 
     def _name(self, root: Root) -> str:
         texts = [repr(self._vocabulary[one]) for one in self._logits]

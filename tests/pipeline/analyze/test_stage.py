@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tailrace.pipeline.analyze import analysis_pass
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.stage import plan_of
@@ -162,24 +164,34 @@ def test_activations_are_every_pair_of_the_rows_kept(made, tmp_path):
     assert places["token"] == [f" token{token}" for token in rows["token_id"]]
 
 
-def test_fewer_activations_or_none_can_be_kept_and_their_size_is_told_first(made, tmp_path):
+def test_fewer_activations_or_none_can_be_kept_and_the_cost_is_said_first(made, tmp_path):
     heard: list[str] = []
     few = SETTINGS.model_copy(update={"activations": 40})
     arguments = {"cache": made / "cache", "transcoder": made / "transcoder", "compute": Compute(quiet=True)}
     analyze.run(few, output=tmp_path / "few", announce=heard.append, **arguments)
-    assert "activations of 40 of 300 rows: about 120," in heard[0]  # 3 of each row
+    assert heard[0].startswith("cost: ")
+    assert "hold about 120 activations of 40 rows, and " in heard[0]  # 3 of each row
     kept = pq.read_table(tmp_path / "few" / "activations")
     assert max(kept["row"].to_pylist()) == 29  # two whole contexts of 15 rows
     assert kept.schema.metadata[b"activation_rows"] == b"30"
     heard.clear()
     none = SETTINGS.model_copy(update={"activations": "none"})
     analyze.run(none, output=tmp_path / "none", announce=heard.append, **arguments)
-    assert heard == []
+    assert "activations" not in heard[0]
     assert {path.name for path in (tmp_path / "none").glob("*.parquet")} == {
         f"{t}.parquet" for t in ("features", "examples", "layers")
     }
     assert not (tmp_path / "none" / "activations").exists()
     assert set(read_table(tmp_path / "none" / "examples.parquet")["kind"].to_pylist()) == {"top"}
+
+
+def test_rows_are_timed_first_where_there_are_many_and_tables_are_the_same(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis_pass, "_TIMED_FROM", 300)
+    monkeypatch.setattr(analysis_pass, "_TIMED_ROWS", 60)
+    heard: list[str] = []
+    rerun(made, tmp_path / "t", announce=heard.append)
+    assert re.search(r"over 300 rows, about 0:\d\d by rows just timed; at least", heard[0])
+    assert (tmp_path / "t" / "manifest.json").read_bytes() == (made / "tables" / "manifest.json").read_bytes()
 
 
 def test_activations_that_the_disk_cannot_hold_are_refused_before_the_pass(made, tmp_path, monkeypatch):
