@@ -145,7 +145,7 @@ class _Share:
         Runs that can go on from a common step are trained side by side.
         """
         drafts = {
-            name: stack.enter_context(Draft(self._folder(name), kind_of(self.runs[name]), request))
+            name: stack.enter_context(Draft(self._folder(name), kind_of(self.runs[name]), request, inside=True))
             for name, request in self.requests.items()
         }
         unfinished = {name: draft for name, draft in drafts.items() if not has_ended(draft)}

@@ -11,14 +11,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
-from tailrace.storage.artifact import is_disk_refusal, storage_refused
+from tailrace.storage.artifact import storage_refused
 from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation
 from tailrace.training.architectures.manifest import METRICS, TIMING
 from tailrace.training.loop.firing_frequency import EDGES
@@ -39,32 +39,32 @@ NOTHING = Extent()
 class JsonLines:
     """An append-only file of one JSON object per line, cut back on opening to what it held at ``extent``.
 
-    Raises ArtifactCorrupt if that is not what it begins with.
+    It is open only while it is written to: a sweep has thousands. Raises ArtifactCorrupt if that is not what it begins
+    with, StorageFull if the disk refuses.
     """
 
     def __init__(self, path: Path, extent: Extent = NOTHING) -> None:
         self.path = path
-        try:  # what a link leads to is not this run's to cut
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b")
-        except OSError as error:
-            raise storage_refused(error, path) from error
-        self._checksum = xxhash.xxh3_128()
-        try:
-            self._take_up(extent)
-        except BaseException:
-            self._file.close()
-            raise
+        self._checksum, self._n_bytes = xxhash.xxh3_128(), extent.n_bytes
+        with self._opened(os.O_CREAT) as file:
+            while block := file.read(min(extent.n_bytes - file.tell(), 1 << 20)):
+                self._checksum.update(block)
+            if file.tell() != extent.n_bytes or extent.checksum not in (None, self._checksum.hexdigest()):
+                raise ArtifactCorrupt(
+                    f"{path}: is not what the run had written at its checkpoint ({extent.n_bytes:,} bytes); restore "
+                    "it, or begin anew with --fresh or at another path"
+                )
+            file.truncate(extent.n_bytes)
 
-    def _take_up(self, extent: Extent) -> None:
-        self._file.seek(0)
-        while block := self._file.read(min(extent.n_bytes - self._file.tell(), 1 << 20)):
-            self._checksum.update(block)
-        if self._file.tell() != extent.n_bytes or extent.checksum not in (None, self._checksum.hexdigest()):
-            raise ArtifactCorrupt(
-                f"{self.path}: is not what the run had written at its checkpoint ({extent.n_bytes:,} bytes); restore "
-                "it, or begin anew with --fresh or at another path"
-            )
-        self._file.truncate(extent.n_bytes)
+    @contextmanager
+    def _opened(self, flags: int = 0) -> Iterator[BinaryIO]:
+        """Yield the file; what a link leads to is not this run's to write."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | flags, 0o666)
+            with os.fdopen(descriptor, "r+b") as file:
+                yield file
+        except OSError as error:
+            raise storage_refused(error, self.path) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; keys keep their order.
@@ -72,38 +72,23 @@ class JsonLines:
         Raises NonFiniteActivation for a number that is none, StorageFull if the disk refuses.
         """
         try:
-            line = json.dumps(record, allow_nan=False)
+            line = json.dumps(record, allow_nan=False).encode() + b"\n"
         except ValueError as error:
             wrong = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
             raise NonFiniteActivation(
                 f"after step {record.get('step')}, {', '.join(wrong) or 'a score'} is not finite: the weights have "
                 "grown too large. Start afresh with a lower lr or a gradient_clip"
             ) from error
-        try:
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
-            self._checksum.update(line.encode() + b"\n")
-        except OSError as error:
-            if is_disk_refusal(error):
-                raise storage_refused(error, self.path) from error
-            raise
+        with self._opened() as file:
+            file.write(line)
+        self._checksum.update(line)
+        self._n_bytes += len(line)
 
     def commit(self) -> Extent:
         """Make all lines survive a power cut; return what the file holds."""
-        os.fsync(self._file.fileno())
-        return Extent(self._file.tell(), self._checksum.hexdigest())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        with self._opened() as file:
+            os.fsync(file.fileno())
+        return Extent(self._n_bytes, self._checksum.hexdigest())
 
 
 class RunLog:
@@ -159,9 +144,7 @@ class RunLog:
         return self._metrics.commit()
 
     def close(self) -> None:
-        """Close files and loggers."""
-        self._metrics.close()
-        self._timing.close()
+        """Close the loggers."""
         self._loggers.close()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,17 @@ def test_stored_rows_are_read_once_however_many_runs_there_are(
         run_sweep(runs, cache, tmp_path / f"of-{n_runs}")
         read_by[n_runs] = n_loads[0]
     assert read_by[4] == read_by[1] > 0
+
+
+def test_no_file_stays_open_for_a_run_so_that_thousands_fit_under_a_usual_limit(cache: Path, tmp_path: Path) -> None:
+    runs = {f"seed={seed}": settings(steps=2, seed=seed) for seed in range(24)}
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + len(runs) - 4, before[1]))
+    try:
+        result = run_sweep(runs, cache, tmp_path / "sweep")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [run.status for run in result.runs] == ["finished"] * len(runs)
 
 
 def test_runs_on_different_sites_share_a_stream(tmp_path: Path) -> None:

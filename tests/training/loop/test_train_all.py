@@ -198,23 +198,22 @@ def test_snapshots_are_evenly_spaced_inside_the_run() -> None:
 
 
 def test_a_log_is_cut_back_to_what_its_checkpoint_knew(tmp_path: Path) -> None:
-    with JsonLines(tmp_path / "log") as log:
-        log.write({"step": 1})
-        extent = log.commit()
-        log.write({"step": 2})
-    with JsonLines(tmp_path / "log", extent) as log:
-        log.write({"step": 3})
-        again = log.commit()
+    log = JsonLines(tmp_path / "log")
+    log.write({"step": 1})
+    extent = log.commit()
+    log.write({"step": 2})
+    log = JsonLines(tmp_path / "log", extent)
+    log.write({"step": 3})
+    again = log.commit()
     assert (tmp_path / "log").read_text() == '{"step": 1}\n{"step": 3}\n'
-    with JsonLines(tmp_path / "log", again) as log:
-        assert log.commit() == again
+    assert JsonLines(tmp_path / "log", again).commit() == again
 
 
 def test_a_log_that_is_not_what_its_checkpoint_knew_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    with JsonLines(path) as log:
-        log.write({"step": 1})
-        extent = log.commit()
+    log = JsonLines(path)
+    log.write({"step": 1})
+    extent = log.commit()
     for damaged in (b"", b'{"step": 1}', b'{"step": 3}\n{"step": 2}\n'):
         path.write_bytes(damaged)
         with pytest.raises(ArtifactCorrupt, match=r"log: is not what the run had written at its checkpoint \(12 bytes"):
