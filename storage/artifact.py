@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -50,6 +50,11 @@ def canonical_json(value: JSON) -> bytes:
 def digest(value: JSON) -> str:
     """Return ``sha256:…`` of the canonical JSON text of ``value``."""
     return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def checksum_bytes(data: bytes) -> str:
+    """Return the ``xxh3:…`` checksum (128 bits) of bytes."""
+    return "xxh3:" + xxhash.xxh3_128(data).hexdigest()
 
 
 def checksum_file(path: Path) -> str:
@@ -205,10 +210,11 @@ def sync_files(root: Path, names: Iterable[str]) -> None:
 
 def read_json(path: Path) -> Any:
     """Return the JSON value in a file; raise ArtifactCorrupt if it is gone or not JSON."""
-    return _parse_json(_read_bytes(path), path)
+    return _parse_json(read_bytes(path), path)
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds; raise ArtifactCorrupt if it is gone or the disk refuses."""
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
@@ -236,7 +242,7 @@ class Record(BaseModel):
     @classmethod
     def read_file(cls, path: Path) -> Self:
         """Return the record in a file; raise ArtifactCorrupt if it is gone, not JSON or of another shape."""
-        return cls.parse(_read_bytes(path), path)
+        return cls.parse(read_bytes(path), path)
 
     @classmethod
     def parse(cls, data: bytes, path: Path) -> Self:
@@ -299,7 +305,7 @@ class Manifest(Record):
     @classmethod
     def read_file(cls, path: Path) -> Self:
         """Return the manifest in a file, the errors are those of ``read_sealed``."""
-        data = _read_bytes(path)
+        data = read_bytes(path)
         _check_seal(data, path)
         return cls.parse(data, path)
 
@@ -335,6 +341,27 @@ def published_file(root: Path, manifest: Manifest, name: str, *, whole: bool = F
 SMALL = 16 << 20
 """Bytes up to which a file is compared with its checksum whenever it is opened: some milliseconds. `pipeline verify`
 compares all."""
+
+
+def refuse_changed(file: Path, *, largest: int | None = SMALL) -> None:
+    """Raise ArtifactCorrupt if a file is not as the manifest of the artifact that it lies in says, if one lists it.
+
+    Of a file of more than ``largest`` bytes only the size is compared. A file is compared again when it changes.
+    """
+    with suppress(FileNotFoundError):  # which reading it says
+        status = file.stat()
+        _refuse_changed(file, (status.st_ino, status.st_size, status.st_mtime_ns), largest)
+
+
+@lru_cache(maxsize=1 << 12)
+def _refuse_changed(file: Path, state: tuple[int, ...], largest: int | None) -> None:  # noqa: ARG001
+    for root in (file.parent, file.parent.parent):
+        if (root / MANIFEST).is_file():
+            recorded = Manifest.read_file(root / MANIFEST).files
+            name = file.relative_to(root).as_posix()
+            if name in recorded and (problems := check_files(root, {name: recorded[name]}, largest=largest)):
+                raise ArtifactCorrupt(f"{problems[0]}; restore the file or make the artifact again")
+            return
 
 
 class Reference(Record):
@@ -410,7 +437,21 @@ def read_sealed(path: Path) -> dict[str, JSON]:
 
     Raises ArtifactMismatch for a format that a newer version wrote.
     """
-    return _check_seal(_read_bytes(path), path)
+    return _check_seal(read_bytes(path), path)
+
+
+def read_own(path: Path) -> dict[str, JSON]:
+    """Return what ``seal`` gave a file that is no manifest; raise ArtifactCorrupt if it has changed since.
+
+    Release 0.1 wrote such files without a digest, and these are taken as they are.
+    """
+    data = read_bytes(path)
+    content = _parse_json(data, path)
+    if not isinstance(content, dict):
+        raise ArtifactCorrupt(f"{path}: is no JSON object; restore it")
+    if content.pop("digest", None) is not None and seal(content) != data:
+        raise ArtifactCorrupt(f"{path}: differs from its own digest; restore it")
+    return content
 
 
 def _check_seal(data: bytes, path: Path) -> dict[str, JSON]:
@@ -435,7 +476,7 @@ def _read_published(path: Path, kind: str, instead: Mapping[str, str]) -> tuple[
             )
         verb, it = ("are", "them") if is_plural(kind) else ("is", "it")
         raise ArtifactMissing(f"{path}: there {verb} no {kind} here; check the path, or make {it} first")
-    data = _read_bytes(path / MANIFEST)
+    data = read_bytes(path / MANIFEST)
     manifest = _check_seal(data, path / MANIFEST)
     if (actual := str(manifest.get("kind"))) != kind:
         way_on = instead.get(actual, f"give the path of {with_article(kind)}")
@@ -457,14 +498,14 @@ def verify_artifact(path: Path, kind: str) -> list[str]:
     except ArtifactCorrupt as error:
         return [str(error)]
     own = check_request(path, manifest.request) + check_files(path, manifest.files)
-    return own + _check_members(path, manifest.as_json())
+    return own + check_members(path, manifest.as_json())
 
 
 _MEMBERS = ("runs", "transcoders")
 """Keys under which manifests list the artifacts inside, each with ``path`` and ``digest``."""
 
 
-def _check_members(path: Path, manifest: Mapping[str, JSON]) -> list[str]:
+def check_members(path: Path, manifest: Mapping[str, JSON]) -> list[str]:
     """Verify the artifacts inside one, and that they are those it was published with."""
     problems = []
     listed = [member for key in _MEMBERS if isinstance(manifest.get(key), list) for member in manifest[key]]

@@ -65,6 +65,8 @@ CHUNK_CONTEXTS = 256
 EPOCH_KIND = "shuffled-epoch"
 EPOCHS = "epochs"
 """Folder of the materialised epochs."""
+DRAFT = "draft"
+"""Folder of what only an unfinished draft needs."""
 
 
 @dataclass(frozen=True, config=KEEPING)
@@ -211,12 +213,17 @@ class CacheManifest(Manifest):
     """Files that later generations replace."""
 
 
-class CommitRecord(Record):
-    """What vouches for a part of a split: it is written after the part's shards."""
+class ShardsRecord(Record):
+    """What vouches for shards: it is written after them."""
+
+    shards: dict[str, FileRecord]
+    """By path below their group."""
+
+
+class CommitRecord(ShardsRecord):
+    """What vouches for a part of a split."""
 
     split: str
-    shards: dict[str, FileRecord]
-    """By path below the split's group."""
 
 
 class BlockRecord(CommitRecord):
@@ -259,6 +266,11 @@ def unit_record_name(generation: int, split: str, unit: int) -> str:
 def block_record_name(generation: int, split: str, block: int) -> str:
     """Return the path of the commit record of one block of contexts."""
     return f"commits/{generation}/{split}-contexts-{block:06d}.json"
+
+
+def seal_path(root: Path, name: str) -> Path:
+    """Return the file in an unfinished draft with the checksum of another of its files, as it was written."""
+    return root / DRAFT / "seals" / name
 
 
 def documents_name(generation: int, split: str, number: int) -> str:

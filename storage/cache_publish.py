@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,9 @@ import numpy as np
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit
 from tailrace.storage.artifact import (
     MANIFEST,
-    describe_files,
+    FileRecord,
+    check_files,
+    checksum_bytes,
     digest,
     make_directory,
     seal,
@@ -27,6 +30,7 @@ from tailrace.storage.artifact import (
     write_atomically,
 )
 from tailrace.storage.cache_format import (
+    DRAFT,
     FORMAT_VERSION,
     KIND,
     VOCABULARY,
@@ -41,6 +45,8 @@ from tailrace.storage.cache_format import (
     superseded_path,
     unit_record_name,
 )
+from tailrace.storage.cache_writer import read_sealed_file
+from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.layout import ArraySpec, array_metadata, group_metadata, small_array_files
 from tailrace.storage.shuffle import default_bucket_rows
 
@@ -113,17 +119,16 @@ class Generation:
 def publish_generation(
     generation: Generation, request: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> None:
-    """Write metadata, statistics, ``files`` (name → bytes) and the manifests; every unit must have been committed.
+    """Write metadata, statistics, ``files`` (name → bytes) and the manifests, then remove what drafts alone need.
+
+    Every unit must have been committed; ArtifactCorrupt is raised if a record is no longer as it was written.
 
     ``facts`` goes into the manifest as it is (model, text, packing), and so does what a newer version wrote into that
     of the generation before.
     """
     root, layout, previous = generation.root, generation.layout, generation.previous
-    for name, data in files.items():
-        write_file(root / name, data)
-    metadata = dict(_metadata(generation))
-    for name, data in metadata.items():
-        write_file(root / name, data)
+    written = {name: write_file(root / name, data) for name, data in files.items()}
+    metadata = {name: write_file(root / name, data) for name, data in _metadata(generation)}
     splits: dict[str, dict[str, Any]] = {
         split: {
             "n_rows": size.n_rows,
@@ -150,23 +155,51 @@ def publish_generation(
         "format": layout.as_json(),
         "splits": splits,
     }
-    without_files = CacheManifest.parse(seal({**content, "files": {}, "metadata": {}}), root / MANIFEST)
-    statistics = dict(_statistics(ActivationCache(root, without_files)))
-    for name, data in statistics.items():
-        write_file(root / name, data)
     records = [name for split in splits.values() for names in split["unit_records"] for name in names]
     records += [name for split in splits.values() for name in (*split["block_records"], *split.get("documents", ()))]
-    content["files"] = describe_files(root, {*files, *statistics, *records, VOCABULARY})
-    content["metadata"] = describe_files(root, metadata)
+    known = dict(previous.files) if previous else {}
+    written |= _unchanged_files(root, known, [*records, VOCABULARY] if previous else records)
+    without_files = CacheManifest.parse(seal({**content, "files": {}, "metadata": {}}), root / MANIFEST)
+    for name, data in _statistics(ActivationCache(root, without_files)):
+        written[name] = write_file(root / name, data)
+    content["files"] = {name: file.as_json() for name, file in written.items()}
+    content["metadata"] = {name: file.as_json() for name, file in metadata.items()}
     sealed = seal(content)
     write_file(root / manifest_name(generation.number), sealed)
     write_atomically(root / MANIFEST, sealed)
+    shutil.rmtree(root / DRAFT, ignore_errors=True)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file atomically, its folder first."""
+def _unchanged_files(root: Path, known: Mapping[str, FileRecord], names: Sequence[str]) -> dict[str, FileRecord]:
+    """Return the records of files that were written earlier: those of the generation before, or by their seals.
+
+    Raises ArtifactCorrupt for every file that is no longer as it was written: nothing damaged is published.
+    """
+    files, problems = {}, []
+    for name in names:
+        try:
+            if name in known:
+                files[name] = known[name]
+                problems += check_files(root, {name: known[name]})
+            else:
+                data = read_sealed_file(root, name)
+                files[name] = FileRecord(bytes=len(data), checksum=checksum_bytes(data))
+        except ArtifactCorrupt as error:
+            problems.append(str(error))
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ArtifactCorrupt(
+            f"{root}: is not published, since files of it changed after they were written; restore those of an "
+            f"earlier generation, and run the same command again, which makes others anew:\n{lines}"
+        )
+    return files
+
+
+def write_file(path: Path, data: bytes) -> FileRecord:
+    """Write a file atomically, its folder first; return what a manifest says of it."""
     make_directory(path.parent)
     write_atomically(path, data)
+    return FileRecord(bytes=len(data), checksum=checksum_bytes(data))
 
 
 def _metadata(generation: Generation) -> Iterator[tuple[str, bytes]]:

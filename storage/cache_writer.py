@@ -11,10 +11,13 @@ Contexts are fixed on disk before any activation is computed, so everything afte
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,7 +25,10 @@ from tailrace.storage.artifact import (
     FileRecord,
     Record,
     canonical_json,
+    check_files,
+    checksum_bytes,
     make_directory,
+    read_bytes,
     sync_directory,
     write_atomically,
 )
@@ -31,18 +37,22 @@ from tailrace.storage.cache_format import (
     PROVENANCE,
     BlockRecord,
     CacheFormat,
+    ShardsRecord,
     UnitRecord,
     block_record_name,
+    seal_path,
     split_path,
     superseded_path,
     unit_record_name,
 )
-from tailrace.storage.errors import NonFiniteActivation
+from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation
 from tailrace.storage.layout import ArraySpec
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.shard import read_rows, write_shard
 from tailrace.storage.shuffle import invert, unit_permutation
 from tailrace.storage.statistics import SiteStatistics
+
+logger = logging.getLogger(__name__)
 
 _THREADS = 2
 _PIECE_ROWS = 2048
@@ -145,7 +155,7 @@ class UnitBuffer:
             shards=dict(zip(names, written, strict=True)),
             statistics={key: statistics.as_json() for key, statistics in self.statistics.items()},
         )
-        write_record(root / unit_record_name(generation, self.split, self.unit), record)
+        write_record(root, unit_record_name(generation, self.split, self.unit), record)
         return record
 
 
@@ -163,13 +173,62 @@ def write_context_block(
         shards[name] = write_shard(group / name, rows, n_contexts, spec)
     sync_shards(group, shards)
     record = BlockRecord(split=split, block=block, n_contexts=n_contexts, shards=shards)
-    write_record(root / block_record_name(generation, split, block), record)
+    write_record(root, block_record_name(generation, split, block), record)
 
 
-def write_record(path: Path, record: Record) -> None:
+def write_record(root: Path, name: str, record: Record) -> None:
     """Write a commit record: from then on its unit or block counts as written."""
-    make_directory(path.parent)
-    write_atomically(path, canonical_json(record.as_json()))
+    write_sealed(root, name, canonical_json(record.as_json()))
+
+
+def write_sealed(root: Path, name: str, data: bytes) -> None:
+    """Write a file of an unfinished draft that is read back later, after its seal: its checksum in a file of its own.
+
+    A published file is compared with its manifest; until there is one, seals vouch for what a killed process left.
+    """
+    for path, content in ((seal_path(root, name), checksum_bytes(data).encode()), (root / name, data)):
+        make_directory(path.parent)
+        write_atomically(path, content)
+
+
+def read_sealed_file(root: Path, name: str) -> bytes:
+    """Return what a file of an unfinished draft holds; raise ArtifactCorrupt if it was not written like that."""
+    data = read_bytes(root / name)
+    # release 0.1 wrote no seals
+    if seal_path(root, "").exists() and (
+        not (seal := seal_path(root, name)).exists() or read_bytes(seal) != checksum_bytes(data).encode()
+    ):
+        raise ArtifactCorrupt(f"{root / name}: differs from what was written, by its checksum in {seal}")
+    return data
+
+
+RECHECKED_BYTES = 8 << 30
+"""Bytes of finished shards that a continued command reads again, some seconds of it; of more, every n-th unit, the
+newest among them. The sizes of all are compared. `pipeline verify` reads everything."""
+
+AnyCommitRecord = TypeVar("AnyCommitRecord", bound=ShardsRecord)
+
+
+def recall_record(
+    root: Path, name: str, kind: type[AnyCommitRecord], group: Path, *, age: int, n_finished: int
+) -> AnyCommitRecord | None:
+    """Return a commit record of an unfinished draft and see that its shards below ``group`` are as it says.
+
+    None, after a warning, if they or the record are not: they are to be written again. ``age``: how many of all
+    ``n_finished`` came after it.
+    """
+    try:
+        record = kind.parse(read_sealed_file(root, name), root / name)
+    except ArtifactCorrupt as error:
+        problems = [str(error)]
+    else:
+        n_bytes = n_finished * sum(shard.bytes for shard in record.shards.values())
+        is_read = age % max(1, -(-n_bytes // RECHECKED_BYTES)) == 0
+        problems = check_files(group, record.shards, largest=None if is_read else 0)
+    if problems:
+        logger.warning("%s; it is written again", problems[0])
+        return None
+    return record
 
 
 def sync_shards(group: Path, shards: Iterable[str]) -> None:
@@ -191,10 +250,22 @@ _BLOCKS_KEPT = 4
 
 
 class ContextBlocks:
-    """The committed contexts of a split, in blocks of ``layout.block_contexts``; only the last may be short."""
+    """The committed contexts of a split, in blocks of ``layout.block_contexts``; only the last may be short.
 
-    def __init__(self, root: Path, layout: CacheFormat, generation: int, split: str) -> None:
+    ``published``: the files of the generation that this one continues, by name. What is read is compared with the
+    records: every row is made from it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        layout: CacheFormat,
+        generation: int,
+        split: str,
+        published: Mapping[str, FileRecord] = MappingProxyType({}),
+    ) -> None:
         self._root, self._layout, self._generation, self._split = root, layout, generation, split
+        self._published = published
         self._kept: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
 
     def write(self, block: int, tokens: np.ndarray, documents: np.ndarray) -> None:
@@ -202,6 +273,11 @@ class ContextBlocks:
         arrays = {"tokens": tokens, "documents": documents}
         write_context_block(self._root, self._layout, self._generation, self._split, block, arrays)
         self._kept.pop(block, None)
+
+    def check(self, n_blocks: int) -> None:
+        """Raise ArtifactCorrupt unless the first blocks are as they were written."""
+        for block in range(n_blocks):
+            self._committed(block)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and documents of contexts [start, stop), each (stop - start, context_length)."""
@@ -215,27 +291,38 @@ class ContextBlocks:
 
     def _block(self, block: int) -> dict[str, np.ndarray]:
         if block not in self._kept:
-            generation, n_contexts = self._committed(block)
+            group, n_contexts = self._committed(block)
             specs = self._layout.context_specs()
             self._kept[block] = {
-                name: read_rows(self._group(spec, block, generation), spec, block, n_contexts)
+                name: read_rows(group, spec, block, n_contexts)
                 for name, spec in zip(CONTEXT_ARRAYS, specs, strict=True)
             }
             if len(self._kept) > _BLOCKS_KEPT:
                 self._kept.popitem(last=False)
         return self._kept[block]
 
-    def _group(self, spec: ArraySpec, block: int, generation: int) -> Path:
-        """Return the group that holds a block as ``generation`` committed it."""
+    def _committed(self, block: int) -> tuple[Path, int]:
+        """Return the group that holds a block as the newest generation committed it, and its number of contexts."""
+        for generation in range(self._generation, -1, -1):
+            name = block_record_name(generation, self._split, block)
+            if (self._root / name).exists():
+                break
+        else:
+            raise AssertionError(f"block {block} of {self._split} contexts was never committed")
+        if (published := self._published.get(name)) is None:
+            data = read_sealed_file(self._root, name)
+        else:
+            _refuse_damaged(check_files(self._root, {name: published}))
+            data = read_bytes(self._root / name)
+        record = BlockRecord.parse(data, self._root / name)
         # a process killed before its commit may have replaced a published block by a longer one
         aside = superseded_path(self._root, self._generation - 1, self._split)
-        is_aside = generation < self._generation and (aside / spec.shard_name(block)).exists()
-        return aside if is_aside else split_path(self._root, self._split)
+        is_aside = generation < self._generation and all((aside / shard).exists() for shard in record.shards)
+        group = aside if is_aside else split_path(self._root, self._split)
+        _refuse_damaged(check_files(group, record.shards))
+        return group, record.n_contexts
 
-    def _committed(self, block: int) -> tuple[int, int]:
-        """Return the newest generation that committed a block, and how many contexts it has there."""
-        for generation in range(self._generation, -1, -1):
-            record = self._root / block_record_name(generation, self._split, block)
-            if record.exists():
-                return generation, BlockRecord.read_file(record).n_contexts
-        raise AssertionError(f"block {block} of {self._split} contexts was never committed")
+
+def _refuse_damaged(problems: Sequence[str]) -> None:
+    if problems:
+        raise ArtifactCorrupt(f"{problems[0]}; run `pipeline verify` to list all damage, then restore the file")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from tailrace.storage.artifact import (
@@ -25,6 +25,7 @@ from tailrace.storage.artifact import (
     MANIFEST,
     REQUEST,
     canonical_json,
+    check_members,
     describe_files,
     make_directory,
     read_json,
@@ -285,25 +286,44 @@ class Draft:
         return manifest["request"]
 
     def publish(
-        self, manifest: Mapping[str, JSON], files: Iterable[str], *, beside: Iterable[str] = ()
+        self,
+        manifest: Mapping[str, JSON],
+        files: Iterable[str],
+        *,
+        beside: Iterable[str] = (),
+        written: Mapping[str, JSON] = MappingProxyType({}),
     ) -> dict[str, JSON]:
         """Write the manifest, which makes the artifact complete; return it as written.
 
-        ``beside``: files and folders that may lie in the artifact's folder and are no part of it. Raises
-        ArtifactMismatch for any other file there, StorageFull if the disk refuses.
+        ``beside``: files and folders that may lie in the artifact's folder and are no part of it. ``written``: what
+        ``describe_files`` said of files when they were written. Raises ArtifactMismatch for any other file there,
+        ArtifactCorrupt if one has changed, or an artifact inside has, StorageFull if the disk refuses.
         """
         names = sorted(files)
         self._refuse_others({*names, *beside, LOCK, REQUEST, MANIFEST})
         sync_files(self.path, names)
+        described = describe_files(self.path, names)
+        self._refuse_damaged(
+            [name for name in names if described[name] != written.get(name, described[name])], manifest
+        )
         content = {
             **manifest,
             "kind": self.kind,
             "request": self.request,
-            "files": describe_files(self.path, names),
+            "files": described,
         }
         write_atomically(self.path / MANIFEST, seal(content))
         self.published = True
         return read_sealed(self.path / MANIFEST)
+
+    def _refuse_damaged(self, changed: Iterable[str], manifest: Mapping[str, JSON]) -> None:
+        problems = [f"{self.path / name}: differs from what was written" for name in changed]
+        if problems := problems + check_members(self.path, manifest):
+            lines = "\n".join(f"  {problem}" for problem in problems)
+            raise ArtifactCorrupt(
+                f"{self.path}: is not published, since files changed after they were written. Restore them, or delete "
+                f"the folder they lie in, and run the same command again:\n{lines}"
+            )
 
     def _refuse_others(self, known: Set[str]) -> None:
         remove_temporary(self.path)

@@ -6,15 +6,16 @@ deterministic and idempotent: any number of workers may do them in any order, tw
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tailrace.storage.activation_cache import CacheSplit, open_cache
-from tailrace.storage.artifact import FileRecord, Record
-from tailrace.storage.cache_format import EPOCH_KIND, epoch_path, epoch_request
+from tailrace.storage.artifact import FileRecord
+from tailrace.storage.cache_format import DRAFT, EPOCH_KIND, ShardsRecord, epoch_path, epoch_request
 from tailrace.storage.cache_publish import write_file
-from tailrace.storage.cache_writer import sync_shards, write_record
+from tailrace.storage.cache_writer import read_sealed_file, recall_record, sync_shards, write_record
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.layout import ArraySpec, array_metadata, group_metadata
@@ -27,11 +28,10 @@ RunTasks = Callable[[Callable[[int], None], Iterable[int]], None]
 """Calls a function with every id, in turn or on workers."""
 
 
-class BucketRecord(Record):
+class BucketRecord(ShardsRecord):
     """The commit record of a bucket."""
 
     bucket: int
-    shards: dict[str, FileRecord]
 
 
 def plan_epoch(split: CacheSplit, seed: int, epoch: int) -> EpochPlan:
@@ -55,17 +55,30 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
     with Draft(path, EPOCH_KIND, epoch_request(split.identity, plan)) as draft:
         if draft.published:
             return path
-        missing = [bucket for bucket in range(plan.n_buckets) if not (path / _record_name(bucket)).exists()]
+        missing = _missing(path, plan.n_buckets)
         task = BucketTask(str(split.root), split.cache.generation, split.name, seed, epoch)
         run_tasks(task, missing)
         for name, data in _metadata(split, plan).items():
             write_file(path / name, data)
         shards = {}
         for bucket in range(plan.n_buckets):
-            shards.update(BucketRecord.read_file(path / _record_name(bucket)).as_json()["shards"])
+            name = _record_name(bucket)
+            shards.update(BucketRecord.parse(read_sealed_file(path, name), path / name).as_json()["shards"])
         records = [_record_name(bucket) for bucket in range(plan.n_buckets)]
-        draft.publish({"shards": shards}, [*_metadata(split, plan), *records], beside=shards)
+        draft.publish({"shards": shards}, [*_metadata(split, plan), *records], beside=[*shards, DRAFT])
+        shutil.rmtree(path / DRAFT, ignore_errors=True)
     return path
+
+
+def _missing(path: Path, n_buckets: int) -> list[int]:
+    """Return the buckets that are not written, or no longer as they were."""
+    finished = [bucket for bucket in range(n_buckets) if (path / _record_name(bucket)).exists()]
+    whole = {
+        bucket
+        for age, bucket in enumerate(reversed(finished))
+        if recall_record(path, _record_name(bucket), BucketRecord, path, age=age, n_finished=len(finished))
+    }
+    return [bucket for bucket in range(n_buckets) if bucket not in whole]
 
 
 class BucketTask:
@@ -85,7 +98,7 @@ class BucketTask:
                 order = GatheredOrder(split, plan, [spec], pool)
                 shards.update(_write_bucket(path, order, plan, spec, bucket))
         sync_shards(path, shards)
-        write_record(path / _record_name(bucket), BucketRecord(bucket=bucket, shards=shards))
+        write_record(path, _record_name(bucket), BucketRecord(bucket=bucket, shards=shards))
 
 
 def _write_bucket(

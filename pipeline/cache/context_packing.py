@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,7 +24,10 @@ from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.artifact import JSON, canonical_json, read_json
 from tailrace.storage.cache_format import CacheFormat, documents_name
 from tailrace.storage.cache_publish import write_file
-from tailrace.storage.cache_writer import ContextBlocks
+from tailrace.storage.cache_writer import ContextBlocks, write_sealed
+from tailrace.storage.errors import ActionableError
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT = "draft/packing.npz"
 DOCUMENTS_PER_FILE = 1 << 14
@@ -143,7 +148,7 @@ class DocumentFiles:
     def _write(self, split: str, documents: Sequence[Kept]) -> None:
         lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
         name = documents_name(self._generation, split, self._n_full.get(split, 0))
-        write_file(self._root / name, lines.encode())
+        write_sealed(self._root, name, lines.encode())
 
 
 class ContextPacker:
@@ -166,17 +171,23 @@ class ContextPacker:
         """State of the source after what is on disk and pending; None at the start."""
 
     def restore(self) -> bool:
-        """Continue from the checkpoint of an interrupted draft, if there is one."""
+        """Continue from the checkpoint of an interrupted draft, if it is there and whole, and so are its blocks."""
         path = self._root / CHECKPOINT
         if not path.exists():
             return False
-        with np.load(io.BytesIO(path.read_bytes())) as saved:
-            checkpoint = json.loads(saved["state"].tobytes())
-            self.state = checkpoint["source"]
-            self.documents.load(checkpoint)
-            for split in self._blocks:
-                self._n_blocks[split] = checkpoint["n_blocks"][split]
-                self._set_pending(split, saved[f"{split}-tokens"], saved[f"{split}-documents"])
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as saved:  # a zip file: every part has a checksum
+                parts = {name: saved[name] for name in saved.files}
+            checkpoint = json.loads(parts["state"].tobytes())
+            for split, blocks in self._blocks.items():
+                blocks.check(checkpoint["n_blocks"][split])
+                self._set_pending(split, parts[f"{split}-tokens"], parts[f"{split}-documents"])
+        except (ActionableError, OSError, ValueError, KeyError, EOFError, NotImplementedError, BadZipFile) as error:
+            logger.warning("%s: %s; the text is packed again from where it was begun", path, error)
+            self._pending = {split: [] for split in self._blocks}
+            return False
+        self.state, self._n_blocks = checkpoint["source"], checkpoint["n_blocks"]
+        self.documents.load(checkpoint)
         return True
 
     def continue_from(self, state: dict[str, Any], n_contexts: Mapping[str, int]) -> None:

@@ -9,21 +9,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tailrace.pipeline.cache.context_packing import CHECKPOINT
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.storage.artifact import MANIFEST, REQUEST, Record, canonical_json
-from tailrace.storage.cache_format import CacheFormat
-from tailrace.storage.cache_publish import write_file
+from tailrace.storage.cache_format import DRAFT, SPLITS, CacheFormat, unit_record_name
+from tailrace.storage.cache_writer import read_sealed_file, write_sealed
 from tailrace.storage.draft import list_differences
-from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch
 from tailrace.storage.names import LOCK
 
 logger = logging.getLogger(__name__)
 
-DRAFT = "draft"
 BEGUN = "draft/begun.json"
 PLAN = "draft/plan.json"
 LOG = "log.jsonl"
@@ -43,6 +42,19 @@ class CachePlan(Record):
     layout: CacheFormat
 
 
+Decided = TypeVar("Decided", bound=Record)
+
+
+def _recall(root: Path, name: str, kind: type[Decided]) -> Decided:
+    """Return a record of what was decided before anything was written; raise ArtifactCorrupt if it has changed."""
+    try:
+        return kind.parse(read_sealed_file(root, name), root / name)
+    except ArtifactCorrupt as error:
+        raise ArtifactCorrupt(
+            f"{error}. Delete {root / DRAFT} and run the same command again: what was not published is made anew"
+        ) from error
+
+
 def begin_draft(root: Path, change: str, generation: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Note what is being made from which inputs, before anything else is; return the inputs first noted.
 
@@ -50,8 +62,12 @@ def begin_draft(root: Path, change: str, generation: int, inputs: Mapping[str, A
     """
     forget_finished_draft(root, generation - 1)
     if not (root / BEGUN).exists():
-        write_file(root / BEGUN, canonical_json({"change": change, "generation": generation, "inputs": dict(inputs)}))
-    begun = Begun.read_file(root / BEGUN)
+        # units made from nobody knows which inputs
+        shutil.rmtree((root / unit_record_name(generation, SPLITS[0], 0)).parent, ignore_errors=True)
+        (root / CHECKPOINT).unlink(missing_ok=True)
+        content = {"change": change, "generation": generation, "inputs": dict(inputs)}
+        write_sealed(root, BEGUN, canonical_json(content))
+    begun = _recall(root, BEGUN, Begun)
     if begun.change != change:
         raise ArtifactMismatch(
             f"{root}: an unfinished `{begun.change}` lies here; finish it first, with {_finishing(root, begun)}"
@@ -62,7 +78,7 @@ def begin_draft(root: Path, change: str, generation: int, inputs: Mapping[str, A
 
 def begun_with(root: Path) -> dict[str, Any]:
     """Return the inputs that an unfinished draft was begun with; nothing if there is none."""
-    return dict(Begun.read_file(root / BEGUN).inputs) if (root / BEGUN).exists() else {}
+    return dict(_recall(root, BEGUN, Begun).inputs) if (root / BEGUN).exists() else {}
 
 
 def begun_request(root: Path) -> dict[str, Any]:
@@ -104,18 +120,18 @@ def hook_options(hooks: Iterable[SiteHooks]) -> str:
 
 def forget_finished_draft(root: Path, published: int) -> None:
     """Remove the draft of a generation that was published, which a kill right after publishing leaves behind."""
-    if not (root / BEGUN).exists() or Begun.read_file(root / BEGUN).generation <= published:
+    if not (root / BEGUN).exists() or _recall(root, BEGUN, Begun).generation <= published:
         forget_draft(root)
 
 
 def keep_plan(root: Path, layout: CacheFormat) -> None:
     """Keep in the draft what was decided before the first unit, so that a later run continues with the same."""
-    write_file(root / PLAN, canonical_json({"layout": layout.as_json()}))
+    write_sealed(root, PLAN, canonical_json({"layout": layout.as_json()}))
 
 
 def recall_plan(root: Path) -> CacheFormat | None:
     """Return the format that an interrupted draft has settled on."""
-    return CachePlan.read_file(root / PLAN).layout if (root / PLAN).exists() else None
+    return _recall(root, PLAN, CachePlan).layout if (root / PLAN).exists() else None
 
 
 def forget_draft(root: Path) -> None:

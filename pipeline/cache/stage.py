@@ -261,7 +261,8 @@ class CacheJob:
             for split, size in cache.manifest.splits.items():
                 self.recorded[split] = SplitSize(size.n_rows, size.n_contexts, size.counts)
         self.blocks = {
-            split: ContextBlocks(root, self.contexts, self.number, split) for split in self.recorded or splits
+            split: ContextBlocks(root, self.contexts, self.number, split, cache.manifest.files if cache else {})
+            for split in self.recorded or splits
         }
         self.row_mask = settings.rows_of(model)
         self.progress = PackingProgress(settings.contexts_per_batch, self.row_mask)
@@ -487,7 +488,6 @@ class CacheJob:
             documents=documents or {},
         )
         publish_generation(generation, self.request, self.facts, files)
-        forget_draft(self.root)
         cache = open_cache(self.root)
         log_event(self.root, change, seconds=bar.seconds, n_rows=bar.n_new_rows)
         return CacheResult(self.root, cache, warnings_of(cache), bar.n_new_rows, bar.seconds)

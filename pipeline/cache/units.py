@@ -33,8 +33,8 @@ from tailrace.pipeline.shared.compute import Compute, device_of_worker
 from tailrace.pipeline.shared.progress import RowProgress
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.artifact import sync_directory
-from tailrace.storage.cache_format import SPLITS, CacheFormat, UnitRecord, unit_record_name
-from tailrace.storage.cache_writer import ContextBlocks, UnitBuffer
+from tailrace.storage.cache_format import SPLITS, CacheFormat, UnitRecord, split_path, unit_record_name
+from tailrace.storage.cache_writer import ContextBlocks, UnitBuffer, recall_record
 from tailrace.storage.names import remove_temporary
 
 _BATCHES_WAITING = 4
@@ -58,19 +58,30 @@ class UnitFiles:
     def missing(self, planner: UnitPlanner, bar: RowProgress) -> Iterator[UnitTask]:
         """Yield the units that have no commit record of their size; a short unit of a smaller target is written anew.
 
-        Waits for packing.
+        So is a unit whose record or shards are no longer as they were written. Waits for packing.
         """
+        finished = {split: self._n_finished(split) for split in SPLITS}
         for task in planner.tasks():
             bar.expect(task.n_rows)
-            record = self.root / unit_record_name(self.generation, task.split, task.unit)
-            if record.exists() and UnitRecord.read_file(record).n_rows == task.n_rows:
-                bar.skip(task.n_rows)
-                continue
+            name = unit_record_name(self.generation, task.split, task.unit)
+            record = self.root / name
             if record.exists():
+                n_finished = finished[task.split]
+                written = recall_record(
+                    *(self.root, name, UnitRecord, split_path(self.root, task.split)),
+                    age=max(0, n_finished - 1 - task.unit),
+                    n_finished=n_finished,
+                )
+                if written is not None and written.n_rows == task.n_rows:
+                    bar.skip(task.n_rows)
+                    continue
                 # it must not vouch for the shards that now take the place of its own
                 record.unlink()
                 sync_directory(record.parent)
             yield task
+
+    def _n_finished(self, split: str) -> int:
+        return len([*(self.root / unit_record_name(self.generation, split, 0)).parent.glob(f"{split}-unit-*.json")])
 
 
 @dataclass

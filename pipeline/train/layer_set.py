@@ -27,11 +27,11 @@ from tailrace.pipeline.shared.units import size
 from tailrace.pipeline.train.cost import TrainingCost, disk_problem, training_cost
 from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
 from tailrace.pipeline.train.model_scores import ModelScores
-from tailrace.pipeline.train.run_set import RunContext, RunDraft, has_ended, train_drafts
+from tailrace.pipeline.train.run_set import RunContext, RunDraft, has_ended, read_mark, train_drafts
 from tailrace.pipeline.train.settings import CACHE_DTYPE, TOGETHER_BYTES, CircuitsModelSettings, ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource
 from tailrace.storage.activation_cache import ActivationCache
-from tailrace.storage.artifact import MANIFEST, read_json
+from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, StorageFull
 from tailrace.storage.formats import ARTIFACT_FORMATS
@@ -226,6 +226,6 @@ def _publish(model_set: Draft, cached: ActivationCache, drafts: Mapping[str, Dra
 def _outcome(cached: ActivationCache, site: str, draft: Draft, device: torch.device) -> LayerOutcome:
     layer = re.search(r"(?:layer|blocks\.)(\d+)", f"{site} {cached.sites[site].hook_out}")
     assert layer is not None, f"{site} was asked for as a layer"
-    diverged: Mapping[str, Any] | None = None if draft.published else read_json(draft.path / MARK)
+    diverged: Mapping[str, Any] | None = None if draft.published else read_mark(draft.path / MARK)
     coder = load_transcoder(draft.path).to(device) if diverged is None else None
     return score_layer(cached, site, int(layer[1]), coder, diverged, device=device)

@@ -19,7 +19,7 @@ from tailrace.pipeline.live.mixing import buffer_rows_problem
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.model.sites import resolve_sites
 from tailrace.pipeline.text.holdout import HoldoutRule
-from tailrace.storage.artifact import canonical_json, make_directory, read_json, write_atomically
+from tailrace.storage.artifact import make_directory, read_own, seal, write_atomically
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import ArtifactCorrupt, ModelError
 from tailrace.storage.layout import Side
@@ -112,7 +112,7 @@ class LiveSource:
         """Keep the opening, then serve."""
         if not self._opening_path.exists():
             make_directory(self._opening_path.parent)
-            write_atomically(self._opening_path, canonical_json(self.live.opening.as_json()))
+            write_atomically(self._opening_path, seal(self.live.opening.as_json()))
         yield LiveRows(self.live)
 
     def close(self) -> None:
@@ -137,10 +137,9 @@ def _needing_rows(settings: TrainSettings) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = read_json(path)
+        return read_own(path)
     except ArtifactCorrupt as error:
         raise ArtifactCorrupt(f"{error}, or delete it: it is computed anew") from error
-    return content
 
 
 class LiveRows:

@@ -22,10 +22,10 @@ from tailrace.pipeline.train.cost import Planned, cost_line
 from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.sources import TrainingRows, TrainingSource, choose_sites
 from tailrace.pipeline.train.warm_start import WarmStart
-from tailrace.storage.artifact import canonical_json, write_atomically
+from tailrace.storage.artifact import read_own, seal, write_atomically
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
-from tailrace.storage.errors import NonFiniteActivation, SettingsError
+from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
 from tailrace.training.architectures.manifest import BASELINES, CHECKPOINTS, KIND, MARK, TIMING
 from tailrace.training.architectures.transcoder import describe_versions
@@ -189,12 +189,23 @@ def has_ended(draft: Draft) -> bool:
     return draft.published or (draft.path / MARK).exists()
 
 
+def read_mark(path: Path) -> dict[str, Any]:
+    """Return what a run that diverged left; raise ArtifactCorrupt if that has changed."""
+    try:
+        return read_own(path)
+    except ArtifactCorrupt as error:
+        raise ArtifactCorrupt(
+            f"{error}, or delete it and run the same command again: the run goes on from its last checkpoint, and "
+            "leaves it anew"
+        ) from error
+
+
 def _mark_diverged(session: Session, error: NonFiniteActivation) -> None:
     """Leave a mark that outlives this process: continued, the run would end here again."""
     name = session.run.name
     reason = str(error) if str(error).startswith(name) else f"{name}: {error}"
     logger.warning("%s; the other runs go on", reason)
-    write_atomically(session.directory / MARK, canonical_json({"reason": reason, **session.summary()}))
+    write_atomically(session.directory / MARK, seal({"reason": reason, **session.summary()}))
 
 
 def _shown(progress: Progress, sessions: Sequence[Session]) -> Callable[[int], None]:
@@ -288,7 +299,8 @@ def _publish(
     draft: RunDraft, session: Session, source: TrainingSource, rows: TrainingRows, context: RunContext
 ) -> None:
     files = session.export()
-    draft.draft.publish(_describe(draft, session, source, rows, context), files, beside=_BESIDE)
+    described = _describe(draft, session, source, rows, context)
+    draft.draft.publish(described, files, beside=_BESIDE, written=session.written)
     Checkpoints(draft.path / CHECKPOINTS).discard_after(-1)
     logger.info("%s: published after %d steps", draft.path, session.run.n_steps_done)
 

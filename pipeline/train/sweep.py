@@ -21,13 +21,13 @@ from tailrace.pipeline.shared.compute import Compute, require_linux
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.pipeline.train.grid import SHARED
 from tailrace.pipeline.train.model_scores import ModelScores
-from tailrace.pipeline.train.run_set import RunContext, RunDraft, has_ended, kind_of, train_drafts
+from tailrace.pipeline.train.run_set import RunContext, RunDraft, has_ended, kind_of, read_mark, train_drafts
 from tailrace.pipeline.train.runs_table import DIVERGED, FINISHED, RUNS_TABLE, RunOutcome, write_runs
 from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import TrainingSource, known_problems
 from tailrace.pipeline.train.stage import checkpoint_named, discard_draft, nothing_left_if_refused, open_source
 from tailrace.pipeline.train.warm_start import WarmStart
-from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
+from tailrace.storage.artifact import MANIFEST, REQUEST
 from tailrace.storage.cache_format import Site
 from tailrace.storage.display import card, share, table
 from tailrace.storage.draft import Draft
@@ -235,7 +235,7 @@ def _choose_sites(
 def _publish(sweep: Draft, drafts: Mapping[str, Draft]) -> None:
     outcomes = [_outcome(name, draft) for name, draft in drafts.items()]
     if all(outcome.status == DIVERGED for outcome in outcomes):
-        reasons = "\n".join(f"  {read_json(draft.path / MARK)['reason']}" for draft in drafts.values())
+        reasons = "\n".join(f"  {read_mark(draft.path / MARK)['reason']}" for draft in drafts.values())
         raise NonFiniteActivation(
             f"{sweep.path}: all {len(outcomes)} runs diverged, so there is nothing to publish; start with --fresh and "
             f"lower learning rates, or verify the cache:\n{reasons}"
@@ -289,7 +289,7 @@ def read_result(path: Path) -> SweepResult:
 def _read_outcome(sweep: Path, run: RunRecord, settings: dict[str, Any]) -> RunOutcome:
     name, status, path = run.name, run.status, run.path
     if status == DIVERGED:
-        return RunOutcome(name, status, path, settings, read_json(inside(sweep, f"{path}/{MARK}")))
+        return RunOutcome(name, status, path, settings, read_mark(inside(sweep, f"{path}/{MARK}")))
     made = read_either_manifest(inside(sweep, f"{path}/{MANIFEST}").parent)
     sites = ",".join(site.name for site in made.sites)
     return RunOutcome(name, status, path, {**settings, "site": sites}, made.metrics.as_json())

@@ -87,6 +87,12 @@ class Checkpoints:
         steps = [int(path.stem) for path in self._paths()]
         return [step for step in steps if self._is_complete(step)] if self._part(1).exists() else steps
 
+    def state(self, step: int) -> dict[str, Any]:
+        """Return the JSON state of a checkpoint, which is compared with nothing; the errors are those of ``load``."""
+        with _opened(self._path(step, 0)) as file:
+            state: dict[str, Any] = _state_in(file)
+            return state
+
     def latest(self) -> RunCheckpoint | None:
         """Return the newest checkpoint, or None if there is none; the errors are those of ``load``."""
         steps = self.steps()

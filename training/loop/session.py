@@ -17,7 +17,8 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from tailrace.storage.errors import SettingsError
+from tailrace.storage.artifact import FileRecord, check_files, describe_files
+from tailrace.storage.errors import ArtifactCorrupt, SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.manifest import CHECKPOINTS, METRICS, SNAPSHOTS, WEIGHTS
 from tailrace.training.architectures.transcoder import save_weights, write_tensors
@@ -105,12 +106,33 @@ class Session:
         n_features, device = len(run.firing.steps_since_fired), run.transcoder.W_enc.device
         self._window = FiringWindow(n_features, settings.feature_sampling_window, device)
         self._n_resampled_logged = 0.0
-        self._written: Future[None] | None = None
+        self._checkpoint: Future[None] | None = None
         self._log: RunLog | None = None
+        self.written: dict[str, Any] = {}
+        """What ``describe_files`` said of the run's files when they were written."""
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the steps this run could be continued from, ascending."""
-        return self._checkpoints.steps()
+        """Return the steps this run could be continued from, ascending: those whose snapshots are as they were written.
+
+        Raises ArtifactCorrupt where there are checkpoints, and none of them comes before the damage.
+        """
+        steps = self._checkpoints.steps()
+        problems = {step: self._damaged_snapshots(step) for step in steps}
+        for step, lines in problems.items():
+            for problem in lines:
+                logger.warning("%s; the run goes on from before step %d", problem, step)
+        if steps and all(problems.values()):
+            raise ArtifactCorrupt(f"{problems[steps[0]][0]}; restore it, or begin anew with --fresh or at another path")
+        return [step for step in steps if not problems[step]]
+
+    def _damaged_snapshots(self, step: int) -> list[str]:
+        try:
+            written = self._checkpoints.state(step).get("written", {})
+        except ArtifactCorrupt:
+            return []  # which ``resume`` says
+        # the best weights may be those of a later step, which comes again
+        snapshots = {name: FileRecord(**file) for name, file in written.items() if name.startswith(f"{SNAPSHOTS}/")}
+        return check_files(self.directory, snapshots)
 
     def resume(self, step: int | None) -> Mapping[str, Any] | None:
         """Continue from the checkpoint at ``step``, or begin where it is None; return the stream's state there."""
@@ -125,6 +147,7 @@ class Session:
             self._n_resampled_logged = state["n_resampled_logged"]
             extent = Extent(state["metrics_bytes"], state.get("metrics_checksum"))
             self.scores, stream_state = state["scores"], state["stream"]
+            self.written = state.get("written", {})
             logger.info("continuing at step %d of %d", step, self.n_steps)
         self._log = RunLog(
             self.directory,
@@ -180,7 +203,8 @@ class Session:
         """Write the final weights; return the names of the files that make up the artifact."""
         assert self._log is not None, "a session is resumed before it is exported"
         self._wait_for_checkpoint()
-        self._log.commit()
+        logged = self._log.commit()
+        self.written[METRICS] = {"bytes": logged.n_bytes, "checksum": f"xxh3:{logged.checksum}"}
         files = [WEIGHTS, *(snapshot_name(step) for step in snapshot_steps(self._settings.snapshots, self.n_steps))]
         if "best" in self.scores:
             files.append(BEST)
@@ -262,6 +286,7 @@ class Session:
         save_weights(self.directory / name, self.run.folded())
         log10 = {LOG_SPARSITY: self._window.log10().to(torch.float32)}
         write_tensors(self.directory / log_sparsity_name(name), log10)
+        self.written |= describe_files(self.directory, [name, log_sparsity_name(name)])
 
     def _write(self, step: int, split: str, record: Mapping[str, Any]) -> None:
         assert self._log is not None
@@ -290,16 +315,17 @@ class Session:
                 "metrics_checksum": logged.checksum,
                 "n_resampled_logged": self._n_resampled_logged,
                 "scores": self.scores,
+                "written": dict(self.written),
             }
             tensors = {**self.run.state_tensors(), **self._window.state_tensors()}
             self._wait_for_checkpoint()
-            self._written = self._writer.write(self._checkpoints, RunCheckpoint(step, tensors, state))
+            self._checkpoint = self._writer.write(self._checkpoints, RunCheckpoint(step, tensors, state))
 
     def _wait_for_checkpoint(self) -> None:
         """Wait until the last checkpoint lies on the disk; raise what kept it from there."""
-        if self._written is not None:
-            written, self._written = self._written, None
-            written.result()
+        if self._checkpoint is not None:
+            pending, self._checkpoint = self._checkpoint, None
+            pending.result()
 
     def __enter__(self) -> Self:
         return self

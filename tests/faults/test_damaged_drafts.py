@@ -1,0 +1,165 @@
+"""Damage to what a killed command left: the same command makes the right bytes of it, or refuses and says why.
+
+Nothing damaged is continued from and published as good. Two kinds of damage are left to `pipeline verify`, which finds
+them: rows of finished shards beyond those that are read again, of which these drafts are too small to have any, and
+``request.json``, which another command line may have written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from tailrace.storage.artifact import MANIFEST
+from tests.faults.damage import Damage, contents, cut, files_below, flip, interruption, is_refusal, pipeline, released
+from tests.released.recipe import STEPS
+from tests.support.cache_jobs import differing
+
+_LINES = {step.output: step.line for step in STEPS}
+_RUN = "--d-sae 16 --batch-rows 32 --steps 12 --lr 0.01 --log-every 4 --evaluate-every 4 --precision float32"
+_CACHE = (
+    "cache --model model --dataset text.jsonl --context-length 16 --contexts-per-batch 4 --holdout 1 --layers 0 "
+    "--shard-rows 64 --chunk-rows 16 --storage-dtype float32 --out {out}"
+)
+
+
+class Draft(NamedTuple):
+    """A command line that is interrupted after a rename to a name, and those that come before it."""
+
+    line: str
+    name: str
+    count: int = 1
+    before: str = ""
+    inputs: tuple[str, ...] = ("caches/float32",)
+
+
+TRAIN = Draft(
+    f"train caches/float32 --site layer1 --k 4 {_RUN} --snapshots 1 --keep-best --checkpoint-steps 4 --out {{out}}",
+    "000000008.safetensors",
+)
+CACHE = Draft(f"{_CACHE} --tokens 192", "commits/0/train-unit-000001", inputs=())
+DRAFTS = {
+    "train": TRAIN,
+    "cache": CACHE,
+    "cross-layer": Draft(_LINES["drafts/cross-layer"] + " --snapshots 1", "checkpoints/000000008.safetensors"),
+    "sweep": Draft(_LINES["drafts/sweep"] + " --snapshots 1", "000000008.safetensors", 2),
+    "sweep-ended": Draft(_LINES["drafts/sweep"], "runs.parquet"),
+    "layers": Draft(_LINES["layers"], "transcoders/layer0/manifest.json"),
+    "extend": Draft(
+        "extend {out} --tokens 200",
+        "commits/1/train-unit-000001",
+        before=f"{_CACHE} --tokens 80",
+        inputs=(),
+    ),
+    "widen": Draft(
+        "widen {out} --layers 1",
+        "commits/1/train-unit-000001",
+        before=f"{_CACHE} --tokens 150",
+        inputs=(),
+    ),
+    "shuffle": Draft(
+        "shuffle {out}",
+        "commits/bucket-000001",
+        before=f"{_CACHE} --tokens 192 --bucket-rows 64",
+        inputs=(),
+    ),
+    "analyze": Draft(_LINES["tables/topk"], "features.parquet", inputs=("caches/float32", "transcoders/topk")),
+    "live": Draft(_LINES["drafts/live"], "000000008.safetensors", inputs=()),
+}
+
+
+LEAST = 4
+"""Damages of a draft; of analysis, all of which is made anew, there are few files."""
+
+
+class Outcomes(NamedTuple):
+    """How the same command ended on damaged drafts."""
+
+    n_remade: int
+    n_refused: int
+    wrong: list[str]
+    """What was published with other bytes, or ended in a traceback."""
+
+
+def try_damages(
+    capsys: pytest.CaptureFixture[str], folder: Path, draft: Draft, damages: Sequence[Damage], only: Sequence[str] = ()
+) -> Outcomes:
+    """Damage each file of a draft that is made in ``folder``, one at a time, or those whose names hold one of ``only``;
+    run the same command each time.
+    """
+    released(folder, *draft.inputs)
+    random = np.random.Generator(np.random.Philox(7))
+    output, kept = folder / "output", folder / "kept"
+    line = draft.line.format(out="output")
+    if draft.before:
+        assert pipeline(capsys, folder, draft.before.format(out="output")).code == 0
+    with interruption(draft.name, draft.count):
+        pipeline(capsys, folder, line)
+    shutil.copytree(output, kept)
+    assert pipeline(capsys, folder, line).code == 0
+    expected, n_remade, n_refused, wrong = contents(output), 0, 0, []
+    for file in files_below(kept):
+        name = file.relative_to(kept).as_posix()
+        for damage in damages:
+            if name.rpartition("/")[2] == "request.json" or (only and not any(part in name for part in only)):
+                continue
+            shutil.rmtree(output)
+            shutil.copytree(kept, output)
+            damage(output / name, random)
+            changed = contents(output)
+            answer = pipeline(capsys, folder, line)
+            differs = differing(contents(output), expected)
+            if answer.code == 0 and not differs:
+                n_remade += 1
+            elif is_refusal(answer) and not _published_otherwise(contents(output), changed, expected):
+                n_refused += 1
+            else:
+                wrong.append(
+                    f"{damage.__name__} {name}: exit code {answer.code}, {differs} differ: {answer.err[-300:]}"
+                )
+    return Outcomes(n_remade, n_refused, wrong)
+
+
+def _published_otherwise(found: dict[str, bytes], before: dict[str, bytes], expected: dict[str, bytes]) -> bool:
+    """Return whether a manifest was written that is not the right one."""
+    return any(
+        found[name] not in (before.get(name), expected.get(name))
+        for name in found
+        if name.rpartition("/")[2] == MANIFEST
+    )
+
+
+def test_a_damaged_checkpoint_snapshot_or_log_is_not_continued_from(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    outcomes = try_damages(
+        capsys, tmp_path, TRAIN, (flip,), ("checkpoints/000000008", "snapshots/000000006.s", "metrics")
+    )
+    assert outcomes == Outcomes(1, 2, [])  # the snapshot comes again after the checkpoint before it
+
+
+def test_a_damaged_record_or_checkpoint_of_a_cache_is_made_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    outcomes = try_damages(capsys, tmp_path, CACHE, (flip,), ("/train-unit-000000", "packing.npz"))
+    assert outcomes == Outcomes(3, 0, [])  # the record, the file that vouches for it, and where packing stood
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTS)
+def test_no_damaged_draft_is_published(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+    name: str,
+) -> None:
+    outcomes = try_damages(capsys, tmp_path, DRAFTS[name], (flip, cut))
+    record_property("made again", outcomes.n_remade)
+    record_property("refused", outcomes.n_refused)
+    assert outcomes.wrong == []
+    assert outcomes.n_remade + outcomes.n_refused >= LEAST
