@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from tailrace.storage.cache_format import (
 from tailrace.storage.display import card, table
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import LEFT_OUT
+from tailrace.storage.generations import PRUNED, CacheAt, CachePath, Generations, Pin, read_pruned
 from tailrace.storage.layout import ArraySpec, Side
 from tailrace.storage.names import folder_problem, inside
 from tailrace.storage.orders import Read
@@ -48,34 +49,55 @@ if TYPE_CHECKING:  # a training run reads no tables
 logger = logging.getLogger(__name__)
 
 
-def open_cache(path: Path | str, generation: int | None = None) -> ActivationCache:
-    """Open a published cache, at its newest generation by default.
+def open_cache(path: CachePath | str, generation: int | None = None) -> ActivationCache:
+    """Open a published cache at a generation, by default at its newest; it is not pruned as long as it is open.
 
     Raises ArtifactMissing, ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch for any other artifact.
     """
+    if isinstance(path, CacheAt):
+        path, generation = path.path, path.generation
     root = Path(path).expanduser()
-    manifest = CacheManifest.read(root)
-    if generation is not None and generation != manifest.generation:
-        older = root / manifest_name(generation)
+    while True:
+        newest = CacheManifest.read(root)
+        number = newest.generation if generation is None else generation
         # a manifest beyond the newest belongs to a growth that was never published
-        if not 0 <= generation < manifest.generation:
-            raise ArtifactMissing(
-                f"{root}: has no generation {generation}; it has generations 0 to {manifest.generation}"
+        if not 0 <= number <= newest.generation:
+            raise _unknown_generation(root, number, "has no generation")
+        pin = Pin.of(root, number)
+        oldest = read_pruned(root).oldest
+        if number >= oldest:
+            break
+        if generation is not None:
+            raise _unknown_generation(root, number, "was pruned: generation")
+        if CacheManifest.read(root).generation < oldest:
+            raise ArtifactCorrupt(
+                f"{root / PRUNED}: says that generation {oldest} is the oldest, and the newest is {number}; restore it"
             )
-        if not older.exists():
-            raise ArtifactCorrupt(f"{older}: is missing; restore it, or open generation {manifest.generation}")
-        manifest = CacheManifest.read_file(older)
+        # another process added a generation and pruned the one before it meanwhile
+    manifest = newest
+    if number < newest.generation:
+        if pin is None:
+            name = root / manifest_name(number)
+            raise ArtifactCorrupt(f"{name}: is missing; restore it, or open generation {newest.generation}")
+        manifest = CacheManifest.read_file(root / manifest_name(number))
     _check_names(root, manifest)
-    return ActivationCache(root, manifest)
+    return ActivationCache(root, manifest, pin)
 
 
-def reopen_cache(path: Path | str, output: Path) -> ActivationCache:
+def _unknown_generation(root: Path, number: int, problem: str) -> ArtifactMissing:
+    lines = "".join(f"\n  {line}" for line in Generations(root).lines())
+    return ArtifactMissing(f"{root}: {problem} {number}; read one of those that are kept:{lines}")
+
+
+def reopen_cache(path: CachePath, output: Path) -> ActivationCache:
     """Open a cache at the generation that the artifact or draft at ``output`` was begun with, else at its newest.
 
-    ``output`` may be a folder of such. So a cache that has grown strands no unfinished run. The errors are those of
-    ``open_cache``.
+    ``output`` may be a folder of such. So a cache that has grown strands no unfinished run; a generation that ``path``
+    names is opened whatever was begun. The errors are those of ``open_cache``.
     """
     cache = open_cache(path)
+    if isinstance(path, CacheAt):
+        return cache
     for request in (output / REQUEST, *sorted(output.glob(f"*/{REQUEST}"))):
         with suppress(OSError, ValueError):
             begun = _generation_in(json.loads(request.read_bytes()), cache.cache_id)
@@ -111,6 +133,8 @@ class ActivationCache:
 
     path: Path
     manifest: CacheManifest
+    pin: Pin | None = field(default=None, compare=False)
+    """What keeps the generation from being pruned while this object lives."""
 
     @property
     def cache_id(self) -> str:
@@ -287,7 +311,11 @@ class CacheSplit:
                 return group
             generation += 1
             if not (self.cache.path / manifest_name(generation)).exists():
-                return split_path(self.cache.path, self.name)
+                break
+        # a pin keeps this from happening; where it reached no other machine, nothing of a later generation is read
+        if read_pruned(self.cache.path).oldest > self.cache.generation:
+            raise ArtifactMissing(f"{self.cache.path}: generation {self.cache.generation} was pruned while it was read")
+        return split_path(self.cache.path, self.name)
 
     def source(self, key: str) -> StreamSource:
         """Return the arrays behind a key, as streams read them."""

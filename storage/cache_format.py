@@ -278,6 +278,11 @@ def documents_name(generation: int, split: str, number: int) -> str:
     return f"documents/{generation}/{split}-{number:06d}.jsonl"
 
 
+def packing_name(generation: int) -> str:
+    """Return the path of the file that says where packing stands after a generation that packed something."""
+    return f"packing/{generation}.json"
+
+
 def split_path(root: Path, split: str) -> Path:
     """Return the group of one split."""
     return root / split

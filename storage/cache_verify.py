@@ -22,6 +22,7 @@ from tailrace.storage.cache_format import (
     unit_record_name,
 )
 from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.storage.generations import read_pruned
 from tailrace.storage.layout import ArraySpec, array_metadata
 
 Progress = Callable[[int], None]
@@ -62,8 +63,9 @@ def verify_bytes(path: Path, progress: Progress = lambda _: None) -> list[str]:
 
 
 def _generations(cache: ActivationCache) -> list[ActivationCache]:
-    """Return the cache at every generation, the newest first."""
-    return [cache, *(open_cache(cache.path, generation) for generation in range(cache.generation - 1, -1, -1))]
+    """Return the cache at every generation that is kept, the newest first."""
+    older = range(cache.generation - 1, read_pruned(cache.path).oldest - 1, -1)
+    return [cache, *(open_cache(cache.path, generation) for generation in older)]
 
 
 def _epoch_shards(epoch: Path) -> dict[str, FileRecord]:

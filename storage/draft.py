@@ -133,8 +133,8 @@ class Lock:
             pass
         except OSError as error:
             self._remove_made()
-            if error.errno in _NO_LOCKS:
-                raise _unlockable(error, directory) from error
+            if error.errno in NO_LOCKS:
+                raise unlockable(error, directory) from error
             raise storage_refused(error, directory) from error
         raise ArtifactBusy(
             f"{directory}: another process is writing here; wait for it to finish or choose another path"
@@ -190,11 +190,12 @@ class Lock:
                 directory.rmdir()
 
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """Answers of a file system that has no locks: NFS without its lock daemon, some of FUSE."""
 
 
-def _unlockable(error: OSError, directory: Path) -> StorageFull:
+def unlockable(error: OSError, directory: Path) -> StorageFull:
+    """Return the error, with its next step, for a file system that has no locks."""
     return StorageFull(
         f"{directory}: its file system has no locks ({os.strerror(error.errno or 0)}), so that two processes could "
         "write the same files; choose a path on a local disk, or have locking switched on"

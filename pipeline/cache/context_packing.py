@@ -22,7 +22,7 @@ from tailrace.pipeline.text.columns import Kept
 from tailrace.pipeline.text.packing import ContextSource
 from tailrace.pipeline.text.settings import RowMask
 from tailrace.storage.artifact import JSON, canonical_json, read_json
-from tailrace.storage.cache_format import CacheFormat, documents_name
+from tailrace.storage.cache_format import CacheFormat, documents_name, packing_name
 from tailrace.storage.cache_publish import write_file
 from tailrace.storage.cache_writer import ContextBlocks, write_sealed
 from tailrace.storage.errors import ActionableError
@@ -281,11 +281,6 @@ class ContextPacker:
         write_file(self._root / CHECKPOINT, buffer.getvalue())
 
 
-def packing_state_name(generation: int) -> str:
-    """Return the file that says where packing stands after a generation."""
-    return f"packing/{generation}.json"
-
-
 def packing_state(source: ContextSource) -> bytes:
     """Return what that file holds: the source's state, and whether it stopped because the dataset ended."""
     return canonical_json({"finished": source.finished, "state": source.state})
@@ -293,7 +288,7 @@ def packing_state(source: ContextSource) -> bytes:
 
 def last_packing(root: Path, generation: int) -> dict[str, Any]:
     """Return where packing stands at a generation, as the last one that packed anything left it."""
-    packed = [root / packing_state_name(number) for number in range(generation + 1)]
+    packed = [root / packing_name(number) for number in range(generation + 1)]
     return dict(read_json([path for path in packed if path.exists()][-1]))
 
 

@@ -26,7 +26,6 @@ from tailrace.pipeline.cache.context_packing import (
     dataset_ended,
     last_packing,
     packing_state,
-    packing_state_name,
 )
 from tailrace.pipeline.cache.draft import (
     begin_draft,
@@ -57,7 +56,7 @@ from tailrace.pipeline.text.settings import RowFilter
 from tailrace.pipeline.text.stream import DocumentStream
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import canonical_json
-from tailrace.storage.cache_format import KIND, SPLITS, VOCABULARY, CacheFormat, Site
+from tailrace.storage.cache_format import KIND, SPLITS, VOCABULARY, CacheFormat, Site, packing_name
 from tailrace.storage.cache_publish import Change, Generation, SplitSize, keep_superseded, publish_generation
 from tailrace.storage.cache_writer import ContextBlocks
 from tailrace.storage.display import line
@@ -71,6 +70,7 @@ from tailrace.storage.errors import (
     SettingsError,
     TextError,
 )
+from tailrace.storage.generations import Generations
 from tailrace.storage.layout import FLOAT16_NORMAL
 from tailrace.storage.names import remove_temporary
 
@@ -181,7 +181,7 @@ def widen(
 def _finished(settings: CacheSettings, output: Path) -> CacheResult:
     cache = open_cache(output)
     forget_finished_draft(output, cache.generation)
-    rows = [open_cache(output, number).split("train").n_rows for number in range(cache.generation + 1)]
+    rows = Generations(output).train_rows
     is_there = dataset_ended(output, cache.generation) if settings.tokens == "all" else settings.tokens in rows
     if not is_there:
         raise ArtifactMismatch(
@@ -362,7 +362,7 @@ class CacheJob:
             if source.first_problems:
                 packing = {**self.facts["packing"], "bad_rows": source.first_problems}
                 self.facts = {**self.facts, "packing": packing}
-            files = {packing_state_name(self.number): packing_state(source)}
+            files = {packing_name(self.number): packing_state(source)}
             if change == "create":
                 files[VOCABULARY] = canonical_json({"tokens": self.model.vocabulary()})
             return self._publish(change, layout, sizes, bar, files, packer.documents.names())

@@ -13,11 +13,11 @@ import pytest
 import xxhash
 import zarr
 
-from tailrace.pipeline.cache.context_packing import CHECKPOINT, packing_state_name
+from tailrace.pipeline.cache.context_packing import CHECKPOINT
 from tailrace.pipeline.cache.draft import BEGUN, LOG, PLAN
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import canonical_json
-from tailrace.storage.cache_format import documents_name
+from tailrace.storage.cache_format import documents_name, packing_name
 from tailrace.storage.formats import Compression
 from tailrace.storage.layout import ArraySpec, array_metadata
 from tailrace.storage.materialise import materialise_epoch
@@ -110,7 +110,7 @@ def test_every_array_and_every_folder_above_one_has_its_metadata(caches: list[Ac
 
 def test_what_the_pipeline_adds_is_documented() -> None:
     kept = documents_name(0, "<split>", 0).replace("/0/", "/<generation>/")
-    written = {packing_state_name(0).replace("0", "<generation>"), kept, LOG, BEGUN, PLAN, CHECKPOINT, LOCK}
+    written = {packing_name(0).replace("0", "<generation>"), kept, LOG, BEGUN, PLAN, CHECKPOINT, LOCK}
     assert {path for path, _ in table("Files", 1)} == written
 
 

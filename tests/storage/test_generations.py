@@ -168,7 +168,7 @@ def test_only_published_generations_are_opened(path: Path) -> None:
     (path / "manifest.json").write_bytes((path / "manifest-0.json").read_bytes())
     assert open_cache(path).generation == 0
     for missing in (1, -1):
-        with pytest.raises(ArtifactMissing, match=f"has no generation {missing}; it has generations 0 to 0"):
+        with pytest.raises(ArtifactMissing, match=rf"has no generation {missing}; (.|\n)*generation 0: 600 train"):
             open_cache(path, missing)
     # its metadata lies there already; what is published is whole all the same
     assert verify_bytes(path) == []
