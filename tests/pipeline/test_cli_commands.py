@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -38,6 +37,7 @@ from tests.support.cache_jobs import (
     text_file,
     tree,
 )
+from tests.support.forked import forked
 from tests.support.paths import ROOT
 
 CACHE_FLAGS = [
@@ -269,9 +269,8 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = cache_command(tmp_path / "cache", "--quiet")
-    context = multiprocessing.get_context("forkserver")
     errors = tmp_path / "errors.txt"
-    process = context.Process(target=interrupted_main, args=([str(item) for item in arguments], str(errors)))
+    process = forked().Process(target=interrupted_main, args=([str(item) for item in arguments], str(errors)))
     process.start()
     process.join()
     assert process.exitcode == 130

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -15,6 +14,7 @@ import torch
 from tailrace.pipeline.cli import main
 from tests.released.recipe import MODEL, STEPS, TASK, TEXT, Step
 from tests.support.cache_jobs import Kill, die_at, speech_texts
+from tests.support.forked import forked
 from tests.support.tiny_models import save_tiny_model
 
 N_WORDS = 160
@@ -48,9 +48,7 @@ def run_step(step: Step, folder: Path) -> None:
     if step.kill is None:
         run(step, folder)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.cache_jobs", "transformer_lens.model_bridge"])
-    child = context.Process(target=_run_until, args=(step, folder, step.kill))
+    child = forked().Process(target=_run_until, args=(step, folder, step.kill))
     child.start()
     child.join()
     if child.exitcode != -signal.SIGKILL:

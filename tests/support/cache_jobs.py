@@ -1,14 +1,12 @@
 """What tests of the cache stage share: a tiny model, real text, and jobs in processes of their own that die on cue.
 
-Processes are forked from a server that has imported everything once (``multiprocessing``'s forkserver), since the
-imports take seconds and forking the test process itself, with its threads, is not safe.
+Processes are those of ``tests.support.forked``.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -32,6 +30,7 @@ from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache.settings import CacheSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.artifact import MANIFEST, canonical_json, checksum_file, describe_files, read_json, seal
+from tests.support.forked import forked
 from tests.support.paths import SPEECHES
 from tests.support.tiny_models import save_tiny_model
 
@@ -165,9 +164,7 @@ class Kill:
 
 def run_job(job: Job, kill: Kill | None = None, seconds: float | None = None) -> int:
     """Run a job in its own process, killed at ``kill`` or after ``seconds``; return the exit code."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.cache_jobs", "transformer_lens.model_bridge", "datasets"])
-    process = context.Process(target=_perform, args=(job, kill))
+    process = forked().Process(target=_perform, args=(job, kill))
     process.start()
     process.join(seconds)
     if process.is_alive():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tailrace.pipeline.train import stage as train
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import CHECKPOINT_STEPS, SETTINGS, results
 from tests.support.cache_jobs import Kill, count_renames, die_at, differing
+from tests.support.forked import forked
 from tests.support.training_caches import small_cache
 
 N_KILLS = 3
@@ -29,7 +29,7 @@ def run_training(cache: Path, output: Path, kill: Kill | None = None) -> None:
 
 
 def run_in_child(cache: Path, output: Path, kill: Kill | None = None, seconds: float | None = None) -> int:
-    process = multiprocessing.get_context("forkserver").Process(target=run_training, args=(cache, output, kill))
+    process = forked().Process(target=run_training, args=(cache, output, kill))
     process.start()
     process.join(seconds)
     if process.is_alive():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.train_all import continued_together
 from tests.pipeline.train.test_resume import results
 from tests.support.cache_jobs import Kill, count_renames, die_at, differing
+from tests.support.forked import forked
 from tests.support.quick import quick
 from tests.support.training_caches import small_cache
 
@@ -62,9 +62,7 @@ def run_sweep(cache: Path, output: Path, kill: Kill | None = None, checkpoint_st
 
 
 def run_in_child(cache: Path, output: Path, kill: Kill | None = None, seconds: float | None = None) -> int:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.pipeline.train.test_sweep_crash"])
-    process = context.Process(target=run_sweep, args=(cache, output, kill))
+    process = forked().Process(target=run_sweep, args=(cache, output, kill))
     process.start()
     process.join(seconds)
     if process.is_alive():

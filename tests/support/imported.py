@@ -1,0 +1,20 @@
+"""What commands import, all of it, so that processes forked from one that has it need not."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import datasets  # noqa: F401
+import duckdb  # noqa: F401
+import numba
+import transformer_lens.model_bridge  # noqa: F401
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+import zarrs  # noqa: F401
+
+import tailrace.pipeline
+import tests.support.cache_jobs  # noqa: F401
+
+for module in pkgutil.walk_packages(tailrace.pipeline.__path__, "tailrace.pipeline."):
+    importlib.import_module(module.name)
+numba.njit(lambda: 0)()  # its compiler is imported at the first use
