@@ -17,7 +17,7 @@ import pyarrow.compute as compute
 import pyarrow.json
 
 from tailrace.storage.artifact import MANIFEST, canonical_json, read_json, write_atomically
-from tailrace.storage.errors import ArtifactMissing
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.names import by_number
 from tailrace.training.architectures.manifest import BASELINES, MARK, METRICS, TIMING
 
@@ -166,16 +166,24 @@ def _speed(timing: Numbers, train: Numbers) -> Numbers:
 
 
 def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return numbers by name, and ``split``; a line that is being written at this moment is left out."""
+    """Return numbers by name, and ``split``, of the lines that are all there.
+
+    A line that is being written at this moment is left out, and what a power cut left of lines that were not synced.
+    Raises ArtifactCorrupt for anything else that is no line of a log.
+    """
     whole = [pa.field("step", pa.float64()), pa.field("rows", pa.float64()), pa.field("split", pa.string())]
     schema = pa.schema([*whole, *(pa.field(name, pa.float64()) for name in names)])
     content = path.read_bytes() if path.exists() else b""
-    content = content[: content.rfind(b"\n") + 1]
+    lines = content.splitlines(keepends=True)
+    content = b"".join(line for line in lines if line.startswith(b"{") and line.endswith(b"}\n"))
     table = schema.empty_table()
     if content:
         parse = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         blocks = pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES)
-        table = pyarrow.json.read_json(pa.BufferReader(content), parse_options=parse, read_options=blocks)
+        try:
+            table = pyarrow.json.read_json(pa.BufferReader(content), parse_options=parse, read_options=blocks)
+        except pa.ArrowInvalid as error:
+            raise ArtifactCorrupt(f"{path}: is no log of a run ({error}); restore it or train again") from error
     return {
         name: np.asarray(table[name].to_numpy() if name == "split" else compute.fill_null(table[name], math.nan))
         for name in schema.names

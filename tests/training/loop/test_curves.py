@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tailrace.storage.errors import ArtifactMissing
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.training.loop.curves import find_runs, read_all, read_run, trend
 from tests.support.run_logs import write_run
 
@@ -49,6 +49,22 @@ def test_a_line_that_is_being_written_is_left_out_and_the_clock_may_begin_anew(t
     assert run.speed["step"].tolist() == [10, 20, 40]
     assert run.speed["rows_per_second"].tolist() == [320, 320, 320]
     assert math.isnan(run.heldout["fvu_ordinary"][-1])
+
+
+def test_lines_that_a_power_cut_left_as_zeros_are_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path, n_lines=4)
+    line = json.dumps({"step": 20, "seconds": 4.0, "n_steps": 80}).encode() + b"\n"
+    (tmp_path / "timing.jsonl").write_bytes(bytes(70) + line + bytes(20) + line[20:] + line)
+    run = read_run(tmp_path)
+    assert (run.n_steps, run.speed["step"].tolist()) == (80, [20])
+
+
+def test_what_is_no_log_is_an_error_that_says_where(tmp_path: Path) -> None:
+    write_run(tmp_path, n_lines=4)
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('{"step": {}}\n')
+    with pytest.raises(ArtifactCorrupt, match=r"metrics\.jsonl: is no log of a run"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(
