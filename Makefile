@@ -2,12 +2,13 @@
 
 PYTHON ?= python3
 MODEL ?= tiny
+SECONDS ?= 3600
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo circuits-model docs check test test-all interop bench notes clean
+.PHONY: help install install-dev demo circuits-model docs check test test-all test-nightly interop bench notes clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -33,8 +34,8 @@ circuits-model: install ## Train a transcoder for every layer of SmolLM2 from on
 	$(VENV)/bin/pipeline circuits-model --out demo
 
 # One thread per test process: two processes on two cores beat one process that splits every small product.
-test test-all interop bench: export OMP_NUM_THREADS = 1
-test test-all: export HF_HUB_OFFLINE = 1
+test test-all test-nightly interop bench: export OMP_NUM_THREADS = 1
+test test-all test-nightly: export HF_HUB_OFFLINE = 1
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: install-dev ## Build the docs site into site/; open site/index.html
@@ -52,6 +53,9 @@ test: check ## All checks and every test that is not slow; what CI runs
 
 test-all: check ## All checks and all tests but those of interop
 	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not interop"
+
+test-nightly: install-dev ## Crash, refuse, cut the power and kill for SECONDS=3600; other calls and moments each day
+	$(VENV)/bin/python -m tests.faults --seconds $(SECONDS) --seed $$(date +%j)
 
 interop: install-dev ## Load exports in the packages they are for; installs those (15 GB)
 	$(VENV)/bin/pytest -m interop -o faulthandler_timeout=3600 tests/pipeline/formats tests/pipeline/circuit/test_viewer_package.py
