@@ -6,7 +6,6 @@ Rows are read here unit by unit and in token order, which is what analysis wants
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -37,8 +36,9 @@ from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactM
 from tailrace.storage.formats import LEFT_OUT
 from tailrace.storage.generations import PRUNED, CacheAt, CachePath, Generations, Pin, read_pruned
 from tailrace.storage.layout import ArraySpec, Side
-from tailrace.storage.names import folder_problem, inside
+from tailrace.storage.names import folder_problem, home_path, inside
 from tailrace.storage.orders import Read
+from tailrace.storage.parsing import parse_json
 from tailrace.storage.shard import read_rows
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.storage.stream import RowStream, StreamSource
@@ -56,7 +56,7 @@ def open_cache(path: CachePath | str, generation: int | None = None) -> Activati
     """
     if isinstance(path, CacheAt):
         path, generation = path.path, path.generation
-    root = Path(path).expanduser()
+    root = home_path(path)
     while True:
         newest = CacheManifest.read(root)
         number = newest.generation if generation is None else generation
@@ -100,7 +100,7 @@ def reopen_cache(path: CachePath, output: Path) -> ActivationCache:
         return cache
     for request in (output / REQUEST, *sorted(output.glob(f"*/{REQUEST}"))):
         with suppress(OSError, ValueError):
-            begun = _generation_in(json.loads(request.read_bytes()), cache.cache_id)
+            begun = _generation_in(parse_json(request.read_bytes()), cache.cache_id)
             if begun is not None and begun < cache.generation:
                 newest = cache.generation
                 logger.warning("%s: generation %d of 0 to %d is read: %s began with it", path, begun, newest, output)
@@ -368,7 +368,7 @@ class CacheSplit:
     def _read_documents(self) -> Iterator[dict[str, Any]]:
         for name in self._record.documents:
             with self._file(name).open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+                yield from map(parse_json, lines)
 
     def context_tokens(self, contexts: np.ndarray) -> np.ndarray:
         """Return int32 (n, context_length): the token ids of contexts."""
@@ -403,7 +403,7 @@ class CacheSplit:
         merged = {key: SiteStatistics(self.layout.encodings()[key].width) for key in keys}
         for record in self.unit_records():
             for key in merged.keys() & record.statistics.keys():
-                merged[key].merge(SiteStatistics.from_json(record.statistics[key]))
+                merged[key].merge(SiteStatistics.of(record.statistics[key]))
         return merged
 
     def output_statistics(self) -> dict[str, SiteStatistics]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +31,7 @@ from tailrace.storage.errors import (
 )
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.names import inside, is_plural, remove_abandoned, temporary_path, with_article
+from tailrace.storage.parsing import parse_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def read_bytes(path: Path) -> bytes:
 
 def _parse_json(data: bytes, path: Path) -> Any:
     try:
-        return json.loads(data)
+        return parse_json(data)
     except ValueError as error:
         raise ArtifactCorrupt(f"{path}: is not valid JSON ({error}); restore it or rebuild the artifact") from error
 
@@ -262,19 +263,18 @@ class Record(BaseModel):
 
 def _describe(problem: Any) -> str:
     """Return the key that is wrong, what was wanted, and what is there instead."""
-    got = repr(problem["input"])
-    there = "" if problem["type"] == "missing" else f" (got {got if len(got) <= _SHOWN else f'{got[:_SHOWN]}…'})"
+    there = "" if problem["type"] == "missing" else f" (got {shown(problem['input'])})"
     return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}{there}"
 
 
-_SHOWN = 200
-"""Characters of a wrong value that a message shows."""
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number of bytes, rows or the like, or an index."""
 
 
 class FileRecord(Record):
     """What is known of a file that an artifact vouches for."""
 
-    bytes: int
+    bytes: Count
     checksum: str
 
 

@@ -23,6 +23,7 @@ from tailrace.storage.artifact import JSON, KEEPING, FileRecord, Manifest, Recor
 from tailrace.storage.formats import ARTIFACT_FORMATS, Compression
 from tailrace.storage.layout import ArraySpec, Encoding, Side
 from tailrace.storage.shuffle import EpochPlan
+from tailrace.storage.statistics import StatisticsRecord
 
 _ONE_HEAD = re.compile(r"([^\[\]]+?)\s*\[\s*([+-]?[0-9]+)\s*\]")
 
@@ -241,8 +242,8 @@ class UnitRecord(CommitRecord):
     first_context: int
     """Context of the first row in token order."""
     first_position: int
-    statistics: dict[str, dict[str, JSON]]
-    """Of each ``site/side``, as ``SiteStatistics`` writes them."""
+    statistics: dict[str, StatisticsRecord]
+    """Of each ``site/side``."""
 
 
 class EpochManifest(Manifest):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, pairwise
@@ -24,6 +23,7 @@ from tailrace.storage.cache_format import (
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.generations import read_pruned
 from tailrace.storage.layout import ArraySpec, array_metadata
+from tailrace.storage.parsing import parse_json
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just checked."""
@@ -106,7 +106,7 @@ def _check_metadata(cache: ActivationCache) -> list[str]:
 
 def _is_lengthened(file: Path, spec: ArraySpec) -> bool:
     try:
-        n_rows = int(json.loads(file.read_bytes())["shape"][0])
+        n_rows = int(parse_json(file.read_bytes())["shape"][0])
         return file.read_bytes() == array_metadata(spec, n_rows, {})
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False

@@ -50,7 +50,7 @@ from tailrace.storage.layout import ArraySpec
 from tailrace.storage.memory import aligned_rows
 from tailrace.storage.shard import read_rows, write_shard
 from tailrace.storage.shuffle import invert, unit_permutation
-from tailrace.storage.statistics import SiteStatistics
+from tailrace.storage.statistics import SiteStatistics, StatisticsRecord
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class UnitBuffer:
             first_context=self._first[0],
             first_position=self._first[1],
             shards=dict(zip(names, written, strict=True)),
-            statistics={key: statistics.as_json() for key, statistics in self.statistics.items()},
+            statistics={key: StatisticsRecord(**statistics.as_json()) for key, statistics in self.statistics.items()},
         )
         write_record(root, unit_record_name(generation, self.split, self.unit), record)
         return record

@@ -38,6 +38,7 @@ from tailrace.storage.artifact import (
 from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch, StorageFull
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.names import LOCK, entries_below, is_plural, is_temporary, remove_temporary, with_article
+from tailrace.storage.parsing import parse_json
 
 _DIGEST = re.compile(r"(\w+:[0-9a-f]{12})[0-9a-f]{20,}")
 _NAMED = 3
@@ -386,7 +387,7 @@ def holds_artifact(folder: Path) -> bool:
     if (folder / LOCK).is_file() and (folder / REQUEST).is_file():
         return True
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = parse_json((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"kind", "digest"} <= manifest.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -11,10 +12,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import xxhash
+
 from tailrace.storage.errors import ArtifactCorrupt
 
 _TEMPORARY = re.compile(r"\..+(\.tmp-(?P<host>[^/]+)-(?P<process>\d+)-\d+|\.parquet\.tmp\d+|\.tmp-records)")
 """Names of ``temporary_path``, and the two forms that release 0.1 gave its tables and records."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""Bytes that Linux and macOS take at most, or fewer."""
+_LONGEST_KEPT = 120
+"""Bytes of a name that a temporary one keeps."""
 LOCK = ".lock"
 """The file by which a process holds a directory that it writes."""
 
@@ -33,7 +40,15 @@ def is_plural(kind: str) -> bool:
 
 def temporary_path(path: Path) -> Path:
     """Return the name under which ``path`` is written first; no other thread, process or machine uses it."""
-    return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}-{threading.get_native_id()}")
+    return path.with_name(f"{_begin_of(path)}{os.uname().nodename}-{os.getpid()}-{threading.get_native_id()}")
+
+
+def _begin_of(path: Path) -> str:
+    """Return how names of ``temporary_path`` begin; of a long name a part, so that they are none too long."""
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST_KEPT:
+        name = f"{name[: _LONGEST_KEPT // 8]}-{xxhash.xxh3_64_hexdigest(os.fsencode(name))}"
+    return f".{name}.tmp-"
 
 
 def is_temporary(name: str) -> bool:
@@ -56,7 +71,7 @@ def remove_abandoned(path: Path) -> None:
     with suppress(OSError):  # what is left is in nobody's way
         for entry in path.parent.iterdir():
             name = _TEMPORARY.fullmatch(entry.name)
-            if name and entry.name.startswith(f".{path.name}.tmp-") and name["host"] == os.uname().nodename:
+            if name and entry.name.startswith(_begin_of(path)) and name["host"] == os.uname().nodename:
                 try:
                     os.kill(int(name["process"]), 0)
                 except ProcessLookupError:
@@ -98,6 +113,20 @@ def inside(root: Path, name: str) -> Path:
             "trust it, copy it with what its links lead to (cp -rL); else do not use it"
         )
     return root / name
+
+
+def home_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` as the home folder; ``~x``, where there is no user x, is a name as any other."""
+    return Path(os.path.expanduser(path))
+
+
+def path_problem(path: Path) -> str | None:
+    """Return why the system can have no such path, or None; whether anything lies there is another matter."""
+    if "\0" in str(path):
+        return "holds a null byte"
+    lengths = [len(os.fsencode(part)) for part in path.parts]
+    is_too_long = max(lengths, default=0) > _LONGEST_NAME or sum(lengths) + len(lengths) > _LONGEST_PATH
+    return os.strerror(errno.ENAMETOOLONG) if is_too_long else None
 
 
 def name_problem(name: object) -> str | None:

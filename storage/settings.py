@@ -7,6 +7,7 @@ counts, output paths and log levels do not, and are ordinary function arguments.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -15,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.parsing import read_yaml, shown
 
 _UNITS = {
     "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12,
@@ -103,6 +104,14 @@ class Settings(BaseModel):
             raise ValueError("; ".join(f"{old} is {cls.retired[old].new}: give one of them" for old in twice))
         return {cls.retired[name].new if name in cls.retired else name: value for name, value in values.items()}
 
+    @model_validator(mode="after")
+    def _refuse_beyond_64_bits(self) -> Self:
+        values = [(name, value if isinstance(value, tuple) else (value,)) for name, value in vars(self).items()]
+        beyond = [name for name, parts in values if any(isinstance(part, int) and _is_beyond(part) for part in parts)]
+        if beyond:
+            raise ValueError(f"{', '.join(beyond)}: wanted a number of at most 64 bits")
+        return self
+
     @classmethod
     def read(cls, *sources: Mapping[str, Any], where: str = "settings") -> Self:
         """Merge ``sources`` (later ones win) and validate once.
@@ -123,6 +132,10 @@ class Settings(BaseModel):
         return cls.read(load_yaml(path), overrides or {}, where=str(path))
 
 
+def _is_beyond(number: int) -> bool:
+    return not -(2**63) <= number < 2**64
+
+
 def code_of(settings: Settings) -> ModuleType:
     """Return the module beside that of ``settings`` that their ``kind`` names: the code for what they describe.
 
@@ -134,17 +147,16 @@ def code_of(settings: Settings) -> ModuleType:
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; raise SettingsError if it is unreadable or not a mapping."""
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SettingsError(f"{path}: there is no such file; check the path of the settings") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
+    loaded = read_yaml(path)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise SettingsError(f"{path}: holds {type(loaded).__name__}, wanted a mapping of settings to values")
-    return loaded
+    return {str(name): value for name, value in loaded.items()}
+
+
+_LISTED = 50
+"""Problems that a message lists: a file may have a hundred thousand."""
 
 
 def _describe(settings: type[Settings], error: ValidationError, where: str) -> str:
@@ -154,7 +166,8 @@ def _describe(settings: type[Settings], error: ValidationError, where: str) -> s
         name, about, others = _name(settings, problem)
         by_name.setdefault(name, []).append({**problem, "about": about, "others": others})
     lines = [f"{len(by_name)} problem{'s' if len(by_name) > 1 else ''} in {where}:"]
-    return "\n".join([*lines, *(f"  {name}: {_message(problems)}" for name, problems in by_name.items())])
+    lines += [f"  {name}: {_message(problems)}" for name, problems in itertools.islice(by_name.items(), _LISTED)]
+    return "\n".join([*lines, *([f"  and {len(by_name) - _LISTED:,} more"] if len(by_name) > _LISTED else [])])
 
 
 def _name(settings: type[BaseModel], problem: Any) -> tuple[str, list[type[BaseModel]], list[type[BaseModel]]]:
@@ -228,8 +241,8 @@ def _message(problems: list[Any]) -> str:
         return _unknown(str(problem["loc"][-1]), problem["about"], problem["others"])
     if problem["type"] == "union_tag_invalid":
         wanted = problem["ctx"]["expected_tags"].replace("'", "")
-        return f"wanted one of {wanted} (got {problem['ctx']['tag']!r})"
+        return f"wanted one of {wanted} (got {shown(problem['ctx']['tag'])})"
     reasons = [alternative["msg"].removeprefix("Value error, ") for alternative in problems]
     reasons[1:] = [reason.removeprefix("Input should be ") for reason in reasons[1:]]
-    got = f" (got {problem['input']!r})" if problem["loc"] and problem["input"] != () else ""
+    got = f" (got {shown(problem['input'])})" if problem["loc"] and problem["input"] != () else ""
     return ", or ".join(dict.fromkeys(reasons)) + got

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from pydantic import model_validator
 
+from tailrace.storage.artifact import Count, Record
 from tailrace.storage.bfloat16 import bits_to_float32
 from tailrace.storage.compiled import compiled_loop
 
@@ -148,6 +150,32 @@ with a quarter octave of slack in where "the largest 1 %" begins."""
 
 def _zeros(n: int) -> np.ndarray:
     return np.zeros(n, np.float64)
+
+
+class StatisticsRecord(Record):
+    """The statistics of a unit's rows in its commit record; float64 vectors travel as base64."""
+
+    width: int
+    n_rows: Count
+    total: str
+    squared_deviations: str
+    total_norm: float
+    minimum: float
+    maximum: float
+    energy_bins: list[int]
+    """Bins that have rows."""
+    energy_counts: list[Count]
+    energy_sums: list[float]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        bins, counts, sums = self.energy_bins, self.energy_counts, self.energy_sums
+        if not len(bins) == len(counts) == len(sums) or not all(0 <= number < _N_ENERGY_BINS for number in bins):
+            raise ValueError(f"wanted a count and a sum for every energy bin, of 0 to {_N_ENERGY_BINS - 1}")
+        for name in ("total", "squared_deviations"):
+            if len(_decode(getattr(self, name))) != self.width:
+                raise ValueError(f"{name}: wanted {self.width} float64 in base64")
+        return self
 
 
 @dataclass
@@ -291,19 +319,19 @@ class SiteStatistics:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def of(cls, record: StatisticsRecord) -> Self:
         """Return the statistics written by ``as_json``."""
         counts, sums = _zeros(_N_ENERGY_BINS), _zeros(_N_ENERGY_BINS)
-        counts[value["energy_bins"]] = value["energy_counts"]
-        sums[value["energy_bins"]] = value["energy_sums"]
+        counts[record.energy_bins] = record.energy_counts
+        sums[record.energy_bins] = record.energy_sums
         return cls(
-            value["width"],
-            value["n_rows"],
-            _decode(value["total"]),
-            _decode(value["squared_deviations"]),
-            value["total_norm"],
-            value["minimum"],
-            value["maximum"],
+            record.width,
+            record.n_rows,
+            _decode(record.total),
+            _decode(record.squared_deviations),
+            record.total_norm,
+            record.minimum,
+            record.maximum,
             0,
             counts,
             sums,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tailrace.storage.artifact import MANIFEST, REQUEST, published_kind
-from tailrace.storage.errors import ArtifactMismatch
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import TRANSCODER_KINDS
-from tailrace.storage.names import by_number
+from tailrace.storage.names import by_number, home_path, path_problem
+from tailrace.storage.parsing import shown
 
 PathLike = str | os.PathLike[str]
 """A path, as a string or a ``Path``."""
@@ -22,8 +23,14 @@ _NAMED = 40
 
 
 def as_path(path: PathLike) -> Path:
-    """Return a path as a caller in Python writes it, where no shell reads ``~``."""
-    return Path(path).expanduser()
+    """Return a path as a caller in Python writes it, where no shell reads ``~``.
+
+    Raises SettingsError for what no system has.
+    """
+    expanded = home_path(path)
+    if (problem := path_problem(expanded)) is not None:
+        raise SettingsError(f"{shown(str(expanded))}: {problem}; give another path")
+    return expanded
 
 
 def as_paths(paths: Paths) -> list[Path]:

@@ -6,7 +6,6 @@ An artifact records the digests of what it was made from, and no path. So one is
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from tailrace.storage.artifact import MANIFEST, REQUEST
 from tailrace.storage.cache_format import KIND as CACHE
 from tailrace.storage.draft import holds_artifact
 from tailrace.storage.formats import CROSS_LAYER_KIND, TABLES_KIND, TRANSCODER_KINDS
+from tailrace.storage.parsing import parse_json
 
 _HOLDERS = ("sweep", "transcoders")
 """Kinds whose folder has other artifacts in it."""
@@ -105,7 +105,7 @@ def _holds_others(folder: Path) -> bool:
 def _read(file: Path) -> dict[str, Any]:
     """Return a JSON object, an empty one if there is none."""
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -227,7 +227,7 @@ def _last_of_training(log: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines):
         try:
-            content = json.loads(line)
+            content = parse_json(line)
         except ValueError:  # cut off at either end
             continue
         if isinstance(content, dict) and content.get("split") == "train" and "step" in content:

@@ -18,6 +18,7 @@ from typing import Any
 from tailrace.storage.artifact import is_disk_refusal, make_directory, storage_refused
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.formats import refuse_newer
+from tailrace.storage.parsing import parse_json
 
 KIND = "blind-study"
 """What a ledger is the record of; its first entry says in which format, if not the first."""
@@ -99,7 +100,7 @@ def _read(path: Path, text: bytes) -> list[Entry]:
     previous = BEGINNING
     for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             content = {key: value for key, value in entry.items() if key != "hash"}
             follows = entry["hash"] == _hash(content) and entry["previous"] == previous and entry["n"] == number - 1
         except (ValueError, KeyError, AttributeError) as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
+from tailrace.storage.parsing import parse_json
 
 _WARNING = "The answers, encoded so that they are not read by accident. `pipeline blind tally` opens them after rating."
 
@@ -32,20 +33,20 @@ def seal(path: Path, content: dict[str, Any]) -> str:
 def unseal(path: Path, commitment: str) -> dict[str, Any]:
     """Return what was sealed. Raises ArtifactMissing, or ArtifactCorrupt if it is not what the commitment is of."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError as error:
         raise ArtifactMissing(
             f"{path}: the sealed key is gone; restore it, or draw again with the same seed"
         ) from error
     try:
-        text = zlib.decompress(base64.b64decode("".join(lines[1:]), validate=True))
+        text = zlib.decompress(base64.b64decode(b"".join(lines[1:]), validate=True))
     except (binascii.Error, zlib.error) as error:
         raise ArtifactCorrupt(f"{path}: cannot be decoded ({error}); restore it") from error
     if (found := _commitment(text)) != commitment:
         raise ArtifactCorrupt(
             f"{path}: is not what was sealed: its digest is {found}, the one told then {commitment}; restore it"
         )
-    content: dict[str, Any] = json.loads(text)
+    content: dict[str, Any] = parse_json(text)
     return content
 
 

@@ -20,6 +20,7 @@ from tailrace.storage.cache_writer import read_sealed_file, write_sealed
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch
 from tailrace.storage.names import LOCK
+from tailrace.storage.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def begun_request(root: Path) -> dict[str, Any]:
     """Return the request of the cache that lies at a path, finished or not; nothing if none can be read."""
     for name, part in ((MANIFEST, "request"), (REQUEST, None)):
         with suppress(OSError, ValueError):
-            content = json.loads((root / name).read_bytes())
+            content = parse_json((root / name).read_bytes())
             content = content.get(part) if part and isinstance(content, dict) else content
             if isinstance(content, dict):
                 return content

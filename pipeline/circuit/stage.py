@@ -49,6 +49,7 @@ from tailrace.storage.artifact import write_atomically
 from tailrace.storage.display import card, table
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.labels import labels_digest, read_labels
+from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import TablesManifest
 from tailrace.storage.token_text import join_characters
 
@@ -150,7 +151,7 @@ def run(
 def read_result(path: Path) -> CircuitResult:
     """Return a published circuit. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
     CircuitManifest.read(path)
-    return CircuitResult(path, json.loads((path / CIRCUIT).read_bytes()))
+    return CircuitResult(path, parse_json((path / CIRCUIT).read_bytes()))
 
 
 def _answer(

@@ -19,6 +19,7 @@ from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.labels import read_labels
+from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import read_table
 
 SITE = Path(__file__).parent / "site"
@@ -60,7 +61,7 @@ def read_matches(paths: Sequence[Path], tables: Mapping[str, FeatureTables]) -> 
     found: dict[str, dict[int, list[list[Any]]]] = {}
     for path in paths:
         compared = read_table(path)
-        summary = json.loads((compared.schema.metadata or {}).get(b"summary", b"null"))
+        summary = parse_json((compared.schema.metadata or {}).get(b"summary", b"null"))
         if not isinstance(summary, dict):
             raise SettingsError(f"--matches {path}: holds no matches; give a .parquet of `pipeline compare --out`")
         keys = [

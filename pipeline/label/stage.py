@@ -32,6 +32,7 @@ from tailrace.storage.labels import (
     owner_of,
     read_labels,
 )
+from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import TablesManifest, read_table
 
 OWNER = ("transcoder", "site")
@@ -216,7 +217,7 @@ def _jsonl_rows(source: Path, problems: list[str]) -> Iterator[tuple[str, dict[s
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             problems.append(f"line {number}: is not JSON ({error})")
             continue
@@ -270,7 +271,7 @@ def _explanations(folder: Path, manifests: Mapping[Path, TablesManifest]) -> Ite
 
 def _explanation(path: Path) -> dict[str, Any]:
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = parse_json(path.read_text(encoding="utf-8"))
     except ValueError:
         return {}
     said = said.get("explanation") if isinstance(said, dict) else said

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import platform
 import struct
@@ -29,6 +28,8 @@ import torch
 from tailrace.pipeline.model.locations import WEIGHT_FILES, named_folder
 from tailrace.pipeline.shared.compute import device_named
 from tailrace.storage.errors import ModelError, OutOfMemoryError
+from tailrace.storage.names import home_path
+from tailrace.storage.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def open_checkpoint(name: str, revision: str | None) -> Checkpoint:
     Raises ModelError if there is none, with near matches for a folder and the way round a missing network.
     """
     name = named_folder(name)
-    folder = Path(name).expanduser()
+    folder = home_path(name)
     if folder.is_dir():
         if revision is not None:
             raise ModelError(f"model {name}: is a folder and has no revisions; leave out --revision {revision}")
@@ -301,7 +302,7 @@ def _read_config(name: str, revision: str | None) -> Any:
 
         try:
             return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a broken file, its reader raises whatever it leads it to
             written = read_checkpoint_json(name, "config.json", revision)
             if written.get("model_type") not in CONFIG_MAPPING:
                 refuse_own_class(name, "config.json", written.get("auto_map"), "AutoConfig")
@@ -379,7 +380,7 @@ def read_checkpoint_json(name: str, file: str, revision: str | None) -> dict[str
     """Return the mapping in a JSON file of a checkpoint; empty if there is none."""
     path = _cached_file(name, file, revision)
     try:
-        content = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+        content = {} if path is None else parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -402,7 +403,7 @@ def _weights_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
+            header = parse_json(file.read(size))
     except (struct.error, ValueError, MemoryError):  # damaged: what reads the weights says so
         return None
     kinds = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]

@@ -17,6 +17,8 @@ from tailrace.pipeline.samples.bundled_models import DemoModel, bundled_model
 from tailrace.pipeline.shared.compute import say_once
 from tailrace.storage.artifact import checksum_file, digest, make_directory, write_atomically
 from tailrace.storage.errors import ActionableError, ModelError
+from tailrace.storage.names import home_path, name_problem
+from tailrace.storage.parsing import parse_json
 
 MEMORY = "TAILRACE_MODELS"
 """Environment variable: the file that says where models were seen; if it is empty, nothing is kept."""
@@ -61,7 +63,7 @@ def recorded_location(identity: Mapping[str, Any], location: str, artifact: Path
         return location
     folders = [folder for folder in dict.fromkeys(_candidates(identity, location, artifact)) if _is_model(folder)]
     if not folders:
-        gone = "is gone" if Path(location).expanduser().is_absolute() else "is not in the current directory"
+        gone = "is gone" if home_path(location).is_absolute() else "is not in the current directory"
         raise ModelError(
             f"{artifact}: its language model was read from a folder, {location}, which {gone}, nor is it beside the "
             "artifact, nor where this machine saw it last; say where it lies with --model"
@@ -72,7 +74,7 @@ def recorded_location(identity: Mapping[str, Any], location: str, artifact: Path
 
 
 def _candidates(identity: Mapping[str, Any], location: str, artifact: Path) -> Iterator[Path]:
-    yield Path(location).expanduser()
+    yield home_path(location)
     if seen := _seen().get(str(identity["files_digest"])):
         yield Path(seen)
     name = Path(str(identity["name"])).name
@@ -111,8 +113,14 @@ def loaded_files(folder: Path) -> list[Path]:
         return [folder / "config.json"]
     if weights.suffix != ".json":
         return [folder / "config.json", weights]
-    shards = json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / "config.json", *(folder / name for name in sorted(set(shards)))]
+    try:
+        listed = parse_json(weights.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{weights}: cannot be read as JSON ({error}); get the model again") from error
+    shards = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(shards, dict) or any(map(name_problem, shards.values())):
+        raise ModelError(f"{weights}: wanted files of this folder by weight, under weight_map; get the model again")
+    return [folder / "config.json", *(folder / name for name in sorted(set(shards.values())))]
 
 
 def remember(folder: Path, files_digest: str) -> None:
@@ -130,7 +138,7 @@ def _seen() -> dict[str, str]:
     """Return the folders that models were seen in, by their digests; a file that is broken says nothing."""
     file = _memory()
     try:
-        seen = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        seen = {} if file is None else parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {str(key): str(value) for key, value in seen.items()} if isinstance(seen, dict) else {}
@@ -139,7 +147,7 @@ def _seen() -> dict[str, str]:
 def _memory() -> Path | None:
     given = os.environ.get(MEMORY)
     if given is not None:
-        return Path(given).expanduser() if given else None
+        return home_path(given) if given else None
     return _cache_folder() / "models.json"
 
 

@@ -20,6 +20,7 @@ from tailrace.pipeline.model.locations import named_folder, recorded_location
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
+from tailrace.storage.names import home_path
 from tailrace.training.architectures.manifest import read_either_manifest
 
 _NAMED = 3
@@ -42,7 +43,7 @@ def open_transcoder_model(
     model = None if model is None else named_folder(model)
     settings = {
         "model": model if model is not None else recorded_location(recorded, str(recorded["name"]), transcoders[0]),
-        "revision": None if model is not None and Path(model).expanduser().is_dir() else recorded.get("revision"),
+        "revision": None if model is not None and home_path(model).is_dir() else recorded.get("revision"),
         "model_dtype": dtype if dtype is not None else recorded.get("dtype", "auto"),
         "processing": recorded.get("processing", "raw"),
         "bos_token_id": _given_bos(recorded),

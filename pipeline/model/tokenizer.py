@@ -248,7 +248,7 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
 
         try:
             return AutoTokenizer.from_pretrained(checkpoint.name, revision=checkpoint.revision, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of a broken file, its readers raise whatever it leads them to
             _refuse_own_tokenizer(checkpoint)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ModelError(

@@ -9,7 +9,6 @@ of a user's own are views under the names given to them.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,15 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tailrace.pipeline.artifacts.folders import artifacts_inside
+from tailrace.pipeline.artifacts.folders import artifacts_inside, as_path
 from tailrace.pipeline.text.columns import BadRow
 from tailrace.pipeline.text.files import COMPRESSIONS, TextFiles
 from tailrace.pipeline.text.json_rows import JsonExamples
 from tailrace.storage.artifact import MANIFEST, Manifest, published_file, published_kind
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.labels import LABELS, SCHEMA, labels_file
+from tailrace.storage.names import home_path
+from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import TableColumn, describe, read_schema, schema_of, table_of
 from tailrace.training.architectures.manifest import METRICS, TIMING
 from tailrace.training.loop.curves import find_runs
@@ -144,7 +145,7 @@ def _first_and_last_lines(path: Path, n_bytes: int = 1 << 17) -> Iterator[dict[s
         log.seek(max(len(head), path.stat().st_size - n_bytes))
         for line in (head + log.read()).splitlines():
             with suppress(ValueError):  # where the parts meet, and where a line is being written
-                yield json.loads(line)
+                yield parse_json(line)
 
 
 def _log_views(schema: str | None, path: Path) -> list[View]:
@@ -225,7 +226,7 @@ def _attached_views(attached: Mapping[str, Path], views: Sequence[View]) -> list
             problems.append(f"--attach {name}={path}: {name} {why}; write another, such as own={path}")
             continue
         try:
-            read.append(_attached_view(name, path.expanduser().resolve()))
+            read.append(_attached_view(name, home_path(path).resolve()))
         except (OSError, UnicodeError, csv.Error, ValueError, pa.ArrowException) as error:
             problems.append(f"--attach {name}={path}: {error}")
     if problems:
@@ -297,8 +298,8 @@ def _cell(text: str) -> str | int | float | bool | None:
 
 def _parse(text: str) -> tuple[str | None, Path]:
     name, equals, path = text.partition("=")
-    is_named = equals and _NAME.fullmatch(name) and not Path(text).expanduser().exists()
-    return (name if is_named else None, Path(path if is_named else text).expanduser())
+    is_named = equals and _NAME.fullmatch(name) and not as_path(text).exists()
+    return (name if is_named else None, as_path(path if is_named else text))
 
 
 def open_views(connection: duckdb.DuckDBPyConnection, views: Sequence[View]) -> None:

@@ -8,7 +8,6 @@ context goes on in further ones, each with its own BOS.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.errors import SettingsError, TextError
 from tailrace.storage.labels import read_labels
+from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import read_schema, read_table
 from tailrace.storage.token_text import join_characters
 
@@ -339,7 +339,7 @@ def _json_lines(file: Path, content: str, problems: list[str]) -> Iterator[tuple
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             problems.append(f"--file {file}, line {number}: is not JSON ({error})")
             continue

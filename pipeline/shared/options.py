@@ -131,6 +131,8 @@ def _load_config(classes: Sequence[type[Settings]], config: Path) -> dict[str, A
         raise SettingsError(f"{config}: was made with settings of several runs; give the folder of one of them")
     own = loaded.get("settings", loaded)  # a cache's request is its settings
     beside = [part for part in (loaded.get("live"), loaded.get("model_scores")) if part and own is not loaded]
+    if not all(isinstance(part, dict) for part in (own, *beside)):
+        raise SettingsError(f"{file}: its settings are no JSON object; restore it, or give a YAML file")
     fields = {name: field for settings in classes for name, field in settings.model_fields.items()}
     current = {name: retired.new for name, retired in _former_names(classes).items()}
     recorded = {current.get(name, name): value for part in (*beside, own) for name, value in part.items()}

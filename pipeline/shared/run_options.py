@@ -14,6 +14,8 @@ import click
 
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.sections import running
+from tailrace.storage.names import path_problem
+from tailrace.storage.parsing import shown
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -22,8 +24,11 @@ class HomePath(click.Path):
     """A path in which ~ is the home folder, also where a shell leaves it: ``--out=~/caches``."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
-        return super().convert(os.path.expanduser(value) if isinstance(value, str | Path) else value, param, ctx)
+        """Return the path; refuse what no system has."""
+        path = super().convert(os.path.expanduser(value) if isinstance(value, str | Path) else value, param, ctx)
+        if (problem := path_problem(Path(path))) is not None:
+            self.fail(f"{shown(str(path))}: {problem}; give another path", param, ctx)
+        return path
 
 
 ARTIFACT = HomePath(file_okay=False, path_type=Path)

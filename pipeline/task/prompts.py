@@ -6,7 +6,6 @@ are what may come next, exactly as it would: with its leading space where the to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from tailrace.analysis.task.answers import answer_problems
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.storage.errors import TextError
+from tailrace.storage.parsing import parse_json
 
 _KEYS = {"prompt", "correct", "incorrect"}
 
@@ -90,7 +90,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             continue
         found = True
         try:
-            yield number, json.loads(line)
+            yield number, parse_json(line)
         except ValueError:
             yield number, None
     if not found:

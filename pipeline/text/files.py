@@ -19,6 +19,7 @@ from typing import IO, Any, Literal, NamedTuple
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.draft import holds_artifact
 from tailrace.storage.errors import TextError
+from tailrace.storage.names import home_path
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def _no_text_file(dataset: str, matching: list[Path]) -> str:
         return f"{dataset}: holds no text file (found {example}); {_wanted_suffixes()}"
     if glob.has_magic(dataset):
         return f"{dataset}: no file matches this pattern; check it, and quote it so that the shell leaves it alone"
-    path = Path(os.path.expanduser(dataset))
+    path = home_path(dataset)
     if path.is_dir():
         return f"{dataset}: is an empty folder; {_wanted_suffixes()}"
     if not path.parent.is_dir():
@@ -208,7 +209,7 @@ def _no_text_file(dataset: str, matching: list[Path]) -> str:
 
 def near_paths(dataset: str) -> list[str]:
     """Return up to three files or folders that lie where ``dataset`` would and are spelled much like it."""
-    path = Path(os.path.expanduser(dataset))
+    path = home_path(dataset)
     if not path.parent.is_dir():
         return []
     near = difflib.get_close_matches(path.name, sorted(os.listdir(path.parent)), n=3, cutoff=0.6)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from tailrace.pipeline.shared.options import current_names, flat_values, setting_fields
 from tailrace.storage.artifact import digest
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.parsing import read_yaml
 from tailrace.training.loop.settings import TrainSettings
 
 SHARED = ("batch_rows", "order_seed")
 """Settings that decide the stream, which all runs read together."""
 LONGEST_NAME = 120
+MOST_RUNS = 10_000
+"""Each takes a folder, and room in memory; sweeps of three thousand have been run."""
 
 Point = dict[str, Any]
 """What one run changes, by the name of the setting's flag."""
@@ -31,10 +33,11 @@ def read_grid(sweeps: Sequence[str], file: Path | None) -> list[Point]:
     """
     problems: list[str] = []
     lists = _read_flags(sweeps, problems)
-    points = _points(_load(file), str(file)) if file is not None else [{}]
+    points = _points(read_yaml(file, "sweep"), str(file)) if file is not None else [{}]
     twice = sorted({name for point in points for name in point} & lists.keys())
     problems += [f"{name}: is swept by {file} and by --sweep; leave one out" for name in twice]
-    return _checked([{**point, **chosen} for point in points for chosen in _product(lists)], problems)
+    several = [*_product(lists, len(points))]
+    return _checked([{**point, **chosen} for point in points for chosen in several], problems)
 
 
 def grid_of(over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> list[Point]:
@@ -65,20 +68,10 @@ def _read_flags(sweeps: Sequence[str], problems: list[str]) -> dict[str, list[An
     return current_names([TrainSettings], lists)
 
 
-def _load(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SettingsError(f"{path}: there is no such file; check the path of the sweep") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
-
-
 def _points(content: Any, where: str) -> list[Point]:
     """Return the runs of a mapping of lists or a list of mappings, by the names of flags."""
-    points: Iterable[Point]
     if isinstance(content, dict) and content and all(_is_filled(value) for value in content.values()):
-        points = _product(current_names([TrainSettings], content))
+        points = [*_product(current_names([TrainSettings], content))]
     elif isinstance(content, list | tuple) and content and all(isinstance(run, dict) and run for run in content):
         points = [current_names([TrainSettings], run) for run in content]
     else:
@@ -93,7 +86,13 @@ def _is_filled(values: Any) -> bool:
     return isinstance(values, list | tuple | range) and len(values) > 0
 
 
-def _product(lists: Mapping[str, Sequence[Any]]) -> Iterable[Point]:
+def _product(lists: Mapping[str, Sequence[Any]], times: int = 1) -> Iterator[Point]:
+    """Yield every combination. Raises SettingsError if they, so many ``times``, are too many, before there is any."""
+    n_runs = times * math.prod(map(len, lists.values()))
+    if n_runs > MOST_RUNS:
+        raise SettingsError(
+            f"this sweep has {n_runs:,} runs, at most {MOST_RUNS:,} can be trained side by side; list fewer values"
+        )
     for values in itertools.product(*lists.values()):
         yield dict(zip(lists, values, strict=True))
 

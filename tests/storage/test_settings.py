@@ -174,3 +174,17 @@ def test_a_setting_of_another_kind_and_a_misspelt_one_are_told_apart(changes: di
     with pytest.raises(SettingsError) as refused:
         Drawing.read(changes)
     assert str(refused.value).splitlines() == ["1 problem in settings:", f"  {message}"]
+
+
+def test_a_number_beyond_64_bits_is_refused() -> None:
+    with pytest.raises(SettingsError, match="rows, seed: wanted a number of at most 64 bits"):
+        Example.read({"rows": 2**64, "seed": "9" * 30})
+    assert Example.read({"rows": 1, "seed": 2**64 - 1}).seed == 2**64 - 1
+
+
+def test_of_a_hundred_problems_some_are_listed() -> None:
+    with pytest.raises(SettingsError) as refused:
+        Example.read({"rows": 1, **{f"unknown{n}": "x" * 10_000 for n in range(100)}})
+    assert str(refused.value).startswith("100 problems in settings:\n  unknown0: is no setting")
+    assert str(refused.value).endswith("\n  and 50 more")
+    assert len(str(refused.value)) < 5000

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tailrace.storage.artifact import canonical_json
 from tailrace.storage.bfloat16 import bits_to_float32, float32_to_bits
 from tailrace.storage.compiled import CompiledLoop
-from tailrace.storage.statistics import SiteStatistics, _sum_blocks
+from tailrace.storage.statistics import SiteStatistics, StatisticsRecord, _sum_blocks
 
 BLOCK_ERROR = 128 * 2.0**-24
 """Relative error of a block's float32 sum, of the mean magnitude of what is summed (module docstring)."""
@@ -158,7 +159,7 @@ def test_energy_share_of_zeros_is_zero() -> None:
 
 def test_json_keeps_every_bit() -> None:
     statistics = gather(heavy_tailed(500, 6))
-    again = SiteStatistics.from_json(statistics.as_json())
+    again = SiteStatistics.of(StatisticsRecord(**statistics.as_json()))
     assert canonical_json(again.as_json()) == canonical_json(statistics.as_json())
     assert again.total.tobytes() == statistics.total.tobytes()
     assert again.energy_share() == statistics.energy_share()
@@ -176,3 +177,22 @@ def test_compiled_sums_are_kept_for_later_processes() -> None:
     )
     compiled: Any = later._compiled
     assert sum(compiled.stats.cache_hits.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"energy_bins": [0, 10**12]}, "of 0 to 1023"),
+        ({"energy_counts": [1]}, "a count and a sum for every energy bin"),
+        ({"energy_counts": [1, -1]}, "greater than or equal to 0"),
+        ({"total": "AAAA"}, "buffer size must be a multiple"),
+        ({"squared_deviations": "ß"}, "ASCII"),
+        ({"width": 10**12}, "wanted 1000000000000 float64"),
+        ({"maximum": "x"}, "valid number"),
+    ],
+)
+def test_a_record_of_statistics_is_whole(change: dict[str, object], reason: str) -> None:
+    good = gather(np.array([[1.0, 2.0], [300.0, 4.0]], np.float32)).as_json()
+    assert SiteStatistics.of(StatisticsRecord(**good)).n_rows == 2
+    with pytest.raises(ValidationError, match=reason):
+        StatisticsRecord(**{**good, **change})

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tailrace.storage.artifact import published_file
 from tailrace.storage.cache_format import Site
+from tailrace.storage.names import home_path
 from tailrace.training.architectures import JumpReLU
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.jumprelu import JumpReLUTranscoder
@@ -196,5 +197,5 @@ def load_transcoder(path: str | os.PathLike[str], weights: str = WEIGHTS) -> Tra
 
     ``tailrace.load_transcoder("transcoders/gpt2").encode(mlp_in)``
     """
-    path = Path(path).expanduser()
+    path = home_path(path)
     return load_cross_layer(path, weights) if is_cross_layer(path) else load_of_one_layer(path, weights)

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tailrace.storage.errors import ArtifactCorrupt, SettingsError
+from tailrace.storage.parsing import parse_json
 from tailrace.training.architectures.transcoder import write_tensors
 
 KEPT = 2
@@ -208,7 +209,7 @@ def _header_of(file: Any) -> tuple[str, str]:
 
 
 def _state_in(file: Any) -> Any:
-    return json.loads(_header_of(file)[1])
+    return parse_json(_header_of(file)[1])
 
 
 @contextmanager

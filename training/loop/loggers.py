@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ class WandbLogger:
     def _earlier(self, first_step: int) -> tuple[str, int]:
         """Return the run's id and the last step it has; a run that starts from nothing is a new one."""
         if first_step > 0 and self._state.exists():
-            state = json.loads(self._state.read_text())
+            state = parse_json(self._state.read_text())
             return state["id"], state["last_step"]
         return _new_run_id(), 0
 

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from tailrace.storage.names import home_path
 from tailrace.storage.settings import Quantity, Settings
 from tailrace.training.architectures import AnyArchitecture, BatchTopK
 from tailrace.training.architectures.schedule import Schedule, ScheduleKind
@@ -36,7 +37,7 @@ class SparseConnection(Settings):
     """Sparse connections to another transcoder."""
 
     kind: Literal["sparse"] = "sparse"
-    connection_path: Annotated[Path, AfterValidator(Path.expanduser)]
+    connection_path: Annotated[Path, AfterValidator(home_path)]
     """Published transcoder, or .safetensors file with its W_enc and W_dec (one row per feature), to connect sparsely
     to."""
     connection_coefficient: NonNegativeFloat

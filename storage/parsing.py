@@ -1,0 +1,82 @@
+"""JSON and YAML that users and strangers wrote, as values; with limits, since a few bytes can exhaust a parser."""
+
+from __future__ import annotations
+
+import itertools
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from tailrace.storage.errors import SettingsError
+
+LONGEST_YAML = 1 << 20
+"""Bytes of a file of settings: ten thousand runs of a sweep take a fifth of it."""
+MOST_YAML_VALUES = 200_000
+"""Values in one, each counted wherever it is used: nine lines of aliases make 10⁹ of them."""
+DEEPEST_YAML = 50
+_LARGEST_BITS = 1024
+
+_ANY: TypeAdapter[Any] = TypeAdapter(Any)
+
+_LONGEST_SHOWN = 200
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxdict, _SHOWN.maxlist, _SHOWN.maxtuple, _SHOWN.maxset = 3, 20, 20, 20, 20
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = _LONGEST_SHOWN
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Return the JSON value in a text. Raises ValueError for what is none, and for lists and objects 200 deep."""
+    try:
+        return _ANY.validate_json(data.encode() if isinstance(data, str) else data)
+    except ValidationError as error:
+        raise ValueError(error.errors(include_url=False)[0]["msg"].removeprefix("Invalid JSON: ")) from error
+
+
+def read_yaml(path: Path, what: str = "settings") -> Any:
+    """Return the value in a YAML file of ``what``; raise SettingsError for what is unreadable or beyond the limits."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(LONGEST_YAML + 1)  # a device never ends
+        if len(data) > LONGEST_YAML:
+            raise ValueError(f"it is longer than {LONGEST_YAML >> 20} MiB")
+        return _parse_yaml(data.decode())
+    except FileNotFoundError as error:
+        raise SettingsError(f"{path}: there is no such file; check the path of the {what}") from error
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except Exception as error:  # of a date, a number or a tag the parser raises whatever its text leads to
+        raise ValueError(str(error)) from error
+    level, n_values = [value], 0
+    for _ in range(DEEPEST_YAML):
+        n_values += len(level)
+        if n_values > MOST_YAML_VALUES:
+            raise ValueError(f"with its aliases it holds more than {MOST_YAML_VALUES:,} values")
+        if any(isinstance(part, int) and part.bit_length() > _LARGEST_BITS for part in level):
+            raise ValueError(f"it holds a number of more than {_LARGEST_BITS} bits")
+        inner = itertools.chain.from_iterable(map(_parts, level))
+        level = list(itertools.islice(inner, MOST_YAML_VALUES + 1))
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {DEEPEST_YAML} deep, or refers to itself")
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, list | tuple | set) else []
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: cut off where it is long or deep."""
+    text = _SHOWN.repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
