@@ -54,7 +54,7 @@ CROSS_LAYER = "cross_layer_transcoder"
 FIRST_RELEASE = "0.4"
 """The first release that has matrices and keys as they are written here."""
 
-_LAYER = re.compile(r"layer_(\d+)\.safetensors")
+_LAYER = re.compile(r"layer_(\d{1,3})\.safetensors")
 _THRESHOLD, _K = "activation_function.threshold", "k"
 NEEDS = "transformer_lens"
 """Key of an export's config.yaml: the releases of TransformerLens that have its hooks. The package ignores it."""
@@ -170,11 +170,9 @@ def _listed(values: Sequence[Any]) -> str:
 
 KEYS: Keys = {
     "model_kind": Key("whether features write to one layer or to several"),
-    "model_name": Key("where it belongs"),
-    "feature_input_hook": Key("where it belongs"),
-    "feature_output_hook": Key("where it belongs"),
+    **keys_of("where it belongs", "model_name feature_input_hook feature_output_hook", str),
     "activation": Key("what becomes of pre-activations, where the tensors do not say it", None, (None, "topk", "relu")),
-    "k": Key("how many features fire on a row, of activation: topk"),
+    "k": Key("how many features fire on a row, of activation: topk", kind=float),
     **keys_of("the viewer's name of the set", "scan scan_name"),
     **keys_of("where the files came from", "repo_id revision subfolder transcoders"),
     **keys_of("what its hooks need, as an export from here says", NEEDS),
@@ -218,7 +216,7 @@ def read(path: Path) -> Foreign:
     hooks = {side: _hook(match, said[f"feature_{side}_hook"]) for side in ("input", "output")}
     architecture: Architecture = JumpReLU(skip=skips) if jumps else ReLU(input_bias=False, skip=skips)
     return Foreign(
-        architecture=architecture if k is None else TopK(k=k, skip=skips),
+        architecture=architecture if k is None else TopK.read({"k": k, "skip": skips}, where=str(path)),
         weights=weights,
         hook_in=hooks["input"],
         hook_out=hooks["output"],

@@ -22,7 +22,7 @@ from tailrace.storage.settings import load_yaml
 from tailrace.training.architectures import JumpReLU, ReLU
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
 
-_WEIGHTS = re.compile(r"W_(?:enc|dec)_(\d+)\.safetensors")
+_WEIGHTS = re.compile(r"W_(?:enc|dec)_(\d{1,3})\.safetensors")
 _Shapes = dict[str, tuple[int, ...]]
 
 

@@ -54,9 +54,9 @@ _TENSORS: dict[str, Shapes] = {
 _NUMBERS = {"AutoEncoderTopK": ("k", "threshold"), "BatchTopKSAE": ("k", "threshold")}
 _KEYS: Keys = {
     "dict_class": Key("which kind it is", None, tuple(_TENSORS)),
-    "k": Key("how many features fire on a row"),
+    "k": Key("how many features fire on a row", kind=float),
     "submodule_name": Key("where it belongs"),
-    "lm_name": Key("where it belongs"),
+    "lm_name": Key("where it belongs", kind=str),
     **keys_of("shapes, which the weights have themselves", "activation_dim dict_size"),
     **keys_of("undone before the weights are written", "norm_factor"),
     **keys_of("where it belongs, for the log", "layer wandb_name device"),
@@ -68,7 +68,7 @@ _KEYS: Keys = {
     ),
 }
 """Of a trainer's configuration, up to 0.1.0."""
-_FILE_KEYS: Keys = {"trainer": Key("the transcoder"), "buffer": Key("what it was trained on")}
+_FILE_KEYS: Keys = {"trainer": Key("the transcoder", kind=dict), "buffer": Key("what it was trained on", kind=dict)}
 _RESIDUAL = re.compile(r"resid_post_layer_(\d+)")
 
 
@@ -111,7 +111,7 @@ def _architecture(folder: Path, kind: str, numbers: Mapping[str, Any]) -> Archit
         return ReLU(input_bias=False)
     if numbers["k"] is None:
         raise ArtifactMismatch(f"{folder}: neither {CONFIG} nor {WEIGHTS} says k; get the folder again")
-    return TopK(k=int(numbers["k"])) if kind == "AutoEncoderTopK" else BatchTopK(k=int(numbers["k"]))
+    return (TopK if kind == "AutoEncoderTopK" else BatchTopK).read({"k": numbers["k"]}, where=str(folder))
 
 
 def _weights(kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> dict[str, Tensor]:

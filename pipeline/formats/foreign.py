@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing
+from tailrace.storage.parsing import parse_json, shown
 from tailrace.training.architectures import Architecture
 from tailrace.training.architectures.base import Transcoder
 
@@ -32,15 +32,20 @@ class Key:
     """What a file means that lacks the key or has null there."""
     wanted: tuple[Any, ...] | None = None
     """The values that are understood; None for any."""
+    kind: type | None = None
+    """What values are: ``str``, ``int``, ``float`` (or a whole number) or ``dict``; None for anything."""
 
 
 Keys = Mapping[str, Key]
 """Every key of a format's configuration, in any of its releases."""
 
 
-def keys_of(meaning: str, names: str) -> dict[str, Key]:
-    """Return keys of one meaning by their ``names``, with spaces between: any value is as good as any other."""
-    return dict.fromkeys(names.split(), Key(meaning))
+_KINDS = {str: "a text", int: "a whole number", float: "a number", dict: "settings by name"}
+
+
+def keys_of(meaning: str, names: str, kind: type | None = None) -> dict[str, Key]:
+    """Return keys of one meaning by their ``names``, with spaces between: any value of ``kind`` is as good as any."""
+    return dict.fromkeys(names.split(), Key(meaning, kind=kind))
 
 
 def read_keys(
@@ -51,13 +56,15 @@ def read_keys(
     ``former`` are names that keys had in earlier releases, with today's. Null, false and "none" are the same where the
     default is None. Raises ArtifactMismatch with every key that is not known and every value that is not wanted.
     """
+    if not isinstance(config, dict):
+        refuse(path, [f"it has {shown(config)}, wanted settings by name"])
     values, problems = {name: key.default for name, key in known.items()}, []
     names: dict[str, str] = {}
     for written, value in config.items():
         name = (former or {}).get(written, written)
         if name not in known:
             problems.append(
-                f"{written} is {jsonable(value)!r}, a key that is not known here; if it changes nothing of what the "
+                f"{written} is {shown(value)}, a key that is not known here; if it changes nothing of what the "
                 "transcoder computes, take it out of the file"
             )
             continue
@@ -69,9 +76,20 @@ def read_keys(
         names[name], values[name] = written, own
         if key.wanted is not None and own not in key.wanted:
             wanted = ", ".join("none" if one is None else str(one) for one in key.wanted)
-            problems.append(f"{written} is {value!r}, wanted {wanted} ({key.meaning})")
-    refuse(path, problems)
+            problems.append(f"{written} is {shown(value)}, wanted {wanted} ({key.meaning})")
+    refuse(path, [*problems, *kind_problems(values, known)])
     return values
+
+
+def kind_problems(values: Mapping[str, Any], known: Keys) -> list[str]:
+    """Return a sentence for each value that is neither its key's default nor of its key's kind."""
+    return [
+        f"{name} is {shown(value)}, wanted {_KINDS[kind]}"
+        for name, value in values.items()
+        if name in known and value is not None and value != known[name].default
+        if (kind := known[name].kind) is not None
+        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind)
+    ]
 
 
 def refuse(path: Path, problems: Sequence[str]) -> None:
@@ -168,7 +186,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactMissing(f"{path}: there is no such file; check the path and --from")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactCorrupt(f"{path}: cannot be read as JSON ({error}); get the file again") from error
     if not isinstance(content, dict):

@@ -50,7 +50,7 @@ _KEYS: Keys = {
     "affine_connection": Key("whether a path goes past the features", False),
     "hf_hook_point_in": Key("where it belongs"),
     "hf_hook_point_out": Key("where it belongs"),
-    "model_name": Key("where it belongs"),
+    "model_name": Key("where it belongs", kind=str),
     "type": Key("what it is of", None, (None, "sae", "transcoder")),
     **keys_of("shapes, which the weights have themselves", "width"),
     **keys_of("how many features fired on a row", "l0"),

@@ -44,7 +44,7 @@ _KEYS: Keys = {
     "activation_fn": Key("what becomes of pre-activations", "relu", ("relu",)),
     "apply_b_dec_to_input": Key("whether the input bias is taken off", True, (True,)),
     "is_transcoder": Key("whether it writes to another hook than it reads"),
-    "out_hook_point": Key("where it belongs"),
+    "out_hook_point": Key("where it belongs", kind=str),
     **keys_of("where it belongs", "out_hook_point_layer"),
     **keys_of(
         "how it was trained",

@@ -34,6 +34,7 @@ from tailrace.pipeline.formats.foreign import (
     check_tensors,
     jsonable,
     keys_of,
+    kind_problems,
     log_threshold_of_relu,
     read_config,
     read_keys,
@@ -80,18 +81,20 @@ FORMER = {
 KEYS: Keys = {
     "architecture": Key("which kind it is", "standard", (*TRANSCODERS, *AUTOENCODERS)),
     "activation_fn": Key("what becomes of pre-activations, in releases 2 to 5", "relu", ("relu", "topk")),
-    "activation_fn_kwargs": Key("k, in releases 2 to 5"),
+    "activation_fn_kwargs": Key("k, in releases 2 to 5", kind=dict),
     "k": Key("how many features fire on a row"),
     "rescale_acts_by_decoder_norm": Key("activations are ranked by what they write", False),
     "apply_b_dec_to_input": Key("whether an autoencoder's output bias is taken off its input", True),
     "finetuning_scaling_factor": Key("whether decoding uses a factor per feature; release 2 always did", True),
     "normalize_activations": Key("inputs rescaled: fold it into the weights in SAELens first", None, (None,)),
     "reshape_activations": Key("heads side by side, as a site of attn.hook_z has them", None, (None, "hook_z")),
-    "metadata": Key("where it belongs, from release 6 on"),
+    "metadata": Key("where it belongs, from release 6 on", kind=dict),
+    "model_from_pretrained_kwargs": Key("where it belongs", kind=dict),
+    **keys_of("where it belongs", "hook_name hook_name_out model_name", str),
+    **keys_of("where it belongs", "hook_head_index hook_head_index_out", int),
     **keys_of(
         "where it belongs",
-        "hook_name hook_name_out hook_head_index hook_head_index_out hook_layer hook_layer_out hook_eval "
-        "hf_hook_name hf_hook_name_out model_name model_class_name model_from_pretrained_kwargs model_kwargs "
+        "hook_layer hook_layer_out hook_eval hf_hook_name hf_hook_name_out model_class_name model_kwargs "
         "neuronpedia_id sae_lens_version sae_lens_training_version",
     ),
     **keys_of("shapes and types, which the weights have themselves", "d_in d_sae d_out dtype device expansion_factor"),
@@ -351,6 +354,7 @@ def read(folder: Path) -> Foreign:
     said = read_keys(path, config, KEYS, FORMER)
     # From release 6 on, what says nothing of the weights lies in metadata, which may hold anything.
     about = {**said, **{name: value for name, value in (said["metadata"] or {}).items() if value is not None}}
+    refuse(path, kind_problems(about, KEYS))
     kind, k = _kind(path, config, said)
     jumps, skips, transcodes = "jumprelu" in kind, "skip" in kind, kind in TRANSCODERS
     optional: Shapes = dict.fromkeys(_FACTORS, ("d_sae",))
@@ -377,7 +381,7 @@ def read(folder: Path) -> Foreign:
     if jumps:
         architecture = JumpReLU(skip=skips)
     elif k is not None:
-        architecture = TopK(k=k)
+        architecture = TopK.read({"k": k}, where=str(path))
     return Foreign(
         architecture=architecture,
         weights=weights,

@@ -151,7 +151,7 @@ def read(folder: Path) -> Foreign:
         weights["W_skip"] = tensors["W_skip"]
     hook_in, hook_out = _hooks(folder.resolve().name, transcodes=bool(said["transcode"]) or (is_older and skips))
     return Foreign(
-        architecture=TopK(k=said["k"], skip=skips),
+        architecture=TopK.read({"k": said["k"], "skip": skips}, where=str(path)),
         weights=weights,
         hook_in=hook_in,
         hook_out=hook_out,

@@ -1,0 +1,137 @@
+"""Inputs that nothing can use are refused where they enter, in a moment and with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tailrace.pipeline.artifacts.folders import as_path
+from tailrace.pipeline.formats import circuit_tracer, dictionary_learning, saelens
+from tailrace.pipeline.model.locations import loaded_files
+from tailrace.pipeline.query.views import parse_tables
+from tailrace.pipeline.shared.options import read_settings
+from tailrace.pipeline.train.grid import MOST_RUNS, grid_of, read_grid
+from tailrace.storage.artifact import write_output
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ModelError, SettingsError
+from tailrace.training.loop.curves import read_run
+from tailrace.training.loop.settings import TrainSettings
+from tests.faults.fuzz import RELEASED
+from tests.support.cache_jobs import command
+
+
+def test_a_grid_is_counted_before_it_is_built(tmp_path: Path) -> None:
+    lists = {name: list(range(10)) for name in ("k", "lr", "seed", "steps", "d_sae", "log_every", "ema", "decay")}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(lists))
+    with pytest.raises(SettingsError, match=f"has 100,000,000 runs, at most {MOST_RUNS:,}"):
+        read_grid([], tmp_path / "sweep.yaml")
+    with pytest.raises(SettingsError, match="has 20,000 runs"):
+        read_grid(["lr=1e-3,2e-3"], _many_points(tmp_path))
+    assert len(grid_of({"k": range(100), "lr": [0.1] * 100})) == MOST_RUNS
+
+
+def _many_points(folder: Path) -> Path:
+    (folder / "points.yaml").write_text("".join(f"- {{k: {k}}}\n" for k in range(MOST_RUNS)))
+    return folder / "points.yaml"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("info", "x" * 300),
+        ("info", f"a/{'ß' * 200}"),
+        ("info", "a/" * 3000),
+        ("query", "FROM a", "--tables", "x" * 300),
+    ],
+)
+def test_a_name_that_is_too_long_is_no_path(capsys: pytest.CaptureFixture[str], line: tuple[str, ...]) -> None:
+    answer = command(capsys, *line)
+    assert answer.code == 2
+    assert "File name too long; give another path" in answer.err
+
+
+def test_a_null_byte_is_in_no_path() -> None:
+    with pytest.raises(SettingsError, match="null byte"):
+        as_path("a\0b")
+
+
+def test_a_home_that_nobody_has_is_a_folder_s_name() -> None:
+    assert parse_tables(["~nobody-has-this-name/tables"]) == [Path("~nobody-has-this-name/tables")]
+
+
+def test_a_file_of_the_longest_name_is_written(tmp_path: Path) -> None:
+    output = tmp_path / ("x" * 255)
+    (tmp_path / f".{'x' * 255}"[:200]).write_text("of somebody else")
+    write_output(output, b"answer")
+    assert output.read_bytes() == b"answer"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_recorded_settings_are_objects(tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text('{"settings": {"lr": 1.0}, "live": [1]}')
+    with pytest.raises(SettingsError, match="its settings are no JSON object"):
+        read_settings(TrainSettings, tmp_path, {})
+
+
+@pytest.mark.parametrize("line", [b"[", b'{"step": "x"}', b'{"rows": []}', b"\xff", b"[" * 10_000])
+def test_a_log_with_a_line_that_is_none_is_refused(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "rows": 2, "split": "train"}\n' + line + b"\n")
+    with pytest.raises(ArtifactCorrupt, match=r"metrics.jsonl: has a line that is none of a log"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", ["[" * 50_000, "[]", '{"weight_map": 1}', '{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": "/x"}}']
+)
+def test_an_index_of_weights_names_files_of_its_folder(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=r"model.safetensors.index.json: .*get the model again"):
+        loaded_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("metadata", [1], r"metadata is \[1\], wanted settings by name"),
+        ("metadata", {"hook_name": 5}, "hook_name is 5, wanted a text"),
+        ("metadata", {"model_from_pretrained_kwargs": 5}, "model_from_pretrained_kwargs is 5, wanted settings by name"),
+        ("metadata", {"model_name": True}, "model_name is True, wanted a text"),
+    ],
+)
+def test_settings_of_saelens_are_of_their_kinds(tmp_path: Path, key: str, value: object, reason: str) -> None:
+    config = json.loads((RELEASED / "exports/saelens/cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ArtifactMismatch, match=reason):
+        saelens.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"trainer": 5}, "trainer is 5, wanted settings by name"),
+        ({"trainer": {"dict_class": "AutoEncoderTopK", "k": "x"}}, "k is 'x', wanted a number"),
+        ({"trainer": {"dict_class": "AutoEncoderTopK", "k": 0}}, "k: Input should be greater than or equal to 1"),
+        ({"trainer": {"dict_class": "AutoEncoderTopK", "k": 2.5}}, "k: Input should be a valid integer"),
+        ({"trainer": {"dict_class": "AutoEncoderTopK", "k": 1, "lm_name": []}}, r"lm_name is \[\], wanted a text"),
+        (
+            {"trainer": {"dict_class": "AutoEncoderTopK", "k": 1}, "buffer": "x"},
+            "buffer is 'x', wanted settings by name",
+        ),
+    ],
+)
+def test_settings_of_dictionary_learning_are_of_their_kinds(tmp_path: Path, config: object, reason: str) -> None:
+    tensors = {"encoder.weight": torch.zeros(3, 2), "encoder.bias": torch.zeros(3), "decoder.weight": torch.zeros(2, 3)}
+    torch.save({**tensors, "b_dec": torch.zeros(2)}, tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ArtifactMismatch, SettingsError), match=reason):
+        dictionary_learning.read(tmp_path)
+
+
+def test_settings_that_refer_to_themselves_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("scan: &a [*a]\n")
+    weights = RELEASED / "exports/circuit-tracer/layer_1.safetensors"
+    (tmp_path / "layer_1.safetensors").symlink_to(weights)
+    with pytest.raises(SettingsError, match="refers to itself"):
+        circuit_tracer.read(tmp_path / "layer_1.safetensors")
