@@ -31,6 +31,8 @@
     const star = html("button", { type: "button", class: "star", "aria-pressed": "false", "aria-label": "star", onclick: () => { press(!starred()); save(); } }, "☆");
     const said = html("p", { class: "said", role: "status" });
     const button = html("button", { type: "submit", class: "do" }, "Save");
+    const fields = [label, note, star, button];
+    for (const one of fields) one.disabled = true; // until what is there is known: an answer must not undo typing
     const starred = () => star.getAttribute("aria-pressed") === "true";
 
     function press(isStarred) {
@@ -62,6 +64,7 @@
 
     ask("label", { feature }).then((now) => {
       show(now);
+      for (const one of fields) one.disabled = false;
       if (now.author) said.textContent = `last edited by ${now.author}`;
     }, (error) => { said.textContent = error.message; });
     return html("form", { class: "card", onsubmit: (event) => { event.preventDefault(); save(); } },
