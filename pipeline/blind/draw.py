@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from tailrace.pipeline.blind.sealed import seal, unseal
 from tailrace.pipeline.blind.settings import DrawSettings
 from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.shared.pages import html_document
 from tailrace.pipeline.shared.stage import Made, publish_stage
 from tailrace.storage.artifact import canonical_json, make_directory, write_atomically
 from tailrace.storage.draft import list_differences
@@ -236,14 +236,9 @@ def _record(item: _Item, dictionaries: Sequence[Dictionary]) -> dict[str, Any]:
 
 def _write_form(path: Path, n_items: int, commitment: str) -> None:
     """Write the page that shows the items one after the other and saves what is said of them."""
-    facts = json.dumps({"n_items": n_items, "draw": commitment, "columns": list(ratings.COLUMNS), "file": ratings.FILE})
-    page = (SITE / "rate.html").read_text(encoding="utf-8")
-    for name, content in {
-        "style": (SITE / "rate.css").read_text(encoding="utf-8"),
-        "script": (SITE / "rate.js").read_text(encoding="utf-8"),
-        "facts": facts,
-    }.items():
-        page = page.replace(f"%{name}%", content)
+    body, style, script = ((SITE / f"rate.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    facts = {"n_items": n_items, "draw": commitment, "columns": list(ratings.COLUMNS), "file": ratings.FILE}
+    page = html_document("Blind rating", body, style=style, scripts=[script], data=facts, has_files=True)
     write_atomically(path, page.encode())
 
 

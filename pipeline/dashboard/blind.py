@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.analysis.dashboards.values import visible_token
-from tailrace.pipeline.shared.pages import COLOURS
+from tailrace.pipeline.shared.pages import COLOURS, html_document
 from tailrace.storage.artifact import write_atomically
 
 SITE = Path(__file__).parent / "site"
@@ -49,14 +49,12 @@ def write_blind_page(
     sections = "".join(_sections(examples, feature_rows.get("max") or 0.0, window))
     # a class names a shade, so the source says no more than the eye sees
     shades = "".join(f".s{shade} {{ --share: {shade / N_SHADES:.2f} }}\n" for shade in range(1, N_SHADES + 1))
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>Item {item}</title>\n<link rel="icon" href="data:,">\n'
-        f"<style>\n{COLOURS.read_text()}{(SITE / 'tokens.css').read_text()}{_STYLE}{shades}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>Item {item}</h1>\n"
+    page = html_document(
+        f"Item {item}",
+        f"<main>\n<h1>Item {item}</h1>\n"
         '<p class="about">The stronger the colour, the stronger the feature. Each line is centred on its own token.</p>'
-        f"\n{sections}</main>\n</body>\n</html>\n"
+        f"\n{sections}</main>",
+        style=f"{COLOURS.read_text()}{(SITE / 'tokens.css').read_text()}{_STYLE}{shades}",
     )
     write_atomically(path, page.encode())
 

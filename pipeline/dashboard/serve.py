@@ -36,6 +36,7 @@ from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, Similar, SiteData
 from tailrace.pipeline.dashboard.sites import SITES, index_page, open_tables, read_matches, sites_file
 from tailrace.pipeline.dashboard.stage import KIND, site_files
+from tailrace.pipeline.shared.pages import content_policy, stated_policy
 from tailrace.storage.artifact import published_kind
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
 from tailrace.storage.labels import Label, login, read_labels
@@ -62,6 +63,8 @@ class ServedSite(ABC):
 
     answers: Answers | None = None
     """What pages may ask for beside files; None if nothing."""
+    policy = content_policy(has_files=True, asks_server=True)
+    """What pages may load and run, said by the server too: a site from elsewhere may state nothing itself."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
@@ -115,6 +118,7 @@ class CurvesSite(ServedSite):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
+        self.policy = stated_policy(page([], is_live=True))
 
     def read(self, name: str) -> bytes | None:
         """Return the page, or the numbers that it asks for every few seconds."""
@@ -294,7 +298,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         if name == "index.html" and self.served.answers is not None and self._is_from_here():
-            content = content.replace(b"</head>", _head(self.token) + b"</head>", 1)
+            page = content.decode()
+            page = page.replace(stated_policy(page), self.served.policy, 1)
+            content = page.replace("</head>", f"{_head(self.token)}</head>", 1).encode()
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
         self._send(HTTPStatus.OK, f"{kind}; charset=utf-8" if kind.startswith("text/") else kind, content, with_body)
 
@@ -302,21 +308,27 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("X-Frame-Options", "SAMEORIGIN")  # or another site could lay its own buttons over ours
-        self.send_header("Cross-Origin-Resource-Policy", "same-origin")  # a script of data is for its own pages
         self.send_header("Cache-Control", "no-cache")  # another site may be served here next
         self.end_headers()
         if with_body:
             self.wfile.write(content)
+
+    def end_headers(self) -> None:
+        """End what comes before an answer, an error's too, with what other sites may do with it: nothing."""
+        # framed by another site, that could lay its own buttons over ours
+        self.send_header("Content-Security-Policy", f"{self.served.policy}; frame-ancestors 'self'")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")  # a script of data is for its own pages
+        self.send_header("Referrer-Policy", "no-referrer")
+        super().end_headers()
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Log to our logger: requests are of interest to nobody by default."""
         logger.info("%s %s", self.address_string(), format % arguments)
 
 
-def _head(token: str) -> bytes:
+def _head(token: str) -> str:
     """Return what a page needs to edit labels and to try texts."""
     scripts = [f'<script defer src="{name}"></script>' for name in SERVED_FILES if name.endswith(".js")]
     styles = [f'<link rel="stylesheet" href="{name}">' for name in SERVED_FILES if name.endswith(".css")]
-    return "\n".join([f'<meta name="token" content="{token}">', *styles, *scripts, ""]).encode()
+    return "\n".join([f'<meta name="token" content="{token}">', *styles, *scripts, ""])

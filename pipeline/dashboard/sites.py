@@ -16,6 +16,7 @@ from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.analysis.dashboards.values import rounded, visible_text, visible_token
 from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.model.same_model import list_model_differences
+from tailrace.pipeline.shared.pages import content_policy, policy_element
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import TABLES_KIND
 from tailrace.storage.labels import read_labels
@@ -97,12 +98,10 @@ def _about(tables: FeatureTables) -> dict[int, str]:
 
 def index_page(tables: Mapping[str, FeatureTables]) -> bytes:
     """Return the site's page; if tables have names, it loads the list of them too."""
-    page = (SITE / "index.html").read_bytes()
-    return (
-        page.replace(b"</head>", f'<script defer src="{SITES}"></script>\n</head>'.encode())
-        if len(tables) > 1
-        else page
-    )
+    page = (SITE / "index.html").read_text(encoding="utf-8")
+    policy = policy_element(content_policy(has_files=True))
+    listed = f'<script defer src="{SITES}"></script>\n' if len(tables) > 1 else ""
+    return page.replace("<!--POLICY-->", policy).replace("</head>", f"{listed}</head>").encode()
 
 
 def sites_file(tables: Mapping[str, FeatureTables]) -> bytes:

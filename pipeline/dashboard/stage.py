@@ -19,7 +19,7 @@ from tailrace.pipeline.dashboard.blind import write_blind_page
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import INDEX, Similar, SiteData
 from tailrace.pipeline.shared.feature_selection import parse_layer_features
-from tailrace.pipeline.shared.pages import COLOURS, TOOLTIP
+from tailrace.pipeline.shared.pages import COLOURS, TOOLTIP, html_document
 from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.stage import Made, publish_stage
 from tailrace.storage.artifact import canonical_json, checksum_file, make_directory, write_atomically
@@ -164,7 +164,7 @@ def _write_data(part: _Part, settings: DashboardSettings, output: Path, folder: 
 
 def site_files() -> dict[str, Path]:
     """Return the files that are the same in every site, by their names there."""
-    paths = sorted([*sites.SITE.iterdir(), COLOURS, TOOLTIP], key=lambda path: path.name)
+    paths = sorted([*sites.SITE.iterdir(), COLOURS, *TOOLTIP], key=lambda path: path.name)
     return {"index.html" if path.suffix == ".html" else f"site/{path.name}": path for path in paths}
 
 
@@ -189,12 +189,6 @@ def _write_blind(parts: Mapping[str, _Part], settings: DashboardSettings, output
 
 def blind_list(names: list[str]) -> str:
     """Return a page of links to the items, in order."""
-    style = COLOURS.read_text()
+    style = f"{COLOURS.read_text()}main {{ margin: 24px auto; max-width: 1000px; }}\na {{ color: var(--link); }}\n"
     links = "".join(f'<li><a href="{name}">Item {item}</a></li>\n' for item, name in enumerate(names, start=1))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Items</title>\n'
-        '<link rel="icon" href="data:,">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>\n{style}main {{ margin: 24px auto; max-width: 1000px; }}\na {{ color: var(--link); }}\n</style>\n"
-        f"</head>\n<body>\n<main>\n<h1>{len(names):,} items</h1>\n<ul>\n{links}</ul>\n</main>\n</body>\n</html>\n"
-    )
+    return html_document("Items", f"<main>\n<h1>{len(names):,} items</h1>\n<ul>\n{links}</ul>\n</main>", style=style)

@@ -2,15 +2,20 @@
 
 ``html_page`` writes a page; any element with ``data-tip`` gets a tooltip, by mouse, touch and keyboard. ``plot_html``
 draws a plot twice, for a desk and for a phone, in colours that follow the page.
+
+Every page states what it may load and run (``content_policy``): a browser refuses whatever a text, a name or a number
+smuggles into it.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,34 +24,90 @@ if TYPE_CHECKING:
 
 FILES = Path(__file__).parent / "page_files"
 COLOURS = FILES / "colours.css"
-TOOLTIP = FILES / "tooltip.js"
+TOOLTIP = FILES / "tooltip.js", FILES / "tooltip.css"
 N_SERIES = 7
 """Colours of lines, of Okabe and Ito (2008) and alike, which the colour-blind can tell apart."""
 WIDE, NARROW = (9.6, 5.6), (4.2, 5.2)
 """Inches of a plot on a desk and on a phone, where its text is then as large."""
 
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 _GROUP = re.compile(r'<g id="([^"]*)">')
+_TIPS = (
+    '\n<div id="tooltip" class="tooltip" role="tooltip" hidden></div>\n'
+    '<div id="spoken" class="spoken" aria-live="polite"></div>'
+)
 
 
-def html_page(title: str, body: str, *, style: str = "", script: str = "", data: Any = None) -> str:
-    """Return a page that opens from disk; ``body`` is markup, ``title`` text, ``style`` and ``script`` its own.
+def content_policy(*scripts: str, has_files: bool = False, asks_server: bool = False) -> str:
+    """Return the Content-Security-Policy of a page: no network, and no script but these, which stand in the page.
 
-    The script reads ``data`` from the element of that id, as JSON; nothing in it can end the element.
+    A page that ``has_files`` loads scripts, styles and frames from where it lies itself; one that ``asks_server``
+    sends requests to the server that it is from, and to no other.
+    """
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    own = ["'self'"] if has_files else []
+    allowed = {
+        "script-src": [*own, *(f"'sha256-{one}'" for one in hashes)],
+        "style-src": [*own, "'unsafe-inline'"],  # plots have styles at their elements; a style loads nothing but data
+        "img-src": ["data:"],
+        "connect-src": ["'self'"] if asks_server else [],
+        "frame-src": own,
+    }
+    refused = [f"{name} 'none'" for name in ("default-src", "object-src", "base-uri", "form-action")]
+    return "; ".join([*refused, *(f"{name} {' '.join(of)}" for name, of in allowed.items() if of)])
+
+
+def policy_element(policy: str) -> str:
+    """Return the element of a page's head that states its policy; it comes before all that loads or runs."""
+    return f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+
+
+def stated_policy(page: str) -> str:
+    """Return the policy that a page made here states."""
+    stated = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
+    assert stated is not None, "every page is made with one"
+    return stated[1]
+
+
+def html_page(
+    title: str, body: str, *, style: str = "", script: str = "", data: Any = None, asks_server: bool = False
+) -> str:
+    """Return a page with tooltips; all arguments but ``style``, ``script`` are those of ``html_document``."""
+    behaviour, look = (path.read_text(encoding="utf-8") for path in TOOLTIP)
+    styles = "".join(path.read_text(encoding="utf-8") for path in (COLOURS, FILES / "page.css"))
+    return html_document(
+        title,
+        body + _TIPS,
+        style=styles + look + style,
+        scripts=[behaviour, *([script] if script else [])],
+        data=data,
+        asks_server=asks_server,
+    )
+
+
+def html_document(
+    title: str,
+    body: str,
+    *,
+    style: str,
+    scripts: Sequence[str] = (),
+    data: Any = None,
+    has_files: bool = False,
+    asks_server: bool = False,
+) -> str:
+    """Return a page that opens from disk; ``body`` is markup, ``title`` text.
+
+    Scripts read ``data`` from the element of that id, as JSON; nothing in it can end the element.
     """
     held = "" if data is None else f'<script type="application/json" id="data">{json_inside(data)}</script>\n'
-    styles = "".join(path.read_text(encoding="utf-8") for path in (COLOURS, FILES / "page.css"))
+    scripts = [f"\n{script}" for script in scripts]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"{policy_element(content_policy(*scripts, has_files=has_files, asks_server=asks_server))}\n"
         f'<title>{html.escape(title)}</title>\n<link rel="icon" href="data:,">\n'
-        f"<style>\n{styles}{style}</style>\n</head>\n<body>\n{body}\n"
-        '<div id="tooltip" class="tooltip" role="tooltip" hidden></div>\n'
-        '<div id="spoken" class="spoken" aria-live="polite"></div>\n'
-        f"{held}<script>\n{TOOLTIP.read_text(encoding='utf-8')}</script>\n"
-        f"{f'<script>{chr(10)}{script}</script>{chr(10)}' if script else ''}</body>\n</html>\n"
+        f"<style>\n{style}</style>\n</head>\n<body>\n{body}\n"
+        f"{held}{''.join(f'<script>{script}</script>{chr(10)}' for script in scripts)}</body>\n</html>\n"
     )
 
 

@@ -43,7 +43,13 @@ class MadeTables:
 
 
 def make_tables(
-    path: Path, d_sae: int = 70, parts: Collection[str] = PARTS, seed: int = 0, *, n_documents: int = 10
+    path: Path,
+    d_sae: int = 70,
+    parts: Collection[str] = PARTS,
+    seed: int = 0,
+    *,
+    n_documents: int = 10,
+    model: str = "tiny<b>lm",
 ) -> MadeTables:
     """Publish tables of ``d_sae`` features at ``path``, with those of ``PARTS`` that are asked for."""
     documents = np.arange(N_CONTEXTS) * n_documents // N_CONTEXTS
@@ -78,7 +84,7 @@ def make_tables(
                     "cache": {"cache_id": "c0", "generation": 0, "digest": "d"},
                     "transcoder": {"digest": "sha256:00"},
                 },
-                "model": {"name": "tiny<b>lm"},
+                "model": {"name": model},
                 "site": asdict(Site("layer1", "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out", 16, 16, "float32")),
                 "tables": {name: {"n_rows": table.num_rows} for name, table in tables.items()},
             },

@@ -1,4 +1,6 @@
-// Shows one item after the other and keeps what is said of each. FACTS comes from the page.
+"use strict";
+// Shows one item after the other and keeps what is said of each.
+const FACTS = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const place = `blind-ratings-${FACTS.draw}`;
 const ratings = JSON.parse(localStorage.getItem(place) || "{}");

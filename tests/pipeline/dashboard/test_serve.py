@@ -7,7 +7,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import SiteData, unpack
 from tailrace.storage.errors import ArtifactMissing, SettingsError
 from tests.support.dashboard_tables import MadeTables, make_tables
+from tests.support.run_logs import write_run
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,18 @@ def get(address: str) -> tuple[int, bytes, str]:
             return error.code, b"", ""
 
 
+def headers(address: str) -> Mapping[str, str]:
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return dict(answer.headers)
+    except urllib.error.HTTPError as error:
+        with error:
+            return dict(error.headers)
+
+
 def without_live_parts(content: bytes) -> bytes:
     """Leave out what lets a page edit labels and try texts."""
+    content = content.replace(b"; connect-src 'self'", b"")
     return re.sub(
         rb'<(?:meta name="token"|link rel="stylesheet" href="served/|script defer src="served/).*\n', b"", content
     )
@@ -89,6 +100,21 @@ def test_a_page_is_made_once(made: MadeTables, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(SiteData, "pages", None)
     assert site.read("data/features-000000.js") is first
     assert PAGES_KEPT > 1
+
+
+def test_the_server_says_a_policy_for_a_site_that_states_none(made: MadeTables, tmp_path: Path) -> None:
+    published = dashboard.run(DashboardSettings(), tables=made.path, output=tmp_path / "site", quiet=True).path
+    (published / "index.html").write_text("<script>alert(1)</script>")
+    write_run(tmp_path / "run", n_lines=3)
+    for path, scripts in ((published, "'self'"), (made.path, "'self'"), (tmp_path / "run", "'sha256-")):
+        with served(path) as address:
+            for name in ("", "nothing"):
+                answer = headers(f"{address}/{name}")
+                policy = dict(part.split(" ", 1) for part in answer["Content-Security-Policy"].split("; "))
+                assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
+                assert policy["script-src"].startswith(scripts)
+                assert "unsafe" not in policy["script-src"]
+                assert (policy["connect-src"], policy["frame-ancestors"]) == ("'self'", "'self'")
 
 
 def test_an_address_that_is_taken_is_told(made: MadeTables) -> None:
