@@ -175,7 +175,7 @@ def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     schema = pa.schema([*whole, *(pa.field(name, pa.float64()) for name in names)])
     content = path.read_bytes() if path.exists() else b""
     lines = content.splitlines(keepends=True)
-    content = b"".join(line for line in lines if line.startswith(b"{") and line.endswith(b"}\n"))
+    content = b"".join(line for line in lines if line.endswith(b"\n") and not line.startswith(b"\0"))
     table = schema.empty_table()
     if content:
         parse = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
@@ -183,7 +183,7 @@ def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         try:
             table = pyarrow.json.read_json(pa.BufferReader(content), parse_options=parse, read_options=blocks)
         except pa.ArrowInvalid as error:
-            raise ArtifactCorrupt(f"{path}: is no log of a run ({error}); restore it or train again") from error
+            raise ArtifactCorrupt(f"{path}: has a line that is none of a log ({error}); restore it") from error
     return {
         name: np.asarray(table[name].to_numpy() if name == "split" else compute.fill_null(table[name], math.nan))
         for name in schema.names

@@ -63,7 +63,7 @@ def test_what_is_no_log_is_an_error_that_says_where(tmp_path: Path) -> None:
     write_run(tmp_path, n_lines=4)
     with (tmp_path / "metrics.jsonl").open("a") as log:
         log.write('{"step": {}}\n')
-    with pytest.raises(ArtifactCorrupt, match=r"metrics\.jsonl: is no log of a run"):
+    with pytest.raises(ArtifactCorrupt, match=r"metrics\.jsonl: has a line that is none of a log"):
         read_run(tmp_path)
 
 
