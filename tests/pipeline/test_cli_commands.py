@@ -256,7 +256,7 @@ def interrupted_main(arguments: list[str], errors: str) -> None:
     rename = Path.rename
 
     def press(self: Path, target: Any) -> Path:
-        if "train-unit-000002" in str(target):
+        if "train-unit-000002" in str(target) and "seals" not in str(target):
             os.kill(os.getpid(), signal.SIGINT)
         return rename(self, target)
 
