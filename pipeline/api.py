@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tailrace.pipeline.steer.stage import SteerResult
     from tailrace.pipeline.train.stage import TrainResult
     from tailrace.pipeline.train.sweep import SweepResult
+    from tailrace.storage.generations import CachePath
     from tailrace.training.loop.curves import RunCurves
     from tailrace.training.loop.loggers import Logger
 
@@ -101,6 +102,7 @@ def train(
     cache: PathLike | None = None,
     *,
     out: PathLike,
+    generation: int | None = None,
     live: bool = False,
     config: PathLike | None = None,
     start_from: PathLike | None = None,
@@ -130,7 +132,7 @@ def train(
     return train_one(
         _train_settings(settings),
         config=_path(config),
-        cache=_path(cache),
+        cache=_cache(cache, generation),
         live=live,
         output=as_path(out),
         start_from=_path(start_from),
@@ -148,6 +150,7 @@ def sweep(
     *,
     over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]],
     out: PathLike,
+    generation: int | None = None,
     live: bool = False,
     config: PathLike | None = None,
     start_from: PathLike | None = None,
@@ -177,7 +180,7 @@ def sweep(
         [_train_settings(point) for point in grid_of(over)],
         _train_settings(settings),
         config=_path(config),
-        cache=_path(cache),
+        cache=_cache(cache, generation),
         live=live,
         output=as_path(out),
         start_from=_path(start_from),
@@ -202,6 +205,7 @@ def analyze(
     *,
     out: PathLike,
     cache: PathLike | None = None,
+    generation: int | None = None,
     live: bool = False,
     config: PathLike | None = None,
     model: PathLike | None = None,
@@ -228,7 +232,7 @@ def analyze(
     given = _as_typed((AnalyzeSettings, FreshText), settings)
     analysis, text = read_flat(given, _path(config), is_live=live)
     arguments: dict[str, Any] = {
-        "cache": _path(cache),
+        "cache": _cache(cache, generation),
         "live": text,
         "output": as_path(out),
         "compute": Compute(device, threads, workers, quiet=quiet),
@@ -247,6 +251,7 @@ def evaluate(
     transcoders: Paths,
     *,
     cache: PathLike,
+    generation: int | None = None,
     out: PathLike,
     config: PathLike | None = None,
     model: PathLike | None = None,
@@ -268,7 +273,7 @@ def evaluate(
     return stage.run(
         _read(EvaluateSettings, config, settings),
         transcoders=as_paths(transcoders),
-        cache=as_path(cache),
+        cache=_cache(cache, generation),
         output=as_path(out),
         compute=Compute(device, threads, quiet=quiet),
         model=_text(model),
@@ -443,6 +448,7 @@ def verify(
     shuffle: bool = False,
     batch_rows: int | None = None,
     epoch: int = 0,
+    generation: int | None = None,
     model: PathLike | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -464,13 +470,14 @@ def verify(
         shuffle=shuffle,
         batch_rows=batch_rows,
         epoch=epoch,
+        generation=generation,
         model=_text(model),
         compute=Compute(device, threads, quiet=quiet),
     )
 
 
 @_speaking_of_keywords()
-def info(path: PathLike) -> dict[str, Any]:
+def info(path: PathLike, *, generation: int | None = None) -> dict[str, Any]:
     """Return what an artifact says of itself, finished or not, by name: what `pipeline info --json` prints.
 
     Raises ArtifactMissing if nothing lies there.
@@ -479,7 +486,7 @@ def info(path: PathLike) -> dict[str, Any]:
     """
     from tailrace.pipeline.artifacts.info_stage import describe
 
-    return describe(as_path(path))
+    return describe(as_path(path), generation)
 
 
 def _read(settings: type[Read], config: PathLike | None, given: Mapping[str, Any]) -> Read:
@@ -526,6 +533,20 @@ def _word(value: Any) -> Any:
 
 def _path(path: PathLike | None) -> Path | None:
     return None if path is None else as_path(path)
+
+
+@overload
+def _cache(path: PathLike, generation: int | None) -> CachePath: ...
+@overload
+def _cache(path: PathLike | None, generation: int | None) -> CachePath | None: ...
+def _cache(path: PathLike | None, generation: int | None) -> CachePath | None:
+    if generation is None:
+        return _path(path)
+    if path is None:
+        raise SettingsError("--generation: names a generation of a cache; give the cache, or leave it out")
+    from tailrace.storage.generations import CacheAt
+
+    return CacheAt(as_path(path), generation)
 
 
 def _text(path: PathLike | None) -> str | None:

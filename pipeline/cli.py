@@ -51,6 +51,9 @@ GROUPS = {
         "verify": Command("tailrace.pipeline.cache.command", "Check bytes, pairs and shuffle of a cache.", "verify"),
         "ls": Command("tailrace.pipeline.artifacts.command_ls", "List the artifacts under a folder."),
         "info": Command("tailrace.pipeline.artifacts.info_command", "Show any artifact at a glance."),
+        "prune": Command(
+            "tailrace.pipeline.artifacts.command_prune", "Delete what only older generations of a cache need."
+        ),
         "rm": Command("tailrace.pipeline.artifacts.command_rm", "Remove artifacts that no others were made from."),
     },
     "Train": {

@@ -27,9 +27,9 @@ from tailrace.storage.artifact import (
     unreadable,
     write_atomically,
 )
-from tailrace.storage.cache_format import EPOCHS, CacheManifest, manifest_name, packing_name
+from tailrace.storage.cache_format import EPOCHS, SPLITS, CacheManifest, manifest_name, packing_name
 from tailrace.storage.draft import NO_LOCKS, Lock, unlockable
-from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt
+from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch
 from tailrace.storage.names import inside
 
 PRUNED = "pruned.json"
@@ -50,6 +50,12 @@ class CacheAt:
 
 CachePath = Path | CacheAt
 """A cache, at its newest generation if none is named."""
+
+
+def refuse_generation(path: Path, number: int | None) -> None:
+    """Raise ArtifactMismatch if a generation is named of what is no cache."""
+    if number is not None:
+        raise ArtifactMismatch(f"{path}: is no cache, so it has no generation {number}; leave --generation out")
 
 
 class PruneNote(Record):
@@ -118,6 +124,11 @@ class Generations:
         self.manifests = [*(CacheManifest.read_file(root / manifest_name(number)) for number in older), newest]
 
     @property
+    def numbers(self) -> list[int]:
+        """Their numbers."""
+        return [at.generation for at in self.manifests]
+
+    @property
     def newest(self) -> int:
         """The newest generation."""
         return self.manifests[-1].generation
@@ -137,7 +148,7 @@ class Generations:
         return [self._line(at) for at in self.manifests]
 
     def _line(self, at: CacheManifest) -> str:
-        rows = ", ".join(f"{split.n_rows:,} {name} rows" for name, split in sorted(at.splits.items(), reverse=True))
+        rows = ", ".join(f"{at.splits[name].n_rows:,} {name} rows" for name in SPLITS if name in at.splits)
         sites = ", ".join(site.name for site in at.format.sites)
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.since(at.generation)))
         newest = ", the newest" if at.generation == self.newest else ""

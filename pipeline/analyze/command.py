@@ -20,11 +20,13 @@ from tailrace.pipeline.shared.sections import SectionCommand
 
 if TYPE_CHECKING:
     from tailrace.pipeline.analyze.stage import AnalyzeResult
+    from tailrace.storage.generations import CachePath
 
 
 @click.command("analyze", cls=SectionCommand)
 @click.argument("transcoders", metavar="TRANSCODER...", nargs=-1, required=True, type=options.ARTIFACT)
 @click.option("--cache", type=options.ARTIFACT, help="Cache to read.")
+@options.generation
 @click.option("--live", is_flag=True, help="Read no cache: run the language model over --dataset for --rows rows.")
 @click.option(
     "--out",
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
 @options.computing(options.workers, options.device, options.threads, options.quiet)
 def command(
     transcoders: tuple[Path, ...],
-    cache: Path | None,
+    cache: CachePath | None,
     live: bool,
     output: Path,
     config: Path | None,

@@ -45,6 +45,7 @@ from tailrace.storage.errors import (
     SettingsError,
     raise_together,
 )
+from tailrace.storage.generations import CachePath
 from tailrace.storage.names import folder_problem
 from tailrace.training.architectures.manifest import is_cross_layer
 
@@ -56,7 +57,7 @@ def run(
     *,
     transcoders: Sequence[Path],
     output: Path,
-    cache: Path | None = None,
+    cache: CachePath | None = None,
     live: FreshText | None = None,
     compute: Compute = Compute(),
     model: str | None = None,

@@ -55,6 +55,7 @@ from tailrace.storage.display import card
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import TABLES_KIND
+from tailrace.storage.generations import CachePath
 from tailrace.storage.names import LOCK
 from tailrace.storage.tables import TablesManifest, read_table
 from tailrace.training.architectures.transcoder import Transcoder
@@ -116,7 +117,7 @@ def run(
     *,
     transcoder: Path,
     output: Path,
-    cache: Path | None = None,
+    cache: CachePath | None = None,
     live: FreshText | None = None,
     compute: Compute = Compute(),
     model: str | None = None,
@@ -159,7 +160,7 @@ def open_sources(
     settings: AnalyzeSettings,
     transcoders: Sequence[Path],
     *,
-    cache: Path | None,
+    cache: CachePath | None,
     live: FreshText | None,
     output: Path,
     model: str | None,

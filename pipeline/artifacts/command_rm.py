@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("rm", cls=SectionCommand)
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=options.ARTIFACT)
-@click.option(
-    "--in",
-    "folders",
-    metavar="FOLDER",
-    multiple=True,
-    type=options.ARTIFACT,
-    help="Folder with artifacts that may use them; may be repeated. [default: the current directory, and theirs]",
-)
+@options.folders_with_users
 @click.option("--force", is_flag=True, help="Do not ask, and remove what others use, too.")
 @options.as_json
 def command(paths: tuple[Path, ...], folders: tuple[Path, ...], force: bool, as_json: bool) -> None:

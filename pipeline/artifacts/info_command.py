@@ -17,15 +17,19 @@ from tailrace.pipeline.shared.sections import SectionCommand
 
 @click.command("info", cls=SectionCommand)
 @click.argument("path", type=options.FILE_OR_ARTIFACT)
+@options.generation_number
 @options.as_json
-def command(path: Path, as_json: bool) -> None:
-    """Show the cache, transcoder, sweep, evaluation or tables at PATH."""
+def command(path: Path, generation: int | None, as_json: bool) -> None:
+    """Show the cache, transcoder, sweep, evaluation or tables at PATH.
+
+    Of a cache that has grown, its generations are listed, with what pruning each would free.
+    """
     from tailrace.pipeline.artifacts import info_stage as info
 
     if as_json:
-        click.echo(json.dumps(info.describe(path), indent=2))
+        click.echo(json.dumps(info.describe(path, generation), indent=2))
         return
-    described = info.summarise(path)
+    described = info.summarise(path, generation)
     width = max(len(name) for name in described)
     columns = max(40, units.width() - width - 2) if sys.stdout.isatty() else sys.maxsize
     for name, value in described.items():

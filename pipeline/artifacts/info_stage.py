@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,20 @@ from tailrace.pipeline.artifacts.manifests import (
     LayerSetManifest,
     SweepManifest,
 )
+from tailrace.pipeline.shared.units import size
 from tailrace.storage.activation_cache import ActivationCache, open_cache
-from tailrace.storage.artifact import MANIFEST, REQUEST, DerivedManifest, Manifest, read_json, read_sealed
+from tailrace.storage.artifact import (
+    MANIFEST,
+    REQUEST,
+    DerivedManifest,
+    Manifest,
+    published_kind,
+    read_json,
+    read_sealed,
+)
 from tailrace.storage.cache_format import KIND, PROVENANCE, SPLITS, Site
 from tailrace.storage.errors import ArtifactMissing
+from tailrace.storage.generations import Generations, refuse_generation
 from tailrace.storage.names import by_number
 from tailrace.storage.tables import TableRecord, TablesManifest
 from tailrace.training.architectures.manifest import (
@@ -34,25 +45,31 @@ from tailrace.training.architectures.manifest import (
 )
 
 
-def summarise(path: Path) -> dict[str, Any]:
+def summarise(path: Path, generation: int | None = None) -> dict[str, Any]:
     """Return the few things one wants to know of what lies at ``path``; ``describe`` has everything.
 
     Raises ArtifactMissing if nothing does.
     """
-    described = describe(path)
+    described = describe(path, generation)
     if "request" in described and "state" in described:
         return dict(_summarise_draft(described))
-    if (kind := described.get("kind")) not in SUMMARIES:
+    if (kind := described.get("kind")) == KIND:
+        return dict(_summarise_cache(described))
+    if kind not in SUMMARIES:
         return described
     manifest, summary = SUMMARIES[kind]
     return dict(summary(manifest.read(path)))
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path, generation: int | None = None) -> dict[str, Any]:
     """Return what lies at ``path`` as names and values, ready to be printed or dumped as JSON.
 
-    Raises ArtifactMissing if nothing does.
+    Of a cache, ``generation`` is described, by default the newest. Raises ArtifactMissing if nothing lies there, and
+    ArtifactMismatch if a generation is named of what is no cache.
     """
+    if published_kind(path) == KIND:
+        return dict(_describe_cache(open_cache(path, generation)))
+    refuse_generation(path, generation)
     if not (path / MANIFEST).exists():
         if (path / REQUEST).exists():
             return {
@@ -67,8 +84,6 @@ def describe(path: Path) -> dict[str, Any]:
             }
         raise ArtifactMissing(f"{path}: no cache, transcoder, tables or other artifact lies here; check the path")
     manifest = read_sealed(path / MANIFEST)
-    if manifest["kind"] == KIND:
-        return dict(_describe_cache(open_cache(path)))
     return {name: value for name, value in manifest.items() if name not in ("files", "digest")}
 
 
@@ -136,10 +151,41 @@ def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
             f"largest 1 % of rows hold {statistics.energy_share():.0%} of the output energy",
         )
     yield "bytes on disk", _bytes_on_disk(cache.path)
+    if (kept := Generations(cache.path)).newest:
+        yield "generations", list(_generations(kept))
     yield "provenance", ", ".join(PROVENANCE)
     epochs = sorted(epoch.name for epoch in (cache.path / "epochs").glob("*") if (epoch / MANIFEST).exists())
     if epochs:
         yield "materialised epochs", ", ".join(epochs)
+
+
+def _generations(kept: Generations) -> Iterator[dict[str, Any]]:
+    """Yield what each generation that is kept holds, and the bytes that it alone keeps on the disk."""
+    freed = 0
+    for at in kept.manifests:
+        number = at.generation
+        before, freed = freed, 0 if number == kept.newest else kept.bytes_freed(number + 1)
+        yield {
+            "generation": number,
+            "change": at.change,
+            "since": datetime.fromtimestamp(kept.since(number)).astimezone().isoformat(timespec="minutes"),
+            "rows": {name: at.splits[name].n_rows for name in SPLITS if name in at.splits},
+            "sites": [site.name for site in at.format.sites],
+            "newest": number == kept.newest,
+            "prune_frees": freed - before if number < kept.newest else None,
+        }
+
+
+def _summarise_cache(described: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in described.items():
+        if name != "generations":
+            yield name, value
+            continue
+        for one in value:
+            rows = ", ".join(f"{n_rows:,} {split} rows" for split, n_rows in one["rows"].items())
+            sites = ", ".join(sorted(one["sites"], key=by_number))
+            needs = "the newest" if one["newest"] else f"pruning it frees {size(one['prune_frees'])}"
+            yield f"generation {one['generation']}", f"{rows} of {sites}, {one['change']} {one['since']}; {needs}"
 
 
 def _bytes_on_disk(path: Path) -> int:

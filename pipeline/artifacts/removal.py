@@ -1,15 +1,17 @@
-"""Artifacts taken away: only such that nothing else was made from, each as a unit."""
+"""Artifacts taken away, only such that nothing else was made from, each as a unit; and a cache's older generations."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tailrace.pipeline.artifacts.listing import Listed, list_artifacts
 from tailrace.storage.artifact import storage_refused, sync_directory
 from tailrace.storage.draft import Lock
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, ArtifactMissing, raise_together
+from tailrace.storage.generations import Generations
 from tailrace.storage.labels import FILE as LABELS
 from tailrace.storage.names import is_temporary, temporary_path
 
@@ -41,19 +43,16 @@ def _problem(path: Path) -> ActionableError | None:
         return None
     if not inside:
         return ArtifactMissing(f"{path}: no artifact lies here; check the path")
-    names = ", ".join(str(one.path) for one in inside[:_NAMED])
-    more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
-    return ArtifactMismatch(f"{path}: is no artifact, but holds {len(inside)}; name those to remove: {names}{more}")
+    return ArtifactMismatch(f"{path}: is no artifact, but holds {len(inside)}; name those to remove: {_named(inside)}")
 
 
 def _uses(doomed: Sequence[Listed], staying: Sequence[Listed]) -> Iterator[ActionableError]:
     for one in doomed:
         is_copied = any(one.identities and one.identities <= other.identities for other in staying)
-        users = [str(other.path) for other in staying if other.uses(one)]
+        users = [other for other in staying if other.uses(one)]
         if users and not is_copied:
-            more = f" and {len(users) - _NAMED} more" if len(users) > _NAMED else ""
             yield ArtifactMismatch(
-                f"{one.path}: {len(users)} that stay were made from it: {', '.join(users[:_NAMED])}{more}; name these, "
+                f"{one.path}: {len(users)} that stay were made from it: {_named(users)}; name these, "
                 "too, or give --force"
             )
 
@@ -65,6 +64,51 @@ def _labelled(doomed: Iterable[Listed]) -> Iterator[ActionableError]:
                 f"{one.path}: people labelled its features, and the labels would go, too; keep them, pipeline label "
                 f"{one.path} --export FILE, then give --force"
             )
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Generations of a cache that are to be given up."""
+
+    kept: Generations
+    oldest: int
+    """The oldest generation that is to be kept."""
+    users: list[Listed]
+    """Artifacts that were made from those before it."""
+
+    @property
+    def doomed(self) -> list[int]:
+        """The generations that go."""
+        return list(range(self.kept.pruned.oldest, self.oldest))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the disk gets back, of prunings that were cut off too."""
+        return self.kept.bytes_freed(self.oldest)
+
+
+def plan_pruning(cache: Path, keep: int, seen: Sequence[Path], *, is_forced: bool = False) -> Pruning:
+    """Return what goes where the newest ``keep`` generations of a cache stay.
+
+    Raises ArtifactMismatch, unless ``is_forced``, if an unfinished artifact in the folders ``seen`` was begun with a
+    generation that would go: it could not be finished.
+    """
+    kept = Generations(cache)
+    oldest = max(kept.pruned.oldest, kept.newest - keep + 1)
+    doomed = {at.digest: at.generation for at in kept.manifests if at.generation < oldest}
+    users = [one for one in list_artifacts(*seen) if not one.references.isdisjoint(doomed)]
+    if (stranded := [one for one in users if not one.is_finished]) and not is_forced:
+        first = min(doomed[digest] for one in stranded for digest in one.references & doomed.keys())
+        raise ArtifactMismatch(
+            f"{cache}: unfinished artifacts were begun with a generation that would go: {_named(stranded)}; finish or "
+            f"remove them first, keep it with --keep {kept.newest - first + 1}, or give --force"
+        )
+    return Pruning(kept, oldest, users)
+
+
+def _named(artifacts: Sequence[Listed]) -> str:
+    more = f" and {len(artifacts) - _NAMED} more" if len(artifacts) > _NAMED else ""
+    return ", ".join(str(one.path) for one in artifacts[:_NAMED]) + more
 
 
 def remove(doomed: Sequence[Listed]) -> None:

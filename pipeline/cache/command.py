@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tailrace.pipeline.cache.stage import CacheResult
     from tailrace.pipeline.cache.verify import PairingReport, Verification
     from tailrace.storage.activation_cache import ActivationCache
+    from tailrace.storage.generations import CachePath
     from tailrace.storage.shuffle_evidence import ShuffleEvidence
 
 
@@ -195,12 +196,13 @@ def widen(
 
 @click.command("shuffle", cls=SectionCommand)
 @click.argument("cache", type=options.ARTIFACT)
+@options.generation
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch whose order is written.")
 @click.option("--seed", type=int, help="Seed of the epochs; by default the cache's.")
 @click.option("--split", type=click.Choice(["train", "heldout"]), default="train", show_default=True, help="Rows.")
 @options.as_json
 @options.computing(options.workers, options.quiet)
-def shuffle(cache: Path, epoch: int, seed: int | None, split: str, as_json: bool, compute: Compute) -> None:
+def shuffle(cache: CachePath, epoch: int, seed: int | None, split: str, as_json: bool, compute: Compute) -> None:
     """Write the shuffled order of one epoch of CACHE as sequential shards.
 
     Not needed for training: an epoch is shuffled while it is read. Worth it with little memory, a slow disk, or many
@@ -224,6 +226,7 @@ def shuffle(cache: Path, epoch: int, seed: int | None, split: str, as_json: bool
 @click.option("--shuffle", is_flag=True, help="Report whether the order looks like a uniformly random permutation.")
 @click.option("--batch-rows", type=click.IntRange(min=2), help="Batch of that report; 4096 unless there are few rows.")
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch of that report.")
+@options.generation_number
 @options.model_moved
 @options.as_json
 @options.compute
@@ -234,14 +237,15 @@ def verify(
     shuffle: bool,
     batch_rows: int | None,
     epoch: int,
+    generation: int | None,
     model: str | None,
     as_json: bool,
     compute: Compute,
 ) -> None:
     """Check the artifact at PATH; exit with 1 if anything is wrong.
 
-    Every artifact's bytes are compared with their checksums. Of a cache, some recorded contexts are also run through
-    the language model again and compared with their stored rows.
+    Every artifact's bytes are compared with their checksums, of a cache those of all generations. Some of its recorded
+    contexts are also run through the language model again and compared with their stored rows.
     """
     from tailrace.pipeline.cache.verify import kind_of, run
     from tailrace.storage.cache_format import KIND
@@ -255,6 +259,7 @@ def verify(
         shuffle=shuffle,
         batch_rows=batch_rows,
         epoch=epoch,
+        generation=generation,
         model=model,
         compute=compute,
         finished=(lambda _: None) if as_json else show_check,

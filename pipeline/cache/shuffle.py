@@ -14,12 +14,13 @@ from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.cache_format import epoch_path
 from tailrace.storage.errors import StorageFull
+from tailrace.storage.generations import CachePath
 from tailrace.storage.materialise import materialise_epoch, plan_epoch
 from tailrace.storage.orders import find_materialised
 
 
 def run(
-    cache: Path,
+    cache: CachePath,
     *,
     epoch: int = 0,
     seed: int | None = None,
@@ -35,7 +36,7 @@ def run(
     rows = opened.split(split)
     plan = plan_epoch(rows, opened.seed if seed is None else seed, epoch)
     if find_materialised(rows, plan) is None:
-        _check_room(epoch_path(cache, plan, opened.generation), rows)
+        _check_room(epoch_path(opened.path, plan, opened.generation), rows)
 
     def run_tasks(task: Callable[[int], None], buckets: Iterable[int]) -> None:
         waiting = list(buckets)

@@ -23,6 +23,7 @@ from tailrace.storage.cache_format import KIND, Site
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
 from tailrace.storage.display import card, line, table
 from tailrace.storage.errors import ActionableError
+from tailrace.storage.generations import CacheAt, CachePath, refuse_generation
 from tailrace.storage.layout import RELATIVE_ERROR, Side, relative_error
 from tailrace.storage.shuffle import philox
 from tailrace.storage.shuffle_evidence import ShuffleEvidence, shuffle_evidence
@@ -96,26 +97,29 @@ def run(
     shuffle: bool = False,
     batch_rows: int | None = None,
     epoch: int = 0,
+    generation: int | None = None,
     model: str | None = None,
     compute: Compute = Compute(),
     finished: Callable[[Verification], object] = lambda _: None,
 ) -> Verification:
     """Check the artifact at ``path``: bytes; of a cache also ``pairs`` contexts, and the order with ``shuffle``.
 
-    Where one check finds something wrong, the next are left out. ``finished`` is given what each check of a cache
-    alone has shown. The other arguments are those of ``check_pairs`` and ``check_shuffle``, and so are the errors.
+    Bytes are compared of all generations of a cache, the rest is of ``generation``, by default the newest. Where one
+    check finds something wrong, the next are left out. ``finished`` is given what each check of a cache alone has
+    shown. The other arguments are those of ``check_pairs`` and ``check_shuffle``, and so are the errors.
     """
     if (kind := kind_of(path)) != KIND:
+        refuse_generation(path, generation)
         return Verification(path, verify_artifact(path, kind))
-    done = Verification(path)
+    done, read = Verification(path), path if generation is None else CacheAt(path, generation)
     if checksums:
         done = Verification(path, check_bytes(path, quiet=compute.quiet))
         finished(done)
     if pairs and done.passed:
-        done = replace(done, pairs=check_pairs(path, n_contexts=pairs, model=model, compute=compute))
+        done = replace(done, pairs=check_pairs(read, n_contexts=pairs, model=model, compute=compute))
         finished(replace(done, damage=[]))
     if shuffle and done.passed:
-        done = replace(done, shuffle=check_shuffle(path, batch_rows=batch_rows, epoch=epoch))
+        done = replace(done, shuffle=check_shuffle(read, batch_rows=batch_rows, epoch=epoch))
         finished(replace(done, damage=[], pairs=[]))
     return done
 
@@ -133,7 +137,7 @@ def check_bytes(path: Path, *, quiet: bool = True) -> list[str]:
 
 
 def check_pairs(
-    path: Path,
+    path: CachePath,
     *,
     n_contexts: int = 16,
     model: str | None = None,
@@ -231,7 +235,7 @@ def _stored_rows(split: CacheSplit, contexts: np.ndarray) -> dict[str, np.ndarra
 
 
 def check_shuffle(
-    path: Path, *, batch_rows: int | None = None, epoch: int = 0, seed: int | None = None
+    path: CachePath, *, batch_rows: int | None = None, epoch: int = 0, seed: int | None = None
 ) -> ShuffleEvidence:
     """Report whether the order in which training rows are served looks like a uniformly random permutation.
 

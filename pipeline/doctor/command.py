@@ -16,16 +16,18 @@ from tailrace.training.loop.settings import TrainSettings
 
 if TYPE_CHECKING:
     from tailrace.pipeline.doctor.stage import Report
+    from tailrace.storage.generations import CachePath
 
 
 @click.command("doctor", cls=SectionCommand)
 @click.argument("cache", type=options.ARTIFACT, required=False)
+@options.generation
 @click.option("--site", help="Site of CACHE, where it has several.")
 @click.option("--d-sae", metavar="N", help="Features of the transcoder; by default 32 times the width.")
 @click.option("--config", type=options.FILE, help="YAML file with settings of pipeline train.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, which has everything.")
 @options.computing(options.device, options.threads)
-def command(cache: Path | None, config: Path | None, as_json: bool, compute: Compute, **given: Any) -> None:
+def command(cache: CachePath | None, config: Path | None, as_json: bool, compute: Compute, **given: Any) -> None:
     """Show what this machine has and reaches, and what would limit training from CACHE.
 
     Measures for about ten seconds: the disk, products, copies to a GPU and, with a cache, reading and training steps. A

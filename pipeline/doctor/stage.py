@@ -19,6 +19,7 @@ from tailrace.pipeline.shared.compute import Compute, gpus_seen, require_linux
 from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.cache_format import Site
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.generations import CachePath
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.cost import check_memory, step_seconds, training_bytes
 from tailrace.training.loop.settings import TrainSettings
@@ -123,7 +124,7 @@ class Report(BaseModel):
 
 def run(
     *,
-    cache: Path | None = None,
+    cache: CachePath | None = None,
     settings: TrainSettings | None = None,
     folder: Path = Path(),
     compute: Compute = Compute(),
@@ -154,7 +155,7 @@ def run(
             threads=torch.get_num_threads(),
             memory_bytes=pages * page,
             free_memory_bytes=os.sysconf("SC_AVPHYS_PAGES") * page,
-            disk_free_bytes=shutil.disk_usage(folder if cache is None else cache).free,
+            disk_free_bytes=shutil.disk_usage(folder if opened is None else opened.path).free,
             cuda=torch.version.cuda,
             driver=_DRIVER.read_text().splitlines()[0] if _DRIVER.exists() else None,
             gpus=_gpus(),

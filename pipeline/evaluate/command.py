@@ -16,11 +16,13 @@ from tailrace.pipeline.shared.sections import SectionCommand
 
 if TYPE_CHECKING:
     from tailrace.analysis.evaluate.splice_scores import SpliceScore
+    from tailrace.storage.generations import CachePath
 
 
 @click.command("evaluate", cls=SectionCommand)
 @click.argument("transcoders", metavar="TRANSCODER...", type=options.ARTIFACT, nargs=-1, required=True)
 @click.option("--cache", required=True, type=options.ARTIFACT, help="Cache whose contexts the model is run on.")
+@options.generation
 @options.out
 @settings_options(EvaluateSettings)
 @options.model_moved
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 @options.compute
 def command(
     transcoders: tuple[Path, ...],
-    cache: Path,
+    cache: CachePath,
     output: Path,
     config: Path | None,
     model: str | None,

@@ -44,6 +44,7 @@ from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, reopen_cache
 from tailrace.storage.display import card, share, table
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.storage.generations import CachePath
 from tailrace.storage.tables import write_table
 
 KIND = EvaluationManifest.of_kind
@@ -84,7 +85,7 @@ def run(
     settings: EvaluateSettings,
     *,
     transcoders: Sequence[Path],
-    cache: Path,
+    cache: CachePath,
     output: Path,
     compute: Compute = Compute(),
     model: str | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from tailrace.pipeline.formats.settings import FORMATS, ExportSettings, Format
 from tailrace.pipeline.shared import run_options as options
 from tailrace.pipeline.shared.options import read_settings, settings_options
 from tailrace.pipeline.shared.sections import SectionCommand
+
+if TYPE_CHECKING:
+    from tailrace.storage.generations import CachePath
 
 
 class _ListsFormats(SectionCommand):
@@ -33,6 +36,7 @@ class _ListsFormats(SectionCommand):
     type=options.ARTIFACT,
     help="Rows to calibrate TopK's thresholds on; what was trained on (saelens); contexts of the tables (delphi).",
 )
+@options.generation
 @settings_options(ExportSettings)
 @options.model_moved
 @options.as_json
@@ -41,7 +45,7 @@ def command(
     sources: tuple[Path, ...],
     to: Format,
     output: Path,
-    cache: Path | None,
+    cache: CachePath | None,
     config: Path | None,
     model: str | None,
     as_json: bool,

@@ -16,6 +16,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
 
 if TYPE_CHECKING:
     from tailrace.pipeline.formats.import_transcoder import ImportResult
+    from tailrace.storage.generations import CachePath
 
 
 class _ListsOrigins(SectionCommand):
@@ -32,6 +33,7 @@ class _ListsOrigins(SectionCommand):
 @click.argument("source", type=options.FILE_OR_ARTIFACT)
 @click.option("--from", "origin", required=True, type=click.Choice(list(ORIGINS)), help="Format of SOURCE.")
 @click.option("--cache", required=True, type=options.ARTIFACT, help="Cache of the model it was trained on.")
+@options.generation
 @options.out
 @settings_options(ImportSettings)
 @options.as_json
@@ -39,7 +41,7 @@ class _ListsOrigins(SectionCommand):
 def command(
     source: Path,
     origin: Origin,
-    cache: Path,
+    cache: CachePath,
     output: Path,
     config: Path | None,
     as_json: bool,

@@ -19,6 +19,7 @@ from tailrace.pipeline.formats.jump_form import JumpForm, jump_form
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
+from tailrace.storage.generations import CachePath
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Written(NamedTuple):
 
 
 def convert(
-    layers: Sequence[TranscoderLayer], *, cache: Path | None, rows: int, weights: ModelWeights | None
+    layers: Sequence[TranscoderLayer], *, cache: CachePath | None, rows: int, weights: ModelWeights | None
 ) -> Iterator[Converted]:
     """Bring layers into the common form, each when it is asked for.
 

@@ -20,6 +20,7 @@ from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import make_directory
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.storage.generations import CachePath
 from tailrace.storage.names import folder_problem
 from tailrace.storage.tables import TablesManifest, read_table
 from tailrace.training.architectures.transcoder import write_tensors
@@ -49,7 +50,7 @@ class LatentTables:
         return sorted(path for path in (self.path / "activations").glob("*.parquet") if _PARTITION.fullmatch(path.name))
 
 
-def open_tables(paths: Sequence[Path], cache: Path | None, module: str | None) -> list[LatentTables]:
+def open_tables(paths: Sequence[Path], cache: CachePath | None, module: str | None) -> list[LatentTables]:
     """Open tables with the cache they were made from, whose tokens delphi reads beside the activations.
 
     Raises SettingsError without a cache or for modules of one name, ArtifactMismatch if the cache is another one,

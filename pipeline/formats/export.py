@@ -29,6 +29,7 @@ from tailrace.storage.artifact import MANIFEST, canonical_json, read_sealed
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, TRANSCODER_KINDS
+from tailrace.storage.generations import CachePath
 
 KIND = ExportManifest.of_kind
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -56,7 +57,7 @@ def run(
     to: Format,
     sources: Sequence[Path],
     output: Path,
-    cache: Path | None = None,
+    cache: CachePath | None = None,
     model: str | None = None,
 ) -> ExportResult:
     """Publish ``sources`` in the format ``to`` at ``output``; return at once if that export is there already.
@@ -125,7 +126,7 @@ class _Job:
         settings: ExportSettings,
         to: Format,
         sources: Sequence[Path],
-        cache: Path | None,
+        cache: CachePath | None,
         model: str | None,
     ) -> None:
         self._settings, self._to, self._cache = settings, to, cache

@@ -33,6 +33,7 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
+from tailrace.storage.generations import CachePath
 from tailrace.storage.names import by_number
 from tailrace.training.architectures.manifest import KIND, WEIGHTS, read_either_manifest
 from tailrace.training.architectures.transcoder import Transcoder, describe_versions, save_weights
@@ -87,7 +88,13 @@ class ImportResult:
 
 
 def run(
-    settings: ImportSettings, *, source: Path, origin: Origin, cache: Path, output: Path, compute: Compute = Compute()
+    settings: ImportSettings,
+    *,
+    source: Path,
+    origin: Origin,
+    cache: CachePath,
+    output: Path,
+    compute: Compute = Compute(),
 ) -> ImportResult:
     """Publish the transcoder in ``source``, files of ``origin``, at ``output``; return at once if it is there already.
 

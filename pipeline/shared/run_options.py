@@ -78,12 +78,44 @@ def computing(*flags: Decorator) -> Decorator:
 
 compute = computing(device, threads, quiet)
 
+generation_number = running(
+    "--generation",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Generation of the cache to read; pipeline info lists them. [default: the newest]",
+)
+
+
+def generation(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--generation`` to a command that reads a ``cache``, which then names that generation of it, too."""
+
+    @wraps(command)
+    def with_generation(*, generation: int | None, **given: Any) -> None:
+        if generation is not None:
+            from tailrace.storage.generations import CacheAt  # with NumPy, which help and wrong flags need not
+
+            if given["cache"] is None:
+                raise click.UsageError("--generation: names a generation of a cache; give the cache, or leave it out")
+            given["cache"] = CacheAt(given["cache"], generation)
+        command(**given)
+
+    return generation_number(with_generation)
+
 
 def echo_json(value: Any) -> None:
     """Print a value as JSON."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
+folders_with_users = click.option(
+    "--in",
+    "folders",
+    metavar="FOLDER",
+    multiple=True,
+    type=ARTIFACT,
+    help="Folder with artifacts that may use what goes; may be repeated. [default: the current directory, and the one "
+    "around it]",
+)
 model_moved = click.option("--model", help="Where the model lies now, if it moved since the cache was made.")
 model_elsewhere = click.option(
     "--model", help="Where the language model lies, if not under the name that the transcoders record."

@@ -24,6 +24,7 @@ from tailrace.training.loop.settings import TrainSettings
 if TYPE_CHECKING:
     from tailrace.pipeline.train.runs_table import RunOutcome
     from tailrace.pipeline.train.sweep import SweepResult
+    from tailrace.storage.generations import CachePath
     from tailrace.training.architectures.manifest import CrossLayerManifest
 
 other_way = partial(option, section="Other ways to train")
@@ -40,6 +41,7 @@ _WORKERS = running(
 
 @click.command("train", cls=SectionCommand)
 @click.argument("cache", type=options.ARTIFACT, required=False)
+@options.generation
 @options.out
 @other_way("--live", is_flag=True, help="Train on rows straight from --model on --dataset, without a CACHE.")
 @other_way("--sweep", "sweeps", multiple=True, metavar="NAME=VALUE,…", help="Train a run per value. Repeatable.")
@@ -75,7 +77,7 @@ _WORKERS = running(
 @options.as_json
 @options.computing(_WORKERS, options.device, options.threads, options.quiet)
 def command(
-    cache: Path | None,
+    cache: CachePath | None,
     output: Path,
     config: Path | None,
     live: bool,

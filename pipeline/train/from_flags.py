@@ -21,13 +21,14 @@ from tailrace.training.loop.settings import TrainSettings
 if TYPE_CHECKING:
     from tailrace.pipeline.train.stage import TrainResult
     from tailrace.pipeline.train.sweep import SweepResult
+    from tailrace.storage.generations import CachePath
 
 Given = Mapping[str, Any]
 """Values of settings by the names of their flags; None and () are not given."""
 
 
 def train_one(
-    given: Given, *, cache: Path | None, live: bool = False, config: Path | None = None, **arguments: Any
+    given: Given, *, cache: CachePath | None, live: bool = False, config: Path | None = None, **arguments: Any
 ) -> TrainResult:
     """Train one transcoder, of several layers with ``cross_layer``.
 
@@ -46,7 +47,7 @@ def train_sweep(
     points: Sequence[Point],
     given: Given,
     *,
-    cache: Path | None,
+    cache: CachePath | None,
     live: bool = False,
     config: Path | None = None,
     **arguments: Any,
@@ -62,7 +63,9 @@ def train_sweep(
     return sweep.run(runs, **shared, **arguments)
 
 
-def plan(points: Sequence[Point], given: Given, *, cache: Path | None, config: Path | None, compute: Compute) -> str:
+def plan(
+    points: Sequence[Point], given: Given, *, cache: CachePath | None, config: Path | None, compute: Compute
+) -> str:
     """Return what training on a cache would cost, in a line; ``points`` are a sweep's, or none."""
     if cache is None:
         raise SettingsError("--dry-run: is for a cache; what live rows cost, the language model decides")
@@ -77,7 +80,7 @@ def plan(points: Sequence[Point], given: Given, *, cache: Path | None, config: P
 class _Asked:
     """What was given, read as the settings classes that know each name."""
 
-    def __init__(self, given: Given, config: Path | None, cache: Path | None, *, is_live: bool) -> None:
+    def __init__(self, given: Given, config: Path | None, cache: CachePath | None, *, is_live: bool) -> None:
         if is_live == (cache is not None):
             raise SettingsError("train on a cache, or live with a model and a dataset: give one of them")
         self._given = {name: value for name, value in given.items() if value is not None and value != ()}

@@ -28,6 +28,7 @@ from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_js
 from tailrace.storage.display import card, share
 from tailrace.storage.draft import Draft, Lock
 from tailrace.storage.errors import ArtifactMismatch, DeviceLostError, SettingsError
+from tailrace.storage.generations import CachePath
 from tailrace.storage.names import LOCK
 from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
@@ -67,7 +68,7 @@ def run(
     settings: TrainSettings,
     *,
     output: Path,
-    cache: Path | None = None,
+    cache: CachePath | None = None,
     live: LiveSettings | None = None,
     compute: Compute = Compute(),
     fresh: bool = False,
@@ -139,7 +140,7 @@ def run(
     return TrainResult(output, read_either_manifest(output).metrics.as_json())
 
 
-def plan(runs: Sequence[TrainSettings], cache: Path, compute: Compute = Compute()) -> str:
+def plan(runs: Sequence[TrainSettings], cache: CachePath, compute: Compute = Compute()) -> str:
     """Return what training ``runs`` side by side on the cache at ``cache`` costs, in a line; write nothing.
 
     Raises SettingsError with what does not fit the cache, and OutOfMemoryError for a GPU that is too small.
@@ -158,7 +159,7 @@ def plan(runs: Sequence[TrainSettings], cache: Path, compute: Compute = Compute(
 
 @contextmanager
 def open_source(
-    cache: Path | None, live: LiveSettings | None, settings: TrainSettings, output: Path, device: torch.device
+    cache: CachePath | None, live: LiveSettings | None, settings: TrainSettings, output: Path, device: torch.device
 ) -> Iterator[TrainingSource]:
     """Yield where rows come from: the cache, or the language model as it runs; raise SettingsError unless one is given.
 

@@ -33,6 +33,7 @@ from tailrace.storage.display import card, share, table
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
+from tailrace.storage.generations import CachePath
 from tailrace.storage.names import inside
 from tailrace.training.architectures.manifest import CHECKPOINTS, MARK, read_either_manifest
 from tailrace.training.architectures.transcoder import describe_versions
@@ -73,7 +74,7 @@ def run(
     runs: Mapping[str, TrainSettings],
     *,
     output: Path,
-    cache: Path | None = None,
+    cache: CachePath | None = None,
     live: LiveSettings | None = None,
     compute: Compute = Compute(),
     fresh: bool = False,
@@ -183,7 +184,7 @@ class _Share:
 
 def _train_in_worker(
     share: _Share,
-    cache: Path,
+    cache: CachePath,
     start_from: Path | None,
     model_scores: ModelScoreSettings | None,
     model: str | None,

@@ -25,7 +25,7 @@ NOUNS = {"--cache", "--transcoders", "--tables", "--out"}
 """Flags for artifacts. Each means one thing in all commands."""
 OTHER_FOLDERS = {
     ("train", "--from"), ("analyze", "--downstream"), ("steer", "--from-circuit"), ("score", "--dashboard"),
-    ("label", "--import"), ("rm", "--in"),
+    ("label", "--import"), ("rm", "--in"), ("prune", "--in"),
 }  # fmt: skip
 """A second artifact of the kind that the command is about already, a circuit, which no other command reads, and folders
 that are none of ours."""

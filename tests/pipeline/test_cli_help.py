@@ -93,7 +93,8 @@ def test_the_help_of_train_begins_with_at_most_twelve_flags_and_those_of_running
         "auxiliary",
     ]  # fmt: skip
     assert short[RUNNING] == [
-        "save-config", "dry-run", "fresh", "checkpoint-steps", "json", "workers", "device", "threads", "quiet"
+        "generation", "save-config", "dry-run", "fresh", "checkpoint-steps", "json", "workers", "device", "threads",
+        "quiet",
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,11 @@ def content(cache: ActivationCache) -> dict[str, bytes]:
         found[f"{name} contexts"] = split.context_tokens(np.arange(split.n_contexts)).tobytes()
         found |= {f"{name} mean {key}": split.merged_statistics([key])[key].mean.tobytes() for key in keys[:2]}
     return found
+
+
+def in_turn(task: Callable[[int], None], ids: Iterable[int]) -> None:
+    for number in ids:
+        task(number)
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -235,7 +240,7 @@ def test_a_growth_between_opening_and_pinning_is_read_at_its_generation(
 def test_epochs_of_pruned_generations_go_and_others_stay(path: Path) -> None:
     for number in (1, 3):
         split = open_cache(path, number).split("train")
-        materialise_epoch(split, seed=0, epoch=0, run_tasks=lambda task, ids: [task(one) for one in ids] and None)
+        materialise_epoch(split, seed=0, epoch=0, run_tasks=in_turn)
     del split
     Generations(path).prune(2)
     assert [epoch.name for epoch in (path / "epochs").iterdir()] == ["train-generation3-seed0-epoch0"]
