@@ -7,7 +7,8 @@ Rows are read here unit by unit and in token order, which is what analysis wants
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tailrace.storage.artifact import REQUEST, published_file, read_json
+from tailrace.storage.artifact import REQUEST, SMALL, FileRecord, published_file, read_json
 from tailrace.storage.cache_format import (
     PROVENANCE,
     VOCABULARY,
     BlockRecord,
     CacheFormat,
     CacheManifest,
+    CommitRecord,
     Site,
     SplitRecord,
     UnitRecord,
@@ -31,6 +33,7 @@ from tailrace.storage.cache_format import (
     split_path,
     superseded_path,
 )
+from tailrace.storage.compared import refuse_damaged
 from tailrace.storage.display import card, table
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import LEFT_OUT
@@ -40,6 +43,7 @@ from tailrace.storage.names import folder_problem, home_path, inside
 from tailrace.storage.orders import Read
 from tailrace.storage.parsing import parse_json
 from tailrace.storage.shard import read_rows
+from tailrace.storage.shuffle import philox
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.storage.stream import RowStream, StreamSource
 
@@ -47,6 +51,10 @@ if TYPE_CHECKING:  # a training run reads no tables
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
+
+ONE_IN = 64
+"""Of so many large shards that are read in token order, one is compared with its record: reading it again and its
+checksum take longer than reading it once."""
 
 
 def open_cache(path: CachePath | str, generation: int | None = None) -> ActivationCache:
@@ -343,11 +351,37 @@ class CacheSplit:
 
     def _read_stored(self, unit: int, key: str) -> np.ndarray:
         source = self.source(key)
-        n_rows = self.unit_rows[unit]
-        return source.decode({spec.name: self._read_rows(spec, unit, n_rows) for spec in source.specs})
+        n_rows, shards = self.unit_rows[unit], self._shards_of_unit(unit)
+        return source.decode({spec.name: self._read_rows(spec, unit, n_rows, shards) for spec in source.specs})
 
-    def _read_rows(self, spec: ArraySpec, unit: int, n_rows: int) -> np.ndarray:
+    def _read_rows(self, spec: ArraySpec, unit: int, n_rows: int, shards: Mapping[str, FileRecord]) -> np.ndarray:
+        """Return a shard's rows; of large shards one in ``ONE_IN``, drawn anew, is compared with its record."""
+        is_drawn = random.randrange(ONE_IN) == 0
+        self._compare(spec, unit, shards, None if is_drawn else SMALL)
         return self.read_shard(spec, unit, lambda group: read_rows(group, spec, unit, n_rows))
+
+    def _compare(self, spec: ArraySpec, unit: int, shards: Mapping[str, FileRecord], largest: int | None) -> None:
+        name = spec.shard_name(unit)
+        self.read_shard(spec, unit, lambda group: refuse_damaged(group, name, shards[name], largest=largest))
+
+    def _shards_of_unit(self, unit: int) -> dict[str, FileRecord]:
+        records = [UnitRecord.read_file(self._file(name)) for name in self._record.unit_records[unit]]
+        return {name: file for record in records for name, file in record.shards.items()}
+
+    def compare_sample(self, specs: Sequence[ArraySpec], seed: int, epoch: int) -> None:
+        """Compare shards of arrays with their records: all if they are few and small, else one drawn for the epoch.
+
+        Raises ArtifactCorrupt.
+        """
+        generator = np.random.Generator(philox(seed, f"{self.name}/compared/{epoch}"))
+        chosen = [(spec, unit) for unit in range(self.n_units) for spec in specs]
+        if len(chosen) > ONE_IN or sum(spec.row_bytes for spec in specs) * self.n_rows > SMALL:
+            chosen = [chosen[generator.integers(len(chosen))]]
+        shards: dict[str, FileRecord] = {}
+        for spec, unit in chosen:
+            if spec.shard_name(unit) not in shards:
+                shards = self._shards_of_unit(unit)
+            self._compare(spec, unit, shards, None)
 
     def documents(self) -> pa.Table:
         """Return every document and what the dataset says of it in the columns that were kept, in the order read.
@@ -388,7 +422,8 @@ class CacheSplit:
         values = np.empty((len(wanted), self.layout.context_length), spec.memory_dtype)
         sizes = pieces(self.n_contexts, spec.shard_rows)
         for block in np.unique(wanted // spec.shard_rows).tolist():
-            rows = self._read_rows(spec, block, sizes[block])
+            record = BlockRecord.read_file(self._file(self._record.block_records[block]))
+            rows = self._read_rows(spec, block, sizes[block], record.shards)
             inside = wanted // spec.shard_rows == block
             values[inside] = rows[wanted[inside] - block * spec.shard_rows]
         return values
@@ -423,6 +458,18 @@ class CacheSplit:
     def block_records(self) -> Iterator[BlockRecord]:
         """Yield the commit records of this split's blocks of contexts."""
         return (BlockRecord.read_file(self._file(name)) for name in self._record.block_records)
+
+    def readable_records(self) -> Iterator[CommitRecord]:
+        """Yield the commit records of units and blocks, but for those that are damaged."""
+        units = [name for names in self._record.unit_records for name in names]
+        kinds: list[tuple[type[CommitRecord], list[str]]] = [
+            (UnitRecord, units),
+            (BlockRecord, self._record.block_records),
+        ]
+        for kind, names in kinds:
+            for name in names:
+                with suppress(ArtifactCorrupt):
+                    yield kind.read_file(self._file(name))
 
     def _file(self, record: str) -> Path:
         if not self.cache.manifest.files:  # a generation that is being published

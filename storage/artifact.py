@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -341,27 +341,6 @@ def published_file(root: Path, manifest: Manifest, name: str, *, whole: bool = F
 SMALL = 16 << 20
 """Bytes up to which a file is compared with its checksum whenever it is opened: some milliseconds. `pipeline verify`
 compares all."""
-
-
-def refuse_changed(file: Path, *, largest: int | None = SMALL) -> None:
-    """Raise ArtifactCorrupt if a file is not as the manifest of the artifact that it lies in says, if one lists it.
-
-    Of a file of more than ``largest`` bytes only the size is compared. A file is compared again when it changes.
-    """
-    with suppress(FileNotFoundError):  # which reading it says
-        status = file.stat()
-        _refuse_changed(file, (status.st_ino, status.st_size, status.st_mtime_ns), largest)
-
-
-@lru_cache(maxsize=1 << 12)
-def _refuse_changed(file: Path, state: tuple[int, ...], largest: int | None) -> None:  # noqa: ARG001
-    for root in (file.parent, file.parent.parent):
-        if (root / MANIFEST).is_file():
-            recorded = Manifest.read_file(root / MANIFEST).files
-            name = file.relative_to(root).as_posix()
-            if name in recorded and (problems := check_files(root, {name: recorded[name]}, largest=largest)):
-                raise ArtifactCorrupt(f"{problems[0]}; restore the file or make the artifact again")
-            return
 
 
 class Reference(Record):

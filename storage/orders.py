@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from tailrace.storage.artifact import MANIFEST
+from tailrace.storage.artifact import MANIFEST, SMALL
 from tailrace.storage.cache_format import EpochManifest, epoch_path, epoch_request
+from tailrace.storage.compared import refuse_damaged
 from tailrace.storage.layout import ArraySpec
 from tailrace.storage.memory import read_sequential
 from tailrace.storage.shard import open_shard, read_part_of_shard, read_run_of_shard, read_zarr, shard_errors
-from tailrace.storage.shuffle import EpochPlan, Run, Span
+from tailrace.storage.shuffle import EpochPlan, Run, Span, philox
 
 Read = TypeVar("Read")
 """The result of reading a shard."""
@@ -43,6 +45,9 @@ class OrderedSplit(Protocol):
     @property
     def identity(self) -> dict[str, Any]:
         """The cache's id, generation and digest."""
+
+    def compare_sample(self, specs: Sequence[ArraySpec], seed: int, epoch: int) -> None:
+        """Compare some shards of arrays with their records."""
 
     def read_shard(self, spec: ArraySpec, unit: int, read: Callable[[Path], Read]) -> Read:
         """Return ``read(group)`` for the Zarr group that holds a shard."""
@@ -79,14 +84,37 @@ def cut_pieces(spans: Sequence[Span], specs: Sequence[ArraySpec], most_bytes: in
             yield Piece(spec, first, tuple(gathered))
 
 
-class GatheredOrder:
+class _Compared:
+    """Some shards of an epoch are compared with their records, in a thread, while its first segment is read."""
+
+    n_segments: int
+
+    def __init__(self, compare: Callable[[], None]) -> None:
+        executor = ThreadPoolExecutor(1, "compared")
+        self._comparison = executor.submit(compare)
+        executor.shutdown(wait=False)
+
+    def _compared(self, segment: int) -> None:
+        """Raise ArtifactCorrupt before the second segment, or an only one, if a shard was damaged."""
+        if segment or self.n_segments == 1:
+            self._comparison.result()
+
+
+class GatheredOrder(_Compared):
     """The order of an epoch, bucket by bucket: threads read a run of rows per unit straight to shuffled positions."""
 
     n_buffers = 2
 
     def __init__(
-        self, split: OrderedSplit, plan: EpochPlan, specs: Sequence[ArraySpec], pool: ThreadPoolExecutor
+        self,
+        split: OrderedSplit,
+        plan: EpochPlan,
+        specs: Sequence[ArraySpec],
+        pool: ThreadPoolExecutor,
+        *,
+        reads: bool = True,
     ) -> None:
+        super().__init__(partial(split.compare_sample, specs, plan.seed, plan.epoch) if reads else lambda: None)
         self._split, self._plan, self._specs, self._pool = split, plan, specs, pool
         self._unit_rows = split.unit_rows
         self.segment_rows = plan.bucket_rows
@@ -97,7 +125,8 @@ class GatheredOrder:
         return self._plan.rows_in_bucket(segment)
 
     def load(self, segment: int, stored: dict[str, np.ndarray]) -> None:
-        """Fill the first rows of ``stored`` with one segment of the order."""
+        """Fill the first rows of ``stored`` with one segment of the order. Raises ArtifactCorrupt."""
+        self._compared(segment)
         runs = self._plan.runs(segment)
         tasks = [self._pool.submit(self._read, spec, run, stored[spec.name]) for run in runs for spec in self._specs]
         for task in tasks:
@@ -108,7 +137,8 @@ class GatheredOrder:
         return self._plan.bucket_order(segment)
 
     def pieces(self, segment: int, most_bytes: int) -> Iterator[Piece]:
-        """Yield what fills a segment without a scatter: its runs one after the other."""
+        """Yield what fills a segment without a scatter: its runs one after the other. Raises ArtifactCorrupt."""
+        self._compared(segment)
         return cut_pieces(self._plan.spans(segment), self._specs, most_bytes)
 
     def read(self, piece: Piece, rows: np.ndarray) -> None:
@@ -145,7 +175,7 @@ class KeptOrder(GatheredOrder):
         pool: ThreadPoolExecutor,
         kept: np.ndarray,
     ) -> None:
-        super().__init__(split, plan, specs, pool)
+        super().__init__(split, plan, specs, pool, reads=not kept.all())
         self._kept, self._first_rows = kept, np.cumsum(plan.unit_rows) - plan.unit_rows
 
     def served(self, segment: int) -> np.ndarray:
@@ -155,7 +185,8 @@ class KeptOrder(GatheredOrder):
         return np.asarray(rows[self._plan.bucket_order(segment)])
 
     def pieces(self, segment: int, most_bytes: int) -> Iterator[Piece]:
-        """Yield the runs that were not asked for before."""
+        """Yield the runs that were not asked for before. Raises ArtifactCorrupt."""
+        self._compared(segment)
         for span in self._plan.spans(segment):
             first, stop = self._where(span)
             if not self._kept[first:stop].all():
@@ -168,13 +199,14 @@ class KeptOrder(GatheredOrder):
         return first + span.start, first + span.stop
 
 
-class MaterialisedOrder:
+class MaterialisedOrder(_Compared):
     """The order of an epoch read batch by batch from a copy on disk in that order."""
 
     n_buffers = 2
     """For the batch served and the batch filled: a third only pushes them out of the cache (0.82 of the speed)."""
 
     def __init__(self, group: Path, plan: EpochPlan, specs: Sequence[ArraySpec], batch_rows: int) -> None:
+        super().__init__(partial(_compare_copied, group, plan, specs))
         self._group, self._plan, self._specs = group, plan, specs
         self.segment_rows = min(batch_rows, plan.n_rows)
         self.n_segments = -(-plan.n_rows // self.segment_rows)
@@ -185,7 +217,8 @@ class MaterialisedOrder:
         return min(self.segment_rows, self._plan.n_rows - segment * self.segment_rows)
 
     def load(self, segment: int, stored: dict[str, np.ndarray]) -> None:
-        """Fill the first rows of ``stored`` with one segment of the order."""
+        """Fill the first rows of ``stored`` with one segment of the order. Raises ArtifactCorrupt."""
+        self._compared(segment)
         start = segment * self.segment_rows
         for spec in self._specs:
             self._read(spec, start, start + self.n_rows(segment), stored[spec.name])
@@ -223,7 +256,8 @@ class MaterialisedOrder:
         return None
 
     def pieces(self, segment: int, most_bytes: int) -> Iterator[Piece]:
-        """Yield what fills a segment."""
+        """Yield what fills a segment. Raises ArtifactCorrupt."""
+        self._compared(segment)
         row, shard_rows = segment * self.segment_rows, self._specs[0].shard_rows
         stop, spans = row + self.n_rows(segment), []
         while row < stop:
@@ -247,6 +281,22 @@ class MaterialisedOrder:
         for _, file in self._open.values():
             file.close()
         self._open.clear()
+
+
+_MANY = 64
+"""More shards than are compared each time."""
+
+
+def _compare_copied(group: Path, plan: EpochPlan, specs: Sequence[ArraySpec]) -> None:
+    """Do for a copy what ``compare_sample`` does for a split."""
+    shards = EpochManifest.read(group).shards
+    generator = np.random.Generator(philox(plan.seed, f"{plan.split}/compared/{plan.epoch}"))
+    n_shards = -(-plan.n_rows // specs[0].shard_rows)
+    chosen = [spec.shard_name(shard) for spec in specs for shard in range(n_shards)]
+    if len(chosen) > _MANY or sum(spec.row_bytes for spec in specs) * plan.n_rows > SMALL:
+        chosen = [chosen[generator.integers(len(chosen))]]
+    for name in chosen:
+        refuse_damaged(group, name, shards[name])
 
 
 def find_materialised(split: OrderedSplit, plan: EpochPlan) -> Path | None:

@@ -2,7 +2,8 @@
 
 The same rows in the same batches give the same bytes: row groups are cut by row count alone, the writer's options
 are fixed, and no time or path enters the file. (The library's name and version do, so bytes agree between equal
-releases of pyarrow.) A file appears under its name only when it is complete and synced.
+releases of pyarrow.) A file appears under its name only when it is complete and synced, and every page of it has a
+checksum.
 
 Meanings live in the Arrow schema that Parquet keeps beside the data: ``describe`` reads them back. Tools that
 read plain Parquet, DuckDB among them, see names and types only.
@@ -33,6 +34,7 @@ from tailrace.storage.artifact import (
     sync_directory,
 )
 from tailrace.storage.cache_format import Site
+from tailrace.storage.compared import refuse_changed
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.formats import FOR_ONE_LAYER_ONLY, TABLES_KIND
 from tailrace.storage.names import inside, remove_abandoned, temporary_path
@@ -134,7 +136,8 @@ def write_table(
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], row_group_rows: int) -> int:
     n_rows = 0
-    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=3, version="2.6") as writer:
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "version": "2.6"}
+    with pq.ParquetWriter(path, schema, write_page_checksum=True, **options) as writer:
         for group in _regroup(schema, batches, row_group_rows):
             writer.write_table(group, row_group_size=group.num_rows)
             n_rows += group.num_rows
@@ -209,11 +212,14 @@ def _array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
 def read_table(path: Path, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
     """Return a Parquet file, or some of its columns and rows, as an Arrow table.
 
-    Row groups without a row that ``where`` asks for are not read. Raises ArtifactMissing or ArtifactCorrupt.
+    Row groups without a row that ``where`` asks for are not read. What is read is compared with the pages' checksums,
+    and a small file with the manifest that lists it. Raises ArtifactMissing or ArtifactCorrupt.
     """
+    refuse_changed(path)
     try:
         wanted = list(columns) if columns is not None else None
-        return pq.read_table(inside(path.parent, path.name), columns=wanted, filters=where)
+        file = inside(path.parent, path.name)
+        return pq.read_table(file, columns=wanted, filters=where, page_checksum_verification=True)
     except FileNotFoundError as error:
         raise ArtifactMissing(f"{path}: there is no such table; run the command that makes it") from error
     except (pa.ArrowInvalid, OSError) as error:
@@ -222,6 +228,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None, where: pc.Expre
 
 def read_schema(path: Path) -> pa.Schema:
     """Return the schema of a Parquet file, with the meanings of its columns. Raises ArtifactCorrupt for no file."""
+    refuse_changed(path)
     try:
         return pq.read_schema(inside(path.parent, path.name))
     except (pa.ArrowInvalid, OSError) as error:

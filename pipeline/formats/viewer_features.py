@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tailrace.pipeline.formats.hooks import layer_hooks
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.storage.artifact import make_directory, storage_refused, write_atomically
+from tailrace.storage.compared import refuse_changed
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing, SettingsError
 from tailrace.storage.names import temporary_path
 from tailrace.storage.tables import TablesManifest, read_schema, read_table
@@ -232,7 +233,8 @@ def _example_groups(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         raise ArtifactMissing(f"{path}: there is no such table; run pipeline analyze")
-    with pq.ParquetFile(path) as file:
+    refuse_changed(path)
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
         for batch in file.iter_batches(batch_size=4096, columns=columns):
             yield from batch.to_pylist()

@@ -23,7 +23,15 @@ import pyarrow as pa
 
 from tailrace.pipeline.query.saved import MADE_BY
 from tailrace.pipeline.query.text_table import MAX_SHOWN_ROWS, render_table
-from tailrace.pipeline.query.views import FOLDER, Tables, View, each_folder, find_views, open_views
+from tailrace.pipeline.query.views import (
+    FOLDER,
+    Tables,
+    View,
+    each_folder,
+    find_views,
+    open_views,
+    refuse_changed_tables,
+)
 from tailrace.storage.artifact import write_output
 from tailrace.storage.errors import ActionableError
 from tailrace.storage.tables import write_table
@@ -147,6 +155,7 @@ def _select(sql: str, views: Sequence[View], parameters: Parameters | None) -> p
         try:
             open_views(connection, views)
             _refuse_other_statements(connection, sql)
+            refuse_changed_tables(connection, sql, views)
             return connection.sql(sql, params=dict(parameters) if parameters else None).to_arrow_table()
         except duckdb.Error as error:
             raise ActionableError(f"{_explained(error, views)}\n{_name_tables(views)}") from error

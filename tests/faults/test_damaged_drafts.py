@@ -16,7 +16,20 @@ import numpy as np
 import pytest
 
 from tailrace.storage.artifact import MANIFEST
-from tests.faults.damage import Damage, contents, cut, files_below, flip, interruption, is_refusal, pipeline, released
+from tailrace.storage.cache_format import PROVENANCE, CacheFormat, Site, UnitRecord, split_path, unit_record_name
+from tailrace.storage.cache_writer import RECHECKED_BYTES, UnitBuffer, recall_record
+from tests.faults.damage import (
+    DAMAGES,
+    Damage,
+    contents,
+    cut,
+    files_below,
+    flip,
+    interruption,
+    is_refusal,
+    pipeline,
+    released,
+)
 from tests.released.recipe import STEPS
 from tests.support.cache_jobs import differing
 
@@ -29,11 +42,11 @@ _CACHE = (
 
 
 class Draft(NamedTuple):
-    """A command line that is interrupted after a rename to a name, and those that come before it."""
+    """A command line that is interrupted after the n-th rename to a name, and those that come before it."""
 
     line: str
     name: str
-    count: int = 1
+    nth: int = 1
     before: str = ""
     inputs: tuple[str, ...] = ("caches/float32",)
 
@@ -98,7 +111,7 @@ def try_damages(
     line = draft.line.format(out="output")
     if draft.before:
         assert pipeline(capsys, folder, draft.before.format(out="output")).code == 0
-    with interruption(draft.name, draft.count):
+    with interruption(draft.name, draft.nth):
         pipeline(capsys, folder, line)
     shutil.copytree(output, kept)
     assert pipeline(capsys, folder, line).code == 0
@@ -143,11 +156,31 @@ def test_a_damaged_checkpoint_snapshot_or_log_is_not_continued_from(
     assert outcomes == Outcomes(1, 2, [])  # the snapshot comes again after the checkpoint before it
 
 
-def test_a_damaged_record_or_checkpoint_of_a_cache_is_made_again(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    outcomes = try_damages(capsys, tmp_path, CACHE, (flip,), ("/train-unit-000000", "packing.npz"))
-    assert outcomes == Outcomes(3, 0, [])  # the record, the file that vouches for it, and where packing stood
+def test_a_unit_of_which_any_file_changed_counts_as_not_written(tmp_path: Path) -> None:
+    layout = CacheFormat((Site("layer0", "in", "out", 4, 4, "float32"),), 8, 32, 8, "none", 8)
+    index, buffer = np.arange(32), UnitBuffer(layout)
+    buffer.begin(0, "train", 0, 32)
+    where = {"context": index // 8, "position": index % 8}
+    provenance = {name: where.get(name, index).astype(kind) for name, kind in PROVENANCE.items()}
+    buffer.fill(provenance, {key: np.ones((32, 4), np.float32) for key in layout.encodings()})
+    buffer.commit(tmp_path, 0)
+    name, random = unit_record_name(0, "train", 0), np.random.Generator(np.random.Philox(3))
+
+    def recalled(n_finished: int = 1, age: int = 0) -> bool:
+        group = split_path(tmp_path, "train")
+        return recall_record(tmp_path, name, UnitRecord, group, age=age, n_finished=n_finished) is not None
+
+    assert recalled()
+    for file in files_below(tmp_path):
+        kept = file.read_bytes()
+        for damage in DAMAGES:
+            damage(file, random)
+            assert not recalled() or file.read_bytes() == kept, (damage.__name__, file)
+            file.write_bytes(kept)
+    flip(tmp_path / "train/sites/layer0/out/c/0/0", random)
+    many = RECHECKED_BYTES // 100
+    assert not recalled(many)  # the newest unit is read, of the others some
+    assert recalled(many, age=1)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pyarrow.compute as compute
 import pyarrow.json
 
 from tailrace.storage.artifact import MANIFEST, canonical_json, read_json, write_atomically
+from tailrace.storage.compared import refuse_changed
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.names import by_number
 from tailrace.training.architectures.manifest import BASELINES, MARK, METRICS, TIMING
@@ -173,6 +174,7 @@ def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """
     whole = [pa.field("step", pa.float64()), pa.field("rows", pa.float64()), pa.field("split", pa.string())]
     schema = pa.schema([*whole, *(pa.field(name, pa.float64()) for name in names)])
+    refuse_changed(path)
     content = path.read_bytes() if path.exists() else b""
     lines = content.splitlines(keepends=True)
     content = b"".join(line for line in lines if line.endswith(b"\n") and not line.startswith(b"\0"))
