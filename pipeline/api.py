@@ -445,6 +445,8 @@ def verify(
     *,
     checksums: bool = True,
     pairs: int = 8,
+    sample: float = 1.0,
+    seed: int = 0,
     shuffle: bool = False,
     batch_rows: int | None = None,
     epoch: int = 0,
@@ -455,6 +457,9 @@ def verify(
     quiet: bool = True,
 ) -> Verification:
     """Check an artifact's bytes; of a cache, ``pairs`` contexts against the model too, and with ``shuffle`` the order.
+
+    Of a folder, the bytes of every artifact in it. The share ``sample`` of all files is read, drawn by ``seed``; of the
+    others the sizes are compared.
 
     What is wrong is in the result, whose ``passed`` is then False. Raises ArtifactError for what is no artifact, and
     ModelError if the model cannot be loaded.
@@ -467,6 +472,8 @@ def verify(
         as_path(path),
         checksums=checksums,
         pairs=pairs,
+        sample=sample,
+        seed=seed,
         shuffle=shuffle,
         batch_rows=batch_rows,
         epoch=epoch,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache, read_settled
-from tailrace.storage.artifact import MANIFEST, FileRecord, check_files, check_request, verify_artifact
+from tailrace.storage.artifact import MANIFEST, FileRecord, Reads, check_files, check_request, verify_artifact
 from tailrace.storage.cache_format import (
     EPOCH_KIND,
     EPOCHS,
     SPLITS,
     CacheFormat,
-    CommitRecord,
     EpochManifest,
     manifest_name,
     superseded_path,
@@ -34,10 +33,12 @@ def total_bytes(cache: ActivationCache) -> int:
     return sum(recorded.bytes for _, _, recorded in _shards(_generations(cache)))
 
 
-def verify_bytes(path: Path, progress: Progress = lambda _: None) -> list[str]:
+def verify_bytes(path: Path, progress: Progress = lambda _: None, reads: Reads = lambda _: True) -> list[str]:
     """Check every file of every generation of a cache; return a sentence for each difference.
 
-    Raises ArtifactMissing or ArtifactIncomplete where there is nothing published.
+    Of shards that are not to be read only the size is compared. Damage to one file keeps no other from being checked,
+    except that nothing is known of shards whose record is damaged. Raises ArtifactMissing or ArtifactIncomplete where
+    there is nothing published.
     """
     try:
         cache = open_cache(path)
@@ -49,16 +50,15 @@ def verify_bytes(path: Path, progress: Progress = lambda _: None) -> list[str]:
     problems += _check_metadata(cache)
     for generation in generations:
         problems += _check_superseded_metadata(generation)
-    if problems:
-        # commit records hold the checksums of the shards: where they are damaged, shards cannot be judged
-        return problems
     for split, name, recorded in _shards(generations):
-        problems += read_settled(partial(split.group_of, name), partial(check_files, files={name: recorded}))
+        problems += read_settled(
+            partial(split.group_of, name), partial(check_files, files={name: recorded}, reads=reads)
+        )
         progress(recorded.bytes)
     for epoch in sorted((path / EPOCHS).glob("*")):
         if (epoch / MANIFEST).exists():
             problems += verify_artifact(epoch, EPOCH_KIND)
-            problems += check_files(epoch, _epoch_shards(epoch))
+            problems += check_files(epoch, _epoch_shards(epoch), reads=reads)
     return problems
 
 
@@ -122,7 +122,7 @@ def _shards(generations: list[ActivationCache]) -> Iterator[tuple[CacheSplit, st
     for cache in generations:
         for name in cache.manifest.splits:
             split = cache.split(name)
-            for record in chain[CommitRecord](split.unit_records(), split.block_records()):
+            for record in split.readable_records():
                 for shard, recorded in record.shards.items():
                     if (key := (split.group_of(shard) / shard, recorded.checksum)) not in seen:
                         seen.add(key)

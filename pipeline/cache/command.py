@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -217,12 +218,32 @@ def shuffle(cache: CachePath, epoch: int, seed: int | None, split: str, as_json:
         click.echo(f"{path}: training reads epoch {epoch} from here")
 
 
+def _parse_share(_: click.Context, option: click.Parameter, text: str) -> float:
+    """Return ``1%`` or 0.01 as a number; raise BadParameter for what is no share of a whole."""
+    try:
+        share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise click.BadParameter(f"{text!r} is no share; give more than 0 and at most 100%, such as 1%", param=option)
+    return share
+
+
 @click.command("verify", cls=SectionCommand)
 @click.argument("path", type=options.ARTIFACT)
 @click.option("--checksums/--no-checksums", default=True, help="Re-read every byte. [default: yes]")
 @click.option(
     "--pairs", type=click.IntRange(min=0), default=8, show_default=True, help="Contexts to run again; 0: none."
 )
+@click.option(
+    "--sample",
+    callback=_parse_share,
+    default="100%",
+    metavar="SHARE",
+    show_default=True,
+    help="Share of all files to read, such as 1%; of the others the sizes are compared.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which files a sample reads.")
 @click.option("--shuffle", is_flag=True, help="Report whether the order looks like a uniformly random permutation.")
 @click.option("--batch-rows", type=click.IntRange(min=2), help="Batch of that report; 4096 unless there are few rows.")
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="Epoch of that report.")
@@ -234,6 +255,8 @@ def verify(
     path: Path,
     checksums: bool,
     pairs: int,
+    sample: float,
+    seed: int,
     shuffle: bool,
     batch_rows: int | None,
     epoch: int,
@@ -242,15 +265,21 @@ def verify(
     as_json: bool,
     compute: Compute,
 ) -> None:
-    """Check the artifact at PATH; exit with 1 if anything is wrong.
+    """Check the artifact at PATH, or all in a folder; exit with 1 if anything is wrong.
 
-    Every artifact's bytes are compared with their checksums, of a cache those of all generations. Some of its recorded
-    contexts are also run through the language model again and compared with their stored rows.
+    Every artifact's bytes are compared with their checksums, of a cache those of all generations. Of a cache alone,
+    some recorded contexts are also run through the language model again and compared with their stored rows.
+
+    \b
+    pipeline verify caches/gpt2
+    pipeline verify .
+    pipeline verify caches/gpt2 --sample 1% --seed 7
     """
-    from tailrace.pipeline.cache.verify import kind_of, run
+    from tailrace.pipeline.cache.verify import holds_others, kind_of, run
     from tailrace.storage.cache_format import KIND
 
-    if (kind := kind_of(path)) != KIND and not as_json:
+    is_folder = holds_others(path)
+    if not is_folder and (kind := kind_of(path)) != KIND and not as_json:
         click.echo(f"{path}: comparing every file of the {kind} with its checksum")
     done = run(
         path,
@@ -261,16 +290,40 @@ def verify(
         epoch=epoch,
         generation=generation,
         model=model,
+        sample=sample,
+        seed=seed,
         compute=compute,
-        finished=(lambda _: None) if as_json else show_check,
+        finished=(lambda _: None) if as_json else show_artifact if is_folder else show_check,
     )
-    problems = [*done.damage, *(_line(report) for report in done.pairs if not report.passed)]
+    damage = [*done.damage, *(problem for one in done.inside for problem in one.damage)]
+    problems = [*damage, *(_line(report) for report in done.pairs if not report.passed)]
     if done.shuffle is not None and not done.shuffle.passed:
         problems.append("the order does not look like a uniformly random permutation")
     if as_json:
         options.echo_json({**asdict(done), "passed": done.passed, "problems": problems})
         sys.exit(0 if done.passed else 1)
+    if is_folder:
+        show_sum(done)
+    if done.sampled:
+        click.echo(done.sampled)
     _finish(problems)
+
+
+def show_artifact(check: Verification) -> None:
+    """Print what the check of an artifact in a folder has shown."""
+    n_problems = len(check.damage)
+    damage = f", {n_problems} problem{'s' * (n_problems > 1)}" if n_problems else ""
+    _say(not check.damage, f"{check.path}: {check.kind or 'unknown kind'}{damage}")
+
+
+def show_sum(check: Verification) -> None:
+    """Print how many artifacts of a folder were checked, and those that were never finished."""
+    for path in check.unfinished:
+        click.echo(f"--   {path}: was never finished, and is not checked")
+    n_damaged = sum(not one.passed for one in check.inside)
+    click.echo(
+        f"{len(check.inside):,} artifacts checked, {n_damaged:,} damaged, {len(check.unfinished):,} never finished"
+    )
 
 
 def show_check(check: Verification) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -18,10 +19,12 @@ from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.progress import Progress
 from tailrace.storage.activation_cache import CacheSplit, open_cache
-from tailrace.storage.artifact import MANIFEST, read_sealed, verify_artifact
+from tailrace.storage.artifact import MANIFEST, REQUEST, read_sealed, unreadable, verify_artifact
 from tailrace.storage.cache_format import KIND, Site
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
-from tailrace.storage.display import card, line, table
+from tailrace.storage.compared import Sample
+from tailrace.storage.display import card, line, share, table
+from tailrace.storage.draft import holds_artifact
 from tailrace.storage.errors import ActionableError
 from tailrace.storage.generations import CacheAt, CachePath, refuse_generation
 from tailrace.storage.layout import RELATIVE_ERROR, Side, relative_error
@@ -61,18 +64,27 @@ class Verification:
     """What was checked of an artifact, and what was wrong."""
 
     path: Path
+    kind: str = ""
+    """The artifact's kind; empty for a folder of artifacts."""
     damage: list[str] = field(default_factory=list)
     """A sentence for every file that is not as it was written."""
     pairs: list[PairingReport] = field(default_factory=list)
     """Of a cache, for every split, site and side."""
     shuffle: ShuffleEvidence | None = None
     """Of a cache, if it was asked for."""
+    inside: list[Verification] = field(default_factory=list)
+    """Of a folder, its artifacts."""
+    unfinished: list[Path] = field(default_factory=list)
+    """Of a folder, artifacts in it that were begun and not finished; they are not checked."""
+    sampled: str = ""
+    """Of a sample, how much was read."""
 
     @property
     def passed(self) -> bool:
         """Whether nothing was wrong."""
         is_shuffled = self.shuffle is None or self.shuffle.passed
-        return not self.damage and all(report.passed for report in self.pairs) and is_shuffled
+        are_right = all(report.passed for report in self.pairs) and all(one.passed for one in self.inside)
+        return not self.damage and are_right and is_shuffled
 
     def _repr_html_(self) -> str:
         columns = ("split", "site", "side", "rows", "relative error", "at most", "")
@@ -89,6 +101,28 @@ def kind_of(path: Path) -> str:
     return str(read_sealed(path / MANIFEST)["kind"]) if (path / MANIFEST).exists() else KIND
 
 
+def holds_others(path: Path) -> bool:
+    """Return whether ``path`` is a folder of artifacts and none itself."""
+    is_one = any((path / name).exists() for name in (MANIFEST, REQUEST))
+    return path.is_dir() and not is_one and next(_artifacts(path), None) is not None
+
+
+def _artifacts(path: Path) -> Iterator[Path]:
+    """Yield the folders of artifacts below ``path``, damaged ones too; what lies in a finished one is part of it."""
+    is_finished = (path / MANIFEST).is_file()
+    if (path / REQUEST).is_file() or holds_artifact(path):
+        yield path
+        if is_finished:
+            return
+    try:
+        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
+        folders = [name for name in folders if not name.startswith(".")]
+    except OSError as error:
+        raise unreadable(error, path) from error
+    for name in folders:
+        yield from _artifacts(path / name)
+
+
 def run(
     path: Path,
     *,
@@ -99,33 +133,74 @@ def run(
     epoch: int = 0,
     generation: int | None = None,
     model: str | None = None,
+    sample: float = 1.0,
+    seed: int = 0,
     compute: Compute = Compute(),
     finished: Callable[[Verification], object] = lambda _: None,
 ) -> Verification:
     """Check the artifact at ``path``: bytes; of a cache also ``pairs`` contexts, and the order with ``shuffle``.
 
-    Bytes are compared of all generations of a cache, the rest is of ``generation``, by default the newest. Where one
-    check finds something wrong, the next are left out. ``finished`` is given what each check of a cache alone has
-    shown. The other arguments are those of ``check_pairs`` and ``check_shuffle``, and so are the errors.
+    Of a folder of artifacts, the bytes of each; bytes are those of all generations of a cache, the rest is of
+    ``generation``, by default the newest. Of the files that manifests and commit records list, the share ``sample`` is
+    read, drawn by ``seed``. Where one check finds something wrong, the next are left out. ``finished`` is
+    given what each check of a cache alone, or of an artifact in a folder, has shown. The other arguments are those of
+    ``check_pairs`` and ``check_shuffle``, and so are the errors.
     """
-    if (kind := kind_of(path)) != KIND:
+    drawn, read = Sample(sample, seed), path if generation is None else CacheAt(path, generation)
+    kind, is_folder = kind_of(path), holds_others(path)
+    if is_folder or kind != KIND:
         refuse_generation(path, generation)
-        return Verification(path, verify_artifact(path, kind))
-    done, read = Verification(path), path if generation is None else CacheAt(path, generation)
-    if checksums:
-        done = Verification(path, check_bytes(path, quiet=compute.quiet))
-        finished(done)
-    if pairs and done.passed:
-        done = replace(done, pairs=check_pairs(read, n_contexts=pairs, model=model, compute=compute))
-        finished(replace(done, damage=[]))
-    if shuffle and done.passed:
-        done = replace(done, shuffle=check_shuffle(read, batch_rows=batch_rows, epoch=epoch))
-        finished(replace(done, damage=[], pairs=[]))
+    if is_folder:
+        done = _check_folder(path, drawn, finished, quiet=compute.quiet)
+    elif kind != KIND:
+        done = Verification(path, kind, verify_artifact(path, kind, drawn.reads))
+    else:
+        done = Verification(path, KIND)
+        if checksums:
+            done = replace(done, damage=check_bytes(path, quiet=compute.quiet, sample=drawn))
+            finished(done)
+        if pairs and done.passed:
+            done = replace(done, pairs=check_pairs(read, n_contexts=pairs, model=model, compute=compute))
+            finished(replace(done, damage=[]))
+        if shuffle and done.passed:
+            done = replace(done, shuffle=check_shuffle(read, batch_rows=batch_rows, epoch=epoch))
+            finished(replace(done, damage=[], pairs=[]))
+    return replace(done, sampled=_sentence(drawn)) if sample < 1 else done
+
+
+def _check_folder(
+    path: Path, sample: Sample, finished: Callable[[Verification], object], *, quiet: bool
+) -> Verification:
+    done = Verification(path)
+    for artifact in _artifacts(path):
+        if not (artifact / MANIFEST).exists():
+            done.unfinished.append(artifact)
+            continue
+        kind = ""
+        try:
+            if (kind := kind_of(artifact)) == KIND:
+                damage = check_bytes(artifact, quiet=quiet, sample=sample)
+            else:
+                damage = verify_artifact(artifact, kind, sample.reads)
+        except ActionableError as error:  # the others are checked all the same
+            damage = [str(error)]
+        done.inside.append(Verification(artifact, kind, damage))
+        finished(done.inside[-1])
     return done
 
 
-def check_bytes(path: Path, *, quiet: bool = True) -> list[str]:
-    """Re-read every checksum of a cache; return a sentence for every difference."""
+def _sentence(sample: Sample) -> str:
+    """Return how much was read, and what that is worth."""
+    files, size = share(sample.n_read / max(1, sample.n_files)), share(sample.n_bytes_read / max(1, sample.n_bytes))
+    return (
+        f"read {sample.n_read:,} of {sample.n_files:,} files ({files}), {size} of their bytes, drawn by seed "
+        f"{sample.seed}; of the others the sizes were compared. One damaged file of the same size is found with a "
+        f"chance of {files}; {sample.n_seeds} seeds in a row, such as 0 to {sample.n_seeds - 1}, read every file"
+    )
+
+
+def check_bytes(path: Path, *, quiet: bool = True, sample: Sample | None = None) -> list[str]:
+    """Re-read every checksum of a cache, or of a sample; return a sentence for every difference."""
     with Progress(None, "checksums", "bytes", quiet=quiet) as bar:
 
         def note(n_bytes: int) -> None:
@@ -133,7 +208,7 @@ def check_bytes(path: Path, *, quiet: bool = True) -> list[str]:
 
         with suppress(ActionableError, OSError, KeyError):  # the damage is what verify_bytes reports
             bar.total = total_bytes(open_cache(path))
-        return verify_bytes(path, note)
+        return verify_bytes(path, note, (sample or Sample(1.0)).reads)
 
 
 def check_pairs(
