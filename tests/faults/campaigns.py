@@ -27,6 +27,7 @@ import zarr
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.errors import ActionableError
+from tailrace.storage.labels import FILE
 from tests.faults.lab import Call, Fault, Lab, Mode, Outcome, Signal, read_calls
 from tests.faults.power_cut import CHANGES_BYTES, Disk, State
 from tests.faults.stages import OUTPUT, STAGES, Stage, begin, command
@@ -135,6 +136,9 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
+    if path.name == FILE:  # labels say when they were given
+        labels = pa.parquet.read_table(path)
+        return repr((labels.schema, labels.drop_columns("updated").to_pylist()))
     return str(path.readlink()) if path.is_symlink() else xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 

@@ -140,7 +140,6 @@ class Lab:
     """What commands run in; calls on files below it are counted, refused and recorded."""
     _side: Path
     _state: Any
-    _mapped: mmap.mmap
 
     @classmethod
     def open(cls) -> Self:
@@ -151,14 +150,12 @@ class Lab:
         (side / "orders").write_bytes(bytes(ctypes.sizeof(_State)))
         with (side / "orders").open("r+b") as file:
             mapped = mmap.mmap(file.fileno(), ctypes.sizeof(_State))
-        return cls(side / "world", side, _State.from_buffer(mapped), mapped)
+        return cls(side / "world", side, _State.from_buffer(mapped))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._state = None
-        self._mapped.close()
         shutil.rmtree(self._side)
 
     @property
@@ -216,10 +213,11 @@ class Lab:
 def _send(process: Any, number: signal.Signals) -> None:
     if process.exitcode is not None:
         return
-    os.kill(process.pid, number)
-    if number == signal.SIGSTOP:
-        process.join(0.1)
-        os.kill(process.pid, signal.SIGCONT)
+    with suppress(ProcessLookupError):  # it ended a moment ago
+        os.kill(process.pid, number)
+        if number == signal.SIGSTOP:
+            process.join(0.1)
+            os.kill(process.pid, signal.SIGCONT)
 
 
 def _end_group(process: Any) -> None:

@@ -13,7 +13,7 @@ import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 import zarrs  # noqa: F401
 
 import tailrace.pipeline
-import tests.support.cache_jobs  # noqa: F401
+import tests.faults.lab  # noqa: F401
 
 for module in pkgutil.walk_packages(tailrace.pipeline.__path__, "tailrace.pipeline."):
     importlib.import_module(module.name)
