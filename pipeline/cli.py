@@ -131,6 +131,15 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse arguments that are no text: neither SQL nor a manifest can hold them."""
+        for argument in args:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                raise click.UsageError(f"the argument {argument!r} is not UTF-8; write or rename it so", ctx) from None
+        return super().parse_args(ctx, args)
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Find the command that was typed; a wrong name is answered with the right ones."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):

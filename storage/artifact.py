@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tailrace.storage.errors import (
     ArtifactCorrupt,
@@ -261,6 +261,20 @@ class Record(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+def shaped(record: type[Record], *, or_empty: bool = False) -> AfterValidator:
+    """Return a check that a JSON object has the keys of ``record``; it stays the ``dict`` that it is."""
+
+    def check(value: dict[str, JSON]) -> dict[str, JSON]:
+        try:
+            if value or not or_empty:
+                record.model_validate(value)
+        except ValidationError as error:
+            raise ValueError("; ".join(map(_describe, error.errors(include_url=False)))) from error
+        return value
+
+    return AfterValidator(check)
+
+
 def _describe(problem: Any) -> str:
     """Return the key that is wrong, what was wanted, and what is there instead."""
     there = "" if problem["type"] == "missing" else f" (got {shown(problem['input'])})"
@@ -385,13 +399,21 @@ class Inputs(Record):
     """Checksums of files about the similar features of two tables."""
 
 
+class _ModelRecord(Record):
+    name: str
+    n_layers: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
+ModelIdentity = Annotated[dict[str, JSON], shaped(_ModelRecord)]
+"""Identity of a language model."""
+
+
 class DerivedManifest(Manifest):
     """The manifest of what is made with a language model, be it from a cache, transcoders or tables."""
 
     format: int = 1
     inputs: Inputs
-    model: dict[str, JSON]
-    """Identity of the language model."""
+    model: ModelIdentity
     versions: dict[str, str] = Field(default_factory=dict)
     """Of the libraries that had a say in it."""
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field, TypeAdapter, model_serializer
+from pydantic import Field, TypeAdapter, model_serializer, model_validator
 from pydantic.dataclasses import dataclass
 
-from tailrace.storage.artifact import JSON, KEEPING, FileRecord, Manifest, Record
+from tailrace.storage.artifact import JSON, KEEPING, Count, FileRecord, Manifest, ModelIdentity, Record
 from tailrace.storage.formats import ARTIFACT_FORMATS, Compression
 from tailrace.storage.layout import ArraySpec, Encoding, Side
 from tailrace.storage.shuffle import EpochPlan
@@ -53,6 +53,8 @@ class HookName(NamedTuple):
         return self.point if self.head is None else f"{self.point}[{self.head}]"
 
 
+Size = Annotated[int, Field(ge=1, lt=2**40)]
+"""A width, or a number of rows that are read together."""
 KIND = "activation-cache"
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
 SPLITS = ("train", "heldout")
@@ -77,10 +79,10 @@ class Site:
     name: str
     hook_in: str
     hook_out: str
-    d_in: int
-    d_out: int
-    dtype: str
-    """Storage dtype: bfloat16, float16, float32 or int8."""
+    d_in: Size
+    d_out: Size
+    dtype: Annotated[str, Field(pattern="^(bfloat16|float16|float32|int8)$")]
+    """Storage dtype."""
 
     @property
     def layer(self) -> int | None:
@@ -114,11 +116,11 @@ class CacheFormat:
     """Everything that fixes the arrays of a cache apart from how many rows they have."""
 
     sites: tuple[Site, ...]
-    context_length: int
-    shard_rows: int
-    chunk_rows: int
+    context_length: Size
+    shard_rows: Size
+    chunk_rows: Size
     compression: Compression
-    block_contexts: int
+    block_contexts: Size
     """Contexts per shard of the context arrays."""
     column_scales: dict[str, list[float]] = field(default_factory=dict)
     """``site/side`` → float32 column scale; int8 sites only."""
@@ -173,12 +175,12 @@ class CacheFormat:
 class SplitRecord(Record):
     """What a manifest says of one split."""
 
-    n_rows: int
-    n_contexts: int
+    n_rows: Count
+    n_contexts: Count
     """Their rows may not all be stored."""
-    bucket_rows: int
+    bucket_rows: Count
     """Rows that are shuffled together in memory when an epoch is gathered."""
-    counts: dict[str, int]
+    counts: dict[str, Count]
     """What became of the tokens."""
     unit_records: list[list[str]]
     """For each unit the paths of its commit records; a widened unit has several."""
@@ -203,8 +205,7 @@ class CacheManifest(Manifest):
     """Digest of the generation before."""
     seed: int
     """Of the shuffle inside units, and the default of epochs."""
-    model: dict[str, JSON]
-    """Identity of the language model."""
+    model: ModelIdentity
     text: dict[str, JSON]
     packing: dict[str, JSON] = Field(default_factory=dict)
     """How contexts are built."""
@@ -212,6 +213,16 @@ class CacheManifest(Manifest):
     splits: dict[str, SplitRecord]
     metadata: dict[str, FileRecord]
     """Files that later generations replace."""
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> Self:
+        """Refuse rows and contexts that no unit and no block vouches for: what reads them would wait for all."""
+        for name, split in self.splits.items():
+            wanted = -(-split.n_rows // self.format.shard_rows), -(-split.n_contexts // self.format.block_contexts)
+            recorded = len(split.unit_records), len(split.block_records)
+            if recorded != wanted:
+                raise ValueError(f"splits.{name}: wanted the records of {wanted} units and blocks, got {recorded}")
+        return self
 
 
 class ShardsRecord(Record):
@@ -230,18 +241,18 @@ class CommitRecord(ShardsRecord):
 class BlockRecord(CommitRecord):
     """The commit record of a block of contexts."""
 
-    block: int
-    n_contexts: int
+    block: Count
+    n_contexts: Count
 
 
 class UnitRecord(CommitRecord):
     """The commit record of a unit."""
 
-    unit: int
-    n_rows: int
-    first_context: int
+    unit: Count
+    n_rows: Count
+    first_context: Count
     """Context of the first row in token order."""
-    first_position: int
+    first_position: Count
     statistics: dict[str, StatisticsRecord]
     """Of each ``site/side``."""
 

@@ -122,8 +122,12 @@ def home_path(path: str | os.PathLike[str]) -> Path:
 
 def path_problem(path: Path) -> str | None:
     """Return why the system can have no such path, or None; whether anything lies there is another matter."""
-    if "\0" in str(path):
-        return "holds a null byte"
+    try:
+        if "\0" in str(path):
+            return "holds a null byte"
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        return error.reason
     lengths = [len(os.fsencode(part)) for part in path.parts]
     is_too_long = max(lengths, default=0) > _LONGEST_NAME or sum(lengths) + len(lengths) > _LONGEST_PATH
     return os.strerror(errno.ENAMETOOLONG) if is_too_long else None

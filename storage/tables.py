@@ -16,13 +16,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import AfterValidator
 
 from tailrace.storage.artifact import (
+    JSON,
+    Count,
     DerivedManifest,
     Inputs,
     Record,
@@ -30,6 +33,7 @@ from tailrace.storage.artifact import (
     discard,
     is_disk_refusal,
     refuse_replacing,
+    shaped,
     storage_refused,
     sync_directory,
 )
@@ -49,13 +53,28 @@ _UNIT = b"unit"
 class TableRecord(Record):
     """What a manifest says of a table."""
 
-    n_rows: int
+    n_rows: Count
 
 
 class TablesInputs(Inputs):
     """What tables were made from."""
 
     transcoder: Reference
+
+
+class _TablesSettings(Record):
+    split: str = ""
+    rows: int | None = None
+
+
+class _TablesRequest(Record):
+    settings: _TablesSettings
+
+
+def _with_features(tables: dict[str, TableRecord]) -> dict[str, TableRecord]:
+    if "features" not in tables:
+        raise ValueError("wanted the table features among them")
+    return tables
 
 
 class TablesManifest(DerivedManifest):
@@ -65,8 +84,9 @@ class TablesManifest(DerivedManifest):
     instead = FOR_ONE_LAYER_ONLY
 
     inputs: TablesInputs
+    request: Annotated[dict[str, JSON], shaped(_TablesRequest)]
     site: Site
-    tables: dict[str, TableRecord]
+    tables: Annotated[dict[str, TableRecord], AfterValidator(_with_features)]
 
 
 class TableColumn(NamedTuple):

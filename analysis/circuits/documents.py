@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from tailrace.analysis.circuits.attribution_graph import AttributionGraph
 from tailrace.analysis.circuits.contributions import Terms
@@ -20,8 +21,66 @@ from tailrace.analysis.circuits.path_graph import PathGraph
 from tailrace.analysis.circuits.paths import Path, show_path
 from tailrace.analysis.circuits.roots import Root
 from tailrace.analysis.circuits.run import LinearisedRun
+from tailrace.storage.artifact import Count, Record
 
 JSON = dict[str, Any]
+
+
+class NodeRecord(Record):
+    """A node of a published circuit."""
+
+    kind: Kind
+    name: str
+    layer: int | None = None
+    token: int | None = None
+    index: int | None = None
+    influence: float | None = None
+    of: NodeRecord | None = None
+
+
+class _RootRecord(Record):
+    node: NodeRecord
+    value: float
+    is_active: bool
+    n_terms: Count
+    incompleteness: float
+    by_kind: dict[str, float]
+    logits: list[str] = Field(default_factory=list)
+
+
+class _TokenRecord(Record):
+    text: str
+
+
+class _StepRecord(Record):
+    node: NodeRecord
+    value: float
+
+
+class _PathRecord(Record):
+    steps: list[_StepRecord]
+
+
+class _GraphRecord(Record):
+    nodes: list[NodeRecord]
+    edges: list[dict[str, JSON]]
+
+
+class _AttributionRecord(_GraphRecord):
+    n_nodes_before_pruning: Count
+    replacement_score: float
+    incompleteness: float
+
+
+class CircuitDocument(Record):
+    """What ``circuit.json`` holds, as far as it is read again."""
+
+    prompt: str
+    tokens: list[_TokenRecord]
+    root: _RootRecord
+    rounds: list[list[_PathRecord]]
+    path_graph: _GraphRecord | None
+    attribution_graph: _AttributionRecord | None
 
 
 def describe_node(node: Node) -> JSON:

@@ -336,7 +336,7 @@ def check_same_site(cache: ActivationCache, layer: OfSite) -> str:
             f"{cache.path}: has no site {wanted.name!r}, which {layer.path} was trained on; "
             f"it has {', '.join(cache.sites)}. Give a cache with that site"
         )
-    sites = [dataclasses.asdict(dataclasses.replace(site, dtype="")) for site in (there, wanted)]
+    sites = [{**site.as_json(), "dtype": None} for site in (there, wanted)]
     differences = [
         *(f"model.{line}" for line in list_model_differences(cache.manifest.model, layer.model)),
         *list_differences({"site": sites[0]}, {"site": sites[1]}),

@@ -9,8 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from tailrace.analysis.evaluate.recovered import recorded_share
-from tailrace.pipeline.artifacts.listing import progress, shown_facts
+from tailrace.pipeline.artifacts.listing import known_facts, shown_facts
 from tailrace.pipeline.artifacts.manifests import (
     CircuitManifest,
     DashboardManifest,
@@ -23,12 +25,13 @@ from tailrace.pipeline.artifacts.manifests import (
 from tailrace.pipeline.shared.units import size
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import (
+    JSON,
     MANIFEST,
     REQUEST,
     DerivedManifest,
     Manifest,
+    Record,
     published_kind,
-    read_json,
     read_sealed,
 )
 from tailrace.storage.cache_format import KIND, PROVENANCE, SPLITS, Site
@@ -43,6 +46,13 @@ from tailrace.training.architectures.manifest import (
     Scores,
     TranscoderManifest,
 )
+
+
+class _Request(Record):
+    """What an unfinished artifact was asked to be, as far as it is shown."""
+
+    settings: dict[str, JSON] = Field(default_factory=dict)
+    runs: dict[str, JSON] = Field(default_factory=dict)
 
 
 def summarise(path: Path, generation: int | None = None) -> dict[str, Any]:
@@ -72,9 +82,10 @@ def describe(path: Path, generation: int | None = None) -> dict[str, Any]:
     refuse_generation(path, generation)
     if not (path / MANIFEST).exists():
         if (path / REQUEST).exists():
+            request = _Request.read_file(path / REQUEST).as_json()
             return {
                 "state": "unfinished: run the command that makes it again to continue",
-                **_progress(path, request := read_json(path / REQUEST)),
+                **_progress(path, request),
                 "request": request,
             }
         if inside := sorted(path.glob(f"*/{MANIFEST}")):
@@ -87,9 +98,9 @@ def describe(path: Path, generation: int | None = None) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name not in ("files", "digest")}
 
 
-def _progress(draft: Path, request: Any) -> dict[str, Any]:
+def _progress(draft: Path, request: dict[str, JSON]) -> dict[str, Any]:
     """Return how far an unfinished cache or training run has come; nothing for what is made in one go."""
-    found = progress(draft, request if isinstance(request, dict) else {})
+    found = known_facts(draft, {}, request)
     from tailrace.training.loop.checkpoint import (
         Checkpoints,  # loads torch, which no finished artifact needs to be shown
     )
@@ -109,8 +120,6 @@ def _summarise_draft(described: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "done", shown_facts(described)
     yield from ((name, described[name]) for name in ("steps kept", "finished units") if name in described)
     request = described["request"]
-    if not isinstance(request, dict):
-        return
     if "runs" in request:
         yield "runs", len(request["runs"])
     settings = request.get("settings", request)

@@ -108,7 +108,7 @@ def _read(file: Path) -> dict[str, Any]:
         content = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return _object(content)
 
 
 def _listed(path: Path) -> Listed | None:
@@ -124,10 +124,20 @@ def _listed(path: Path) -> Listed | None:
         sum(n_bytes for n_bytes, _ in sizes),
         modified,
         bool(manifest),
-        _facts(manifest) if manifest else progress(path, request),
+        known_facts(path, manifest, request),
         frozenset(str(manifest[name]) for name in ("digest", "cache_id") if name in manifest),
         frozenset(_references([[manifest.get(name) for name in ("inputs", "runs", "transcoders")], request])),
     )
+
+
+def known_facts(path: Path, manifest: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what there is to tell; nothing of a manifest or request of another shape, which its reader refuses."""
+    try:
+        facts = _facts(manifest) if manifest else progress(path, request)
+        shown_facts(facts)
+        return facts
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def _references(value: Any) -> Iterator[str]:
@@ -158,12 +168,16 @@ def _kind_of_draft(request: Mapping[str, Any]) -> str:
     signs = {
         CACHE: "shard_rows" in request,
         "sweep": "runs" in request,
-        "transcoder": "architecture" in request.get("settings", {}),
+        "transcoder": "architecture" in _object(request.get("settings")),
         "circuit": "question" in request,
         "export": "to" in request,
-        TABLES_KIND: "transcoder" in (request.get("inputs") or {}),
+        TABLES_KIND: "transcoder" in _object(request.get("inputs")),
     }
     return next((kind for kind, is_there in signs.items() if is_there), "unfinished")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Self
 
-from tailrace.storage.artifact import JSON, DerivedManifest, Manifest, Record
+from pydantic import Field, model_validator
+
+from tailrace.storage.artifact import JSON, Count, DerivedManifest, Manifest, Record, shaped
 from tailrace.storage.cache_format import Site
+from tailrace.storage.parsing import shown
 from tailrace.storage.tables import TableRecord
 
 
@@ -21,12 +24,27 @@ class RunRecord(Record):
     """Of its transcoder; None if it diverged."""
 
 
+class _RunRequest(Record):
+    settings: dict[str, JSON]
+
+
+class _SweepRequest(Record):
+    runs: dict[str, _RunRequest]
+
+
 class SweepManifest(DerivedManifest):
     """The manifest of a sweep."""
 
     of_kind = "sweep"
 
+    request: Annotated[dict[str, JSON], shaped(_SweepRequest)]
     runs: list[RunRecord]
+
+    @model_validator(mode="after")
+    def _check_runs(self) -> Self:
+        if unknown := [run.name for run in self.runs if run.name not in self.request["runs"]]:
+            raise ValueError(f"runs: {shown(unknown)} are not in the request")
+        return self
 
 
 class MemberRecord(Record):
@@ -46,15 +64,48 @@ class LayerSetManifest(DerivedManifest):
     transcoders: list[MemberRecord]
 
 
+class _OutcomeRecord(Record):
+    ce: float
+    kl: float
+
+
+class _ScoreRecord(Record):
+    name: str
+    sites: list[str]
+    n_contexts: Count
+    n_predictions: Count
+    ce_original: float
+    spliced: _OutcomeRecord
+    zero: _OutcomeRecord
+    mean: _OutcomeRecord
+    in_place: dict[str, dict[str, JSON]]
+
+
+class _EvaluationSettings(Record):
+    split: str
+
+
+class _EvaluationRequest(Record):
+    settings: _EvaluationSettings
+
+
 class EvaluationManifest(DerivedManifest):
     """The manifest of an evaluation."""
 
     of_kind = "evaluation"
 
     sites: dict[str, Site]
-    scores: list[dict[str, JSON]]
+    request: Annotated[dict[str, JSON], shaped(_EvaluationRequest)]
+    scores: Annotated[list[Annotated[dict[str, JSON], shaped(_ScoreRecord)]], Field(min_length=1)]
     """As ``SpliceScore`` records them, with ``name``."""
     tables: dict[str, TableRecord]
+
+
+class _RootRecord(Record):
+    text: str
+    value: float
+    n_terms: Count
+    incompleteness: float
 
 
 class CircuitManifest(DerivedManifest):
@@ -62,14 +113,14 @@ class CircuitManifest(DerivedManifest):
 
     of_kind = "circuit"
 
-    root: dict[str, JSON]
+    root: Annotated[dict[str, JSON], shaped(_RootRecord)]
     """What the circuit explains, as in ``circuit.json``."""
 
 
 class AnswerRecord(Record):
     """A token that a task's prompts ask for."""
 
-    token_id: int
+    token_id: Count
     token: str
 
 
@@ -91,7 +142,7 @@ class DashboardManifest(DerivedManifest):
     """Of the first, if it shows several."""
     sites: dict[str, Site] = Field(default_factory=dict)
     """Of a site over several tables, by name."""
-    n_features: int
+    n_features: Count
 
 
 class DrawManifest(Manifest):
@@ -100,7 +151,7 @@ class DrawManifest(Manifest):
     of_kind = "blind-comparison"
 
     format: int = 1
-    n_items: int
+    n_items: Count
     commitment: str
     """Digest of the sealed key."""
     inputs: list[dict[str, JSON]] = Field(default_factory=list)

@@ -45,11 +45,10 @@ from tailrace.pipeline.shared.compute import Compute, say_once
 from tailrace.pipeline.shared.progress import Progress, clock
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.pipeline.shared.units import size
-from tailrace.storage.artifact import write_atomically
+from tailrace.storage.artifact import published_file, write_atomically
 from tailrace.storage.display import card, table
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.labels import labels_digest, read_labels
-from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import TablesManifest
 from tailrace.storage.token_text import join_characters
 
@@ -150,8 +149,9 @@ def run(
 
 def read_result(path: Path) -> CircuitResult:
     """Return a published circuit. Raises ArtifactMissing, ArtifactIncomplete, ArtifactMismatch."""
-    CircuitManifest.read(path)
-    return CircuitResult(path, parse_json((path / CIRCUIT).read_bytes()))
+    manifest = CircuitManifest.read(path)
+    document = documents.CircuitDocument.read_file(published_file(path, manifest, CIRCUIT))
+    return CircuitResult(path, document.as_json())
 
 
 def _answer(

@@ -35,12 +35,12 @@ from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.pipeline.text.packing import HELDOUT, TRAIN, ContextSource
 from tailrace.pipeline.text.reading import choose_reading
 from tailrace.pipeline.text.settings import RowFilter
-from tailrace.storage.artifact import JSON, digest
+from tailrace.storage.artifact import JSON, Record, digest
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.layout import Side
-from tailrace.storage.statistics import SiteStatistics
+from tailrace.storage.statistics import SiteStatistics, StatisticsRecord
 from tailrace.training.rows.batches import Batch
 from tailrace.training.rows.transfer import to_device
 
@@ -48,6 +48,13 @@ DEVICE_SHARE = 0.25
 """Of a GPU's memory that is free beside the language model, how much rows may take; the rest is training's."""
 
 logger = logging.getLogger(__name__)
+
+
+class _OpeningRecord(Record):
+    made_from: dict[str, JSON]
+    dtypes: dict[str, str]
+    statistics: dict[str, dict[Side, StatisticsRecord]]
+    model_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,13 @@ class Opening:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        """Return the opening written by ``as_json``."""
+        """Return the opening written by ``as_json``. Raises ValueError for anything else."""
+        record = _OpeningRecord.model_validate(value)
         statistics = {
-            site: {side: SiteStatistics.from_json(sums) for side, sums in sides.items()}
-            for site, sides in value["statistics"].items()
+            site: {side: SiteStatistics.of(sums) for side, sums in sides.items()}
+            for site, sides in record.statistics.items()
         }
-        return cls(value["made_from"], value["dtypes"], statistics, value.get("model_dtype"))
+        return cls(record.made_from, record.dtypes, statistics, record.model_dtype)
 
 
 class LiveBatches:

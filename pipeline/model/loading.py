@@ -363,7 +363,8 @@ def _commit_hash(name: str, revision: str | None) -> str | None:
 
 
 def _cached_file(name: str, file: str, revision: str | None) -> Path | None:
-    with quiet():
+    path = None
+    with quiet(), contextlib.suppress(OSError):  # of what can be no name on the hub
         from transformers.utils.hub import cached_file
 
         path = cached_file(

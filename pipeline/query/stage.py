@@ -22,7 +22,7 @@ import duckdb
 import pyarrow as pa
 
 from tailrace.pipeline.query.saved import MADE_BY
-from tailrace.pipeline.query.text_table import MAX_SHOWN_ROWS, render_table
+from tailrace.pipeline.query.text_table import MAX_SHOWN_ROWS, render_table, values_of
 from tailrace.pipeline.query.views import (
     FOLDER,
     Tables,
@@ -71,6 +71,8 @@ def run(
         _check_output(output, views)
     folders = each_folder(tables) if each else []
     answer = _select_each(sql, folders, views, parameters) if folders else _select(sql, views, parameters)
+    if format in ("json", "parquet"):
+        _refuse_namesakes(answer, format)
     if empty and not answer.num_rows:
         logger.warning("no rows: %s", empty)
     if output is not None:
@@ -134,6 +136,15 @@ def _column_lines(column: Mapping[str, Any], width: int) -> str:
     return textwrap.fill(
         text, _LIST_WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
     )
+
+
+def _refuse_namesakes(answer: pa.Table, format: Format) -> None:
+    names = answer.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ActionableError(
+            f"--format {format} has a column by its name, and {', '.join(twice)} is the name of several; give each its "
+            "own with AS"
+        )
 
 
 def _check_output(output: Path, views: Sequence[View]) -> None:
@@ -211,14 +222,15 @@ def _render_csv(answer: pa.Table) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(answer.column_names)
-    for row in zip(*(column.to_pylist() for column in answer.itercolumns()), strict=True):
+    for row in zip(*map(values_of, answer.itercolumns()), strict=True):
         writer.writerow([_to_json(value) if isinstance(value, list | dict) else value for value in row])
     return text.getvalue()
 
 
 def _render_json(answer: pa.Table) -> str:
     """Return a JSON list of one object per row; NaN and infinity, which JSON lacks, become null."""
-    lines = ",\n".join(_to_json(row) for row in answer.to_pylist())
+    rows = zip(*map(values_of, answer.itercolumns()), strict=True)
+    lines = ",\n".join(_to_json(dict(zip(answer.column_names, row, strict=True))) for row in rows)
     return f"[\n{lines}\n]\n" if lines else "[]\n"
 
 

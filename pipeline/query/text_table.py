@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 MAX_SHOWN_ROWS = 40
@@ -28,7 +29,7 @@ def render_table(answer: pa.Table, max_rows: int | None = MAX_SHOWN_ROWS, width:
     width = _terminal_width() if width is None else width
     shown = answer if max_rows is None else answer.slice(0, max_rows)
     names = answer.column_names
-    columns = [_cells(column.to_pylist()) for column in shown.itercolumns()]
+    columns = [_cells(values_of(column)) for column in shown.itercolumns()]
     natural = [max([_length(name), *map(_length, own)]) for name, own in zip(names, columns, strict=True)]
     if shown.num_rows == 1 and sum(natural) + 2 * (len(natural) - 1) > width:
         return _one_row(names, [own[0] for own in columns], width)
@@ -42,6 +43,27 @@ def render_table(answer: pa.Table, max_rows: int | None = MAX_SHOWN_ROWS, width:
     if shown.num_rows < answer.num_rows:
         lines.append(f"… {answer.num_rows - shown.num_rows} more rows; add a LIMIT, or choose csv, json or parquet")
     return "\n".join(lines) + "\n"
+
+
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """Return the values of a column; dates beyond those that Python has, such as infinity, as texts."""
+    try:
+        return list(column.to_pylist())
+    except (OverflowError, ValueError):
+        return [_readable(scalar) for scalar in column]
+
+
+def _readable(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError):
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _readable(part) for name, part in scalar.items()}
+        if isinstance(scalar, pa.ListScalar):
+            return [_readable(part) for part in scalar.values]
+        limits = np.iinfo(f"int{scalar.type.bit_width}")
+        infinities = {limits.max: "infinity", -limits.max: "-infinity"}  # as DuckDB hands them over
+        return infinities.get(scalar.value, f"{scalar.type} {scalar.value}")
 
 
 def _terminal_width() -> int:

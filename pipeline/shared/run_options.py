@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,7 +13,7 @@ import click
 
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.sections import running
-from tailrace.storage.names import path_problem
+from tailrace.storage.names import home_path, path_problem
 from tailrace.storage.parsing import shown
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
@@ -25,10 +24,10 @@ class HomePath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path; refuse what no system has."""
-        path = super().convert(os.path.expanduser(value) if isinstance(value, str | Path) else value, param, ctx)
-        if (problem := path_problem(Path(path))) is not None:
+        path = home_path(value)
+        if (problem := path_problem(path)) is not None:
             self.fail(f"{shown(str(path))}: {problem}; give another path", param, ctx)
-        return path
+        return super().convert(path, param, ctx)
 
 
 ARTIFACT = HomePath(file_okay=False, path_type=Path)

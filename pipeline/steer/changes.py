@@ -52,7 +52,7 @@ class CircuitNodes:
 
 def read_circuit(path: Path) -> CircuitNodes:
     """Return the features in a circuit's graphs and paths. Raises ArtifactError."""
-    manifest = CircuitManifest.read(path).as_json()
+    manifest = CircuitManifest.read(path)
     document = read_result(path).document
     graph = (document["attribution_graph"] or {"nodes": []})["nodes"]
     ranked = [node for node in graph if node.get("influence") is not None and node["kind"] == "feature"]
@@ -64,7 +64,7 @@ def read_circuit(path: Path) -> CircuitNodes:
         for node in [*ranked, *others]
         if node["kind"] == "feature"
     }
-    digests = {site: one["digest"] for site, one in manifest["inputs"]["transcoders"].items()}
+    digests = {site: one.digest for site, one in (manifest.inputs.transcoders or {}).items()}
     return CircuitNodes(path, document["prompt"], found, len(ranked), digests)
 
 

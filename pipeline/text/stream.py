@@ -51,7 +51,7 @@ _TOKEN_WEIGHT = 32
 """Characters that weigh as much as one token id, which is a Python integer in a list."""
 
 
-UNREADABLE = (ValueError, EOFError, zlib.error, LZMAError, pa.ArrowException, NotImplementedError)
+UNREADABLE = (ValueError, OverflowError, EOFError, zlib.error, LZMAError, pa.ArrowException, NotImplementedError)
 """What reading a damaged or foreign file raises, beside OSError."""
 
 # The HTTP library below huggingface_hub has changed twice; its root error is always the first base of the hub's own.

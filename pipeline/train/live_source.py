@@ -52,7 +52,7 @@ class LiveSource:
     def live(self) -> LiveBatches:
         """The batches; the first look loads the language model, computes held-out rows and the first block."""
         if self._live is None:
-            opening = Opening.from_json(_read(self._opening_path)) if self._opening_path.exists() else None
+            opening = _read(self._opening_path) if self._opening_path.exists() else None
             self._live = LiveBatches(self.settings, batch_rows=self._batch_rows, device=self._device, opening=opening)
         return self._live
 
@@ -135,11 +135,11 @@ def _needing_rows(settings: TrainSettings) -> list[str]:
     return needing
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Opening:
     try:
-        return read_own(path)
-    except ArtifactCorrupt as error:
-        raise ArtifactCorrupt(f"{error}, or delete it: it is computed anew") from error
+        return Opening.from_json(read_own(path))
+    except (ArtifactCorrupt, ValueError) as error:
+        raise ArtifactCorrupt(f"{path}: {error}; delete it: it is computed anew") from error
 
 
 class LiveRows:

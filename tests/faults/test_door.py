@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +14,17 @@ import torch
 from tailrace.pipeline.artifacts.folders import as_path
 from tailrace.pipeline.formats import circuit_tracer, dictionary_learning, saelens
 from tailrace.pipeline.model.locations import loaded_files
+from tailrace.pipeline.query import stage as query
 from tailrace.pipeline.query.views import parse_tables
 from tailrace.pipeline.shared.options import read_settings
-from tailrace.pipeline.train.grid import MOST_RUNS, grid_of, read_grid
-from tailrace.storage.artifact import write_output
-from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ModelError, SettingsError
+from tailrace.pipeline.train import grid
+from tailrace.pipeline.train.grid import MOST_RUNS, read_grid
+from tailrace.storage.artifact import seal, write_output
+from tailrace.storage.errors import ActionableError, ArtifactCorrupt, ArtifactMismatch, ModelError, SettingsError
 from tailrace.training.loop.curves import read_run
 from tailrace.training.loop.settings import TrainSettings
 from tests.faults.fuzz import RELEASED
+from tests.released.values import MANIFESTS
 from tests.support.cache_jobs import command
 
 
@@ -27,14 +33,16 @@ def test_a_grid_is_counted_before_it_is_built(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(json.dumps(lists))
     with pytest.raises(SettingsError, match=f"has 100,000,000 runs, at most {MOST_RUNS:,}"):
         read_grid([], tmp_path / "sweep.yaml")
-    with pytest.raises(SettingsError, match="has 20,000 runs"):
-        read_grid(["lr=1e-3,2e-3"], _many_points(tmp_path))
-    assert len(grid_of({"k": range(100), "lr": [0.1] * 100})) == MOST_RUNS
+    (tmp_path / "points.yaml").write_text("[{k: 1}, {k: 2}, {k: 3}]")
+    with pytest.raises(SettingsError, match="has 12,000 runs"):
+        read_grid(["lr=" + ",".join(["1e-3"] * 4000)], tmp_path / "points.yaml")
 
 
-def _many_points(folder: Path) -> Path:
-    (folder / "points.yaml").write_text("".join(f"- {{k: {k}}}\n" for k in range(MOST_RUNS)))
-    return folder / "points.yaml"
+def test_the_largest_grid_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "MOST_RUNS", 6)
+    assert len(grid.grid_of({"k": range(3), "lr": [0.1, 0.2]})) == 6
+    with pytest.raises(SettingsError, match="has 9 runs"):
+        grid.grid_of({"k": range(3), "lr": [0.1, 0.2, 0.3]})
 
 
 @pytest.mark.parametrize(
@@ -135,3 +143,68 @@ def test_settings_that_refer_to_themselves_are_refused(tmp_path: Path) -> None:
     (tmp_path / "layer_1.safetensors").symlink_to(weights)
     with pytest.raises(SettingsError, match="refers to itself"):
         circuit_tracer.read(tmp_path / "layer_1.safetensors")
+
+
+def test_dates_beyond_python_s_are_shown_as_what_they_are() -> None:
+    sql = "SELECT 'infinity'::TIMESTAMP AS a, ['-infinity'::DATE] AS b, {'c': '290000-01-01'::TIMESTAMP} AS c"
+    beyond = '{"c": "timestamp[us] 9089348860800000000"}'
+    tables = RELEASED / "tables/topk"
+    assert json.loads(query.run(sql, tables=tables, format="json")) == [
+        {"a": "infinity", "b": ["-infinity"], "c": json.loads(beyond)}
+    ]
+    assert 'infinity,"[""-infinity""]"' in query.run(sql, tables=tables, format="csv")
+    assert "infinity" in query.run(sql, tables=tables)
+
+
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_two_columns_of_a_name_are_refused_where_one_would_be_lost(form: query.Format) -> None:
+    with pytest.raises(ActionableError, match="a is the name of several; give each its own with AS"):
+        query.run("SELECT 1 AS a, 2 AS a", tables=RELEASED / "tables/topk", format=form)
+    assert query.run("SELECT 1 AS a, 2 AS a", tables=RELEASED / "tables/topk", format="csv") == "a,a\n1,2\n"
+
+
+@pytest.mark.parametrize("line", [("query", "\udcff"), ("score", "\udcff"), ("blind", "study", "note", "x", "\udcff")])
+def test_an_argument_that_is_no_text_is_refused(capsys: pytest.CaptureFixture[str], line: tuple[str, ...]) -> None:
+    answer = command(capsys, *line)
+    assert answer.code == 2
+    assert r"the argument '\udcff' is not UTF-8; write or rename it so" in answer.err
+
+
+def _resealed(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Return a copy of a released artifact whose manifest is changed and sealed again."""
+    path = folder / "artifact"
+    shutil.copytree(RELEASED / name, path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    del manifest["digest"]
+    (path / "manifest.json").write_bytes(seal(manifest))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("sweep", lambda one: one["request"]["runs"].pop("k=2"), r"runs: \['k=2'\] are not in the request"),
+        ("sweep", lambda one: one["request"]["runs"]["k=2"].pop("settings"), "runs.k=2.settings: Field required"),
+        ("tables/topk", lambda one: one["request"].update(settings=5), "settings: .*valid dictionary"),
+        ("tables/topk", lambda one: one["tables"].pop("features"), "wanted the table features among them"),
+        ("tables/topk", lambda one: one["tables"]["features"].update(n_rows=-1), "greater than or equal to 0"),
+        ("evaluations/layers", lambda one: one.update(scores=[]), "at least 1 item"),
+        ("evaluations/layers", lambda one: one["scores"][0].pop("spliced"), "spliced: Field required"),
+        ("circuits/logit", lambda one: one["root"].update(value="x"), "value: .*valid number"),
+        ("transcoders/topk", lambda one: one["model"].pop("name"), "model: .*name: Field required"),
+        ("transcoders/topk", lambda one: one.update(d_sae=2**62), "d_sae: .*less than"),
+        ("transcoders/topk", lambda one: one["metrics"]["heldout"].pop("fvu"), "fvu: Field required"),
+        ("transcoders/topk", lambda one: one["site"].update(d_in=0), "d_in: .*greater than or equal to 1"),
+        ("caches/float32-zstd", lambda one: one["splits"]["train"].update(n_rows=2**62), "wanted the records of"),
+        ("caches/float32-zstd", lambda one: one["format"].update(shard_rows=0), "shard_rows: .*greater than"),
+        ("caches/float32-zstd", lambda one: one["format"]["sites"][0].update(dtype="x"), "dtype: .*match pattern"),
+    ],
+)
+def test_a_sealed_manifest_of_another_shape_is_refused(
+    tmp_path: Path, name: str, change: Callable[[dict[str, Any]], object], reason: str
+) -> None:
+    path = _resealed(tmp_path, name, change)
+    kind = MANIFESTS[json.loads((path / "manifest.json").read_text())["kind"]]
+    with pytest.raises(ArtifactCorrupt, match=r"(?s)manifest.json: is not as wanted.*" + reason):
+        kind.read(path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
-from tailrace.storage.artifact import JSON, DerivedManifest, Record, published_kind
-from tailrace.storage.cache_format import Site
+from tailrace.storage.artifact import JSON, Count, DerivedManifest, Record, published_kind, shaped
+from tailrace.storage.cache_format import Site, Size
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND, FOR_ONE_LAYER_ONLY
 from tailrace.training.architectures.settings import AnyArchitecture
 
@@ -28,13 +29,29 @@ Scores = dict[str, JSON]
 """Numbers by the names that ``metrics.jsonl`` has for them."""
 
 
+class _HeldoutScores(Record):
+    fvu: float | None
+    fvu_ordinary: float | None = None
+    l0: float
+    dead_fraction: float
+    n_rows: Count
+
+
+class _LayerScores(_HeldoutScores):
+    site: str
+
+
+LayerScores = Annotated[Scores, shaped(_LayerScores)]
+"""The score of one layer, with its ``site``."""
+
+
 class Metrics(Record):
     """How long a transcoder was trained, and its last numbers."""
 
-    steps: int = 0
-    rows: int = 0
+    steps: Count = 0
+    rows: Count = 0
     train: Scores = Field(default_factory=dict)
-    heldout: Scores = Field(default_factory=dict)
+    heldout: Annotated[Scores, shaped(_HeldoutScores, or_empty=True)] = Field(default_factory=dict)
     """Over all held-out rows; empty without any."""
     best: Scores = Field(default_factory=dict)
     model: Scores = Field(default_factory=dict)
@@ -65,14 +82,14 @@ class ImportScores(Record):
     fvu: float | None = None
     """None if the outputs do not vary."""
     l0: float | None = None
-    layers: list[Scores] = Field(default_factory=list)
+    layers: list[LayerScores] = Field(default_factory=list)
     """Of a cross-layer transcoder, in place of the numbers above."""
 
 
 class _TranscoderManifest(DerivedManifest):
     """What both kinds of transcoders say."""
 
-    d_sae: int
+    d_sae: Size
     """Features that read a layer."""
     architecture: AnyArchitecture
     normalisation: dict[str, JSON] = Field(default_factory=dict)
@@ -109,7 +126,7 @@ class CrossLayerManifest(_TranscoderManifest):
 
     sites: tuple[Site, ...]
     """Lowest layer first."""
-    layers: list[Scores]
+    layers: list[LayerScores]
     """The score of each layer's output on held-out rows, with ``site``; empty without any."""
     learnt_from: dict[str, Limits] | None = None
     """By site."""
