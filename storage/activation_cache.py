@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -192,6 +192,17 @@ class ActivationCache:
     def vocabulary(self) -> list[str]:
         """Return the string of every token id."""
         return list(read_json(published_file(self.path, self.manifest, VOCABULARY, whole=True))["tokens"])
+
+    def close(self) -> None:
+        """Let the generation be pruned, while this object is still there; what it reads may be gone from now on."""
+        if self.pin is not None:
+            self.pin.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         rows = "".join(f", {name}={split.n_rows:,} rows" for name, split in self.manifest.splits.items())

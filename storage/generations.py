@@ -105,12 +105,21 @@ class Pin:
         except OSError as error:
             raise unreadable(error, root / manifest_name(generation)) from error
 
+    def release(self) -> None:
+        """Give the lock up."""
+        file, self._file = self._file, _CLOSED
+        if file != _CLOSED:
+            os.close(file)
+
     def __del__(self) -> None:
-        with suppress(AttributeError, OSError):
-            os.close(self._file)
+        with suppress(AttributeError):  # it could not be opened
+            self.release()
 
     def __reduce__(self) -> tuple[type[Pin], tuple[Path]]:
         return Pin, (self._manifest,)  # another process takes its own
+
+
+_CLOSED = -1
 
 
 class Generations:

@@ -168,8 +168,8 @@ def open_source(
     if (cache is None) == (live is None):
         raise SettingsError("train on a cache or on live rows: give one of them")
     if cache is not None:
-        opened = reopen_cache(cache, output)
-        yield CacheSource(opened, batch_rows=settings.batch_rows, order_seed=settings.order_seed, device=device)
+        with reopen_cache(cache, output) as opened:
+            yield CacheSource(opened, batch_rows=settings.batch_rows, order_seed=settings.order_seed, device=device)
         return
     from tailrace.pipeline.train.live_source import LiveSource  # seconds, which training from a cache does not need
 
