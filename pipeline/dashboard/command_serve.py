@@ -16,7 +16,12 @@ from tailrace.pipeline.shared.sections import SectionCommand
 @click.command("serve", cls=SectionCommand)
 @click.argument("artifacts", metavar="DASHBOARD_TABLES_OR_RUN...", nargs=-1, required=True, type=options.ARTIFACT)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Another address lets other machines look, too.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Another address lets other machines look, too, with the key that is printed.",
+)
 @click.option(
     "--transcoders",
     "transcoders",
@@ -46,8 +51,8 @@ def command(
     pipeline serve transcoders/gpt2-l8
 
     Of a run, or a sweep, the training curves are shown, with new numbers while it trains.
-    On the pages of tables, whoever is at this machine can edit labels, notes and stars, and try texts. There is no
-    password: whoever reaches the address can read.
+    On the pages of tables, whoever is at this machine can edit labels, notes and stars, and try texts. With --host,
+    other machines can read, by the address that is printed: it has a key of this run of the server.
     """
     from tailrace.pipeline.dashboard import serve
     from tailrace.pipeline.dashboard.answers import TriedTexts
@@ -57,6 +62,6 @@ def command(
         refuse_folder(artifact, KIND)
     tried = TriedTexts(transcoders, model=model, compute=compute)
     with serve.open_server(artifacts, host=host, port=port, tried=tried, matches=matches) as server:
-        click.echo(f"http://{host}:{server.server_address[1]}/  (stop with Ctrl-C)")
+        click.echo(f"{server.address}  (stop with Ctrl-C)")
         with suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -5,26 +5,32 @@ for looking from another machine, and for what a site on disk cannot do: to edit
 
 Only names that belong to the site are answered. A page may edit and try if it was loaded from this machine: then it
 has a secret of this run of the server, which no page of another site can read. A request has to bring it, and to come
-from a page of this server.
+from a page of this server. A server that other machines reach answers only who brings its key: first in the address,
+then in a cookie.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import mimetypes
 import re
 import secrets
+import socket
+import socketserver
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from tailrace.analysis.dashboards.feature_tables import KIND as TABLES
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
@@ -47,6 +53,10 @@ PAGES_KEPT = 64
 """Files of pages kept in memory once made, some 10 MB."""
 CLIENTS = 64
 """Clients that are answered at once; more wait for their turn."""
+READ_SECONDS = 20.0
+"""How long a client may take to say what it wants, in all."""
+SEND_SECONDS, SENT_BYTES = 20.0, 1 << 16
+"""How long it may take for so many bytes of the answer."""
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +192,7 @@ def open_server(
     port: int = 8000,
     tried: TriedTexts | None = None,
     matches: Sequence[Path] = (),
-) -> ThreadingHTTPServer:
+) -> SiteServer:
     """Return a server of what lies at ``paths``, listening; port 0 takes any that is free.
 
     Raises SettingsError if the address cannot be had, and what ``open_site`` raises.
@@ -192,25 +202,39 @@ def open_server(
     class Handler(_Handler):
         served = site
         token = secrets.token_urlsafe(32)
-        is_local = host in _LOCAL_NAMES
+        key = None if host in _LOCAL_NAMES else secrets.token_urlsafe(24)
 
     try:
-        return _Server((host, port), Handler)
+        return SiteServer((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise SettingsError(
             f"cannot listen on {host}, port {port} ({error}); choose another --port or --host"
         ) from error
 
 
-class _Server(ThreadingHTTPServer):
+class SiteServer(ThreadingHTTPServer):
     """Answers at most so many clients at once, those that come then wait; one that goes away is no fault."""
 
     request_queue_size = 256
     daemon_threads = True
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
         self._room = threading.BoundedSemaphore(CLIENTS)
-        super().__init__(*arguments)
+        self._key = handler.key
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+    @property
+    def address(self) -> str:
+        """What to open in a browser, with the key if there is one."""
+        host, port = self.server_address[:2]
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in str(host) else str(host)
+        return f"http://{name}:{port}/{f'?key={self._key}' if self._key else ''}"
+
+    def server_bind(self) -> None:
+        """Bind, without asking a name server what the address is called."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread, once there is room for one."""
@@ -229,16 +253,35 @@ class _Server(ThreadingHTTPServer):
         logger.info("a request from %s was not answered: %r", client_address, sys.exception())
 
 
+class _Request(socket.SocketIO):
+    """What a client sends within ``READ_SECONDS``: one that sends a byte now and then is not waited for either."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection, "rb")
+        self._connection, self._until = connection, time.monotonic() + READ_SECONDS
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read what is there, or wait for it. Raises TimeoutError."""
+        self._connection.settimeout(max(0.001, self._until - time.monotonic()))
+        return super().readinto(buffer)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """Answers GET and HEAD with files, and POST with what a page asks for."""
 
     served: ServedSite
     token: str
-    is_local: bool
-    """Whether only this machine reaches the server."""
-    timeout = 20.0
+    """What pages that edit have to bring."""
+    key: str | None
+    """What everybody has to bring; None where only this machine reaches the server."""
     server_version = "tailrace"
     sys_version = ""
+
+    def setup(self) -> None:
+        """Begin to read."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Request(self.connection))
 
     def do_GET(self) -> None:
         """Send a file."""
@@ -259,9 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
         if answers is None or not self._is_from_here():
             return HTTPStatus.FORBIDDEN, {"error": "this is only for pages loaded on the server's own machine"}
         origin, token = self.headers.get("Origin", ""), self.headers.get(TOKEN_HEADER, "")
-        if origin != f"http://{self.headers['Host']}" or not secrets.compare_digest(
-            token.encode(), self.token.encode()
-        ):
+        if origin != f"http://{self.headers['Host']}" or not _is_same(token, self.token):
             return HTTPStatus.FORBIDDEN, {
                 "error": "the server was started anew since this page was loaded; load it again"
             }
@@ -284,13 +325,36 @@ class _Handler(BaseHTTPRequestHandler):
         A page of another site can make its own name lead here, and would then be of the same origin.
         """
         try:
-            return self.is_local and urlsplit(f"//{self.headers.get('Host', '')}").hostname in _LOCAL_NAMES
+            return self.key is None and urlsplit(f"//{self.headers.get('Host', '')}").hostname in _LOCAL_NAMES
         except ValueError:
             return False
 
+    def _is_let_in(self) -> bool:
+        """Return whether files are sent; if not, a refusal, or the cookie, has been sent."""
+        if self.key is None:
+            if not self._is_from_here():  # a page of another site whose name leads here
+                self.send_error(HTTPStatus.FORBIDDEN, "this server answers to localhost")
+            return self._is_from_here()
+        name = f"tailrace-{self.server.server_address[1]}"  # cookies are of a machine, not of a port
+        given = parse_qs(urlsplit(self.path).query).get("key", [""])[0]
+        if _is_same(given, self.key):
+            self.send_response(HTTPStatus.SEE_OTHER)
+            self.send_header("Set-Cookie", f"{name}={self.key}; Path=/; HttpOnly; SameSite=Lax")
+            self.send_header("Location", "/")  # so that the key stays in no history and in no link that is copied
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return False
+        try:
+            cookie = SimpleCookie(self.headers.get("Cookie", "")).get(name)
+        except CookieError:
+            cookie = None
+        if cookie is not None and _is_same(cookie.value, self.key):
+            return True
+        self.send_error(HTTPStatus.FORBIDDEN, "open the address that the server printed when it started")
+        return False
+
     def _send_file(self, with_body: bool) -> None:
-        if self.is_local and not self._is_from_here():  # a page of another site whose name leads here
-            self.send_error(HTTPStatus.FORBIDDEN, "this server answers to localhost")
+        if not self._is_let_in():
             return
         name = unquote(urlsplit(self.path).path).removeprefix("/") or "index.html"
         content = SERVED_FILES[name].read_bytes() if name in SERVED_FILES else self.served.read(name)
@@ -310,8 +374,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "no-cache")  # another site may be served here next
         self.end_headers()
-        if with_body:
-            self.wfile.write(content)
+        for start in range(0, len(content) if with_body else 0, SENT_BYTES):
+            self.connection.settimeout(SEND_SECONDS)
+            self.wfile.write(content[start : start + SENT_BYTES])
 
     def end_headers(self) -> None:
         """End what comes before an answer, an error's too, with what other sites may do with it: nothing."""
@@ -325,6 +390,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
         """Log to our logger: requests are of interest to nobody by default."""
         logger.info("%s %s", self.address_string(), format % arguments)
+
+
+def _is_same(given: str, secret: str) -> bool:
+    """Compare in a time that tells nothing."""
+    return secrets.compare_digest(given.encode(errors="replace"), secret.encode())
 
 
 def _head(token: str) -> str:

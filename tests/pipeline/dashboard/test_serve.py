@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import itertools
 import re
+import socket
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import SiteData, unpack
 from tailrace.storage.errors import ArtifactMissing, SettingsError
 from tests.support.dashboard_tables import MadeTables, make_tables
+from tests.support.many_clients import ask_often, serving, site_contents
 from tests.support.run_logs import write_run
 
 
@@ -30,12 +35,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeTables:
 
 
 @contextmanager
-def served(path: Path) -> Iterator[str]:
-    with open_server(path, port=0) as server:
+def served(path: Path, host: str = "127.0.0.1") -> Iterator[str]:
+    with open_server(path, host=host, port=0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
+            yield server.address.removesuffix("/")
         finally:
             server.shutdown()
             thread.join()
@@ -134,6 +139,82 @@ def test_only_this_machines_names_are_answered_where_only_it_listens(made: MadeT
             connection.request("GET", "/index.html", headers={"Host": host})
             assert connection.getresponse().status == status, host
             connection.close()
+
+
+def test_other_machines_need_the_key_which_the_address_turns_into_a_cookie(made: MadeTables) -> None:
+    with served(made.path, host="0.0.0.0") as printed:
+        port, key = re.fullmatch(
+            rf"http://{re.escape(socket.gethostname())}:(\d+)/\?key=([\w-]{{32}})", printed
+        ).groups()
+        address = f"http://127.0.0.1:{port}"
+        for refused in ("/", "/data/index.js", "/?key=", f"/?key={key[:-1]}", "/?key=%ff"):
+            assert get(f"{address}{refused}")[0] == 403, refused
+        name = f"tailrace-{port}"
+        for cookie in (f"{name}={key}x", f"other={key}", f"{name}", "=;=", f"{name}=\u00e9"):
+            assert raw(address, "GET", "/", Cookie=cookie)[0] == 403, cookie
+        status, answer = raw(address, "GET", f"/?key={key}")
+        assert (status, answer["Location"]) == (303, "/")
+        assert answer["Set-Cookie"] == f"{name}={key}; Path=/; HttpOnly; SameSite=Lax"
+        status, answer = raw(address, "GET", "/index.html", Cookie=f"a=b; {name}={key}")
+        assert (status, answer["Set-Cookie"]) == (200, None)
+
+
+def raw(address: str, method: str, name: str, **headers: str) -> tuple[int, Message]:
+    """Ask without following where an answer sends; return its status and headers."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+    connection.request(method, name, headers=headers)
+    answer = connection.getresponse()
+    connection.close()
+    return answer.status, answer.headers
+
+
+def test_a_client_that_is_silent_or_slow_is_not_waited_for(made: MadeTables, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(serve, "CLIENTS", 2)
+    stop = threading.Event()
+
+    def trickle(client: socket.socket) -> None:
+        with suppress(OSError):
+            for byte in itertools.cycle(b"GET / HTTP/1.0\r\nX-Header: xxxxxxxx"):
+                client.sendall(bytes([byte]))
+                if stop.wait(0.05):
+                    return
+
+    with served(made.path) as address:
+        where = ("127.0.0.1", int(address.rpartition(":")[2]))
+        silent, slow = (socket.create_connection(where, timeout=10) for _ in range(2))
+        thread = threading.Thread(target=trickle, args=(slow,))
+        thread.start()
+        try:
+            assert get(f"{address}/index.html")[0] == 200  # though both threads were taken
+            assert silent.recv(1) == b""
+        finally:
+            stop.set()
+            thread.join()
+            silent.close()
+            slow.close()
+
+
+def test_an_answer_that_nobody_takes_is_given_up(made: MadeTables, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "SEND_SECONDS", 0.2)
+    monkeypatch.setattr(serve, "CLIENTS", 1)
+    large = bytes(1 << 25)  # more than the system buffers
+    monkeypatch.setattr(TablesSite, "read", lambda _, name: large if name == "large" else b"small")
+    with (
+        served(made.path) as address,
+        socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as idle,
+    ):
+        idle.sendall(b"GET /large HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert get(f"{address}/small")[1] == b"small"  # though the only thread was taken
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_have_every_request_answered(made: MadeTables) -> None:
+    """`python -m tests.support.many_clients` does the same for longer."""
+    with serving(made.path) as address:
+        outcomes = asyncio.run(ask_often(address, site_contents(made.path), 200, 8))
+    assert outcomes.total() > 200
+    assert set(outcomes) == {"answered"}
 
 
 def test_more_clients_than_there_is_room_for_are_answered_in_turn(

@@ -56,6 +56,21 @@ def test_nothing_listens_while_workers_run(tmp_path: Path) -> None:
     assert ports == set()
 
 
+@pytest.mark.slow
+def test_no_command_listens(tmp_path: Path) -> None:
+    """Every command that makes an artifact, as the recipe of the golden bytes runs them; `serve` alone listens."""
+    make = "import pathlib, sys, tests.released.golden as golden; golden.make_outputs(pathlib.Path(sys.argv[1]))"
+    process = subprocess.Popen([sys.executable, "-c", make, str(tmp_path / "made")], cwd=ROOT)
+    ports: set[str] = set()
+    stop = threading.Event()
+    watcher = threading.Thread(target=watch_ports, args=(psutil.Process(process.pid), set(), ports, stop))
+    watcher.start()
+    code = process.wait()
+    stop.set()
+    watcher.join()
+    assert (code, ports) == (0, set())
+
+
 def test_a_task_that_costs_every_worker_it_gets_ends_as_one_sentence() -> None:
     with (
         pytest.raises(SettingsError, match=r"3 worker processes in a row .*code 1.*__main__"),
