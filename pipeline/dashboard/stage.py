@@ -5,10 +5,12 @@ Needs neither the language model nor the transcoder, and no torch: everything sh
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,25 @@ from tailrace.pipeline.shared.feature_selection import parse_layer_features
 from tailrace.pipeline.shared.pages import COLOURS, TOOLTIP, html_document
 from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.stage import Made, publish_stage
-from tailrace.storage.artifact import canonical_json, checksum_file, make_directory, write_atomically
-from tailrace.storage.errors import SettingsError
+from tailrace.storage.artifact import (
+    JSON,
+    MANIFEST,
+    REQUEST,
+    FileRecord,
+    canonical_json,
+    check_files,
+    checksum_file,
+    make_directory,
+    read_json,
+    read_sealed,
+    sync_directory,
+    write_atomically,
+)
+from tailrace.storage.draft import Lock
+from tailrace.storage.errors import ArtifactError, SettingsError
+from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.labels import Label, labels_digest, read_labels
+from tailrace.storage.names import LOCK, entries_below
 
 KIND = DashboardManifest.of_kind
 
@@ -54,7 +72,7 @@ def run(
     matches: Sequence[Path] = (),
     quiet: bool = False,
 ) -> DashboardResult:
-    """Publish the site of ``tables`` at ``output``; return at once if it is there already.
+    """Publish the site of ``tables`` at ``output``; return at once if it is there already, with the labels of today.
 
     A folder stands for the tables in it; ``matches`` are files of `pipeline compare` about some of them. Of
     several, features are chosen as ``layer8:89``, and tables of which none is chosen are left out. A run that was
@@ -84,8 +102,60 @@ def run(
         }
         return Made(record, files, ("tailrace", "pyarrow"))
 
-    publish_stage(output, KIND, {"settings": settings.model_dump(mode="json"), "inputs": inputs}, make)
+    request = {"settings": settings.model_dump(mode="json"), "inputs": inputs}
+    _reopen_for_labels(output, request)
+    publish_stage(output, KIND, request, make)
     return read_result(output)
+
+
+def _reopen_for_labels(output: Path, request: Mapping[str, JSON]) -> None:
+    """Turn a site that differs from the request in its labels alone into an unfinished one, which then is made on.
+
+    Its pages stay if they are as they were published, by this version, and show no labels of similar features.
+    """
+    if not _differs_in_labels(output, request):
+        return
+    lock = Lock(output)
+    try:
+        if not _differs_in_labels(output, request):
+            return
+        files: Mapping[str, FileRecord] = {}
+        stays = False
+        if (output / MANIFEST).exists():
+            manifest = DashboardManifest.read(output)
+            files = manifest.files
+            stays = (
+                manifest.versions.get("tailrace") == version("tailrace") and "matches" not in manifest.request["inputs"]
+            )
+            (output / MANIFEST).unlink()
+            sync_directory(output)
+        left = {name for name in files if stays and name.startswith("data/")}
+        left -= {name for name in left if check_files(output, {name: files[name]})}
+        for path in entries_below(output):
+            name = path.relative_to(output).as_posix()
+            if name not in {*left, LOCK, REQUEST} and (name in files or name.startswith(("data/", "site/"))):
+                path.unlink()
+        write_atomically(output / REQUEST, canonical_json({"format": ARTIFACT_FORMATS[KIND], **request}))
+    finally:
+        lock.release()
+
+
+def _differs_in_labels(output: Path, request: Mapping[str, JSON]) -> bool:
+    """Return whether what lies at a path is the site asked for, but for its labels."""
+    try:
+        found = (
+            read_sealed(output / MANIFEST) if (output / MANIFEST).exists() else {"request": read_json(output / REQUEST)}
+        )
+    except (ArtifactError, OSError):  # opening it says what is wrong
+        return False
+    there, asked = found.get("request"), json.loads(canonical_json({"format": ARTIFACT_FORMATS[KIND], **request}))
+    if found.get("kind", KIND) != KIND or not isinstance(there, dict) or not isinstance(there.get("inputs"), dict):
+        return False
+    bare = [
+        {**one, "inputs": {name: of for name, of in one["inputs"].items() if name != "labels"}}
+        for one in (there, asked)
+    ]
+    return there != asked and bare[0] == bare[1]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from tailrace.pipeline.analyze import stage as analyze
 from tailrace.pipeline.analyze.settings import AnalyzeSettings
 from tailrace.pipeline.analyze.stage import AnalyzeResult
-from tailrace.pipeline.artifacts.manifests import DashboardManifest
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.cache import verify
 from tailrace.pipeline.cache.settings import CacheSettings
@@ -26,9 +25,8 @@ from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.pipeline.samples.speeches import fetch_sotu
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
-from tailrace.storage.artifact import Reference, published_kind
 from tailrace.storage.errors import ArtifactCorrupt
-from tailrace.storage.tables import TablesManifest, read_table
+from tailrace.storage.tables import read_table
 from tailrace.training.loop.settings import TrainSettings
 
 Say = Callable[[str], None]
@@ -117,7 +115,7 @@ def run(
         compute=compute,
     )
     say("5/5 dashboard: a page for every feature, which a browser opens from disk")
-    site = _dashboard(tables.path, folder / "dashboard", quiet=compute.quiet)
+    site = dashboard.run(DashboardSettings(), tables=tables.path, output=folder / "dashboard", quiet=compute.quiet)
     return DemoResult(cached.path, trained.path, tables, site.page)
 
 
@@ -184,12 +182,3 @@ def _line(feature: dict[str, Any], examples: list[dict[str, Any]], n_tokens: int
     window, at = examples[0]["window_tokens"], examples[0]["position"] - examples[0]["window_start"]
     text = "".join(window[:at]) + "»" + window[at] + "«" + "".join(window[at + 1 :])
     return FeatureLine(feature["feature"], feature["frequency"], feature["max"], tokens, text)
-
-
-def _dashboard(tables: Path, output: Path, *, quiet: bool) -> dashboard.DashboardResult:
-    """Return the site of ``tables``: one that is there stays, though features were labelled since."""
-    if published_kind(output) == dashboard.KIND:
-        made_from = DashboardManifest.read(output).inputs.tables
-        if isinstance(made_from, Reference) and made_from.digest == TablesManifest.read(tables).digest:
-            return dashboard.read_result(output)
-    return dashboard.run(DashboardSettings(), tables=tables, output=output, quiet=quiet)
