@@ -63,7 +63,7 @@ def open_cache(path: CachePath | str, generation: int | None = None) -> Activati
     Raises ArtifactMissing, ArtifactIncomplete, ArtifactCorrupt, or ArtifactMismatch for any other artifact.
     """
     if isinstance(path, CacheAt):
-        path, generation = path.path, path.generation
+        generation, path = path.generation, path.path
     root = home_path(path)
     while True:
         newest = CacheManifest.read(root)
