@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 from tailrace.storage.activation_cache import CacheSplit, open_cache
@@ -95,8 +96,8 @@ class BucketTask:
         shards: dict[str, FileRecord] = {}
         with ThreadPoolExecutor(4) as pool:
             for spec in _specs(split):
-                order = GatheredOrder(split, plan, [spec], pool)
-                shards.update(_write_bucket(path, order, plan, spec, bucket))
+                with closing(GatheredOrder(split, plan, [spec], pool)) as order:
+                    shards.update(_write_bucket(path, order, plan, spec, bucket))
         sync_shards(path, shards)
         write_record(path, _record_name(bucket), BucketRecord(bucket=bucket, shards=shards))
 

@@ -7,7 +7,7 @@ reader that puts rows in their places itself. ``MaterialisedOrder`` reads it in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -90,13 +90,22 @@ class _Compared:
     n_segments: int
 
     def __init__(self, compare: Callable[[], None]) -> None:
-        executor = ThreadPoolExecutor(1, "compared")
-        self._comparison = executor.submit(compare)
-        executor.shutdown(wait=False)
+        self._compare = compare
+        self._comparison: Future[None] | None = None
 
     def _compared(self, segment: int) -> None:
-        """Raise ArtifactCorrupt before the second segment, or an only one, if a shard was damaged."""
-        if segment or self.n_segments == 1:
+        """Begin to compare at the first call; raise ArtifactCorrupt at the next, or the last, if a shard is damaged."""
+        is_first = self._comparison is None
+        if self._comparison is None:
+            executor = ThreadPoolExecutor(1, "compared")
+            self._comparison = executor.submit(self._compare)
+            executor.shutdown(wait=False)
+        if not is_first or segment == self.n_segments - 1:
+            self._comparison.result()
+
+    def close(self) -> None:
+        """Wait for the comparison. Raises ArtifactCorrupt."""
+        if self._comparison is not None:
             self._comparison.result()
 
 
@@ -152,9 +161,6 @@ class GatheredOrder(_Compared):
     def _read_part(self, spec: ArraySpec, shard: int, start: int, rows: np.ndarray) -> None:
         n_rows = self._unit_rows[shard]
         self._split.read_shard(spec, shard, lambda group: read_part_of_shard(group, spec, shard, n_rows, start, rows))
-
-    def close(self) -> None:
-        """Nothing stays open between segments."""
 
     def _read(self, spec: ArraySpec, run: Run, rows: np.ndarray) -> None:
         n_rows = self._unit_rows[run.unit]
@@ -277,10 +283,11 @@ class MaterialisedOrder(_Compared):
             filled += len(part)
 
     def close(self) -> None:
-        """Close the files that are open."""
+        """Close the files that are open; wait for the comparison. Raises ArtifactCorrupt."""
         for _, file in self._open.values():
             file.close()
         self._open.clear()
+        super().close()
 
 
 _MANY = 64

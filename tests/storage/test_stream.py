@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache
+from tailrace.storage.artifact import MANIFEST, describe_files, read_json, seal
 from tailrace.storage.bfloat16 import bits_to_float32
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
 from tailrace.storage.formats import Compression
@@ -341,6 +342,10 @@ def test_a_materialised_epoch_is_used_only_for_its_own_order(directory: Path) ->
     # a mark in the first shard of the copy shows who reads it
     shard = group / "token_id/c/0"
     shard.write_bytes(np.full(128, 77, "<i4").tobytes() + shard.read_bytes()[512:])
+    manifest = read_json(group / MANIFEST)
+    del manifest["digest"]
+    manifest["shards"] |= describe_files(group, ["token_id/c/0"])
+    (group / MANIFEST).write_bytes(seal(manifest))
     assert (read_epoch(split)["token_id"][:128] == 77).all()
     for options in ({"seed": 1}, {"epoch": 1}, {"n_rows": 599}, {"order": "gathered"}):
         assert not (read_epoch(split, **options)["token_id"] == 77).any(), options
