@@ -1,8 +1,8 @@
 """Damage to what a killed command left: the same command makes the right bytes of it, or refuses and says why.
 
-Nothing damaged is continued from and published as good. Two kinds of damage are left to `pipeline verify`, which finds
-them: rows of finished shards beyond those that are read again, of which these drafts are too small to have any, and
-``request.json``, which another command line may have written.
+Nothing damaged is continued from and published as good. Left to `pipeline verify`, which finds it, is damage to rows of
+finished shards beyond those that are read again, of which these drafts are too small to have any, and to what earlier
+generations published, ``superseded`` among it. A changed ``request.json`` is another request, and refused as such.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def try_damages(
     expected, n_remade, n_refused, wrong = contents(output), 0, 0, []
     names = [name for name, data in contents(kept).items() if finished.get(name) != data]
     names = [name for name in names if name.startswith(draft.folder) and not name.endswith("request.json")]
+    names = [name for name in names if not name.startswith("superseded/")]
     names = [name for name in names if any(part in name for part in only)]
     if most is not None and most < len(names):
         names = [names[index] for index in random.choice(len(names), most, replace=False)]
