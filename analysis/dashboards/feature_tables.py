@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tailrace.analysis.dashboards.values import visible_text, visible_token
 from tailrace.storage.artifact import published_file
 from tailrace.storage.formats import RESERVED_COLUMNS, TABLES_KIND
+from tailrace.storage.labels import read_labels
 from tailrace.storage.tables import TablesManifest, read_schema, read_table
 
 KIND = TABLES_KIND
@@ -80,6 +82,16 @@ class FeatureTables:
         path = self._file(f"{name}.parquet")
         chosen = None if columns is None else [column for column in columns if column in read_schema(path).names]
         return read_table(path, chosen, None if features is None else _within(features))
+
+    def descriptions(self) -> dict[int, str]:
+        """Return in a word what each feature is about: its label, or its top token."""
+        known = self.read("features", columns=("feature", "top_token"))
+        assert known is not None, "tables always have the table of features"
+        tokens = {row["feature"]: row.get("top_token") for row in known.to_pylist()}
+        labels = {feature: one.label for feature, one in read_labels(self.path).items() if one.label}
+        return {feature: visible_token(token) for feature, token in tokens.items() if token is not None} | {
+            feature: visible_text(label) for feature, label in labels.items()
+        }
 
     def about_documents(self, documents: pa.ChunkedArray) -> dict[int, str] | None:
         """Return a line with the kept columns of each of these documents, ``lang: en · source: web``; None without any.

@@ -24,7 +24,9 @@ _NAMES = {"cosine": "decoder cosine", "phi": "φ of firing"}
     type=options.ARTIFACT,
     help="Transcoders of the tables, or a folder of them, to compare decoder rows; may be repeated.",
 )
-@click.option("--out", "output", type=options.FILE, help="File for the match of every feature: .parquet or .json.")
+@click.option(
+    "--out", "output", type=options.FILE, help="File for the match of every feature: .parquet, .json or .html."
+)
 @options.as_json
 @options.compute
 def command(

@@ -30,6 +30,7 @@ from tailrace.analysis.matches import (
     rotated,
 )
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer, layers_of, open_transcoders
+from tailrace.pipeline.compare.page import SIDES, page
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.artifact import write_output
 from tailrace.storage.draft import list_differences
@@ -37,8 +38,7 @@ from tailrace.storage.errors import SettingsError
 from tailrace.storage.labels import owner_of, read_labels
 from tailrace.storage.tables import column, read_table, write_table
 
-SIDES = ("a", "b")
-SUFFIXES = (".parquet", ".json")
+SUFFIXES = (".parquet", ".json", ".html")
 _SEED = 0
 """Of the rotation: it decides nothing that is reported to more digits than are shown."""
 
@@ -77,7 +77,7 @@ def run(
     output: Path | None = None,
     compute: Compute = Compute(),
 ) -> ComparisonResult:
-    """Compare two tables; write the table of matches to ``output``, a .parquet or .json file, where given.
+    """Compare two tables; write the table of matches to ``output``, a .parquet, .json or .html file.
 
     ``transcoders`` of the tables, or folders of them, let decoder rows be compared. Raises SettingsError if nothing can
     be compared, saying why; ArtifactError.
@@ -99,7 +99,7 @@ def run(
     table = pa.concat_tables(_rows(side, one, by_measure) for side, one in enumerate(opened))
     summary = _summary(opened, by_measure, reasons)
     if output is not None:
-        _write(output, table, summary)
+        _write(output, table, summary, opened)
     return ComparisonResult(table, summary)
 
 
@@ -247,9 +247,12 @@ def _shares(own: Matches, other: Matches) -> dict[str, Any]:
     }
 
 
-def _write(output: Path, table: pa.Table, summary: dict[str, Any]) -> None:
-    if output.suffix == ".parquet":
-        write_table(output, SCHEMA, table.to_batches(), metadata={"summary": json.dumps(summary)})
-        return
-    content = json.dumps({"summary": summary, "features": table.to_pylist()}, ensure_ascii=False, allow_nan=False)
-    write_output(output, content.encode())
+def _write(output: Path, table: pa.Table, summary: dict[str, Any], opened: Sequence[FeatureTables]) -> None:
+    match output.suffix:
+        case ".parquet":
+            write_table(output, SCHEMA, table.to_batches(), metadata={"summary": json.dumps(summary)})
+        case ".html":
+            write_output(output, page(table, summary, [one.descriptions() for one in opened]).encode())
+        case _:
+            content = {"summary": summary, "features": table.to_pylist()}
+            write_output(output, json.dumps(content, ensure_ascii=False, allow_nan=False).encode())

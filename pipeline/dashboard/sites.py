@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
-from tailrace.analysis.dashboards.values import rounded, visible_text, visible_token
+from tailrace.analysis.dashboards.values import rounded
 from tailrace.pipeline.artifacts.folders import each_artifact
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.shared.pages import content_policy, policy_element
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import TABLES_KIND
-from tailrace.storage.labels import read_labels
 from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import read_table
 
@@ -74,7 +73,7 @@ def read_matches(paths: Sequence[Path], tables: Mapping[str, FeatureTables]) -> 
                 f"--matches {path}: compares {summary['a']['tables']} and {summary['b']['tables']}, both of which "
                 "a site must show; give it these tables too, or another file"
             )
-        about = [_about(tables[key]) for key in keys if key is not None]
+        about = [tables[key].descriptions() for key in keys if key is not None]
         for row in compared.to_pylist():
             side = int(row["side"] == "b")
             own = found.setdefault(str(keys[side]), {}).setdefault(row["feature"], [])
@@ -83,17 +82,6 @@ def read_matches(paths: Sequence[Path], tables: Mapping[str, FeatureTables]) -> 
                     text = about[1 - side].get(other, "")
                     own.append([keys[1 - side], measure, other, rounded(row[measure]), text])
     return found
-
-
-def _about(tables: FeatureTables) -> dict[int, str]:
-    """Return in a word what each feature is about: its label, or its top token."""
-    known = tables.read("features", columns=("feature", "top_token"))
-    assert known is not None, "tables always have the table of features"
-    tokens = {row["feature"]: row.get("top_token") for row in known.to_pylist()}
-    labels = {feature: one.label for feature, one in read_labels(tables.path).items() if one.label}
-    return {feature: visible_token(token) for feature, token in tokens.items() if token is not None} | {
-        feature: visible_text(label) for feature, label in labels.items()
-    }
 
 
 def index_page(tables: Mapping[str, FeatureTables]) -> bytes:

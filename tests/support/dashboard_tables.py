@@ -6,7 +6,7 @@ page says can be compared with them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,12 @@ def make_tables(
     *,
     n_documents: int = 10,
     model: str = "tiny<b>lm",
+    kept: Sequence[str] = (),
 ) -> MadeTables:
-    """Publish tables of ``d_sae`` features at ``path``, with those of ``PARTS`` that are asked for."""
+    """Publish tables of ``d_sae`` features at ``path``, with those of ``PARTS`` that are asked for.
+
+    ``kept``: values of a column of the dataset, of documents in turn.
+    """
     documents = np.arange(N_CONTEXTS) * n_documents // N_CONTEXTS
     rng = np.random.default_rng(seed)
     n_rows = N_CONTEXTS * CONTEXT
@@ -69,6 +73,9 @@ def make_tables(
         tables |= _activation_files(activations)
     if "rows" in parts:
         tables["rows"] = _rows(tokens, documents)
+    if kept:
+        source = [kept[document % len(kept)] for document in range(n_documents)]
+        tables["documents"] = pa.table({"document": range(n_documents), "source": source})
     if "coactivation" in parts:
         tables["coactivation"] = _coactivation(d_sae)
     if "connections" in parts:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
 
 from tailrace.analysis.circuits.documents import describe_node
 from tailrace.analysis.circuits.nodes import Kind, Node
@@ -20,6 +21,8 @@ from tailrace.analysis.interventions.generation import NextTokenChange
 from tailrace.pipeline.blind import draw
 from tailrace.pipeline.blind.settings import DrawSettings
 from tailrace.pipeline.circuit.page import render_page
+from tailrace.pipeline.compare.page import page as compare_page
+from tailrace.pipeline.compare.stage import SCHEMA
 from tailrace.pipeline.curves.picture import write_picture
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.settings import DashboardSettings
@@ -41,7 +44,13 @@ PLAIN = (" of", " the", " people", " and", " war", "\n", " for", " ever", " in",
 def write_site(folder: Path, texts: Sequence[str]) -> Path:
     """Write a dashboard, with its tables beside it, labels and notes, and the names of a dataset and a model."""
     with patch.object(dashboard_tables, "WORDS", tuple(texts)):
-        tables = dashboard_tables.make_tables(folder / "tables", max(8, len(texts)), model=texts[0]).path
+        tables = dashboard_tables.make_tables(
+            folder / "tables",
+            max(8, len(texts)),
+            model=texts[0],
+            n_documents=40,
+            kept=[f"kept {text}" for text in texts],
+        ).path
     edit_labels(
         tables, [LabelEdit(index, "ann", text[:200], text, starred=True) for index, text in enumerate(texts) if index]
     )
@@ -163,6 +172,36 @@ def write_pareto(folder: Path, texts: Sequence[str]) -> Path:
     return folder / "pareto.html"
 
 
+def write_compare(folder: Path, texts: Sequence[str]) -> Path:
+    """Write the matches of two dictionaries whose features are labelled with the texts, in folders named so too."""
+    n = len(texts)
+    rows = [
+        {
+            "side": side, "feature": feature, "label": texts[feature], "cosine_feature": n - 1 - feature,
+            "cosine": feature / n, "cosine_matched": feature > n // 2, "cosine_mutual": feature % 2 == 0,
+            "phi_feature": feature if feature else None, "phi": -feature / n if feature else None,
+            "jaccard": 0.5 if feature else None, "phi_matched": False if feature else None,
+            "phi_mutual": True if feature else None,
+        }
+        for side in ("a", "b")
+        for feature in range(n)
+    ]  # fmt: skip
+    share = {"compared": n, "chance": 0.3, "matched": 0.5, "mutual": 0.25, "median": 0.4}
+    sides = {
+        side: {"tables": str(folder / folder_name(text))}
+        for side, text in zip("ab", (texts[0], texts[-1]), strict=True)
+    }
+    summary = {
+        **sides,
+        **{measure: {"a": share, "b": share} for measure in ("cosine", "phi")},
+        "left_out": {"x": texts[0]},
+    }
+    about = dict(enumerate(texts))
+    page = compare_page(pa.Table.from_pylist(rows, SCHEMA), summary, (about, about))
+    (folder / "compare.html").write_text(page)
+    return folder / "compare.html"
+
+
 PAGES: dict[str, tuple[str, Callable[[Path, Sequence[str]], Path]]] = {
     "site": ("pipeline/dashboard/sites.py", write_site),
     "blind items": ("pipeline/dashboard/stage.py", write_blind_items),
@@ -172,6 +211,7 @@ PAGES: dict[str, tuple[str, Callable[[Path, Sequence[str]], Path]]] = {
     "score": ("pipeline/score/pictures.py", write_score),
     "curves": ("pipeline/curves/picture.py", write_curves),
     "steer": ("pipeline/steer/page.py", write_steer),
+    "compare": ("pipeline/compare/page.py", write_compare),
     "pareto": ("pipeline/evaluate/pareto_plot.py", write_pareto),
 }
 """By what it shows: the module that makes the page, and its maker."""

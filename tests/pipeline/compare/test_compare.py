@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from playwright.sync_api import Browser, expect
 
 from tailrace.pipeline.compare import stage as compare
 from tailrace.storage.cache_format import Site
@@ -17,7 +20,9 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.labels import LabelEdit, edit_labels
 from tailrace.storage.tables import describe, read_schema
+from tests.support.browsers import Scheme, accessibility_problems, open_browser, watched_page
 from tests.support.cache_jobs import command
+from tests.support.written_pages import PLAIN, write_compare
 
 N_CONTEXTS, LENGTH, N_FEATURES = 60, 16, 200
 
@@ -123,4 +128,67 @@ def test_the_command_prints_shares_and_writes_what_the_name_says(
     assert len(written["features"]) == 2 * N_FEATURES
     assert json.loads(command(capsys, "compare", *pair, "--json").out) == written["summary"]
     answer = command(capsys, "compare", *pair, "--out", tmp_path / "out.txt")
-    assert "end it in .parquet, .json" in answer.err
+    assert "end it in .parquet, .json, .html" in answer.err
+
+
+def test_the_page_has_every_pair_with_what_both_are_about(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    compare.run(pair, output=tmp_path / "out.html")
+    held = re.search(r'id="data">(.*?)</script>', (tmp_path / "out.html").read_text())
+    assert held is not None
+    page = json.loads(held[1])
+    assert page["names"] == ["a", "b"]
+    assert [measure["name"] for measure in page["measures"]] == ["φ of firing"]
+    (similar,) = page["sides"][0]["similar"]
+    assert similar["feature"] == list(range(N_FEATURES))[::-1]
+    assert similar["state"] == [2] * N_FEATURES
+    assert [at for at, text in enumerate(page["sides"][0]["about"]) if text] == [2]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1360, 390])
+def test_the_page_fits_and_is_accessible(browser: Browser, tmp_path: Path, width: int, scheme: Scheme) -> None:
+    path = write_compare(tmp_path, PLAIN)
+    with watched_page(browser, scheme, width=width) as watched:
+        watched.page.goto(path.as_uri())
+        expect(watched.page.locator("#pairs tbody tr")).to_have_count(len(PLAIN))
+        assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert accessibility_problems(watched.page) == []
+
+
+@pytest.mark.slow
+def test_pairs_are_searched_ordered_and_turned_round(browser: Browser, tmp_path: Path) -> None:
+    path = write_compare(tmp_path, [f"topic {number}" for number in range(450)])
+    with watched_page(browser) as watched:
+        page = watched.page
+        page.goto(path.as_uri())
+        rows = page.locator("#pairs tbody tr")
+        expect(rows).to_have_count(200)
+        expect(rows.first).to_have_text("449 topic 4490.998 matched0 topic 0")
+        page.get_by_role("button", name="Show more").click()
+        expect(rows).to_have_count(400)
+        page.get_by_label("Search").fill("Topic 44")
+        expect(page.locator("#count")).to_have_text(
+            "22 of 450 features"
+        )  # 44, 440 to 449, and what they are similar to
+        page.get_by_label("Search").fill("7")
+        expect(rows.first.locator(".id").first).to_have_text("447")
+        page.get_by_label("Search").fill("")
+        page.locator("#kept").select_option("unmatched")
+        expect(page.locator("#count")).to_have_text("226 of 450 features")
+        page.locator("#kept").select_option("all")
+        page.get_by_role("button", name="φ of firing").click()
+        page.locator("#order").select_option("up")
+        expect(rows.first).to_have_text("449 topic 449-0.998 not matched449 topic 449")
+        page.locator("#order").select_option("number")
+        expect(rows.first).to_have_text("0 topic 0none: it fires too rarely, or writes nothing")
+        first, last = (page.locator(f"#{name}").inner_text() for name in ("own", "other"))
+        page.get_by_role("button", name="topic 449 → topic 0").click()
+        expect(page.locator("#own")).to_have_text(last.replace("most similar", "feature"))
+        assert first == "feature of topic 0"
