@@ -227,9 +227,9 @@ class SiteServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """What to open in a browser, with the key if there is one."""
-        host, port = self.server_address[:2]
-        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in str(host) else str(host)
-        return f"http://{name}:{port}/{f'?key={self._key}' if self._key else ''}"
+        host = self.server_name
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        return f"http://{name}:{self.server_port}/{f'?key={self._key}' if self._key else ''}"
 
     def server_bind(self) -> None:
         """Bind, without asking a name server what the address is called."""
@@ -335,7 +335,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not self._is_from_here():  # a page of another site whose name leads here
                 self.send_error(HTTPStatus.FORBIDDEN, "this server answers to localhost")
             return self._is_from_here()
-        name = f"tailrace-{self.server.server_address[1]}"  # cookies are of a machine, not of a port
+        name = f"tailrace-{self.connection.getsockname()[1]}"  # cookies are of a machine, not of a port
         given = parse_qs(urlsplit(self.path).query).get("key", [""])[0]
         if _is_same(given, self.key):
             self.send_response(HTTPStatus.SEE_OTHER)

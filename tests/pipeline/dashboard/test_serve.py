@@ -143,9 +143,9 @@ def test_only_this_machines_names_are_answered_where_only_it_listens(made: MadeT
 
 def test_other_machines_need_the_key_which_the_address_turns_into_a_cookie(made: MadeTables) -> None:
     with served(made.path, host="0.0.0.0") as printed:
-        port, key = re.fullmatch(
-            rf"http://{re.escape(socket.gethostname())}:(\d+)/\?key=([\w-]{{32}})", printed
-        ).groups()
+        form = re.fullmatch(rf"http://{re.escape(socket.gethostname())}:(\d+)/\?key=([\w-]{{32}})", printed)
+        assert form is not None
+        port, key = form.groups()
         address = f"http://127.0.0.1:{port}"
         for refused in ("/", "/data/index.js", "/?key=", f"/?key={key[:-1]}", "/?key=%ff"):
             assert get(f"{address}{refused}")[0] == 403, refused
