@@ -29,6 +29,25 @@ KINDS = {
     Kind.PRUNED: "left out",
 }
 """Kinds of the terms that add up to a root, or lie beside a node."""
+_FORMS = {
+    Kind.FEATURE: ("Layer {layer}, feature {index} at {at}", "feature {layer}:{index} at {at}"),
+    Kind.DECODER: (
+        "Layer {layer}, direction of feature {index} at {at}",
+        "direction of feature {layer}:{index} at {at}",
+    ),
+    Kind.HEAD: ("Layer {layer}, head {index} reading {at}", "head {layer}.{index} from {at}"),
+    Kind.SKIP: ("Layer {layer}, skip path at {at}",) * 2,
+    Kind.EMBEDDING: ("Token {at}", "token {at}"),
+    Kind.POSITION: ("Position {token}",) * 2,
+}
+"""What a node of a kind is called in a heading, and as a step of a path."""
+_OF_LAYER = {
+    Kind.ERROR: "transcoder's error",
+    Kind.MLP: "MLP",
+    Kind.ATTENTION_BIAS: KINDS[Kind.ATTENTION_BIAS],
+    Kind.DECODER_BIAS: KINDS[Kind.DECODER_BIAS],
+}
+"""What a node that is of a layer, or of all, is called."""
 _PROMPT = 60
 """Letters of a prompt in a question; the beginning of a longer one is left out."""
 
@@ -75,24 +94,14 @@ class Words:
         if node == self._root and self._logits:
             return self.root()
         if node.of is not None:
-            return f"{KINDS[node.kind].capitalize()} of {self._long(node.of)}"
-        return str(described.get("text") or self._long(node))
+            return f"{KINDS[node.kind].capitalize()} of {self._name(node.of)}"
+        return str(described.get("text") or self._name(node))
 
     def step(self, node: Node) -> str:
         """Return a node's name as a step of a path."""
-        at = "all tokens" if node.token is None else self._token(node.token)
-        match node.kind:
-            case Kind.FEATURE:
-                return f"feature {node.layer}:{node.index} at {at}"
-            case Kind.DECODER:
-                return f"direction of feature {node.layer}:{node.index} at {at}"
-            case Kind.HEAD:
-                return f"head {node.layer}.{node.index} from {at}"
-            case Kind.EMBEDDING:
-                return f"token {at}"
-            case Kind.MLP:
-                return f"MLP {node.layer} at {at}"
-        return self._long(node)
+        if node.kind is Kind.MLP:
+            return f"MLP {node.layer} at {self._at(node)}"
+        return self._name(node, 1)
 
     def path(self, steps: Sequence[JSON]) -> list[str]:
         """Return the steps behind the root, each with what reaches the root along the path; ``*`` if capped."""
@@ -101,27 +110,20 @@ class Words:
             for step in steps[1:]
         ]
 
-    def _long(self, node: Node) -> str:
-        at = "all tokens" if node.token is None else self._token(node.token)
-        match node.kind:
-            case Kind.FEATURE:
-                return f"Layer {node.layer}, feature {node.index} at {at}"
-            case Kind.DECODER:
-                return f"Layer {node.layer}, direction of feature {node.index} at {at}"
-            case Kind.HEAD:
-                return f"Layer {node.layer}, head {node.index} reading {at}"
-            case Kind.SKIP:
-                return f"Layer {node.layer}, skip path at {at}"
-            case Kind.EMBEDDING:
-                return f"Token {at}"
-            case Kind.POSITION:
-                return f"Position {node.token}"
-            case Kind.ERROR | Kind.MLP | Kind.ATTENTION_BIAS | Kind.DECODER_BIAS if node.layer is not None:
-                what = {Kind.ERROR: "transcoder's error", Kind.MLP: "MLP"}.get(node.kind, KINDS.get(node.kind, ""))
-                return f"Layer {node.layer}, {what}" + ("" if node.token is None else f" at {at}")
-            case kind if kind in KINDS:
-                return KINDS[kind].capitalize()
+    def _name(self, node: Node, form: int = 0) -> str:
+        if node.kind in _FORMS:
+            numbers = {"layer": node.layer, "index": node.index, "token": node.token}
+            return _FORMS[node.kind][form].format(**numbers, at=self._at(node))
+        if node.kind in _OF_LAYER and node.layer is not None:
+            return f"Layer {node.layer}, {_OF_LAYER[node.kind]}" + (
+                "" if node.token is None else f" at {self._at(node)}"
+            )
+        if node.kind in KINDS:
+            return KINDS[node.kind].capitalize()
         return self.root() if node == self._root and self._logits else str(node)
+
+    def _at(self, node: Node) -> str:
+        return "all tokens" if node.token is None else self._token(node.token)
 
     def _token(self, position: int) -> str:
         return quoted(self._tokens[position])
