@@ -122,7 +122,7 @@ def show_budget(budget: Budget) -> None:
 
     rows = "the whole dataset" if budget.n_rows is None else f"{budget.n_rows:,} rows"
     click.echo(f"{rows} of {', '.join(site.name for site in budget.sites)}, shards of {budget.shard_rows:,} rows")
-    hours = "" if budget.hours is None else f": about {_time(budget.hours)} in one process"
+    hours = "" if budget.hours is None else f": about {units.duration(3600 * budget.hours)} in one process"
     click.echo(f"{budget.rows_per_second:,.0f} rows/s measured{hours}")
     for dtype in STORAGE_DTYPES:
         total = budget.total_bytes(dtype)
@@ -131,10 +131,6 @@ def show_budget(budget: Budget) -> None:
             all_rows += ", which does not fit"
         click.echo(f"  {dtype:9} {budget.row_bytes[dtype]:,} bytes per row{all_rows}")
     click.echo(f"{budget.free_bytes / 1e9:.1f} GB free; nothing was written")
-
-
-def _time(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} minutes"
 
 
 @click.command("extend", cls=SectionCommand)

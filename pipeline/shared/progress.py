@@ -12,6 +12,8 @@ from typing import Any, Self, TypeVar
 
 import click
 
+from tailrace.pipeline.shared.units import duration
+
 Sized = TypeVar("Sized")
 Item = TypeVar("Item")
 
@@ -92,7 +94,7 @@ class Progress:
         of_all, share = "", ""
         if self.total is not None:
             of_all, share = f"/{_count(self.total)}", f" {self.done / max(1, self.total):.0%}"
-        left = "" if self.total is None or not rate else f", {clock((self.total - self.done) / rate)} left"
+        left = "" if self.total is None or not rate else f", {duration((self.total - self.done) / rate)} left"
         speed = f"{rate:.2g}" if rate < 100 else _count(rate)
         note = f", {self.note}" if self.note else ""
         return f"{self._what}: {_count(self.done)}{of_all} {self._unit}{share}{note}, {speed} {self._unit}/s{left}"
@@ -141,13 +143,6 @@ class RowProgress(Progress):
         """Count bytes of a unit that is safe on disk."""
         self.n_bytes += n_bytes
         self.update(0, f"{self.n_bytes / 1e9:.2f} GB written")
-
-
-def clock(seconds: float) -> str:
-    """Return a time as ``1:12`` minutes or ``2:05:00`` hours."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _count(n: float) -> str:

@@ -22,6 +22,14 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:,.3g} TB" if n_bytes < 999.5 else f"{n_bytes:,.0f} TB"
 
 
+def duration(seconds: float) -> str:
+    """Return a time in the unit that leaves one or two digits before the point: ``50 s``, ``4.5 min``, ``21 h``."""
+    for length, unit in ((_DAY, "days"), (_HOUR, "h"), (_MINUTE, "min")):
+        if (n := seconds / length) >= 1.5:
+            return f"{n:.1f} {unit}" if n < 9.95 else f"{n:.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
+
+
 def age(moment: float, now: float | None = None) -> str:
     """Return how long ago a moment was, in its largest unit; the day of what is older than two months."""
     seconds = max(0.0, (time.time() if now is None else now) - moment)

@@ -11,8 +11,7 @@ import torch
 from pydantic import BaseModel
 
 from tailrace.pipeline.cache.budget import Budget
-from tailrace.pipeline.shared.progress import clock
-from tailrace.pipeline.shared.units import size
+from tailrace.pipeline.shared.units import duration, size
 from tailrace.pipeline.train.settings import CACHE_DTYPE
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.cost import CHECKPOINT_BYTES, n_parameters, step_seconds, training_bytes
@@ -78,7 +77,7 @@ def cost_line(runs: Sequence[Planned], device: torch.device) -> str:
     is_timed = device.type == "cpu" and n_steps >= _TIMED_STEPS and memory <= _TIMED_BYTES
     is_timed = is_timed and not any(run.settings.cross_layer for run in runs)
     seconds = sum(run.n_steps * _step_seconds(run, device) for run in runs) if is_timed else 0.0
-    about = f", about {clock(seconds)} by a step just timed" if seconds else ""
+    about = f", about {duration(seconds)} by a step just timed" if seconds else ""
     return (
         f"cost: {side_by_side}{n_steps:,} steps of {runs[0].settings.batch_rows:,} rows{about}; at least "
         f"{size(memory)} of memory; {size(running)} on disk while it runs, {size(kept)} afterwards"

@@ -23,7 +23,7 @@ from tailrace.pipeline.cache.budget import Budget, plan_budget
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.pipeline.samples.speeches import fetch_sotu
 from tailrace.pipeline.shared.compute import Compute, require_linux
-from tailrace.pipeline.shared.units import size
+from tailrace.pipeline.shared.units import duration, size
 from tailrace.pipeline.train.cost import TrainingCost, disk_problem, training_cost
 from tailrace.pipeline.train.layer_set_scores import LAYERS, LayerOutcome, read_layers, score_layer, write_layers
 from tailrace.pipeline.train.model_scores import ModelScores
@@ -175,18 +175,14 @@ def _train(
 def _announced(budget: Budget, cost: TrainingCost) -> Iterator[str]:
     """Yield what is about to be spent."""
     yield (
-        f"cache: {size(budget.total_bytes(CACHE_DTYPE) or 0)} for {budget.n_rows:,} rows of {len(budget.sites)} "
-        f"sites, about {_time(3600 * (budget.hours or 0.0))} at the {budget.rows_per_second:,.0f} rows/s just measured"
+        f"cache: {size(budget.total_bytes(CACHE_DTYPE) or 0)} for {budget.n_rows:,} rows of {len(budget.sites)} sites, "
+        f"about {duration(3600 * (budget.hours or 0.0))} at the {budget.rows_per_second:,.0f} rows/s just measured"
     )
     yield (
         f"training: {size(cost.disk_bytes)} while it runs, {size(cost.kept_bytes)} afterwards, about "
-        f"{_time(cost.seconds)} judging by a few steps just timed"
+        f"{duration(cost.seconds)} judging by a few steps just timed"
     )
     yield f"{size(budget.free_bytes)} free"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
 
 
 def _groups(sites: Sequence[str], at_most: int) -> Iterator[Sequence[str]]:

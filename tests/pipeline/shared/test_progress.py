@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from tailrace.pipeline.shared import progress
-from tailrace.pipeline.shared.progress import Progress, RowProgress, clock
+from tailrace.pipeline.shared.progress import Progress, RowProgress
+from tailrace.pipeline.shared.units import duration
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_a_log_gets_a_line_every_thirty_seconds(capsys: pytest.CaptureFixture[st
         for step in range(9):
             bar.update(note=f"loss 0.{step}")
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "train: 3/146 steps 2%, loss 0.2, 0.06 steps/s, 39:43 left"
+    assert said[0] == "train: 3/146 steps 2%, loss 0.2, 0.06 steps/s, 40 min left"
     assert [line.partition("/")[0] for line in said] == ["train: 3", "train: 5", "train: 7", "train: 9"]
 
 
@@ -38,7 +39,7 @@ def test_nothing_is_said_where_quiet_and_what_was_there_before_is_no_speed(capsy
         bar.committed(2_000_000_000)
     assert capsys.readouterr().err == ""
     assert bar.n_new_rows == 100_000
-    assert bar.line() == "cache: 500k/1M rows 50%, 2.00 GB written, 10k rows/s, 0:50 left"
+    assert bar.line() == "cache: 500k/1M rows 50%, 2.00 GB written, 10k rows/s, 50 s left"
 
 
 def test_what_is_over_soon_prints_nothing_into_a_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,8 +60,9 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "loss 0.5" in terminal.getvalue()
 
 
-def test_times_are_minutes_or_hours() -> None:
-    assert [clock(72), clock(7500), clock(0.2)] == ["1:12", "2:05:00", "0:00"]
+def test_times_have_the_unit_that_is_easiest_to_read() -> None:
+    seconds = (0.2, 72, 90, 597, 5400, 86_400, 172_800)
+    assert [duration(one) for one in seconds] == ["1 s", "72 s", "1.5 min", "10 min", "1.5 h", "24 h", "2.0 days"]
 
 
 def test_a_notebook_gets_a_bar_though_no_terminal_watches(
