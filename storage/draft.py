@@ -257,6 +257,11 @@ class Draft:
             if self.resumed:
                 self._refuse_other_request()
             elif foreign := _foreign(self.path):
+                if REQUEST in foreign and LOCK not in foreign and (self.path / LOCK).exists():
+                    raise ArtifactCorrupt(
+                        f"{self.path / REQUEST}: is not as it was written, so that nothing says what was begun here; "
+                        f"restore it, or delete {self.path} and run the same command again"
+                    )
                 raise ArtifactMismatch(
                     f"{self.path}: is not empty (holds {', '.join(foreign[:5])}) and is no {self.kind}; choose an "
                     "empty directory"
