@@ -8,9 +8,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.campaigns import CAMPAIGNS, Bench, second_opinion
+from tests.faults.campaigns import CAMPAIGNS, Bench, NotReached, second_opinion
 from tests.faults.lab import Lab, needs_compiler
 from tests.faults.stages import STAGES, copy_release
 
@@ -37,10 +38,16 @@ class Tally:
         self.tried: Counter[tuple[str, str]] = Counter()
         self.failed: Counter[tuple[str, str]] = Counter()
         self.agreed: Counter[str] = Counter()
+        self.n_idle = 0
+        """Cases in which nothing was disturbed; they do not count as tried."""
 
     def judge(self, campaign: str, stage: str, bench: Bench, case: str) -> None:
         """Try a case; print and write what fails, with the command that repeats it."""
-        problems = CAMPAIGNS[campaign].judge(bench, case)
+        try:
+            problems = CAMPAIGNS[campaign].judge(bench, case)
+        except NotReached:
+            self.n_idle += 1
+            return
         self.tried[campaign, stage] += 1
         if problems:
             self.failed[campaign, stage] += 1
@@ -75,6 +82,7 @@ class Tally:
                 counts = ", ".join(f"{stage} {n}" for stage, n in stages.items())
                 _say(f"{campaign}: {sum(stages.values())} cases in {len(stages)} stages, {failed} failed ({counts})")
         _say("; ".join(f"{n} {what} agree" for what, n in self.agreed.items()))
+        _say(f"{self.n_idle} more cases disturbed nothing")
 
 
 def rounds(asked: argparse.Namespace) -> Iterator[tuple[int, str]]:
@@ -86,26 +94,28 @@ def rounds(asked: argparse.Namespace) -> Iterator[tuple[int, str]]:
 
 
 def run(asked: argparse.Namespace) -> int:
-    """Try cases until the time is over; return how many failed."""
-    end = time.monotonic() + asked.seconds
+    """Try cases until the time is over, or Ctrl-C; return how many failed."""
     tally = Tally()
-    with Lab.open() as lab:
+    with Lab.open() as lab, suppress(KeyboardInterrupt):
         copy_release(lab.folder)
-        for number, name in rounds(asked):
-            if time.monotonic() > end:
-                break
-            bench = Bench(lab, name)
-            for campaign in asked.campaigns or CAMPAIGNS:
-                rng = random.Random(f"{asked.seed} {number} {name} {campaign}")
-                cases = list(CAMPAIGNS[campaign].cases(bench, rng))
-                for case in rng.sample(cases, min(asked.most, len(cases))):
-                    if time.monotonic() > end:
-                        break
-                    tally.judge(campaign, name, bench, case)
-                tally.second_opinion(campaign, bench)
-            _say(f"{name}: {tally.n_tried} cases so far, {tally.n_failed} failed")
+        _try_all(lab, asked, tally)
     tally.show()
     return tally.n_failed
+
+
+def _try_all(lab: Lab, asked: argparse.Namespace, tally: Tally) -> None:
+    end = time.monotonic() + asked.seconds
+    for number, name in rounds(asked):
+        bench = Bench(lab, name)
+        for campaign in asked.campaigns or CAMPAIGNS:
+            rng = random.Random(f"{asked.seed} {number} {name} {campaign}")
+            cases = list(CAMPAIGNS[campaign].cases(bench, rng))
+            for case in rng.sample(cases, min(asked.most, len(cases))):
+                if time.monotonic() > end:
+                    return
+                tally.judge(campaign, name, bench, case)
+            tally.second_opinion(campaign, bench)
+        _say(f"{name}: {tally.n_tried} cases so far, {tally.n_failed} failed")
 
 
 def repeat(cases: list[str]) -> int:

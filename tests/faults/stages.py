@@ -29,9 +29,19 @@ class Stage(NamedTuple):
     """The artifact of the release that it writes into, or "" for a folder with a file of a user."""
 
     @property
-    def grows_cache(self) -> bool:
-        """Whether the rows that a cache had must still be read."""
+    def changes_cache(self) -> bool:
+        """Whether a cache that is there is changed, whose rows must be read as before all the time."""
         return self.line.startswith(("extend", "widen", "shuffle", "prune"))
+
+    @property
+    def keeps_ledger(self) -> bool:
+        """Whether what it makes says when it was done, so that its bytes are others each time."""
+        return self.line.startswith("blind study")
+
+    @property
+    def begins_once(self) -> bool:
+        """Whether it refuses to begin what has begun."""
+        return self.line.startswith("blind study begin")
 
 
 def command(line: str) -> list[str]:
@@ -81,7 +91,9 @@ _NAMED = (
 
 _TABLES = "--tables tables/topk"
 _PROMPT = "'the people of' --transcoders transcoders/topk"
+_GROWN = tuple(step.line for step in STEPS if step.output == "caches/grown")
 STAGES = _recipe() | {
+    "prune": Stage("prune {out} --force", before=_GROWN),
     "label": Stage("label {out} 3 people --note often --author me", begin_with="tables/topk"),
     "label-export": Stage("label tables/topk --export {out}/labels.csv", begin_with=""),
     "query": Stage(f"query 'SELECT * FROM features' {_TABLES} --out {{out}}/answer.parquet", begin_with=""),

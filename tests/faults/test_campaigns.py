@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from tests.faults.campaigns import CAMPAIGNS, Bench, second_opinion
+from tests.faults.campaigns import CAMPAIGNS, Bench, NotReached, second_opinion
 from tests.faults.lab import Call, Fault, Lab, Mode, Signal, needs_compiler
 from tests.faults.power_cut import Disk
 from tests.faults.stages import STAGES, copy_release
@@ -39,11 +40,12 @@ def sample(bench: Bench, campaign: str, n_cases: int) -> list[str]:
 
 
 def problems(bench: Bench, n_cases: int) -> dict[str, list[str]]:
-    judged = {
-        f"{name}/{case}": campaign.judge(bench, case)
-        for name, campaign in CAMPAIGNS.items()
-        for case in sample(bench, name, n_cases)
-    }
+    judged = {}
+    for name, campaign in CAMPAIGNS.items():
+        for case in sample(bench, name, n_cases):
+            with suppress(NotReached):
+                judged[f"{name}/{case}"] = campaign.judge(bench, case)
+    assert len(judged) > len(CAMPAIGNS) // 2  # of a refusal to read, the file may not be read at all
     return {case: problems for case, problems in judged.items() if problems}
 
 
