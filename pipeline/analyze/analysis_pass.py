@@ -35,8 +35,8 @@ from tailrace.analysis.tables import TABLES
 from tailrace.analysis.weights.unembedding import TokenEffects
 from tailrace.pipeline.artifacts.transcoders import TranscoderLayer
 from tailrace.pipeline.shared.compute import Compute
-from tailrace.pipeline.shared.progress import Progress, clock
-from tailrace.pipeline.shared.units import size
+from tailrace.pipeline.shared.progress import Progress
+from tailrace.pipeline.shared.units import duration, size
 from tailrace.pipeline.shared.worker_processes import open_workers
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import make_directory
@@ -226,7 +226,7 @@ def cost_line(subject: Subject, whole: AnalysisPass, compute: Compute) -> str:
     seconds = None
     if whole.rows.cache is not None and not compute.has_workers and n_rows >= _TIMED_FROM:
         seconds = _seconds_per_row(subject, plan)
-    about = f", about {clock(seconds * n_rows)} by rows just timed" if seconds else ""
+    about = f", about {duration(seconds * n_rows)} by rows just timed" if seconds else ""
     unit_rows = subject.split.first_row(1) if subject.split.n_units > 1 else subject.split.n_rows
     memory = 4 * coder.d_sae * (coder.d_in + coder.d_out) + unit_rows * whole.analysed.site.row_bytes
     n_pairs, kept = estimated_pairs(subject, n_rows, plan), ""

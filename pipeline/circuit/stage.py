@@ -42,9 +42,9 @@ from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.model.weights import read_weights
 from tailrace.pipeline.shared.compute import Compute, say_once
-from tailrace.pipeline.shared.progress import Progress, clock
+from tailrace.pipeline.shared.progress import Progress
 from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
-from tailrace.pipeline.shared.units import size
+from tailrace.pipeline.shared.units import duration, size
 from tailrace.storage.artifact import published_file, write_atomically
 from tailrace.storage.display import card, table
 from tailrace.storage.formats import ARTIFACT_FORMATS
@@ -302,8 +302,8 @@ class _Asked:
         n_bytes += n_rows * (n_active + run.n_layers * run.n_tokens) * run.embedding.element_size()
         graph = f", {n_rows:,} of them in a graph" if n_rows else ""
         say_once(
-            f"cost: {run.n_tokens:,} tokens, {n_active:,} active features{graph}; about {clock(seconds)} by the first, "
-            f"just timed; at least {size(n_bytes)} of memory; a few MB on disk"
+            f"cost: {run.n_tokens:,} tokens, {n_active:,} active features{graph}; about {duration(seconds)} by the "
+            f"first, just timed; at least {size(n_bytes)} of memory; a few MB on disk"
         )
 
     def _name(self, root: Root) -> str:

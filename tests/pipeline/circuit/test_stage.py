@@ -82,7 +82,7 @@ def test_the_cost_is_said_and_what_is_published_is_returned_without_running_the_
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cost: ")]
     n_tokens, n_active, n_rows = map(int, re.findall(r"(\d+) (?:tokens|active|of them)", said))
     assert (n_tokens, n_rows) == (len(first.document["tokens"]), min(SMALL.max_features, n_active))
-    assert re.search(r"about \d+:\d\d by the first, just timed; at least \d.* of memory", said)
+    assert re.search(r"about \d+ s by the first, just timed; at least \d.* of memory", said)
     monkeypatch.setattr(circuit, "open_transcoder_model", lambda *_, **__: pytest.fail("the model was opened"))
     assert circuit.run(SMALL, asked, **inputs).document == first.document  # type: ignore[arg-type]
     with pytest.raises(ArtifactMismatch, match="branches: there it is 4, asked for 5"):
