@@ -7,6 +7,7 @@ function, once the settings are read: help, completion and wrong flags are answe
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -289,13 +290,18 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         _print_error(str(error))
-        sys.exit(2 if isinstance(error, SettingsError) else 1)
+        sys.exit(2 if isinstance(error, SettingsError) and not _is_of_disk(error.__cause__) else 1)
     except Exception as error:
         if "--debug" in arguments:
             raise
         is_of_disk = isinstance(error, OSError) and error.errno is not None
         _print_error(_refused(error) if is_of_disk else _unexpected(error, arguments))
         sys.exit(1 if is_of_disk else _UNEXPECTED)
+
+
+def _is_of_disk(cause: BaseException | None) -> bool:
+    """Return whether the system refused a file that is there: its path and settings are not what is wrong."""
+    return isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE)
 
 
 _UNEXPECTED = 70

@@ -16,6 +16,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +28,9 @@ from tailrace.analysis.dashboards.feature_pages import FeaturePages
 from tailrace.analysis.dashboards.feature_tables import FeatureTables
 from tailrace.analysis.dashboards.glossary import TERMS
 from tailrace.analysis.dashboards.values import Vocabulary, rounded, visible_text
-from tailrace.storage.artifact import MANIFEST, REQUEST, read_json
-from tailrace.storage.errors import ArtifactCorrupt
+from tailrace.storage.artifact import MANIFEST, REQUEST, read_json, unreadable
 from tailrace.storage.labels import Label
+from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import TablesManifest
 
 FEATURES_PER_FILE = 32
@@ -164,7 +165,10 @@ def nearby_transcoder(of: TablesManifest, tables: Path) -> tuple[Path, dict[str,
 
 
 def _nearby(tables: Path, text: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield path and manifest of the artifacts beside the tables, and beside their folder, that mention ``text``."""
+    """Yield path and manifest of the artifacts beside the tables, and beside their folder, that mention ``text``.
+
+    Raises ArtifactCorrupt for a manifest that the disk refuses: without it, the site would silently say less.
+    """
     home = tables.resolve().parent
     patterns = (f"*/{MANIFEST}", f"*/*/{MANIFEST}", f"*/runs/*/{MANIFEST}")
     manifests = (
@@ -172,10 +176,14 @@ def _nearby(tables: Path, text: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     )
     for path in itertools.islice(manifests, MANIFESTS_READ):
         try:
-            if text.encode() in path.read_bytes() and isinstance(manifest := read_json(path), dict):
-                yield path.parent, manifest
-        except (ArtifactCorrupt, OSError):
+            data = path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError):  # removed a moment ago, or no file
             continue
+        except OSError as error:
+            raise unreadable(error, path) from error
+        with suppress(ValueError):  # of another program, or damaged: `pipeline verify` says so
+            if text.encode() in data and isinstance(manifest := parse_json(data), dict):
+                yield path.parent, manifest
 
 
 def _label_columns(features: Sequence[int], labels: Mapping[int, Label]) -> dict[str, Any]:

@@ -67,6 +67,20 @@ def test_every_campaign_of_every_stage_ends_as_if_nothing_had_been(lab: Lab, sta
 
 
 @needs_lab
+@pytest.mark.parametrize(
+    ("stage", "campaign", "case"),
+    [
+        # a disk that refuses a file given in a folder was reported as a wrong setting, with exit code 2
+        ("import", "refused-read", "EIO-open-exports/circuit-tracer/config.yaml"),
+        # the site was made without what the transcoder's manifest says, and exit code 0
+        ("dashboard", "refused-read", "EIO-open-transcoders/topk/manifest.json"),
+    ],
+)
+def test_what_failed_once_is_mended(lab: Lab, stage: str, campaign: str, case: str) -> None:
+    assert CAMPAIGNS[campaign].judge(Bench(lab, stage), case) == []
+
+
+@needs_lab
 def test_the_laboratory_does_what_it_says(lab: Lab) -> None:
     bench = Bench(lab, "label-export")
     (write,) = [number for number, call in enumerate(bench.changes, 1) if call.name == "write"]
