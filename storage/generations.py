@@ -7,6 +7,7 @@ From that note on nothing that is deleted is read, so a prune that was cut off i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -209,8 +210,11 @@ class Generations:
                 file.unlink(missing_ok=True)
             for folder in self._folders(oldest):
                 for inner, _, _ in os.walk(folder, topdown=False):
-                    with suppress(OSError):  # a file that is needed lies there
+                    try:
                         os.rmdir(inner)
+                    except OSError as error:
+                        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # a file that is needed lies there
+                            raise
         except OSError as error:
             raise storage_refused(error, self.root) from error
 

@@ -291,3 +291,17 @@ def test_a_damaged_note_is_refused(path: Path, damage: bytes | None) -> None:
     with pytest.raises(ArtifactCorrupt, match=PRUNED.replace(".", r"\.")):
         open_cache(path)
     assert any(PRUNED in problem for problem in verify_bytes(path))
+
+
+def test_a_disk_that_keeps_an_empty_folder_is_an_error_and_the_next_prune_deletes_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(name))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "rmdir", refuse)
+        with pytest.raises(StorageFull, match="Input/output error"):
+            Generations(path).prune(2)
+    Generations(path).prune(2)
+    assert not (path / "statistics" / "0").exists()
