@@ -251,14 +251,19 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            problems = "\n".join(f"  {_describe(problem)}" for problem in error.errors(include_url=False))
+            problems = [f"\n  {_describe(problem)}" for problem in error.errors(include_url=False)[:_LISTED]]
+            more = f"\n  and {error.error_count() - _LISTED:,} more" if error.error_count() > _LISTED else ""
             raise ArtifactCorrupt(
-                f"{path}: is not as wanted; restore it or rebuild the artifact:\n{problems}"
+                f"{path}: is not as wanted; restore it or rebuild the artifact:{''.join(problems)}{more}"
             ) from error
 
     def as_json(self) -> dict[str, JSON]:
         """Return the object as it was read, with the keys that this version does not know."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+_LISTED = 20
+"""Problems of a file that a message lists."""
 
 
 def shaped(record: type[Record], *, or_empty: bool = False) -> AfterValidator:

@@ -59,7 +59,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch's own class for it has "out of memory" in its text; for a CPU it raises RuntimeError
     text = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)
+        isinstance(error, RuntimeError | OSError) and any(sign in text for sign in _OUT_OF_MEMORY)
     )
 
 

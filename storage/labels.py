@@ -140,7 +140,7 @@ def edit_labels(
     """
     manifest = TablesManifest.read(tables)
     edits = [_checked(edit) for edit in edits]
-    _refuse_problems(tables, edits, manifest.tables["features"].n_rows)
+    _refuse_problems(tables, edits, manifest.n_features)
     with _locked(tables):
         before = read_labels(tables)
         _refuse_changed(tables, before, seen or {})

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import AfterValidator
+from pydantic import Field
 
 from tailrace.storage.artifact import (
     JSON,
@@ -68,13 +68,7 @@ class _TablesSettings(Record):
 
 
 class _TablesRequest(Record):
-    settings: _TablesSettings
-
-
-def _with_features(tables: dict[str, TableRecord]) -> dict[str, TableRecord]:
-    if "features" not in tables:
-        raise ValueError("wanted the table features among them")
-    return tables
+    settings: _TablesSettings = Field(default_factory=_TablesSettings)
 
 
 class TablesManifest(DerivedManifest):
@@ -86,7 +80,21 @@ class TablesManifest(DerivedManifest):
     inputs: TablesInputs
     request: Annotated[dict[str, JSON], shaped(_TablesRequest)]
     site: Site
-    tables: Annotated[dict[str, TableRecord], AfterValidator(_with_features)]
+    tables: dict[str, TableRecord]
+
+    @property
+    def settings(self) -> dict[str, JSON]:
+        """What the analysis was asked for; ``split`` and ``rows`` are always there."""
+        return {"split": "", "rows": None, **self.request.get("settings", {})}
+
+    @property
+    def n_features(self) -> int:
+        """How many features there are. Raises ArtifactCorrupt for tables without any."""
+        if "features" not in self.tables:
+            raise ArtifactCorrupt(
+                "the manifest of these tables names no table of features; restore it or analyze again"
+            )
+        return self.tables["features"].n_rows
 
 
 class TableColumn(NamedTuple):

@@ -63,7 +63,7 @@ class _PathRecord(Record):
 
 class _GraphRecord(Record):
     nodes: list[NodeRecord]
-    edges: list[dict[str, JSON]]
+    edges: list[JSON]
 
 
 class _AttributionRecord(_GraphRecord):

@@ -41,7 +41,7 @@ class FeatureTables:
     @property
     def n_features(self) -> int:
         """The number of features, dead ones included."""
-        return self.manifest.tables["features"].n_rows
+        return self.manifest.n_features
 
     @cached_property
     def layer(self) -> dict[str, Any]:

@@ -60,10 +60,10 @@ class AnalyzeSettings(Settings):
     coactivation_floor: float = Field(default=1e-4, ge=0, le=1)
     """Share of rows on which a feature must be active to be counted together with others."""
 
-    window_before: int = Field(default=16, ge=0)
+    window_before: int = Field(default=16, ge=0, lt=2**31)
     """Tokens shown before an example, within its context."""
 
-    window_after: int = Field(default=16, ge=0)
+    window_after: int = Field(default=16, ge=0, lt=2**31)
     """Tokens shown after an example, within its context."""
 
     without_model: bool = False

@@ -279,7 +279,7 @@ def _score(heldout: Scores) -> str:
 def _summarise_tables(manifest: TablesManifest) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [manifest.site])
     yield "transcoder", manifest.inputs.transcoder.digest
-    settings = manifest.request["settings"]
+    settings = manifest.settings
     split = "" if manifest.inputs.cache is None else f" {settings['split']}"
     yield "rows read", f"all{split} rows" if settings["rows"] is None else f"the first {settings['rows']:,}{split} rows"
     yield from _tables(manifest.tables)

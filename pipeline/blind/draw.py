@@ -165,7 +165,7 @@ def _check(dictionaries: Sequence[Dictionary]) -> None:
 
 def _seen(manifest: TablesManifest) -> dict[str, Any]:
     """Return what decides how examples look: settings, but for those of other tables and columns, and the rows."""
-    settings = {key: value for key, value in manifest.request["settings"].items() if key not in _UNSEEN}
+    settings = {key: value for key, value in manifest.settings.items() if key not in _UNSEEN}
     inputs = manifest.inputs
     if inputs.cache is not None:
         return {**settings, "cache": inputs.cache.cache_id}

@@ -28,5 +28,5 @@ class DrawSettings(Settings):
     min_active: int = Field(default=4, ge=1)
     """A feature that fires on fewer rows is replaced by a new random one, at its own place."""
 
-    window: int = Field(default=16, ge=0)
+    window: int = Field(default=16, ge=0, lt=2**31)
     """Tokens shown on each side of an example, if the tables hold as many."""

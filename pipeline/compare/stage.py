@@ -136,7 +136,7 @@ def _same_rows(
         return None
     sources = [
         {"cache": None if one.manifest.inputs.cache is None else one.manifest.inputs.cache.as_json(),
-         "split": one.manifest.request["settings"]["split"]}
+         "split": one.manifest.settings["split"]}
         for one in opened
     ]  # fmt: skip
     if any(source["cache"] is None for source in sources) or sources[0] != sources[1]:

@@ -90,7 +90,7 @@ class Answers:
     def __init__(self, tables: Mapping[str, Path], author: str, tried: TriedTexts | None = None) -> None:
         self._tables, self._author = tables, author
         self._tried = tried or TriedTexts(model=None, compute=Compute(quiet=True))
-        self._sizes = {at: TablesManifest.read(path).tables["features"].n_rows for at, path in tables.items()}
+        self._sizes = {at: TablesManifest.read(path).n_features for at, path in tables.items()}
         self._known: Mapping[str, Callable[[Path, int, JSON], JSON]] = {
             "label": self._label,
             "edit": self._edit,

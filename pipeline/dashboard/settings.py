@@ -14,7 +14,7 @@ class DashboardSettings(Settings):
     feature: FeatureSelection = ()
     """Show only these features, e.g. 89,100-200 (both ends belong to a range); may be repeated. All if not given."""
 
-    window: int = Field(default=24, ge=0)
+    window: int = Field(default=24, ge=0, lt=2**31)
     """Tokens shown on each side of an example, as far as the tables have them."""
 
     blind: bool = False

@@ -75,7 +75,7 @@ def open_tables(paths: Sequence[Path], cache: CachePath | None, module: str | No
         if differences := list_differences(opened.reference, recorded.as_json()):
             problems.append(f"{cache}: is not the cache that {path} was made from: {'; '.join(differences)}")
         else:
-            split = opened.split(manifest.request["settings"]["split"])
+            split = opened.split(manifest.settings["split"])
             found.append(LatentTables(path, manifest, split))
     if problems:
         raise ArtifactMismatch("\n".join(problems))

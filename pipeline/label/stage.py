@@ -75,7 +75,7 @@ def run(
     cannot be kept, ArtifactMismatch for labels of another transcoder, and what opening tables raises.
     """
     layers = layers_of(tables)
-    sizes = {one.name: TablesManifest.read(one).tables["features"].n_rows for one in layers}
+    sizes = {one.name: TablesManifest.read(one).n_features for one in layers}
     by_layer: dict[Path, list[int]] = {}
     for index, feature in parse_layer_features(features, sizes, "FEATURE"):
         by_layer.setdefault(layers[index], []).append(feature)

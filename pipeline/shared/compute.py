@@ -91,7 +91,7 @@ class Compute:
             yield device
         except ActionableError:
             raise
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if device.type == "cuda" and _is_lost(error):
                 raise DeviceLostError(
                     f"--device {self.device_name}: the GPU stopped answering "
@@ -123,7 +123,7 @@ _LOST = ("unspecified launch", "uncorrectable", "busy or unavailable", "unknown 
 """In CUDA's errors, of a GPU that fell off, not of a program that is wrong."""
 
 
-def _is_lost(error: RuntimeError | MemoryError) -> bool:
+def _is_lost(error: Exception) -> bool:
     text = str(error)
     return text.startswith("CUDA error") and any(sign in text for sign in _LOST)
 

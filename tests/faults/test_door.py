@@ -23,7 +23,7 @@ from tailrace.storage.artifact import seal, write_output
 from tailrace.storage.errors import ActionableError, ArtifactCorrupt, ArtifactMismatch, ModelError, SettingsError
 from tailrace.training.loop.curves import read_run
 from tailrace.training.loop.settings import TrainSettings
-from tests.faults.fuzz import RELEASED
+from tests.faults.inputs import RELEASED
 from tests.released.values import MANIFESTS
 from tests.support.cache_jobs import command
 
@@ -83,10 +83,10 @@ def test_recorded_settings_are_objects(tmp_path: Path) -> None:
         read_settings(TrainSettings, tmp_path, {})
 
 
-@pytest.mark.parametrize("line", [b"[", b'{"step": "x"}', b'{"rows": []}', b"\xff", b"[" * 10_000])
+@pytest.mark.parametrize("line", [b'{"step": "x"}', b'{"rows": []}', b'{"split":\xff}', b'{"a":' * 10_000 + b"}"])
 def test_a_log_with_a_line_that_is_none_is_refused(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "rows": 2, "split": "train"}\n' + line + b"\n")
-    with pytest.raises(ArtifactCorrupt, match=r"metrics.jsonl: has a line that is none of a log"):
+    with pytest.raises(ArtifactCorrupt, match=r"metrics.jsonl: is no log of a run"):
         read_run(tmp_path)
 
 
@@ -187,7 +187,6 @@ def _resealed(folder: Path, name: str, change: Callable[[dict[str, Any]], object
         ("sweep", lambda one: one["request"]["runs"].pop("k=2"), r"runs: \['k=2'\] are not in the request"),
         ("sweep", lambda one: one["request"]["runs"]["k=2"].pop("settings"), "runs.k=2.settings: Field required"),
         ("tables/topk", lambda one: one["request"].update(settings=5), "settings: .*valid dictionary"),
-        ("tables/topk", lambda one: one["tables"].pop("features"), "wanted the table features among them"),
         ("tables/topk", lambda one: one["tables"]["features"].update(n_rows=-1), "greater than or equal to 0"),
         ("evaluations/layers", lambda one: one.update(scores=[]), "at least 1 item"),
         ("evaluations/layers", lambda one: one["scores"][0].pop("spliced"), "spliced: Field required"),

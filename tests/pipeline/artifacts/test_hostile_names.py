@@ -274,7 +274,7 @@ def test_a_sweep_reads_its_own_runs_only(tmp_path: Path, run: str, status: str) 
     publish(tmp_path / "coder")
     with Draft(tmp_path / "sweep", sweep.KIND, {"runs": {"a": {"settings": {}}}}) as draft:
         runs = [{"name": "a", "status": status, "path": run, "digest": None}]
-        draft.publish({"inputs": {}, "model": {}, "runs": runs}, [])
+        draft.publish({"inputs": {}, "model": {"name": "m"}, "runs": runs}, [])
     with pytest.raises(ArtifactCorrupt, match="names the file"):
         sweep.read_result(tmp_path / "sweep")
     with pytest.raises(ActionableError, match="names the file"):

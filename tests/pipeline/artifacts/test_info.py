@@ -81,7 +81,7 @@ def test_tables_say_which_rows_they_are_about(inputs: dict[str, Any], rows: int 
         "inputs": {**inputs, "transcoder": {"digest": "sha256:0"}},
         "site": site,
         "request": {"settings": {"split": "heldout", "rows": rows}},
-        "tables": {},
+        "tables": {"features": {"n_rows": 1}},
     }
     assert shown(manifest)["rows read"] == said
 

@@ -1,0 +1,71 @@
+"""Whatever a user or a stranger hands over is answered or refused with the next step: no traceback, no hang."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tailrace.storage.errors import SettingsError
+from tests.faults import fuzz, hostile
+from tests.faults.readers import READERS
+
+QUICK = [name for name in READERS if name not in ("models", "text_files", "attached_files", "flags")]
+
+
+def _takes_memory() -> None:
+    assert len(bytearray(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)) > 0  # twice what there was
+
+
+@pytest.mark.parametrize(
+    ("read", "problem"),
+    [
+        (lambda: {}["site"], "KeyError at a line of the tests"),
+        (lambda: time.sleep(5), "hangs at a line of the tests"),
+        (_takes_memory, "takes more than 16 MiB"),
+        (lambda: sum(range(10**7)), "takes more than 0 s of the processor"),
+    ],
+)
+def test_what_goes_wrong_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, read: Callable[[], object], problem: str
+) -> None:
+    monkeypatch.setattr(fuzz, "HANGS_SECONDS", 0.2 if "hangs" in problem else 60.0)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.001 if "processor" in problem else 60.0)
+    monkeypatch.setattr(fuzz, "GROWTH_BYTES", 1 << 24)
+    counts = fuzz.Counts("a test")
+    counts.add(fuzz.judge(read), "input")
+    assert counts.failures == {problem: ["input"]}
+    assert f"1 failed\n{problem} (1 times, first input)" in str(counts)
+
+
+def test_an_error_that_says_what_to_do_is_none() -> None:
+    def refuse() -> None:
+        raise SettingsError("k: wanted another")
+
+    assert fuzz.judge(refuse) == fuzz.Outcome(False)
+    assert fuzz.judge(lambda: None) == fuzz.Outcome(True)
+
+
+def test_some_random_inputs() -> None:
+    counts = fuzz.run(0, 600, inputs=3 * len(QUICK), only=QUICK)
+    assert (counts.inputs, counts.failures) == (3 * len(QUICK), {})
+    assert min(counts.answered, counts.refused) > 5
+
+
+def test_some_hostile_artifacts() -> None:
+    counts = hostile.run(0, 600, inputs=20, only=": info")
+    assert (counts.inputs, counts.failures) == (20, {})
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_random_inputs() -> None:
+    counts = fuzz.run(1, 4 * 3600, inputs=100_000)
+    assert (counts.inputs, counts.failures) == (100_000, {})
+
+
+@pytest.mark.slow
+def test_hostile_artifacts_of_every_kind() -> None:
+    counts = hostile.run(1, 4 * 3600, inputs=10_000)
+    assert (counts.inputs, counts.failures) == (10_000, {})
