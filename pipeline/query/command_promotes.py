@@ -20,6 +20,12 @@ from tailrace.pipeline.shared.sections import SectionCommand
     type=options.ARTIFACT,
     help="Transcoder whose features are ranked, or a folder of them; may be repeated.",
 )
+@click.option(
+    "--tables",
+    multiple=True,
+    type=options.ARTIFACT,
+    help="Their tables, or a folder of them, to tell what features are about; may be repeated.",
+)
 @click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, help="Features shown for each token.")
 @click.option(
     "--out",
@@ -33,6 +39,7 @@ from tailrace.pipeline.shared.sections import SectionCommand
 def command(
     tokens: tuple[str, ...],
     transcoders: tuple[Path, ...],
+    tables: tuple[Path, ...],
     top: int,
     output: Path | None,
     model: str | None,
@@ -42,7 +49,7 @@ def command(
     """Rank features by what they write to the logit of TOKEN, by weights alone; any token can be asked.
 
     \b
-    pipeline promotes " Paris" --transcoders transcoders/gpt2-l8
+    pipeline promotes " Paris" --transcoders transcoders/gpt2-l8 --tables tables/gpt2-l8
     pipeline promotes " he" " she" --transcoders demo/circuits/transcoders --out effects.parquet
 
     A token is written with its leading space. An effect is per unit of activation, and up to a positive factor that
@@ -54,7 +61,7 @@ def command(
 
     if output is not None:
         check_folder(output)
-    effects = promotes.run(tokens, transcoders=transcoders, model=model, compute=compute)
+    effects = promotes.run(tokens, transcoders=transcoders, tables=tables, model=model, compute=compute)
     if as_json:
         strongest = promotes.strongest(effects, top).to_pylist()
         options.echo_json({"effects": strongest, **({"path": output} if output is not None else {})})

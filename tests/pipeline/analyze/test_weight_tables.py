@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tailrace.analysis.dashboards.values import visible_token
 from tailrace.analysis.weights.stream import write_point
 from tailrace.analysis.weights.unembedding import token_effects
 from tailrace.pipeline.analyze import stage as analyze
@@ -28,6 +29,7 @@ from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ArtifactMismatch, ModelError, SettingsError
+from tailrace.storage.labels import LabelEdit, edit_labels
 from tailrace.storage.tables import read_table
 from tailrace.training.architectures.manifest import TranscoderManifest
 from tailrace.training.architectures.transcoder import load_transcoder
@@ -116,6 +118,15 @@ def test_any_token_can_be_asked_of_the_weights(made: Path, plain) -> None:
             assert row["logit"] == pytest.approx(own[token], rel=1e-4, abs=1e-5)
             assert row["token_rank"] == 1 + (own > own[token]).sum()
     assert [len(promotes.strongest(asked, 3)), len(asked)] == [6, 2 * len(logits)]
+    assert "about" not in asked.column_names
+    edit_labels(made / "tables", [LabelEdit(3, "ann", "votes")])
+    told = promotes.run(
+        texts, transcoders=[made / "t0"], tables=[made / "tables"], model=str(model_folder()), compute=compute
+    )
+    assert told.drop_columns("about") == asked
+    tops = read_table(made / "tables" / "features.parquet")["top_token"].to_pylist()
+    about = {row["feature"]: row["about"] for row in told.to_pylist()}
+    assert about == {n: None if top is None else visible_token(top) for n, top in enumerate(tops)} | {3: "votes"}
     with pytest.raises(SettingsError, match=r"^token .* is 2 tokens to this model"):
         promotes.run([" ".join(texts)], transcoders=[made / "t0"], model=str(model_folder()), compute=compute)
 
