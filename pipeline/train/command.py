@@ -126,7 +126,7 @@ def command(
     }
     if dry_run:
         points = read_grid(sweeps, sweep_file) if sweeps or sweep_file else []
-        click.echo(plan(points, given, cache=cache, config=config, compute=compute))
+        click.echo(plan(points, given, cache=cache, output=output, config=config, compute=compute))
         return
     if sweeps or sweep_file:
         if shard_features:

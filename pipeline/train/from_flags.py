@@ -64,17 +64,26 @@ def train_sweep(
 
 
 def plan(
-    points: Sequence[Point], given: Given, *, cache: CachePath | None, config: Path | None, compute: Compute
+    points: Sequence[Point],
+    given: Given,
+    *,
+    cache: CachePath | None,
+    output: Path,
+    config: Path | None,
+    compute: Compute,
 ) -> str:
-    """Return what training on a cache would cost, in a line; ``points`` are a sweep's, or none."""
-    if cache is None:
-        raise SettingsError("--dry-run: is for a cache; what live rows cost, the language model decides")
-    asked = _Asked(given, config, cache, is_live=False)
+    """Return what training would cost, in a line or two; ``points`` are a sweep's, or none."""
+    asked = _Asked(given, config, cache, is_live=cache is None)
     runs = expand(points, lambda point: asked.read(point)[0]) if points else {"": asked.read({})[0]}
 
     from tailrace.pipeline.train import stage
 
-    return stage.plan(list(runs.values()), cache, compute)
+    if cache is not None:
+        return stage.plan(list(runs.values()), cache, compute)
+
+    from tailrace.pipeline.train.live_source import plan_live  # with the language model's libraries
+
+    return plan_live(list(runs.values()), asked.read(points[0] if points else {})[1]["live"], output, compute)
 
 
 class _Asked:

@@ -13,19 +13,25 @@ from typing import Any
 
 import torch
 
-from tailrace.pipeline.cache.settings import CapturedSites
+from tailrace.pipeline.cache.budget import plan_budget
+from tailrace.pipeline.cache.settings import CacheSettings, CapturedSites
 from tailrace.pipeline.live.batches import LiveBatches, Opening
-from tailrace.pipeline.live.mixing import buffer_rows_problem
+from tailrace.pipeline.live.mixing import STAGES_IN_MEMORY, buffer_rows_problem, choose_block_rows
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.model.sites import resolve_sites
+from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.shared.units import duration, size
 from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.train.cost import Planned, cost_line
+from tailrace.pipeline.train.sources import choose_sites, known_problems
 from tailrace.storage.artifact import make_directory, read_own, seal, write_atomically
 from tailrace.storage.cache_format import Site
-from tailrace.storage.errors import ArtifactCorrupt, ModelError
+from tailrace.storage.errors import ArtifactCorrupt, ModelError, SettingsError
 from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.architectures.manifest import CHECKPOINTS
 from tailrace.training.dead_features.resampling import NoResampling
+from tailrace.training.loop.cost import check_memory
 from tailrace.training.loop.session import HeldoutBatches
 from tailrace.training.loop.settings import TrainSettings
 
@@ -37,8 +43,18 @@ _MOST_LAYERS = 10_000
 class LiveSource:
     """The rows of a language model that runs beside training. Close it: it may have started a thread."""
 
-    def __init__(self, settings: LiveSettings, draft: Path, *, batch_rows: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: LiveSettings,
+        draft: Path,
+        *,
+        batch_rows: int,
+        device: torch.device,
+        measured: Sequence[Site] | None = None,
+    ) -> None:
+        """``measured``: the sites, where nothing but them is asked for and no row shall be computed."""
         self.settings = settings
+        self._measured = measured
         self._opening_path = draft / CHECKPOINTS / OPENING
         self._batch_rows, self._device = batch_rows, device
         self._live: LiveBatches | None = None
@@ -59,17 +75,17 @@ class LiveSource:
     @property
     def sites(self) -> Mapping[str, Site]:
         """The sites asked for, by name."""
-        return self.live.sites
+        return self.live.sites if self._measured is None else {site.name: site for site in self._measured}
 
     @property
     def is_loaded(self) -> bool:
         """Whether the language model is loaded."""
-        return self._live is not None
+        return self._live is not None or self._measured is not None
 
     @property
     def site_names(self) -> Sequence[str] | None:
         """The names of the sites asked for; None while only the model can say, such as of all its layers."""
-        return names_asked_for(self.settings) if self._live is None else list(self._live.sites)
+        return list(self.sites) if self.is_loaded else names_asked_for(self.settings)
 
     def decided(self, settings: TrainSettings) -> TrainSettings:
         """Return settings as they are: what a site is called is known when the model is loaded."""
@@ -119,6 +135,39 @@ class LiveSource:
         """Stop the thread that runs the model."""
         if self._live is not None:
             self._live.close()
+
+
+def plan_live(runs: Sequence[TrainSettings], live: LiveSettings, output: Path, compute: Compute = Compute()) -> str:
+    """Return what ``runs`` side by side on live rows cost, in two lines; runs the model for a moment, writes nothing.
+
+    Raises SettingsError with what does not fit the rows, ModelError, TextError, OutOfMemoryError.
+    """
+    batch_rows = runs[0].batch_rows
+    with compute.opened() as device:
+        source = LiveSource(live, output, batch_rows=batch_rows, device=device)
+        if problems := {problem: None for settings in runs for problem in known_problems(settings, source)}:
+            raise SettingsError(
+                f"{source.where}: cannot train on this:\n" + "\n".join(f"  {line}" for line in problems)
+            )
+        n_steps = [settings.n_steps(settings.batch_rows, 1) for settings in runs]
+        n_rows = max(n_steps) * batch_rows
+        shared = (CacheSettings.model_fields.keys() & live.model_fields_set) - {"tokens"}
+        as_cache = {name: getattr(live, name) for name in shared} | {"tokens": n_rows}
+        budget = plan_budget(CacheSettings.model_validate(as_cache), output=output, compute=compute)
+        source = LiveSource(live, output, batch_rows=batch_rows, device=device, measured=budget.sites)
+        planned = [
+            Planned(settings, [(site.d_in, site.d_out) for site in choose_sites(settings, source)], steps)
+            for settings, steps in zip(runs, n_steps, strict=True)
+        ]
+        check_memory([(run.settings, run.widths) for run in planned], device)
+        row_bytes = sum(site.row_bytes for site in budget.sites)
+        block_rows = choose_block_rows(live.buffer_rows, live.buffer_bytes, row_bytes, batch_rows)
+        buffer_bytes = (STAGES_IN_MEMORY * block_rows + live.heldout_rows) * row_bytes
+        return (
+            f"live rows: {n_rows:,}, about {duration(n_rows / budget.rows_per_second)} at the "
+            f"{budget.rows_per_second:,.0f} rows/s just measured; {size(buffer_bytes)} of memory for the buffer\n"
+            + cost_line(planned, device)
+        )
 
 
 def _needing_rows(settings: TrainSettings) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,22 @@ def test_dead_features_are_resampled_by_what_rows_cost_the_model(cache: Path, tm
     )  # fmt: skip
     plain = train.run(settings(), cache=cache, output=tmp_path / "plain", compute=Compute(threads=1, quiet=True))
     assert result.metrics["heldout"] != plain.metrics["heldout"]
+
+
+def test_a_dry_run_says_what_live_rows_cost_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--context-length", 16, "--layers", "0,1", "--d-sae", 32, "--k", 4, "--batch-rows", 32, "--threads", 1)
+    live = ("train", "--live", "--model", model_folder(), "--dataset", text_file(), *small, "--dry-run")
+    answer = command(capsys, *live, "--steps", 12, "--site", "layer1", "--out", tmp_path / "new" / "out")
+    assert answer.code == 0, answer
+    rows, cost = answer.out.splitlines()[-2:]
+    assert re.fullmatch(
+        r"live rows: 384, about 1 s at the [\d,]+ rows/s just measured; [\d.]+ [kM]B of memory for the buffer", rows
+    )
+    assert cost.startswith("cost: 12 steps of 32 rows; at least ")
+    assert not (tmp_path / "new").exists()
+    answer = command(capsys, *live, "--epochs", 1, "--decoder-init", "data", "--out", tmp_path / "new")
+    assert answer.code == 2
+    assert "not known in live mode; give rows or steps" in answer.err
+    assert "decoder_init: data needs training rows drawn at random" in answer.err
