@@ -292,6 +292,7 @@ def circuit(
     logit_difference: tuple[str, str] | None = None,
     token: int = -1,
     tables: Paths = (),
+    dashboard: PathLike | None = None,
     config: PathLike | None = None,
     model: PathLike | None = None,
     device: str = "auto",
@@ -318,6 +319,7 @@ def circuit(
         transcoders=as_paths(transcoders),
         output=as_path(out),
         tables=as_paths(tables),
+        dashboard=_path(dashboard),
         model=_text(model),
         compute=Compute(device, threads, quiet=quiet),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Self
+from urllib.parse import urlencode
 
 from pydantic import Field, model_validator
 
@@ -143,6 +144,13 @@ class DashboardManifest(DerivedManifest):
     sites: dict[str, Site] = Field(default_factory=dict)
     """Of a site over several tables, by name."""
     n_features: Count
+
+    def address(self, site: str) -> str | None:
+        """Return where in the folder the features of a site are shown; None unless it is there, once."""
+        names = [name for name, one in (self.sites or {"": self.site}).items() if one.name == site]
+        if len(names) != 1:
+            return None
+        return f"index.html?{urlencode({'at': names[0]})}" if self.sites else "index.html"
 
 
 class DrawManifest(Manifest):

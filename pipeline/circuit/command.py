@@ -48,6 +48,7 @@ asked = partial(option, section="What to explain")
     help="Tables of one of the transcoders, for what the page says of its features; may be given again, or a folder "
     "that holds tables of many, as pipeline analyze makes it.",
 )  # fmt: skip
+@click.option("--dashboard", type=options.ARTIFACT, help="Their dashboard, for links to the pages of features.")
 @options.out
 @settings_options(CircuitSettings)
 @options.model_elsewhere
@@ -62,6 +63,7 @@ def command(
     logit_difference: tuple[str, str] | None,
     token: int,
     tables: tuple[Path, ...],
+    dashboard: Path | None,
     output: Path,
     config: Path | None,
     model: str | None,
@@ -99,6 +101,7 @@ def command(
         transcoders=transcoders,
         output=output,
         tables=tables,
+        dashboard=dashboard,
         model=model,
         compute=compute,
     )

@@ -40,8 +40,11 @@ _LABEL = 40
 """Characters at a node of what people call its feature."""
 
 
-def render_page(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
-    """Return the page of a ``circuit.json``; ``cards`` say what tables know of features, by layer and index."""
+def render_page(document: JSON, cards: Mapping[tuple[int, int], JSON], pages: Mapping[int, str] = {}) -> str:
+    """Return the page of a ``circuit.json``.
+
+    ``cards`` say what tables know of features, by layer and index; ``pages`` where a dashboard shows those of a layer.
+    """
     words = Words(document)
     features = _features(document, cards)
     graphs = [graph for graph in _graphs(document, words, features) if graph["nodes"]]
@@ -52,7 +55,10 @@ def render_page(document: JSON, cards: Mapping[tuple[int, int], JSON]) -> str:
         "here": document["root"]["node"]["token"],
         "rounds": [[_path(path, words, graphs) for path in paths] for paths in document["rounds"]],
         "graphs": [{name: value for name, value in graph.items() if name != "places"} for graph in graphs],
-        "cards": {f"{layer}:{index}": card for (layer, index), card in features.items()},
+        "cards": {
+            f"{layer}:{index}": card | ({"page": f"{pages[layer]}#feature={index}"} if layer in pages else {})
+            for (layer, index), card in features.items()
+        },
     }
     part = {name: (_FILES / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     body = part["html"].replace("<!--HEADER-->", _header(document, words, tokens))

@@ -7,11 +7,13 @@ term; as the paths with the largest contributions; and as an attribution graph o
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -29,8 +31,14 @@ from tailrace.analysis.circuits.roots import Root, centred_logit_roots, decoder_
 from tailrace.analysis.circuits.run import LinearisedRun
 from tailrace.analysis.circuits.viewer import viewer_document
 from tailrace.analysis.dashboards.values import PART
-from tailrace.pipeline.artifacts.manifests import CircuitManifest
-from tailrace.pipeline.artifacts.transcoders import PublishedTranscoder, layers_of, open_tables, open_transcoders
+from tailrace.pipeline.artifacts.manifests import CircuitManifest, DashboardManifest
+from tailrace.pipeline.artifacts.transcoders import (
+    PublishedTranscoder,
+    TranscoderLayer,
+    layers_of,
+    open_tables,
+    open_transcoders,
+)
 from tailrace.pipeline.cache.learnt_rows import LearntTokens
 from tailrace.pipeline.cache.recorded_model import explained_passes
 from tailrace.pipeline.circuit.cards import read_cards
@@ -47,6 +55,7 @@ from tailrace.pipeline.shared.stage import MODEL_LIBRARIES, Made, publish_stage
 from tailrace.pipeline.shared.units import duration, size
 from tailrace.storage.artifact import published_file, write_atomically
 from tailrace.storage.display import card, table
+from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.labels import labels_digest, read_labels
 from tailrace.storage.tables import TablesManifest
@@ -95,18 +104,20 @@ def run(
     transcoders: Sequence[Path],
     output: Path,
     tables: Sequence[Path] = (),
+    dashboard: Path | None = None,
     model: str | None = None,
     compute: Compute = Compute(),
 ) -> CircuitResult:
     """Publish the circuit that answers ``question``; return at once if it is there already.
 
     ``transcoders`` are transcoders, or folders that hold some, or one cross-layer transcoder; ``tables`` of some of
-    them, given likewise, give their features' cards on the page; ``model`` says where the language model lies if it is
-    not under its recorded name. Says what the circuit costs as soon as the graph's first features were timed, unless
-    ``compute`` is quiet. Warns of layers whose transcoder explains next to nothing, where that is known.
-    Raises SettingsError for a question that cannot be asked of these transcoders (a missing layer, a feature, token or
-    logit that does not exist, a prompt of the BOS alone), ArtifactMismatch if they belong to different models,
-    ModelError for a model that cannot be loaded or whose pass is not linear as assumed.
+    them, given likewise, give their features' cards on the page, and ``dashboard`` is what these link to; ``model``
+    says where the language model lies if it is not under its recorded name. Says what the circuit costs as soon as the
+    graph's first features were timed, unless ``compute`` is quiet. Warns of layers whose transcoder explains next to
+    nothing, where that is known. Raises SettingsError for a question that cannot be asked of these transcoders (a
+    missing layer, a feature, token or logit that does not exist, a prompt of the BOS alone) and for a dashboard without
+    their layers, ArtifactMismatch if what is given belongs to different models or tables, ModelError for a model that
+    cannot be loaded or whose pass is not linear as assumed.
     """
     question.check()
     keep = NodeFilter.parse(settings.filter)
@@ -131,20 +142,43 @@ def run(
     said = {layer: read_labels(path) for layer, path in known.items()}
     if any(said.values()):
         inputs["labels"] = {traced[layer].site.name: labels_digest(own) for layer, own in said.items() if own}
+    pages = {} if dashboard is None else _feature_pages(dashboard, traced, inputs["tables"], output)
     request = {
         "question": question.record(),
         "settings": settings.model_dump(mode="json"),
         "inputs": inputs,
     }
+    if pages:
+        request["pages"] = {traced[layer].site.name: address for layer, address in pages.items()}
 
     def make(path: Path) -> Made:
         asked = _answer(settings, question, keep, given, model, compute)
         record = {"model": asked.model.identity(), "root": asked.document["root"]}
-        return Made(record, _write(asked, known, path), MODEL_LIBRARIES)
+        return Made(record, _write(asked, known, pages, path), MODEL_LIBRARIES)
 
     with compute.opened():
         publish_stage(output, KIND, request, make)
     return read_result(output)
+
+
+def _feature_pages(
+    dashboard: Path, traced: Mapping[int, TranscoderLayer], tables: Mapping[str, Any], output: Path
+) -> dict[int, str]:
+    """Return by layer where a dashboard shows its features, as seen from ``output``."""
+    manifest = DashboardManifest.read(dashboard)
+    base = quote(os.path.relpath(dashboard.absolute(), output.absolute()))
+    sites = {layer: one.site.name for layer, one in traced.items()}
+    pages = {layer: f"{base}/{address}" for layer, site in sites.items() if (address := manifest.address(site))}
+    if not pages:
+        raise SettingsError(
+            f"--dashboard {dashboard}: shows none of {', '.join(sites.values())}; give the one of these transcoders"
+        )
+    shown = json.dumps(manifest.request["inputs"]["tables"])
+    if others := [site for layer in pages if (site := sites[layer]) in tables and tables[site]["digest"] not in shown]:
+        raise ArtifactMismatch(
+            f"--dashboard {dashboard}: was made of other tables of {', '.join(others)} than given; make it of these"
+        )
+    return pages
 
 
 def read_result(path: Path) -> CircuitResult:
@@ -311,11 +345,11 @@ class _Asked:
         return f"{root.node} ({' − '.join(texts)})" if texts else str(root.node)
 
 
-def _write(asked: _Asked, tables: Mapping[int, Path], output: Path) -> list[str]:
+def _write(asked: _Asked, tables: Mapping[int, Path], pages: Mapping[int, str], output: Path) -> list[str]:
     """Write the files of a circuit; return their names."""
     write_atomically(output / CIRCUIT, _json(asked.document))
     cards = read_cards(tables, features_shown(asked.document))
-    write_atomically(output / PAGE, render_page(asked.document, cards).encode())
+    write_atomically(output / PAGE, render_page(asked.document, cards, pages).encode())
     files = [CIRCUIT, PAGE]
     if asked.graph is not None and asked.pruned is not None:
         identity = asked.model.identity()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import numpy as np
 
@@ -65,10 +65,8 @@ def feature_links(scores: Scores, dashboard: DashboardManifest) -> dict[int, str
     for feature in scores.features:
         site, own = scores.place(feature)
         site = scores.site if site is None else site
-        names = [name for name, one in (dashboard.sites or {"": dashboard.site}).items() if one.name == site]
-        if len(names) == 1:
-            at = f"?{urlencode({'at': names[0]})}" if dashboard.sites else ""
-            links[feature] = f"index.html{at}#feature={own}"
+        if address := dashboard.address(site):
+            links[feature] = f"{address}#feature={own}"
     return links
 
 

@@ -187,6 +187,7 @@ function showCard(card) {
   const facts = element("dl");
   for (const [name, value] of card.facts) facts.append(element("dt", {}, name), element("dd", {}, visible(String(value))));
   details.append(facts);
+  if (card.page) details.append(element("a", { href: card.page }, "Its page in the dashboard"));
   if (card.examples.length) details.append(element("h3", {}, "In other texts"));
   for (const example of card.examples) {
     const text = element("p", { class: "example" });

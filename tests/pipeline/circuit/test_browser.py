@@ -14,7 +14,7 @@ from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question, parse_feature
 from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.shared.pages import stated_policy
-from tests.pipeline.circuit.test_stage import write_tables
+from tests.pipeline.circuit.test_stage import write_dashboard, write_tables
 from tests.support.browsers import accessibility_problems, open_browser, watched_page
 from tests.support.circuit_places import PROMPT, Place
 
@@ -31,12 +31,14 @@ def browser() -> Iterator[Browser]:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("circuit")
     place = Place(folder)
+    tables = write_tables(folder / "tables", place.transcoders[2])
     return circuit.run(
         CircuitSettings(branches=8, max_features=60, order="magnitude"),
         Question(PROMPT, feature=parse_feature(place.active_feature())),
         transcoders=place.transcoders,
         output=folder / "out",
-        tables=[write_tables(folder / "tables", place.transcoders[2])],
+        tables=[tables],
+        dashboard=write_dashboard(folder / "a site", tables),
         model=str(place.model_path),
     ).path
 
@@ -84,6 +86,14 @@ def test_pointing_near_a_node_shows_what_it_is_made_of_and_choosing_keeps_it(pag
     page.mouse.move(5, 5)
     expect(page.locator("#details h2")).to_have_text(name)
     expect(last).to_have_attribute("aria-pressed", "true")
+
+
+def test_a_card_links_to_the_page_of_its_feature(page: Page, out: Path) -> None:
+    link = page.locator("#details a")
+    number = re.search(r"feature (\d+)", page.locator("#details h2").inner_text())
+    assert number is not None
+    site = (out.parent / "a site/index.html").as_uri()
+    assert link.evaluate("one => one.href") == f"{site}#feature={number[1]}"
 
 
 def test_only_the_strongest_lines_are_drawn_and_all_of_the_node_pointed_at(browser: Browser, out: Path) -> None:

@@ -11,6 +11,7 @@ from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question, parse_feature, prompt_tokens
 from tailrace.pipeline.train.layer_set_scores import LAYERS, write_layers
 from tailrace.storage.errors import SettingsError
+from tests.pipeline.circuit.test_stage import write_dashboard, write_tables
 from tests.support.circuit_places import PROMPT, SMALL, Place, given, run_command
 from tests.support.layer_outcomes import layer_outcome
 from tests.support.tiny_models import BOS
@@ -42,6 +43,20 @@ def test_questions_that_cannot_be_asked_are_refused(
     said = run_command(place, capsys, PROMPT, *arguments, *given(place), "--out", tmp_path / "c", fails=True)
     assert complaint in said
     assert "Traceback" not in said
+
+
+def test_a_dashboard_of_other_features_is_refused(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = write_tables(tmp_path / "tables", place.transcoders[2])
+    other = write_tables(tmp_path / "other", place.transcoders[2])
+    asked = [PROMPT, "--logit", "her", *given(place), "--tables", tables, "--out", tmp_path / "c", "--dashboard"]
+    elsewhere = write_dashboard(tmp_path / "elsewhere", tables, name="layer7")
+    said = run_command(place, capsys, *asked, elsewhere, fails=True)
+    assert "shows none of layer0, layer1, layer2; give the one of these transcoders" in said
+    assert not (tmp_path / "c").exists()
+    said = run_command(place, capsys, *asked, write_dashboard(tmp_path / "theirs", other), fails=True)
+    assert "was made of other tables of layer2 than given" in said
 
 
 def test_a_prompt_of_the_bos_alone_is_refused(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

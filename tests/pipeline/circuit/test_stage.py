@@ -241,6 +241,16 @@ def write_tables(path: Path, transcoder: Path) -> Path:
     return path
 
 
+def write_dashboard(path: Path, tables: Path, **changed: Any) -> Path:
+    """Publish what a circuit reads of a dashboard."""
+    manifest = TablesManifest.read(tables)
+    inputs = {"tables": {"digest": manifest.digest}}
+    with Draft(path, "dashboard", {"settings": {}, "inputs": inputs}) as draft:
+        site = manifest.site.as_json() | changed
+        draft.publish({"inputs": inputs, "model": manifest.model, "site": site, "n_features": 24}, [])
+    return path
+
+
 def test_cards_tell_what_tables_know_of_the_features_shown(place: Place, tmp_path: Path) -> None:
     tables = write_tables(tmp_path / "tables", place.transcoders[2])
     cards = read_cards({2: tables}, [(2, 0), (2, 1), (1, 0)])
