@@ -104,6 +104,10 @@ def test_similar_features_are_linked_both_ways_and_files_about_other_tables_are_
     assert found["k=8,seed=1"][4] == [["layer3", "cosine", 6, 0.5124, ""], ["layer3", "phi", 0, 0.25, ""]]
     assert found["layer3"][3] == []
     assert len(read_json(site / "manifest.json")["inputs"]["matches"]) == 1
+    edit_labels(paths[1], [LabelEdit(4, "ann", "war")])
+    dashboard.run(DashboardSettings(), tables=paths, output=site, matches=[file], quiet=True)
+    similar = {one["feature"]: one["similar"] for one in features_of(site / "data/layer3")}
+    assert similar[6] == [["k=8,seed=1", "cosine", 4, 0.5124, "war"]]
     served = TablesSite(paths, matches=[file]).read("data/layer3/features-000000.js")
     assert served == (site / "data/layer3/features-000000.js").read_bytes()
     with pytest.raises(SettingsError, match="both of which a site must show"):
