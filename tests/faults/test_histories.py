@@ -192,14 +192,16 @@ class Histories(RuleBasedStateMachine):
     def newest(self) -> int:
         return max(self.sizes)
 
-    @initialize(n_contexts=st.integers(2, 4), kill=KILLS)
-    def create(self, n_contexts: int, kill: int | None) -> None:
+    @initialize(n_contexts=st.integers(2, 4), kill=KILLS, extensions=st.lists(st.integers(1, 3), max_size=3))
+    def create(self, n_contexts: int, kill: int | None, extensions: list[int]) -> None:
         size = Size(n_contexts)
         with killed_at(kill) as disk:
             write(self.path, size)
         if disk.is_dead:
             write(self.path, size)
         self.sizes[0] = size
+        for more in extensions:
+            self.extend(more, None)
 
     def grow(self, size: Size, kill: int | None) -> None:
         widens = size.is_wide and not self.sizes[self.newest].is_wide
@@ -373,4 +375,4 @@ def test_a_few_histories_end_as_the_dictionary_says() -> None:
 
 @pytest.mark.slow
 def test_many_histories_end_as_the_dictionary_says() -> None:
-    histories(200, 30, is_random=True)
+    histories(100, 25, is_random=True)
