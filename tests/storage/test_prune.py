@@ -8,7 +8,8 @@ import gc
 import os
 import pickle
 import shutil
-import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,11 +18,13 @@ import pytest
 
 from tailrace.storage.activation_cache import ActivationCache, open_cache, reopen_cache
 from tailrace.storage.artifact import canonical_json
+from tailrace.storage.cache_format import manifest_name
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.draft import Lock
 from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMissing, StorageFull
 from tailrace.storage.generations import PRUNED, CacheAt, Generations
 from tailrace.storage.materialise import materialise_epoch
+from tests.support.quick import quick
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache
 
 SIZES = (3, 5, 5, 9)
@@ -79,7 +82,7 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("oldest", range(1, len(SIZES)))
+@pytest.mark.parametrize("oldest", quick(range(1, len(SIZES)), 2))
 def test_what_is_kept_is_as_it_was_and_what_is_pruned_says_so(path: Path, oldest: int) -> None:
     before = {number: content(open_cache(path, number)) for number in range(len(SIZES))}
     freed, size = Generations(path).bytes_freed(oldest), bytes_on_disk(path)
@@ -101,6 +104,7 @@ def bytes_on_disk(path: Path) -> int:
     return sum({(at := file.stat()).st_ino: at.st_size for file in path.rglob("*") if file.is_file()}.values())
 
 
+@pytest.mark.slow
 @at(2)
 def test_a_pruned_cache_grows_as_if_nothing_had_been_pruned(path: Path, written: Path) -> None:
     Generations(path).prune(2)
@@ -171,18 +175,23 @@ def test_a_generation_that_is_read_is_not_pruned(path: Path) -> None:
     Generations(path).prune(3)
 
 
+READER = """
+import fcntl, sys, time
+with open(sys.argv[1]) as file:
+    fcntl.flock(file, fcntl.LOCK_SH)
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
 def test_a_process_that_dies_reads_no_longer(path: Path) -> None:
-    read, written = os.pipe()
-    child = os.fork()
-    if not child:
-        pinned = open_cache(path, 0)
-        os.write(written, bytes([pinned.generation]))
-        signal.pause()
-    assert os.read(read, 1) == b"\0"
-    with pytest.raises(ArtifactBusy):
-        Generations(path).prune(3)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
+    program = [sys.executable, "-c", READER, str(path / manifest_name(0))]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "locked\n"
+        with pytest.raises(ArtifactBusy):
+            Generations(path).prune(3)
+        reader.kill()
     Generations(path).prune(3)
 
 
@@ -220,6 +229,7 @@ def test_a_cache_that_is_written_to_is_not_pruned(path: Path) -> None:
     lock.release()
 
 
+@pytest.mark.slow
 @at(0)
 def test_a_growth_between_opening_and_pinning_is_read_at_its_generation(
     path: Path, monkeypatch: pytest.MonkeyPatch
@@ -237,6 +247,7 @@ def test_a_growth_between_opening_and_pinning_is_read_at_its_generation(
     assert open_cache(path).generation == 1
 
 
+@pytest.mark.slow
 def test_epochs_of_pruned_generations_go_and_others_stay(path: Path) -> None:
     for number in (1, 3):
         split = open_cache(path, number).split("train")
@@ -283,7 +294,7 @@ def test_another_process_takes_a_pin_of_its_own(path: Path) -> None:
     Generations(path).prune(1)
 
 
-@pytest.mark.parametrize("damage", [b"{}", b'{"oldest": 1, "train_rows": []}', None])
+@pytest.mark.parametrize("damage", quick([b"{}", b'{"oldest": 1, "train_rows": []}', None], None))
 @at(2)
 def test_a_damaged_note_is_refused(path: Path, damage: bytes | None) -> None:
     Generations(path).prune(1)

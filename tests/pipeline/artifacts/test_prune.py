@@ -16,6 +16,7 @@ from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, canonical_json
 from tailrace.storage.errors import ArtifactMissing, SettingsError
 from tests.support.cache_jobs import command
+from tests.support.quick import quick
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache
 
 TRAIN: dict[str, Any] = {"k": 2, "d_sae": 8, "steps": 2, "batch_rows": 32, "site": "layer0", "threads": 1}
@@ -50,6 +51,7 @@ def cache_of(artifact: Path) -> dict[str, Any]:
     return dict(json.loads((artifact / MANIFEST).read_bytes())["inputs"]["cache"])
 
 
+@pytest.mark.slow
 def test_training_reads_the_generation_that_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cache_of(copy / "made") == open_cache(copy / "cache", 1).reference
     again = tailrace.train("cache", generation=1, out="made", **TRAIN)
@@ -60,6 +62,7 @@ def test_training_reads_the_generation_that_is_named(copy: Path, capsys: pytest.
     assert (answer.code, "cache.generation: there it is 1, asked for 0" in answer.err) == (1, True)
 
 
+@pytest.mark.slow
 def test_shuffling_and_verifying_read_the_generation_that_is_named(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +89,7 @@ READERS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", quick(READERS, "train", "analyze", "shuffle"))
 def test_every_reader_says_which_generations_there_are(
     copy: Path, capsys: pytest.CaptureFixture[str], reader: str
 ) -> None:
@@ -185,6 +188,7 @@ def test_what_was_begun_with_a_generation_keeps_it_unless_forced(
     assert (answer.code, "cache: was pruned: generation 1; read one of" in answer.err) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_terminal_is_asked_first(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
