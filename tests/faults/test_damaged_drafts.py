@@ -159,9 +159,8 @@ def _published_otherwise(found: dict[str, bytes], before: dict[str, bytes], expe
 def test_a_damaged_checkpoint_snapshot_or_log_is_not_continued_from(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    outcomes = try_damages(
-        capsys, tmp_path, TRAIN, (flip,), ("checkpoints/000000008", "snapshots/000000006.s", "metrics")
-    )
+    names = ("checkpoints/000000008", "snapshots/000000006.s", "metrics", "request")
+    outcomes = try_damages(capsys, tmp_path, TRAIN, (flip,), names)
     assert outcomes == Outcomes(1, 3, [])  # the snapshot comes again after the checkpoint before it
 
 
