@@ -35,8 +35,15 @@ def is_found(path: Path) -> bool:
 
 
 def listed_files(artifact: Path) -> list[Path]:
-    """Return the files of an artifact, and of those inside it, that something vouches for."""
-    return [file for file in files_below(artifact) if file.name != "ratings.csv"]  # which a user fills in
+    """Return the files of an artifact, and of those inside it, that something vouches for.
+
+    A user fills in the ratings. Held-out shards under ``superseded`` are second names of what lies in the cache.
+    """
+    return [
+        file
+        for file in files_below(artifact)
+        if file.name != "ratings.csv" and not {"superseded", "heldout"} <= {*file.parts}
+    ]
 
 
 def missed_damages(
