@@ -165,7 +165,7 @@ def _rows(cache: Path, generation: int | None = None) -> tuple[int, str]:
         for unit in range(split.n_units):
             for key, values in split.read_unit(unit, keys).items():
                 state.update(key.encode())
-                state.update(np.ascontiguousarray(values))
+                state.update(values.tobytes())
     return opened.manifest.generation, state.hexdigest()
 
 
@@ -276,7 +276,8 @@ def _power_cuts(bench: Bench, rng: random.Random) -> Iterator[str]:
     """Yield different disks, half of them with something that looks published, if there are as many."""
     disk = bench.disk(0)
     seen: set[bytes] = set()
-    published, others = [], []
+    published: list[str] = []
+    others: list[str] = []
     for number, call in enumerate(bench.calls, 1):
         disk.replay(call)
         if not call.changes or (call.name in CHANGES_BYTES and rng.random() > _BYTES_TRIED):

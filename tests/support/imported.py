@@ -17,4 +17,11 @@ import tests.faults.lab  # noqa: F401
 
 for module in pkgutil.walk_packages(tailrace.pipeline.__path__, "tailrace.pipeline."):
     importlib.import_module(module.name)
-numba.njit(lambda: 0)()  # its compiler is imported at the first use
+
+
+@numba.njit
+def _nothing() -> None:
+    """Have numba import its compiler, which it does at the first use."""
+
+
+_nothing()
