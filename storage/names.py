@@ -30,7 +30,7 @@ def with_article(kind: str) -> str:
     """Return ``a transcoder``, ``an export`` or, in the plural, ``tables``."""
     if is_plural(kind):
         return kind
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    return f"{'an' if kind[:1] in tuple('aeiou') else 'a'} {kind}"
 
 
 def is_plural(kind: str) -> bool:

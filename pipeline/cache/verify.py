@@ -98,7 +98,7 @@ class Verification:
 
 def kind_of(path: Path) -> str:
     """Return the kind of the artifact at ``path``; a cache's where none is, for opening it to say so."""
-    return str(read_sealed(path / MANIFEST)["kind"]) if (path / MANIFEST).exists() else KIND
+    return str(read_sealed(path / MANIFEST).get("kind")) if (path / MANIFEST).exists() else KIND
 
 
 def holds_others(path: Path) -> bool:

@@ -89,7 +89,7 @@ def _kinds(paths: Sequence[Path]) -> list[tuple[Path, str]]:
                 f"{path}: no published sweep, transcoder or evaluation lies here; check the path" for path in missing
             )
         )
-    kinds = [(path, str(read_sealed(path / MANIFEST)["kind"])) for path in paths]
+    kinds = [(path, str(read_sealed(path / MANIFEST).get("kind"))) for path in paths]
     wanted = (sweep.KIND, EVALUATION, *TRANSCODER_KINDS)
     if others := [f"{path} ({kind})" for path, kind in kinds if kind not in wanted]:
         raise ArtifactMismatch(f"{', '.join(others)}: wanted sweeps, transcoders or evaluations of them")

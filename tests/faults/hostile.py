@@ -37,7 +37,7 @@ _TEXTS = (
     *("../outside/secret", "{outside}/secret", "/dev/zero", HTML, SQL, "k=2", "", "x" * 3000, "a\0b", "~", "*", "a/b"),
     *("a\nb", "\x1b[31m"),
 )
-_OTHERS = (None, True, -1, 0, 2**62, 10**30, 1e308, 0.5, "x", [], {}, [[]], {"a": 1})
+_OTHERS: tuple[Any, ...] = (None, True, -1, 0, 2**62, 10**30, 1e308, 0.5, "x", [], {}, [[]], {"a": 1})
 
 COMMANDS = {
     "": """

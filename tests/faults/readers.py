@@ -49,7 +49,7 @@ def run_command(*arguments: object) -> str:
     return bytes(out.buffer.getvalue()).decode()
 
 
-@_reader()
+@_reader(8)
 def _flags(inputs: Inputs) -> None:
     """Flags of any command that reads artifacts, which are not there."""
     names, command = inputs.random.choice(_commands())
@@ -189,7 +189,7 @@ def _prompts(inputs: Inputs) -> None:
     read_lines(path) if inputs.random.random() < 0.5 else read_texts([inputs.text(1)], [path])
 
 
-@_reader()
+@_reader(4)
 def _labels(inputs: Inputs) -> None:
     from tailrace.pipeline.label.stage import import_labels
 
@@ -205,7 +205,7 @@ def _labels(inputs: Inputs) -> None:
             own.unlink()
 
 
-@_reader(3)
+@_reader(12)
 def _text_files(inputs: Inputs) -> None:
     from tailrace.pipeline.text.dataset import open_documents
     from tailrace.pipeline.text.settings import TextSettings
@@ -238,7 +238,7 @@ def _column(inputs: Inputs) -> pa.Array:
     return column
 
 
-@_reader(2)
+@_reader(8)
 def _attached_files(inputs: Inputs) -> None:
     """Files that a query sees as views, and the answers that it writes."""
     kind = inputs.random.choice(["jsonl", "json", "csv", "parquet"])
@@ -265,7 +265,7 @@ _SQL_VALUES: tuple[Any, ...] = (
 """Of all types that DuckDB writes to Parquet."""
 
 
-@_reader()
+@_reader(3)
 def _queries(inputs: Inputs) -> None:
     sql = inputs.any_of(
         "SELECT feature FROM features LIMIT 3", "SELECT $x", "SELECT count(*) FROM features WHERE feature < $x",
@@ -291,13 +291,13 @@ def _folder_names(inputs: Inputs) -> None:
     run_command(inputs.random.choice(["ls", "info"]), folder)
 
 
-@_reader()
+@_reader(2)
 def _manifests(inputs: Inputs) -> None:
     with inputs.resealed() as path:
         run_command(*inputs.random.choice([("info", path), ("info", "--json", path), ("ls", path), ("verify", path)]))
 
 
-@_reader()
+@_reader(12)
 def _opened_artifacts(inputs: Inputs) -> None:
     """What commands read of an artifact before they load a model."""
     from tailrace.pipeline.artifacts.transcoders import open_transcoders
@@ -335,7 +335,7 @@ def _opened_artifacts(inputs: Inputs) -> None:
         inputs.random.choice(uses[kind])(path)
 
 
-@_reader()
+@_reader(2)
 def _json_files(inputs: Inputs) -> None:
     """Any JSON file of an artifact or a draft, damaged."""
     name = inputs.random.choice([*inputs.manifests, "drafts/transcoder", "drafts/cache", "drafts/sweep"])
@@ -348,7 +348,7 @@ def _json_files(inputs: Inputs) -> None:
         run_command(command, inputs.world / name)
 
 
-@_reader()
+@_reader(4)
 def _records(inputs: Inputs) -> None:
     from tailrace.storage.activation_cache import open_cache
     from tailrace.storage.cache_verify import verify_bytes
