@@ -101,7 +101,7 @@ def run(seed: int, seconds: float, *, inputs: int | None = None, only: Sequence[
 
 def judge(read: Callable[[], object]) -> Outcome:
     """Call what reads an input, within limits of time and memory, and return what comes of it."""
-    before, began = _peak_bytes(), time.process_time()
+    before, began = peak_bytes(), time.process_time()
     kept = signal.signal(signal.SIGALRM, _raise_slow)
     signal.setitimer(signal.ITIMER_REAL, HANGS_SECONDS)
     problem, is_answer = None, False
@@ -121,12 +121,13 @@ def judge(read: Callable[[], object]) -> Outcome:
         signal.signal(signal.SIGALRM, kept)
     if problem is None and time.process_time() - began > SECONDS:
         problem = f"takes more than {SECONDS:.0f} s of the processor"
-    if problem is None and _peak_bytes() - before > GROWTH_BYTES:
+    if problem is None and peak_bytes() - before > GROWTH_BYTES:
         problem = f"takes more than {GROWTH_BYTES >> 20} MiB"
     return Outcome(is_answer, problem)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Return the most memory that the process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

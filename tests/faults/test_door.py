@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -207,3 +208,75 @@ def test_a_sealed_manifest_of_another_shape_is_refused(
     kind = MANIFESTS[json.loads((path / "manifest.json").read_text())["kind"]]
     with pytest.raises(ArtifactCorrupt, match=r"(?s)manifest.json: is not as wanted.*" + reason):
         kind.read(path)
+
+
+STATEMENTS = (
+    "FROM read_text('{secret}')",
+    "FROM read_blob('{secret}')",
+    "FROM read_csv('{secret}')",
+    "FROM read_json('{secret}')",
+    "FROM read_parquet('{outside}/*.parquet')",
+    "FROM '{secret}'",
+    "FROM '{outside}/other.parquet'",
+    "FROM glob('{outside}/*')",
+    "FROM parquet_schema('{outside}/other.parquet')",
+    "FROM parquet_metadata('{outside}/other.parquet')",
+    "FROM parquet_kv_metadata('{outside}/other.parquet')",
+    "FROM sniff_csv('{secret}')",
+    "FROM query('FROM read_text(''{secret}'')')",
+    "FROM query_table('{outside}/other.parquet')",
+    "SELECT getenv('HOME')",
+    "SELECT (SELECT content FROM read_text('{secret}'))",
+    "WITH a AS (FROM read_text('{secret}')) FROM a",
+    "FROM features WHERE EXISTS (FROM read_text('{secret}'))",
+    "FROM own UNION ALL FROM read_json('{secret}')",
+    "SELECT * FROM features; COPY features TO '{outside}/stolen.csv'",
+    "COPY features TO '{outside}/stolen.csv'",
+    "COPY (SELECT 1) TO '{secret}'",
+    "EXPLAIN ANALYZE COPY features TO '{outside}/stolen.csv'",
+    "EXPORT DATABASE '{outside}/stolen'",
+    "ATTACH '{outside}/stolen.db'",
+    "ATTACH '{outside}/stolen.db' AS x (TYPE sqlite)",
+    "CREATE TABLE a AS FROM features",
+    "CREATE SECRET x (TYPE s3)",
+    "INSTALL httpfs",
+    "LOAD '{outside}/x.duckdb_extension'",
+    "SET enable_external_access = true",
+    "SET allowed_directories = ['/']",
+    "SET lock_configuration = false",
+    "RESET allowed_paths",
+    "SET temp_directory = '{outside}/stolen'",
+    "PRAGMA enable_external_access",
+    "PRAGMA enable_profiling = 'json'",
+    "CALL pragma_version(); DROP VIEW features",
+    "DELETE FROM features",
+    "UPDATE own SET a = 2",
+    "INSERT INTO own VALUES (1)",
+    "CHECKPOINT",
+    "PREPARE a AS FROM read_text('{secret}')",
+    "EXECUTE immediate('x')",
+    "SELECT * FROM 'https://127.0.0.1/x.parquet'",
+    "FROM read_parquet('s3://bucket/x')",
+    "FROM connection",
+    "FROM answer",
+)
+"""Statements that reach for something outside the tables or try to change something."""
+
+
+def test_sql_reaches_nothing_outside_and_writes_nothing(tmp_path: Path) -> None:
+    tables, outside = tmp_path / "tables", tmp_path / "outside"
+    shutil.copytree(RELEASED / "tables/bare", tables)
+    shutil.copytree(RELEASED / "sweep/runs", outside)
+    shutil.copy(tables / "features.parquet", outside / "other.parquet")
+    secret = outside / "secret.json"
+    secret.write_text('{"a": "the words of a file outside"}')
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"a": 1}\n')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    answered = {}
+    for statement in STATEMENTS:
+        sql = statement.format(secret=secret, outside=outside)
+        with contextlib.suppress(ActionableError):
+            answered[statement] = query.run(sql, tables=tables, attached={"own": own})
+    assert answered == {}
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
