@@ -21,10 +21,10 @@ from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import command
 from tests.support.paths import ROOT
 
-NOUNS = {"--cache", "--transcoders", "--tables", "--out"}
+NOUNS = {"--cache", "--transcoders", "--tables", "--dashboard", "--out"}
 """Flags for artifacts. Each means one thing in all commands."""
 OTHER_FOLDERS = {
-    ("train", "--from"), ("analyze", "--downstream"), ("steer", "--from-circuit"), ("score", "--dashboard"),
+    ("train", "--from"), ("analyze", "--downstream"), ("steer", "--from-circuit"),
     ("label", "--import"), ("rm", "--in"), ("prune", "--in"),
 }  # fmt: skip
 """A second artifact of the kind that the command is about already, a circuit, which no other command reads, and folders
@@ -78,7 +78,8 @@ def test_a_noun_may_be_repeated_in_every_command_or_in_none() -> None:
             if one.opts[0] in NOUNS:
                 repeated[one.opts[0]].add(one.multiple)
     repeated["--tables"].discard(False)  # of `blind study begin`, which is about a single feature
-    assert repeated == {"--cache": {False}, "--transcoders": {True}, "--tables": {True}, "--out": {False}}
+    once, often = {False}, {True}
+    assert repeated == {"--cache": once, "--dashboard": once, "--out": once, "--transcoders": often, "--tables": often}
 
 
 def test_tokens_is_how_much_text_is_cached_or_written_and_rows_how_much_is_read_of_it() -> None:
