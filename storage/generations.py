@@ -31,7 +31,7 @@ from tailrace.storage.artifact import (
 from tailrace.storage.cache_format import EPOCHS, SPLITS, CacheManifest, manifest_name, packing_name
 from tailrace.storage.draft import NO_LOCKS, Lock, unlockable
 from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch
-from tailrace.storage.names import inside
+from tailrace.storage.names import inside, remove_temporary
 
 PRUNED = "pruned.json"
 _NUMBERED = ("commits", "documents", "statistics", "superseded")
@@ -206,6 +206,7 @@ class Generations:
 
     def _delete(self, oldest: int) -> None:
         try:
+            remove_temporary(self.root)  # a prune that was killed may have left one
             for file in self.unneeded(oldest):
                 file.unlink(missing_ok=True)
             for folder in self._folders(oldest):

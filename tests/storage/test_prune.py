@@ -316,3 +316,10 @@ def test_a_disk_that_keeps_an_empty_folder_is_an_error_and_the_next_prune_delete
             Generations(path).prune(2)
     Generations(path).prune(2)
     assert not (path / "statistics" / "0").exists()
+
+
+def test_what_a_killed_prune_was_writing_goes_with_the_next(path: Path) -> None:
+    left = path / f".{PRUNED}.tmp-host-1-1"
+    left.write_bytes(b"{")
+    Generations(path).prune(2)
+    assert not left.exists()
