@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 import datasets  # noqa: F401
 import duckdb  # noqa: F401
@@ -17,11 +18,5 @@ import tests.faults.lab  # noqa: F401
 
 for module in pkgutil.walk_packages(tailrace.pipeline.__path__, "tailrace.pipeline."):
     importlib.import_module(module.name)
-
-
-@numba.njit
-def _nothing() -> None:
-    """Have numba import its compiler, which it does at the first use."""
-
-
-_nothing()
+compile_function: Any = numba.njit
+compile_function(lambda: 0)()  # its compiler is imported at the first use
