@@ -70,6 +70,8 @@ EPOCHS = "epochs"
 """Folder of the materialised epochs."""
 DRAFT = "draft"
 """Folder of what only an unfinished draft needs."""
+BEGUN = "draft/begun.json"
+"""What is made there and from what, written before anything else."""
 
 
 @dataclass(frozen=True, config=KEEPING)

@@ -33,6 +33,7 @@ from tailrace.storage.artifact import (
     write_atomically,
 )
 from tailrace.storage.cache_format import (
+    BEGUN,
     CONTEXT_ARRAYS,
     PROVENANCE,
     BlockRecord,
@@ -193,11 +194,12 @@ def write_sealed(root: Path, name: str, data: bytes) -> None:
 
 def read_sealed_file(root: Path, name: str) -> bytes:
     """Return what a file of an unfinished draft holds; raise ArtifactCorrupt if it was not written like that."""
-    data = read_bytes(root / name)
-    # release 0.1 wrote no seals
-    if seal_path(root, "").exists() and (
-        not (seal := seal_path(root, name)).exists() or read_bytes(seal) != checksum_bytes(data).encode()
-    ):
+    data, seal = read_bytes(root / name), seal_path(root, name)
+    if seal.exists():
+        is_whole = read_bytes(seal) == checksum_bytes(data).encode()
+    else:
+        is_whole = not seal_path(root, BEGUN).exists()  # release 0.1 sealed nothing, which the first file tells
+    if not is_whole:
         raise ArtifactCorrupt(f"{root / name}: differs from what was written, by its checksum in {seal}")
     return data
 

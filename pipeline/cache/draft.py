@@ -15,7 +15,7 @@ from tailrace.pipeline.cache.context_packing import CHECKPOINT
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.storage.artifact import MANIFEST, REQUEST, Record, canonical_json
-from tailrace.storage.cache_format import DRAFT, SPLITS, CacheFormat, unit_record_name
+from tailrace.storage.cache_format import BEGUN, DRAFT, SPLITS, CacheFormat, unit_record_name
 from tailrace.storage.cache_writer import read_sealed_file, write_sealed
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch
@@ -24,7 +24,6 @@ from tailrace.storage.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
-BEGUN = "draft/begun.json"
 PLAN = "draft/plan.json"
 LOG = "log.jsonl"
 

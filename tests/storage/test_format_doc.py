@@ -14,10 +14,10 @@ import xxhash
 import zarr
 
 from tailrace.pipeline.cache.context_packing import CHECKPOINT
-from tailrace.pipeline.cache.draft import BEGUN, LOG, PLAN
+from tailrace.pipeline.cache.draft import LOG, PLAN
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import canonical_json
-from tailrace.storage.cache_format import documents_name, packing_name
+from tailrace.storage.cache_format import BEGUN, documents_name, packing_name
 from tailrace.storage.formats import Compression
 from tailrace.storage.layout import ArraySpec, array_metadata
 from tailrace.storage.materialise import materialise_epoch
