@@ -520,6 +520,11 @@ def check_members(path: Path, manifest: Mapping[str, JSON], reads: Reads = lambd
     problems = []
     listed = [member for key in _MEMBERS if isinstance(manifest.get(key), list) for member in manifest[key]]
     for member in listed:
+        if not isinstance(member, dict) or not {"path", "digest"} <= member.keys():
+            problems.append(
+                f"{path / MANIFEST}: lists {shown(member)} as an artifact inside; wanted its path and digest"
+            )
+            continue
         if member["digest"] is None:  # a run that diverged
             continue
         try:

@@ -25,7 +25,7 @@ from tailrace.storage.layout import ArraySpec, Encoding, Side
 from tailrace.storage.shuffle import EpochPlan
 from tailrace.storage.statistics import StatisticsRecord
 
-_ONE_HEAD = re.compile(r"([^\[\]]+?)\s*\[\s*([+-]?[0-9]+)\s*\]")
+_ONE_HEAD = re.compile(r"([^\[\]]+?)\s*\[\s*([+-]?[0-9]{1,18})\s*\]")
 
 
 class HookName(NamedTuple):

@@ -41,7 +41,10 @@ def read_ratings(path: Path, n_items: int) -> dict[int, Rating]:
         raise ArtifactMissing(f"{path}: there are no ratings; save them from rate.html, or fill in a copy") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read as text ({error})") from error
-    rows = list(csv.reader(io.StringIO(text)))
+    try:
+        rows = list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise SettingsError(f"{path}: cannot be read as CSV ({error})") from error
     header = tuple(name.strip() for name in rows[0]) if rows else ()
     if header != COLUMNS:
         raise SettingsError(

@@ -29,7 +29,7 @@ from tailrace.pipeline.model.locations import WEIGHT_FILES, named_folder
 from tailrace.pipeline.shared.compute import device_named
 from tailrace.storage.errors import ModelError, OutOfMemoryError
 from tailrace.storage.names import home_path
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,8 @@ def check_kind(checkpoint: Checkpoint) -> None:
     from transformer_lens.utilities.architectures import AUDIO_TEXT_ARCHITECTURES, classify_model_config
 
     named = getattr(checkpoint.config, "architectures", None) or [type(checkpoint.config).__name__]
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(f"model {checkpoint.name}: its config.json has {shown(named)} for architectures, wanted names")
     kind = "audio" if AUDIO_TEXT_ARCHITECTURES.intersection(named) else classify_model_config(checkpoint.config)
     if kind in _OTHER_KINDS:
         raise ModelError(
@@ -152,6 +154,8 @@ def _check_architecture(checkpoint: Checkpoint) -> None:
     except ValueError:  # its text names all 160 that there are
         _refuse_own_model_class(checkpoint)
         named = getattr(checkpoint.config, "architectures", None) or [type(checkpoint.config).__name__]
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(f"model {checkpoint.name}: its config.json has {shown(named)} for architectures, wanted names")
         raise ModelError(
             f"model {checkpoint.name}: is {named[0]}, which TransformerLens {version('transformer_lens')} does not "
             "support; use a model of an architecture that the documentation's page Families lists, or a newer "

@@ -93,6 +93,8 @@ def folder_digest(folder: Path, recorded: str | None = None) -> str:
     The older rule took every file that looked like weights: if ``recorded`` is the digest by that rule, it is kept.
     """
     files = loaded_files(folder)
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise ModelError(f"{', '.join(missing)}: named by the model's index and not there; get the model again")
     checksums = {path: checksum_file(path) for path in files}
     own = digest({path.name: checksum for path, checksum in checksums.items()})
     if recorded in (None, own):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tailrace.pipeline.artifacts.folders import as_path
+from tailrace.pipeline.blind.ratings import read_ratings
 from tailrace.pipeline.formats import circuit_tracer, dictionary_learning, saelens
 from tailrace.pipeline.model.locations import loaded_files
 from tailrace.pipeline.query import stage as query
@@ -20,7 +21,8 @@ from tailrace.pipeline.query.views import parse_tables
 from tailrace.pipeline.shared.options import read_settings
 from tailrace.pipeline.train import grid
 from tailrace.pipeline.train.grid import MOST_RUNS, read_grid
-from tailrace.storage.artifact import seal, write_output
+from tailrace.storage.artifact import check_members, seal, write_output
+from tailrace.storage.cache_format import HookName
 from tailrace.storage.errors import ActionableError, ArtifactCorrupt, ArtifactMismatch, ModelError, SettingsError
 from tailrace.training.loop.curves import read_run
 from tailrace.training.loop.settings import TrainSettings
@@ -87,7 +89,7 @@ def test_recorded_settings_are_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", [b'{"step": "x"}', b'{"rows": []}', b'{"split":\xff}', b'{"a":' * 10_000 + b"}"])
 def test_a_log_with_a_line_that_is_none_is_refused(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "rows": 2, "split": "train"}\n' + line + b"\n")
-    with pytest.raises(ArtifactCorrupt, match=r"metrics.jsonl: is no log of a run"):
+    with pytest.raises(ArtifactCorrupt, match=r"metrics.jsonl: has a line that is none of a log"):
         read_run(tmp_path)
 
 
@@ -280,3 +282,20 @@ def test_sql_reaches_nothing_outside_and_writes_nothing(tmp_path: Path) -> None:
             answered[statement] = query.run(sql, tables=tables, attached={"own": own})
     assert answered == {}
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_hook_s_head_is_a_number_that_a_model_can_have() -> None:
+    assert HookName.parse("blocks.0.attn.hook_z[" + "9" * 5000 + "]").head is None
+
+
+def test_ratings_that_are_no_table_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text('item,"' + "x" * 200_000)
+    with pytest.raises(SettingsError, match=r"ratings.csv: cannot be read as CSV"):
+        read_ratings(tmp_path / "ratings.csv", 2)
+
+
+def test_members_that_are_none_are_damage(tmp_path: Path) -> None:
+    assert check_members(tmp_path, {"runs": [5, {"path": "a"}]}) == [
+        f"{tmp_path}/manifest.json: lists {shown} as an artifact inside; wanted its path and digest"
+        for shown in ("5", "{'path': 'a'}")
+    ]

@@ -77,7 +77,7 @@ class RunCurves:
         """How far it is: steps, and the last loss."""
         if not len(self.train["step"]):
             return "no step logged yet"
-        step, loss = int(self.train["step"][-1]), self.train["loss"][-1]
+        step, loss = int(_last(self.train["step"]) or 0), self.train["loss"][-1]
         share = f" of {self.n_steps:,} steps, {step / self.n_steps:.0%}" if self.n_steps else " steps"
         return f"{step:,}{share}, loss {loss:.4g}"
 
@@ -184,7 +184,7 @@ def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         blocks = pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES)
         try:
             table = pyarrow.json.read_json(pa.BufferReader(content), parse_options=parse, read_options=blocks)
-        except pa.ArrowInvalid as error:
+        except pa.ArrowException as error:
             raise ArtifactCorrupt(f"{path}: has a line that is none of a log ({error}); restore it") from error
     return {
         name: np.asarray(table[name].to_numpy() if name == "split" else compute.fill_null(table[name], math.nan))
