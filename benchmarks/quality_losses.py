@@ -23,7 +23,7 @@ from tailrace.analysis.evaluate.next_tokens import next_token_losses
 from tailrace.analysis.evaluate.recovered import recovered
 from tailrace.analysis.splice.replacement import Substitute, Transcoded, ZeroAblated, run_replaced
 from tailrace.pipeline.cache.recorded_model import RecordedModel, open_recorded_model, sample_contexts
-from tailrace.pipeline.evaluate.pareto_plot import COLOURS, MARKS
+from tailrace.pipeline.evaluate.pareto_plot import style
 from tailrace.pipeline.train import sweep
 from tailrace.pipeline.train.runs_table import FINISHED
 from tailrace.storage.activation_cache import open_cache
@@ -78,7 +78,8 @@ def draw(points: list[Point], original: float, path: Path) -> None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     groups = dict.fromkeys(point.group for point in points)
-    for group, colour, marker in zip(groups, COLOURS, MARKS, strict=False):
+    for index, group in enumerate(groups):
+        colour, marker, _ = style(index)
         own = [(point.l0, point.loss) for point in points if point.group == group]
         axes.plot(*zip(*own, strict=True), color=colour, marker=marker, label=group)
     axes.axhline(original, color="#555555", linewidth=1, linestyle="--")
