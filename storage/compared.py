@@ -27,7 +27,8 @@ class Sample:
 
     def reads(self, recorded: FileRecord) -> bool:
         """Return whether a file is among those that are read, and count it."""
-        at = int(recorded.checksum.rpartition(":")[2][:12] or "0", 16) / 16**12
+        number = recorded.checksum.rpartition(":")[2][:12]
+        at = int(number, 16) / 16**12 if set(number) <= set("0123456789abcdef") and number else 0.0
         is_read = (at + self.seed / self.n_seeds) % 1 < max(self.share, 1 / self.n_seeds)
         self.n_files, self.n_bytes = self.n_files + 1, self.n_bytes + recorded.bytes
         self.n_read, self.n_bytes_read = self.n_read + is_read, self.n_bytes_read + is_read * recorded.bytes
