@@ -55,6 +55,7 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
     path = epoch_path(split.root, plan, split.cache.generation)
     with Draft(path, EPOCH_KIND, epoch_request(split.identity, plan)) as draft:
         if draft.published:
+            _forget_seals(path)  # of a process that was killed right after it had published
             return path
         missing = _missing(path, plan.n_buckets)
         task = BucketTask(str(split.root), split.cache.generation, split.name, seed, epoch)
@@ -67,8 +68,12 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
             shards.update(BucketRecord.parse(read_sealed_file(path, name), path / name).as_json()["shards"])
         records = [_record_name(bucket) for bucket in range(plan.n_buckets)]
         draft.publish({"shards": shards}, [*_metadata(split, plan), *records], beside=[*shards, DRAFT])
-        shutil.rmtree(path / DRAFT, ignore_errors=True)
+        _forget_seals(path)
     return path
+
+
+def _forget_seals(path: Path) -> None:
+    shutil.rmtree(path / DRAFT, ignore_errors=True)
 
 
 def _missing(path: Path, n_buckets: int) -> list[int]:

@@ -370,7 +370,7 @@ def histories(n: int, n_steps: int, *, is_random: bool = False) -> None:
 
 
 def test_a_few_histories_end_as_the_dictionary_says() -> None:
-    histories(3, 8)
+    histories(2, 8)
 
 
 @pytest.mark.slow

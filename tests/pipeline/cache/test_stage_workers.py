@@ -14,6 +14,7 @@ from tailrace.pipeline.cache import shuffle
 from tailrace.pipeline.cache import stage as cache
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.errors import ArtifactCorrupt
 from tests.support.cache_jobs import copy_cache, differing, run_cache, settings, small_blocks, tree
 
 
@@ -80,7 +81,8 @@ def test_training_streams_read_a_materialised_epoch_and_get_the_same_rows(finish
     for shard in copied.rglob("sites/layer0/in/c/*/0"):  # what is read is the copy
         data = shard.read_bytes()
         shard.write_bytes(bytes(64) + data[64:])
-    assert read_epochs(path, "auto") != before
+    with pytest.raises(ArtifactCorrupt, match=r"epoch1/sites/layer0/in/c/0/0: checksum is"):
+        read_epochs(path, "auto")
     assert read_epochs(path, "gathered") == before
 
 
