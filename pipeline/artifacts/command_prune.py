@@ -56,7 +56,8 @@ def _lines(planned: Pruning) -> Iterator[str]:
     yield from (
         line for number, line in zip(planned.kept.numbers, planned.kept.lines(), strict=True) if number in doomed
     )
-    yield f"{planned.kept.root}: {len(doomed)} generations and {units.size(planned.n_bytes)} to delete"
+    number = f"{len(doomed)} generation{'s' * (len(doomed) != 1)}"
+    yield f"{planned.kept.root}: {number} and {units.size(planned.n_bytes)} to delete"
     for one in planned.users:
         state = "made from" if one.is_finished else "unfinished, begun with"
         yield f"{one.path}: {state} a generation that goes"

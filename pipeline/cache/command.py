@@ -317,9 +317,8 @@ def show_sum(check: Verification) -> None:
     for path in check.unfinished:
         click.echo(f"--   {path}: was never finished, and is not checked")
     n_damaged = sum(not one.passed for one in check.inside)
-    click.echo(
-        f"{len(check.inside):,} artifacts checked, {n_damaged:,} damaged, {len(check.unfinished):,} never finished"
-    )
+    checked = f"{len(check.inside):,} artifact{'s' * (len(check.inside) != 1)} checked"
+    click.echo(f"{checked}, {n_damaged:,} damaged, {len(check.unfinished):,} never finished")
 
 
 def show_check(check: Verification) -> None:
