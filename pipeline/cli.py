@@ -272,10 +272,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     What is wrong with arguments and settings exits with 2.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    is_program, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     try:
         with _interrupts_acknowledged():
             cli.main(args=arguments, prog_name="pipeline", standalone_mode=False)
+        if is_program:  # all is done: Ctrl-C while libraries shut down ends the process without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     except click.ClickException as error:
         _print_error(_said(error))
         if isinstance(error, click.UsageError) and error.ctx is not None:

@@ -253,6 +253,8 @@ def _code_of(command: Sequence[str]) -> int:
         cli.main(list(command))
     except SystemExit as stop:
         return int(stop.code or 0)
+    except KeyboardInterrupt:  # after the command's own end
+        return 130
     except BaseException:
         traceback.print_exc()
         return 1
