@@ -54,8 +54,10 @@ test: check ## All checks and every test that is not slow; what CI runs
 test-all: check ## All checks and all tests but those of interop
 	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not interop"
 
-test-nightly: install-dev ## Crash, refuse, cut the power and kill for SECONDS=3600; other calls and moments each day
-	$(VENV)/bin/python -m tests.faults --seconds $(SECONDS) --seed $$(date +%j)
+test-nightly: install-dev ## Fuzz, crash, refuse, cut the power and kill for SECONDS=3600; other inputs and moments each day
+	$(VENV)/bin/python -m tests.faults.fuzz --seconds $$(($(SECONDS) / 8)) --seed $$(date +%j)
+	$(VENV)/bin/python -m tests.faults.hostile --seconds $$(($(SECONDS) / 8)) --seed $$(date +%j)
+	$(VENV)/bin/python -m tests.faults --seconds $$(($(SECONDS) * 3 / 4)) --seed $$(date +%j)
 
 interop: install-dev ## Load exports in the packages they are for; installs those (15 GB)
 	$(VENV)/bin/pytest -m interop -o faulthandler_timeout=3600 tests/pipeline/formats tests/pipeline/circuit/test_viewer_package.py
