@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import reprlib
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from tailrace.storage.errors import SettingsError
 
+LONGEST_TEXT = 1 << 28
+"""Bytes of a text that is read at once."""
 LONGEST_YAML = 1 << 20
 """Bytes of a file of settings: ten thousand runs of a sweep take a fifth of it."""
 MOST_YAML_VALUES = 200_000
@@ -25,6 +28,18 @@ _LONGEST_SHOWN = 200
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxdict, _SHOWN.maxlist, _SHOWN.maxtuple, _SHOWN.maxset = 3, 20, 20, 20, 20
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = _LONGEST_SHOWN
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return a text file that somebody wrote, its line breaks as ``\\n``.
+
+    Raises OSError, and ValueError for what is no text or longer than any that is read at once: a device never ends.
+    """
+    with path.open("rb") as file:
+        data = file.read(LONGEST_TEXT + 1)
+    if len(data) > LONGEST_TEXT:
+        raise ValueError(f"it is longer than {LONGEST_TEXT >> 20} MiB")
+    return io.TextIOWrapper(io.BytesIO(data), encoding=encoding).read()
 
 
 def parse_json(data: str | bytes) -> Any:

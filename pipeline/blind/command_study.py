@@ -12,7 +12,7 @@ from tailrace.analysis.blind.withholding import Mode, Source
 from tailrace.pipeline.blind.settings import OUTCOMES, Outcome
 from tailrace.pipeline.shared import run_options as options
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_text
 
 if TYPE_CHECKING:
     from tailrace.pipeline.blind.study import BlindStudy
@@ -72,7 +72,7 @@ def begin(directory: Path, tables: Path, feature: str | None, seed: int, mode: M
 def add(directory: Path, file: Path, kind: str, source: Source, about: str) -> None:
     """Seal FILE, any JSON, as evidence."""
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{file}: cannot be read as JSON ({error}); check the path") from error
     one = _open(directory).add(kind, content, source=source, about=about)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tailrace.analysis.blind.tally import VERDICTS, Rating
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ArtifactMissing, SettingsError
+from tailrace.storage.parsing import read_text
 
 FILE = "ratings.csv"
 _ITEM = re.compile(r"\d{1,9}")
@@ -36,10 +37,10 @@ def read_ratings(path: Path, n_items: int) -> dict[int, Rating]:
     Raises ArtifactMissing, or SettingsError with every line that cannot be counted and every item without one.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
+        text = read_text(path, "utf-8-sig")  # spreadsheets put a byte order mark in front
     except FileNotFoundError as error:
         raise ArtifactMissing(f"{path}: there are no ratings; save them from rate.html, or fill in a copy") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: cannot be read as text ({error})") from error
     try:
         rows = list(csv.reader(io.StringIO(text)))

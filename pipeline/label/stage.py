@@ -32,7 +32,7 @@ from tailrace.storage.labels import (
     owner_of,
     read_labels,
 )
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_text
 from tailrace.storage.tables import TablesManifest, read_table
 
 OWNER = ("transcoder", "site")
@@ -201,7 +201,7 @@ def _rows(source: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, An
         raise SettingsError(f"--import {source}: wanted a file that ends in {', '.join(_READERS)}, or delphi's folder")
     try:
         yield from reader(source, problems)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"--import {source}: cannot be read ({error}); give a file in UTF-8") from error
 
 
@@ -213,7 +213,7 @@ def _csv_rows(source: Path, problems: list[str]) -> Iterator[tuple[str, dict[str
 
 
 def _jsonl_rows(source: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(source.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(source).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -271,7 +271,7 @@ def _explanations(folder: Path, manifests: Mapping[Path, TablesManifest]) -> Ite
 
 def _explanation(path: Path) -> dict[str, Any]:
     try:
-        said = parse_json(path.read_text(encoding="utf-8"))
+        said = parse_json(read_text(path))
     except ValueError:
         return {}
     said = said.get("explanation") if isinstance(said, dict) else said

@@ -28,7 +28,7 @@ from tailrace.pipeline.model.of_transcoders import open_transcoder_model
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.errors import SettingsError, TextError
 from tailrace.storage.labels import read_labels
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_text
 from tailrace.storage.tables import read_schema, read_table
 from tailrace.storage.token_text import join_characters
 
@@ -312,8 +312,8 @@ def read_texts(arguments: Sequence[str], files: Sequence[Path]) -> list[str]:
     ]
     for file in files:
         try:
-            content = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+            content = read_text(file)
+        except ValueError as error:
             problems.append(f"--file {file}: cannot be read as UTF-8 text ({error})")
             continue
         except OSError as error:

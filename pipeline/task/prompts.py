@@ -14,7 +14,7 @@ from typing import Any
 from tailrace.analysis.task.answers import answer_problems
 from tailrace.pipeline.model.language_model import LanguageModel
 from tailrace.storage.errors import TextError
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_text
 
 _KEYS = {"prompt", "correct", "incorrect"}
 
@@ -79,10 +79,10 @@ def tokenized(path: Path, lines: Lines, model: LanguageModel) -> TaskPrompts:
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of every line that is not empty."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as error:
         raise TextError(f"{path}: there is no such file; check the path of the prompts") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise TextError(f"{path}: cannot be read as text ({error}); wanted JSON Lines in UTF-8") from error
     found = False
     for number, line in enumerate(text.splitlines(), start=1):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.parsing import DEEPEST_YAML, LONGEST_YAML, parse_json, read_yaml, shown
+from tailrace.storage.parsing import DEEPEST_YAML, LONGEST_YAML, parse_json, read_text, read_yaml, shown
 
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(8)
@@ -74,3 +74,13 @@ def test_a_value_is_shown_in_a_few_words() -> None:
     assert [shown(value) for value in (3, "x", [1, 2], {"a": None})] == ["3", "'x'", "[1, 2]", "{'a': None}"]
     assert len(shown("x" * 10**6)) <= 201
     assert len(shown([["x" * 1000] * 1000] * 1000)) <= 201
+
+
+def test_a_text_ends_and_has_its_line_breaks_as_one_character(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes("\ufeffa\r\nb".encode())
+    assert read_text(tmp_path / "text", "utf-8-sig") == "a\nb"
+    with pytest.raises(ValueError, match="it is longer than 256 MiB"):
+        read_text(Path("/dev/zero"))
+    (tmp_path / "text").write_bytes(b"\xff")
+    with pytest.raises(UnicodeDecodeError):
+        read_text(tmp_path / "text")
