@@ -149,26 +149,26 @@ def _train(
         requests = {site: context.request(training, source) for site, training in runs.items()}
         request = {"format": FORMAT_VERSION, "runs": requests}
         model_set = stack.enter_context(Draft(output, KIND, request))
-        if model_set.published:
-            return read_result(output)
-        drafts = {
-            site: stack.enter_context(Draft(output / site, TRANSCODER, request)) for site, request in requests.items()
-        }
-        for group in _groups([site for site, draft in drafts.items() if not has_ended(draft)], n_together):
-            train_drafts(
-                source,
-                {site: RunDraft(runs[site], [cached.sites[site]], drafts[site]) for site in group},
-                context,
-                output=output,
-                checkpoint_steps=checkpoint_steps,
-                quiet=compute.quiet,
-                others_go_on=True,
-                says_cost=False,  # of all layers it was said before the cache was made
-            )
-        say("3/3 score: every transcoder on held-out rows, with and without massive activations")
-        _publish(model_set, cached, drafts, on)
-        for draft in drafts.values():
-            Checkpoints(draft.path / CHECKPOINTS).clear()
+        if not model_set.published:
+            drafts = {
+                site: stack.enter_context(Draft(output / site, TRANSCODER, request, inside=True))
+                for site, request in requests.items()
+            }
+            for group in _groups([site for site, draft in drafts.items() if not has_ended(draft)], n_together):
+                train_drafts(
+                    source,
+                    {site: RunDraft(runs[site], [cached.sites[site]], drafts[site]) for site in group},
+                    context,
+                    output=output,
+                    checkpoint_steps=checkpoint_steps,
+                    quiet=compute.quiet,
+                    others_go_on=True,
+                    says_cost=False,  # of all layers it was said before the cache was made
+                )
+            say("3/3 score: every transcoder on held-out rows, with and without massive activations")
+            _publish(model_set, cached, drafts, on)
+        for site in runs:
+            Checkpoints(output / site / CHECKPOINTS).clear()
     return read_result(output)
 
 

@@ -120,10 +120,9 @@ def run(
                         pass
             drafts = every.train(source, context, stack)
             _publish(sweep, drafts)
-            for draft in drafts.values():
-                if draft.published:
-                    Checkpoints(draft.path / CHECKPOINTS).clear()
-        Checkpoints(output / CHECKPOINTS).clear()
+        for folder in (output, *(output / RUNS / name for name in runs)):
+            if (folder / MANIFEST).exists():
+                Checkpoints(folder / CHECKPOINTS).clear()
     return read_result(output)
 
 

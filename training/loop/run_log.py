@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
-from tailrace.storage.artifact import storage_refused
+from tailrace.storage.artifact import storage_refused, unreadable
 from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation
 from tailrace.training.architectures.manifest import METRICS, TIMING
 from tailrace.training.loop.firing_frequency import EDGES
@@ -92,7 +92,7 @@ class JsonLines:
 
 
 class RunLog:
-    """Opened at a step, with ``metrics.jsonl`` cut back to what it held then. ``timing.jsonl`` is never cut back."""
+    """Opened at a step, with ``metrics.jsonl`` cut back to what it held then; ``timing.jsonl`` loses half a line."""
 
     def __init__(
         self,
@@ -109,9 +109,8 @@ class RunLog:
         self._loggers = Loggers(loggers)
         self._reference_names = any(getattr(logger, "reference_names", False) for logger in loggers)
         self._loggers.start(directory, run_name, config, first_step)
-        timing = directory / TIMING
         self._metrics = JsonLines(directory / METRICS, extent)
-        self._timing = JsonLines(timing, Extent(timing.stat().st_size if timing.exists() else 0))
+        self._timing = JsonLines(directory / TIMING, _whole_lines(directory / TIMING))
         self._started, self._first_row = time.monotonic(), first_row
 
     def write(self, step: int, rows: int, split: str, record: Mapping[str, Any]) -> None:
@@ -146,6 +145,16 @@ class RunLog:
     def close(self) -> None:
         """Close the loggers."""
         self._loggers.close()
+
+
+def _whole_lines(path: Path) -> Extent:
+    """Return what a log holds up to the end of its last line; a killed process may have written half of the next."""
+    try:
+        return Extent(path.read_bytes().rfind(b"\n") + 1)
+    except FileNotFoundError:
+        return NOTHING
+    except OSError as error:
+        raise unreadable(error, path) from error
 
 
 def _is_number(value: Any) -> bool:

@@ -125,7 +125,9 @@ def test_a_published_sweep_is_sound_and_comes_back_as_it_is(swept: SweepResult, 
     assert verify_artifact(swept.path, "sweep") == []
     assert not list(swept.path.rglob("checkpoints"))
     before = results(swept.path)
+    (swept.path / "runs/topk/checkpoints").mkdir()  # as a kill right after publishing leaves it
     assert run_sweep(RUNS, cache, swept.path) == swept
+    assert not list(swept.path.rglob("checkpoints"))
     assert results(swept.path) == before
     with pytest.raises(ArtifactMismatch, match=r"runs\.fast\.settings\.lr: there it is 0\.03, asked for 0\.5"):
         run_sweep({**RUNS, "fast": settings(lr=0.5, seed=4)}, cache, swept.path)

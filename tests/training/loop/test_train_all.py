@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tailrace.training.architectures import Architecture, BatchTopK, Gated, Jump
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.run import TrainingRun
-from tailrace.training.loop.run_log import JsonLines
+from tailrace.training.loop.run_log import Extent, JsonLines, RunLog
 from tailrace.training.loop.session import StepCallback, every, snapshot_steps
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.train_all import ScheduledRun, train
@@ -207,6 +208,19 @@ def test_a_log_is_cut_back_to_what_its_checkpoint_knew(tmp_path: Path) -> None:
     again = log.commit()
     assert (tmp_path / "log").read_text() == '{"step": 1}\n{"step": 3}\n'
     assert JsonLines(tmp_path / "log", again).commit() == again
+
+
+def test_half_a_line_of_a_killed_process_is_cut_off_before_the_next(tmp_path: Path) -> None:
+    def log() -> RunLog:
+        opened = {"loggers": (), "run_name": "run", "config": {}, "first_step": 0, "first_row": 0, "extent": Extent()}
+        return RunLog(tmp_path, **opened)  # type: ignore[arg-type]
+
+    log().write_timing(1, 32, 4)
+    timing = tmp_path / "timing.jsonl"
+    with timing.open("ab") as file:
+        file.write(timing.read_bytes()[:20])
+    log().write_timing(2, 64, 4)
+    assert [json.loads(line)["step"] for line in timing.read_text().splitlines()] == [1, 2]
 
 
 def test_a_log_that_is_not_what_its_checkpoint_knew_is_refused_and_left_alone(tmp_path: Path) -> None:
