@@ -100,6 +100,16 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory, if there is one, with what is in it; of a link, the link. Raises StorageFull."""
+    try:
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage_refused(error, path) from error
+
+
 def make_directory(path: Path) -> list[Path]:
     """Make a directory and the ones above it, so that they survive a power cut; return those that were missing.
 

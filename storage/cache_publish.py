@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from tailrace.storage.artifact import (
     checksum_bytes,
     digest,
     make_directory,
+    remove_directory,
     seal,
     sync_directory,
     write_atomically,
@@ -167,7 +167,7 @@ def publish_generation(
     sealed = seal(content)
     write_file(root / manifest_name(generation.number), sealed)
     write_atomically(root / MANIFEST, sealed)
-    shutil.rmtree(root / DRAFT, ignore_errors=True)
+    remove_directory(root / DRAFT)
 
 
 def _unchanged_files(root: Path, known: Mapping[str, FileRecord], names: Sequence[str]) -> dict[str, FileRecord]:

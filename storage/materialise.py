@@ -6,14 +6,13 @@ deterministic and idempotent: any number of workers may do them in any order, tw
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 from tailrace.storage.activation_cache import CacheSplit, open_cache
-from tailrace.storage.artifact import FileRecord
+from tailrace.storage.artifact import FileRecord, remove_directory
 from tailrace.storage.cache_format import DRAFT, EPOCH_KIND, ShardsRecord, epoch_path, epoch_request
 from tailrace.storage.cache_publish import write_file
 from tailrace.storage.cache_writer import read_sealed_file, recall_record, sync_shards, write_record
@@ -55,7 +54,7 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
     path = epoch_path(split.root, plan, split.cache.generation)
     with Draft(path, EPOCH_KIND, epoch_request(split.identity, plan)) as draft:
         if draft.published:
-            _forget_seals(path)  # of a process that was killed right after it had published
+            remove_directory(path / DRAFT)  # of a process that was killed right after it had published
             return path
         missing = _missing(path, plan.n_buckets)
         task = BucketTask(str(split.root), split.cache.generation, split.name, seed, epoch)
@@ -68,12 +67,8 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
             shards.update(BucketRecord.parse(read_sealed_file(path, name), path / name).as_json()["shards"])
         records = [_record_name(bucket) for bucket in range(plan.n_buckets)]
         draft.publish({"shards": shards}, [*_metadata(split, plan), *records], beside=[*shards, DRAFT])
-        _forget_seals(path)
+        remove_directory(path / DRAFT)
     return path
-
-
-def _forget_seals(path: Path) -> None:
-    shutil.rmtree(path / DRAFT, ignore_errors=True)
 
 
 def _missing(path: Path, n_buckets: int) -> list[int]:

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from tailrace.pipeline.cache.context_packing import CHECKPOINT
 from tailrace.pipeline.model.same_model import list_model_differences
 from tailrace.pipeline.model.sites import SiteHooks
-from tailrace.storage.artifact import MANIFEST, REQUEST, Record, canonical_json
+from tailrace.storage.artifact import MANIFEST, REQUEST, Record, canonical_json, remove_directory
 from tailrace.storage.cache_format import BEGUN, DRAFT, SPLITS, CacheFormat, unit_record_name
 from tailrace.storage.cache_writer import read_sealed_file, write_sealed
 from tailrace.storage.draft import list_differences
-from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, StorageFull
 from tailrace.storage.names import LOCK
 from tailrace.storage.parsing import parse_json
 
@@ -135,8 +135,8 @@ def recall_plan(root: Path) -> CacheFormat | None:
 
 
 def forget_draft(root: Path) -> None:
-    """Remove what only an unfinished draft needs."""
-    shutil.rmtree(root / DRAFT, ignore_errors=True)
+    """Remove what only an unfinished draft needs. Raises StorageFull if the disk refuses."""
+    remove_directory(root / DRAFT)
 
 
 @contextmanager
@@ -147,8 +147,8 @@ def nothing_left_behind(root: Path) -> Iterator[None]:
     except BaseException:
         left = {entry.name for entry in root.iterdir()}
         if left <= {LOCK, REQUEST, DRAFT, LOG} and not (root / CHECKPOINT).exists():
-            forget_draft(root)
-            with suppress(OSError):
+            with suppress(OSError, StorageFull):
+                forget_draft(root)
                 (root / REQUEST).unlink(missing_ok=True)
         raise
 
