@@ -134,6 +134,11 @@ class Disk:
 
     def _change(self, change: _Change) -> None:
         _apply(change, self._names)
+        if (renamed := _renamed_folder(change)) is not None:
+            for folder in [folder for folder in self._unsynced if _is_inside(folder, renamed[0])]:
+                changes = self._unsynced.pop(folder)
+                moved = [{_moved(path, renamed): entry for path, entry in one.items()} for one in changes]
+                self._unsynced[_moved(folder, renamed)] = moved
         for folder in {os.path.dirname(path) for path in change}:
             self._unsynced.setdefault(folder, []).append(change)
 
@@ -157,11 +162,30 @@ class Disk:
 
 
 def _apply(change: _Change, names: _Names) -> None:
+    if (renamed := _renamed_folder(change)) is not None:  # what lies in it comes along
+        for path in [path for path in names if _is_inside(path, renamed[0])]:
+            names[_moved(path, renamed)] = names.pop(path)
     for path, entry in change.items():
         if entry is None:
             names.pop(path, None)
         else:
             names[path] = entry
+
+
+def _renamed_folder(change: _Change) -> tuple[str, str] | None:
+    """Return the former and the new name of a folder that a change renames."""
+    new = [path for path, entry in change.items() if entry is Folder.NAME]
+    old = [path for path, entry in change.items() if entry is None]
+    return (old[0], new[0]) if old and new else None
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def _moved(path: str, renamed: tuple[str, str]) -> str:
+    old, new = renamed
+    return new + path[len(old) :] if _is_inside(path, old) else path
 
 
 def _changed(data: bytes, call: Call) -> bytes:

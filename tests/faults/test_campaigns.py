@@ -129,6 +129,23 @@ def test_a_power_cut_loses_what_was_not_synced(tmp_path: Path) -> None:
     assert sorted(map(os.path.basename, sure.names)) == sorted([tmp_path.name, "kept"])
 
 
+def test_what_lies_in_a_folder_that_is_renamed_comes_along(tmp_path: Path) -> None:
+    disk, draft, final = Disk(tmp_path), f"{tmp_path}/draft", f"{tmp_path}/final"
+    for call in calls(
+        ("mkdir", draft, "", 0, 0, 0, b""),
+        ("create", f"{draft}/file", "", 0, 0, 7, b""),
+        ("fsync", draft, "", 0, 0, 0, b""),
+        ("fsync", str(tmp_path), "", 0, 0, 0, b""),
+        ("rename", draft, final, 0, 0, 0, b""),
+    ):
+        disk.replay(call)
+    kept, _, lost, *_ = disk.states(seed=0)
+    assert sorted(kept.names) == [str(tmp_path), final, f"{final}/file"]
+    assert sorted(lost.names) == [str(tmp_path), draft, f"{draft}/file"]
+    disk.replay(Call("fsync", str(tmp_path), "", 0, 0, 0, b""))
+    assert sorted(next(s for s in disk.states(seed=0) if s.label == lost.label).names) == sorted(kept.names)
+
+
 def test_other_systems_judge_what_is_published_and_nothing_else(tmp_path: Path) -> None:
     made = tmp_path / "made"
     (made / "tables").mkdir(parents=True)
