@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -218,7 +219,8 @@ def _interrupts_acknowledged() -> Iterator[None]:
     """Inside, Ctrl-C is answered at once, and a second one ends the process whatever it is doing.
 
     Python raises KeyboardInterrupt in the main thread when what that runs returns, which may be a long product or a
-    wait for the disk. A pipe carries the signal to a thread in the meantime.
+    wait for the disk. A pipe carries the signal to a thread in the meantime. In a destructor or a callback of the
+    garbage collector the exception is swallowed; then the thread sees to it that it is raised again.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -226,27 +228,48 @@ def _interrupts_acknowledged() -> Iterator[None]:
         return
     read, write = os.pipe()
     os.set_blocking(write, False)
-    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    before, report = signal.set_wakeup_fd(write, warn_on_full_buffer=False), sys.unraisablehook
+
+    def swallowed(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            os.write(write, _SWALLOWED)
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = swallowed
     thread = threading.Thread(target=_answer_interrupts, args=(read,), daemon=True)
     thread.start()
     try:
         yield
     finally:
+        sys.unraisablehook = report
         signal.set_wakeup_fd(before)
         os.close(write)
         thread.join()
         os.close(read)
 
 
+_SWALLOWED = b"\0"
+_AGAIN_SECONDS = 0.05
+"""Until an interrupt that was swallowed is raised again: by then the destructor has ended."""
+
+
 def _answer_interrupts(pipe: int) -> None:
-    n_interrupts = 0
+    n_interrupts = n_again = 0
     while numbers := os.read(pipe, 64):
-        n_new = numbers.count(signal.SIGINT)
-        if n_interrupts == 0 and n_new:
-            click.echo("stopping after what runs now; Ctrl-C again stops at once", err=True)
-        n_interrupts += n_new
-        if n_interrupts > 1:
-            os._exit(_INTERRUPTED)  # drafts outlive a lost process, and workers end with it
+        for number in numbers:
+            if number == _SWALLOWED[0]:
+                n_again += 1
+                time.sleep(_AGAIN_SECONDS)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            elif number == signal.SIGINT and n_again:
+                n_again -= 1
+            elif number == signal.SIGINT:
+                n_interrupts += 1
+                if n_interrupts == 1:
+                    click.echo("stopping after what runs now; Ctrl-C again stops at once", err=True)
+                else:
+                    os._exit(_INTERRUPTED)  # drafts outlive a lost process, and workers end with it
 
 
 def _colour() -> bool | None:

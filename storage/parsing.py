@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ MOST_YAML_VALUES = 200_000
 """Values in one, each counted wherever it is used: nine lines of aliases make 10⁹ of them."""
 DEEPEST_YAML = 50
 _LARGEST_BITS = 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
@@ -78,6 +80,8 @@ def _parse_yaml(text: str) -> Any:
             raise ValueError(f"with its aliases it holds more than {MOST_YAML_VALUES:,} values")
         if any(isinstance(part, int) and part.bit_length() > _LARGEST_BITS for part in level):
             raise ValueError(f"it holds a number of more than {_LARGEST_BITS} bits")
+        if any(isinstance(part, str) and _SURROGATE.search(part) for part in level):
+            raise ValueError("it holds half of a surrogate pair, which is no character")
         inner = itertools.chain.from_iterable(map(_parts, level))
         level = list(itertools.islice(inner, MOST_YAML_VALUES + 1))
         if not level:

@@ -220,12 +220,12 @@ class SiteStatistics:
     @property
     def mean_norm(self) -> float:
         """Mean Euclidean norm of a row."""
-        return self.total_norm / self.n_rows
+        return self.total_norm / max(self.n_rows, 1)
 
     @property
     def mean_square_norm(self) -> float:
         """Mean squared Euclidean norm of a row."""
-        return float(self.total_squares.sum()) / self.n_rows
+        return float(self.total_squares.sum()) / max(self.n_rows, 1)
 
     @property
     def median_norm(self) -> float:

@@ -128,6 +128,8 @@ def _read_list(file: IO[bytes]) -> Iterator[Any]:
                 raise ValueError(
                     f"a list item is followed by {text[closing : closing + 20]!r}; wanted a comma or the list's end"
                 )
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         except ValueError:
             more = file.read(max(_READ_BYTES, len(text) - before))
             text, before = text[before:] + decode(more, not more), 0

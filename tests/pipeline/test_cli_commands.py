@@ -319,6 +319,42 @@ def test_ctrl_c_is_acknowledged_inside_a_long_call_and_a_second_one_ends_it() ->
         assert (process.wait(60), process.stderr.read()) == (130, b"")
 
 
+IN_A_DESTRUCTOR = """
+import time
+import click
+from tailrace.pipeline import cli
+
+class Slow:
+    def __del__(self) -> None:
+        print("begun", flush=True)
+        time.sleep(60)  # is interrupted, and the interrupt is swallowed
+
+@click.command()
+def wait() -> None:
+    Slow()
+    time.sleep(60)
+    print("went on", flush=True)
+
+cli.COMMANDS["wait"] = cli.Command("__main__", "", "wait")
+cli.main(["wait"])
+"""
+
+
+def test_ctrl_c_that_a_destructor_swallows_stops_the_command_all_the_same() -> None:
+    program = [sys.executable, "-c", IN_A_DESTRUCTOR]
+    unblocked: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **unblocked) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=50)
+    assert (process.returncode, said) == (130, b"")
+    assert [line for line in errors.decode().splitlines() if line] == [
+        "stopping after what runs now; Ctrl-C again stops at once",
+        "stopped; run the same command again to continue",
+    ]
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [

@@ -84,3 +84,9 @@ def test_a_text_ends_and_has_its_line_breaks_as_one_character(tmp_path: Path) ->
     (tmp_path / "text").write_bytes(b"\xff")
     with pytest.raises(UnicodeDecodeError):
         read_text(tmp_path / "text")
+
+
+def test_half_a_character_is_no_setting(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text('site: "\\ud800"\n')
+    with pytest.raises(SettingsError, match="half of a surrogate pair"):
+        read_yaml(tmp_path / "s.yaml")

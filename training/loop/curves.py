@@ -12,21 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as compute
-import pyarrow.json
 
 from tailrace.storage.artifact import MANIFEST, canonical_json, read_json, write_atomically
 from tailrace.storage.compared import refuse_changed
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.names import by_number
+from tailrace.storage.parsing import parse_json
 from tailrace.training.architectures.manifest import BASELINES, MARK, METRICS, TIMING
 
 MEASURES = ("loss", "fvu", "fvu_ordinary", "l0", "dead_fraction", "lr")
 """Numbers that are drawn, by their names in ``metrics.jsonl``."""
 FLAT = 0.01
 """A loss that changes by less than this share over the last tenth of a run is called flat."""
-_BLOCK_BYTES = 1 << 24
 _LEAST_LINES = 10
 
 Numbers = Mapping[str, np.ndarray]
@@ -172,24 +169,25 @@ def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     A line that is being written at this moment is left out, and what a power cut left of lines that were not synced.
     Raises ArtifactCorrupt for anything else that is no line of a log.
     """
-    whole = [pa.field("step", pa.float64()), pa.field("rows", pa.float64()), pa.field("split", pa.string())]
-    schema = pa.schema([*whole, *(pa.field(name, pa.float64()) for name in names)])
     refuse_changed(path)
     content = path.read_bytes() if path.exists() else b""
-    lines = content.splitlines(keepends=True)
-    content = b"".join(line for line in lines if line.endswith(b"\n") and not line.startswith(b"\0"))
-    table = schema.empty_table()
-    if content:
-        parse = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-        blocks = pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES)
-        try:
-            table = pyarrow.json.read_json(pa.BufferReader(content), parse_options=parse, read_options=blocks)
-        except pa.ArrowException as error:
-            raise ArtifactCorrupt(f"{path}: has a line that is none of a log ({error}); restore it") from error
-    return {
-        name: np.asarray(table[name].to_numpy() if name == "split" else compute.fill_null(table[name], math.nan))
-        for name in schema.names
-    }
+    lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n") and not line.startswith(b"\0")]
+    try:  # Arrow's reader ends the process on some lines that are none
+        rows = parse_json(b"[" + b",".join(lines) + b"]")
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("wanted an object in each line")
+        numbers = {name: _numbers(rows, name) for name in ("step", "rows", *names)}
+    except (ValueError, OverflowError) as error:
+        raise ArtifactCorrupt(f"{path}: has a line that is none of a log ({error}); restore it") from error
+    return {**numbers, "split": np.array([row.get("split") for row in rows], dtype=object)}
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Return a number of each line, NaN where there is none."""
+    values = [row.get(name) for row in rows]
+    if any(value is not None and type(value) not in (int, float) for value in values):
+        raise ValueError(f"{name} is no number")
+    return np.array([math.nan if value is None else float(value) for value in values])
 
 
 def _of_split(lines: Numbers, split: str) -> Numbers:
