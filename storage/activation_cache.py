@@ -350,19 +350,18 @@ class CacheSplit:
 
         Arrays are (rows, width) for activations (uint16 for bfloat16, float32 for int8) and (rows,) for provenance.
         """
-        resolved = self.check_keys(keys)
+        resolved, shards = self.check_keys(keys), self._shards_of_unit(unit)
         wanted = {"context", "position", *resolved} & PROVENANCE.keys()
-        provenance = {name: self._read_stored(unit, name) for name in wanted}
+        provenance = {name: self._read_stored(unit, name, shards) for name in wanted}
         order = np.lexsort((provenance["position"], provenance["context"]))
         rows = {}
         for key, name in zip(keys, resolved, strict=True):
-            stored = provenance[name] if name in PROVENANCE else self._read_stored(unit, name)
+            stored = provenance[name] if name in PROVENANCE else self._read_stored(unit, name, shards)
             rows[key] = stored[order]
         return rows
 
-    def _read_stored(self, unit: int, key: str) -> np.ndarray:
-        source = self.source(key)
-        n_rows, shards = self.unit_rows[unit], self._shards_of_unit(unit)
+    def _read_stored(self, unit: int, key: str, shards: Mapping[str, FileRecord]) -> np.ndarray:
+        source, n_rows = self.source(key), self.unit_rows[unit]
         return source.decode({spec.name: self._read_rows(spec, unit, n_rows, shards) for spec in source.specs})
 
     def _read_rows(self, spec: ArraySpec, unit: int, n_rows: int, shards: Mapping[str, FileRecord]) -> np.ndarray:

@@ -286,6 +286,16 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
     assert differing(tree(tmp_path / "cache"), tree(tmp_path / "expected")) == []
 
 
+def begun(program: str) -> subprocess.Popen[bytes]:
+    """Start a program that Ctrl-C interrupts, and return once it says that it has begun."""
+    unblocked: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    command_line = [sys.executable, "-c", program]
+    process = subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **unblocked)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    return process
+
+
 IN_A_LONG_CALL = """
 import hashlib, sys
 import click
@@ -302,12 +312,8 @@ cli.main(["wait"])
 
 
 def test_ctrl_c_is_acknowledged_inside_a_long_call_and_a_second_one_ends_it() -> None:
-    program = [sys.executable, "-c", IN_A_LONG_CALL]
-    unblocked: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **unblocked) as process:
-        assert process.stdout is not None
+    with begun(IN_A_LONG_CALL) as process:
         assert process.stderr is not None
-        assert process.stdout.readline() == b"begun\n"
         busy = psutil.Process(process.pid)
         before = busy.cpu_times().user
         while busy.cpu_times().user < before + 0.2:  # until it is inside the call
@@ -341,11 +347,7 @@ cli.main(["wait"])
 
 
 def test_ctrl_c_that_a_destructor_swallows_stops_the_command_all_the_same() -> None:
-    program = [sys.executable, "-c", IN_A_DESTRUCTOR]
-    unblocked: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **unblocked) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"begun\n"
+    with begun(IN_A_DESTRUCTOR) as process:
         process.send_signal(signal.SIGINT)
         said, errors = process.communicate(timeout=50)
     assert (process.returncode, said) == (130, b"")
