@@ -116,7 +116,7 @@ def publish_rows(path: Path, layout: CacheFormat, n_rows: int, bucket_rows: int 
     vocabulary = canonical_json({"tokens": [f" token{i}" for i in range(50)]})
     splits = {"train": SplitSize(n_rows, n_contexts, {"rows": n_rows})}
     generation = Generation(path, 0, "create", layout, 0, bucket_rows, splits, None)
-    publish_generation(generation, request, {"model": {}, "text": {}}, {VOCABULARY: vocabulary})
+    publish_generation(generation, request, {"model": {"name": "made up"}, "text": {}}, {VOCABULARY: vocabulary})
     return open_cache(path)
 
 

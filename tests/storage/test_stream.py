@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,13 @@ from tailrace.storage.formats import Compression
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.stream import RowStream
 from tests.support.quick import diagonal
-from tests.support.synthetic_cache import expected_rows, memory_directory, store_as, write_synthetic_cache
+from tests.support.synthetic_cache import (
+    expected_rows,
+    memory_directory,
+    running_threads,
+    store_as,
+    write_synthetic_cache,
+)
 
 KEYS = ["layer0/in", "layer0/out", "token_id", "context", "position", "document"]
 COMPRESSIONS: tuple[Compression, ...] = ("none", "lz4", "zstd", "gzip", "blosc-zstd")
@@ -218,11 +223,11 @@ def test_batches_of_an_epoch_have_the_size_asked_for_but_the_last(cache: Activat
 
 
 def test_closing_a_stream_anywhere_leaves_no_threads(cache: ActivationCache) -> None:
-    before = set(threading.enumerate())
+    before = running_threads()
     for n_batches in (0, 1, 5, 14, 15):
         with cache.split("train").stream(KEYS, batch_rows=50, n_epochs=2) as stream:
             collect(stream, n_batches) if n_batches else None
-        assert set(threading.enumerate()) <= before, n_batches
+        assert running_threads() <= before, n_batches
         with pytest.raises(StopIteration):
             next(stream)
 
@@ -247,11 +252,11 @@ def test_a_damaged_shard_stops_the_stream_and_is_named(
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-1000])
-    before = set(threading.enumerate())
+    before = running_threads()
     stream = split.stream(KEYS, batch_rows=50, n_epochs=1, order=order)
     with pytest.raises(ArtifactCorrupt, match="sites/layer0/out/c/2/0"):
         collect(stream)
-    assert set(threading.enumerate()) <= before
+    assert running_threads() <= before
     with pytest.raises(StopIteration):
         next(stream)
 

@@ -16,7 +16,6 @@ from tests.support.pretended_gpu import limits, pretended_gpu, record  # isort: 
 
 import json
 import math
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -56,7 +55,7 @@ from tests.support.gpu_stages import STAGES
 from tests.support.gpu_training import BASE, TRAINED, Case, resuming, training
 from tests.support.live_runs import live_settings
 from tests.support.spliced_models import mlp_site, random_transcoder
-from tests.support.synthetic_cache import write_synthetic_cache
+from tests.support.synthetic_cache import running_threads, write_synthetic_cache
 from tests.support.tiny_models import save_tiny_model
 
 
@@ -212,11 +211,11 @@ def damaged_rows(folder: Path, device: str) -> dict[str, float]:
     split, site = cache.split("train"), cache.sites["layer0"]
     shard = split.root / "train/sites/layer0/out/c/4/0"
     shard.write_bytes(shard.read_bytes()[:-1000])
-    before = set(threading.enumerate())
+    before = running_threads()
     batches = CacheBatches(split, [site], batch_rows=50, seed=3, device=device)
     with pytest.raises(ArtifactCorrupt, match="sites/layer0/out/c/4/0"), batches:
         list(iter(batches.next_batch, None))
-    assert set(threading.enumerate()) <= before
+    assert running_threads() <= before
     return {"refused": 1}
 
 

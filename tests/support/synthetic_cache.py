@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -212,3 +213,8 @@ def _with_column_scales(layout: CacheFormat, rows: Rows | None) -> CacheFormat:
         sample = (rows or hashed_rows(encoding.width))(identity, key).astype(np.float64)
         scales[key] = column_scale_of((sample**2).sum(0), len(sample)).tolist()
     return replace(layout, column_scales=scales)
+
+
+def running_threads() -> set[threading.Thread]:
+    """Return what runs, but for the threads that zarr starts when it first reads and keeps for the process."""
+    return {thread for thread in threading.enumerate() if not thread.name.startswith(("asyncio", "zarr"))}
