@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import MappingProxyType
@@ -46,6 +46,7 @@ from tailrace.storage.cache_format import (
     superseded_path,
     unit_record_name,
 )
+from tailrace.storage.compared import refuse_damaged
 from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation
 from tailrace.storage.layout import ArraySpec
 from tailrace.storage.memory import aligned_rows
@@ -314,17 +315,13 @@ class ContextBlocks:
         if (published := self._published.get(name)) is None:
             data = read_sealed_file(self._root, name)
         else:
-            _refuse_damaged(check_files(self._root, {name: published}))
+            refuse_damaged(self._root, name, published)
             data = read_bytes(self._root / name)
         record = BlockRecord.parse(data, self._root / name)
         # a process killed before its commit may have replaced a published block by a longer one
         aside = superseded_path(self._root, self._generation - 1, self._split)
         is_aside = generation < self._generation and all((aside / shard).exists() for shard in record.shards)
         group = aside if is_aside else split_path(self._root, self._split)
-        _refuse_damaged(check_files(group, record.shards))
+        for shard, recorded in record.shards.items():
+            refuse_damaged(group, shard, recorded)
         return group, record.n_contexts
-
-
-def _refuse_damaged(problems: Sequence[str]) -> None:
-    if problems:
-        raise ArtifactCorrupt(f"{problems[0]}; run `pipeline verify` to list all damage, then restore the file")

@@ -80,7 +80,7 @@ def _parse_yaml(text: str) -> Any:
             raise ValueError(f"with its aliases it holds more than {MOST_YAML_VALUES:,} values")
         if any(isinstance(part, int) and part.bit_length() > _LARGEST_BITS for part in level):
             raise ValueError(f"it holds a number of more than {_LARGEST_BITS} bits")
-        if any(isinstance(part, str) and _SURROGATE.search(part) for part in level):
+        if any(isinstance(part, str) and is_broken(part) for part in level):
             raise ValueError("it holds half of a surrogate pair, which is no character")
         inner = itertools.chain.from_iterable(map(_parts, level))
         level = list(itertools.islice(inner, MOST_YAML_VALUES + 1))
@@ -93,6 +93,11 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [*value, *value.values()]
     return list(value) if isinstance(value, list | tuple | set) else []
+
+
+def is_broken(text: str) -> bool:
+    """Return whether a text holds half of a surrogate pair: no file in UTF-8 can hold that."""
+    return _SURROGATE.search(text) is not None
 
 
 def shown(value: Any) -> str:

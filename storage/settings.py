@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from tailrace.storage.errors import SettingsError
-from tailrace.storage.parsing import read_yaml, shown
+from tailrace.storage.parsing import is_broken, read_yaml, shown
 
 _UNITS = {
     "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12,
@@ -105,11 +105,14 @@ class Settings(BaseModel):
         return {cls.retired[name].new if name in cls.retired else name: value for name, value in values.items()}
 
     @model_validator(mode="after")
-    def _refuse_beyond_64_bits(self) -> Self:
+    def _refuse_what_no_file_holds(self) -> Self:
         values = [(name, value if isinstance(value, tuple) else (value,)) for name, value in vars(self).items()]
         beyond = [name for name, parts in values if any(isinstance(part, int) and _is_beyond(part) for part in parts)]
         if beyond:
             raise ValueError(f"{', '.join(beyond)}: wanted a number of at most 64 bits")
+        broken = [name for name, parts in values if any(isinstance(part, str) and is_broken(part) for part in parts)]
+        if broken:
+            raise ValueError(f"{', '.join(broken)}: holds half of a surrogate pair, which is no character")
         return self
 
     @classmethod

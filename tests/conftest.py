@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
 from tests.support import shapes
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Set on import, before any test module imports numpy, torch or datasets: they read these once. Child processes
 # inherit them.
@@ -33,3 +38,12 @@ def _nothing_said_yet() -> None:
     """Let every test hear what is said once a process, whichever test came before."""
     if compute := sys.modules.get("tailrace.pipeline.shared.compute"):
         compute.say_once.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, without a window."""
+    from tests.support.browsers import open_browser  # no test without a page loads what drives one
+
+    with open_browser() as opened:
+        yield opened

@@ -216,8 +216,8 @@ def estimated_pairs(subject: Subject, n_rows: int, plan: Plan) -> int:
     return round((subject.density or 0.0) * subject.coder.d_sae * min(plan.activation_rows, n_rows))
 
 
-def cost_line(subject: Subject, whole: AnalysisPass, compute: Compute) -> str:
-    """Return what tables cost, in a line.
+def cost_line(subject: Subject, whole: AnalysisPass, n_pairs: int, compute: Compute) -> str:
+    """Return what tables cost, in a line; they keep ``n_pairs`` activations.
 
     Time is judged by two blocks, where that is little of what is to come; not of workers, nor of rows that the language
     model still has to make.
@@ -229,8 +229,7 @@ def cost_line(subject: Subject, whole: AnalysisPass, compute: Compute) -> str:
     about = f", about {duration(seconds * n_rows)} by rows just timed" if seconds else ""
     unit_rows = subject.split.first_row(1) if subject.split.n_units > 1 else subject.split.n_rows
     memory = 4 * coder.d_sae * (coder.d_in + coder.d_out) + unit_rows * whole.analysed.site.row_bytes
-    n_pairs, kept = estimated_pairs(subject, n_rows, plan), ""
-    disk = coder.d_sae * (_FEATURE_BYTES + _EXAMPLE_BYTES * plan.n_examples)
+    disk, kept = coder.d_sae * (_FEATURE_BYTES + _EXAMPLE_BYTES * plan.n_examples), ""
     if n_pairs:
         n_kept = min(plan.activation_rows, n_rows)
         disk += coder.d_sae * _EXAMPLE_BYTES * (plan.n_bands * plan.n_band_examples + plan.n_random_examples)

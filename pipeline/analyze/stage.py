@@ -266,8 +266,9 @@ class PlannedTables:
         whole = AnalysisPass(self.source.rows(), self.analysed, plan_of(self.settings), device)
         coder = self.analysed.load().to(device)
         subject = with_density(whole.open_subject(coder, scratch=scratch), whole.plan)
-        refuse_too_much(estimated_pairs(subject, whole.n_rows, whole.plan), path)
-        announce(cost_line(subject, whole, compute))
+        n_pairs = estimated_pairs(subject, whole.n_rows, whole.plan)
+        refuse_too_much(n_pairs, path)
+        announce(cost_line(subject, whole, n_pairs, compute))
         from_weights = self._write_weight_tables(weights, coder, whole.rows.vocabulary, path, compute.quiet)
         if from_weights is not None:
             subject = dataclasses.replace(subject, effects=from_weights.effects)

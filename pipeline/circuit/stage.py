@@ -301,17 +301,7 @@ class _Asked:
         settings = GraphSettings(
             max_features=one.max_features, node_threshold=one.node_threshold, edge_threshold=one.edge_threshold
         )
-        targets, weights, names = [root], [1.0], [self._name(root)]
-        if self.question.logit is not None:
-            chosen = dict(top_logits(run, self.question.token))
-            likely = [self._logits[0], *(one for one in chosen if one != self._logits[0])]
-            targets = centred_logit_roots(run, likely, self.question.token)
-            smallest = min(chosen.values())  # the token asked for counts even where it is unlikely
-            weights = [chosen.get(one, smallest) for one in likely]
-            names = [
-                f'Output "{self._vocabulary[one]}" (p={chosen[one]:.3f})' if one in chosen else self._vocabulary[one]
-                for one in likely
-            ]
+        targets, weights, names = self._targets(run, root)
         with Progress(None, "circuit", "features", quiet=self._quiet) as bar:
             started: list[float] = []
 
@@ -325,6 +315,20 @@ class _Asked:
 
             graph = build_graph(run, targets, weights, settings, progress=progress)
         return graph, graph.pruned(settings), names
+
+    def _targets(self, run: LinearisedRun, root: Root) -> tuple[list[Root], list[float], list[str]]:
+        """Return the targets of the graph, their weights and what they are called."""
+        if self.question.logit is None:
+            return [root], [1.0], [self._name(root)]
+        chosen = dict(top_logits(run, self.question.token))
+        likely = [self._logits[0], *(one for one in chosen if one != self._logits[0])]
+        smallest = min(chosen.values())  # the token asked for counts even where it is unlikely
+        names = [
+            f'Output "{self._vocabulary[one]}" (p={chosen[one]:.3f})' if one in chosen else self._vocabulary[one]
+            for one in likely
+        ]
+        weights = [chosen.get(one, smallest) for one in likely]
+        return centred_logit_roots(run, likely, self.question.token), weights, names
 
     def _say_cost(self, run: LinearisedRun, seconds: float, n_rows: int) -> None:
         if self._quiet:

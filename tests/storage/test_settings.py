@@ -182,6 +182,11 @@ def test_a_number_beyond_64_bits_is_refused() -> None:
     assert Example.read({"rows": 1, "seed": 2**64 - 1}).seed == 2**64 - 1
 
 
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"name: .*surrogate"):
+        Example.read({"rows": 1, "name": "b\ud800"})
+
+
 def test_of_a_hundred_problems_some_are_listed() -> None:
     with pytest.raises(SettingsError) as refused:
         Example.read({"rows": 1, **{f"unknown{n}": "x" * 10_000 for n in range(100)}})

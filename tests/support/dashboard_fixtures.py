@@ -14,17 +14,11 @@ from playwright.sync_api import Browser, Page
 
 from tailrace.pipeline.dashboard import stage as dashboard
 from tailrace.pipeline.dashboard.settings import DashboardSettings
-from tests.support.browsers import open_browser, watched_page
+from tests.support.browsers import watched_page
 from tests.support.dashboard_tables import MadeTables, make_tables
 from tests.support.dashboard_visits import open_list
 
 D_SAE = 70
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

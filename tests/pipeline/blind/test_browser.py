@@ -9,16 +9,10 @@ from playwright.sync_api import expect
 
 from tailrace.pipeline.blind import draw
 from tailrace.pipeline.blind.settings import DrawSettings
-from tests.support.browsers import accessibility_problems, open_browser, watched_page
+from tests.support.browsers import accessibility_problems, watched_page
 from tests.support.tables_by_hand import example_row, feature_row, publish_tables
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,10 @@ from tailrace.pipeline.circuit.question import Question, parse_feature
 from tailrace.pipeline.circuit.settings import CircuitSettings
 from tailrace.pipeline.shared.pages import stated_policy
 from tests.pipeline.circuit.test_stage import write_dashboard, write_tables
-from tests.support.browsers import accessibility_problems, open_browser, watched_page
+from tests.support.browsers import accessibility_problems, watched_page
 from tests.support.circuit_places import PROMPT, Place
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.labels import LabelEdit, edit_labels
 from tailrace.storage.tables import describe, read_schema
-from tests.support.browsers import Scheme, accessibility_problems, open_browser, watched_page
+from tests.support.browsers import Scheme, accessibility_problems, watched_page
 from tests.support.cache_jobs import command
 from tests.support.written_pages import PLAIN, write_compare
 
@@ -142,12 +141,6 @@ def test_the_page_has_every_pair_with_what_both_are_about(pair: tuple[Path, Path
     assert similar["feature"] == list(range(N_FEATURES))[::-1]
     assert similar["state"] == [2] * N_FEATURES
     assert [at for at, text in enumerate(page["sides"][0]["about"]) if text] == [2]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.mark.slow

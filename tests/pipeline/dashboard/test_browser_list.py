@@ -24,8 +24,7 @@ pytestmark = pytest.mark.slow
 
 MANY = 24_576
 
-browser, made = dashboard_fixtures.browser, dashboard_fixtures.made
-site, page = dashboard_fixtures.site, dashboard_fixtures.page
+made, site, page = dashboard_fixtures.made, dashboard_fixtures.site, dashboard_fixtures.page
 
 
 def test_the_list_opens_with_live_features_the_most_interesting_first(page: Page, site: Path) -> None:

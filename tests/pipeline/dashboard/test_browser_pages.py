@@ -23,8 +23,7 @@ from tests.support.dashboard_visits import index_of, open_feature, open_list
 pytestmark = pytest.mark.slow
 
 
-browser, made = dashboard_fixtures.browser, dashboard_fixtures.made
-site, page = dashboard_fixtures.site, dashboard_fixtures.page
+made, site, page = dashboard_fixtures.made, dashboard_fixtures.site, dashboard_fixtures.page
 
 
 def test_a_link_opens_a_feature_and_a_wrong_one_is_told(page: Page, site: Path) -> None:

@@ -17,13 +17,10 @@ from tailrace.pipeline.dashboard.answers import TriedTexts
 from tailrace.pipeline.dashboard.serve import open_server
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.storage.labels import LabelEdit, edit_labels, read_labels
-from tests.support import dashboard_fixtures
 from tests.support.browsers import accessibility_problems, watched_page
 from tests.support.dashboard_tables import CONTEXT, PARTS, make_tables
 
 pytestmark = pytest.mark.slow
-
-browser = dashboard_fixtures.browser
 
 
 @pytest.fixture(scope="module")

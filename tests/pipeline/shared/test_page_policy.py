@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from tests.support.browsers import open_browser, watched_page
+from tests.support.browsers import watched_page
 from tests.support.firefox import Firefox, open_firefox
 from tests.support.written_pages import PAGES, PLAIN, folder_name, shown
 
@@ -122,12 +122,6 @@ OPENED = {"site": ["", *(f"#feature={feature}" for feature in range(0, len(PAYLO
 """Addresses within a page beside its own."""
 SHOWN = {"blind items": 0, "blind item": 16, "rating form": 16}
 """Payloads that a page has room for, where that is not all: a list of numbers, and windows of 16 tokens."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from tailrace.pipeline.evaluate.pareto_plot import write_plot
 from tailrace.pipeline.score.pictures import write_scores
 from tailrace.pipeline.score.stage import ScoredText, Scores
 from tailrace.pipeline.shared.pages import N_SERIES, html_page, json_inside, palette
-from tests.support.browsers import Scheme, accessibility_problems, open_browser, watched_page
+from tests.support.browsers import Scheme, accessibility_problems, watched_page
 
 WIDTHS = (1360, 390)
 
@@ -49,12 +49,6 @@ def write_score(path: Path) -> None:
     text = ScoredText(tokens, [0] * len(tokens), ~np.isnan(values[:, 0]), values, [[] for _ in tokens])
     about = {89: {"frequency": 0.01, "max": 9.5, "top_token": " have", "promoted_tokens": [" been", " had"]}}
     write_scores(path, Scores("tiny", "t", "layer2", [89, 7, 1850], True, False, [text, text], about=about))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.mark.slow
