@@ -54,7 +54,10 @@ def write_picture(path: Path, runs: Sequence[RunCurves]) -> None:
     """Draw the runs into ``path``. Raises SettingsError, or StorageFull."""
     check_output(path)
     kind = path.suffix.lower().removeprefix(".")
-    content = page(runs).encode() if kind == "html" else draw_plot(partial(_draw, runs), kind, (11, 7))[0]
+    if kind == "html":
+        content = page(runs).encode(errors="replace")  # folders may have names that are not UTF-8
+    else:
+        content, _ = draw_plot(partial(_draw, runs), kind, (11, 7))
     make_directory(path.absolute().parent)
     write_output(path, content)
 

@@ -133,7 +133,7 @@ class CurvesSite(ServedSite):
     def read(self, name: str) -> bytes | None:
         """Return the page, or the numbers that it asks for every few seconds."""
         if name == "index.html":
-            return page(read_all(self._paths), is_live=True).encode()
+            return page(read_all(self._paths), is_live=True).encode(errors="replace")
         if name == "curves.json":
             return json.dumps(page_data(read_all(self._paths), is_live=True), allow_nan=False).encode()
         return None

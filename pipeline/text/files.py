@@ -20,6 +20,7 @@ from tailrace.storage.artifact import checksum_file
 from tailrace.storage.draft import holds_artifact
 from tailrace.storage.errors import TextError
 from tailrace.storage.names import home_path
+from tailrace.storage.parsing import is_broken
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,10 @@ def find_text_files(dataset: str) -> TextFiles:
         examples = ", ".join(next(str(path) for path in matching if format_of(path) == kind) for kind in formats)
         raise TextError(f"{dataset}: holds files of several formats ({examples}); name one with a pattern like '*.txt'")
     chosen = [path for path in matching if format_of(path) is not None]
+    if odd := next((path for path in chosen if is_broken(str(path))), None):
+        raise TextError(
+            f"{dataset}: holds {odd.name!r}, a name that is not UTF-8 and cannot be recorded; rename the file"
+        )
     if not os.path.isdir(os.path.expanduser(dataset)) and len(chosen) < len(matching):
         other = next(path for path in matching if format_of(path) is None)
         raise TextError(f"{dataset}: matches {other}, which is no text file; {_wanted_suffixes()}")

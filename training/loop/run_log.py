@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
-from tailrace.storage.artifact import storage_refused, unreadable
+from tailrace.storage.artifact import storage_refused, sync_directory, unreadable
 from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation
 from tailrace.training.architectures.manifest import METRICS, TIMING
 from tailrace.training.loop.firing_frequency import EDGES
@@ -46,6 +46,7 @@ class JsonLines:
     def __init__(self, path: Path, extent: Extent = NOTHING) -> None:
         self.path = path
         self._checksum, self._n_bytes = xxhash.xxh3_128(), extent.n_bytes
+        self._has_sure_name = False
         with self._opened(os.O_CREAT) as file:
             while block := file.read(min(extent.n_bytes - file.tell(), 1 << 20)):
                 self._checksum.update(block)
@@ -88,6 +89,9 @@ class JsonLines:
         """Make all lines survive a power cut; return what the file holds."""
         with self._opened() as file:
             os.fsync(file.fileno())
+            if not self._has_sure_name:
+                sync_directory(self.path.parent)
+                self._has_sure_name = True
         return Extent(self._n_bytes, self._checksum.hexdigest())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def test_a_page_has_every_curve_and_no_more_points_than_can_be_seen(tmp_path: Pa
     assert run["curves"]["loss"]["y"][0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3, rel=1e-4)
     assert run["curves"]["dead"]["y"][-1] == 0.125  # of held-out rows, where there are some
     assert run["verdict"].startswith("under way: ")
+
+
+def test_a_run_whose_folder_has_a_name_that_is_not_utf_8_is_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path / os.fsdecode(b"r\xff"), n_lines=3)
+    write_picture(tmp_path / "curves.html", read_all([tmp_path]))
+    assert "r?" in (tmp_path / "curves.html").read_text()
 
 
 def test_the_command_prints_a_line_for_each_run_and_writes_a_page(

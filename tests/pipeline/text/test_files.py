@@ -1,4 +1,5 @@
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -118,6 +119,12 @@ def test_path_that_leads_nowhere_is_refused_with_the_next_step(tmp_path, asked, 
     (tmp_path / "pictures/a.png").write_bytes(b"")
     with pytest.raises(TextError, match=said):
         open_text(tmp_path / asked)
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"speeches\xff.txt")).write_text("x")
+    with pytest.raises(TextError, match=r"holds 'speeches\\udcff.txt', a name that is not UTF-8"):
+        find_text_files(str(tmp_path))
 
 
 def test_formats_are_not_mixed(tmp_path):

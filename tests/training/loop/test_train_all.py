@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,16 @@ def test_a_log_is_cut_back_to_what_its_checkpoint_knew(tmp_path: Path) -> None:
     again = log.commit()
     assert (tmp_path / "log").read_text() == '{"step": 1}\n{"step": 3}\n'
     assert JsonLines(tmp_path / "log", again).commit() == again
+
+
+def test_the_name_of_a_log_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, synced = JsonLines(tmp_path / "log"), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    for _ in range(2):
+        log.write({"step": 1})
+        log.commit()
+    file, folder = (tmp_path / "log").stat().st_ino, tmp_path.stat().st_ino
+    assert synced == [file, folder, file]
 
 
 def test_half_a_line_of_a_killed_process_is_cut_off_before_the_next(tmp_path: Path) -> None:
