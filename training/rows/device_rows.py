@@ -27,6 +27,7 @@ from tailrace.storage.layout import ArraySpec
 from tailrace.storage.orders import Piece, cut_pieces
 from tailrace.storage.shuffle import Span
 from tailrace.storage.stream import BatchSpan, RowStream, StreamSource, StreamState
+from tailrace.training.rows.transfer import pinned
 
 SLOT_BYTES = 8 << 20
 """Pinned memory that is read into and copied from at once; more leaves the processor's cache (0.9 of the speed)."""
@@ -272,8 +273,9 @@ class _Loader:
         self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         largest = max(tensor.nbytes for tensor in tensors.values())
         self._slot_bytes = min(SLOT_BYTES, largest)
-        for memory in _pinned(N_SLOTS, max(self._slot_bytes, first.served.nbytes)):
-            self._slots.put(_Slot(memory, _event(blocking=True)))
+        slot_bytes = max(self._slot_bytes, first.served.nbytes)
+        for _ in range(N_SLOTS):
+            self._slots.put(_Slot(pinned([slot_bytes], torch.uint8), _event(blocking=True)))
         self._free: queue.SimpleQueue[_Segment | None] = queue.SimpleQueue()
         for segment in segments:
             self._free.put(segment)
@@ -362,13 +364,3 @@ class _Loader:
 def _event(*, blocking: bool = False) -> torch.cuda.Event:
     """Return an event; where it is ``blocking``, a thread that waits for it sleeps."""
     return torch.cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call]
-
-
-def _pinned(n: int, n_bytes: int) -> list[Tensor]:
-    """Return memory on the host that the GPU can copy from by itself; ordinary memory where the system has none."""
-    try:
-        return [torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(n)]
-    except RuntimeError as error:
-        reason = (str(error).strip() or "refused").splitlines()[0]
-        logger.warning("no pinned memory (%s): copies of rows to the GPU take longer", reason)
-        return [torch.empty(n_bytes, dtype=torch.uint8) for _ in range(n)]

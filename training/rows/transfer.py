@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -32,12 +33,12 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Return values on a device; for those of the host, the copy is only asked for."""
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
-    return _host_memory(values).copy_(values).to(device, non_blocking=True)
+    return pinned(values.shape, values.dtype).copy_(values).to(device, non_blocking=True)
 
 
 def to_host(values: Tensor) -> Tensor:
     """Ask the current stream to copy values of a GPU, and return where they will be on the host once it has."""
-    return _host_memory(values).copy_(values, non_blocking=True)
+    return pinned(values.shape, values.dtype).copy_(values, non_blocking=True)
 
 
 def arrived() -> torch.cuda.Event:
@@ -47,12 +48,18 @@ def arrived() -> torch.cuda.Event:
     return event
 
 
-def _host_memory(like: Tensor) -> Tensor:
+def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return memory on the host that the GPU copies from by itself; ordinary memory where the system has none."""
     try:
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-    except RuntimeError as error:  # a limit of the system; copies then take longer, and the host waits
-        logger.info("no pinned memory: %s", (str(error).strip() or "refused").splitlines()[0])
-        return torch.empty(like.shape, dtype=like.dtype)
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        _say_unpinned((str(error).strip() or "refused").splitlines()[0])
+        return torch.empty(shape, dtype=dtype)
+
+
+@lru_cache
+def _say_unpinned(reason: str) -> None:
+    logger.warning("no pinned memory (%s): copies to and from the GPU take longer, and the host waits for them", reason)
 
 
 def begun_early(items: Iterable[Item]) -> Iterator[Item]:
