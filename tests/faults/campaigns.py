@@ -41,7 +41,7 @@ _ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS", "EACCES", "EMFILE")
 _SIGNALS = (SIGKILL, SIGKILL, SIGKILL, SIGTERM, SIGINT, SIGINT, SIGSTOP)
 _SIGNALLED = 1.1
 """Most that a signal is late, in times of the undisturbed run."""
-_DISKS = 40
+_DISKS = 200
 """Disks of each stage that are judged, of the thousands that a power cut may leave."""
 _BYTES_TRIED = 0.1
 """Share of calls that change bytes only, after which the power is cut."""
