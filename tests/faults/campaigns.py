@@ -257,7 +257,7 @@ def _reached(outcome: Outcome) -> None:
 
 
 def _signals(bench: Bench, rng: random.Random) -> Iterator[str]:
-    for _ in range(12):
+    for _ in range(14):
         times = sorted(rng.uniform(0, bench.seconds * _SIGNALLED) for _ in range(rng.choice((1, 1, 2))))
         yield "+".join(f"{rng.choice(_SIGNALS).name}@{after:.3f}" for after in times)
 
