@@ -42,6 +42,7 @@ SHOTS = (
     Shot("page-list-phone", "dashboard/index.html", "dark", is_phone=True),
     Shot("page-score", "score.html"),
     Shot("page-pareto", "pareto.html", "dark"),
+    Shot("page-compare", "compare.html", press="φ of firing"),
     Shot("page-steer", "steer.html"),
     Shot("page-curves", "curves.html"),
     Shot("page-circuit", "circuit/index.html"),
@@ -54,6 +55,7 @@ def make_pages(demo: Path) -> Path:
     own, pages, model = demo / "tiny-layer2", demo / "pages", bundled_model("tiny-lm")
     asked = ["--transcoders", own / "transcoder", "--tables", own / "tables"]
     layers = pages / "layers" / "circuits"
+    runs = [pages / "sweep" / "runs" / f"k={k},architecture=topk" for k in (16, 32)]
     small = ["--tokens", 40_000, "--d-sae", 512, "--k", 16, "--steps", 300, "--batch-rows", 1024]
     commands: list[list[object]] = [
         ["dashboard", own / "tables", "--out", pages / "dashboard"],
@@ -63,6 +65,9 @@ def make_pages(demo: Path) -> Path:
          "--sweep", "architecture=topk,batch_topk", "--out", pages / "sweep"],
         ["pareto", pages / "sweep", "--out", pages / "pareto.html"],
         ["curves", pages / "sweep", "--out", pages / "curves.html"],
+        ["analyze", *runs, "--cache", own / "cache", "--model", model, "--out", pages / "tables"],
+        ["compare", *(pages / "tables" / run.name for run in runs), "--transcoders", runs[0].parent,
+         "--out", pages / "compare.html"],
         ["circuits-model", "--model", model, "--dataset", demo / "speeches.jsonl", *small, "--out", pages / "layers"],
         ["analyze", layers / "transcoders", "--cache", layers / "cache", "--model", model, "--out", layers / "tables"],
         ["circuit", "The people of the United", "--logit", " States", "--transcoders", layers / "transcoders",
@@ -95,7 +100,7 @@ def take(browser: Browser, pages: Path, shot: Shot) -> bytes:
 
 def main(arguments: list[str]) -> None:
     """Make the pages of a demo, and a picture of each."""
-    pages = make_pages(Path(arguments[0]))
+    pages = make_pages(Path(arguments[0]).resolve())
     with open_browser() as browser:
         for shot in SHOTS:
             (IMAGES / f"{shot.name}.png").write_bytes(take(browser, pages, shot))
