@@ -65,7 +65,7 @@ def summarise(path: Path, generation: int | None = None) -> dict[str, Any]:
         return dict(_summarise_draft(described))
     if (kind := described.get("kind")) == KIND:
         return dict(_summarise_cache(described))
-    if kind not in SUMMARIES:
+    if not isinstance(kind, str) or kind not in SUMMARIES:
         return described
     manifest, summary = SUMMARIES[kind]
     return dict(summary(manifest.read(path)))

@@ -98,8 +98,14 @@ def _is_artifact(folder: Path) -> bool:
 
 
 def _holds_others(folder: Path) -> bool:
-    manifest, request = _read(folder / MANIFEST), _read(folder / REQUEST)
+    manifest, request = _manifest(folder), _read(folder / REQUEST)
     return manifest.get("kind") in _HOLDERS if manifest else "runs" in request
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest in a folder, an empty one if there is none that names a kind."""
+    manifest = _read(folder / MANIFEST)
+    return manifest if isinstance(manifest.get("kind"), str) else {}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _listed(path: Path) -> Listed | None:
-    manifest, request = _read(path / MANIFEST), _read(path / REQUEST)
+    manifest, request = _manifest(path), _read(path / REQUEST)
     try:
         sizes = list(_sizes(path, is_holder=_holds_others(path)))
         modified = (path / MANIFEST).stat().st_mtime if manifest else max((when for _, when in sizes), default=0.0)
@@ -120,7 +126,7 @@ def _listed(path: Path) -> Listed | None:
         return None
     return Listed(
         path,
-        str(manifest["kind"]) if manifest else _kind_of_draft(request),
+        manifest["kind"] if manifest else _kind_of_draft(request),
         sum(n_bytes for n_bytes, _ in sizes),
         modified,
         bool(manifest),

@@ -13,8 +13,10 @@ import pytest
 
 from tailrace.pipeline.artifacts import removal
 from tailrace.pipeline.artifacts.folders import artifacts_inside
+from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.artifacts.listing import list_artifacts, made_from
 from tailrace.pipeline.shared import units
+from tailrace.storage.artifact import seal
 from tailrace.storage.draft import Lock
 from tailrace.storage.errors import ActionableError, ArtifactBusy
 from tests.support.cache_jobs import Answer, command
@@ -163,6 +165,14 @@ def test_a_run_that_is_being_written_stays(made: Path) -> None:
     lock.release()
     removal.remove(removal.plan([made / "drafts/transcoder"], [made]))
     assert not (made / "drafts/transcoder").exists()
+
+
+@pytest.mark.parametrize("kind", [{}, {"kind": ["transcoder"]}])
+def test_a_manifest_that_names_no_kind_is_none(made: Path, kind: dict[str, object]) -> None:
+    (made / "transcoders/topk/manifest.json").write_bytes(seal({**kind, "inputs": {}}))
+    kinds = {one.path.name: (one.kind, one.is_finished) for one in list_artifacts(made / "transcoders")}
+    assert kinds == {"relu": ("transcoder", True), "topk": ("transcoder", False)}
+    assert summarise(made / "transcoders/topk") == {**kind, "inputs": {}}
 
 
 def test_damaged_folders_do_not_stop_a_listing(made: Path) -> None:
