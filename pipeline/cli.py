@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
@@ -50,7 +50,9 @@ GROUPS = {
         "shuffle": Command(
             "tailrace.pipeline.cache.command", "Write one epoch's order as sequential shards (optional).", "shuffle"
         ),
-        "verify": Command("tailrace.pipeline.cache.command", "Check bytes, pairs and shuffle of a cache.", "verify"),
+        "verify": Command(
+            "tailrace.pipeline.cache.command", "Check artifacts' bytes; of a cache, pairs too.", "verify"
+        ),
         "ls": Command("tailrace.pipeline.artifacts.command_ls", "List the artifacts under a folder."),
         "info": Command("tailrace.pipeline.artifacts.info_command", "Show any artifact at a glance."),
         "prune": Command(
@@ -309,8 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; run the same command again to continue", err=True)
-        sys.exit(_INTERRUPTED)
+        _stop()
     except ActionableError as error:
         if "--debug" in arguments:
             raise
@@ -319,9 +320,21 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in arguments:
             raise
+        if _was_interrupted(error):
+            _stop()
         is_of_disk = isinstance(error, OSError) and error.errno is not None
         _print_error(_refused(error) if is_of_disk else _unexpected(error, arguments))
         sys.exit(1 if is_of_disk else _UNEXPECTED)
+
+
+def _stop() -> NoReturn:
+    click.echo("stopped; run the same command again to continue", err=True)
+    sys.exit(_INTERRUPTED)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C is behind an error: a class that is being made reports it as one of its own."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _was_interrupted(error.__cause__))
 
 
 def _is_of_disk(cause: BaseException | None) -> bool:

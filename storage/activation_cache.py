@@ -64,6 +64,8 @@ def open_cache(path: CachePath | str, generation: int | None = None) -> Activati
     """
     if isinstance(path, CacheAt):
         generation, path = path.generation, path.path
+    if not (generation is None or isinstance(generation, int)):
+        raise SettingsError(f"generation: wanted a whole number, got {generation!r}")
     root = home_path(path)
     while True:
         newest = CacheManifest.read(root)

@@ -8,6 +8,7 @@ finished so far, and only the process that holds its lock may write to it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from tailrace.storage.errors import (
     StorageFull,
 )
 from tailrace.storage.formats import refuse_newer
-from tailrace.storage.names import inside, is_plural, remove_abandoned, temporary_path, with_article
+from tailrace.storage.names import LOCK, inside, is_plural, remove_abandoned, temporary_path, with_article
 from tailrace.storage.parsing import parse_json, shown
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ JSON = Any
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
 _DISK_REFUSALS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+_RESTORE = "restore it, or delete the artifact and make it again"
 
 
 def canonical_json(value: JSON) -> bytes:
@@ -229,7 +233,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ArtifactCorrupt(f"{path}: is missing; restore it or rebuild the artifact") from error
+        raise ArtifactCorrupt(f"{path}: is missing; {_RESTORE}") from error
     except OSError as error:
         raise unreadable(error, path) from error
 
@@ -238,7 +242,7 @@ def _parse_json(data: bytes, path: Path) -> Any:
     try:
         return parse_json(data)
     except ValueError as error:
-        raise ArtifactCorrupt(f"{path}: is not valid JSON ({error}); restore it or rebuild the artifact") from error
+        raise ArtifactCorrupt(f"{path}: is not valid JSON ({error}); {_RESTORE}") from error
 
 
 KEEPING = ConfigDict(extra="allow", strict=True)
@@ -263,9 +267,7 @@ class Record(BaseModel):
         except ValidationError as error:
             problems = [f"\n  {_describe(problem)}" for problem in error.errors(include_url=False)[:_LISTED]]
             more = f"\n  and {error.error_count() - _LISTED:,} more" if error.error_count() > _LISTED else ""
-            raise ArtifactCorrupt(
-                f"{path}: is not as wanted; restore it or rebuild the artifact:{''.join(problems)}{more}"
-            ) from error
+            raise ArtifactCorrupt(f"{path}: is not as wanted; {_RESTORE}:{''.join(problems)}{more}") from error
 
     def as_json(self) -> dict[str, JSON]:
         """Return the object as it was read, with the keys that this version does not know."""
@@ -363,7 +365,7 @@ def published_file(root: Path, manifest: Manifest, name: str, *, whole: bool = F
     if recorded is None:
         raise ArtifactCorrupt(f"{path}: is no file of the artifact; it has {', '.join(sorted(manifest.files))}")
     if problems := check_files(root, {name: recorded}, largest=None if whole else SMALL):
-        raise ArtifactCorrupt(f"{problems[0]}; restore the file or make the artifact again")
+        raise ArtifactCorrupt(f"{problems[0]}; restore the file, or delete the artifact and make it again")
     return path
 
 
@@ -473,19 +475,45 @@ def read_own(path: Path) -> dict[str, JSON]:
 def _check_seal(data: bytes, path: Path) -> dict[str, JSON]:
     manifest = _parse_json(data, path)
     if not isinstance(manifest, dict) or "digest" not in manifest:
-        raise ArtifactCorrupt(f"{path}: is no manifest (it has no digest); restore it or rebuild the artifact")
+        raise ArtifactCorrupt(f"{path}: is no manifest (it has no digest); {_RESTORE}")
     content = {key: value for key, value in manifest.items() if key != "digest"}
     if seal(content) != data:
-        raise ArtifactCorrupt(f"{path}: differs from its own digest; restore it or rebuild the artifact")
+        raise ArtifactCorrupt(f"{path}: differs from its own digest; {_RESTORE}")
     refuse_newer(path.parent, str(manifest.get("kind")), manifest)
     return manifest
+
+
+def is_being_written(path: Path) -> bool:
+    """Return whether a process holds the lock of an artifact that it makes or changes."""
+    try:
+        file = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
+def refuse_lost_manifest(path: Path) -> None:
+    """Raise ArtifactCorrupt if a manifest is gone and that of a later generation than the first is there."""
+    if not (path / MANIFEST).exists() and (later := next(path.glob("manifest-[1-9]*.json"), None)):
+        raise ArtifactCorrupt(f"{path / MANIFEST}: is missing, and {later.name} says that it was there; {_RESTORE}")
 
 
 def _read_published(path: Path, kind: str, instead: Mapping[str, str]) -> tuple[bytes, dict[str, JSON]]:
     """Return the bytes of a manifest, and what they say."""
     if not (path / MANIFEST).exists():
+        refuse_lost_manifest(path)
         if (path / REQUEST).exists():
             this, was, it, they = ("these", "were", "them", "they") if is_plural(kind) else ("this", "was", "it", "it")
+            if is_being_written(path):
+                raise ArtifactIncomplete(f"{path}: another process is writing {this} {kind}; wait until that is done")
             raise ArtifactIncomplete(
                 f"{path}: {this} {kind} {was} never finished; run the command that makes {it} again and {they} will "
                 "continue"

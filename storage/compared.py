@@ -29,7 +29,8 @@ class Sample:
         """Return whether a file is among those that are read, and count it."""
         number = recorded.checksum.rpartition(":")[2][:12]
         at = int(number, 16) / 16**12 if set(number) <= set("0123456789abcdef") and number else 0.0
-        is_read = (at + self.seed / self.n_seeds) % 1 < max(self.share, 1 / self.n_seeds)
+        is_drawn = (at + self.seed / self.n_seeds) % 1 < max(self.share, 1 / self.n_seeds)
+        is_read = is_drawn or self.n_files == 0  # of a few files a small share would read none
         self.n_files, self.n_bytes = self.n_files + 1, self.n_bytes + recorded.bytes
         self.n_read, self.n_bytes_read = self.n_read + is_read, self.n_bytes_read + is_read * recorded.bytes
         return is_read
@@ -83,5 +84,6 @@ def _refuse_damaged(
 ) -> None:
     if problems := check_files(root, {name: recorded}, largest=largest):
         raise ArtifactCorrupt(
-            f"{problems[0]}; run `pipeline verify` to list all damage, then restore the file or make the artifact again"
+            f"{problems[0]}; run `pipeline verify` to list all damage, then restore the file, or delete the artifact "
+            "and make it again"
         )

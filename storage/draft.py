@@ -30,6 +30,7 @@ from tailrace.storage.artifact import (
     make_directory,
     read_json,
     read_sealed,
+    refuse_lost_manifest,
     seal,
     storage_refused,
     sync_files,
@@ -220,7 +221,7 @@ class Draft:
     was written deletes the request, so that corrected settings may use the same path.
 
     The lock of a draft that is ``inside`` another is taken and released at once: the other's keeps processes out, and
-    thousands of drafts hold no file open.
+    thousands of drafts hold no file open. In a finished artifact nothing is begun but what is ``part_of`` it.
     """
 
     def __init__(
@@ -231,11 +232,14 @@ class Draft:
         *,
         discard_with: str | None = None,
         inside: bool = False,
+        part_of: Path | None = None,
     ) -> None:
         self._discard_with = discard_with
         self.path = path
         self.kind = kind
         self.request = json.loads(canonical_json(dict(request)))
+        if not inside:
+            self._refuse_inside(part_of)
         self._check_path()
         self._lock = Lock(path)
         try:
@@ -249,9 +253,21 @@ class Draft:
         if inside:
             self._lock.release()
 
+    def _refuse_inside(self, whole: Path | None) -> None:
+        """Raise ArtifactMismatch if the path lies in a finished artifact, which ``verify`` and ``rm`` take for one."""
+        for folder in self.path.absolute().parents:
+            if whole is not None and folder == whole.absolute():
+                return
+            if (folder / MANIFEST).is_file() and holds_artifact(folder):
+                raise ArtifactMismatch(
+                    f"{self.path}: lies in the finished artifact {folder} and would be deleted with it; choose a path "
+                    "outside of it"
+                )
+
     def _check_path(self) -> None:
         """Set ``published`` and ``resumed``; raise ArtifactMismatch if something else lies at the path."""
         try:
+            refuse_lost_manifest(self.path)
             self.published = (self.path / MANIFEST).exists()
             self.resumed = self.published or _is_request(self.path / REQUEST)
             if self.resumed:

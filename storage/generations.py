@@ -12,7 +12,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,8 +113,10 @@ class Pin:
             os.close(file)
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # it could not be opened
+        try:  # noqa: SIM105 (Python may end, and have taken the modules away)
             self.release()
+        except (AttributeError, TypeError):  # it could not be opened
+            pass
 
     def __reduce__(self) -> tuple[type[Pin], tuple[Path]]:
         return Pin, (self._manifest,)  # another process takes its own

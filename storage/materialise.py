@@ -52,7 +52,7 @@ def materialise_epoch(split: CacheSplit, *, seed: int, epoch: int, run_tasks: Ru
             "rows, so their copies would share files; read this cache without materialising it"
         )
     path = epoch_path(split.root, plan, split.cache.generation)
-    with Draft(path, EPOCH_KIND, epoch_request(split.identity, plan)) as draft:
+    with Draft(path, EPOCH_KIND, epoch_request(split.identity, plan), part_of=split.root) as draft:
         if draft.published:
             remove_directory(path / DRAFT)  # of a process that was killed right after it had published
             return path

@@ -66,9 +66,26 @@ def read_yaml(path: Path, what: str = "settings") -> Any:
         raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice: YAML has none, and one of the values would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping. Raises ConstructorError."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return dict(super().construct_mapping(node, deep))
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 def _parse_yaml(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except Exception as error:  # of a date, a number or a tag the parser raises whatever its text leads to

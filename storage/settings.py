@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +54,15 @@ def parse_quantity(text: Any) -> Any:
 
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
 """A whole number that may be written ``60M`` or ``1.5GB``."""
+
+
+def _as_text(value: Any) -> Any:
+    """Read a number of a YAML file, such as a single layer, as the text it would be on the command line."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+"""A text that may look like a number."""
 
 
 class Retired(NamedTuple):
@@ -104,6 +114,17 @@ class Settings(BaseModel):
             raise ValueError("; ".join(f"{old} is {cls.retired[old].new}: give one of them" for old in twice))
         return {cls.retired[name].new if name in cls.retired else name: value for name, value in values.items()}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_yes_for_one(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not any(isinstance(value, bool) for value in values.values()):
+            return values
+        numbers = _numbers(cls)
+        return {
+            name: str(value).lower() if isinstance(value, bool) and name in numbers else value
+            for name, value in values.items()
+        }
+
     @model_validator(mode="after")
     def _refuse_what_no_file_holds(self) -> Self:
         values = [(name, value if isinstance(value, tuple) else (value,)) for name, value in vars(self).items()]
@@ -133,6 +154,19 @@ class Settings(BaseModel):
     def read_file(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Read a YAML file and apply ``overrides`` on top, before validation."""
         return cls.read(load_yaml(path), overrides or {}, where=str(path))
+
+
+@cache
+def _numbers(settings: type[BaseModel]) -> frozenset[str]:
+    """Return the settings that are numbers and never yes or no, which Python takes for 1 and 0."""
+    kinds = {name: set(_kinds(field.annotation)) for name, field in settings.model_fields.items()}
+    return frozenset(name for name, own in kinds.items() if own & {int, float} and bool not in own)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 def _is_beyond(number: int) -> bool:

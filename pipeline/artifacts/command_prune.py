@@ -37,7 +37,7 @@ def command(cache: Path, keep: int, dry_run: bool, folders: tuple[Path, ...], fo
     from tailrace.pipeline.artifacts import removal
 
     seen = folders or (Path(), cache.absolute().parent)
-    planned = removal.plan_pruning(cache, keep, seen, is_forced=force)
+    planned = removal.plan_pruning(cache, keep, seen, is_forced=force or dry_run)
     doomed, n_bytes = planned.doomed, planned.n_bytes
     if not dry_run:
         if n_bytes and not force and sys.stdin.isatty():
@@ -48,7 +48,8 @@ def command(cache: Path, keep: int, dry_run: bool, folders: tuple[Path, ...], fo
         users = [str(one.path) for one in planned.users]
         options.echo_json({"pruned": doomed, "bytes": n_bytes, "made_from_them": users, "dry_run": dry_run})
     else:
-        click.echo("\n".join(_lines(planned) if dry_run else [f"{cache}: pruned, {units.size(n_bytes)}"]))
+        pruned = f"pruned, {units.size(n_bytes)}" if doomed or n_bytes else "nothing to prune"
+        click.echo("\n".join(_lines(planned) if dry_run else [f"{cache}: {pruned}"]))
 
 
 def _lines(planned: Pruning) -> Iterator[str]:
@@ -59,5 +60,7 @@ def _lines(planned: Pruning) -> Iterator[str]:
     number = f"{len(doomed)} generation{'s' * (len(doomed) != 1)}"
     yield f"{planned.kept.root}: {number} and {units.size(planned.n_bytes)} to delete"
     for one in planned.users:
-        state = "made from" if one.is_finished else "unfinished, begun with"
-        yield f"{one.path}: {state} a generation that goes"
+        if one.is_finished:
+            yield f"{one.path}: made from a generation that goes"
+        else:
+            yield f"{one.path}: unfinished, begun with a generation that goes; without --force, it is kept"

@@ -31,6 +31,7 @@ from tailrace.storage.artifact import (
     DerivedManifest,
     Manifest,
     Record,
+    is_being_written,
     published_kind,
     read_sealed,
 )
@@ -53,6 +54,10 @@ class _Request(Record):
 
     settings: dict[str, JSON] = Field(default_factory=dict)
     runs: dict[str, JSON] = Field(default_factory=dict)
+
+
+_UNFINISHED = "unfinished: run the command that makes it again to continue"
+_BEING_WRITTEN = "unfinished: another process is writing it"
 
 
 def summarise(path: Path, generation: int | None = None) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def describe(path: Path, generation: int | None = None) -> dict[str, Any]:
         if (path / REQUEST).exists():
             request = _Request.read_file(path / REQUEST).as_json()
             return {
-                "state": "unfinished: run the command that makes it again to continue",
+                "state": _BEING_WRITTEN if is_being_written(path) else _UNFINISHED,
                 **_progress(path, request),
                 "request": request,
             }

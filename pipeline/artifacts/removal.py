@@ -13,6 +13,7 @@ from tailrace.storage.draft import Lock
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, ArtifactMissing, raise_together
 from tailrace.storage.generations import Generations
 from tailrace.storage.labels import FILE as LABELS
+from tailrace.storage.labels import read_labels
 from tailrace.storage.names import is_temporary, temporary_path
 
 _REMOVED = "removed"
@@ -59,11 +60,19 @@ def _uses(doomed: Sequence[Listed], staying: Sequence[Listed]) -> Iterator[Actio
 
 def _labelled(doomed: Iterable[Listed]) -> Iterator[ActionableError]:
     for one in doomed:
-        if (one.path / LABELS).exists():
+        if _is_labelled(one.path):
             yield ArtifactMismatch(
                 f"{one.path}: people labelled its features, and the labels would go, too; keep them, pipeline label "
                 f"{one.path} --export FILE, then give --force"
             )
+
+
+def _is_labelled(path: Path) -> bool:
+    """Return whether somebody labelled the features of tables; of labels that cannot be read, whether there are any."""
+    try:
+        return (path / LABELS).exists() and bool(read_labels(path))
+    except ActionableError:
+        return True
 
 
 @dataclass(frozen=True)

@@ -271,12 +271,9 @@ def verify(
     pipeline verify .
     pipeline verify caches/gpt2 --sample 1% --seed 7
     """
-    from tailrace.pipeline.cache.verify import holds_others, kind_of, run
-    from tailrace.storage.cache_format import KIND
+    from tailrace.pipeline.cache.verify import holds_others, run
 
-    is_folder = holds_others(path)
-    if not is_folder and (kind := kind_of(path)) != KIND and not as_json:
-        click.echo(f"{path}: comparing every file of the {kind} with its checksum")
+    is_folder, is_quiet = holds_others(path), as_json or compute.quiet
     done = run(
         path,
         checksums=checksums,
@@ -289,7 +286,7 @@ def verify(
         sample=sample,
         seed=seed,
         compute=compute,
-        finished=(lambda _: None) if as_json else show_artifact if is_folder else show_check,
+        finished=(lambda _: None) if is_quiet else show_artifact if is_folder else show_check,
     )
     damage = [*done.damage, *(problem for one in done.inside for problem in one.damage)]
     problems = [*damage, *(_line(report) for report in done.pairs if not report.passed)]
@@ -298,11 +295,13 @@ def verify(
     if as_json:
         options.echo_json({**asdict(done), "passed": done.passed, "problems": problems})
         sys.exit(0 if done.passed else 1)
-    if is_folder:
+    if is_folder and not is_quiet:
         show_sum(done)
-    if done.sampled:
+    if done.sampled and not is_quiet:
         click.echo(done.sampled)
-    _finish(problems)
+    if is_folder and not done.inside:
+        problems.append(f"nothing was checked: no artifact in {path} was finished")
+    _finish(problems, is_quiet=is_quiet, is_damaged=bool(damage))
 
 
 def show_artifact(check: Verification) -> None:
@@ -359,9 +358,12 @@ def _say(passed: bool, line: str) -> None:
     click.echo(f"{'ok  ' if passed else 'FAIL'} {line}")
 
 
-def _finish(problems: list[str]) -> None:
+def _finish(problems: list[str], *, is_quiet: bool, is_damaged: bool) -> None:
     for problem in problems:
         click.echo(f"problem: {problem}", err=True)
+    if is_damaged:
+        click.echo("restore these files, or delete what is damaged and make it again", err=True)
     if problems:
         sys.exit(1)
-    click.echo("verified")
+    if not is_quiet:
+        click.echo("verified")

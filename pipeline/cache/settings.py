@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from tailrace.pipeline.model.settings import ModelSettings
 from tailrace.pipeline.text.settings import CapturedContexts, TextSettings
 from tailrace.storage.formats import RESERVED_COLUMNS, Compression
-from tailrace.storage.settings import Quantity, Settings
+from tailrace.storage.settings import Quantity, Settings, Text
 
 TOKENS_PER_GPU_BATCH = 1 << 14
 """Tokens of a pass of the language model on a GPU: fewer leave it idle while the host asks for the next kernel."""
-
-
-def _as_text(value: Any) -> Any:
-    """Read a single layer of a YAML file, which is a number there, as the text it would be on the command line."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _at_least_1(value: int) -> int:
@@ -32,7 +27,7 @@ class CapturedSites(Settings):
 
     help_sections: ClassVar = {"layers": "Which rows"}
 
-    layers: Annotated[str | None, BeforeValidator(_as_text)] = None
+    layers: Text | None = None
     """Layers whose MLPs' inputs and outputs are taken, such as 8, 0,3,8-11 or all."""
     hooks: tuple[str, ...] = Field(default=(), validate_default=True)
     """Sites by hook names: NAME=IN_HOOK:OUT_HOOK, IN_HOOK:OUT_HOOK, or one HOOK for an SAE; HOOK[H] is head H of an

@@ -19,13 +19,13 @@ from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.progress import Progress
 from tailrace.storage.activation_cache import CacheSplit, open_cache
-from tailrace.storage.artifact import MANIFEST, REQUEST, read_sealed, unreadable, verify_artifact
+from tailrace.storage.artifact import MANIFEST, REQUEST, read_sealed, refuse_lost_manifest, unreadable, verify_artifact
 from tailrace.storage.cache_format import KIND, Site
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
 from tailrace.storage.compared import Sample
 from tailrace.storage.display import card, line, share, table
 from tailrace.storage.draft import holds_artifact
-from tailrace.storage.errors import ActionableError
+from tailrace.storage.errors import ActionableError, ArtifactMissing
 from tailrace.storage.generations import CacheAt, CachePath, refuse_generation
 from tailrace.storage.layout import RELATIVE_ERROR, Side, relative_error
 from tailrace.storage.shuffle import philox
@@ -81,10 +81,10 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was wrong."""
+        """Whether something was checked, and nothing was wrong."""
         is_shuffled = self.shuffle is None or self.shuffle.passed
         are_right = all(report.passed for report in self.pairs) and all(one.passed for one in self.inside)
-        return not self.damage and are_right and is_shuffled
+        return bool(self.kind or self.inside) and not self.damage and are_right and is_shuffled
 
     def _repr_html_(self) -> str:
         columns = ("split", "site", "side", "rows", "relative error", "at most", "")
@@ -97,8 +97,10 @@ class Verification:
 
 
 def kind_of(path: Path) -> str:
-    """Return the kind of the artifact at ``path``; a cache's where none is, for opening it to say so."""
-    return str(read_sealed(path / MANIFEST).get("kind")) if (path / MANIFEST).exists() else KIND
+    """Return the kind of the artifact at ``path``; of an unfinished one, a cache's or ``artifact``."""
+    if (path / MANIFEST).exists():
+        return str(read_sealed(path / MANIFEST).get("kind"))
+    return KIND if (path / "commits").is_dir() else "artifact"
 
 
 def holds_others(path: Path) -> bool:
@@ -147,13 +149,17 @@ def run(
     ``check_pairs`` and ``check_shuffle``, and so are the errors.
     """
     drawn, read = Sample(sample, seed), path if generation is None else CacheAt(path, generation)
-    kind, is_folder = kind_of(path), holds_others(path)
+    is_folder = holds_others(path)
+    if not (is_folder or any((path / name).exists() for name in (MANIFEST, REQUEST))):
+        raise ArtifactMissing(f"{path}: no cache, transcoder, tables or other artifact lies here; check the path")
+    kind = kind_of(path)
     if is_folder or kind != KIND:
         refuse_generation(path, generation)
     if is_folder:
         done = _check_folder(path, drawn, finished, quiet=compute.quiet)
     elif kind != KIND:
         done = Verification(path, kind, verify_artifact(path, kind, drawn.reads))
+        finished(done)
     else:
         done = Verification(path, KIND)
         if checksums:
@@ -173,11 +179,12 @@ def _check_folder(
 ) -> Verification:
     done = Verification(path)
     for artifact in _artifacts(path):
-        if not (artifact / MANIFEST).exists():
-            done.unfinished.append(artifact)
-            continue
         kind = ""
         try:
+            refuse_lost_manifest(artifact)
+            if not (artifact / MANIFEST).exists():
+                done.unfinished.append(artifact)
+                continue
             if (kind := kind_of(artifact)) == KIND:
                 damage = check_bytes(artifact, quiet=quiet, sample=sample)
             else:

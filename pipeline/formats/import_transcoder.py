@@ -30,6 +30,7 @@ from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.cache_format import Site
+from tailrace.storage.compared import refuse_changed
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
@@ -208,7 +209,7 @@ def _checksums(source: Path, origin: Origin) -> dict[str, str]:
     """Return the checksum of every file that is read, by name: they say what was imported, wherever it lay.
 
     Raises ArtifactMissing with all that are not there, ArtifactMismatch for a file that is known to be of another
-    format.
+    format, ArtifactCorrupt for one of an export of ours that has changed since.
     """
     if not source.exists():
         raise ArtifactMissing(f"{source}: there is nothing to import; check the path")
@@ -223,6 +224,8 @@ def _checksums(source: Path, origin: Origin) -> dict[str, str]:
         raise ArtifactMissing(f"{', '.join(missing)}: not there; --from {origin} wants: {ORIGINS[origin]}")
     if origin in _BESIDE and (beside := _BESIDE[origin](source)).is_file():
         files.append(beside)
+    for path in files:
+        refuse_changed(path, largest=None)  # an export of ours lists its files
     return {path.name: checksum_file(path) for path in files}
 
 

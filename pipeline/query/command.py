@@ -106,7 +106,7 @@ def command(
         empty=empty,
     )
     if output is None:
-        click.echo(answer, nl=False)
+        click.echo(answer, nl=False, color=True)  # else it would leave out what looks like colours in a token
     else:
         click.echo(f"{output}: written")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import unicodedata
@@ -19,6 +20,10 @@ _LEAST_CELL = 12
 _MOST_ITEMS = 200
 _MOST_LINES = 6
 """Of a value in a row that is shown one line a column."""
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What a terminal would obey."""
 
 
 def render_table(answer: pa.Table, max_rows: int | None = MAX_SHOWN_ROWS, width: int | None = None) -> str:
@@ -128,7 +133,7 @@ def _cell(value: Any, *, is_quoted: bool) -> str:
     if isinstance(value, list):
         items = [_cell(item, is_quoted=True) or "null" for item in value[:_MOST_ITEMS]]
         return "[" + ", ".join([*items, *(["…"] if len(value) > _MOST_ITEMS else [])]) + "]"
-    text = str(value).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], str(value))
     if not (is_quoted and isinstance(value, str)):
         return text
     return f'"{text}"' if "'" in text else f"'{text}'"

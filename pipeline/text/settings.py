@@ -12,7 +12,7 @@ from tailrace.pipeline.text.files import looks_local
 from tailrace.pipeline.text.holdout import HoldoutRule
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.formats import LEFT_OUT
-from tailrace.storage.settings import Quantity, Settings
+from tailrace.storage.settings import Quantity, Settings, Text
 
 if TYPE_CHECKING:  # settings load no torch
     from tailrace.pipeline.model.language_model import LanguageModel
@@ -139,7 +139,7 @@ class CapturedContexts(RowFilter):
     contexts_per_batch: int = 32
     """Contexts per pass of the language model; a cache made on a GPU takes as many as 16,384 tokens make, unless it is
     given. Part of a cache's identity: a row's last bits depend on it."""
-    holdout: str = "0.01"
+    holdout: Text = "0.01"
     """Documents held out for evaluation: a share such as 0.01 or 1%, indices such as 7::20 or 3,17, or 0 for none."""
     seed: int = 0
     """Decides the order of documents, the held-out ones, and the order of rows."""

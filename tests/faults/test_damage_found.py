@@ -81,12 +81,27 @@ def test_a_folder_is_verified_to_its_end(sweep: Path, capsys: pytest.CaptureFixt
     assert command(capsys, "verify", folder).code == 0
     (folder / "relu/weights.safetensors").unlink()
     (sweep / MANIFEST).write_text("{")
-    answer = command(capsys, "verify", folder, "--quiet")
+    answer = command(capsys, "verify", folder)
     assert answer.code == 1
     assert [line[:4] for line in answer.out.splitlines()] == ["FAIL", "FAIL", "ok  ", "--  ", "3 ar"]
     assert "3 artifacts checked, 2 damaged, 1 never finished" in answer.out
     assert "relu/weights.safetensors: is missing" in answer.err
     assert "sweep/manifest.json: is not valid JSON" in answer.err
+
+
+def test_a_folder_in_which_nothing_was_finished_is_not_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(RELEASE / "drafts/transcoder", tmp_path / "draft")
+    answer = command(capsys, "verify", tmp_path)
+    assert (answer.code, "verified" in answer.out) == (1, False)
+    assert f"problem: nothing was checked: no artifact in {tmp_path} was finished" in answer.err
+
+
+def test_a_small_sample_reads_a_file_and_says_how_many(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = command(capsys, "verify", sweep.parent, "--sample", "0.001%")
+    assert (answer.code, "read 1 of " in answer.out) == (0, True)
+    assert command(capsys, "verify", sweep, "--quiet").out == ""
 
 
 def test_seeds_in_a_row_read_every_file(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

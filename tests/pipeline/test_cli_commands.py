@@ -83,7 +83,7 @@ def test_text_becomes_a_cache_a_transcoder_tables_and_answers(
     assert command(capsys, *query, "--out", place / "n.csv", "--format", "csv").out == f"{place / 'n.csv'}: written\n"
     assert (place / "n.csv").read_text().split() == ["n", "32"]
     for name in ("cache", "transcoder", "tables"):
-        answer = command(capsys, "verify", place / name, "--threads", 1, "--quiet")
+        answer = command(capsys, "verify", place / name, "--threads", 1)
         assert (answer.code, answer.out.splitlines()[-1]) == (0, "verified"), answer.err
     made = json.loads(command(capsys, "analyze", place / "transcoder", "--cache", place / "cache", "--out",
         place / "tables", "--threads", 1, "--json").out)  # fmt: skip
@@ -355,6 +355,17 @@ def test_ctrl_c_that_a_destructor_swallows_stops_the_command_all_the_same() -> N
         "stopping after what runs now; Ctrl-C again stops at once",
         "stopped; run the same command again to continue",
     ]
+
+
+def test_ctrl_c_that_comes_as_the_cause_of_another_error_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+
+    monkeypatch.setattr(cli.cli, "main", interrupted)
+    answer = command(capsys, "ls")
+    assert (answer.code, answer.err) == (130, "stopped; run the same command again to continue\n")
 
 
 @pytest.mark.parametrize(

@@ -423,7 +423,7 @@ def test_the_artifacts_inside_an_artifact_are_verified_too(tmp_path: Path) -> No
 def test_another_artifact_in_the_stead_of_one_inside_is_found(tmp_path: Path) -> None:
     sweep_of(tmp_path / "sweep", "a")
     shutil.rmtree(tmp_path / "sweep/runs/a")
-    with Draft(tmp_path / "sweep/runs/a", "table", {"rows": 7}) as other:
+    with Draft(tmp_path / "sweep/runs/a", "table", {"rows": 7}, inside=True) as other:
         other.publish({}, [])
     (problem,) = verify_artifact(tmp_path / "sweep", "sweep")
     assert problem == f"{tmp_path}/sweep/runs/a: is not the table that {tmp_path}/sweep was published with"
@@ -484,3 +484,22 @@ def test_a_file_is_compared_with_its_record_when_it_is_opened(tmp_path: Path, mo
     (tmp_path / "rows.bin").write_bytes(b"0123456789+")
     with pytest.raises(ArtifactCorrupt, match=r"rows.bin: has 11 bytes, its record says 10; restore the file"):
         published_file(tmp_path, manifest, "rows.bin")
+
+
+def test_nothing_is_begun_in_a_finished_artifact_but_what_is_part_of_it(tmp_path: Path) -> None:
+    publish(tmp_path / "a")
+    for path in (tmp_path / "a/b", tmp_path / "a/b/c"):
+        with pytest.raises(ArtifactMismatch, match=r"a/b.*: lies in the finished artifact .*/a and would be deleted"):
+            Draft(path, "table", REQUESTED)
+        assert not (tmp_path / "a/b").exists()
+    with Draft(tmp_path / "a/b", "table", REQUESTED, part_of=tmp_path / "a") as draft:
+        assert not draft.published
+
+
+def test_what_is_being_written_is_no_abandoned_work(tmp_path: Path) -> None:
+    with Draft(tmp_path / "a", "table", REQUESTED) as draft:
+        (draft.path / "rows.bin").write_bytes(b"0")
+        with pytest.raises(ArtifactIncomplete, match="another process is writing this table; wait until that is done"):
+            Manifest.read(tmp_path / "a", "table")
+    with pytest.raises(ArtifactIncomplete, match="this table was never finished"):
+        Manifest.read(tmp_path / "a", "table")

@@ -78,7 +78,7 @@ def test_a_manifest_of_another_shape_is_refused_with_every_key(cache: Path) -> N
     with pytest.raises(ArtifactCorrupt) as refused:
         open_cache(cache)
     head, *lines = str(refused.value).splitlines()
-    assert head == f"{cache / MANIFEST}: is not as wanted; restore it or rebuild the artifact:"
+    assert head == f"{cache / MANIFEST}: is not as wanted; restore it, or delete the artifact and make it again:"
     wrong = {"seed", "generation", "splits.train.n_rows", "format.sites.0.d_in", "metadata"}
     assert {line.split(":")[0].strip() for line in lines} == wrong
     assert any("valid integer" in line and line.endswith("(got '0')") for line in lines)

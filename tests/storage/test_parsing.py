@@ -60,6 +60,14 @@ def test_yaml_that_exhausts_its_reader_is_refused(tmp_path: Path, text: str, rea
         read_yaml(tmp_path / "hostile.yaml")
 
 
+def test_a_name_that_is_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("base: &base {k: 1}\nrun: {<<: *base, k: 2}\nlr: 1\nlr: 2\n")
+    with pytest.raises(SettingsError, match=r"lr is given twice\s+in .*line 4"):
+        read_yaml(tmp_path / "twice.yaml")
+    (tmp_path / "twice.yaml").write_text("base: &base {k: 1}\nrun: {<<: *base, k: 2}\n")
+    assert read_yaml(tmp_path / "twice.yaml") == {"base": {"k": 1}, "run": {"k": 2}}
+
+
 def test_yaml_of_a_device_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"/dev/zero: .*longer than 1 MiB"):
         read_yaml(Path("/dev/zero"))

@@ -182,6 +182,12 @@ def test_a_number_beyond_64_bits_is_refused() -> None:
     assert Example.read({"rows": 1, "seed": 2**64 - 1}).seed == 2**64 - 1
 
 
+def test_yes_is_no_number() -> None:
+    with pytest.raises(SettingsError, match=r"rows: .*'true' is not a quantity") as refused:
+        Example.read({"rows": True, "name": False})
+    assert str(refused.value).startswith("2 problems")
+
+
 def test_half_a_surrogate_pair_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"name: .*surrogate"):
         Example.read({"rows": 1, "name": "b\ud800"})

@@ -11,9 +11,10 @@ import pytest
 
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, seal
-from tailrace.storage.cache_format import VOCABULARY
+from tailrace.storage.cache_format import KIND, VOCABULARY
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
-from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
+from tailrace.storage.draft import Draft
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.names import LOCK, remove_temporary, temporary_path
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache
@@ -118,8 +119,19 @@ def test_all_damaged_shards_are_listed(copied: Path) -> None:
     assert all("is missing" in problem for problem in problems)
 
 
+def test_a_manifest_that_was_lost_is_told_from_one_that_never_was(copied: Path) -> None:
+    (copied / MANIFEST).unlink()
+    with pytest.raises(ArtifactCorrupt, match=r"manifest.json: is missing, and manifest-1.json says that it was there"):
+        open_cache(copied)
+    assert ["is missing" in problem for problem in verify_bytes(copied)] == [True]
+    with pytest.raises(ArtifactCorrupt, match="is missing, and"):
+        Draft(copied, KIND, json.loads((copied / REQUEST).read_bytes()))
+
+
 def test_without_a_manifest_nothing_is_published(copied: Path) -> None:
     (copied / MANIFEST).unlink()
+    for later in copied.glob("manifest-[1-9].json"):
+        later.unlink()
     with pytest.raises(ArtifactIncomplete, match="never finished"):
         open_cache(copied)
     with pytest.raises(ArtifactIncomplete, match="never finished"):

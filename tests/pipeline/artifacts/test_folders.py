@@ -14,7 +14,7 @@ from tailrace.storage.errors import ArtifactMismatch
 
 
 def publish(path: Path, kind: str) -> Path:
-    with Draft(path, kind, {"name": path.name}) as draft:
+    with Draft(path, kind, {"name": path.name}, inside=True) as draft:
         draft.publish({}, [])
     return path
 
@@ -39,7 +39,7 @@ def test_an_artifact_stands_for_itself_whatever_lies_inside_it(tmp_path: Path) -
 def test_a_sweep_stands_for_its_finished_runs(tmp_path: Path) -> None:
     sweep = publish(tmp_path / "sweep", "sweep")
     runs = [publish(sweep / "runs" / f"k={k}", "transcoder") for k in (8, 16)]
-    with Draft(sweep / "runs" / "k=32", "transcoder", {"name": "diverged"}) as draft:
+    with Draft(sweep / "runs" / "k=32", "transcoder", {"name": "diverged"}, inside=True) as draft:
         (draft.path / "checkpoints").mkdir()
     assert each_artifact([sweep], "transcoder") == runs
     assert unfinished_inside(sweep) == [sweep / "runs" / "k=32"]

@@ -19,6 +19,7 @@ from tailrace.pipeline.shared import units
 from tailrace.storage.artifact import seal
 from tailrace.storage.draft import Lock
 from tailrace.storage.errors import ActionableError, ArtifactBusy
+from tailrace.storage.labels import LabelEdit, edit_labels
 from tests.support.cache_jobs import Answer, command
 from tests.support.paths import ROOT
 
@@ -111,6 +112,14 @@ def test_what_others_were_made_from_is_not_removed_unless_it_is_forced(
 def test_an_artifact_of_which_a_copy_stays_may_go(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(made / "transcoders/topk", made / "copy")
     assert command(capsys, "rm", "copy").code == 0
+
+
+def test_labels_that_were_taken_away_guard_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(made / "dashboards")
+    edit_labels(made / "tables/topk", [LabelEdit(2, "ann", "votes")])
+    assert "people labelled its features" in command(capsys, "rm", "tables/topk").err
+    edit_labels(made / "tables/topk", [LabelEdit(2, "ann", "")])
+    assert command(capsys, "rm", "tables/topk").code == 0
 
 
 def test_only_artifacts_are_removed(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

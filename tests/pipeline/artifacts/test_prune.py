@@ -160,6 +160,7 @@ def test_older_generations_are_pruned_and_others_stay(copy: Path, capsys: pytest
     assert text[2].startswith("cache: 2 generations and ")
     assert text[3:] == ["made: made from a generation that goes"]
     assert command(capsys, "prune", "cache", "--keep", 2).code == 0
+    assert command(capsys, "prune", "cache", "--keep", 9).out == "cache: nothing to prune\n"
     with pytest.raises(ArtifactMissing, match="was pruned: generation 0"):
         open_cache("cache", 0)
     assert open_cache("cache", 1).split("train").n_rows == 1200
@@ -182,6 +183,8 @@ def test_what_was_begun_with_a_generation_keeps_it_unless_forced(
     assert answer.code == 1
     assert "unfinished artifacts were begun with a generation that would go: runs/begun; finish or" in answer.err
     assert "keep it with --keep 2" in answer.err
+    shown = command(capsys, "prune", "cache", "--dry-run")
+    assert (shown.code, "runs/begun: unfinished, begun with a generation that goes" in shown.out) == (0, True)
     assert command(capsys, "prune", "cache", "--keep", 2).code == 0
     assert command(capsys, "prune", "cache", "--in", "made").code == 0  # where nothing unfinished lies
     answer = command(capsys, "train", "cache", "--out", "runs/begun", *FLAGS)

@@ -120,7 +120,7 @@ def test_verifying_runs_the_slices_again_and_says_that_pairing_is_not_applicable
     assert {(report.site, report.side) for report in reports} == {tuple(key.split("/")) for key in PLAIN}
     for report in reports:
         assert (report.relative_error, report.is_mlp, report.mlp_relative_error) == (0, False, None)
-    answer = command(capsys, "verify", cache, "--threads", 1, "--quiet")
+    answer = command(capsys, "verify", cache, "--threads", 1)
     assert answer.code == 0, answer
     lines = [line for line in answer.out.splitlines() if line.startswith("ok   pairs")]
     assert len(lines) == 2 * len(PLAIN)

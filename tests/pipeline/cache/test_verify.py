@@ -57,7 +57,7 @@ def swap_two_contexts(path: Path) -> None:
 
 
 def test_a_good_cache_passes_every_check(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer = command(capsys, "verify", cache, "--threads", 1, "--shuffle", "--batch-rows", 25, "--quiet")
+    answer = command(capsys, "verify", cache, "--threads", 1, "--shuffle", "--batch-rows", 25)
     assert answer.code == 0, answer
     assert "ok   checksums: every byte as written" in answer.out
     assert "ok   pairs: train layer0/in" in answer.out
@@ -105,7 +105,7 @@ def test_one_changed_byte_fails_and_names_the_file(
     data = bytearray((path / name).read_bytes())
     data[len(data) // 2] ^= 1
     (path / name).write_bytes(data)
-    answer = command(capsys, "verify", path, "--quiet")
+    answer = command(capsys, "verify", path)
     assert answer.code == 1
     assert "FAIL checksums: 1 problem\n" in answer.out
     assert f"problem: {path / name}: " in answer.err
@@ -116,7 +116,7 @@ def test_a_damaged_manifest_fails_and_is_named(cache: Path, tmp_path: Path, caps
     path = copy_cache(cache, tmp_path / "cache")
     manifest = path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
-    answer = command(capsys, "verify", path, "--quiet")
+    answer = command(capsys, "verify", path)
     assert answer.code == 1
     assert f"{manifest}: differs from its own digest" in answer.err
 
@@ -136,7 +136,7 @@ def test_rows_that_do_not_belong_together_are_found_though_every_checksum_is_rig
     damage(path)
     reseal(path)
     assert verify_bytes(path) == []
-    answer = command(capsys, "verify", path, "--threads", 1, "--quiet")
+    answer = command(capsys, "verify", path, "--threads", 1)
     assert answer.code == 1
     failed = [line.removeprefix("FAIL pairs: ").split(",")[0] for line in answer.out.splitlines() if "FAIL" in line]
     assert failed == found
@@ -146,7 +146,7 @@ def test_another_model_is_refused_with_both_values(cache: Path, capsys: pytest.C
     other = model_folder(seed=5)
     with pytest.raises(ArtifactMismatch, match=r"files_digest \(content of .*: there it is 'sha256:\w{12}…', asked"):
         verify.check_pairs(cache, model=str(other))
-    answer = command(capsys, "verify", cache, "--model", other, "--quiet")
+    answer = command(capsys, "verify", cache, "--model", other)
     assert answer.code == 1
     assert "error: " in answer.err
 
@@ -164,18 +164,21 @@ def test_a_grown_cache_passes_with_all_its_generations(tmp_path: Path, capsys: p
     with small_blocks():
         stage.extend(path, 700, **HERE)
         stage.widen(path, "1", (), **HERE)
-    assert command(capsys, "verify", path, "--threads", 1, "--quiet").code == 0
+    assert command(capsys, "verify", path, "--threads", 1).code == 0
     superseded = next((path / "superseded/0").rglob("c/7/0"))
     data = bytearray(superseded.read_bytes())
     data[0] ^= 1
     superseded.write_bytes(data)
-    answer = command(capsys, "verify", path, "--quiet")
+    answer = command(capsys, "verify", path)
     assert (answer.code, f"problem: {superseded}: checksum is" in answer.err) == (1, True)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
-    [({}, "there is no activation-cache here"), ({"request.json": "{}"}, "this activation-cache was never finished")],
+    [
+        ({}, "no cache, transcoder, tables or other artifact lies here"),
+        ({"request.json": "{}"}, "this artifact was never finished"),
+    ],
 )
 def test_what_was_never_published_cannot_be_verified(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], files: dict[str, str], message: str

@@ -57,9 +57,10 @@ def take(source: Path, cache: Path, output: Path, **settings: Any) -> ImportResu
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An exported random transcoder."""
+    """A random transcoder as another tool has it."""
     publish_cross_layer(tmp_path / "ours", random_cross_layer())
     export.run(ExportSettings(), to="circuit-tracer", sources=[tmp_path / "ours"], output=tmp_path / "theirs")
+    (tmp_path / "theirs/manifest.json").unlink()
     return tmp_path / "theirs"
 
 

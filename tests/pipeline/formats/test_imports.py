@@ -87,6 +87,14 @@ def test_a_round_trip_through_saelens_changes_nothing(tmp_path, cache, architect
     assert verify_artifact(tmp_path / "back", "transcoder") == []
 
 
+def test_an_export_of_ours_that_has_changed_is_refused(tmp_path, cache):
+    exported("saelens", tmp_path, ReLU(), mlp_site(1))
+    weights = tmp_path / "saelens/sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ArtifactCorrupt, match=r"sae_weights\.safetensors: checksum is"):
+        take("saelens", tmp_path / "saelens", cache, tmp_path / "back")
+
+
 @pytest.mark.parametrize("architecture", [ReLU(), JumpReLU(skip=True)])
 def test_a_round_trip_through_circuit_tracer_changes_nothing(tmp_path, cache, architecture):
     module = exported("circuit-tracer", tmp_path, architecture, mlp_site(0))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
+from tailrace.pipeline import cli
 from tailrace.pipeline.query.text_table import render_table
+from tests.support.tables_by_hand import feature_row, publish_tables
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,17 @@ def test_a_token_with_a_space_at_an_end_is_quoted(token: str, shown: str) -> Non
 def test_a_column_is_quoted_throughout_or_not_at_all() -> None:
     lines = render_table(pa.table({"token": [" war", "ward", None], "folder": ["a", "b", "c d"]})).splitlines()
     assert lines[2:] == ["' war'  a", "'ward'  b", "        c d"]
+
+
+def test_what_a_terminal_would_obey_is_shown_as_its_code() -> None:
+    assert "a\\x1b[31mred\\n\\x9b" in render_table(pa.table({"token": ["a\x1b[31mred\n\x9b"]}))
+
+
+def test_a_token_that_looks_like_a_colour_reaches_a_pipe_whole(tmp_path: Path, capfdbinary: Any) -> None:
+    publish_tables(tmp_path / "tables", [feature_row(0)], [])
+    sql = "SELECT 'a' || chr(27) || '[31mred' AS y"
+    cli.main(["query", sql, "--tables", str(tmp_path / "tables"), "--format", "csv"])
+    assert capfdbinary.readouterr().out == b"y\na\x1b[31mred\n"
 
 
 def test_an_answer_without_rows_says_so() -> None:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from tailrace.pipeline.text.holdout import HoldoutRule
+from tailrace.pipeline.text.settings import CapturedContexts
 from tailrace.storage.errors import SettingsError, TextError
 
 
@@ -81,3 +82,8 @@ def test_target_is_the_share_of_the_training_rows():
     assert HoldoutRule(0.01).target_rows(10) == 1
     assert HoldoutRule(0.01).target_rows(None) is None
     assert HoldoutRule.parse("7::20").target_rows(1000) is None
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.05, "0.05"), (0, "0"), (3, "3")])
+def test_a_share_may_be_a_number_as_in_a_file(number, text):
+    assert CapturedContexts.read({"holdout": number}).holdout == text
