@@ -170,6 +170,14 @@ def _select(sql: str, views: Sequence[View], parameters: Parameters | None) -> p
             return connection.sql(sql, params=dict(parameters) if parameters else None).to_arrow_table()
         except duckdb.Error as error:
             raise ActionableError(f"{_explained(error, views)}\n{_name_tables(views)}") from error
+        except RuntimeError as error:
+            if str(error) == _INTERRUPTED:
+                raise KeyboardInterrupt from error
+            raise
+
+
+_INTERRUPTED = "Query interrupted"
+"""What DuckDB makes of Ctrl-C."""
 
 
 def _select_each(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tailrace.pipeline import cli
+from tailrace.pipeline.query.stage import select
 from tailrace.pipeline.query.text_table import render_table
 from tests.support.tables_by_hand import feature_row, publish_tables
 
@@ -82,3 +85,12 @@ def test_a_row_wider_than_the_line_is_shown_one_line_a_column() -> None:
 def test_wide_characters_keep_columns_aligned() -> None:
     lines = render_table(pa.table({"token": ["日本", "é", "e\u0301"], "n": [1, 2, 3]})).splitlines()
     assert lines[2:] == ["日本   1", "é      2", "e\u0301      3"]
+
+
+def test_ctrl_c_in_a_query_is_what_it_is_elsewhere(tmp_path: Path) -> None:
+    publish_tables(tmp_path / "tables", [feature_row(0)], [])
+    timer = threading.Timer(0.5, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        select("SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b", tables=tmp_path / "tables")
+    timer.join()
