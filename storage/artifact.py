@@ -8,14 +8,13 @@ finished so far, and only the process that holds its lock may write to it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -31,7 +30,16 @@ from tailrace.storage.errors import (
     StorageFull,
 )
 from tailrace.storage.formats import refuse_newer
-from tailrace.storage.names import LOCK, inside, is_plural, remove_abandoned, temporary_path, with_article
+from tailrace.storage.names import (
+    discard,
+    inside,
+    is_being_written,
+    is_plural,
+    refuse_lost,
+    remove_abandoned,
+    temporary_path,
+    with_article,
+)
 from tailrace.storage.parsing import parse_json, shown
 
 logger = logging.getLogger(__name__)
@@ -64,11 +72,8 @@ def checksum_bytes(data: bytes) -> str:
 
 def checksum_file(path: Path) -> str:
     """Return the ``xxh3:…`` checksum (128 bits) of a file's bytes."""
-    state = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            state.update(block)
-    return "xxh3:" + state.hexdigest()
+        return "xxh3:" + hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def storage_refused(error: OSError, path: Path) -> StorageFull:
@@ -133,12 +138,6 @@ def make_directory(path: Path) -> list[Path]:
             raise
         sync_directory(directory.parent)
     return missing
-
-
-def discard(temporary: Path) -> None:
-    """Delete a half-written file if the disk allows: the error that left it behind is reported."""
-    with suppress(OSError):
-        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -483,33 +482,10 @@ def _check_seal(data: bytes, path: Path) -> dict[str, JSON]:
     return manifest
 
 
-def is_being_written(path: Path) -> bool:
-    """Return whether a process holds the lock of an artifact that it makes or changes."""
-    try:
-        file = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(file)
-    return False
-
-
-def refuse_lost_manifest(path: Path) -> None:
-    """Raise ArtifactCorrupt if a manifest is gone and that of a later generation than the first is there."""
-    if not (path / MANIFEST).exists() and (later := next(path.glob("manifest-[1-9]*.json"), None)):
-        raise ArtifactCorrupt(f"{path / MANIFEST}: is missing, and {later.name} says that it was there; {_RESTORE}")
-
-
 def _read_published(path: Path, kind: str, instead: Mapping[str, str]) -> tuple[bytes, dict[str, JSON]]:
     """Return the bytes of a manifest, and what they say."""
     if not (path / MANIFEST).exists():
-        refuse_lost_manifest(path)
+        refuse_lost(path / MANIFEST)
         if (path / REQUEST).exists():
             this, was, it, they = ("these", "were", "them", "they") if is_plural(kind) else ("this", "was", "it", "it")
             if is_being_written(path):

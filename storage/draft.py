@@ -30,7 +30,6 @@ from tailrace.storage.artifact import (
     make_directory,
     read_json,
     read_sealed,
-    refuse_lost_manifest,
     seal,
     storage_refused,
     sync_files,
@@ -38,7 +37,15 @@ from tailrace.storage.artifact import (
 )
 from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch, StorageFull
 from tailrace.storage.formats import refuse_newer
-from tailrace.storage.names import LOCK, entries_below, is_plural, is_temporary, remove_temporary, with_article
+from tailrace.storage.names import (
+    LOCK,
+    entries_below,
+    is_plural,
+    is_temporary,
+    refuse_lost,
+    remove_temporary,
+    with_article,
+)
 from tailrace.storage.parsing import parse_json
 
 _DIGEST = re.compile(r"(\w+:[0-9a-f]{12})[0-9a-f]{20,}")
@@ -267,7 +274,7 @@ class Draft:
     def _check_path(self) -> None:
         """Set ``published`` and ``resumed``; raise ArtifactMismatch if something else lies at the path."""
         try:
-            refuse_lost_manifest(self.path)
+            refuse_lost(self.path / MANIFEST)
             self.published = (self.path / MANIFEST).exists()
             self.resumed = self.published or _is_request(self.path / REQUEST)
             if self.resumed:

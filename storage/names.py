@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -158,3 +159,36 @@ def _file_problem(root: Path, name: str) -> str | None:
         return None
     except (OSError, RuntimeError) as error:  # a name too long, a folder's name on a file, a loop of links
         return f"cannot be looked at ({error})"
+
+
+def discard(temporary: Path) -> None:
+    """Delete a half-written file if the disk allows: the error that left it behind is reported."""
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+def is_being_written(path: Path) -> bool:
+    """Return whether a process holds the lock of an artifact that it makes or changes."""
+    try:
+        file = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
+def refuse_lost(manifest: Path) -> None:
+    """Raise ArtifactCorrupt if a manifest is gone and that of a later generation than the first is there."""
+    later = next(manifest.parent.glob(f"{manifest.stem}-[1-9]*{manifest.suffix}"), None)
+    if later is not None and not manifest.exists():
+        raise ArtifactCorrupt(
+            f"{manifest}: is missing, and {later.name} says that it was there; restore it, or delete the artifact and "
+            "make it again"
+        )

@@ -92,19 +92,19 @@ class _Compared:
     def __init__(self, compare: Callable[[], None]) -> None:
         self._compare = compare
         self._comparison: Future[None] | None = None
+        self._executor = ThreadPoolExecutor(1, "compared")
 
     def _compared(self, segment: int) -> None:
         """Begin to compare at the first call; raise ArtifactCorrupt at the next, or the last, if a shard is damaged."""
         is_first = self._comparison is None
         if self._comparison is None:
-            executor = ThreadPoolExecutor(1, "compared")
-            self._comparison = executor.submit(self._compare)
-            executor.shutdown(wait=False)
+            self._comparison = self._executor.submit(self._compare)
         if not is_first or segment == self.n_segments - 1:
             self._comparison.result()
 
     def close(self) -> None:
-        """Wait for the comparison. Raises ArtifactCorrupt."""
+        """Wait for the comparison and its thread. Raises ArtifactCorrupt."""
+        self._executor.shutdown()
         if self._comparison is not None:
             self._comparison.result()
 

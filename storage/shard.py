@@ -27,11 +27,11 @@ import xxhash
 import zarr
 from zarr.storage import LocalStore
 
-from tailrace.storage.artifact import FileRecord, discard, is_disk_refusal, make_directory, storage_refused
+from tailrace.storage.artifact import FileRecord, is_disk_refusal, make_directory, storage_refused
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.layout import ArraySpec, codec_of
 from tailrace.storage.memory import PAGE, aligned_rows, as_bytes, read_run, read_sequential
-from tailrace.storage.names import temporary_path
+from tailrace.storage.names import discard, temporary_path
 from tailrace.storage.shuffle import Run
 
 _BLOCK_BYTES = 8 << 20

@@ -30,7 +30,6 @@ from tailrace.storage.artifact import (
     Inputs,
     Record,
     Reference,
-    discard,
     is_disk_refusal,
     refuse_replacing,
     shaped,
@@ -41,7 +40,7 @@ from tailrace.storage.cache_format import Site
 from tailrace.storage.compared import refuse_changed
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.formats import FOR_ONE_LAYER_ONLY, TABLES_KIND
-from tailrace.storage.names import inside, remove_abandoned, temporary_path
+from tailrace.storage.names import discard, inside, remove_abandoned, temporary_path
 
 ROW_GROUP_ROWS = 65_536
 """Rows of a row group unless the table says otherwise: the least a reader must decompress."""

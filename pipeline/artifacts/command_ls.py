@@ -58,6 +58,7 @@ def _record(one: Listed, folder: Path) -> dict[str, Any]:
         "path": _name(one.path, folder),
         "kind": one.kind,
         "finished": one.is_finished,
+        **({"damaged": True} if one.is_damaged else {}),
         "bytes": one.n_bytes,
         "modified": datetime.fromtimestamp(one.modified, UTC).isoformat(timespec="seconds"),
         **one.facts,
@@ -78,14 +79,21 @@ def _lines(artifacts: Sequence[Listed], origins: Mapping[Path, Sequence[str]], f
                 _SHOWN_NAMES.get(one.kind, one.kind),
                 units.size(one.n_bytes),
                 units.age(one.modified),
-                facts if one.is_finished else click.style(f"unfinished{facts and ': ' + facts}", fg="yellow"),
+                _state(one, facts),
                 ", ".join(uses[:2]) + more,
             )
         )
     yield from units.table(rows, right=(2, 3))
     whole = units.size(sum(one.n_bytes for one in artifacts))
-    unfinished = sum(not one.is_finished for one in artifacts)
-    yield f"{len(artifacts):,} artifacts, {whole}" + (f"; {unfinished:,} unfinished" if unfinished else "")
+    unfinished = sum(not (one.is_finished or one.is_damaged) for one in artifacts)
+    counted = f"{len(artifacts):,} artifact{'s' * (len(artifacts) != 1)}, {whole}"
+    yield counted + (f"; {unfinished:,} unfinished" if unfinished else "")
+
+
+def _state(one: Listed, facts: str) -> str:
+    if one.is_damaged:
+        return click.style("damaged: its manifest cannot be read", fg="red")
+    return facts if one.is_finished else click.style(f"unfinished{facts and ': ' + facts}", fg="yellow")
 
 
 def _name(path: Path, folder: Path) -> str:

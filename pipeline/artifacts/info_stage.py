@@ -31,14 +31,13 @@ from tailrace.storage.artifact import (
     DerivedManifest,
     Manifest,
     Record,
-    is_being_written,
     published_kind,
     read_sealed,
 )
 from tailrace.storage.cache_format import KIND, PROVENANCE, SPLITS, Site
 from tailrace.storage.errors import ArtifactMissing
 from tailrace.storage.generations import Generations, refuse_generation
-from tailrace.storage.names import by_number
+from tailrace.storage.names import by_number, is_being_written
 from tailrace.storage.tables import TableRecord, TablesManifest
 from tailrace.training.architectures.manifest import (
     CHECKPOINTS,

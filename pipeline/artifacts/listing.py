@@ -36,6 +36,8 @@ class Listed:
     modified: float
     """When it was finished or, of an unfinished one, written to last, in seconds since 1970."""
     is_finished: bool
+    is_damaged: bool
+    """Whether there is a manifest that cannot be read."""
     facts: Mapping[str, Any]
     """Rows, features, FVU, L0 and the like by name; of an unfinished one, how far it is."""
     identities: frozenset[str] = field(repr=False)
@@ -130,6 +132,7 @@ def _listed(path: Path) -> Listed | None:
         sum(n_bytes for n_bytes, _ in sizes),
         modified,
         bool(manifest),
+        not manifest and (path / MANIFEST).exists(),
         known_facts(path, manifest, request),
         frozenset(str(manifest[name]) for name in ("digest", "cache_id") if name in manifest),
         frozenset(_references([[manifest.get(name) for name in ("inputs", "runs", "transcoders")], request])),

@@ -19,7 +19,7 @@ from tailrace.pipeline.model.sites import SiteHooks
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.shared.progress import Progress
 from tailrace.storage.activation_cache import CacheSplit, open_cache
-from tailrace.storage.artifact import MANIFEST, REQUEST, read_sealed, refuse_lost_manifest, unreadable, verify_artifact
+from tailrace.storage.artifact import MANIFEST, REQUEST, read_sealed, unreadable, verify_artifact
 from tailrace.storage.cache_format import KIND, Site
 from tailrace.storage.cache_verify import total_bytes, verify_bytes
 from tailrace.storage.compared import Sample
@@ -28,6 +28,7 @@ from tailrace.storage.draft import holds_artifact
 from tailrace.storage.errors import ActionableError, ArtifactMissing
 from tailrace.storage.generations import CacheAt, CachePath, refuse_generation
 from tailrace.storage.layout import RELATIVE_ERROR, Side, relative_error
+from tailrace.storage.names import refuse_lost
 from tailrace.storage.shuffle import philox
 from tailrace.storage.shuffle_evidence import ShuffleEvidence, shuffle_evidence
 from tailrace.storage.statistics import as_float32
@@ -181,7 +182,7 @@ def _check_folder(
     for artifact in _artifacts(path):
         kind = ""
         try:
-            refuse_lost_manifest(artifact)
+            refuse_lost(artifact / MANIFEST)
             if not (artifact / MANIFEST).exists():
                 done.unfinished.append(artifact)
                 continue

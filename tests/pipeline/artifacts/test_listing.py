@@ -184,11 +184,13 @@ def test_a_manifest_that_names_no_kind_is_none(made: Path, kind: dict[str, objec
     assert summarise(made / "transcoders/topk") == {**kind, "inputs": {}}
 
 
-def test_damaged_folders_do_not_stop_a_listing(made: Path) -> None:
+def test_damaged_folders_do_not_stop_a_listing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (made / "transcoders/relu/manifest.json").write_text("{")
     (made / "transcoders/topk/manifest.json").write_text('{"kind": "of tomorrow", "digest": "sha256:1"}')
-    kinds = {one.path.name: (one.kind, one.is_finished) for one in list_artifacts(made / "transcoders")}
-    assert kinds == {"relu": ("transcoder", False), "topk": ("of tomorrow", True)}
+    kinds = {one.path.name: (one.kind, one.is_finished, one.is_damaged) for one in list_artifacts(made / "transcoders")}
+    assert kinds == {"relu": ("transcoder", False, True), "topk": ("of tomorrow", True, False)}
+    (line,) = [line for line in command(capsys, "ls", "transcoders").out.splitlines() if line.startswith("relu")]
+    assert line.endswith("damaged: its manifest cannot be read")
     with pytest.raises(ActionableError, match="no artifact lies here"):
         removal.plan([made / "nothing"], [])
 
