@@ -374,7 +374,9 @@ class CacheSplit:
 
     def _compare(self, spec: ArraySpec, unit: int, shards: Mapping[str, FileRecord], largest: int | None) -> None:
         name = spec.shard_name(unit)
-        self.read_shard(spec, unit, lambda group: refuse_damaged(group, name, shards[name], largest=largest))
+        if (recorded := shards.get(name)) is None:
+            raise ArtifactCorrupt(f"{self.root}: no commit record of {self.name} lists {name}; restore the records")
+        self.read_shard(spec, unit, lambda group: refuse_damaged(group, name, recorded, largest=largest))
 
     def _shards_of_unit(self, unit: int) -> dict[str, FileRecord]:
         records = [UnitRecord.read_file(self._file(name)) for name in self._record.unit_records[unit]]

@@ -415,3 +415,9 @@ def test_segments_filled_run_by_run_hold_what_is_served(directory: Path, order: 
                 assert np.array_equal(source.decode(everything), expected[name]), (epoch, name)
     n_arrays = len(stream.specs)
     assert sum(n_read) == 600 * n_arrays * (1 if order == "kept" else 2), "of what is kept nothing is read twice"
+
+
+def test_a_record_that_lists_no_such_shard_is_damage(cache: ActivationCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CacheSplit, "_shards_of_unit", lambda *_: {})
+    with pytest.raises(ArtifactCorrupt, match="no commit record of train lists "):
+        cache.split("train").read_unit(0, ["layer0/in"])
