@@ -31,6 +31,7 @@ from tailrace.storage.errors import (
 )
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.names import (
+    RESTORE,
     discard,
     inside,
     is_being_written,
@@ -50,9 +51,6 @@ JSON = Any
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
 _DISK_REFUSALS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO}
-
-
-_RESTORE = "restore it, or delete the artifact and make it again"
 
 
 def canonical_json(value: JSON) -> bytes:
@@ -232,7 +230,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ArtifactCorrupt(f"{path}: is missing; {_RESTORE}") from error
+        raise ArtifactCorrupt(f"{path}: is missing; {RESTORE}") from error
     except OSError as error:
         raise unreadable(error, path) from error
 
@@ -241,7 +239,7 @@ def _parse_json(data: bytes, path: Path) -> Any:
     try:
         return parse_json(data)
     except ValueError as error:
-        raise ArtifactCorrupt(f"{path}: is not valid JSON ({error}); {_RESTORE}") from error
+        raise ArtifactCorrupt(f"{path}: is not valid JSON ({error}); {RESTORE}") from error
 
 
 KEEPING = ConfigDict(extra="allow", strict=True)
@@ -266,7 +264,7 @@ class Record(BaseModel):
         except ValidationError as error:
             problems = [f"\n  {_describe(problem)}" for problem in error.errors(include_url=False)[:_LISTED]]
             more = f"\n  and {error.error_count() - _LISTED:,} more" if error.error_count() > _LISTED else ""
-            raise ArtifactCorrupt(f"{path}: is not as wanted; {_RESTORE}:{''.join(problems)}{more}") from error
+            raise ArtifactCorrupt(f"{path}: is not as wanted; {RESTORE}:{''.join(problems)}{more}") from error
 
     def as_json(self) -> dict[str, JSON]:
         """Return the object as it was read, with the keys that this version does not know."""
@@ -474,10 +472,10 @@ def read_own(path: Path) -> dict[str, JSON]:
 def _check_seal(data: bytes, path: Path) -> dict[str, JSON]:
     manifest = _parse_json(data, path)
     if not isinstance(manifest, dict) or "digest" not in manifest:
-        raise ArtifactCorrupt(f"{path}: is no manifest (it has no digest); {_RESTORE}")
+        raise ArtifactCorrupt(f"{path}: is no manifest (it has no digest); {RESTORE}")
     content = {key: value for key, value in manifest.items() if key != "digest"}
     if seal(content) != data:
-        raise ArtifactCorrupt(f"{path}: differs from its own digest; {_RESTORE}")
+        raise ArtifactCorrupt(f"{path}: differs from its own digest; {RESTORE}")
     refuse_newer(path.parent, str(manifest.get("kind")), manifest)
     return manifest
 

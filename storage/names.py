@@ -25,6 +25,8 @@ _LONGEST_KEPT = 120
 """Bytes of a name that a temporary one keeps."""
 LOCK = ".lock"
 """The file by which a process holds a directory that it writes."""
+RESTORE = "restore it, or delete the artifact and make it again"
+"""What to do about a file that is not as it was written."""
 
 
 def with_article(kind: str) -> str:
@@ -186,9 +188,7 @@ def is_being_written(path: Path) -> bool:
 
 def refuse_lost(manifest: Path) -> None:
     """Raise ArtifactCorrupt if a manifest is gone and that of a later generation than the first is there."""
-    later = next(manifest.parent.glob(f"{manifest.stem}-[1-9]*{manifest.suffix}"), None)
-    if later is not None and not manifest.exists():
-        raise ArtifactCorrupt(
-            f"{manifest}: is missing, and {later.name} says that it was there; restore it, or delete the artifact and "
-            "make it again"
-        )
+    if manifest.exists():
+        return
+    if later := next(manifest.parent.glob(f"{manifest.stem}-[1-9]*{manifest.suffix}"), None):
+        raise ArtifactCorrupt(f"{manifest}: is missing, and {later.name} says that it was there; {RESTORE}")
