@@ -32,18 +32,22 @@ class Arguments:
     quick: bool
     record: bool
     scratch: Path
+    revision: str = ""
+    """Of this repository's history, for the one script that asks for it."""
 
 
-def parse_arguments(description: str) -> Arguments:
-    """Parse ``--quick``, ``--record`` and ``--scratch``."""
+def parse_arguments(description: str, revision: str | None = None) -> Arguments:
+    """Parse ``--quick``, ``--record`` and ``--scratch``; and a revision, if the script has help for one."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute: a check, not a result")
     parser.add_argument("--record", action="store_true", help="write results/<date>-<name>.json and .md")
     parser.add_argument("--scratch", type=Path, default=_SCRATCH, help="folder on the disk to be measured")
+    if revision is not None:
+        parser.add_argument("revision", help=revision)
     found = parser.parse_args()
     # so that what lies in the scratch folder is deleted, and a process under way ended, when this one is told to stop
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    return Arguments(found.quick, found.record, found.scratch)
+    return Arguments(**vars(found))
 
 
 @contextmanager

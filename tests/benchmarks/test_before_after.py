@@ -1,0 +1,61 @@
+"""What the benchmark of two revisions makes of its turns, and what it counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import xxhash
+
+from benchmarks.before_after import Worker, paired_ratios, run_in_turns
+from benchmarks.before_after_task import CountedChecksum
+
+
+def test_what_coming_second_saves_is_no_part_of_a_ratio() -> None:
+    # one side takes 10, the other 12, and who comes second saves a tenth
+    before, now = [10.0, 9.0, 10.0, 9.0], [12 * 0.9, 12.0, 12 * 0.9, 12.0]
+    assert paired_ratios(before, now) == pytest.approx([1.2, 1.2])
+
+
+_TASK = """
+import json, sys, time
+for done in ("small", "whole"):
+    sys.stdin.readline()
+    while time.process_time() < float(sys.argv[1]) * (1 if done == "small" else 2):
+        pass
+    print(json.dumps({"done": done}), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def workers() -> Iterator[list[Worker]]:
+    """Two processes that work for 0.3 and 0.6 seconds in either of their runs."""
+    commands = [[sys.executable, "-c", _TASK, seconds] for seconds in ("0.3", "0.6")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    processes = [subprocess.Popen(command, text=True, process_group=0, **pipes) for command in commands]
+    yield [Worker(process) for process in processes]
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_is_charged_for_its_own_turns_alone(workers: list[Worker]) -> None:
+    start = time.perf_counter()
+    run_in_turns(workers)
+    assert [worker.found for worker in workers] == [{"done": "whole"}] * 2
+    assert sum(worker.wall for worker in workers) < time.perf_counter() - start  # the small runs are not in it
+    # 0.3 and 0.6 s of work that came in turns; other processes of the machine can only add to them
+    assert workers[0].wall > 0.25
+    assert workers[1].wall > 0.55
+
+
+def test_a_counted_checksum_is_the_checksum() -> None:
+    before = CountedChecksum.n_bytes
+    counted = CountedChecksum(b"abc")
+    counted.update(memoryview(b"defg"))
+    assert counted.hexdigest() == xxhash.xxh3_128(b"abcdefg").hexdigest()
+    assert CountedChecksum.n_bytes - before == 7
