@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.made_up_rows import cache_format, write_cache
 from benchmarks.report import Report, parse_arguments, scratch_folder
@@ -163,7 +163,7 @@ class Worker:
         """Let it run for so long, or to its end; then ``found`` is what it measured, once it is done."""
         start = time.perf_counter()
         os.killpg(self.process.pid, signal.SIGCONT)
-        if select.select([self.process.stdout], [], [], seconds)[0]:
+        if select.select([self._answers()], [], [], seconds)[0]:
             self.found = self._answer()
         os.killpg(self.process.pid, signal.SIGSTOP)
         self.wall += time.perf_counter() - start
@@ -173,11 +173,14 @@ class Worker:
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self._answers().readline()
         if not line:
-            raise RuntimeError(f"{' '.join(map(str, self.process.args))}: ended before it was done")  # type: ignore[union-attr]
+            raise RuntimeError(f"{self.process.args!r}: ended before it was done")
         return dict(json.loads(line))
+
+    def _answers(self) -> IO[str]:
+        assert self.process.stdout is not None
+        return self.process.stdout
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class DiskCalls:
         self.opens = self.syncs = 0
         sys.addaudithook(self._audit)
         self._fsync = os.fsync
-        os.fsync = self._sync
+        setattr(os, "fsync", self._sync)  # noqa: B010
 
     def _audit(self, event: str, _: Any) -> None:
         self.opens += event == "open"
@@ -65,7 +65,7 @@ def work(told: dict[str, Any]) -> Callable[[Path, int], object]:
 
     def train(output: Path, part: int) -> object:
         rows = told["train_rows"] // part
-        sizes = {"d_sae": 4096, "batch_rows": 1024, "threads": 1, "device": "cpu"}
+        sizes: dict[str, Any] = {"d_sae": 4096, "batch_rows": 1024, "threads": 1, "device": "cpu"}
         return tailrace.train(told["cache"], out=output, rows=rows, **sizes)
 
     def read(_: Path, part: int) -> object:
@@ -81,7 +81,7 @@ def main(told: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     if told.get("count"):
-        xxhash.xxh3_128 = CountedChecksum
+        setattr(xxhash, "xxh3_128", CountedChecksum)  # noqa: B010
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core for both: two are not equally fast
     run, output = work(told), Path(told["output"])
     for done in ("imports", "small run"):

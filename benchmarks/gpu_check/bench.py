@@ -7,6 +7,7 @@ import itertools
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ class Bench:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether the device has a clock and a memory of its own: a GPU that is no pretended one."""
-        return self.device.startswith("cuda") and not self.small
+        """Whether the device has a clock, a memory and programs of its own: a GPU that is no pretended one."""
+        return self.device.startswith("cuda") and not self.small and self.offered is nullcontext
 
     def time(self, call: Callable[[], object], n: int = 20, warm: int = 5) -> Timing:
         """Time ``n`` calls, after ``warm`` that are not counted."""
@@ -119,18 +120,29 @@ def log_lines(logger: str) -> Iterator[list[str]]:
         target.setLevel(before)
 
 
-class _OfPretendedDevice:
+class _NothingRecorded:
     """Stands for what a pretended GPU writes down: a real one writes nothing."""
 
-    def __getattr__(self, name: str) -> Any:
-        raise NotHereError("looks at what only a pretended GPU writes down")
+    is_kept = False
+
+    def __init__(self) -> None:
+        self.waits: Counter[Any] = Counter()
+        self.copies: Counter[Any] = Counter()
+
+    def clear(self) -> None:
+        """Do nothing."""
+
+
+def _limit(**machine: Any) -> None:
+    """Refuse to make a real machine smaller."""
+    if machine:
+        raise NotHereError("is about a machine smaller than this one, which only a pretended one can be")
 
 
 def leave_pretended_gpu_out() -> None:
     """Let the cases of tests/support be imported beside a real GPU: the shim they begin with would replace it."""
     stand_in: Any = ModuleType(SHIM)
-    stand_in.pretended_gpu = nullcontext
-    stand_in.record = stand_in.limits = _OfPretendedDevice()
+    stand_in.pretended_gpu, stand_in.record, stand_in.limit = nullcontext, _NothingRecorded(), _limit
     sys.modules[SHIM] = stand_in
 
 

@@ -31,6 +31,7 @@ from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop import initialise
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.cost import check_memory
+from tailrace.training.loop.initialise import FeatureSlice
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch, CacheBatches
@@ -122,9 +123,9 @@ def built(settings: TrainSettings, size: Size, device: torch.device) -> Training
     NumPy takes seconds for half a billion of them, the device milliseconds.
     """
 
-    def directions(seed: int, purpose: str, n: int, width: int) -> torch.Tensor:  # noqa: ARG001
+    def directions(seed: int, purpose: str, own: FeatureSlice, width: int) -> torch.Tensor:  # noqa: ARG001
         torch.manual_seed(seed)
-        rows = torch.randn(n, width, device=device)
+        rows = torch.randn(own.n, width, device=device)
         return rows / rows.norm(dim=1, keepdim=True)
 
     sample = torch.randn(1, 256, size.width, generator=torch.Generator().manual_seed(1))

@@ -35,8 +35,8 @@ sys.stdin.readline()
 def workers() -> Iterator[list[Worker]]:
     """Two processes that work for 0.3 and 0.6 seconds in either of their runs."""
     commands = [[sys.executable, "-c", _TASK, seconds] for seconds in ("0.3", "0.6")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    processes = [subprocess.Popen(command, text=True, process_group=0, **pipes) for command in commands]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, process_group=0) for command in commands]
     yield [Worker(process) for process in processes]
     for process in processes:
         process.kill()

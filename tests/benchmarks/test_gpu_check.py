@@ -266,6 +266,27 @@ def test_the_correctness_half_passes_on_a_pretended_gpu(tmp_path: Path) -> None:
     assert {"gradients, topk", "topk", "resume adam", "cache and verify", "evaluate", "circuit and score"} <= names
 
 
+PACKED_WITHOUT = ("pytest", "hypothesis", "zarrs", "tensorstore", "duckdb")
+"""Of those that tests import, packages that a machine with a GPU need not have."""
+
+
+def test_cases_are_imported_where_no_test_runner_is_installed() -> None:
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({PACKED_WITHOUT!r}))\n"
+        "from benchmarks.gpu_check.bench import leave_pretended_gpu_out\n"
+        "leave_pretended_gpu_out()\n"
+        "from benchmarks.gpu_check import correctness\n"
+        "print([name for name in sys.modules if name.startswith('tests.') and 'support' not in name])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr[-2000:]
+
+
+def test_steps_are_timed_at_small_sizes(tmp_path: Path) -> None:
+    outcomes = check_gpu(tmp_path, "--dry", "--only", "batch_topk")
+    assert [outcome["status"] for outcome in outcomes] == ["ok", "ok"]
+
+
 @pytest.mark.slow
 def test_the_cost_half_runs_at_small_sizes(tmp_path: Path) -> None:
     outcomes = check_gpu(tmp_path, "--dry", *(["--pretend"] if HAS_COMPILER else []))

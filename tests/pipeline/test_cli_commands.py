@@ -365,7 +365,10 @@ def test_ctrl_c_that_comes_as_the_cause_of_another_error_is_no_fault(
 
     monkeypatch.setattr(cli.cli, "main", interrupted)
     answer = command(capsys, "ls")
-    assert (answer.code, answer.err) == (130, "stopped; what is finished is kept: run the same command again to go on\n")
+    assert (answer.code, answer.err) == (
+        130,
+        "stopped; what is finished is kept: run the same command again to go on\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +32,9 @@ from tailrace.storage.artifact import MANIFEST, canonical_json, checksum_file, d
 from tests.support.forked import forked
 from tests.support.paths import SPEECHES
 from tests.support.tiny_models import save_tiny_model
+
+if TYPE_CHECKING:  # the check of a GPU runs where pytest need not be installed
+    import pytest
 
 CONTEXT_LENGTH = 16
 BLOCK_CONTEXTS = 8

@@ -31,8 +31,8 @@ from tailrace.training.loop.optim import BlockedAdam
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch, BatchStream, SiteBatches
-from tests.training.kernels.test_kernels import ARCHITECTURES, cast, random_batch, random_transcoder
-from tests.training.loop.test_train_all import SITE, PlantedRows, build
+from tests.support.planted_runs import SITE, PlantedRows, build
+from tests.support.random_steps import ARCHITECTURES, cast, random_batch, random_transcoder
 
 N_ROWS = 601
 """Odd, so that slices differ."""

@@ -12,7 +12,7 @@ import sys
 # whether programs are interpreted is decided where Triton is imported, and torch may do that
 os.environ["TRITON_INTERPRET"] = "1" if sys.argv[2:] == ["sparse"] else "0"
 
-from tests.support.pretended_gpu import limits, pretended_gpu, record  # isort: skip  (before anything imports torch)
+from tests.support.pretended_gpu import limit, pretended_gpu, record  # isort: skip  (before anything imports torch)
 
 import json
 import math
@@ -25,7 +25,6 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import pytest
 import torch
 
 from tailrace.analysis.harvest import encoding
@@ -170,7 +169,7 @@ def bringing_rows(
         n_once = 5
         if device == "cpu":  # which the case below is compared with batch by batch
             return {"batches": n_batches, "batches of 400 rows": n_once}
-        vars(limits).update(machine)
+        limit(**machine)
         sites = [("layer0", 80, 96), ("layer1", 64, 64), ("layer2", 70, 90)]
         cache = write_synthetic_cache(folder / "cache", widths=sites, dtype=dtype, bucket_rows=128)
         split, chosen = cache.split("train"), list(cache.sites.values())
@@ -192,7 +191,7 @@ def bringing_rows(
                     record.clear()
                 check_same(wanted.next_batch(), brought.next_batch(), device)
                 assert wanted.state_dict() == brought.state_dict()
-            check_no_waits(pinned=limits.can_pin)
+            check_no_waits(pinned=machine.get("can_pin", True))
             reader: Any = brought._rows
             assert type(reader._loader._open_order(0)).__name__ == by
             once = (iter_sites_once(split, chosen, batch_rows=90, device=on, max_rows=400) for on in ("cpu", device))
@@ -213,8 +212,13 @@ def damaged_rows(folder: Path, device: str) -> dict[str, float]:
     shard.write_bytes(shard.read_bytes()[:-1000])
     before = running_threads()
     batches = CacheBatches(split, [site], batch_rows=50, seed=3, device=device)
-    with pytest.raises(ArtifactCorrupt, match="sites/layer0/out/c/4/0"), batches:
-        list(iter(batches.next_batch, None))
+    said = "nothing"
+    try:
+        with batches:
+            list(iter(batches.next_batch, None))
+    except ArtifactCorrupt as error:
+        said = str(error)
+    assert "sites/layer0/out/c/4/0" in said, said
     assert running_threads() <= before
     return {"refused": 1}
 
@@ -225,7 +229,7 @@ def living_rows(dtype: str, **machine: Any) -> Case:
     def case(folder: Path, device: str) -> dict[str, float]:
         if device == "cpu":
             return {"batches": 20, "batches held out": 10}
-        vars(limits).update(machine)
+        limit(**machine)
         settings = live_settings(storage_dtype=dtype)
         opened = [LiveBatches(settings, batch_rows=32, device=on) for on in ("cpu", device)]
         with ExitStack() as stack:
@@ -234,10 +238,11 @@ def living_rows(dtype: str, **machine: Any) -> Case:
                 if batch == 3:
                     record.clear()
                 check_same(wanted.next_batch(), brought.next_batch(), device)
-            asked = [*record.waits, *((way, line) for way, line in record.copies if "without a wait" not in way)]
-            here = [line for _, line in asked if "another thread" not in line and line != "outside the project"]
-            assert asked, "nothing was recorded"
-            assert not here, here
+            if record.is_kept:
+                asked = [*record.waits, *((way, line) for way, line in record.copies if "without a wait" not in way)]
+                here = [line for _, line in asked if "another thread" not in line and line != "outside the project"]
+                assert asked, "nothing was recorded"
+                assert not here, here
             heldout = list(zip(wanted.heldout(), brought.heldout(), strict=True))
             for batches in heldout:
                 check_same(*batches, device)
@@ -262,7 +267,12 @@ def check_same(wanted: SiteBatches, brought: SiteBatches, device: str) -> None:
 
 
 def check_no_waits(*, pinned: bool) -> None:
-    """Raise AssertionError if the device was waited for in this thread, or copied to from memory that is not pinned."""
+    """Raise AssertionError if the device was waited for in this thread, or copied to from memory that is not pinned.
+
+    A real device writes none of that down.
+    """
+    if not record.is_kept:
+        return
     copies = [line for (way, line), _ in record.copies.items() if way == "to the device"]
     waits = [line for _, line in record.waits]
     assert any("device_rows.py" in line for line in waits), "nothing was recorded"

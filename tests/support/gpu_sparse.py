@@ -22,10 +22,9 @@ from tailrace.training.kernels.adaptive import build_kernel
 from tailrace.training.loop.optim import build_optimiser
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import Batch
-from tests.pipeline.train.test_cross_layer import publish
 from tests.support.gpu_training import Case, Killed
 from tests.support.pretended_gpu import record
-from tests.support.training_caches import small_cache
+from tests.support.training_caches import publish_layers, small_cache
 
 assert interpreted.__doc__
 
@@ -52,7 +51,7 @@ def run(folder: Path, device: str, cache: Path, name: str = "out", **changes: An
 def training(folder: Path, device: str, **settings: Any) -> dict[str, float]:
     """Return the scores of a run."""
     layers = settings.get("cross_layer", False)
-    cache = publish(folder / "cache") if layers else small_cache(folder / "cache", d_in=9, d_out=7)
+    cache = publish_layers(folder / "cache") if layers else small_cache(folder / "cache", d_in=9, d_out=7)
     metrics = run(folder, device, cache, settings=settings).metrics
     return {"fvu": metrics["heldout"]["fvu"], "l0": metrics["heldout"]["l0"], "loss": metrics["train"]["loss"]}
 

@@ -12,10 +12,9 @@ from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.settings import TrainSettings
-from tests.pipeline.train.test_cross_layer import publish
 from tests.support.sharded_runs import publish_sharded
 from tests.support.tiny_models import save_tiny_model
-from tests.support.training_caches import small_cache
+from tests.support.training_caches import publish_layers, small_cache
 
 Case = Callable[[Path, str], dict[str, float]]
 """(an empty folder, the device) → numbers that are the same on every device."""
@@ -127,7 +126,7 @@ def across_layers(kind: str, **changes: Any) -> Case:
     """Return a case that trains one transcoder over three layers."""
 
     def case(folder: Path, device: str) -> dict[str, float]:
-        cache = publish(folder / "cache")
+        cache = publish_layers(folder / "cache")
         settings = TrainSettings.read(BASE, {"cross_layer": True, "architecture": {"kind": kind}, **changes})
         compute = Compute(device=device, quiet=True)
         heldout = train.run(settings, cache=cache, output=folder / "out", compute=compute).metrics["heldout"]
@@ -142,7 +141,7 @@ def sharing_features(size: int, **changes: Any) -> Case:
     def case(folder: Path, device: str) -> dict[str, float]:
         settings = TrainSettings.read(BASE, changes)
         cache, output = folder / "cache", folder / "out"
-        publish(cache) if settings.cross_layer else small_cache(cache, d_in=16, d_out=12)
+        publish_layers(cache) if settings.cross_layer else small_cache(cache, d_in=16, d_out=12)
 
         def kill(step: int, _: Transcoder) -> None:
             if step == 8:

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 N_DEVICES = 4
@@ -84,6 +84,8 @@ class Record:
     """Copies between host and device: "to the device" or "to the host", and the line."""
     operators: Counter[str] = field(default_factory=Counter)
     """Operators on the device, by name."""
+    is_kept: ClassVar[bool] = True
+    """What stands for this beside a real GPU says False."""
 
     def clear(self) -> None:
         """Start anew."""
@@ -223,7 +225,12 @@ def _refuse_while_recording(what: str) -> None:
 _pinned: list[Tensor] = []
 """Kept, so that nothing else comes to lie there."""
 limits = SimpleNamespace(can_pin=True, free_bytes=80 << 30, allocated_bytes=0)
-"""What the pretended machine has; a case may change it inside ``pretended_gpu``."""
+"""What the pretended machine has."""
+
+
+def limit(**machine: Any) -> None:
+    """Give the machine other limits, inside ``pretended_gpu``."""
+    vars(limits).update(machine)
 
 
 def _is_pinned(tensor: Tensor) -> bool:

@@ -38,8 +38,8 @@ from tailrace.training.loop.shards import FeatureShards, ShardedRun, ShardedStep
 from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch
 from tests.support.distributed_children import Doubled
-from tests.training.kernels.test_kernels import ARCHITECTURES, D_SAE, random_batch, random_transcoder
-from tests.training.loop.test_train_all import SITE, PlantedRows, statistics_of
+from tests.support.planted_runs import SITE, PlantedRows, statistics_of
+from tests.support.random_steps import ARCHITECTURES, D_SAE, random_batch, random_transcoder
 
 Result = TypeVar("Result")
 OBJECTIVE = VarianceObjective(20.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,3 +73,27 @@ def small_cache(path: Path, *, n_rows: int = 640, d_in: int = 6, d_out: int = 5)
     """Publish one site ``mlp`` of ``n_rows`` training rows and 96 held-out rows."""
     splits = {"train": random_rows(1, n_rows, d_in, d_out), "heldout": random_rows(2, 96, d_in, d_out)}
     return publish_cache(path, {"mlp": splits})
+
+
+N_TRAIN, N_HELDOUT = 1280, 192
+"""Rows of a cache of two layers."""
+
+
+def hooks(layer: int) -> str:
+    return f"blocks.{layer}.mlp"
+
+
+def rows_of_layers(seed: int, n_rows: int, *, massive: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Two layers: the second one's output is half a function of its own input and half of the first one's."""
+    first_in, first_out = random_rows(seed, n_rows, 6, 6)
+    second_in, own = random_rows(seed + 1000, n_rows, 6, 6)
+    second_out = ((own + first_out) * 20).astype(np.float32)
+    if massive:
+        first_out = first_out.copy()
+        first_out[::64] *= 1000
+    return {hooks(0): (first_in, first_out), hooks(1): (second_in, second_out)}
+
+
+def publish_layers(path: Path, **arguments: Any) -> Path:
+    train_rows, heldout = rows_of_layers(1, N_TRAIN, **arguments), rows_of_layers(2, N_HELDOUT, **arguments)
+    return publish_cache(path, {name: {"train": train_rows[name], "heldout": heldout[name]} for name in train_rows})

@@ -28,9 +28,14 @@ from tailrace.training.loop import evaluate
 from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import command
-from tests.support.training_caches import publish_cache, random_rows
+from tests.support.training_caches import (
+    N_HELDOUT,
+    hooks,
+    publish_cache,
+    publish_layers,
+    rows_of_layers,
+)
 
-N_TRAIN, N_HELDOUT = 1280, 192
 SETTINGS: dict[str, Any] = {
     "architecture": {"kind": "batch_topk", "k": 3},
     "cross_layer": True,
@@ -41,29 +46,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def hooks(layer: int) -> str:
-    return f"blocks.{layer}.mlp"
-
-
-def rows(seed: int, n_rows: int, *, massive: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Two layers: the second one's output is half a function of its own input and half of the first one's."""
-    first_in, first_out = random_rows(seed, n_rows, 6, 6)
-    second_in, own = random_rows(seed + 1000, n_rows, 6, 6)
-    second_out = ((own + first_out) * 20).astype(np.float32)
-    if massive:
-        first_out = first_out.copy()
-        first_out[::64] *= 1000
-    return {hooks(0): (first_in, first_out), hooks(1): (second_in, second_out)}
-
-
-def publish(path: Path, **arguments: Any) -> Path:
-    train_rows, heldout = rows(1, N_TRAIN, **arguments), rows(2, N_HELDOUT, **arguments)
-    return publish_cache(path, {name: {"train": train_rows[name], "heldout": heldout[name]} for name in train_rows})
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish(tmp_path_factory.mktemp("layers") / "cache")
+    return publish_layers(tmp_path_factory.mktemp("layers") / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +85,7 @@ def test_what_is_published_is_whole_and_says_what_it_is_made_of(cache: Path, tra
 
 def test_layer_scores_are_those_of_the_published_weights_on_held_out_rows(trained: TrainResult) -> None:
     transcoder = load_cross_layer(trained.path)
-    held = rows(2, N_HELDOUT)
+    held = rows_of_layers(2, N_HELDOUT)
     inputs = torch.from_numpy(np.concatenate([side for side, _ in held.values()], axis=1))
     activations = transcoder.encode(inputs)
     predicted = transcoder.decode(activations).numpy()
@@ -145,7 +130,7 @@ def test_features_that_write_to_later_layers_explain_what_a_layer_alone_cannot(
         output=tmp_path / "alone",
         compute=Compute(quiet=True),
     )
-    inputs, outputs = rows(2, N_HELDOUT)[hooks(1)]
+    inputs, outputs = rows_of_layers(2, N_HELDOUT)[hooks(1)]
     by_itself = fvu(outputs, load_transcoder(alone.path)(torch.from_numpy(inputs)).numpy())
     assert by_itself > 0.45  # half of the variance comes from a layer it does not see
     assert manifest_of(trained.path)["layers"][1]["fvu"] < 0.35
@@ -176,7 +161,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(cache: Path, trained: Train
 
 @pytest.mark.slow
 def test_rows_that_are_too_long_at_any_layer_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cache = publish(tmp_path / "cache", massive=True)
+    cache = publish_layers(tmp_path / "cache", massive=True)
     with caplog.at_level(logging.WARNING):
         train_on(cache, tmp_path / "whole", steps=2)
     assert f"{hooks(0)} has massive activations" in caplog.text
@@ -219,7 +204,9 @@ def test_everything_that_does_not_fit_is_told_at_once(cache: Path, tmp_path: Pat
 
 
 def test_sites_are_named_one_by_one_or_as_a_range(tmp_path: Path) -> None:
-    names = {name.replace("blocks.", "layer").removesuffix(".mlp"): side for name, side in rows(1, 128).items()}
+    names = {
+        name.replace("blocks.", "layer").removesuffix(".mlp"): side for name, side in rows_of_layers(1, 128).items()
+    }
     cache = publish_cache(tmp_path / "cache", {name: {"train": side} for name, side in names.items()})
     source = CacheSource(open_cache(cache), batch_rows=64, order_seed=0, device=torch.device("cpu"))
     for text in ("layer0-1", "layer0-layer1", "layer0, layer1"):

@@ -15,9 +15,8 @@ from tailrace.storage.artifact import verify_artifact
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.settings import TrainSettings
-from tests.pipeline.train.test_cross_layer import publish
 from tests.support.sharded_runs import publish_sharded
-from tests.support.training_caches import small_cache
+from tests.support.training_caches import publish_layers, small_cache
 
 SETTINGS: dict[str, Any] = {
     "d_sae": 24,
@@ -83,7 +82,7 @@ def check_published(found: Path, wanted: Path) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_processes_publish_what_one_does_and_continue_in_any_number(name: str, tmp_path: Path) -> None:
     settings = TrainSettings.read(SETTINGS, CHANGES[name])
-    cache = publish(tmp_path / "cache") if settings.cross_layer else small_cache(tmp_path / "cache")
+    cache = publish_layers(tmp_path / "cache") if settings.cross_layer else small_cache(tmp_path / "cache")
     alone = train.run(settings, cache=cache, output=tmp_path / "alone", compute=Compute(quiet=True)).path
     together = publish_sharded(2, settings, cache=cache, output=tmp_path / "together").path
     check_published(together, alone)

@@ -15,8 +15,7 @@ from tailrace.pipeline.train import sweep
 from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures.manifest import read_either_manifest
 from tailrace.training.loop.settings import TrainSettings
-from tests.pipeline.train.test_cross_layer import publish
-from tests.support.training_caches import small_cache
+from tests.support.training_caches import publish_layers, small_cache
 
 PIPELINE = Path(sys.executable).parent / "pipeline"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -48,7 +47,7 @@ def train(
 @pytest.mark.parametrize("flags", [(), ("--shard-features",)], ids=["rows", "features"])
 @pytest.mark.parametrize("across", [False, True], ids=["one layer", "cross-layer"])
 def test_two_processes_publish_what_one_does(across: bool, flags: tuple[str, ...], tmp_path: Path) -> None:
-    cache = publish(tmp_path / "cache") if across else small_cache(tmp_path / "cache")
+    cache = publish_layers(tmp_path / "cache") if across else small_cache(tmp_path / "cache")
     alone, together = (tmp_path / name for name in ("alone", "together"))
     assert train(cache, alone, sys.executable, across=across).returncode == 0
     done = train(cache, together, *TORCHRUN, across=across, flags=flags)

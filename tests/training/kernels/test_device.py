@@ -391,7 +391,7 @@ def test_the_proof_decides_once_and_a_wrong_step_is_reported(
         choice(transcoder, batch, OBJECTIVE)
         choice(transcoder, batch, OBJECTIVE)
     assert (choice.choice, choice.gradients.trusted, len(proofs)) == (kind, kind == "sparse", 1)
-    said = "steps are sparse: the sparse one is right to 1e-06 and takes 1.00 ms, the dense one 2.00 ms"
+    said = "steps are sparse: the sparse one is right to 1e-06 and takes 1.00 ms, the dense one takes 2.00 ms"
     report = (
         "failed its proof (its numbers differ from those of the dense step by 1.0e-01). Please report this, with GPU"
     )
@@ -400,6 +400,33 @@ def test_the_proof_decides_once_and_a_wrong_step_is_reported(
     resumed.load_state(json.loads(json.dumps(choice.state())))
     resumed(transcoder, batch, OBJECTIVE)
     assert (resumed.choice, resumed.gradients.trusted, len(proofs)) == (kind, kind == "sparse", 1)
+
+
+class TooLargeStep(CountedStep):
+    """A step that the memory does not hold."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_the_step_that_fits_into_memory_is_taken_and_there_is_nothing_to_report(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = "tailrace.training.kernels.device.choice"
+    monkeypatch.setattr(f"{module}.largest_error", lambda *_: 1e-6)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    transcoder = with_random_weights(TopK(k=2).build(4, 3, 120)).float()
+    _, _, _, batch = small_step()
+    choice = DeviceChoice(CountedStep() if kind == "sparse" else TooLargeStep(), "float32", name="run")
+    if kind == "sparse":
+        choice._dense = TooLargeStep()
+    with caplog.at_level(logging.INFO):
+        choice(transcoder, batch, OBJECTIVE)
+    assert choice.choice == kind
+    assert f"steps are {kind}" in caplog.text
+    assert f"the {'dense one' if kind == 'sparse' else 'sparse one is right to 1e-06 and'} does not fit" in caplog.text
+    assert "report" not in caplog.text
 
 
 def test_room_for_a_penalty_is_twice_what_is_active() -> None:

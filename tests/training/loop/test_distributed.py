@@ -21,8 +21,8 @@ from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batch_reductions import ALONE
 from tests.support.distributed_children import KERNELS, WHOLE_RUNS, cases, load_results, take_step, train_planted
 from tests.support.paths import ROOT
+from tests.support.planted_runs import PlantedRows
 from tests.support.quick import quick
-from tests.training.loop.test_train_all import PlantedRows
 
 WORLD = 2
 

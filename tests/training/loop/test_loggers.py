@@ -21,7 +21,7 @@ from tailrace.training.loop.loggers import Logger, Loggers, TensorBoardLogger, W
 from tailrace.training.loop.run_log import NOTHING, Extent, RunLog
 from tailrace.training.loop.session import Session
 from tailrace.training.loop.settings import TrainSettings
-from tests.training.loop.test_train_all import PlantedRows, statistics_of
+from tests.support.planted_runs import PlantedRows, statistics_of
 
 SITE = Site("planted", "hook", "hook", 16, 16, "float32")
 

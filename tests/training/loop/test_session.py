@@ -25,8 +25,8 @@ from tailrace.training.loop.session import N_RESAMPLED, Session, log_sparsity_na
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows.batches import iter_once
 from tests.support import resampled_runs
+from tests.support.planted_runs import PlantedRows, build
 from tests.support.training_caches import publish_cache, random_rows, small_cache
-from tests.training.loop.test_train_all import PlantedRows, build
 
 QUICK: dict[str, Any] = {
     "architecture": {"kind": "relu", "l1": 0.02},

@@ -23,6 +23,7 @@ from tailrace.training.loop.initialise import FeatureSlice, data_directions, ini
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.shards import refuse_shards
 from tests.support.paths import ROOT
+from tests.support.planted_runs import SITE
 from tests.support.sharded_runs import (
     CHECKPOINT,
     QUICK_STEPS,
@@ -36,7 +37,6 @@ from tests.support.sharded_runs import (
     train_planted,
 )
 from tests.training.loop.test_distributed import difference
-from tests.training.loop.test_train_all import SITE
 
 QUIET = Compute(quiet=True)
 

@@ -36,6 +36,8 @@ LARGEST_ERROR = 1e-3
 LAG = 2
 """Steps after which numbers of a step are read: it is done while the host prepares the next but one."""
 TIMED_STEPS = 3
+NEVER = 10**12
+"""Microseconds of a step that the memory does not hold."""
 
 
 class DeviceChoice:
@@ -165,12 +167,12 @@ class DeviceChoice:
             )
             return
         logger.info(
-            "%s: steps are %s: the sparse one is right to %.0e and takes %.2f ms, the dense one %.2f ms",
+            "%s: steps are %s: the sparse one is right to %.0e and %s, the dense one %s",
             self._name,
             self.choice,
             error,
-            sparse_time / 1000,
-            dense_time / 1000,
+            _said(sparse_time),
+            _said(dense_time),
         )
 
     def state(self) -> dict[str, Any]:
@@ -218,15 +220,22 @@ def on_its_way(value: Tensor) -> Callable[[], int]:
 
 
 def _microseconds(step: StepKernel, transcoder: Transcoder, batch: Batch, objective: Objective) -> int:
-    """Return how long a step takes on average, the first left out."""
-    with unchanged(transcoder):
-        step(transcoder, batch, objective)
-        torch.cuda.synchronize(batch.inputs.device)
-        start = time.perf_counter()
-        for _ in range(TIMED_STEPS):
+    """Return how long a step takes on average, the first left out; ``NEVER`` if the memory does not hold one."""
+    try:
+        with unchanged(transcoder):
             step(transcoder, batch, objective)
-        torch.cuda.synchronize(batch.inputs.device)
+            torch.cuda.synchronize(batch.inputs.device)
+            start = time.perf_counter()
+            for _ in range(TIMED_STEPS):
+                step(transcoder, batch, objective)
+            torch.cuda.synchronize(batch.inputs.device)
+    except torch.OutOfMemoryError:
+        return NEVER
     return round(1e6 * (time.perf_counter() - start) / TIMED_STEPS)
+
+
+def _said(microseconds: int) -> str:
+    return "does not fit into memory" if microseconds >= NEVER else f"takes {microseconds / 1000:.2f} ms"
 
 
 def build_choice(
