@@ -122,6 +122,13 @@ def _missing_for_sparse(device: torch.device) -> str | None:
         return f"the sparse step runs on CPUs and CUDA GPUs, and the device is {device}"
     if importlib.util.find_spec("triton") is None:
         return "the sparse step of a GPU is written in Triton, which is not installed (pip install triton)"
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # whatever a package that does not fit this Python, torch or driver may raise
+        return (
+            "the sparse step of a GPU is written in Triton, which is installed and cannot be imported "
+            f"({type(error).__name__}: {error}); install the release that your torch names (pip show torch)"
+        )
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return "the sparse step needs a GPU that multiplies bfloat16, of compute capability 8.0 or later"
     return None

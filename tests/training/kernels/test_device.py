@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from benchmarks.gpu_step import count
+from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection
@@ -400,6 +401,36 @@ def test_the_proof_decides_once_and_a_wrong_step_is_reported(
     resumed.load_state(json.loads(json.dumps(choice.state())))
     resumed(transcoder, batch, OBJECTIVE)
     assert (resumed.choice, resumed.gradients.trusted, len(proofs)) == (kind, kind == "sparse", 1)
+
+
+class UncompiledStep(CountedStep):
+    """A step whose programs the compiler refuses."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("at 7:4\nPTXAS error: no kernel image for sm_52")
+
+
+def test_a_step_that_does_not_compile_is_reported_once_and_steps_are_dense(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU of a test")
+    transcoder = with_random_weights(TopK(k=2).build(4, 3, 120)).float()
+    _, _, _, batch = small_step()
+    choice = DeviceChoice(UncompiledStep(), "float32", name="run")
+    for _ in range(2):
+        choice(transcoder, batch, OBJECTIVE)
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    said = "failed its proof (RuntimeError: PTXAS error: no kernel image for sm_52). Please report this, with GPU "
+    assert said in record.getMessage()
+    assert choice.choice == "dense"
+
+
+def test_a_step_that_was_asked_for_and_does_not_compile_is_refused() -> None:
+    transcoder = with_random_weights(TopK(k=2).build(4, 3, 120)).float()
+    _, _, _, batch = small_step()
+    choice = DeviceChoice(UncompiledStep(), "float32", name="run", prove=False)
+    with pytest.raises(SettingsError, match=r"kernel: sparse: .* \(RuntimeError: PTXAS error: .*; use auto or dense"):
+        choice(transcoder, batch, OBJECTIVE)
 
 
 class TooLargeStep(CountedStep):

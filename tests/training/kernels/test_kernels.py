@@ -270,6 +270,14 @@ def test_what_is_not_rows_is_no_batch(inputs: tuple[int, ...], outputs: tuple[in
 def test_the_sparse_kernel_is_refused_where_it_cannot_compute(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="runs on CPUs and CUDA GPUs, and the device is meta"):
         build("sparse", "float32", torch.device("meta"), name="run")
+
+    def broken(name: str) -> None:
+        raise ImportError(f"{name}: undefined symbol")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib, "import_module", broken)
+        with pytest.raises(SettingsError, match=r"cannot be imported \(ImportError: .* undefined symbol\)"):
+            build("sparse", "float32", torch.device("cuda"), name="run")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SettingsError, match=r"kernel: sparse: .* not installed"):
         build("sparse", "float32", torch.device("cuda"), name="run")

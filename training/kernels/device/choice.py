@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tailrace.storage.errors import ActionableError, SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch
 from tailrace.training.architectures.objectives import Objective
@@ -57,6 +59,7 @@ class DeviceChoice:
         self.is_sparse: bool | None = None
         """Whether few enough features fire; None before the first step."""
         self._late: deque[tuple[int, Callable[[], int], Callable[[], int]]] = deque()
+        self._has_run = False
         self.gradients.trusted = not prove
 
     @property
@@ -82,7 +85,8 @@ class DeviceChoice:
         if self.is_sparse and self.choice is None and can_share:
             self._put_to_the_proof(transcoder, batch, objective, reductions)
         if self.is_sparse and self.choice == "sparse" and can_share:
-            result = self._captured(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
+            with nullcontext() if self._prove else self._refusing_what_does_not_run():
+                result = self._captured(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
             assert self.gradients.n_candidates is not None, "a step has just counted them"
             self._remember(result, self.gradients.n_candidates)
         else:
@@ -93,6 +97,22 @@ class DeviceChoice:
             if isinstance(transcoder.selection(), Above):
                 self._remember(result, None)
         return result
+
+    @contextmanager
+    def _refusing_what_does_not_run(self) -> Iterator[None]:
+        """Raise SettingsError for what a compiler or driver says of the first sparse step, which nothing has proven."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, ActionableError):
+            raise
+        except Exception as error:
+            if self._has_run:
+                raise
+            raise SettingsError(
+                f"kernel: sparse: the sparse step does not run here ({_summary(error)}); use auto or dense, and please "
+                f"report this, with torch {torch.__version__} and triton {triton.__version__}"
+            ) from error
+        self._has_run = True
 
     def _choose_by_density(self, transcoder: Transcoder) -> None:
         """Take note of the density that a selection of the largest has; where it has none, begin dense."""
@@ -149,7 +169,7 @@ class DeviceChoice:
                     _microseconds(self._dense, transcoder, batch, objective),
                 )
         except Exception as broken:  # whatever a compiler, a driver or a GPU may raise
-            problem = f"{type(broken).__name__}: {str(broken).strip().splitlines()[-1] if str(broken).strip() else ''}"
+            problem = _summary(broken)
         is_right = bool(reductions.least(torch.tensor(float(not problem), device=device)) > 0)
         sparse_time, dense_time = reductions.total(torch.tensor(times, device=device)).tolist()
         self.choice = "sparse" if is_right and sparse_time < dense_time else "dense"
@@ -232,6 +252,11 @@ def _microseconds(step: StepKernel, transcoder: Transcoder, batch: Batch, object
     except torch.OutOfMemoryError:
         return NEVER
     return round(1e6 * (time.perf_counter() - start) / TIMED_STEPS)
+
+
+def _summary(error: Exception) -> str:
+    """Return an error's class and last line, which is where compilers say what is wrong."""
+    return ": ".join((type(error).__name__, *str(error).strip().splitlines()[-1:]))
 
 
 def _said(microseconds: int) -> str:
