@@ -51,7 +51,7 @@ from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.rows import device_rows
 from tailrace.training.rows.batches import Batch, CacheBatches, SiteBatches, iter_sites_once
 from tests.support.gpu_stages import STAGES
-from tests.support.gpu_training import BASE, TRAINED, Case, resuming, training
+from tests.support.gpu_training import BASE, TRAINED, Case, between_log_lines, resuming, training
 from tests.support.live_runs import live_settings
 from tests.support.spliced_models import mlp_site, random_transcoder
 from tests.support.synthetic_cache import running_threads, write_synthetic_cache
@@ -286,6 +286,8 @@ CASES: dict[str, Case] = {
     "topk": training(),
     "jumprelu": training(architecture={"kind": "jumprelu"}),
     "resume adam": resuming("adam"),
+    "steps between log lines, topk": between_log_lines("topk"),
+    "steps between log lines, jumprelu": between_log_lines("jumprelu"),
     "analyze": analysing,
     "batch_topk": training(architecture={"kind": "batch_topk", "k": 4}),
     "interventions": intervening,

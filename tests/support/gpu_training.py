@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
 from tailrace.training.architectures.base import Transcoder
+from tailrace.training.loop.run import TrainingRun
 from tailrace.training.loop.settings import TrainSettings
+from tests.support.pretended_gpu import record
 from tests.support.sharded_runs import publish_sharded
 from tests.support.tiny_models import save_tiny_model
 from tests.support.training_caches import publish_layers, small_cache
@@ -57,6 +60,36 @@ def train_once(folder: Path, device: str, **changes: Any) -> dict[str, float]:
 def training(**changes: Any) -> Case:
     """Return a case that trains with these settings."""
     return lambda folder, device: train_once(folder, device, **changes)
+
+
+def between_log_lines(kind: str) -> Case:
+    """Return a case that trains without a log line, a score or a checkpoint between two of its steps.
+
+    On a pretended GPU nothing is waited for there, rows, schedule and counts of features included.
+    """
+
+    def case(folder: Path, device: str) -> dict[str, float]:
+        cache = small_cache(folder / "cache", d_in=16, d_out=12)
+        rare = {"log_every": 100, "evaluate_every": 100, "steps": 12, "dead_after_steps": 50}
+        settings = TrainSettings.read(BASE, {"architecture": {"kind": kind}, **rare})
+        seen: list[set[str]] = []
+
+        def look_and_step(*arguments: Any) -> Any:
+            copies = [line for way, line in record.copies if not way.endswith("without a wait")]
+            lines = [*(line for _, line in record.waits), *copies]
+            seen.append({line for line in lines if "another thread" not in line})
+            record.clear()
+            return step(*arguments)
+
+        step = TrainingRun.step
+        with mock.patch.object(TrainingRun, "step", look_and_step):
+            compute = Compute(device=device, quiet=True)
+            done = train.run(settings, cache=cache, output=folder / "out", compute=compute)
+        waited = set().union(*seen[3:])  # before each of steps 4 to 12: the whole round of the loop
+        assert not waited, waited
+        return {"fvu": done.metrics["heldout"]["fvu"], "steps": len(seen)}
+
+    return case
 
 
 def resuming(optimiser: str) -> Case:
