@@ -245,6 +245,23 @@ def _seconds(work: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
+def sustained_rate(read: Callable[[], int], bucket_rows: int) -> float:
+    """Return rows a second of a reader whose calls return how many rows they gave.
+
+    It loads buckets of rows ahead, so what it gives at once says nothing: a bucket is taken uncounted, then two at
+    least are counted, or as much as ``5 · _SECONDS`` allow.
+    """
+    n_before = n_rows = 0
+    while n_before < bucket_rows:
+        n_before += read()
+    started = time.perf_counter()
+    while (seconds := time.perf_counter() - started) < 5 * _SECONDS:
+        if seconds > _SECONDS and n_rows >= 2 * bucket_rows:
+            break
+        n_rows += read()
+    return n_rows / seconds
+
+
 def _disk_rate(folder: Path, files: list[Path] | None) -> float:
     """Return bytes a second of reading ``files``, or one written for it, that the system keeps in no memory."""
     if files:
@@ -284,12 +301,13 @@ def _limits(split: CacheSplit, site: Site, settings: TrainSettings, rates: Rates
     check_memory([(settings, widths)], device)
     precision = resolve_precision(settings.precision, device)
     with CacheBatches(split, [site], batch_rows=settings.batch_rows, seed=0, device=device) as batches:
-        n_rows = min(settings.batch_rows, split.n_rows)
 
-        def read() -> None:
-            batches.next_batch()[site.name].inputs[0, 0].item()
+        def read() -> int:
+            inputs = batches.next_batch()[site.name].inputs
+            inputs[0, 0].item()  # waits for a GPU
+            return len(inputs)
 
-        reading = _seconds(read)
+        reader = sustained_rate(read, split.bucket_rows)
     step = step_seconds(settings, site.d_in, site.d_out, device=device, precision=precision)
     return RowRates(
         cache=str(split.cache.path),
@@ -299,7 +317,7 @@ def _limits(split: CacheSplit, site: Site, settings: TrainSettings, rates: Rates
         kernel=settings.kernel,
         needed_bytes=training_bytes(settings, widths),
         disk=rates.disk / site.row_bytes,
-        reader=n_rows / reading,
+        reader=reader,
         copy_to_device=None if rates.copy_pinned is None else rates.copy_pinned / site.row_bytes,
         step=settings.batch_rows / step,
     )
