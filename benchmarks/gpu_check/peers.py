@@ -17,8 +17,9 @@ import torch
 from benchmarks.gpu_check.bench import Bench
 from benchmarks.gpu_check.outcomes import Check, NotHereError, Numbers
 
-SIZE = (768, 24_576, 64, 4096)
+SIZES = ((768, 24_576, 64, 4096), (2304, 65_536, 64, 4096))
 """Width, features, k, rows of a batch."""
+SMALL = ((64, 512, 8, 256),)
 UNUSED = ("transformer_lens", "nnsight", "wandb", "plotly", "plotly_express", "nltk", "zstandard", "mamba_lens", "umap")
 """What the projects import for other things than a step."""
 
@@ -28,15 +29,20 @@ Step = Callable[[torch.Tensor, torch.Tensor], object]
 
 def checks(bench: Bench) -> Iterator[Check]:
     """Yield a check for each project."""
-    for name, make in {"SAELens": saelens, "dictionary_learning": dictionary_learning, "sparsify": sparsify}.items():
-        yield Check(f"step of {name}", "cost", 8, partial(step_of, bench, make))
+    for size in SMALL if bench.small else SIZES:
+        for name, make in {
+            "SAELens": saelens,
+            "dictionary_learning": dictionary_learning,
+            "sparsify": sparsify,
+        }.items():
+            yield Check(f"step of {name}, {size[1]}", "cost", 8, partial(step_of, bench, make, size))
 
 
-def step_of(bench: Bench, make: Callable[[str, int, int, int], Step]) -> Numbers:
+def step_of(bench: Bench, make: Callable[[str, int, int, int], Step], size: tuple[int, int, int, int]) -> Numbers:
     """Return ms of a step on rows that lie on the device."""
     if bench.peers is not None and str(bench.peers) not in sys.path:
         sys.path.append(str(bench.peers))
-    width, d_sae, k, n_rows = (64, 512, 8, 256) if bench.small else SIZE
+    width, d_sae, k, n_rows = size
     if not bench.is_cuda:
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes an installed triton for one that runs
     try:
