@@ -103,7 +103,8 @@ is a median over interleaved rounds, which can be trusted; absolute speeds belon
 |---|---|---|
 | shuffled batches from a materialised epoch, over a raw read: warm / cold | {read_batches[materialised_vs_raw_warm]:t} / {read_batches[materialised_vs_raw_cold]:t} | [read_batches](#read_batches) |
 | shuffled batches gathered while reading, over a raw read: warm / cold | {read_batches[gathered_vs_raw_warm]:t} / {read_batches[gathered_vs_raw_cold]:t} | [read_batches](#read_batches) |
-| the same, warm, over zarr-python / zarrs / tensorstore / a torch DataLoader | {read_batches[gathered_vs_zarr-python_warm]} / {read_batches[gathered_vs_zarrs_warm]} / {read_batches[gathered_vs_tensorstore_warm]} / {read_batches[gathered_vs_DataLoader_warm]} | [read_batches](#read_batches) |
+| buckets of rows read for a GPU, the host's part, over a raw read: warm / cold | {read_batches[for_a_gpu_vs_raw_warm]:t} / {read_batches[for_a_gpu_vs_raw_cold]} | [read_batches](#read_batches) |
+| gathered batches, warm, over zarr-python / zarrs / tensorstore / a torch DataLoader | {read_batches[gathered_vs_zarr-python_warm]} / {read_batches[gathered_vs_zarrs_warm]} / {read_batches[gathered_vs_tensorstore_warm]} / {read_batches[gathered_vs_DataLoader_warm]} | [read_batches](#read_batches) |
 | shuffled shards with checksum and sync, over a raw O_DIRECT write | {write_shards[write_vs_raw]:t} | [write_shards](#write_shards) |
 | … with statistics of every row summed as well | {write_shards[write_with_statistics_vs_raw]} | [write_shards](#write_shards) |
 | rows per second over SAELens' cache writer | {saelens_cache[write_vs_saelens]:t} | [saelens_cache](#saelens_cache) |

@@ -24,14 +24,18 @@ from tailrace.pipeline.cache.verify import check_pairs
 from tailrace.pipeline.circuit import stage as circuit
 from tailrace.pipeline.circuit.question import Question
 from tailrace.pipeline.circuit.settings import CircuitSettings
+from tailrace.pipeline.compare import stage as compare
 from tailrace.pipeline.evaluate import stage as evaluate
 from tailrace.pipeline.evaluate.settings import EvaluateSettings
 from tailrace.pipeline.live.settings import FreshText
 from tailrace.pipeline.score import stage as score
 from tailrace.pipeline.shared.compute import Compute
+from tailrace.pipeline.steer import stage as steer
+from tailrace.pipeline.steer.settings import SteerSettings
 from tailrace.pipeline.task import stage as task
 from tailrace.pipeline.task.settings import TaskSettings
 from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.storage.activation_cache import ActivationCache
 from tailrace.storage.statistics import as_float32
 from tailrace.training.loop.settings import TrainSettings
@@ -224,6 +228,49 @@ def keeping_few(folder: Path, device: str) -> dict[str, float]:
     return scores | sums_of(done.path)
 
 
+def steering(folder: Path, device: str) -> dict[str, float]:
+    """Write on with a feature of each layer changed, and with random ones beside."""
+    settings = SteerSettings.read({"feature": ["0:3=+5", "1:7=clamp:2"], "tokens": 6})
+    compute = Compute(device=device, quiet=True)
+    done = steer.run(settings, [PROMPT], transcoders=[made() / "layers"], model=MODEL, compute=compute)
+    numbers = {}
+    for text in done.texts:
+        numbers[f"tokens of run {text.run}"] = float(sum(text.token_ids))
+        if text.effect is not None:
+            numbers[f"KL of run {text.run}"] = float(text.effect.kl)
+    return numbers
+
+
+def comparing(folder: Path, device: str) -> dict[str, float]:
+    """Match the features of two transcoders by their decoder rows and by the rows they are active on."""
+    options = AnalyzeSettings(examples=3, window_before=4, window_after=2, without_model=True)
+    for layer in (0, 1):
+        transcoder, output = made() / f"layers/layer{layer}", folder / f"tables{layer}"
+        analyze.run(options, cache=made() / "cache", transcoder=transcoder, output=output, compute=ON_CPU)
+    done = compare.run(
+        (folder / "tables0", folder / "tables1"),
+        transcoders=[made() / "layers"],
+        output=folder / "matches.parquet",
+        compute=Compute(device=device, quiet=True),
+    )
+    return {"features": done.table.num_rows} | sums_of(folder)
+
+
+def training_beside_others(folder: Path, device: str) -> dict[str, float]:
+    """Train with connections to a transcoder of the next layer, and scores in the language model on the way."""
+    to_next = {"kind": "sparse", "connection_path": made() / "layers/layer1", "connection_coefficient": 0.1}
+    done = train.run(
+        TrainSettings.read(BASE, {"site": "layer0", "connection": to_next}),
+        cache=made() / "cache",
+        output=folder / "out",
+        model_scores=ModelScoreSettings(evaluate_model_every=6, evaluate_model_contexts=4),
+        compute=Compute(device=device, quiet=True),
+    )
+    lines = [json.loads(line) for line in (done.path / "metrics.jsonl").read_text().splitlines()]
+    (kl, *_) = [line["kl"] for line in lines if line["split"] == "model"]
+    return {"fvu": done.metrics["heldout"]["fvu"], "loss": done.metrics["train"]["loss"], "kl": kl}
+
+
 STAGES: dict[str, Case] = {
     "cache in float32": caching("float32"),
     "cache in bfloat16": caching("bfloat16"),
@@ -234,6 +281,9 @@ STAGES: dict[str, Case] = {
     "circuit": tracing("layers"),
     "circuit across layers": tracing("across"),
     "score": scoring,
+    "steer": steering,
+    "compare": comparing,
+    "train beside other layers and the model": training_beside_others,
     "task": keeping_few,
 }
 """Cases that take long together, by name."""

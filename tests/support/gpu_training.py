@@ -212,6 +212,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gated": {"architecture": {"kind": "gated"}},
     "matryoshka": {"architecture": {"kind": "matryoshka", "k": 4, "levels": 3}},
     "skip and input bias": {"architecture": {**_K4, "skip": True, "input_bias": True}},
+    "tied bias": {"architecture": {"kind": "relu", "tied_bias": True}},
     "k that falls": {"architecture": GROWING},
     "auxk": {"architecture": GROWING, "auxiliary": {"kind": "auxk", "aux_k": 4}},
     "ghost": {"architecture": GROWING, "auxiliary": {"kind": "ghost"}},
