@@ -3,7 +3,7 @@
 The stage does everything a user gets: reading and tokenising text, packing, the pairing check, shuffling, statistics,
 checksums, syncing and publishing. It is compared with nothing but the model over contexts that are packed already:
 the same hooks, stopping at the same place, dtype, batch and threads. Models are loaded and warmed up untimed on both
-sides.
+sides. A processor that computes bfloat16 slower than float32 is measured in float32 alone, as ``cache_stage_float32``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.harness import Contender, Rates, Work, measure
 from benchmarks.peers import run_script
 from benchmarks.report import Report, parse_arguments, scratch_folder
 from tailrace.pipeline.samples.bundled_models import bundled_model
 from tailrace.pipeline.samples.smollm2 import fetch_smollm2
 from tailrace.pipeline.samples.speeches import fetch_sotu
+from tailrace.training.kernels.adaptive import resolve_precision
 
 THREADS = 2
 CONTEXTS_PER_BATCH = 8
@@ -35,8 +38,9 @@ TIMES = 10
 def main() -> None:
     arguments = parse_arguments(__doc__ or "")
     rounds = 2
+    is_fast = resolve_precision("auto", torch.device("cpu")) == "bfloat16"
     report = Report(
-        "cache_stage",
+        "cache_stage" if is_fast else "cache_stage_float32",
         "Caching beside the language model alone",
         f"{THREADS} threads, contexts of 128, {CONTEXTS_PER_BATCH} a batch, alternating processes, {rounds} rounds. "
         "The model alone: the stage's own capture of contexts of the same text, nothing stored. run_with_cache: "
@@ -52,12 +56,13 @@ def main() -> None:
         cases = {"tiny": case(str(bundled_model("tiny-lm")), text, 2, "float32", 10_000 if arguments.quick else 40_000)}
         if not arguments.quick:
             smollm2 = str(fetch_smollm2(folder / "smollm2"))
-            cases["smollm2_bfloat16"] = case(smollm2, text, 3, "bfloat16", 40_000)
+            if is_fast:
+                cases["smollm2_bfloat16"] = case(smollm2, text, 3, "bfloat16", 40_000)
             cases["smollm2_float32"] = case(smollm2, text, 3, "float32", 40_000)
         for name, task in cases.items():
             add(report, name, *measure_case(folder / name, task, rounds))
     report.targets = {
-        "stage_vs_model_smollm2_bfloat16": "≥ 0.46 where bfloat16 is fast",
+        "stage_vs_model_smollm2_bfloat16": "≥ 0.46",
         "long_stage_vs_model_smollm2_bfloat16": "≥ 0.96",
         "fixed_seconds_tiny": "≤ 1.5",
     }

@@ -17,7 +17,7 @@ from tailrace.training.loop.settings import TrainSettings
 from tests.support.pretended_gpu import record
 from tests.support.sharded_runs import publish_sharded
 from tests.support.tiny_models import save_tiny_model
-from tests.support.training_caches import publish_layers, small_cache
+from tests.support.training_caches import publish_cache, publish_layers, random_rows, small_cache
 
 Case = Callable[[Path, str], dict[str, float]]
 """(an empty folder, the device) → numbers that are the same on every device."""
@@ -155,6 +155,13 @@ def sweep_resumed(folder: Path, device: str) -> dict[str, float]:
     return {"same bytes as uninterrupted": float(same)}
 
 
+def autoencoding(folder: Path, device: str) -> dict[str, float]:
+    """Train an autoencoder whose input bias is its output bias."""
+    splits = {name: random_rows(seed, n, 12, 12)[0] for seed, (name, n) in enumerate((("train", 640), ("heldout", 96)))}
+    publish_cache(folder / "cache", {"mlp": {name: (rows, rows) for name, rows in splits.items()}})
+    return train_once(folder, device, architecture={"kind": "relu", "tied_bias": True})
+
+
 def across_layers(kind: str, **changes: Any) -> Case:
     """Return a case that trains one transcoder over three layers."""
 
@@ -212,7 +219,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gated": {"architecture": {"kind": "gated"}},
     "matryoshka": {"architecture": {"kind": "matryoshka", "k": 4, "levels": 3}},
     "skip and input bias": {"architecture": {**_K4, "skip": True, "input_bias": True}},
-    "tied bias": {"architecture": {"kind": "relu", "tied_bias": True}},
     "k that falls": {"architecture": GROWING},
     "auxk": {"architecture": GROWING, "auxiliary": {"kind": "auxk", "aux_k": 4}},
     "ghost": {"architecture": GROWING, "auxiliary": {"kind": "ghost"}},
@@ -230,6 +236,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TRAINED: dict[str, Case] = {
     **{name: training(**changes) for name, changes in SETTINGS.items()},
+    "autoencoder with a tied bias": autoencoding,
     "sweep": sweeping,
     "sweep resumed": sweep_resumed,
     **{f"across layers, {kind}": across_layers(kind) for kind in ("batch_topk", "jumprelu", "relu")},
