@@ -70,6 +70,11 @@ class ArtifactError(ActionableError):
 class ArtifactMissing(ArtifactError):
     """No artifact lies at this path."""
 
+    @classmethod
+    def at(cls, path: object) -> ArtifactMissing:
+        """Return the error of a path at which there is nothing to be shown, checked or removed."""
+        return cls(f"{path}: no cache, transcoder, tables or other artifact lies here; check the path")
+
 
 class ArtifactIncomplete(ArtifactError):
     """A draft lies at this path; it was never published."""

@@ -97,7 +97,7 @@ def describe(path: Path, generation: int | None = None) -> dict[str, Any]:
                 "state": f"a folder of {len(inside)} artifacts; name one of them, or list all with pipeline ls",
                 **{entry.parent.name: read_sealed(entry).get("kind") for entry in inside},
             }
-        raise ArtifactMissing(f"{path}: no cache, transcoder, tables or other artifact lies here; check the path")
+        raise ArtifactMissing.at(path)
     manifest = read_sealed(path / MANIFEST)
     return {name: value for name, value in manifest.items() if name not in ("files", "digest")}
 

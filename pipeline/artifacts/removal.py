@@ -43,7 +43,7 @@ def _problem(path: Path) -> ActionableError | None:
     if any(one.path == path for one in inside):
         return None
     if not inside:
-        return ArtifactMissing(f"{path}: no artifact lies here; check the path")
+        return ArtifactMissing.at(path)
     return ArtifactMismatch(f"{path}: is no artifact, but holds {len(inside)}; name those to remove: {_named(inside)}")
 
 

@@ -152,7 +152,7 @@ def run(
     drawn, read = Sample(sample, seed), path if generation is None else CacheAt(path, generation)
     is_folder = holds_others(path)
     if not (is_folder or any((path / name).exists() for name in (MANIFEST, REQUEST))):
-        raise ArtifactMissing(f"{path}: no cache, transcoder, tables or other artifact lies here; check the path")
+        raise ArtifactMissing.at(path)
     kind = kind_of(path)
     if is_folder or kind != KIND:
         refuse_generation(path, generation)

@@ -130,8 +130,8 @@ def test_only_artifacts_are_removed(made: Path, capsys: pytest.CaptureFixture[st
         1,
         [
             "error: transcoders: is no artifact, but holds 2; name those to remove: transcoders/relu, transcoders/topk",
-            "notes: no artifact lies here; check the path",
-            "gone: no artifact lies here; check the path",
+            "notes: no cache, transcoder, tables or other artifact lies here; check the path",
+            "gone: no cache, transcoder, tables or other artifact lies here; check the path",
             "link: is a link, and what it leads to may be others'; remove the link with rm",
         ],
     )
@@ -191,7 +191,7 @@ def test_damaged_folders_do_not_stop_a_listing(made: Path, capsys: pytest.Captur
     assert kinds == {"relu": ("transcoder", False, True), "topk": ("of tomorrow", True, False)}
     (line,) = [line for line in command(capsys, "ls", "transcoders").out.splitlines() if line.startswith("relu")]
     assert line.endswith("damaged: its manifest cannot be read")
-    with pytest.raises(ActionableError, match="no artifact lies here"):
+    with pytest.raises(ActionableError, match="artifact lies here"):
         removal.plan([made / "nothing"], [])
 
 
