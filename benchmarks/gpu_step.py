@@ -24,9 +24,11 @@ from torch.utils.flop_counter import flop_registry
 
 from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.objectives import VarianceObjective
+from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.device.adam import DeviceAdam
 from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep
 from tailrace.training.kernels.device.traffic import TRAFFIC, Sizes
+from tailrace.training.kernels.kernel import StepKernel
 from tailrace.training.rows.batches import Batch
 
 SIZES = {
@@ -116,23 +118,27 @@ class DeviceObjective(VarianceObjective):
         return F.mse_loss(predicted, target, reduction="sum") / (len(target) * self.total_variance)
 
 
-def count(architecture: Architecture, width: int, d_sae: int, n_rows: int = ROWS) -> Cost:
-    """Return the cost of a step and its update, of a run that has taken some."""
+def count(architecture: Architecture, width: int, d_sae: int, n_rows: int = ROWS, *, dense: bool = False) -> Cost:
+    """Return the cost of a step and its update, of a run that has taken some.
+
+    The dense step's selection counts as one read of the activations, and takes longer.
+    """
     with FakeTensorMode():
         transcoder = architecture.build(width, width, d_sae)
         gradients = DeviceGradients(fused=True)
         gradients.trusted = True
-        step, optimiser = DeviceStep(gradients), DeviceAdam(transcoder, gradients)
-        step.n_slots = 4 * K * n_rows
+        sparse, optimiser = DeviceStep(gradients), DeviceAdam(transcoder, gradients)
+        sparse.n_slots = 4 * K * n_rows
+        step: StepKernel = DenseStep("bfloat16") if dense else sparse
         batch = Batch(torch.empty(n_rows, width), torch.empty(n_rows, width))
         step(transcoder, batch, DeviceObjective(1.0))
         optimiser.step(1e-3)
         counting = Counting(Sizes(int(CANDIDATES * K * n_rows), K * n_rows))
         state = [*transcoder.state_dict().values(), *batch]
         state += [value for name, value in optimiser.state_tensors().items() if name != "optimiser.n_steps"]
-        assert gradients.screen.features is not None, "a step was taken"
+        held = [gradients.screen.features, *(parameter.grad for parameter in transcoder.parameters())]
         with counting:
-            counting.hold([*state, gradients.screen.features])
+            counting.hold([*state, *(value for value in held if value is not None)])
             step(transcoder, batch, DeviceObjective(1.0))
             optimiser.step(1e-3)
     return counting.cost
@@ -143,10 +149,12 @@ def main() -> None:
     write = sys.stdout.write
     write(f"{'model':16} {'architecture':12} {'operators':>9} {'GB moved':>9} {'peak GB':>8} {'model ms':>9}\n")
     for model, (width, d_sae) in SIZES.items():
-        for architecture in (TopK(k=K), BatchTopK(k=K), JumpReLU(), ReLU(), Gated()):
-            cost = count(architecture, width, d_sae)
+        kinds = (TopK(k=K), BatchTopK(k=K), JumpReLU(), ReLU(), Gated())
+        for architecture, dense in [*((kind, False) for kind in kinds), (TopK(k=K), True)]:
+            cost = count(architecture, width, d_sae, dense=dense)
+            name = f"{'dense ' * dense}{architecture.kind}"
             write(
-                f"{model:16} {architecture.kind:12} {cost.operators.total():9} {cost.bytes_moved.total() / 1e9:9.1f} "
+                f"{model:16} {name:12} {cost.operators.total():9} {cost.bytes_moved.total() / 1e9:9.1f} "
                 f"{cost.peak_bytes / 1e9:8.2f} {1e3 * sum(cost.seconds.values()):9.2f}\n"
             )
         largest = sorted(cost.seconds.items(), key=lambda item: -item[1])[:8]

@@ -652,7 +652,7 @@ def test_a_step_of_4096_rows_stays_within_its_budget(size: tuple[int, int], arch
     assert cost.peak_bytes / 1e9 <= gigabytes
     assert 1e3 * sum(cost.seconds.values()) <= milliseconds
     if size[1] == 24_576:
-        assert cost.bytes_moved.total() / 1e9 <= 4.2  # 6.8 for the dense step of TopK
+        assert cost.bytes_moved.total() / 1e9 <= 4.2  # 6.2 for the dense step of TopK, at least
 
 
 @pytest.mark.slow
