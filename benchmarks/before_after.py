@@ -132,7 +132,8 @@ def add_counts(report: Report, task: str, trees: dict[str, Path], told: dict[str
             counts[name] = process.found
     for what in ("opens", "syncs", "checksummed_bytes"):
         before, now = counts["before"][what], counts["now"][what]
-        report.rows.append((task, what.replace("_", " "), f"{before:,}", f"{now:,}", f"{now / max(before, 1):.3f}", ""))
+        ratio = f"{now / before:.3f}" if now <= 10 * before and before else "–"
+        report.rows.append((task, what.replace("_", " "), f"{before:,}", f"{now:,}", ratio, ""))
 
 
 def checkout(revision: str, folder: Path) -> Path:
@@ -165,6 +166,8 @@ class Worker:
         os.killpg(self.process.pid, signal.SIGCONT)
         if select.select([self._answers()], [], [], seconds)[0]:
             self.found = self._answer()
+        elif self.process.poll() is not None:
+            raise RuntimeError(f"{self.process.args!r}: ended before it was done")
         os.killpg(self.process.pid, signal.SIGSTOP)
         self.wall += time.perf_counter() - start
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
+_LOCK = threading.Lock()
+"""Of all counts: files are checksummed, opened and synced in several threads."""
 
 
 class CountedChecksum:
@@ -27,7 +31,8 @@ class CountedChecksum:
 
     def update(self, data: Any) -> None:
         """Take more bytes."""
-        CountedChecksum.n_bytes += memoryview(data).nbytes
+        with _LOCK:
+            CountedChecksum.n_bytes += memoryview(data).nbytes
         self._state.update(data)
 
     def __getattr__(self, name: str) -> Any:
@@ -44,10 +49,13 @@ class DiskCalls:
         setattr(os, "fsync", self._sync)  # noqa: B010
 
     def _audit(self, event: str, _: Any) -> None:
-        self.opens += event == "open"
+        if event == "open":
+            with _LOCK:
+                self.opens += 1
 
     def _sync(self, descriptor: Any) -> None:
-        self.syncs += 1
+        with _LOCK:
+            self.syncs += 1
         self._fsync(descriptor)
 
 
@@ -86,7 +94,8 @@ def main(told: dict[str, Any]) -> None:
     run, output = work(told), Path(told["output"])
     for done in ("imports", "small run"):
         print(json.dumps({"done": done}), file=answers, flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            return  # the parent is gone
         if done == "imports":
             run(output / "small", 10)
     calls = DiskCalls() if told.get("count") else None

@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _stop() -> NoReturn:
-    click.echo("stopped; what is finished is kept: run the same command again to go on", err=True)
+    click.echo("stopped; what is finished is kept: run the same command again to continue", err=True)
     sys.exit(_INTERRUPTED)
 
 

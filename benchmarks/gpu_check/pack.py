@@ -26,7 +26,7 @@ LIMIT_BYTES = 60 << 20
 PRESET: Final = 2
 """Of xz: five times as fast as its default, a tenth larger."""
 SOURCES = ("tailrace", "pipeline", "storage", "training", "analysis", "benchmarks/*.py", "benchmarks/gpu_check")
-SUPPORT = ("tests/__init__.py", "tests/support", "pyproject.toml", "constraints.txt", "LICENSE")
+SUPPORT = ("tests/__init__.py", "tests/support", "tests/data", "pyproject.toml", "constraints.txt", "LICENSE")
 PACKAGES = (
     *("annotated-types", "click", "donfig", "einops", "filelock", "fsspec", "google-crc32c", "jaxtyping", "numcodecs"),
     *("packaging", "pyarrow", "pydantic", "pydantic_core", "PyYAML", "safetensors", "tqdm", "typing-inspection"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.machinery
 import os
@@ -45,6 +46,7 @@ def step_of(bench: Bench, make: Callable[[str, int, int, int], Step], size: tupl
     width, d_sae, k, n_rows = size
     if not bench.is_cuda:
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes an installed triton for one that runs
+    gc.collect()  # an earlier one's weights may lie in circles of references
     try:
         with stand_ins(UNUSED):
             step = make(bench.device, width, d_sae, k)

@@ -248,17 +248,18 @@ def _seconds(work: Callable[[], object]) -> float:
 def sustained_rate(read: Callable[[], int], bucket_rows: int) -> float:
     """Return rows a second of a reader whose calls return how many rows they gave.
 
-    It loads buckets of rows ahead, so what it gives at once says nothing: a bucket is taken uncounted, then two at
-    least are counted, or as much as ``5 · _SECONDS`` allow.
+    It loads buckets of rows ahead, so only whole buckets, with the wait before each, say how fast it is: one is taken
+    uncounted, then two are counted, or one if it takes ``5 · _SECONDS``; more of small ones.
     """
-    n_before = n_rows = 0
-    while n_before < bucket_rows:
-        n_before += read()
-    started = time.perf_counter()
-    while (seconds := time.perf_counter() - started) < 5 * _SECONDS:
-        if seconds > _SECONDS and n_rows >= 2 * bucket_rows:
-            break
+    n_rows, n_buckets, seconds = 0, 0, 0.0
+    while n_rows < bucket_rows:
         n_rows += read()
+    n_rows, started = 0, time.perf_counter()
+    while seconds < (_SECONDS if n_buckets >= 2 else 5 * _SECONDS):
+        n_buckets += 1
+        while n_rows < n_buckets * bucket_rows:
+            n_rows += read()
+        seconds = time.perf_counter() - started
     return n_rows / seconds
 
 
@@ -307,7 +308,7 @@ def _limits(split: CacheSplit, site: Site, settings: TrainSettings, rates: Rates
             inputs[0, 0].item()  # waits for a GPU
             return len(inputs)
 
-        reader = sustained_rate(read, split.bucket_rows)
+        reader = sustained_rate(read, min(split.bucket_rows, split.n_rows))
     step = step_seconds(settings, site.d_in, site.d_out, device=device, precision=precision)
     return RowRates(
         cache=str(split.cache.path),

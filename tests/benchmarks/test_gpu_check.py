@@ -267,7 +267,7 @@ def test_the_correctness_half_passes_on_a_pretended_gpu(tmp_path: Path) -> None:
 
 
 PACKED_WITHOUT = ("pytest", "hypothesis", "zarrs", "tensorstore", "duckdb")
-"""Of those that tests import, packages that a machine with a GPU need not have."""
+"""Packages that tests import and a machine with a GPU may lack."""
 
 
 def test_cases_are_imported_where_no_test_runner_is_installed() -> None:

@@ -276,7 +276,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
     assert process.exitcode == 130
     assert [line for line in errors.read_text().splitlines() if line] == [
         "stopping after what runs now; Ctrl-C again stops at once",
-        "stopped; what is finished is kept: run the same command again to go on",
+        "stopped; what is finished is kept: run the same command again to continue",
     ]
     n_kept = len(list(tmp_path.glob("cache/commits/0/train-unit-*.json")))
     assert 3 <= n_kept <= 8
@@ -353,7 +353,7 @@ def test_ctrl_c_that_a_destructor_swallows_stops_the_command_all_the_same() -> N
     assert (process.returncode, said) == (130, b"")
     assert [line for line in errors.decode().splitlines() if line] == [
         "stopping after what runs now; Ctrl-C again stops at once",
-        "stopped; what is finished is kept: run the same command again to go on",
+        "stopped; what is finished is kept: run the same command again to continue",
     ]
 
 
@@ -367,7 +367,7 @@ def test_ctrl_c_that_comes_as_the_cause_of_another_error_is_no_fault(
     answer = command(capsys, "ls")
     assert (answer.code, answer.err) == (
         130,
-        "stopped; what is finished is kept: run the same command again to go on\n",
+        "stopped; what is finished is kept: run the same command again to continue\n",
     )
 
 

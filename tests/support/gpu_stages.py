@@ -229,7 +229,7 @@ def keeping_few(folder: Path, device: str) -> dict[str, float]:
 
 
 def steering(folder: Path, device: str) -> dict[str, float]:
-    """Write on with a feature of each layer changed, and with random ones beside."""
+    """Write on with a feature of each layer changed."""
     settings = SteerSettings.read({"feature": ["0:3=+5", "1:7=clamp:2"], "tokens": 6})
     compute = Compute(device=device, quiet=True)
     done = steer.run(settings, [PROMPT], transcoders=[made() / "layers"], model=MODEL, compute=compute)

@@ -86,6 +86,7 @@ def between_log_lines(kind: str) -> Case:
             compute = Compute(device=device, quiet=True)
             done = train.run(settings, cache=cache, output=folder / "out", compute=compute)
         waited = set().union(*seen[3:])  # before each of steps 4 to 12: the whole round of the loop
+        assert seen[0] or not (record.is_kept and device == "cuda"), "nothing was recorded"
         assert not waited, waited
         return {"fvu": done.metrics["heldout"]["fvu"], "steps": len(seen)}
 

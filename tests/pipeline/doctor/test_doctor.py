@@ -55,19 +55,20 @@ def test_rates_become_rows_by_the_bytes_of_a_row(tmp_path: Path) -> None:
         stage.run(cache=tmp_path / "cache", settings=TrainSettings.read({"site": "layer77"}))
 
 
-def test_a_reader_that_loads_ahead_is_timed_over_whole_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wait", [0.1, 2.0, 9.0])
+def test_a_reader_that_loads_ahead_is_timed_over_whole_buckets(wait: float, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, n_served = 0.0, 0
 
     def read() -> int:
         nonlocal clock, n_served
-        if n_served and n_served % 1000 == 0:  # the next bucket: 1000 rows in 2 s, then at once
-            clock += 2.0
+        if n_served and n_served % 1000 == 0:  # the next bucket: 1000 rows after a wait, then at once
+            clock += wait
         n_served += 50
         return 50
 
     monkeypatch.setattr(stage, "_SECONDS", 1.5)
     monkeypatch.setattr("tailrace.pipeline.doctor.stage.time.perf_counter", lambda: clock)
-    assert stage.sustained_rate(read, 1000) == pytest.approx(500, rel=0.01)
+    assert stage.sustained_rate(read, 1000) == pytest.approx(1000 / wait)
 
 
 LIMITS = RowRates(

@@ -21,10 +21,11 @@ from tests.support.cache_jobs import run_cache
 from tests.support.paths import ROOT
 
 PARENT = """
-import time
+import signal, time
 from tailrace.pipeline.shared.worker_processes import completed, open_workers
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     with open_workers(2) as submit:
         for _ in completed(submit, time.sleep, [(0,), (600,), (600,), (600,)]):
             print("working", flush=True)

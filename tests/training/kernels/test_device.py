@@ -25,17 +25,14 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from benchmarks.gpu_step import count
-from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures import Architecture, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch, LargestPerRow, Selection
-from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.cross_layer.device import DeviceStackStep
 from tailrace.training.cross_layer.stack import build_stack
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.device import operators
 from tailrace.training.kernels.device.adam import BETAS, EPSILON, DeviceAdam
-from tailrace.training.kernels.device.choice import DeviceChoice
 from tailrace.training.kernels.device.graph import CapturedStep
 from tailrace.training.kernels.device.proof import largest_error
 from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep, slots_for
@@ -45,11 +42,11 @@ from tailrace.training.loop import optim
 from tailrace.training.loop.optim import BlockedAdam
 from tailrace.training.rows.batches import Batch
 from tests.support.paths import ROOT
+from tests.support.small_steps import OBJECTIVE, CountedStep, generator, small_step, with_random_weights
 
 assert interpreted.__doc__
 
 D_IN, D_OUT, D_SAE, ROWS = 7, 5, 19, 7
-OBJECTIVE = VarianceObjective(5.0)
 TOLERANCE = 2e-6
 """Sums of float32 products; bfloat16 ones would be off by 5e-2."""
 
@@ -66,20 +63,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "matryoshka": Matryoshka(k=3, levels=3),
 }
 QUICK = "topk"
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def with_random_weights(transcoder: Transcoder) -> Transcoder:
-    transcoder = transcoder.double()
-    with torch.no_grad():
-        for index, parameter in enumerate(transcoder.parameters()):
-            parameter.copy_(0.3 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator(index)))
-        transcoder.W_enc.mul_(3 * torch.rand(len(transcoder.W_enc), 1, dtype=torch.float64, generator=generator(50)))
-    transcoder.constrain_parameters()
-    return transcoder
 
 
 def random_batch(d_in: int = D_IN, d_out: int = D_OUT) -> Batch:
@@ -201,16 +184,6 @@ def test_of_equal_numbers_the_first_are_selected_and_rows_without_a_positive_one
     assert not found[5].any()
 
 
-def small_step(**changes: Any) -> tuple[Transcoder, DeviceStep, DeviceAdam, Batch]:
-    transcoder = with_random_weights(TopK(k=2).build(4, 3, 12)).float()
-    step = DeviceStep(DeviceGradients(fused=True))
-    step.gradients.trusted = True
-    inputs = torch.randn(5, 4, generator=generator(5))
-    for row, value in changes.items():
-        inputs[int(row[1:])] = value
-    return transcoder, step, DeviceAdam(transcoder, step.gradients), Batch(inputs, torch.zeros(5, 3))
-
-
 def test_pairs_without_room_change_no_weight() -> None:
     transcoder, step, optimiser, batch = small_step()
     step.n_slots = 4
@@ -319,145 +292,6 @@ def test_the_proof_finds_any_operator_that_is_wrong(broken: str, monkeypatch: py
     monkeypatch.setattr(operators, broken, wrong)
     transcoder, _, _, batch = small_step()
     assert not largest_error(DeviceStep(), transcoder, batch, OBJECTIVE) < 1e-3
-
-
-class CountedStep(DeviceStep):
-    """A dense step that says it is a GPU's, with as many candidates as it is told."""
-
-    n_wanted = 20
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        self.gradients.n_candidates = torch.tensor(self.n_wanted)
-        return DenseStep()(*arguments, **keywords)
-
-
-def test_room_follows_what_was_wanted_two_steps_ago_and_a_resumed_run_has_as_much(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    transcoder, _, _, batch = small_step()
-    step = CountedStep()
-    choice = DeviceChoice(step, "float32", name="run", prove=False)
-    room: list[int | None] = []
-    for n_wanted in (20, 20, 50, 50, 50, 50):
-        step.n_wanted = n_wanted
-        if len(room) == 4:  # two numbers are on their way
-            state = json.loads(json.dumps(choice.state()))
-            step = CountedStep()
-            step.n_wanted = n_wanted
-            choice = DeviceChoice(step, "float32", name="run", prove=False)
-            choice.load_state(state)
-        with caplog.at_level(logging.WARNING):
-            choice(transcoder, batch, OBJECTIVE)
-        room.append(step.n_slots)
-    most = 5 * 12
-    assert room == [None, None, most, most, most, most]
-    assert not caplog.records
-    step.n_slots = 40
-    choice(transcoder, batch, OBJECTIVE)
-    assert "had 50 candidate pairs and room for 40; it changed no weight" in caplog.text
-
-
-def test_a_penalty_begins_dense_and_goes_sparse_two_steps_after_few_features_fire() -> None:
-    transcoder = with_random_weights(ReLU(l1=0.1).build(4, 3, 120)).float()
-    _, _, _, batch = small_step()
-    choice = DeviceChoice(CountedStep(), "float32", name="run")
-    choice.choice = "sparse"
-    taken = []
-    for shift in (0, -9, 0, 0, 18, 0, 0):
-        with torch.no_grad():
-            transcoder.b_enc.add_(shift)
-        choice(transcoder, batch, OBJECTIVE)
-        taken.append(choice.is_sparse)
-    assert taken == [False, False, False, True, True, True, False]
-
-
-@pytest.mark.parametrize(("error", "kind"), [(1e-6, "sparse"), (0.1, "dense")])
-def test_the_proof_decides_once_and_a_wrong_step_is_reported(
-    error: float, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    module = "tailrace.training.kernels.device.choice"
-    proofs: list[float] = []
-
-    def prove(*_: Any) -> float:
-        proofs.append(error)
-        return error
-
-    monkeypatch.setattr(f"{module}.largest_error", prove)
-    monkeypatch.setattr(f"{module}._microseconds", lambda step, *_: 1000 if isinstance(step, DeviceStep) else 2000)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU of a test")
-    transcoder = with_random_weights(TopK(k=2).build(4, 3, 120)).float()
-    _, _, _, batch = small_step()
-    choice = DeviceChoice(CountedStep(), "bfloat16", name="run")
-    with caplog.at_level(logging.INFO):
-        choice(transcoder, batch, OBJECTIVE)
-        choice(transcoder, batch, OBJECTIVE)
-    assert (choice.choice, choice.gradients.trusted, len(proofs)) == (kind, kind == "sparse", 1)
-    said = "steps are sparse: the sparse one is right to 1e-06 and takes 1.00 ms, the dense one takes 2.00 ms"
-    report = (
-        "failed its proof (its numbers differ from those of the dense step by 1.0e-01). Please report this, with GPU"
-    )
-    assert (said if kind == "sparse" else report) in caplog.text
-    resumed = DeviceChoice(CountedStep(), "bfloat16", name="run")
-    resumed.load_state(json.loads(json.dumps(choice.state())))
-    resumed(transcoder, batch, OBJECTIVE)
-    assert (resumed.choice, resumed.gradients.trusted, len(proofs)) == (kind, kind == "sparse", 1)
-
-
-class UncompiledStep(CountedStep):
-    """A step whose programs the compiler refuses."""
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        raise RuntimeError("at 7:4\nPTXAS error: no kernel image for sm_52")
-
-
-def test_a_step_that_does_not_compile_is_reported_once_and_steps_are_dense(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU of a test")
-    transcoder = with_random_weights(TopK(k=2).build(4, 3, 120)).float()
-    _, _, _, batch = small_step()
-    choice = DeviceChoice(UncompiledStep(), "float32", name="run")
-    for _ in range(2):
-        choice(transcoder, batch, OBJECTIVE)
-    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    said = "failed its proof (RuntimeError: PTXAS error: no kernel image for sm_52). Please report this, with GPU "
-    assert said in record.getMessage()
-    assert choice.choice == "dense"
-
-
-def test_a_step_that_was_asked_for_and_does_not_compile_is_refused() -> None:
-    transcoder = with_random_weights(TopK(k=2).build(4, 3, 120)).float()
-    _, _, _, batch = small_step()
-    choice = DeviceChoice(UncompiledStep(), "float32", name="run", prove=False)
-    with pytest.raises(SettingsError, match=r"kernel: sparse: .* \(RuntimeError: PTXAS error: .*; use auto or dense"):
-        choice(transcoder, batch, OBJECTIVE)
-
-
-class TooLargeStep(CountedStep):
-    """A step that the memory does not hold."""
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_the_step_that_fits_into_memory_is_taken_and_there_is_nothing_to_report(
-    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    module = "tailrace.training.kernels.device.choice"
-    monkeypatch.setattr(f"{module}.largest_error", lambda *_: 1e-6)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    transcoder = with_random_weights(TopK(k=2).build(4, 3, 120)).float()
-    _, _, _, batch = small_step()
-    choice = DeviceChoice(CountedStep() if kind == "sparse" else TooLargeStep(), "float32", name="run")
-    if kind == "sparse":
-        choice._dense = TooLargeStep()
-    with caplog.at_level(logging.INFO):
-        choice(transcoder, batch, OBJECTIVE)
-    assert choice.choice == kind
-    assert f"steps are {kind}" in caplog.text
-    assert f"the {'dense one' if kind == 'sparse' else 'sparse one is right to 1e-06 and'} does not fit" in caplog.text
-    assert "report" not in caplog.text
 
 
 def test_room_for_a_penalty_is_twice_what_is_active() -> None:

@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tailrace.storage.errors import ActionableError, SettingsError
+from tailrace.storage.errors import ActionableError, SettingsError, is_out_of_memory
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.entries import Above, LargestOfBatch
 from tailrace.training.architectures.objectives import Objective
@@ -85,7 +85,7 @@ class DeviceChoice:
         if self.is_sparse and self.choice is None and can_share:
             self._put_to_the_proof(transcoder, batch, objective, reductions)
         if self.is_sparse and self.choice == "sparse" and can_share:
-            with nullcontext() if self._prove else self._refusing_what_does_not_run():
+            with nullcontext() if self._prove else self._refusing_what_does_not_run(is_alone=reductions is ALONE):
                 result = self._captured(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
             assert self.gradients.n_candidates is not None, "a step has just counted them"
             self._remember(result, self.gradients.n_candidates)
@@ -99,14 +99,16 @@ class DeviceChoice:
         return result
 
     @contextmanager
-    def _refusing_what_does_not_run(self) -> Iterator[None]:
-        """Raise SettingsError for what a compiler or driver says of the first sparse step, which nothing has proven."""
+    def _refusing_what_does_not_run(self, *, is_alone: bool) -> Iterator[None]:
+        """Raise SettingsError for what a compiler says of the first sparse step, which nothing has proven."""
         try:
             yield
-        except (torch.OutOfMemoryError, ActionableError):
+        except ActionableError:
             raise
         except Exception as error:
-            if self._has_run:
+            is_of_device = is_out_of_memory(error) or str(error).startswith("CUDA error")
+            is_of_others = not is_alone and isinstance(error, RuntimeError)  # a process that ended, for one
+            if self._has_run or is_of_device or is_of_others:
                 raise
             raise SettingsError(
                 f"kernel: sparse: the sparse step does not run here ({_summary(error)}); use auto or dense, and please "
@@ -158,32 +160,31 @@ class DeviceChoice:
         self, transcoder: Transcoder, batch: Batch, objective: Objective, reductions: BatchReductions
     ) -> None:
         device = batch.inputs.device
-        error, problem, times = 0.0, "", (0, 0)
+        error, problem, times, is_fault = 0.0, "", (0, 0), True
         try:
             error = largest_error(self._sparse, transcoder, batch, objective)
             if not error < LARGEST_ERROR:
                 problem = f"its numbers differ from those of the dense step by {error:.1e}"
             else:
-                times = (
-                    _microseconds(self._sparse, transcoder, batch, objective),
-                    _microseconds(self._dense, transcoder, batch, objective),
-                )
+                sparse = _microseconds(self._sparse, transcoder, batch, objective)
+                self.gradients.at_pairs.clear()  # the dense step gets their memory
+                times = (sparse, _microseconds(self._dense, transcoder, batch, objective))
         except Exception as broken:  # whatever a compiler, a driver or a GPU may raise
-            problem = _summary(broken)
+            problem, is_fault = _summary(broken), not is_out_of_memory(broken)
         is_right = bool(reductions.least(torch.tensor(float(not problem), device=device)) > 0)
         sparse_time, dense_time = reductions.total(torch.tensor(times, device=device)).tolist()
         self.choice = "sparse" if is_right and sparse_time < dense_time else "dense"
         self.gradients.trusted = is_right
         self.gradients.at_pairs.clear()
         if not is_right:
+            versions = (
+                f"GPU {torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
+            )
             logger.warning(
-                "%s: steps are dense, because the sparse step failed its proof (%s). Please report this, with GPU %s, "
-                "torch %s, triton %s",
+                "%s: steps are dense, because the sparse step failed its proof (%s)%s",
                 self._name,
                 problem or "in another process",
-                torch.cuda.get_device_name(device),
-                torch.__version__,
-                triton.__version__,
+                f". Please report this, with {versions}" if is_fault else "",
             )
             return
         logger.info(
@@ -255,8 +256,10 @@ def _microseconds(step: StepKernel, transcoder: Transcoder, batch: Batch, object
 
 
 def _summary(error: Exception) -> str:
-    """Return an error's class and last line, which is where compilers say what is wrong."""
-    return ": ".join((type(error).__name__, *str(error).strip().splitlines()[-1:]))
+    """Return an error's class and the line that says what is wrong: around it, compilers show code and commands."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for sign in ("fatal", "error") for line in lines if sign in line.lower()]
+    return ": ".join((type(error).__name__, *(telling or lines[-1:])[:1]))
 
 
 def _said(microseconds: int) -> str:
