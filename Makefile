@@ -55,9 +55,11 @@ test-all: check ## All checks and all tests but those of interop
 	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not interop"
 
 test-nightly: install-dev ## Fuzz, crash, refuse, cut the power and kill for SECONDS=3600; other inputs and moments each day
-	$(VENV)/bin/python -m tests.faults.fuzz --seconds $$(($(SECONDS) / 8)) --seed $$(date +%j)
-	$(VENV)/bin/python -m tests.faults.hostile --seconds $$(($(SECONDS) / 8)) --seed $$(date +%j)
-	$(VENV)/bin/python -m tests.faults --seconds $$(($(SECONDS) * 3 / 4)) --seed $$(date +%j)
+	@failed=; run() { echo "$(VENV)/bin/python -m $$*"; $(VENV)/bin/python -m "$$@" --seed $$(date +%j) || failed="$$failed $$1"; }; \
+	  run tests.faults.fuzz --seconds $$(($(SECONDS) / 8)); \
+	  run tests.faults.hostile --seconds $$(($(SECONDS) / 8)); \
+	  run tests.faults --seconds $$(($(SECONDS) * 3 / 4)); \
+	  test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 interop: install-dev ## Load exports in the packages they are for; installs those (15 GB)
 	$(VENV)/bin/pytest -m interop -o faulthandler_timeout=3600 tests/pipeline/formats tests/pipeline/circuit/test_viewer_package.py

@@ -412,9 +412,11 @@ def _is_own(entry: Path) -> bool:
 
 def holds_artifact(folder: Path) -> bool:
     """Return whether a folder is an artifact, finished or not; a file of these names alone is anybody's."""
-    if (folder / LOCK).is_file() and (folder / REQUEST).is_file():
-        return True
     try:
+        if (folder / LOCK).is_file() and (folder / REQUEST).is_file():
+            return True
+        if (folder / MANIFEST).is_file() and _is_request(folder / REQUEST):
+            return True  # of which the manifest may be damaged, and the lock lost by git or a copy
         manifest = parse_json((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return False

@@ -54,6 +54,12 @@ def _begin_of(path: Path) -> str:
     return f".{name}.tmp-"
 
 
+def temporary_paths_of(path: Path) -> list[Path]:
+    """Return what lies beside ``path`` under the names that ``temporary_path`` gives it in any process."""
+    begin, folder = _begin_of(path), path.absolute().parent
+    return sorted(folder / name for name in os.listdir(folder) if name.startswith(begin) and is_temporary(name))
+
+
 def is_temporary(name: str) -> bool:
     """Return whether a name is that of a file, or of a folder for one, while it is written."""
     return _TEMPORARY.fullmatch(name) is not None
@@ -159,6 +165,8 @@ def _file_problem(root: Path, name: str) -> str | None:
         return None if stat.S_ISREG((root / name).stat().st_mode) else "is no regular file"
     except FileNotFoundError:
         return None
+    except PermissionError:
+        return None  # whoever opens it says so
     except (OSError, RuntimeError) as error:  # a name too long, a folder's name on a file, a loop of links
         return f"cannot be looked at ({error})"
 

@@ -29,21 +29,23 @@ def command(paths: tuple[Path, ...], folders: tuple[Path, ...], force: bool, as_
     pipeline rm transcoders/first-try
     pipeline rm runs/a runs/b --in runs --in tables
 
-    In a terminal, asks first. An artifact is gone as a unit: it is never seen in part, whenever the command is killed.
+    In a terminal, asks first. An artifact is gone as a unit: it is never seen in part, whenever the command is killed;
+    the same command then deletes the rest.
     """
     from tailrace.pipeline.artifacts import removal
 
     seen = folders or (Path(), *(path.absolute().parent for path in paths))
     doomed = removal.plan(paths, seen, is_forced=force)
-    if not force and sys.stdin.isatty():
+    if doomed and not force and sys.stdin.isatty():
         click.echo("\n".join(_lines(doomed)), err=True)
         click.confirm(f"remove {'these' if len(doomed) > 1 else 'this'}?", abort=True, err=True)
-    removal.remove(doomed)
+    removal.remove(doomed, paths)
     n_bytes = sum(one.n_bytes for one in doomed)
     if as_json:
         options.echo_json({"removed": [str(one.path) for one in doomed], "bytes": n_bytes})
     else:
-        click.echo(f"removed {len(doomed):,} artifact{'s' * (len(doomed) > 1)}, {units.size(n_bytes)}")
+        what = f"{len(doomed):,} artifact{'s' * (len(doomed) > 1)}, {units.size(n_bytes)}"
+        click.echo(f"removed {what if doomed else 'what an earlier command left'}")
 
 
 def _lines(doomed: Sequence[Listed]) -> list[str]:

@@ -96,7 +96,7 @@ def _artifacts(folder: Path) -> Iterator[Path]:
 
 def _is_artifact(folder: Path) -> bool:
     """Return whether a folder is an artifact, or a run that was begun and came without its lock: by git, or a copy."""
-    return holds_artifact(folder) or ((folder / REQUEST).is_file() and (folder / "metrics.jsonl").is_file())
+    return holds_artifact(folder) or all(os.path.isfile(folder / name) for name in (REQUEST, "metrics.jsonl"))
 
 
 def _holds_others(folder: Path) -> bool:

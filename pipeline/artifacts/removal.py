@@ -14,7 +14,7 @@ from tailrace.storage.errors import ActionableError, ArtifactMismatch, ArtifactM
 from tailrace.storage.generations import Generations
 from tailrace.storage.labels import FILE as LABELS
 from tailrace.storage.labels import read_labels
-from tailrace.storage.names import is_temporary, temporary_path
+from tailrace.storage.names import is_temporary, temporary_path, temporary_paths_of
 
 _REMOVED = "removed"
 _NAMED = 10
@@ -24,8 +24,9 @@ _NAMED = 10
 def plan(paths: Sequence[Path], seen: Sequence[Path], *, is_forced: bool = False) -> list[Listed]:
     """Return the artifacts at ``paths``, with those inside them.
 
-    Raises ArtifactMissing for what is no artifact, and ArtifactMismatch, unless ``is_forced``, if an artifact in the
-    folders ``seen`` that stays was made from them, or labels would be lost; with every problem.
+    Of what a killed command removed in part, nothing is returned. Raises ArtifactMissing for what is no artifact, and
+    ArtifactMismatch, unless ``is_forced``, if an artifact in the folders ``seen`` that stays was made from them, or
+    labels would be lost; with every problem.
     """
     problems = [problem for path in paths if (problem := _problem(path)) is not None]
     raise_together(problems)
@@ -43,7 +44,7 @@ def _problem(path: Path) -> ActionableError | None:
     if any(one.path == path for one in inside):
         return None
     if not inside:
-        return ArtifactMissing.at(path)
+        return None if path.absolute().parent.is_dir() and left_of(path) else ArtifactMissing.at(path)
     return ArtifactMismatch(f"{path}: is no artifact, but holds {len(inside)}; name those to remove: {_named(inside)}")
 
 
@@ -120,8 +121,8 @@ def _named(artifacts: Sequence[Listed]) -> str:
     return ", ".join(str(one.path) for one in artifacts[:_NAMED]) + more
 
 
-def remove(doomed: Sequence[Listed]) -> None:
-    """Remove artifacts; what is inside another goes with it.
+def remove(doomed: Sequence[Listed], paths: Sequence[Path] = ()) -> None:
+    """Remove artifacts; what is inside another goes with it, and so does what a killed command left of ``paths``.
 
     Raises ArtifactBusy for a draft that a process is writing, and StorageFull if the disk refuses.
     """
@@ -130,20 +131,33 @@ def remove(doomed: Sequence[Listed]) -> None:
             continue  # was inside another
         lock = None if one.is_finished else Lock(one.path)
         try:
-            _remove(one.path)
+            _put_aside(one.path)
         except OSError as error:
             raise storage_refused(error, one.path) from error
         finally:
             if lock is not None:
                 lock.release()
+    for path in (*(one.path for one in doomed), *paths):
+        try:
+            for aside in left_of(path):
+                shutil.rmtree(aside)
+            for entry in path.absolute().parent.iterdir():  # what killed commands left of others
+                if is_temporary(entry.name) and (entry / _REMOVED).is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+        except FileNotFoundError:
+            continue  # was inside another
+        except OSError as error:
+            raise storage_refused(error, path) from error
 
 
-def _remove(path: Path) -> None:
+def _put_aside(path: Path) -> None:
     """Take a folder away by its name first: what a killed process leaves is no artifact of the folder around it."""
     aside = temporary_path(path.absolute())
     aside.mkdir()
     path.rename(aside / _REMOVED)  # one level below, where folders of artifacts are not looked through
     sync_directory(aside.parent)
-    for entry in aside.parent.iterdir():  # this, and what killed processes left
-        if is_temporary(entry.name) and (entry / _REMOVED).is_dir():
-            shutil.rmtree(entry, ignore_errors=entry != aside)
+
+
+def left_of(path: Path) -> list[Path]:
+    """Return the folders in which an artifact of this path lies that was taken away and is not deleted yet."""
+    return [aside for aside in temporary_paths_of(path) if (aside / _REMOVED).is_dir()]

@@ -25,7 +25,7 @@ from tailrace.storage.cache_verify import total_bytes, verify_bytes
 from tailrace.storage.compared import Sample
 from tailrace.storage.display import card, line, share, table
 from tailrace.storage.draft import holds_artifact
-from tailrace.storage.errors import ActionableError, ArtifactMissing
+from tailrace.storage.errors import ActionableError, ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.generations import CacheAt, CachePath, refuse_generation
 from tailrace.storage.layout import RELATIVE_ERROR, Side, relative_error
 from tailrace.storage.names import refuse_lost
@@ -110,20 +110,23 @@ def holds_others(path: Path) -> bool:
     return path.is_dir() and not is_one and next(_artifacts(path), None) is not None
 
 
-def _artifacts(path: Path) -> Iterator[Path]:
-    """Yield the folders of artifacts below ``path``, damaged ones too; what lies in a finished one is part of it."""
-    is_finished = (path / MANIFEST).is_file()
-    if (path / REQUEST).is_file() or holds_artifact(path):
-        yield path
-        if is_finished:
-            return
+def _artifacts(path: Path) -> Iterator[Path | ArtifactCorrupt]:
+    """Yield the folders of artifacts below ``path``, damaged ones too; an error for each that cannot be read.
+
+    What lies in a finished artifact is part of it.
+    """
     try:
+        if (path / REQUEST).is_file() or holds_artifact(path):
+            yield path
+            if (path / MANIFEST).is_file():
+                return
         folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
-        folders = [name for name in folders if not name.startswith(".")]
     except OSError as error:
-        raise unreadable(error, path) from error
+        yield unreadable(error, path)
+        return
     for name in folders:
-        yield from _artifacts(path / name)
+        if not name.startswith("."):
+            yield from _artifacts(path / name)
 
 
 def run(
@@ -181,6 +184,9 @@ def _check_folder(
     done = Verification(path)
     for artifact in _artifacts(path):
         kind = ""
+        if isinstance(artifact, ArtifactCorrupt):
+            done.damage.append(str(artifact))
+            continue
         try:
             refuse_lost(artifact / MANIFEST)
             if not (artifact / MANIFEST).exists():
@@ -192,6 +198,8 @@ def _check_folder(
                 damage = verify_artifact(artifact, kind, sample.reads)
         except ActionableError as error:  # the others are checked all the same
             damage = [str(error)]
+        except OSError as error:
+            damage = [str(unreadable(error, artifact))]
         done.inside.append(Verification(artifact, kind, damage))
         finished(done.inside[-1])
     return done

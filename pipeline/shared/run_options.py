@@ -30,8 +30,8 @@ class HomePath(click.Path):
         return super().convert(path, param, ctx)
 
 
-ARTIFACT = HomePath(file_okay=False, path_type=Path)
-"""A directory that holds, or will hold, an artifact."""
+ARTIFACT = HomePath(file_okay=False, readable=False, path_type=Path)
+"""A directory that holds, or will hold, an artifact; one that cannot be read is no mistake in the command."""
 FILE = HomePath(dir_okay=False, path_type=Path)
 """A file that is read or written."""
 FILE_OR_ARTIFACT = HomePath(path_type=Path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import time
@@ -165,6 +167,53 @@ def test_a_removal_that_is_killed_leaves_nothing_of_it_to_be_read(made: Path, mo
     assert len(list((made / "transcoders").iterdir())) == 2
     removal.remove(removal.plan([made / "transcoders/topk"], [made], is_forced=True))
     assert list((made / "transcoders").iterdir()) == []  # what was left is gone, too
+
+
+def test_the_same_command_finishes_a_removal_that_was_killed(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        assert command(capsys, "rm", "sweep", "--force").code == 130
+    assert len(list(made.glob(".sweep.tmp-*"))) == 1
+    assert command(capsys, "rm", "sweep", "--force") == Answer(0, "removed what an earlier command left\n", "")
+    assert list(made.glob(".sweep.tmp-*")) == []
+    assert "artifact lies here; check the path" in command(capsys, "rm", "sweep", "--force").err
+
+
+def test_what_a_damaged_artifact_was_made_with_stays_also_where_its_lock_is_gone(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = made / "tables/topk/manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b"x")
+    (made / "tables/topk/.lock").unlink(missing_ok=True)
+    (listed,) = list_artifacts(made / "tables")
+    assert listed.is_damaged
+    assert "tables/topk" in command(capsys, "rm", "transcoders/topk").err
+
+
+def test_a_folder_that_cannot_be_read_stops_neither_a_listing_nor_a_check(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path.parent.name == "relu":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    weights = made / "transcoders/topk/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert [one.path.name for one in list_artifacts(made / "transcoders")] == ["topk"]
+    answer = command(capsys, "verify", "transcoders")
+    assert answer.code == 1
+    assert "transcoders/relu: cannot be read (Permission denied)" in answer.err + answer.out
+    assert "topk" in answer.out
+    assert "weights.safetensors" in answer.err + answer.out
 
 
 def test_a_run_that_is_being_written_stays(made: Path) -> None:
