@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.storage.artifact import is_disk_refusal, make_directory, storage_refused
+from tailrace.storage.draft import NO_LOCKS, unlockable
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.parsing import parse_json
@@ -79,6 +80,8 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                raise unlockable(error, self.path.parent) from error
             if is_disk_refusal(error):
                 raise storage_refused(error, self.path) from error
             raise

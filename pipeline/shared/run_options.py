@@ -34,7 +34,7 @@ ARTIFACT = HomePath(file_okay=False, readable=False, path_type=Path)
 """A directory that holds, or will hold, an artifact; one that cannot be read is no mistake in the command."""
 FILE = HomePath(dir_okay=False, path_type=Path)
 """A file that is read or written."""
-FILE_OR_ARTIFACT = HomePath(path_type=Path)
+FILE_OR_ARTIFACT = HomePath(readable=False, path_type=Path)
 
 out = click.option("--out", "output", required=True, type=ARTIFACT, help="Directory to write.")
 device = running(

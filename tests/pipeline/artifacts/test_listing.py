@@ -216,6 +216,24 @@ def test_a_folder_that_cannot_be_read_stops_neither_a_listing_nor_a_check(
     assert "weights.safetensors" in answer.err + answer.out
 
 
+def test_a_folder_without_rights_is_no_mistake_in_the_command(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "manifest.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    assert command(capsys, "info", "transcoders/topk").code == 0
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    answer = command(capsys, "info", "transcoders/topk")
+    assert answer.code == 1
+    assert "manifest.json: " in answer.err
+
+
 def test_a_run_that_is_being_written_stays(made: Path) -> None:
     lock = Lock(made / "drafts/transcoder")
     with pytest.raises(ArtifactBusy):

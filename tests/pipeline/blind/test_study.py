@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from datetime import UTC, datetime, timedelta
@@ -17,7 +19,7 @@ from tailrace.analysis.circuits.nodes import Kind, Node
 from tailrace.pipeline import cli
 from tailrace.pipeline.blind.ledger import Ledger
 from tailrace.pipeline.blind.study import BlindStudy, begin_from_tables
-from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull
 from tailrace.storage.tables import write_table
 from tests.support.tables_by_hand import dead_row, example_row, feature_row, publish_tables
 
@@ -246,6 +248,15 @@ def test_evidence_that_was_exchanged_is_noticed(study):
     with pytest.raises(ArtifactCorrupt, match="is not what was sealed"):
         study.view(1)
     assert [entry["event"] for entry in study.entries()] == ["begin", "evidence"]
+
+
+def test_a_file_system_without_locks_is_refused_by_name(tmp_path, monkeypatch) -> None:
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageFull, match="its file system has no locks"):
+        Ledger(tmp_path / "ledger.jsonl", ticking()).append("study", begins=True)
 
 
 def test_entries_are_chained_from_the_first(tmp_path):
