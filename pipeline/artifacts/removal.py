@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -159,5 +160,5 @@ def _put_aside(path: Path) -> None:
 
 
 def left_of(path: Path) -> list[Path]:
-    """Return the folders in which an artifact of this path lies that was taken away and is not deleted yet."""
-    return [aside for aside in temporary_paths_of(path) if (aside / _REMOVED).is_dir()]
+    """Return the folders for an artifact of this path that is taken away: not yet, in part, or all but the folder."""
+    return [aside for aside in temporary_paths_of(path) if aside.is_dir() and set(os.listdir(aside)) <= {_REMOVED}]

@@ -28,6 +28,7 @@ from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.errors import ActionableError
 from tailrace.storage.labels import FILE
+from tailrace.storage.names import is_temporary
 from tests.faults.lab import Call, Fault, Lab, Mode, Outcome, Signal, read_calls
 from tests.faults.power_cut import CHANGES_BYTES, Disk, State
 from tests.faults.stages import OUTPUT, STAGES, Stage, begin, command
@@ -119,7 +120,7 @@ class Bench:
             except (ActionableError, OSError, ValueError) as error:
                 problems.append(f"the rows that the cache had cannot be read: {error}")
         checks = [["verify", str(path.relative_to(self.lab.folder)), "--pairs", "0"] for path in _published(self.made)]
-        again = [] if self.stage.begins_once and self.output.exists() else [self._command]
+        again = [] if self.stage.refuses_again(self.output) else [self._command]
         if self.stage.keeps_ledger:
             again.append(command("blind study log {out}"))
         outcome = self.lab.run(*checks, *again)
@@ -150,8 +151,9 @@ def _digest(path: Path) -> str:
 
 
 def _published(folder: Path) -> list[Path]:
-    """Return the folders that look published and lie in no other such."""
-    found = sorted(path.parent for path in folder.rglob(MANIFEST))
+    """Return the folders that look published and lie in no other such, and in none that is being made or deleted."""
+    every = (path.parent for path in folder.rglob(MANIFEST))
+    found = sorted(path for path in every if not any(map(is_temporary, path.relative_to(folder).parts)))
     return [path for path in found if not any(other in path.parents for other in found)]
 
 
@@ -269,7 +271,7 @@ def _signal(bench: Bench, case: str) -> list[str]:
         name, after = one.split("@")
         outcome = bench.run(signals=[Signal(float(after), Signals[name])])
         problems += _unless(outcome.problem(0, -Signals[name], 130))
-        if bench.stage.begins_once and bench.output.exists():
+        if bench.stage.refuses_again(bench.output):
             break
     return problems
 

@@ -38,10 +38,11 @@ class Stage(NamedTuple):
         """Whether what it makes says when it was done, so that its bytes are others each time."""
         return self.line.startswith("blind study")
 
-    @property
-    def begins_once(self) -> bool:
-        """Whether it refuses to begin what has begun."""
-        return self.line.startswith("blind study begin")
+    def refuses_again(self, output: Path) -> bool:
+        """Return whether the same command is refused now: what is done once has been done."""
+        if self.line.startswith("rm"):
+            return not any(output.parent.iterdir())
+        return self.line.startswith("blind study begin") and output.exists()
 
 
 def command(line: str) -> list[str]:
@@ -94,6 +95,7 @@ _PROMPT = "'the people of' --transcoders transcoders/topk"
 _GROWN = tuple(step.line for step in STEPS if step.output == "caches/grown")
 STAGES = _recipe() | {
     "prune": Stage("prune {out} --force", before=_GROWN),
+    "rm": Stage("rm {out} --force", begin_with="sweep"),
     "label": Stage("label {out} 3 people --note often --author me", begin_with="tables/topk"),
     "label-export": Stage("label tables/topk --export {out}/labels.csv", begin_with=""),
     "query": Stage(f"query 'SELECT * FROM features' {_TABLES} --out {{out}}/answer.parquet", begin_with=""),

@@ -63,7 +63,7 @@ READERS = {
 }
 
 
-MOST = 15
+MOST = 25
 """Files that are damaged in each way, for each command."""
 
 
