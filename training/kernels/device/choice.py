@@ -250,7 +250,9 @@ def _microseconds(step: StepKernel, transcoder: Transcoder, batch: Batch, object
             for _ in range(TIMED_STEPS):
                 step(transcoder, batch, objective)
             torch.cuda.synchronize(batch.inputs.device)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return NEVER
     return round(1e6 * (time.perf_counter() - start) / TIMED_STEPS)
 
