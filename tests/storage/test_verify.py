@@ -80,16 +80,24 @@ def test_the_example_has_every_kind_of_file(grown: Path) -> None:
     assert all(any(name.startswith(kind) for name in every_file(grown)) for kind in kinds)
 
 
+def changed(data: bytes, number: int) -> bytes:
+    """Change one byte: of one file the first, of the next the middle one, of the one after the last."""
+    position = (0, len(data) // 2, len(data) - 1)[number % 3]
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
 def test_one_changed_byte_in_any_file_is_found(copied: Path) -> None:
     missed = []
-    for number, name in enumerate(every_file(copied)):
-        data = (copied / name).read_bytes()
-        # the first byte of one file, the middle of the next, the last of the one after
-        position = (0, len(data) // 2, len(data) - 1)[number % 3]
-        (copied / name).write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
-        if not any(name in problem for problem in verify_bytes(copied)):
-            missed.append((name, position))
-        (copied / name).write_bytes(data)
+    # without its JSON a cache is not read further, so each such file is changed alone; rows, all at once
+    rows = [name for name in every_file(copied) if not name.endswith(".json")]
+    for names in (rows, *([name] for name in every_file(copied) if name.endswith(".json"))):
+        intact = {name: (copied / name).read_bytes() for name in names}
+        for number, name in enumerate(names, len(intact[names[0]])):
+            (copied / name).write_bytes(changed(intact[name], number))
+        problems = verify_bytes(copied)
+        missed += [name for name in names if not any(f"{name}:" in problem for problem in problems)]
+        for name in names:
+            (copied / name).write_bytes(intact[name])
     assert missed == []
     assert verify_bytes(copied) == []
 
