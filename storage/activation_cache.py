@@ -39,7 +39,7 @@ from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactM
 from tailrace.storage.formats import LEFT_OUT
 from tailrace.storage.generations import PRUNED, CacheAt, CachePath, Generations, Pin, read_pruned
 from tailrace.storage.layout import ArraySpec, Side
-from tailrace.storage.names import folder_problem, home_path, inside
+from tailrace.storage.names import folder_problem, home_path, inside, matching
 from tailrace.storage.orders import Read
 from tailrace.storage.parsing import parse_json
 from tailrace.storage.shard import read_rows
@@ -108,8 +108,8 @@ def reopen_cache(path: CachePath, output: Path) -> ActivationCache:
     cache = open_cache(path)
     if isinstance(path, CacheAt):
         return cache
-    for request in (output / REQUEST, *sorted(output.glob(f"*/{REQUEST}"))):
-        with suppress(OSError, ValueError):
+    for request in (output / REQUEST, *matching(output, f"*/{REQUEST}")):
+        with suppress(FileNotFoundError, IsADirectoryError, ValueError):
             begun = _generation_in(parse_json(request.read_bytes()), cache.cache_id)
             if begun is not None and begun < cache.generation:
                 newest = cache.generation

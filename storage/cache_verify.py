@@ -22,6 +22,7 @@ from tailrace.storage.cache_format import (
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.generations import read_pruned
 from tailrace.storage.layout import ArraySpec, array_metadata
+from tailrace.storage.names import matching
 from tailrace.storage.parsing import parse_json
 
 Progress = Callable[[int], None]
@@ -55,7 +56,7 @@ def verify_bytes(path: Path, progress: Progress = lambda _: None, reads: Reads =
             partial(split.group_of, name), partial(check_files, files={name: recorded}, reads=reads)
         )
         progress(recorded.bytes)
-    for epoch in sorted((path / EPOCHS).glob("*")):
+    for epoch in matching(path / EPOCHS, "*"):
         if (epoch / MANIFEST).exists():
             problems += verify_artifact(epoch, EPOCH_KIND)
             problems += check_files(epoch, _epoch_shards(epoch), reads=reads)

@@ -393,15 +393,17 @@ def _foreign(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir() if not _is_own(entry))
 
 
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
 def _is_request(path: Path) -> bool:
     """Return whether a file is a draft's request; other programs have files of that name too."""
-    if not path.exists():
-        return False
     try:
-        request = read_json(path)
-    except ArtifactCorrupt:
+        data = path.read_bytes()
+        request = parse_json(data)
+    except (*_NO_FILE, ValueError):
         return False
-    return isinstance(request, dict) and canonical_json(request) == path.read_bytes()
+    return isinstance(request, dict) and canonical_json(request) == data
 
 
 def _is_own(entry: Path) -> bool:
@@ -411,13 +413,16 @@ def _is_own(entry: Path) -> bool:
 
 
 def holds_artifact(folder: Path) -> bool:
-    """Return whether a folder is an artifact, finished or not; a file of these names alone is anybody's."""
+    """Return whether a folder is an artifact, finished or not; a file of these names alone is anybody's.
+
+    Raises OSError for what cannot be read.
+    """
     try:
         if (folder / LOCK).is_file() and (folder / REQUEST).is_file():
             return True
         if (folder / MANIFEST).is_file() and _is_request(folder / REQUEST):
             return True  # of which the manifest may be damaged, and the lock lost by git or a copy
         manifest = parse_json((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (*_NO_FILE, ValueError):
         return False
     return isinstance(manifest, dict) and {"kind", "digest"} <= manifest.keys()

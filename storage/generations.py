@@ -31,7 +31,7 @@ from tailrace.storage.artifact import (
 from tailrace.storage.cache_format import EPOCHS, SPLITS, CacheManifest, manifest_name, packing_name
 from tailrace.storage.draft import NO_LOCKS, Lock, unlockable
 from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch
-from tailrace.storage.names import inside, remove_temporary
+from tailrace.storage.names import files_below, inside, matching, remove_temporary
 
 PRUNED = "pruned.json"
 _NUMBERED = ("commits", "documents", "statistics", "superseded")
@@ -174,7 +174,9 @@ class Generations:
         """Return the files that only generations before ``oldest`` need, their manifests last."""
         needed = {name for at in self.manifests if at.generation >= oldest for name in at.files}
         packed = [name for number in range(self.newest + 1) if (self.root / (name := packing_name(number))).exists()]
-        names = [name for folder in self._folders(oldest) for name in _files_below(self.root, folder)]
+        names = [
+            file.relative_to(self.root).as_posix() for folder in self._folders(oldest) for file in files_below(folder)
+        ]
         names += [name for name in packed[:-1] if name in {packing_name(number) for number in range(oldest)}]
         names += [name for number in range(oldest) if (self.root / (name := manifest_name(number))).exists()]
         return [inside(self.root, name) for name in names if name not in needed]
@@ -183,7 +185,7 @@ class Generations:
         """Yield the folders that hold nothing of ``oldest`` or later, but for files that later manifests name."""
         for number in range(oldest):
             yield from (self.root / name / str(number) for name in _NUMBERED)
-            yield from sorted((self.root / EPOCHS).glob(f"*-generation{number}-*"))
+            yield from matching(self.root / EPOCHS, f"*-generation{number}-*")
 
     def prune(self, oldest: int) -> None:
         """Delete what only generations before ``oldest`` need; done again, finish what was cut off.
@@ -212,7 +214,7 @@ class Generations:
             for file in self.unneeded(oldest):
                 file.unlink(missing_ok=True)
             for folder in self._folders(oldest):
-                for inner, _, _ in os.walk(folder, topdown=False):
+                for inner, _, _ in os.walk(folder, topdown=False, onerror=_raise_unless_gone):
                     try:
                         os.rmdir(inner)
                     except OSError as error:
@@ -222,9 +224,9 @@ class Generations:
             raise storage_refused(error, self.root) from error
 
 
-def _files_below(root: Path, folder: Path) -> Iterator[str]:
-    for inner, _, names in os.walk(folder):
-        yield from (Path(inner, name).relative_to(root).as_posix() for name in sorted(names))
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 @contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import fnmatch
+import glob
 import os
 import re
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -102,6 +104,63 @@ def entries_below(root: Path) -> Iterator[Path]:
             yield path
         elif not (path / LOCK).exists():
             yield from entries_below(path)
+
+
+def files_below(root: Path, *, but: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield every file below ``root``, links among them, but for those in folders ``but`` some.
+
+    Of a ``root`` that is not there, none.
+
+    Raises OSError for a folder that cannot be listed, which ``os.walk`` and ``Path.rglob`` pass over in silence.
+    """
+    for entry in _listing(root):
+        path = Path(entry.path)
+        if not entry.is_dir(follow_symlinks=False):
+            yield path
+        elif but is None or not but(path):
+            yield from files_below(path, but=but)
+
+
+def matching(root: Path, pattern: str) -> list[Path]:
+    """Return the paths below ``root`` that a shell's pattern names, sorted; ``**`` stands for any number of folders.
+
+    A name with a dot in front is passed over unless the pattern spells the dot. Raises OSError for a folder that cannot
+    be listed, which ``glob`` and ``Path.glob`` pass over in silence.
+    """
+    parts = Path(pattern).parts
+    return sorted(set(_matching(root, parts))) if parts else []
+
+
+def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    first, *rest = parts
+    if first == "**":
+        yield from _matching(folder, rest or ["*"])
+        for entry in _listing(folder):
+            if not entry.name.startswith(".") and entry.is_dir() and not _leads_up(entry):
+                yield from _matching(Path(entry.path), parts)
+    elif glob.has_magic(first):
+        for entry in _listing(folder):
+            is_hidden = entry.name.startswith(".") and not first.startswith(".")
+            if fnmatch.fnmatchcase(entry.name, first) and not is_hidden and (not rest or entry.is_dir()):
+                yield from _matching(Path(entry.path), rest) if rest else [Path(entry.path)]
+    elif rest:
+        yield from _matching(folder / first, rest)
+    elif (folder / first).exists():
+        yield folder / first
+
+
+def _leads_up(entry: os.DirEntry[str]) -> bool:
+    """Return whether a link leads to a folder that it lies in, so that following it would never end."""
+    return entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(Path(entry.path).resolve())
+
+
+def _listing(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what lies in a folder, sorted; nothing of one that is not there."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
@@ -198,5 +257,5 @@ def refuse_lost(manifest: Path) -> None:
     """Raise ArtifactCorrupt if a manifest is gone and that of a later generation than the first is there."""
     if manifest.exists():
         return
-    if later := next(manifest.parent.glob(f"{manifest.stem}-[1-9]*{manifest.suffix}"), None):
-        raise ArtifactCorrupt(f"{manifest}: is missing, and {later.name} says that it was there; {RESTORE}")
+    if later := matching(manifest.parent, f"{manifest.stem}-[1-9]*{manifest.suffix}"):
+        raise ArtifactCorrupt(f"{manifest}: is missing, and {later[0].name} says that it was there; {RESTORE}")

@@ -35,22 +35,23 @@ def command(folder: Path, as_json: bool) -> None:
     FOLDER is the current directory unless given. `pipeline info` shows one artifact, `pipeline rm` removes some.
     """
     from tailrace.pipeline.artifacts.listing import list_artifacts, made_from
-    from tailrace.storage.errors import ArtifactMissing
+    from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing, raise_together
 
     if not folder.is_dir():
         raise ArtifactMissing(f"{folder}: there is no such folder; check the path")
-    artifacts = list_artifacts(folder)
+    problems: list[ArtifactCorrupt] = []
+    artifacts = list_artifacts(folder, problems=problems)
     origins = {path: [_name(one.path, folder) for one in uses] for path, uses in made_from(artifacts).items()}
     if as_json:
         listed = [_record(one, folder) | {"made_from": origins[one.path]} for one in artifacts]
         options.echo_json({"folder": str(folder), "artifacts": listed})
-        return
-    if not artifacts:
+    elif artifacts:
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        for line in _lines(artifacts, origins, folder):
+            click.echo(line if columns is None else units.cut(line, columns))
+    elif not problems:
         click.echo(f"{folder}: no artifact lies here or below")
-        return
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for line in _lines(artifacts, origins, folder):
-        click.echo(line if columns is None else units.cut(line, columns))
+    raise_together(problems)
 
 
 def _record(one: Listed, folder: Path) -> dict[str, Any]:

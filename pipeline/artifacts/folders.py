@@ -9,7 +9,7 @@ from pathlib import Path
 from tailrace.storage.artifact import MANIFEST, REQUEST, published_kind
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.formats import TRANSCODER_KINDS
-from tailrace.storage.names import by_number, home_path, path_problem
+from tailrace.storage.names import by_number, home_path, matching, path_problem
 from tailrace.storage.parsing import shown
 
 PathLike = str | os.PathLike[str]
@@ -87,4 +87,4 @@ def refuse_folder(path: Path, kind: str) -> None:
 
 
 def _entries(path: Path, name: str) -> list[Path]:
-    return [*path.glob(f"*/{name}"), *path.glob(f"{RUNS}/*/{name}")]
+    return [*matching(path, f"*/{name}"), *matching(path, f"{RUNS}/*/{name}")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
@@ -12,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from tailrace.analysis.evaluate.recovered import recorded_share
-from tailrace.pipeline.artifacts.listing import known_facts, shown_facts
+from tailrace.pipeline.artifacts.listing import bytes_on_disk, known_facts, shown_facts
 from tailrace.pipeline.artifacts.manifests import (
     CircuitManifest,
     DashboardManifest,
@@ -37,7 +36,7 @@ from tailrace.storage.artifact import (
 from tailrace.storage.cache_format import KIND, PROVENANCE, SPLITS, Site
 from tailrace.storage.errors import ArtifactMissing
 from tailrace.storage.generations import Generations, refuse_generation
-from tailrace.storage.names import by_number, is_being_written
+from tailrace.storage.names import by_number, is_being_written, matching
 from tailrace.storage.tables import TableRecord, TablesManifest
 from tailrace.training.architectures.manifest import (
     CHECKPOINTS,
@@ -92,7 +91,7 @@ def describe(path: Path, generation: int | None = None) -> dict[str, Any]:
                 **_progress(path, request),
                 "request": request,
             }
-        if inside := sorted(path.glob(f"*/{MANIFEST}")):
+        if inside := matching(path, f"*/{MANIFEST}"):
             return {
                 "state": f"a folder of {len(inside)} artifacts; name one of them, or list all with pipeline ls",
                 **{entry.parent.name: read_sealed(entry).get("kind") for entry in inside},
@@ -163,11 +162,11 @@ def _describe_cache(cache: ActivationCache) -> Iterator[tuple[str, Any]]:
             f"mean output norm {statistics.mean_norm:.4g}, "
             f"largest 1 % of rows hold {statistics.energy_share():.0%} of the output energy",
         )
-    yield "bytes on disk", _bytes_on_disk(cache.path)
+    yield "bytes on disk", bytes_on_disk(cache.path)
     if (kept := Generations(cache.path)).newest:
         yield "generations", list(_generations(kept))
     yield "provenance", ", ".join(PROVENANCE)
-    epochs = sorted(epoch.name for epoch in (cache.path / "epochs").glob("*") if (epoch / MANIFEST).exists())
+    epochs = [manifest.parent.name for manifest in matching(cache.path / "epochs", f"*/{MANIFEST}")]
     if epochs:
         yield "materialised epochs", ", ".join(epochs)
 
@@ -199,16 +198,6 @@ def _summarise_cache(described: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             sites = ", ".join(sorted(one["sites"], key=by_number))
             needs = "the newest" if one["newest"] else f"pruning it frees {size(one['prune_frees'])}"
             yield f"generation {one['generation']}", f"{rows} of {sites}, {one['change']} {one['since']}; {needs}"
-
-
-def _bytes_on_disk(path: Path) -> int:
-    """Return the bytes of every file, links to the same file counted once."""
-    seen: dict[tuple[int, int], int] = {}
-    for folder, _, names in os.walk(path):
-        for name in names:
-            status = (Path(folder) / name).stat()
-            seen[status.st_dev, status.st_ino] = status.st_size
-    return sum(seen.values())
 
 
 def _hooks_of(site: Site) -> str:

@@ -8,19 +8,22 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tailrace.storage.artifact import MANIFEST, REQUEST
+from tailrace.storage.artifact import MANIFEST, REQUEST, unreadable
 from tailrace.storage.cache_format import KIND as CACHE
 from tailrace.storage.draft import holds_artifact
+from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.formats import CROSS_LAYER_KIND, TABLES_KIND, TRANSCODER_KINDS
+from tailrace.storage.names import files_below, matching
 from tailrace.storage.parsing import parse_json
 
 _HOLDERS = ("sweep", "transcoders")
 """Kinds whose folder has other artifacts in it."""
-_NO_ARTIFACTS = {"node_modules", "__pycache__"}
+_NO_ARTIFACTS = {"node_modules", "__pycache__", "lost+found"}
 _TAIL = 1 << 16
 """Bytes at the end of a log in which its last line of training is looked for."""
 
@@ -50,13 +53,32 @@ class Listed:
         return other is not self and not self.references.isdisjoint(other.identities)
 
 
-def list_artifacts(*folders: Path) -> list[Listed]:
-    """Return the artifacts in folders and all folders below, each once, by path; hidden folders are left out."""
+def list_artifacts(*folders: Path, problems: list[ArtifactCorrupt] | None = None) -> list[Listed]:
+    """Return the artifacts in folders and all folders below, each once, by path; hidden folders are left out.
+
+    What cannot be read is left out and added to ``problems``; without these, it is raised.
+    """
     found: dict[Path, Listed] = {}
     for folder in folders:
-        new = (path for path in _artifacts(folder) if path.resolve() not in found)
-        found |= {listed.path.resolve(): listed for listed in map(_listed, new) if listed is not None}
+        for path in _artifacts(folder, problems):
+            if path.resolve() not in found:
+                with _what_is_refused(path, problems):
+                    found[path.resolve()] = _listed(path)
     return sorted(found.values(), key=lambda one: one.path)
+
+
+@contextmanager
+def _what_is_refused(path: Path, problems: list[ArtifactCorrupt] | None) -> Iterator[None]:
+    """Note what the system refuses to read inside, or raise it; what another process removed is nothing to note."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        problem = unreadable(error, Path(error.filename or path))
+        if problems is None:
+            raise problem from error
+        problems.append(problem)
 
 
 def made_from(artifacts: Sequence[Listed]) -> dict[Path, list[Listed]]:
@@ -78,25 +100,24 @@ def _n_shared(path: Path, other: Path) -> int:
     return sum(1 for _ in same)
 
 
-def _artifacts(folder: Path) -> Iterator[Path]:
-    """Yield the folders of artifacts; of a folder that cannot be read, none."""
-    if _is_artifact(folder):
-        yield folder
-        if not _holds_others(folder):
-            return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return
-    for entry in entries:
-        is_left_out = entry.name.startswith(".") or entry.name in _NO_ARTIFACTS
-        if not is_left_out and entry.is_dir(follow_symlinks=False):
-            yield from _artifacts(Path(entry))
+def _artifacts(folder: Path, problems: list[ArtifactCorrupt] | None) -> Iterator[Path]:
+    """Yield the folders of artifacts."""
+    folders: list[Path] = []
+    with _what_is_refused(folder, problems):
+        is_artifact = _is_artifact(folder)
+        if is_artifact:
+            yield folder
+        if not is_artifact or _holds_others(folder):
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            folders = [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for inner in folders:
+        if not inner.name.startswith(".") and inner.name not in _NO_ARTIFACTS:
+            yield from _artifacts(inner, problems)
 
 
 def _is_artifact(folder: Path) -> bool:
     """Return whether a folder is an artifact, or a run that was begun and came without its lock: by git, or a copy."""
-    return holds_artifact(folder) or all(os.path.isfile(folder / name) for name in (REQUEST, "metrics.jsonl"))
+    return holds_artifact(folder) or all((folder / name).is_file() for name in (REQUEST, "metrics.jsonl"))
 
 
 def _holds_others(folder: Path) -> bool:
@@ -111,21 +132,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return a JSON object, an empty one if there is none."""
+    """Return a JSON object, an empty one if there is none; raise OSError if it cannot be read."""
     try:
         content = parse_json(file.read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return {}
     return _object(content)
 
 
-def _listed(path: Path) -> Listed | None:
+def _listed(path: Path) -> Listed:
     manifest, request = _manifest(path), _read(path / REQUEST)
-    try:
-        sizes = list(_sizes(path, is_holder=_holds_others(path)))
-        modified = (path / MANIFEST).stat().st_mtime if manifest else max((when for _, when in sizes), default=0.0)
-    except OSError:  # removed by another process a moment ago
-        return None
+    sizes = [*_sizes(path, is_holder=_holds_others(path)).values()]
+    modified = (path / MANIFEST).stat().st_mtime if manifest else max((when for _, when in sizes), default=0.0)
     return Listed(
         path,
         manifest["kind"] if manifest else _kind_of_draft(request),
@@ -159,17 +177,18 @@ def _references(value: Any) -> Iterator[str]:
             yield from _references(part)
 
 
-def _sizes(folder: Path, *, is_holder: bool = False) -> Iterator[tuple[int, float]]:
-    """Yield the bytes and time of each file, links to the same file once. Artifacts inside a holder have their own."""
-    seen = set()
-    for root, folders, names in os.walk(folder):
-        if is_holder:
-            folders[:] = [name for name in folders if not _is_artifact(Path(root, name))]
-        for name in names:
-            status = Path(root, name).lstat()
-            if (status.st_dev, status.st_ino) not in seen:
-                seen.add((status.st_dev, status.st_ino))
-                yield status.st_size, status.st_mtime
+def bytes_on_disk(folder: Path) -> int:
+    """Return the bytes of every file below a folder, links to the same file counted once."""
+    return sum(n_bytes for n_bytes, _ in _sizes(folder, is_holder=False).values())
+
+
+def _sizes(folder: Path, *, is_holder: bool) -> dict[tuple[int, int], tuple[int, float]]:
+    """Return the bytes and time of each file by its device and inode. Artifacts inside a holder have their own."""
+    sizes = {}
+    for file in files_below(folder, but=_is_artifact if is_holder else None):
+        status = file.lstat()
+        sizes[status.st_dev, status.st_ino] = status.st_size, status.st_mtime
+    return sizes
 
 
 def _kind_of_draft(request: Mapping[str, Any]) -> str:
@@ -228,7 +247,7 @@ def _mean_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def progress(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Return how far an unfinished artifact is: steps and last loss of a run, finished units of a cache."""
     if (path / "commits").is_dir():
-        return {"units": len(list((path / "commits").rglob("*-unit-*.json")))}
+        return {"units": len(matching(path / "commits", "**/*-unit-*.json"))}
     last = _last_of_training(path / "metrics.jsonl")
     if last is None:
         return {}
@@ -246,7 +265,7 @@ def _last_of_training(log: Path) -> dict[str, Any] | None:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read().splitlines()
-    except OSError:
+    except FileNotFoundError:
         return None
     for line in reversed(lines):
         try:

@@ -16,6 +16,7 @@ from tailrace.storage.cache_format import epoch_path
 from tailrace.storage.errors import StorageFull
 from tailrace.storage.generations import CachePath
 from tailrace.storage.materialise import materialise_epoch, plan_epoch
+from tailrace.storage.names import files_below
 from tailrace.storage.orders import find_materialised
 
 
@@ -50,7 +51,7 @@ def run(
 def _check_room(path: Path, rows: CacheSplit) -> None:
     """Raise StorageFull if what is still missing of an epoch's copy does not fit."""
     n_bytes = rows.n_rows * row_bytes_of(rows.layout.sites)
-    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    there = sum(file.lstat().st_size for file in files_below(path))
     free = shutil.disk_usage(rows.root).free
     if free < n_bytes - there:
         raise StorageFull(

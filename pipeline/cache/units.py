@@ -35,7 +35,7 @@ from tailrace.pipeline.shared.worker_processes import completed, open_workers
 from tailrace.storage.artifact import sync_directory
 from tailrace.storage.cache_format import SPLITS, CacheFormat, UnitRecord, split_path, unit_record_name
 from tailrace.storage.cache_writer import ContextBlocks, UnitBuffer, recall_record
-from tailrace.storage.names import remove_temporary
+from tailrace.storage.names import matching, remove_temporary
 
 _BATCHES_WAITING = 4
 
@@ -81,7 +81,7 @@ class UnitFiles:
             yield task
 
     def _n_finished(self, split: str) -> int:
-        return len([*(self.root / unit_record_name(self.generation, split, 0)).parent.glob(f"{split}-unit-*.json")])
+        return len(matching((self.root / unit_record_name(self.generation, split, 0)).parent, f"{split}-unit-*.json"))
 
 
 @dataclass

@@ -36,6 +36,7 @@ from tailrace.storage.artifact import write_output
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import SettingsError
 from tailrace.storage.labels import owner_of, read_labels
+from tailrace.storage.names import matching
 from tailrace.storage.tables import column, read_table, write_table
 
 SUFFIXES = (".parquet", ".json", ".html")
@@ -155,7 +156,7 @@ def _same_rows(
 
 def _fires(tables: FeatureTables, common: NDArray[np.int64]) -> Fires:
     features, rows = [], []
-    for path in sorted((tables.path / "activations").glob("*.parquet")):
+    for path in matching(tables.path / "activations", "*.parquet"):
         part = read_table(path, ["feature", "row"])
         own = part["row"].to_numpy()
         place = np.minimum(np.searchsorted(common, own), len(common) - 1)

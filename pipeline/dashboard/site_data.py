@@ -30,6 +30,7 @@ from tailrace.analysis.dashboards.glossary import TERMS
 from tailrace.analysis.dashboards.values import Vocabulary, rounded, visible_text
 from tailrace.storage.artifact import MANIFEST, REQUEST, read_json, unreadable
 from tailrace.storage.labels import Label
+from tailrace.storage.names import matching
 from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import TablesManifest
 
@@ -171,9 +172,7 @@ def _nearby(tables: Path, text: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """
     home = tables.resolve().parent
     patterns = (f"*/{MANIFEST}", f"*/*/{MANIFEST}", f"*/runs/*/{MANIFEST}")
-    manifests = (
-        path for folder in (home, home.parent) for pattern in patterns for path in sorted(folder.glob(pattern))
-    )
+    manifests = (path for folder in (home, home.parent) for pattern in patterns for path in matching(folder, pattern))
     for path in itertools.islice(manifests, MANIFESTS_READ):
         try:
             data = path.read_bytes()

@@ -21,7 +21,7 @@ from tailrace.storage.artifact import make_directory
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.generations import CachePath
-from tailrace.storage.names import folder_problem
+from tailrace.storage.names import folder_problem, matching
 from tailrace.storage.tables import TablesManifest, read_table
 from tailrace.training.architectures.transcoder import write_tensors
 
@@ -47,7 +47,7 @@ class LatentTables:
     @property
     def partitions(self) -> list[Path]:
         """Files of activations, by their first feature."""
-        return sorted(path for path in (self.path / "activations").glob("*.parquet") if _PARTITION.fullmatch(path.name))
+        return [one for one in matching(self.path / "activations", "*.parquet") if _PARTITION.fullmatch(one.name)]
 
 
 def open_tables(paths: Sequence[Path], cache: CachePath | None, module: str | None) -> list[LatentTables]:

@@ -35,7 +35,7 @@ from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
 from tailrace.storage.generations import CachePath
-from tailrace.storage.names import by_number
+from tailrace.storage.names import by_number, matching
 from tailrace.training.architectures.manifest import KIND, WEIGHTS, read_either_manifest
 from tailrace.training.architectures.transcoder import Transcoder, describe_versions, save_weights
 from tailrace.training.cross_layer.stack import CrossLayerTranscoder
@@ -196,7 +196,7 @@ def _folder_of_files(source: Path, origin: Origin) -> Path:
     names = _IN_FOLDERS.get(origin)
     if names is None or any((source / name).exists() for name in names):
         return source
-    inside = sorted((path.parent for path in source.glob(f"*/{names[0]}")), key=lambda one: by_number(one.name))
+    inside = sorted((path.parent for path in matching(source, f"*/{names[0]}")), key=lambda one: by_number(one.name))
     if len(inside) > 1:
         named = ", ".join(one.name for one in inside)
         raise ArtifactMismatch(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.storage.errors import SettingsError
+from tailrace.storage.names import matching
 
 Value = str | int | float
 
@@ -103,7 +104,7 @@ class SavedQuery:
 
 def saved_queries() -> dict[str, SavedQuery]:
     """Return every ready query by name."""
-    files = sorted((Path(__file__).parent / "sql").glob("*.sql"))
+    files = matching(Path(__file__).parent / "sql", "*.sql")
     return {path.stem: read_query(path.stem, path.read_text(encoding="utf-8")) for path in files}
 
 

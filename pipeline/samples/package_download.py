@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tailrace.storage.errors import ActionableError
+from tailrace.storage.names import matching
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def downloaded_wheel(package: str, package_version: str) -> Iterator[Path]:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--only-binary", ":all:", "--dest", folder, wanted]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
+        wheels = matching(Path(folder), "*.whl")
         if finished.returncode != 0 or not wheels:
             complaint = " / ".join(finished.stderr.strip().splitlines()[-_LAST_LINES:])
             raise ActionableError(

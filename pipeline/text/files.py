@@ -19,7 +19,7 @@ from typing import IO, Any, Literal, NamedTuple
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.draft import holds_artifact
 from tailrace.storage.errors import TextError
-from tailrace.storage.names import home_path
+from tailrace.storage.names import files_below, home_path, matching
 from tailrace.storage.parsing import is_broken
 
 logger = logging.getLogger(__name__)
@@ -150,12 +150,11 @@ def _matching_files(dataset: str) -> list[Path]:
         return [Path(expanded).absolute()]
     if os.path.isdir(expanded):
         return sorted(_files_inside(Path(expanded).absolute()))
-    # `glob` passes over names with a dot in front unless the pattern spells the dot.
-    matches = (Path(name) for name in glob.glob(expanded, recursive=True))
     named = Path(expanded).parts
+    root = Path(expanded).anchor
     return sorted(
         path.absolute()
-        for path in matches
+        for path in matching(Path(root), expanded.removeprefix(root))
         if path.is_file() and not any(part in _FOREIGN_FOLDERS and part not in named for part in path.parts)
     )
 
@@ -173,19 +172,20 @@ def _without_metadata(dataset: str, matching: list[Path]) -> list[Path]:
 
 
 def _files_inside(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, but for hidden ones and those of caches and other artifacts of ours.
+    """Return the files below a folder, but for hidden ones and those of caches and other artifacts of ours.
 
     Raises TextError if the folder is such an artifact itself.
     """
     if holds_artifact(folder):
         raise TextError(f"{folder}: is an artifact of this package, whose files are no text; give a folder of text")
-    for name, folders, files in os.walk(folder):
-        at = Path(name)
-        ours = [inside for inside in folders if holds_artifact(at / inside)]
-        for inside in ours:
-            logger.warning("%s: left out, an artifact of this package", at / inside)
-        folders[:] = [inside for inside in folders if inside not in ours and not _is_hidden(inside)]
-        yield from (at / file for file in files if not _is_hidden(file) and (at / file).is_file())
+    inside = files_below(folder, but=_is_no_text)
+    return (file for file in inside if not _is_hidden(file.name) and file.is_file())
+
+
+def _is_no_text(folder: Path) -> bool:
+    if is_ours := holds_artifact(folder):
+        logger.warning("%s: left out, an artifact of this package", folder)
+    return is_ours or _is_hidden(folder.name)
 
 
 def _is_saved_dataset(path: Path) -> bool:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from tailrace.pipeline.cache.budget import Budget
 from tailrace.pipeline.shared.units import duration, size
 from tailrace.pipeline.train.settings import CACHE_DTYPE
+from tailrace.storage.names import files_below
 from tailrace.training.kernels.adaptive import resolve_precision
 from tailrace.training.loop.cost import CHECKPOINT_BYTES, n_parameters, step_seconds, training_bytes
 from tailrace.training.loop.settings import TrainSettings
@@ -93,7 +94,7 @@ def _step_seconds(run: Planned, device: torch.device) -> float:
 def disk_problem(budget: Budget, cost: TrainingCost, folder: Path) -> str | None:
     """Return a sentence if cache and transcoders do not fit on the disk beside what lies in ``folder`` already."""
     cache_bytes = int((budget.total_bytes(CACHE_DTYPE) or 0) * _HELDOUT_SHARE)
-    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    written = sum(file.lstat().st_size for file in files_below(folder))
     wanted = cache_bytes + cost.disk_bytes - written
     if wanted <= budget.free_bytes:
         return None

@@ -29,7 +29,7 @@ from tailrace.storage.display import card, share
 from tailrace.storage.draft import Draft, Lock
 from tailrace.storage.errors import ArtifactMismatch, DeviceLostError, SettingsError
 from tailrace.storage.generations import CachePath
-from tailrace.storage.names import LOCK
+from tailrace.storage.names import LOCK, matching
 from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.cost import check_memory
@@ -184,7 +184,7 @@ def checkpoint_named(output: Path) -> Iterator[None]:
     try:
         yield
     except DeviceLostError as error:
-        newest = [max(steps) for path in output.rglob(CHECKPOINTS) if (steps := Checkpoints(path).steps())]
+        newest = [max(steps) for path in matching(output, f"**/{CHECKPOINTS}") if (steps := Checkpoints(path).steps())]
         step = f"the newest checkpoint is at step {min(newest):,}" if newest else "there is no checkpoint yet"
         raise DeviceLostError(f"{error}. {output}: {step}") from error
 

@@ -66,7 +66,8 @@ class Bench:
         self._rows = _rows(self._start / self.output.name) if self.stage.changes_cache else None
         self.reset()
         self._disk = Disk(self.made)
-        self.seconds = self._must(self._command, record=True).seconds
+        outcome = self._must(self._command, record=True)
+        self.seconds, self._said = outcome.seconds, _without_ages(outcome.said)
         self.calls = list(read_calls(lab.log))
         self._expected = tree(self.made)
 
@@ -97,8 +98,10 @@ class Bench:
         """Run the stage's command, disturbed."""
         return self.lab.run(self._command, fault=fault, signals=tuple(signals))
 
-    def is_as_expected(self) -> str | None:
-        """Return what differs from an undisturbed run, or None."""
+    def difference(self, outcome: Outcome) -> str | None:
+        """Return what an undisturbed run made otherwise, or said if saying is all it does; or None."""
+        if self.stage.answers and _without_ages(outcome.said) != self._said:
+            return f"another answer: {outcome.said[-1500:]}"
         found = tree(self.made)
         names = sorted(name for name in found.keys() | self._expected if found.get(name) != self._expected.get(name))
         if not names:
@@ -127,9 +130,13 @@ class Bench:
         if (problem := outcome.problem(0)) is not None:
             last = outcome.said.rpartition("$ pipeline ")[2]
             problems.append(f"then: {problem}: {last[-1500:]}")
-        elif (difference := self.is_as_expected()) is not None:
+        elif (difference := self.difference(outcome)) is not None:
             problems.append(f"the same command again: {difference}")
         return problems
+
+
+def _without_ages(said: str) -> str:
+    return re.sub(r" +\d+ (s|min|h|d)  ", "", said)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -228,23 +235,35 @@ def _refuse_write(bench: Bench, case: str) -> list[str]:
     return _refused(bench, bench.run(Fault(mode, int(number), getattr(errno, word))))
 
 
+_REFUSALS = {"read": ("open", "read"), "stat": ("stat",), "list": ("list",)}
+"""How each call that changes nothing is refused."""
+_REASONS = {
+    "open": ("EACCES", "EIO", "EMFILE"),
+    "read": ("EIO",),
+    "stat": ("EACCES", "EIO"),
+    "list": ("EACCES", "EIO", "EMFILE"),
+}
+
+
 def _refused_reads(bench: Bench, rng: random.Random) -> Iterator[str]:
-    for name in sorted({os.path.relpath(call.path, bench.lab.folder) for call in bench.calls if not call.changes}):
+    asked = {(call.name, os.path.relpath(call.path, bench.lab.folder)) for call in bench.calls if not call.changes}
+    for call, name in sorted(asked):
         if ".tmp-" not in name:  # which holds the number of a process
-            yield from (f"{rng.choice(('EACCES', 'EIO', 'EMFILE'))}-open-{name}", f"EIO-read-{name}")
+            for refusal in _REFUSALS[call]:
+                yield f"{rng.choice(_REASONS[refusal])}-{refusal}-{name}"
 
 
 def _refuse_read(bench: Bench, case: str) -> list[str]:
-    """Refuse to open a file, or to read it."""
-    word, extent, name = case.split("-", 2)
-    mode = Mode.REFUSE_OPEN if extent == "open" else Mode.REFUSE_READ
+    """Refuse to open a file, to read it, to look at a name or to list a folder."""
+    word, refusal, name = case.split("-", 2)
+    mode = Mode[f"REFUSE_{refusal.upper()}"]
     return _refused(bench, bench.run(Fault(mode, 0, getattr(errno, word), bench.lab.folder / name)))
 
 
 def _refused(bench: Bench, outcome: Outcome) -> list[str]:
     _reached(outcome)
     problem = outcome.problem(0, 1)
-    if problem is None and outcome.code == 0 and (difference := bench.is_as_expected()) is not None:
+    if problem is None and outcome.code == 0 and (difference := bench.difference(outcome)) is not None:
         problem = f"exit code 0, but {difference}"
     return _unless(problem)
 

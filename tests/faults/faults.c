@@ -5,6 +5,7 @@
    after a SIGKILL too. With a log, every call is recorded with the bytes that it wrote, in order: what a model of a
    power cut replays. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -16,11 +17,12 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { OFF, COUNT, KILL, TEAR, REFUSE_ONE, REFUSE_FROM, REFUSE_OPEN, REFUSE_READ };
+enum { OFF, COUNT, KILL, TEAR, REFUSE_ONE, REFUSE_FROM, REFUSE_OPEN, REFUSE_READ, REFUSE_STAT, REFUSE_LIST };
 enum { GO_ON = 0, TORN = -1 }; /* answers of `decide` that are no errno */
 
 struct state {
@@ -28,7 +30,7 @@ struct state {
   long at, count;
   int hit, pad;
   char root[PATH_MAX]; /* calls on paths below it count */
-  char file[PATH_MAX]; /* the file that is not read, by REFUSE_OPEN and REFUSE_READ */
+  char file[PATH_MAX]; /* what is not opened, read, looked at or listed, by the last four modes */
   char what[PATH_MAX]; /* the call that was hit, and its path */
 };
 
@@ -114,7 +116,52 @@ static int refuses_file(int mode, const char *call, const char *path) {
   return 1;
 }
 
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 #define REFUSED(reason, value) do { errno = (reason); return (value); } while (0)
+
+/* --- looking at names and listing folders */
+
+static int refuses_path(int mode, const char *call, const char *path) {
+  if (!is_below_root(path)) return 0;
+  if (refuses_file(mode, call, path)) return 1;
+  record(call, path, "", 0, 0, 0, 0);
+  return 0;
+}
+
+/* Whether to refuse what is asked about a name; an empty one is that of an open file. */
+static int refuses_name(int mode, const char *call, int folder, const char *name) {
+  char path[PATH_MAX];
+  if (!is_armed() || !name || !name[0]) return 0;
+  path_in(folder, name, path);
+  return refuses_path(mode, call, path);
+}
+
+#define LOOK(name, folder, path, call, ...) \
+  int name(__VA_ARGS__) { \
+    if (refuses_name(REFUSE_STAT, "stat", folder, path)) REFUSED(state->error, -1); \
+    return call; \
+  }
+LOOK(stat, AT_FDCWD, path, syscall(SYS_newfstatat, AT_FDCWD, path, found, 0), const char *path, struct stat *found)
+LOOK(stat64, AT_FDCWD, path, syscall(SYS_newfstatat, AT_FDCWD, path, found, 0), const char *path, struct stat64 *found)
+LOOK(lstat, AT_FDCWD, path, syscall(SYS_newfstatat, AT_FDCWD, path, found, AT_SYMLINK_NOFOLLOW), const char *path, struct stat *found)
+LOOK(lstat64, AT_FDCWD, path, syscall(SYS_newfstatat, AT_FDCWD, path, found, AT_SYMLINK_NOFOLLOW), const char *path, struct stat64 *found)
+LOOK(fstatat, folder, path, syscall(SYS_newfstatat, folder, path, found, flags), int folder, const char *path, struct stat *found, int flags)
+LOOK(fstatat64, folder, path, syscall(SYS_newfstatat, folder, path, found, flags), int folder, const char *path, struct stat64 *found, int flags)
+LOOK(statx, folder, path, syscall(SYS_statx, folder, path, flags, mask, found), int folder, const char *path, int flags, unsigned mask, struct statx *found)
+LOOK(access, AT_FDCWD, path, syscall(SYS_faccessat, AT_FDCWD, path, mode), const char *path, int mode)
+LOOK(statvfs, AT_FDCWD, path, REAL(statvfs)(path, found), const char *path, struct statvfs *found)
+LOOK(statvfs64, AT_FDCWD, path, REAL(statvfs64)(path, found), const char *path, struct statvfs64 *found)
+
+DIR *opendir(const char *path) {
+  if (refuses_name(REFUSE_LIST, "list", AT_FDCWD, path)) REFUSED(state->error, 0);
+  return REAL(opendir)(path);
+}
+DIR *fdopendir(int file) {
+  char path[PATH_MAX];
+  if (is_armed()) path_of(file, path);
+  if (is_armed() && refuses_path(REFUSE_LIST, "list", path)) REFUSED(state->error, 0);
+  return REAL(fdopendir)(file);
+}
 
 /* --- opening */
 
@@ -171,8 +218,8 @@ static FILE *open_stream(const char *path, const char *mode, FILE *(*real)(const
   int file = open_file(AT_FDCWD, path, flags, 0666);
   return file < 0 ? 0 : fdopen(file, mode);
 }
-FILE *fopen(const char *path, const char *mode) { return open_stream(path, mode, dlsym(RTLD_NEXT, "fopen")); }
-FILE *fopen64(const char *path, const char *mode) { return open_stream(path, mode, dlsym(RTLD_NEXT, "fopen64")); }
+FILE *fopen(const char *path, const char *mode) { return open_stream(path, mode, REAL(fopen)); }
+FILE *fopen64(const char *path, const char *mode) { return open_stream(path, mode, REAL(fopen64)); }
 
 /* --- bytes */
 

@@ -49,6 +49,8 @@ class Mode(IntEnum):
     """This call and all that follow are refused, as by a full disk."""
     REFUSE_OPEN = 6
     REFUSE_READ = 7
+    REFUSE_STAT = 8
+    REFUSE_LIST = 9
 
 
 class _State(ctypes.Structure):
@@ -66,7 +68,7 @@ class _State(ctypes.Structure):
 
 
 class Fault(NamedTuple):
-    """What to do at the ``at``-th call that changes files, or at every call that reads ``file``."""
+    """What to do at the ``at``-th call that changes files, or at every call that asks about ``file``."""
 
     mode: Mode = Mode.COUNT
     at: int = 0
@@ -100,7 +102,12 @@ class Outcome(NamedTuple):
             return f"traceback: {last}"
         if self.code not in allowed:
             return f"exit code {self.code}: {last}"
-        return "no error was said" if self.code == 1 and "error: " not in self.said else None
+        named = any(word in self.said for word in ("error: ", "\nproblem: "))
+        return "no error was said" if self.code == 1 and not named else None
+
+
+ASKS = ("read", "stat", "list")
+"""Calls that change nothing: a file is opened to be read, a name looked at, a folder listed."""
 
 
 class Call(NamedTuple):
@@ -118,7 +125,7 @@ class Call(NamedTuple):
     @property
     def changes(self) -> bool:
         """Whether the call counts: one that failed counts too."""
-        return self.name != "read"
+        return self.name not in ASKS
 
 
 def read_calls(path: Path) -> Iterator[Call]:

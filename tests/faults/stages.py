@@ -1,4 +1,4 @@
-"""The stages that are tried: command lines of the recipe, and those that write a file where a user asks for it.
+"""The stages that are tried: command lines of the recipe, those that write a file where a user asks, those that print.
 
 Inputs are the artifacts of the last release, which lie in the repository; nothing needs to be made before a case.
 """
@@ -36,7 +36,12 @@ class Stage(NamedTuple):
     @property
     def keeps_ledger(self) -> bool:
         """Whether what it makes says when it was done, so that its bytes are others each time."""
-        return self.line.startswith("blind study")
+        return self.line.startswith("blind study") and not self.answers
+
+    @property
+    def answers(self) -> bool:
+        """Whether it writes nothing: what it prints is all there is."""
+        return "{out}" not in self.line
 
     def refuses_again(self, output: Path) -> bool:
         """Return whether the same command is refused now: what is done once has been done."""
@@ -103,6 +108,15 @@ STAGES = _recipe() | {
     "curves": Stage("curves transcoders/topk sweep --out {out}/curves.html", begin_with=""),
     "compare": Stage("compare tables/topk tables/relu --out {out}/matches.parquet", begin_with=""),
     "score": Stage(f"score {_PROMPT} {_TABLES} --out {{out}}/scores.html", begin_with=""),
+    "verify": Stage("verify caches/grown"),
+    "verify-folder": Stage("verify ."),
+    "ls": Stage("ls ."),
+    "info": Stage("info caches/grown"),
+    "info-sweep": Stage("info sweep"),
+    "query-shown": Stage(f"query 'SELECT * FROM features' {_TABLES}"),
+    "label-shown": Stage("label tables/topk"),
+    "promotes": Stage(f"promotes people --transcoders transcoders/topk {_TABLES}"),
+    "blind-log": Stage("blind study log blind/study"),
     "steer": Stage(f"steer {_PROMPT} --feature 3=+10 --tokens 4 --out {{out}}/steered.html", begin_with=""),
 }
 

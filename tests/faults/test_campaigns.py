@@ -45,7 +45,7 @@ def problems(bench: Bench, n_cases: int) -> dict[str, list[str]]:
         for case in sample(bench, name, n_cases):
             with suppress(NotReached):
                 judged[f"{name}/{case}"] = campaign.judge(bench, case)
-    assert len(judged) > len(CAMPAIGNS) // 2  # of a refusal to read, the file may not be read at all
+    assert judged
     return {case: problems for case, problems in judged.items() if problems}
 
 
@@ -74,6 +74,10 @@ def test_every_campaign_of_every_stage_ends_as_if_nothing_had_been(lab: Lab, sta
         ("import", "refused-read", "EIO-open-exports/circuit-tracer/config.yaml"),
         # the site was made without what the transcoder's manifest says, and exit code 0
         ("dashboard", "refused-read", "EIO-open-transcoders/topk/manifest.json"),
+        # what a folder that the system does not list takes on the disk was left out, and exit code 0
+        ("info", "refused-read", "EACCES-list-caches/grown/train/context/c"),
+        # an artifact whose names may not be looked at was not listed, and exit code 0
+        ("ls", "refused-read", "EACCES-stat-imports/layer/.lock"),
     ],
 )
 def test_what_failed_once_is_mended(lab: Lab, stage: str, campaign: str, case: str) -> None:
@@ -89,8 +93,7 @@ def test_the_laboratory_does_what_it_says(lab: Lab) -> None:
     assert (torn.code, torn.hit.split()[0]) == (-signal.SIGKILL, "write")
     (left,) = [path for path in bench.output.iterdir() if ".tmp-" in path.name]
     assert left.stat().st_size == bench.changes[write - 1].size // 2
-    assert "made" not in (bench.is_as_expected() or "")
-    assert "missing: output/labels.csv; left: output/.labels.csv.tmp-" in (bench.is_as_expected() or "")
+    assert "missing: output/labels.csv; left: output/.labels.csv.tmp-" in (bench.difference(torn) or "")
     full = bench.run(Fault(Mode.REFUSE_ONE, write, 28))
     assert full.code == 1
     assert "No space left on device" in full.said

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tailrace.storage.errors import ArtifactCorrupt, SettingsError
+from tailrace.storage.names import matching
 from tailrace.storage.parsing import parse_json
 from tailrace.training.architectures.transcoder import write_tensors
 
@@ -151,7 +152,7 @@ class Checkpoints:
         self._remove(lambda other: other > step)
 
     def _remove(self, is_old: Callable[[int], bool]) -> None:
-        for path in self._root.rglob("[0-9]*.safetensors"):
+        for path in matching(self._root, "**/[0-9]*.safetensors"):
             if is_old(int(path.stem)):
                 path.unlink()
 
@@ -173,7 +174,7 @@ class Checkpoints:
         return (self._directory if rank is None else self._part(rank)) / f"{step:09d}.safetensors"
 
     def _paths(self) -> list[Path]:
-        return sorted(self._directory.glob("[0-9]*.safetensors"))
+        return matching(self._directory, "[0-9]*.safetensors")
 
 
 def _shards(state: Mapping[str, Any]) -> Shards:

@@ -16,7 +16,7 @@ import numpy as np
 from tailrace.storage.artifact import MANIFEST, canonical_json, read_json, write_atomically
 from tailrace.storage.compared import refuse_changed
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
-from tailrace.storage.names import by_number
+from tailrace.storage.names import by_number, matching
 from tailrace.storage.parsing import parse_json
 from tailrace.training.architectures.manifest import BASELINES, MARK, METRICS, TIMING
 
@@ -91,7 +91,7 @@ def find_runs(path: Path) -> dict[str, Path]:
     if (path / METRICS).exists():
         return {path.name: path}
     folders = sorted(
-        {found.parent for pattern in ("*", "*/*") for found in path.glob(f"{pattern}/{METRICS}")},
+        {found.parent for pattern in ("*", "*/*") for found in matching(path, f"{pattern}/{METRICS}")},
         key=lambda folder: by_number(folder.as_posix()),
     )
     return {folder.relative_to(path).as_posix().removeprefix("runs/"): folder for folder in folders}

@@ -20,7 +20,7 @@ from tailrace.pipeline.artifacts.listing import list_artifacts, made_from
 from tailrace.pipeline.shared import units
 from tailrace.storage.artifact import seal
 from tailrace.storage.draft import Lock
-from tailrace.storage.errors import ActionableError, ArtifactBusy
+from tailrace.storage.errors import ActionableError, ArtifactBusy, ArtifactCorrupt
 from tailrace.storage.labels import LabelEdit, edit_labels
 from tests.support.cache_jobs import Answer, command
 from tests.support.paths import ROOT
@@ -208,7 +208,12 @@ def test_a_folder_that_cannot_be_read_stops_neither_a_listing_nor_a_check(
     weights = made / "transcoders/topk/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     monkeypatch.setattr(Path, "stat", refuse)
-    assert [one.path.name for one in list_artifacts(made / "transcoders")] == ["topk"]
+    listing = command(capsys, "ls", "transcoders")
+    assert listing.code == 1
+    assert listing.out.splitlines()[1].startswith("topk ")
+    assert "transcoders/relu/.lock: cannot be read (Permission denied)" in listing.err
+    with pytest.raises(ArtifactCorrupt, match="cannot be read"):  # what `rm` does not see may use what it removes
+        list_artifacts(made / "transcoders")
     answer = command(capsys, "verify", "transcoders")
     assert answer.code == 1
     assert "transcoders/relu: cannot be read (Permission denied)" in answer.err + answer.out
