@@ -18,6 +18,7 @@ import pytest
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.cache_format import BEGUN, PROVENANCE, CacheFormat, Site, UnitRecord, split_path, unit_record_name
 from tailrace.storage.cache_writer import RECHECKED_BYTES, UnitBuffer, recall_record, write_sealed
+from tests.faults.campaigns import second_opinion
 from tests.faults.damage import (
     DAMAGES,
     Damage,
@@ -139,6 +140,7 @@ def try_damages(
         answer = pipeline(capsys, folder, line)
         differs = differing(contents(output), expected)
         if answer.code == 0 and not differs:
+            second_opinion(output)
             n_remade += 1
         elif is_refusal(answer) and not _published_otherwise(contents(output), changed, expected):
             n_refused += 1

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from tests.faults.campaigns import second_opinion
 from tests.faults.damage import DAMAGES, Damage, contents, files_below, flip, is_refusal, pipeline, released
 from tests.support.cache_jobs import Answer, differing
 
@@ -82,6 +83,7 @@ def ask(capsys: pytest.CaptureFixture[str], folder: Path, line: str) -> tuple[An
     written: dict[str, bytes] = {"": answer.out.encode()} if "--out" not in line else {}
     for path in (folder / "out", folder / "out.html", folder / "answer.csv"):
         if path.is_dir():
+            second_opinion(path)
             written |= contents(path)
             shutil.rmtree(path)
         elif path.exists():

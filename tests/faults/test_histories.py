@@ -42,6 +42,7 @@ from tailrace.storage.generations import CacheAt, Generations, read_pruned
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.settings import TrainSettings
+from tests.faults.campaigns import second_opinion
 from tests.support.synthetic_cache import extend_in_steps, memory_directory, widen_in_steps, write_synthetic_cache
 
 SHAPE: dict[str, Any] = {"n_heldout_contexts": 1, "context_length": 9, "shard_rows": 16, "chunk_rows": 8}
@@ -349,6 +350,7 @@ class Histories(RuleBasedStateMachine):
             assert verify_bytes(self.path) == []
             for number in range(self.oldest, self.newest + 1):
                 assert content(open_cache(self.path, number)) == expected(self.sizes[number]), number
+            second_opinion(self.path)
         finally:
             for reader in self.open:
                 reader.close()
