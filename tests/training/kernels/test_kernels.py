@@ -25,6 +25,7 @@ from tailrace.training.cross_layer.sparse import build_stack_kernel
 from tailrace.training.kernels.adaptive import AdaptiveStep, build_kernel
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import Precision
+from tailrace.training.kernels.loops import kth_smallest
 from tailrace.training.kernels.select import Selector, round_rows
 from tailrace.training.kernels.sparse import SparseStep
 from tailrace.training.loop.optim import BlockedAdam, Optimiser, TorchOptimiser, build_optimiser
@@ -127,6 +128,19 @@ def test_screening_in_bfloat16_misses_nothing_at_any_scale(selection: str, outli
     assert not bool(differ.any())
     exact = dense[torch.from_numpy(pairs.rows), torch.from_numpy(pairs.features)]
     assert torch.allclose(pre.double(), exact, rtol=1e-4, atol=float(doubtful.max()))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 1001])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "sorted", "with NaN"])
+def test_the_kth_smallest_is_that_of_sorted_values(n: int, kind: str) -> None:
+    values = np.random.Generator(np.random.Philox(n)).standard_normal(n).astype(np.float32)
+    values = {"ties": np.round(values), "equal": np.ones_like(values), "sorted": np.sort(values)}.get(kind, values)
+    if kind == "with NaN":  # of a run that diverged: any value will do, but it ends
+        values[:: max(1, n // 7)] = np.nan
+        kth_smallest(values, n // 2)
+        return
+    found = [kth_smallest(values.copy(), k) for k in range(0, n, 1 + n // 50)]
+    assert np.array_equal(found, np.sort(values)[:: 1 + n // 50])
 
 
 def test_a_row_without_a_positive_pre_activation_has_no_pair() -> None:
