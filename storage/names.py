@@ -136,12 +136,12 @@ def _matching(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     if first == "**":
         yield from _matching(folder, rest or ["*"])
         for entry in _listing(folder):
-            if not entry.name.startswith(".") and entry.is_dir() and not _leads_up(entry):
+            if not entry.name.startswith(".") and Path(entry.path).is_dir() and not _leads_up(entry):
                 yield from _matching(Path(entry.path), parts)
     elif glob.has_magic(first):
         for entry in _listing(folder):
             is_hidden = entry.name.startswith(".") and not first.startswith(".")
-            if fnmatch.fnmatchcase(entry.name, first) and not is_hidden and (not rest or entry.is_dir()):
+            if fnmatch.fnmatchcase(entry.name, first) and not is_hidden and (not rest or Path(entry.path).is_dir()):
                 yield from _matching(Path(entry.path), rest) if rest else [Path(entry.path)]
     elif rest:
         yield from _matching(folder / first, rest)

@@ -112,7 +112,7 @@ def _recovered(path: Path) -> dict[str, float]:
     manifest = EvaluationManifest.read(path)
     scores = {score["name"]: recorded_share(score) for score in manifest.scores}
     digests = {site: made_of.digest for site, made_of in (manifest.inputs.transcoders or {}).items()}
-    if len(digests) == 1:  # a cross-layer transcoder's score is that of all sites
+    if len(digests) == len(scores) == 1:  # a cross-layer transcoder's score is that of all sites
         digests = dict(zip(scores, digests.values(), strict=True))
     return {digest: share for site, digest in digests.items() if (share := scores.get(site)) is not None}
 

@@ -61,7 +61,7 @@ class CircuitsModelSettings(Settings):
     """Rows per step."""
     lr: PositiveFloat = 4e-3
     """Learning rate."""
-    max_norm_multiple: float = Field(default=10.0, gt=1)
+    max_norm_multiple: float = Field(default=10.0, gt=1, le=1e9)
     """Rows longer than this many times the median, of input or output, are not learnt from."""
     seed: int = Field(default=0, ge=0)
     """Decides the order of text and rows, and initial weights."""

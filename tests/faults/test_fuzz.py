@@ -60,6 +60,23 @@ def test_some_hostile_artifacts() -> None:
     assert (counts.inputs, counts.failures) == (12, {})
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [
+        # a loop of links was looked through for files
+        "exports/circuit-tracer: files are links to themselves: import",
+        # scores of two layers and one transcoder
+        "evaluations/layers: inputs.transcoders.layer1 is gone: pareto",
+        # a limit of infinity reached the manifest
+        "transcoders/cross-layer: request.settings.max_norm_multiple is 1e+308: train",
+    ],
+)
+def test_a_hostile_artifact_that_failed_once_is_refused_or_answered(pair: str) -> None:
+    counts = hostile.run(0, 600, only=pair)
+    assert counts.inputs
+    assert counts.failures == {}
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_random_inputs() -> None:
     counts = fuzz.run(1, 4 * 3600, inputs=100_000)

@@ -62,6 +62,8 @@ def test_patterns_name_what_a_shell_finds(tree: Path, pattern: str) -> None:
 
 def test_a_link_to_a_folder_around_it_is_not_followed_for_ever(tree: Path) -> None:
     (tree / "in/up").symlink_to(tree)
+    (tree / "itself").symlink_to("itself")
+    assert matching(tree, "*/b.txt") == []
     found = matching(tree, "**/c.json")
     assert found == [tree / "in/deep/c.json", tree / "link/deep/c.json"]
 

@@ -128,7 +128,7 @@ class TrainSettings(Settings):
     """What brings activations to one scale: standard (centre, divide by RMS), rms (divide only) or none."""
     reconstruction: ObjectiveKind = "variance"
     """Loss: squared error over the outputs' variance, or the reference's squared error over each row's norm."""
-    max_norm_multiple: float | None = Field(default=None, gt=1)
+    max_norm_multiple: float | None = Field(default=None, gt=1, le=1e9)
     """Leave out rows whose input or output is longer than this many times the median, such as 10: in layers with
     massive activations a few rows otherwise decide everything. By default all rows are learnt from."""
     bias_init: BiasInit = "mean"
