@@ -107,7 +107,8 @@ def plan_pruning(cache: Path, keep: int, seen: Sequence[Path], *, is_forced: boo
     kept = Generations(cache)
     oldest = max(kept.pruned.oldest, kept.newest - keep + 1)
     doomed = {at.digest: at.generation for at in kept.manifests if at.generation < oldest}
-    users = [one for one in list_artifacts(*seen) if not one.references.isdisjoint(doomed)]
+    listed = list_artifacts(*seen, problems=[] if is_forced else None)
+    users = [one for one in listed if not one.references.isdisjoint(doomed)]
     if (stranded := [one for one in users if not one.is_finished]) and not is_forced:
         first = min(doomed[digest] for one in stranded for digest in one.references & doomed.keys())
         raise ArtifactMismatch(

@@ -32,7 +32,7 @@ from tailrace.storage.labels import (
     owner_of,
     read_labels,
 )
-from tailrace.storage.names import matching
+from tailrace.storage.names import files_below
 from tailrace.storage.parsing import parse_json, read_text
 from tailrace.storage.tables import TablesManifest, read_table
 
@@ -254,7 +254,7 @@ def _explanations(folder: Path, manifests: Mapping[Path, TablesManifest]) -> Ite
         for manifest in manifests.values()
     }
     modules = set()
-    for path in matching(folder, "**/*_latent*.txt"):
+    for path in sorted(file for file in files_below(folder) if file.match("*_latent*.txt")):
         match = _EXPLANATION.fullmatch(path.name)
         if match is None:
             continue

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tailrace.storage.errors import ArtifactCorrupt, SettingsError
-from tailrace.storage.names import matching
+from tailrace.storage.names import files_below, matching
 from tailrace.storage.parsing import parse_json
 from tailrace.training.architectures.transcoder import write_tensors
 
@@ -152,8 +152,8 @@ class Checkpoints:
         self._remove(lambda other: other > step)
 
     def _remove(self, is_old: Callable[[int], bool]) -> None:
-        for path in matching(self._root, "**/[0-9]*.safetensors"):
-            if is_old(int(path.stem)):
+        for path in files_below(self._root):  # which follows no links: what lies behind them is others'
+            if path.match("[0-9]*.safetensors") and is_old(int(path.stem)):
                 path.unlink()
 
     def clear(self) -> None:

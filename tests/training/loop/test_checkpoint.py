@@ -191,3 +191,15 @@ def test_checkpoints_that_a_user_moved_by_a_link_are_deleted_and_nothing_else(tm
     assert checkpoints.steps() == [1]
     checkpoints.clear()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["big", "checkpoints", "thesis"]
+
+
+def test_what_lies_behind_a_link_among_checkpoints_is_not_deleted(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(RunCheckpoint(1, {"W": torch.ones(1)}, {}))
+    others = tmp_path / "others/000000009.safetensors"
+    others.parent.mkdir()
+    others.touch()
+    (tmp_path / "checkpoints/link").symlink_to(others.parent)
+    checkpoints.discard_after(0)
+    assert checkpoints.steps() == []
+    assert others.exists()
