@@ -39,7 +39,7 @@ from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactM
 from tailrace.storage.formats import LEFT_OUT
 from tailrace.storage.generations import PRUNED, CacheAt, CachePath, Generations, Pin, read_pruned
 from tailrace.storage.layout import ArraySpec, Side
-from tailrace.storage.names import folder_problem, home_path, inside, matching
+from tailrace.storage.names import NO_FILE, folder_problem, home_path, inside, matching
 from tailrace.storage.orders import Read
 from tailrace.storage.parsing import parse_json
 from tailrace.storage.shard import read_rows
@@ -109,7 +109,7 @@ def reopen_cache(path: CachePath, output: Path) -> ActivationCache:
     if isinstance(path, CacheAt):
         return cache
     for request in (output / REQUEST, *matching(output, f"*/{REQUEST}")):
-        with suppress(FileNotFoundError, IsADirectoryError, ValueError):
+        with suppress(*NO_FILE, ValueError):
             begun = _generation_in(parse_json(request.read_bytes()), cache.cache_id)
             if begun is not None and begun < cache.generation:
                 newest = cache.generation

@@ -39,6 +39,7 @@ from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMisma
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.names import (
     LOCK,
+    NO_FILE,
     entries_below,
     is_plural,
     is_temporary,
@@ -393,15 +394,12 @@ def _foreign(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir() if not _is_own(entry))
 
 
-_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-
-
 def _is_request(path: Path) -> bool:
     """Return whether a file is a draft's request; other programs have files of that name too."""
     try:
         data = path.read_bytes()
         request = parse_json(data)
-    except (*_NO_FILE, ValueError):
+    except (*NO_FILE, ValueError):
         return False
     return isinstance(request, dict) and canonical_json(request) == data
 
@@ -423,6 +421,6 @@ def holds_artifact(folder: Path) -> bool:
         if (folder / MANIFEST).is_file() and _is_request(folder / REQUEST):
             return True  # of which the manifest may be damaged, and the lock lost by git or a copy
         manifest = parse_json((folder / MANIFEST).read_bytes())
-    except (*_NO_FILE, ValueError):
+    except (*NO_FILE, ValueError):
         return False
     return isinstance(manifest, dict) and {"kind", "digest"} <= manifest.keys()

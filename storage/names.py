@@ -25,6 +25,8 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """Bytes that Linux and macOS take at most, or fewer."""
 _LONGEST_KEPT = 120
 """Bytes of a name that a temporary one keeps."""
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""What the system says where there is no such file; other OSErrors are of a file that it refuses."""
 LOCK = ".lock"
 """The file by which a process holds a directory that it writes."""
 RESTORE = "restore it, or delete the artifact and make it again"

@@ -18,7 +18,7 @@ from tailrace.storage.cache_format import KIND as CACHE
 from tailrace.storage.draft import holds_artifact
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.formats import CROSS_LAYER_KIND, TABLES_KIND, TRANSCODER_KINDS
-from tailrace.storage.names import files_below, matching
+from tailrace.storage.names import NO_FILE, files_below
 from tailrace.storage.parsing import parse_json
 
 _HOLDERS = ("sweep", "transcoders")
@@ -135,7 +135,7 @@ def _read(file: Path) -> dict[str, Any]:
     """Return a JSON object, an empty one if there is none; raise OSError if it cannot be read."""
     try:
         content = parse_json(file.read_bytes())
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+    except (*NO_FILE, ValueError):
         return {}
     return _object(content)
 
@@ -247,7 +247,7 @@ def _mean_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def progress(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Return how far an unfinished artifact is: steps and last loss of a run, finished units of a cache."""
     if (path / "commits").is_dir():
-        return {"units": len(matching(path / "commits", "**/*-unit-*.json"))}
+        return {"units": sum(file.match("*-unit-*.json") for file in files_below(path / "commits"))}
     last = _last_of_training(path / "metrics.jsonl")
     if last is None:
         return {}
@@ -265,7 +265,7 @@ def _last_of_training(log: Path) -> dict[str, Any] | None:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read().splitlines()
-    except FileNotFoundError:
+    except NO_FILE:
         return None
     for line in reversed(lines):
         try:

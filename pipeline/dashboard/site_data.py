@@ -30,7 +30,7 @@ from tailrace.analysis.dashboards.glossary import TERMS
 from tailrace.analysis.dashboards.values import Vocabulary, rounded, visible_text
 from tailrace.storage.artifact import MANIFEST, REQUEST, read_json, unreadable
 from tailrace.storage.labels import Label
-from tailrace.storage.names import matching
+from tailrace.storage.names import NO_FILE, matching
 from tailrace.storage.parsing import parse_json
 from tailrace.storage.tables import TablesManifest
 
@@ -176,7 +176,7 @@ def _nearby(tables: Path, text: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in itertools.islice(manifests, MANIFESTS_READ):
         try:
             data = path.read_bytes()
-        except (FileNotFoundError, IsADirectoryError):  # removed a moment ago, or no file
+        except NO_FILE:  # removed a moment ago, or no file
             continue
         except OSError as error:
             raise unreadable(error, path) from error
