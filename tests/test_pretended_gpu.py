@@ -79,7 +79,7 @@ def test_the_sparse_step_agrees_with_that_of_the_cpu_and_waits_for_nothing(
     tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     outcomes = run_cases(tmp_path, ("sparse",))
-    assert len(outcomes) == 9
+    assert len(outcomes) == 15
     for case, outcome in outcomes.items():
         with subtests.test(case):
             check_agrees(outcome)

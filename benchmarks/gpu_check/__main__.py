@@ -98,6 +98,7 @@ def checks(bench: Bench, chosen: argparse.Namespace, uncompiled: bool) -> Iterat
         yield from group("machine", "cost", bench)
     if not chosen.dry:
         yield from group("correctness", "correctness", bench)
+        yield from group("processes", "correctness", bench)
     if costs:
         yield from group("step_cost", "cost", bench)
         yield from group("peers", "cost", bench)

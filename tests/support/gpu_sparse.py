@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tests.support import interpreted  # isort: skip  (before anything that imports the programs)
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from tailrace.training.architectures import Architecture, BatchTopK, JumpReLU, R
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.kernels.adaptive import build_kernel
+from tailrace.training.loop.distributed import DistributedStep, Group, rows_of_rank
 from tailrace.training.loop.optim import build_optimiser
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.shards import FeatureShards, ShardedStep
 from tailrace.training.rows.batches import Batch
 from tests.support.gpu_training import Case, Killed
 from tests.support.pretended_gpu import record
+from tests.support.sharded_runs import cut, in_threads
 from tests.support.training_caches import publish_layers, small_cache
 
 assert interpreted.__doc__
@@ -123,6 +127,42 @@ def waiting(folder: Path, device: str, architecture: Architecture) -> dict[str, 
     return {"loss": float(losses[3])}
 
 
+def sharing(folder: Path, device: str, architecture: Architecture, *, features: bool) -> dict[str, float]:
+    """Take steps in two processes, which share the features or the rows; on the GPU no step waits for it."""
+    generator = torch.Generator().manual_seed(0)
+    whole, part = (architecture.build(6, 6, n) for n in (18, 9))
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) - 0.5)
+    whole.constrain_parameters()
+    rows = [torch.randn(7, 6, generator=generator) for _ in range(2)]
+
+    def work(group: Group) -> list[float]:
+        fused = features and device == "cuda"
+        own = cut(whole, part, FeatureShards(group)) if features else whole
+        own = copy.deepcopy(own).to(device)
+        kernel = build_kernel("sparse", "float32", torch.device(device), name="run", fused=fused)
+        gradients = getattr(kernel, "gradients", None)
+        optimiser = build_optimiser("adam", own, lr=0.01, clip=None, gradients=gradients)
+        mine = slice(None) if features else rows_of_rank(7, group.rank, 2)
+        batch = Batch(*(values[mine].to(device) for values in rows))
+        step = ShardedStep(kernel, FeatureShards(group)) if features else DistributedStep(kernel, group)
+        losses = []
+        for _ in range(4):
+            losses.append(step(own, batch, VarianceObjective(6.0)).losses["loss"])
+            optimiser.step(0.01)
+        waits = {line for name, line in record.waits if name != "event"}
+        copies = {line for way, line in record.copies if not way.endswith("without a wait")}
+        if device == "cuda" and any("training/" in line for line in (*waits, *copies)):
+            raise AssertionError(f"steps wait: {record.waits}, {record.copies}")
+        return [float(loss) for loss in losses]
+
+    first, second = in_threads(2, work, torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
+    if first != second:
+        raise AssertionError(f"two processes have other losses: {first}, {second}")
+    return {"loss": first[3]}
+
+
 SPARSE: dict[str, Case] = {
     "sparse topk": training,
     "sparse gated, clipped": partial(training, architecture={"kind": "gated"}, gradient_clip=1.0),
@@ -132,6 +172,11 @@ SPARSE: dict[str, Case] = {
     **{
         f"sparse {architecture.kind} waits": partial(waiting, architecture=architecture)
         for architecture in (TopK(k=2), BatchTopK(k=2), JumpReLU(), ReLU())
+    },
+    **{
+        f"sparse {architecture.kind}, {what} shared": partial(sharing, architecture=architecture, features=features)
+        for architecture in (TopK(k=2), BatchTopK(k=2), JumpReLU())
+        for what, features in (("features", True), ("rows", False))
     },
 }
 """By name."""

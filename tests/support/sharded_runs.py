@@ -23,7 +23,7 @@ from tailrace.training.architectures import Architecture, BatchTopK, JumpReLU, R
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import VarianceObjective
 from tailrace.training.cross_layer.sparse import SparseStackStep
-from tailrace.training.cross_layer.stack import Stack, build_stack
+from tailrace.training.cross_layer.stack import build_stack
 from tailrace.training.kernels.adaptive import AdaptiveStep
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.kernel import StepKernel
@@ -39,7 +39,7 @@ from tailrace.training.loop.weight_average import WeightAverage
 from tailrace.training.rows.batches import Batch
 from tests.support.distributed_children import Doubled
 from tests.support.planted_runs import SITE, PlantedRows, statistics_of
-from tests.support.random_steps import ARCHITECTURES, D_SAE, random_batch, random_transcoder
+from tests.support.random_steps import ARCHITECTURES, D_IN, D_OUT, random_batch, random_transcoder
 
 Result = TypeVar("Result")
 OBJECTIVE = VarianceObjective(20.0)
@@ -61,6 +61,8 @@ class _Meeting:
     def __init__(self, size: int) -> None:
         self.box: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=120)
+        self.turn = threading.Lock()
+        """One works at a time: what interprets the programs of a GPU cannot be used by two threads."""
 
 
 class ThreadGroup(Group):
@@ -72,9 +74,13 @@ class ThreadGroup(Group):
 
     def _exchange(self, value: Any) -> list[Any]:
         self._meeting.box[self.rank] = value
-        self._meeting.barrier.wait()
-        values = [*self._meeting.box]
-        self._meeting.barrier.wait()
+        self._meeting.turn.release()
+        try:
+            self._meeting.barrier.wait()
+            values = [*self._meeting.box]
+            self._meeting.barrier.wait()
+        finally:
+            self._meeting.turn.acquire()
         return values
 
     def add_up(self, values: Tensor) -> Tensor:
@@ -113,7 +119,8 @@ def in_threads(size: int, work: Callable[[Group], Result], device: torch.device 
 
     def go(rank: int) -> None:
         try:
-            results[rank] = work(ThreadGroup(rank, size, meeting, device))  # type: ignore[call-overload]
+            with meeting.turn:
+                results[rank] = work(ThreadGroup(rank, size, meeting, device))  # type: ignore[call-overload]
         except BaseException as error:
             if not isinstance(error, threading.BrokenBarrierError):
                 errors.append(error)
@@ -170,7 +177,7 @@ def take_steps(case: StepCase, group: Group | None) -> dict[str, Tensor]:
     transcoder = whole
     if group is not None:
         shards = FeatureShards(group, n_layers)
-        transcoder = _cut(case, whole, shards)
+        transcoder = cut(whole, _built(case, shards.slice_of(whole.d_sae // n_layers).n), shards)
         kernel = ShardedStep(kernel, shards)
     for _ in range(2):  # the second begins from the first one's guesses and memory
         result = kernel(transcoder, batch, OBJECTIVE, per_row=True)
@@ -185,7 +192,7 @@ def take_steps(case: StepCase, group: Group | None) -> dict[str, Tensor]:
 def _example(case: StepCase) -> tuple[Transcoder, Batch, int]:
     if not case.is_stack:
         return random_transcoder(ARCHITECTURES[case.architecture]), random_batch(), 1
-    stack = build_stack(STACKS[case.architecture], N_LAYERS, WIDTH, WIDTH, N_FEATURES).double()
+    stack = _built(case, N_FEATURES)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in stack.parameters():
@@ -195,15 +202,16 @@ def _example(case: StepCase) -> tuple[Transcoder, Batch, int]:
     return stack, Batch(rows[0], rows[1]), N_LAYERS
 
 
-def _cut(case: StepCase, whole: Transcoder, shards: FeatureShards) -> Transcoder:
-    """Return the own features of a transcoder."""
-    if isinstance(whole, Stack):
-        own = shards.slice_of(N_FEATURES)
-        part: Transcoder = build_stack(STACKS[case.architecture], N_LAYERS, WIDTH, WIDTH, own.n).double()
-    else:
-        own = shards.slice_of(D_SAE)
-        part = ARCHITECTURES[case.architecture].build(whole.d_in, whole.d_out, own.n).double()
-        part.become_slice(own.first, D_SAE)
+def _built(case: StepCase, n_features: int) -> Transcoder:
+    if case.is_stack:
+        return build_stack(STACKS[case.architecture], N_LAYERS, WIDTH, WIDTH, n_features).double()
+    return ARCHITECTURES[case.architecture].build(D_IN, D_OUT, n_features).double()
+
+
+def cut(whole: Transcoder, part: Transcoder, shards: FeatureShards) -> Transcoder:
+    """Return ``part``, of as many features as a process has, with the own ones of ``whole``."""
+    own = shards.slice_of(whole.d_sae // shards.n_layers)
+    part.become_slice(own.first, own.d_sae)
     for name, value in whole.state_dict().items():
         if name in split_parameters(whole):
             n_blocks = shards.n_layers if len(value) == whole.d_sae else 1

@@ -24,7 +24,7 @@ class DeviceStackStep(DeviceStep):
     def _entries(self, transcoder: Transcoder, batch: Batch, reductions: BatchReductions) -> DeviceStackEntries:
         stack = cast("Stack", transcoder)
         inputs = batch.inputs.view(len(batch.inputs), stack.n_layers, stack.width_in).transpose(0, 1).contiguous()
-        pairs, pre = self._select(stack, inputs)
+        pairs, pre = self._select(stack, inputs, reductions)
         return DeviceStackEntries(pairs, pre, stack, inputs, partial(self.gradients.take, stack), reductions)
 
 

@@ -181,7 +181,8 @@ def _ordinary(
 
 def takes_pairs(settings: TrainSettings, group: Group | None) -> bool:
     """Tell whether gradients at pairs need not become matrices: nothing asks for their norm, or adds them up."""
-    return settings.optimiser == "adam" and settings.gradient_clip is None and group is None
+    is_added_up = group is not None and not group.shards_features
+    return settings.optimiser == "adam" and settings.gradient_clip is None and not is_added_up
 
 
 def _assemble(

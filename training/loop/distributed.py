@@ -273,6 +273,12 @@ class SharedBatch(BatchReductions):
         """Return the sum over all processes."""
         return self._group.add_up(counts.clone())
 
+    def of_earlier(self, counts: Tensor) -> Tensor:
+        """Return the sum over the processes before this one."""
+        return torch.stack([torch.zeros_like(counts), *self._group.gather_alike(counts)[: self._group.rank]]).sum(
+            0, dtype=counts.dtype
+        )
+
     def mean(self, own: Tensor) -> Tensor:
         """Return the mean over all rows, summed in float64; its gradient is that of ``own``."""
         whole = self._group.add_up(own.detach().double() * self.share).to(own.dtype)
@@ -331,8 +337,8 @@ class DistributedStep:
         ``per_row`` is done if any process asks for it: the one that keeps the log is.
         """
         assert reductions is ALONE, "a slice is not sliced again"
-        numbers = torch.tensor([len(batch.inputs), int(per_row)], device=self._group.device)
-        n_rows, n_asking = self._group.add_up(numbers).tolist()
+        # on the host, as below: what lies on a GPU is there only once all steps before are done
+        n_rows, n_asking = self._group.add_up(torch.tensor([len(batch.inputs), int(per_row)])).tolist()
         shared = SharedBatch(self._group, len(batch.inputs), n_rows)
         result = self._kernel(transcoder, batch, objective, extra, per_row=n_asking > 0, reductions=shared)
         self._add_up_gradients(transcoder, shared.share)
@@ -345,8 +351,8 @@ class DistributedStep:
 
     def _add_up_gradients(self, transcoder: Transcoder, share: float) -> None:
         parameters = list(transcoder.parameters())
-        have = torch.tensor([parameter.grad is not None for parameter in parameters], device=self._group.device)
-        for parameter, has_any in zip(parameters, self._group.add_up(have.int()).tolist(), strict=True):
+        have = torch.tensor([int(parameter.grad is not None) for parameter in parameters])
+        for parameter, has_any in zip(parameters, self._group.add_up(have).tolist(), strict=True):
             if not has_any:
                 continue
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()

@@ -86,6 +86,10 @@ class FeatureShards(SharedBatch):
         """Return ``own``: all rows are at hand."""
         return own
 
+    def n_features(self, own: int) -> int:
+        """Return the number of features of all processes."""
+        return own * self.group.size
+
     def total(self, counts: Tensor) -> Tensor:
         """Return ``counts``, which are of all rows."""
         return counts

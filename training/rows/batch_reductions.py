@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -36,9 +37,21 @@ class BatchReductions:
         """Return the batch's number of rows; ``own`` of them are at hand."""
         return own
 
+    def n_features(self, own: int) -> int:
+        """Return the number of features; ``own`` of them are at hand."""
+        return own
+
     def total(self, counts: Tensor) -> Tensor:
-        """Return the sum of integer ``counts`` of any shape over all slices."""
+        """Return the sum of integer ``counts`` of any shape over all slices of the rows."""
         return counts
+
+    def of_all(self, counts: Tensor) -> Tensor:
+        """Return the sum of integer ``counts`` of any shape over all slices, of rows or of features."""
+        return self.total(self.over_features(counts))
+
+    def of_earlier(self, counts: Tensor) -> Tensor:
+        """Return the sum of integer ``counts`` of any shape over the slices before this one."""
+        return torch.zeros_like(counts)
 
     def mean(self, own: Tensor) -> Tensor:
         """Return the batch's mean of something whose mean over the rows at hand is ``own``, a scalar.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tailrace.storage.errors import ActionableError, SettingsError, is_out_of_memory
 from tailrace.training.architectures.base import Transcoder
-from tailrace.training.architectures.entries import Above, LargestOfBatch
+from tailrace.training.architectures.entries import Above
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.device.graph import CapturedStep
@@ -78,24 +78,23 @@ class DeviceChoice:
         reductions: BatchReductions = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter, or leave it to ``gradients``, and return the loss terms."""
-        self._read_late(transcoder, len(batch.inputs))
-        self._choose_by_density(transcoder)
-        of_all = reductions.shares_features or isinstance(transcoder.selection(), LargestOfBatch)
-        can_share = reductions is ALONE or not of_all  # what is chosen among other processes' pairs, too, is not here
-        if self.is_sparse and self.choice is None and can_share:
+        d_sae = reductions.n_features(transcoder.d_sae)
+        self._read_late(transcoder, len(batch.inputs), d_sae)
+        self._choose_by_density(transcoder, d_sae)
+        if self.is_sparse and self.choice is None:
             self._put_to_the_proof(transcoder, batch, objective, reductions)
-        if self.is_sparse and self.choice == "sparse" and can_share:
+        if self.is_sparse and self.choice == "sparse":
             with nullcontext() if self._prove else self._refusing_what_does_not_run(is_alone=reductions is ALONE):
                 result = self._captured(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
             assert self.gradients.n_candidates is not None, "a step has just counted them"
-            self._remember(result, self.gradients.n_candidates)
+            self._remember(result, self.gradients.n_candidates, reductions)
         else:
             self.gradients.at_pairs.clear()
             if self.gradients.overflow is not None:
                 self.gradients.overflow.zero_()
             result = self._dense(transcoder, batch, objective, extra, per_row=per_row, reductions=reductions)
             if isinstance(transcoder.selection(), Above):
-                self._remember(result, None)
+                self._remember(result, None, reductions)
         return result
 
     @contextmanager
@@ -116,14 +115,14 @@ class DeviceChoice:
             ) from error
         self._has_run = True
 
-    def _choose_by_density(self, transcoder: Transcoder) -> None:
-        """Take note of the density that a selection of the largest has; where it has none, begin dense."""
+    def _choose_by_density(self, transcoder: Transcoder, d_sae: int) -> None:
+        """Take note of the density that a selection of the largest of ``d_sae`` has; where it has none, begin dense."""
         selection = transcoder.selection()
         if isinstance(selection, Above):
             if self.is_sparse is None:
                 self.is_sparse = not self._prove
         else:
-            self._by_density(selection.k / transcoder.d_sae)
+            self._by_density(selection.k / d_sae)
 
     def _by_density(self, density: float) -> None:
         before = self.is_sparse
@@ -132,19 +131,19 @@ class DeviceChoice:
             kind = "sparse" if self.is_sparse else "dense"
             logger.info("%s: %.2f%% of activations are not zero, steps are %s", self._name, 100 * density, kind)
 
-    def _remember(self, result: StepResult, n_candidates: Tensor | None) -> None:
+    def _remember(self, result: StepResult, n_candidates: Tensor | None, reductions: BatchReductions) -> None:
         """Have the numbers of a step sent to the host, to be read later."""
-        active = on_its_way(result.n_active.sum())
+        active = on_its_way(reductions.over_features(result.n_active.sum()))  # what all processes choose by
         self._late.append((result.n_rows, active, active if n_candidates is None else on_its_way(n_candidates)))
 
-    def _read_late(self, transcoder: Transcoder, n_rows: int) -> None:
+    def _read_late(self, transcoder: Transcoder, n_rows: int, d_sae: int) -> None:
         """Take note of what happened two steps ago: how many pairs were active, and whether there was room for them."""
         while len(self._late) >= LAG:
             of_rows, active, candidates = self._late.popleft()
             n_candidates = candidates()
             n_slots, selection = self._sparse.n_slots, transcoder.selection()
             if isinstance(selection, Above):
-                self._by_density(active() / (of_rows * transcoder.d_sae))
+                self._by_density(active() / (of_rows * d_sae))
             if n_slots is not None and n_candidates > n_slots:
                 logger.warning(
                     "%s: a step had %d candidate pairs and room for %d; it changed no weight, and there is more room "
@@ -172,7 +171,7 @@ class DeviceChoice:
         except Exception as broken:  # whatever a compiler, a driver or a GPU may raise
             problem, is_fault = _summary(broken), not is_out_of_memory(broken)
         is_right = bool(reductions.least(torch.tensor(float(not problem), device=device)) > 0)
-        sparse_time, dense_time = reductions.total(torch.tensor(times, device=device)).tolist()
+        sparse_time, dense_time = reductions.of_all(torch.tensor(times, device=device)).tolist()
         self.choice = "sparse" if is_right and sparse_time < dense_time else "dense"
         self.gradients.trusted = is_right
         self.gradients.at_pairs.clear()

@@ -80,31 +80,33 @@ class DeviceStep:
         entries = self._entries(transcoder, batch, reductions)
         trace = transcoder.trace(entries, batch, objective)
         result = finish(transcoder, entries, trace, batch, extra, per_row=per_row)
+        if reductions is not ALONE:  # where pairs did not fit, no process takes the step
+            kept.overflow.copy_(reductions.of_all(kept.overflow))
         if not kept.fused:
-            self._drop_gradients_without_room(transcoder, reductions)
+            self._drop_gradients_without_room(transcoder)
         return result
 
-    def _drop_gradients_without_room(self, transcoder: Transcoder, reductions: BatchReductions) -> None:
-        """Zero the gradients where pairs did not fit, here or in a process that shares the batch."""
+    def _drop_gradients_without_room(self, transcoder: Transcoder) -> None:
+        """Zero the gradients where pairs did not fit."""
         kept = self.gradients
         assert kept.overflow is not None, "made when the step begins"
-        if reductions is not ALONE:
-            kept.overflow.copy_(reductions.total(kept.overflow))
         gradients = [value.grad for value in transcoder.parameters() if value.grad is not None]
         torch._foreach_mul_(gradients, (kept.overflow == 0).float()[0])
 
     def _entries(self, transcoder: Transcoder, batch: Batch, reductions: BatchReductions) -> Entries:
         inputs = batch.inputs.contiguous()
-        pairs, pre = self._select(transcoder, inputs[None])
+        pairs, pre = self._select(transcoder, inputs[None], reductions)
         return DeviceEntries(pairs, pre, transcoder, inputs, partial(self.gradients.take, transcoder), reductions)
 
-    def _select(self, transcoder: Transcoder, inputs: Tensor) -> tuple[DevicePairs, Tensor]:
+    def _select(
+        self, transcoder: Transcoder, inputs: Tensor, reductions: BatchReductions
+    ) -> tuple[DevicePairs, Tensor]:
         """Return the pairs of ``inputs`` (layers, rows, width) and their pre-activations."""
         kept, selection = self.gradients, transcoder.selection()
         assert kept.overflow is not None, "made when the step begins"
         n_slots = self.n_slots or slots_for(selection, inputs.shape[1], transcoder.d_sae)
         bias = transcoder.encoder_bias()
-        pairs, pre = kept.screen.select(inputs, transcoder.W_enc, bias, selection, kept.overflow, n_slots)
+        pairs, pre = kept.screen.select(inputs, transcoder.W_enc, bias, selection, kept.overflow, n_slots, reductions)
         kept.n_candidates = pairs.ends[-1]
         return pairs, pre
 
