@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check.bench import Bench
-from benchmarks.gpu_check.outcomes import Check, Numbers, WrongError
+from benchmarks.gpu_check.outcomes import TOLERANCE, Check, Numbers, WrongError, agreement
 from tailrace.pipeline.cache import stage as cache_stage
 from tailrace.pipeline.cache import verify
 from tailrace.pipeline.cache.settings import CacheSettings
@@ -48,9 +47,6 @@ from tests.support.gpu_training import BASE, Case, across_layers, training
 from tests.support.synthetic_cache import write_synthetic_cache
 from tests.support.tiny_models import WORDS, save_tiny_model
 
-TOLERANCE = 2e-3
-"""Relative. A device sums products in another order, 1e-7 a step, which a few dozen steps at a high learning rate and
-choices between nearly equal activations amplify."""
 LOOSE = 0.03
 """For steps in bfloat16, where choices between nearly equal activations are many, and for resampling, which draws."""
 EXACT = 2e-5
@@ -106,27 +102,6 @@ def compared(bench: Bench, name: str, case: Case) -> Numbers:
         here = case(folder / "cpu", "cpu")
     loose = any(word in name for word in ("bfloat16", "resampling"))
     return {"largest difference": agreement(there, here, LOOSE if loose else TOLERANCE)}
-
-
-def agreement(there: Mapping[str, float], here: Mapping[str, float], tolerance: float) -> float:
-    """Return the largest relative difference; raise WrongError beyond ``tolerance``, and naming each number that is.
-
-    Numbers below ``tolerance`` are compared as they are.
-    """
-    if there.keys() != here.keys():
-        raise WrongError(f"the device gives other numbers: {sorted(there.keys() ^ here.keys())}")
-    differences = {}
-    for name, wanted in here.items():
-        scale = max(abs(wanted), tolerance)
-        differences[name] = abs(there[name] - wanted) / scale if there[name] != wanted else 0.0
-    wrong = [
-        f"{name} is {there[name]:.6g} on the device and {here[name]:.6g} on the CPU"
-        for name, difference in differences.items()
-        if not difference <= tolerance and not (math.isnan(there[name]) and math.isnan(here[name]))
-    ]
-    if wrong:
-        raise WrongError("; ".join(wrong))
-    return max(differences.values(), default=0.0)
 
 
 # --- steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import threading
 import time
@@ -20,6 +21,11 @@ Numbers = Mapping[str, Any]
 
 OPTIONAL = ("datasets", "kvikio", "numba", "pyarrow", "tokenizers", "transformer_lens", "transformers", "triton")
 """Packages without which a check is skipped; others are needed by all."""
+
+
+TOLERANCE = 2e-3
+"""Relative. A device sums products in another order, 1e-7 a step, which a few dozen steps at a high learning rate and
+choices between nearly equal activations amplify."""
 
 
 class WrongError(Exception):
@@ -102,6 +108,27 @@ def outcome_of(check: Check) -> Outcome:
             frames = traceback.extract_tb(error.__traceback__)[-6:]
             at = [f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}" for frame in frames]
     return Outcome(check.name, check.kind, status, round(time.monotonic() - began, 2), rounded(numbers), why, at)
+
+
+def agreement(there: Mapping[str, float], here: Mapping[str, float], tolerance: float) -> float:
+    """Return the largest relative difference; raise WrongError beyond ``tolerance``, and naming each number that is.
+
+    Numbers below ``tolerance`` are compared as they are.
+    """
+    if there.keys() != here.keys():
+        raise WrongError(f"the device gives other numbers: {sorted(there.keys() ^ here.keys())}")
+    differences = {}
+    for name, wanted in here.items():
+        scale = max(abs(wanted), tolerance)
+        differences[name] = abs(there[name] - wanted) / scale if there[name] != wanted else 0.0
+    wrong = [
+        f"{name} is {there[name]:.6g} on the device and {here[name]:.6g} on the CPU"
+        for name, difference in differences.items()
+        if not difference <= tolerance and not (math.isnan(there[name]) and math.isnan(here[name]))
+    ]
+    if wrong:
+        raise WrongError("; ".join(wrong))
+    return max(differences.values(), default=0.0)
 
 
 def missing_package(error: Exception) -> str | None:

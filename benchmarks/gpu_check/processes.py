@@ -17,10 +17,19 @@ import torch
 
 from benchmarks.gpu_check import bench as benches
 from benchmarks.gpu_check.bench import Bench
-from benchmarks.gpu_check.outcomes import Check, NotHereError, Numbers
+from benchmarks.gpu_check.outcomes import TOLERANCE, Check, NotHereError, Numbers, agreement
 
 SECONDS = 240
 """After which processes are taken to wait for each other."""
+SETTINGS = {
+    "architecture": {"kind": "topk", "k": 4},
+    "d_sae": 64,
+    "steps": 12,
+    "batch_rows": 96,
+    "lr": 1e-2,
+    "evaluation_rows": 64,
+    "precision": "float32",
+}
 BATCH_TOPK = {"kind": "batch_topk", "k": 4}
 CASES: Mapping[str, dict[str, Any]] = {
     "rows shared, topk": {},
@@ -29,7 +38,7 @@ CASES: Mapping[str, dict[str, Any]] = {
     "features shared, batch_topk": {"architecture": BATCH_TOPK},
     "features shared, layers": {"architecture": BATCH_TOPK, "cross_layer": True},
 }
-"""Settings by name."""
+"""What differs, by name."""
 
 
 def checks(bench: Bench) -> Iterator[Check]:
@@ -45,8 +54,6 @@ def checks(bench: Bench) -> Iterator[Check]:
 
 def compared(device: str, bench: Bench, name: str, kernel: str) -> Numbers:
     """Train on two of a device and in one process on the CPU; raise WrongError where scores differ."""
-    from benchmarks.gpu_check.correctness import TOLERANCE, agreement  # the processes below need none of it
-
     if device.startswith("cuda") and torch.cuda.device_count() < 2:
         raise NotHereError("one GPU is here, and two are needed")
     with bench.scratch(f"{name}, {kernel}") as folder:
@@ -88,10 +95,9 @@ def trained(
     from tailrace.pipeline.shared.compute import Compute
     from tailrace.pipeline.train import stage as train
     from tailrace.training.loop.settings import TrainSettings
-    from tests.support.gpu_training import BASE
 
     heldout = train.run(
-        TrainSettings.read(BASE, settings),
+        TrainSettings.read(SETTINGS, settings),
         cache=folder / "cache",
         output=folder / output,
         compute=Compute(device=device, quiet=True),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_check import outcomes
+from benchmarks.gpu_check import outcomes, processes
 from benchmarks.gpu_check.bench import Bench
 from benchmarks.gpu_check.outcomes import (
     Check,
@@ -280,6 +280,19 @@ def test_cases_are_imported_where_no_test_runner_is_installed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows shared, batch_topk", "features shared, layers"])
+def test_processes_of_torchrun_are_compared_with_one(name: str, tmp_path: Path) -> None:
+    found = processes.compared("cpu", Bench("cpu", tmp_path), name, "sparse")
+    assert found["largest difference"] < 1e-3
+
+
+def test_a_machine_with_one_gpu_says_that_two_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(NotHereError, match="one GPU is here, and two are needed"):
+        processes.compared("cuda", Bench("cuda", tmp_path), "rows shared, topk", "dense")
 
 
 def test_steps_are_timed_at_small_sizes(tmp_path: Path) -> None:
