@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -73,6 +74,7 @@ from tailrace.storage.errors import (
 from tailrace.storage.generations import Generations
 from tailrace.storage.layout import FLOAT16_NORMAL
 from tailrace.storage.names import remove_temporary
+from tailrace.storage.statistics import prepare_to_sum
 
 logger = logging.getLogger(__name__)
 
@@ -348,8 +350,10 @@ class CacheJob:
         n_new = None if tokens is None else tokens - first * self.contexts.shard_rows
         with (
             packer.running(source, lambda: self._check_rows(source, tokens)),
+            ThreadPoolExecutor(1) as beside,
             RowProgress(n_new, quiet=self.quiet, title=_TITLES[change]) as bar,
         ):
+            beside.submit(prepare_to_sum)
             layout = self._kept_layout(choose_layout)
             targets = {split: None for split in self.blocks if split not in self.recorded} | {"train": tokens}
             planner = UnitPlanner(self.progress, layout, self.settings.contexts_per_batch, targets, {"train": first})
