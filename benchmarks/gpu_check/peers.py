@@ -173,7 +173,7 @@ def sparsify(device: str, width: int, d_sae: int, k: int) -> Step:
 
     settings = SparseCoderConfig(num_latents=d_sae, k=k, transcode=True)
     coder = SparseCoder(width, settings, device=device, dtype=torch.float32)
-    optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=torch.device(device).type == "cuda")
+    optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
 
     def step(inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         total_variance = (outputs - outputs.mean(0)).pow(2).sum()
