@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -232,16 +233,14 @@ def _raise_unless_gone(error: OSError) -> None:
 @contextmanager
 def _unread(root: Path, numbers: Sequence[int], newest: int) -> Iterator[None]:
     """Keep new readers of some generations waiting inside; raise ArtifactBusy if there are any."""
-    held, read = [], []
+    held: dict[int, int] = {}
     try:
         for number in numbers:
-            held.append(os.open(root / manifest_name(number), os.O_RDWR | os.O_CLOEXEC))
-            try:
-                fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                read.append(number)
-            except OSError as error:
-                raise unlockable(error, root) if error.errno in NO_LOCKS else storage_refused(error, root) from error
+            held[number] = os.open(root / manifest_name(number), os.O_RDWR | os.O_CLOEXEC)
+        read = [number for number, file in held.items() if not _locked(file, root)]
+        if read:
+            gc.collect()  # a reader of this process that nothing uses any more, but for itself
+            read = [number for number in read if not _locked(held[number], root)]
         if read:
             one = f"generation {read[0]} is" if len(read) == 1 else f"generations {', '.join(map(str, read))} are"
             raise ArtifactBusy(
@@ -249,5 +248,16 @@ def _unread(root: Path, numbers: Sequence[int], newest: int) -> Iterator[None]:
             )
         yield
     finally:
-        for file in held:
+        for file in held.values():
             os.close(file)
+
+
+def _locked(file: int, root: Path) -> bool:
+    """Take the lock of an open file alone; return whether nobody else has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise unlockable(error, root) if error.errno in NO_LOCKS else storage_refused(error, root) from error
+    return True

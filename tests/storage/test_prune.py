@@ -171,8 +171,23 @@ def test_a_generation_that_is_read_is_not_pruned(path: Path) -> None:
     Generations(path).prune(1)
     assert rows.read_unit(1, ["layer0/in"])
     del rows
-    gc.collect()
     Generations(path).prune(3)
+
+
+def test_a_reader_that_only_an_error_still_knows_is_no_reader(path: Path) -> None:
+    def fail() -> None:
+        reader = open_cache(path, 0)
+        error = RuntimeError(f"{reader.generation}")  # knows this frame once it is raised, which knows it
+        raise error
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError):
+            fail()
+        Generations(path).prune(3)
+    finally:
+        gc.enable()
 
 
 READER = """
