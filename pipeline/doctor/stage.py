@@ -316,7 +316,7 @@ def _limits(split: CacheSplit, site: Site, settings: TrainSettings, rates: Rates
         row_bytes=site.row_bytes,
         d_sae=settings.n_features(site.d_in),
         kernel=settings.kernel,
-        needed_bytes=training_bytes(settings, widths),
+        needed_bytes=training_bytes(settings, widths, device),
         disk=rates.disk / site.row_bytes,
         reader=reader,
         copy_to_device=None if rates.copy_pinned is None else rates.copy_pinned / site.row_bytes,

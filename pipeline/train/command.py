@@ -126,7 +126,17 @@ def command(
     }
     if dry_run:
         points = read_grid(sweeps, sweep_file) if sweeps or sweep_file else []
-        click.echo(plan(points, given, cache=cache, output=output, config=config, compute=compute))
+        planned = plan(
+            points,
+            given,
+            cache=cache,
+            output=output,
+            config=config,
+            compute=compute,
+            shard_features=shard_features,
+        )
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            click.echo(planned)
         return
     if sweeps or sweep_file:
         if shard_features:

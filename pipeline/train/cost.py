@@ -60,14 +60,17 @@ def training_cost(
     )
 
 
-def cost_line(runs: Sequence[Planned], device: torch.device) -> str:
+def cost_line(runs: Sequence[Planned], device: torch.device, *, n_shards: int = 1, shares_rows: bool = False) -> str:
     """Return what runs side by side cost, in a line.
 
-    Time is judged by one step of each, where that is little of what is to come and of what memory there is; never on a
-    GPU, which is not given a second dictionary to hold.
+    ``n_shards`` and ``shares_rows`` are those of ``training_bytes``: memory is that of one device. Time is judged by
+    one step of each, where that is little of what is to come and of what memory there is; never on a GPU, which is not
+    given a second dictionary to hold.
     """
     parameters = [n_parameters(run.settings, run.widths) for run in runs]
-    memory = sum(training_bytes(run.settings, run.widths) for run in runs)
+    memory = sum(
+        training_bytes(run.settings, run.widths, device, n_shards=n_shards, shares_rows=shares_rows) for run in runs
+    )
     running = sum(
         n * (4 * (1 + run.settings.snapshots) + CHECKPOINT_BYTES * _KEPT_CHECKPOINTS)
         for n, run in zip(parameters, runs, strict=True)
@@ -78,10 +81,11 @@ def cost_line(runs: Sequence[Planned], device: torch.device) -> str:
     is_timed = device.type == "cpu" and n_steps >= _TIMED_STEPS and memory <= _TIMED_BYTES
     is_timed = is_timed and not any(run.settings.cross_layer for run in runs)
     seconds = sum(run.n_steps * _step_seconds(run, device) for run in runs) if is_timed else 0.0
+    each = " on each device" if n_shards > 1 else ""
     about = f", about {duration(seconds)} by a step just timed" if seconds else ""
     return (
         f"cost: {side_by_side}{n_steps:,} steps of {runs[0].settings.batch_rows:,} rows{about}; at least "
-        f"{size(memory)} of memory; {size(running)} on disk while it runs, {size(kept)} afterwards"
+        f"{size(memory)} of memory{each}; {size(running)} on disk while it runs, {size(kept)} afterwards"
     )
 
 

@@ -71,6 +71,7 @@ def plan(
     output: Path,
     config: Path | None,
     compute: Compute,
+    shard_features: bool = False,
 ) -> str:
     """Return what training would cost, in a line or two; ``points`` are a sweep's, or none."""
     asked = _Asked(given, config, cache, is_live=cache is None)
@@ -79,7 +80,7 @@ def plan(
     from tailrace.pipeline.train import stage
 
     if cache is not None:
-        return stage.plan(list(runs.values()), cache, compute)
+        return stage.plan(list(runs.values()), cache, compute, shard_features=shard_features)
 
     from tailrace.pipeline.train.live_source import plan_live  # with the language model's libraries
 

@@ -78,6 +78,14 @@ class RunContext:
         """Return the precision that the settings mean on this device."""
         return resolve_precision(settings.precision, self.device)
 
+    @property
+    def sharing(self) -> dict[str, Any]:
+        """What several processes share, as ``training_bytes`` takes it."""
+        group = self.group
+        if group is None:
+            return {}
+        return {"n_shards": group.size} if group.shards_features else {"shares_rows": True}
+
     def sites(self, settings: TrainSettings, source: TrainingSource) -> list[Site]:
         """Return the sites to train on, lowest layer first.
 
@@ -131,8 +139,7 @@ def train_drafts(
     """
     sites = {site.name: site for draft in drafts.values() for site in draft.sites}
     shapes = [(draft.settings, [(site.d_in, site.d_out) for site in draft.sites]) for draft in drafts.values()]
-    shares_features = context.group is not None and context.group.shards_features
-    check_memory(shapes, context.device, context.group.size if context.group is not None and shares_features else 1)
+    check_memory(shapes, context.device, **context.sharing)
     if context.device.type == "cuda" and not quiet:
         chosen = " and ".join(sorted({context.precision(draft.settings) for draft in drafts.values()}))
         say_once(f"products: {chosen} in steps; scores and auxiliary losses of bfloat16 runs in TF32")
@@ -144,11 +151,11 @@ def train_drafts(
             sessions.append(stack.enter_context(session))
         if says_cost and not quiet:
             planned = [Planned(settings, widths, rows.n_steps(settings)) for settings, widths in shapes]
-            say_once(cost_line(planned, context.device))
+            say_once(cost_line(planned, context.device, **context.sharing))
         _write_baselines(drafts.values(), sessions, rows)
         stream, group = rows.stream, context.group
         before_first_step = None
-        if group is not None and not shares_features:
+        if group is not None and not group.shards_features:
             (session,) = sessions
             stream = SharedRows(stream, group)
             before_first_step = partial(broadcast_run, group, session.run, stream)
@@ -283,6 +290,7 @@ def train_beside(source: TrainingSource, settings: TrainSettings, context: RunCo
     """Take the steps of a run whose files the first process of the group writes; nothing is written here."""
     assert context.group is not None, "only a process of a group trains beside another"
     sites = context.sites(settings, source)
+    check_memory([(settings, [(site.d_in, site.d_out) for site in sites])], context.device, **context.sharing)
     with ExitStack() as stack:
         rows: TrainingRows = stack.enter_context(source.open(sites, output))
         run = _build("transcoder", settings, sites, rows, context)

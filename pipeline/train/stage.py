@@ -6,6 +6,7 @@ a machine with bfloat16 instructions must not be finished in float32 on another.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -37,6 +38,12 @@ from tailrace.training.loop.distributed import device_of_process, open_group
 from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.session import PeriodicHook
 from tailrace.training.loop.settings import TrainSettings
+from tailrace.training.loop.shards import refuse_shards
+
+_ALONE = (
+    "--shard-features: shares the features out to the processes that torchrun starts, and this is the only one; use "
+    "torchrun --standalone --nproc-per-node N, or leave it out"
+)
 
 
 @dataclass(frozen=True)
@@ -102,10 +109,7 @@ def run(
         on = stack.enter_context(compute.opened())
         group = open_group(on, shards_features=shard_features)
         if shard_features and group is None:
-            raise SettingsError(
-                "--shard-features: shares the features out to the processes that torchrun starts, and this is the only "
-                "one; use torchrun --standalone --nproc-per-node N, or leave it out"
-            )
+            raise SettingsError(_ALONE)
         if group is not None:
             on = stack.enter_context(group).device
         if group is not None and live is not None:
@@ -140,21 +144,31 @@ def run(
     return TrainResult(output, read_either_manifest(output).metrics.as_json())
 
 
-def plan(runs: Sequence[TrainSettings], cache: CachePath, compute: Compute = Compute()) -> str:
+def plan(
+    runs: Sequence[TrainSettings], cache: CachePath, compute: Compute = Compute(), *, shard_features: bool = False
+) -> str:
     """Return what training ``runs`` side by side on the cache at ``cache`` costs, in a line; write nothing.
 
-    Raises SettingsError with what does not fit the cache, and OutOfMemoryError for a GPU that is too small.
+    With ``shard_features``, torchrun's processes are to share the features. Raises SettingsError with what does not fit
+    the cache, and OutOfMemoryError for a GPU that is too small.
     """
+    n_processes = os.environ.get("WORLD_SIZE", "1")
+    n_shards = int(n_processes) if shard_features and n_processes.isdecimal() else 1
+    if shard_features and n_shards <= 1:
+        raise SettingsError(_ALONE)
     with compute.opened() as device:
         opened, first = open_cache(cache), runs[0]
         source = CacheSource(opened, batch_rows=first.batch_rows, order_seed=first.order_seed, device=device)
         n_rows, planned = source.cache.split("train").n_rows, []
         for settings in runs:
-            widths = [(site.d_in, site.d_out) for site in choose_sites(settings, source)]
+            sites = choose_sites(settings, source)
+            if shard_features:
+                refuse_shards(settings, sites, n_shards)
+            widths = [(site.d_in, site.d_out) for site in sites]
             n_steps = settings.n_steps(n_rows, -(-n_rows // settings.batch_rows))
             planned.append(Planned(settings, widths, n_steps))
-        check_memory([(run.settings, run.widths) for run in planned], device)
-        return cost_line(planned, device)
+        check_memory([(run.settings, run.widths) for run in planned], device, n_shards=n_shards)
+        return cost_line(planned, device, n_shards=n_shards)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def build_kernel(
     if device.type == "cpu":
         step = sparse(precision)
         return step if kind == "sparse" else AdaptiveStep(precision, name=name, sparse=step)
-    missing = _missing_for_sparse(device)
+    missing = missing_for_sparse(device)
     if missing is None:
         # triton is optional
         from tailrace.training.kernels.device.choice import build_choice
@@ -116,7 +116,7 @@ def build_kernel(
     return DenseStep(precision)
 
 
-def _missing_for_sparse(device: torch.device) -> str | None:
+def missing_for_sparse(device: torch.device) -> str | None:
     """Return what the sparse step lacks on a device other than the CPU, as a sentence; None for nothing."""
     if device.type != "cuda":
         return f"the sparse step runs on CPUs and CUDA GPUs, and the device is {device}"

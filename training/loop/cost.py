@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -12,7 +13,7 @@ from tailrace.storage.errors import OutOfMemoryError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import build_objective
 from tailrace.training.cross_layer.stack import build_stack
-from tailrace.training.kernels.adaptive import build_kernel
+from tailrace.training.kernels.adaptive import build_kernel, missing_for_sparse
 from tailrace.training.kernels.kernel import Precision
 from tailrace.training.loop.build import takes_pairs
 from tailrace.training.loop.initialise import initialise
@@ -24,6 +25,8 @@ STATE_BYTES = 16
 """Of a parameter while it is trained: weight, gradient and two moments in float32."""
 CHECKPOINT_BYTES = 12
 """Of a parameter in a checkpoint, and where a GPU's sparse step makes no gradient of weights."""
+SCREENED_BYTES = 2
+"""Of a number in bfloat16: an activation, and a weight of the encoder's copy that the sparse step of a GPU keeps."""
 
 
 def n_parameters(settings: TrainSettings, widths: Sequence[tuple[int, int]]) -> int:
@@ -38,54 +41,74 @@ def n_parameters(settings: TrainSettings, widths: Sequence[tuple[int, int]]) -> 
     return sum(parameter.numel() for parameter in made.parameters())
 
 
-def training_bytes(settings: TrainSettings, widths: Sequence[tuple[int, int]]) -> int:
-    """Return the least memory that a run takes on its device: weights, moments, a batch and one screened activation
-    each.
+def training_bytes(
+    settings: TrainSettings,
+    widths: Sequence[tuple[int, int]],
+    device: torch.device,
+    *,
+    n_shards: int = 1,
+    shares_rows: bool = False,
+) -> int:
+    """Return the least memory that a run takes on its device: weights, moments, a batch and one activation each.
+
+    Gradients, too, where they are matrices: everywhere but in the sparse step of a GPU, which has a copy of the encoder
+    in bfloat16 instead. ``n_shards`` devices share the features; or, with ``shares_rows``, several the rows.
     """
-    average = 0 if settings.ema is None else 4
+    settings = settings.model_copy(update={"d_sae": settings.n_features(widths[0][0]) // n_shards})
+    n_features, averaged = settings.n_features(widths[0][0]), 0 if settings.ema is None else 4
     n_columns = sum(d_in + d_out for d_in, d_out in widths)
-    batch = settings.batch_rows * (4 * n_columns + 2 * settings.n_features(widths[0][0]))
-    return n_parameters(settings, widths) * (CHECKPOINT_BYTES + average) + batch
+    batch = settings.batch_rows * (4 * n_columns + SCREENED_BYTES * len(widths) * n_features)
+    by_pairs = (
+        device.type == "cuda"
+        and settings.kernel in ("auto", "sparse")
+        and not shares_rows
+        and takes_pairs(settings, None)
+        and missing_for_sparse(device) is None
+    )
+    state = (CHECKPOINT_BYTES if by_pairs else STATE_BYTES) + averaged
+    copy = SCREENED_BYTES * n_features * sum(d_in for d_in, _ in widths) if by_pairs else 0
+    return n_parameters(settings, widths) * state + copy + batch
 
 
 def check_memory(
-    runs: Sequence[tuple[TrainSettings, Sequence[tuple[int, int]]]], device: torch.device, n_shards: int = 1
+    runs: Sequence[tuple[TrainSettings, Sequence[tuple[int, int]]]],
+    device: torch.device,
+    *,
+    n_shards: int = 1,
+    shares_rows: bool = False,
 ) -> None:
     """Raise OutOfMemoryError if runs side by side, each (settings, widths), cannot fit into a GPU's free memory.
 
-    ``n_shards`` GPUs share the features of each. Says the largest d_sae that fits.
+    ``n_shards`` and ``shares_rows`` are those of ``training_bytes``. Says the largest d_sae that fits.
 
     Of a CPU's memory nothing is known: others give theirs back when it is short.
     """
     if device.type != "cuda":
         return
     free = torch.cuda.mem_get_info(device)[0]
-    runs = [(_share(settings, widths, n_shards), widths) for settings, widths in runs]
-    wanted = sum(training_bytes(settings, widths) for settings, widths in runs)
+    count = partial(training_bytes, device=device, n_shards=n_shards, shares_rows=shares_rows)
+    wanted = sum(count(settings, widths) for settings, widths in runs)
     if wanted <= free:
         return
-    settings, widths = max(runs, key=lambda run: training_bytes(*run))
-    d_sae = settings.n_features(widths[0][0]) * n_shards
-    share = _largest_d_sae(settings, widths, free / len(runs)) // 64 * 64 * n_shards
+    settings, widths = max(runs, key=lambda run: count(*run))
+    d_sae = settings.n_features(widths[0][0])
+    share = _largest_d_sae(settings, widths, free / len(runs), count) // (64 * n_shards) * (64 * n_shards)
     beside = f"the {len(runs)} runs side by side take" if len(runs) > 1 else "training takes"
     advice = f"d_sae: {d_sae} is too many, {share} fit" if share > 0 else "no d_sae is small enough"
     fewer = ", train fewer side by side" if len(runs) > 1 else ""
     raise OutOfMemoryError(
         f"--device {device}: {beside} at least {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
-        f"(weights and Adam's moments, {CHECKPOINT_BYTES} bytes a parameter, and {settings.batch_rows} rows). "
+        f"(weights, what the optimiser keeps of them, and {settings.batch_rows} rows). "
         f"{advice}; lower it or batch_rows{fewer}, free the GPU of other programs, or take another"
     )
 
 
-def _share(settings: TrainSettings, widths: Sequence[tuple[int, int]], n_shards: int) -> TrainSettings:
-    """Return the settings of what each GPU has of a run."""
-    return settings.model_copy(update={"d_sae": settings.n_features(widths[0][0]) // n_shards})
-
-
-def _largest_d_sae(settings: TrainSettings, widths: Sequence[tuple[int, int]], n_bytes: float) -> int:
+def _largest_d_sae(
+    settings: TrainSettings, widths: Sequence[tuple[int, int]], n_bytes: float, count: Callable[..., int]
+) -> int:
     """Return the largest d_sae of which a run takes at most ``n_bytes``, which grow linearly with it."""
     sizes = (1 << 12, 1 << 13)
-    small, large = (training_bytes(settings.model_copy(update={"d_sae": size}), widths) for size in sizes)
+    small, large = (count(settings.model_copy(update={"d_sae": size}), widths) for size in sizes)
     per_feature = (large - small) / (sizes[1] - sizes[0])
     return int(sizes[0] + (n_bytes - small) / per_feature)
 

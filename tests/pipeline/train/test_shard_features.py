@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from tailrace.pipeline.cli import cli
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.storage.artifact import verify_artifact
@@ -100,3 +102,28 @@ def test_processes_publish_what_one_does_and_continue_in_any_number(name: str, t
     kind = "cross_layer_transcoder" if settings.cross_layer else "transcoder"
     assert verify_artifact(cut, kind) == []
     assert not (cut / "checkpoints").exists()
+
+
+def test_what_a_share_costs_is_said_before_anything_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = small_cache(tmp_path / "cache")
+    command = ["train", str(cache), "--out", str(tmp_path / "out"), "--d-sae", "240", "--steps", "5", "--dry-run"]
+
+    def run(*flags: str) -> tuple[int, str]:
+        done = CliRunner().invoke(cli, [*command, *flags])
+        return done.exit_code, f"{done.output}{done.exception}"
+
+    _, alone = run()
+    code, said = run("--shard-features")
+    assert code == 1
+    assert "this is the only one; use torchrun" in said
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    _, shared = run("--shard-features")
+    assert "of memory on each device;" in shared
+    assert alone.split("at least ")[1].split(";")[0] not in shared
+    monkeypatch.setenv("RANK", "1")
+    assert "cost:" not in run("--shard-features")[1]
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    code, said = run("--shard-features")
+    assert code == 1
+    assert "d_sae: 7 processes cannot have equal shares of 240 features" in said
+    assert not (tmp_path / "out").exists()
