@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -13,11 +14,12 @@ from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import Objective, build_objective
+from tailrace.training.choices import KernelKind
 from tailrace.training.cross_layer.sparse import build_stack_kernel
 from tailrace.training.cross_layer.stack import StackArchitecture, build_stack
 from tailrace.training.dead_features.record import FiringRecord
 from tailrace.training.dead_features.resampling.settings import RowScorer, Surroundings
-from tailrace.training.kernels.adaptive import build_kernel
+from tailrace.training.kernels.adaptive import build_kernel, missing_for_sparse
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel
 from tailrace.training.loop.connection import build_connection
 from tailrace.training.loop.distributed import DistributedStep, Group
@@ -44,6 +46,8 @@ from tailrace.training.rows.normalisation import (
 )
 from tailrace.training.rows.ordinary_rows import OrdinaryRows
 from tailrace.training.rows.row_source import RowSource
+
+logger = logging.getLogger(__name__)
 
 _FIRST_WEIGHTS = ("reconstruction", "bias_init", "bias_init_rows", "decoder_init", "encoder_init")
 
@@ -90,7 +94,13 @@ def build_run(
         transcoder.to(device),
         objective,
         rows,
-        build_kernel(settings.kernel, precision, device, name=name, fused=takes_pairs(settings, group)),
+        build_kernel(
+            kernel_of_all(settings.kernel, device, group),
+            precision,
+            device,
+            name=name,
+            fused=takes_pairs(settings, group),
+        ),
         means,
         extra=[] if connection is None else [connection],
         n_steps=n_steps,
@@ -152,7 +162,13 @@ def build_cross_layer_run(
         stack.to(device),
         objective,
         rows,
-        build_stack_kernel(settings.kernel, precision, device, name=name, fused=takes_pairs(settings, group)),
+        build_stack_kernel(
+            kernel_of_all(settings.kernel, device, group),
+            precision,
+            device,
+            name=name,
+            fused=takes_pairs(settings, group),
+        ),
         means,
         n_steps=n_steps,
         name=name,
@@ -177,6 +193,24 @@ def _ordinary(
     limits = OrdinaryRows.within(settings.max_norm_multiple, statistics)
     source = _needed(row_source, f"max_norm_multiple: {settings.max_norm_multiple:g}")
     return limits, limits.statistics(site.name, site.sides, source)
+
+
+def kernel_of_all(kind: KernelKind, device: torch.device, group: Group | None) -> KernelKind:
+    """Return the kernel that all processes of a group can take, since steps of two kinds ask each other other things.
+
+    ``auto`` is dense in all where one lacks what the sparse step needs. Raises SettingsError in all for ``sparse``.
+    """
+    if group is None or device.type != "cuda" or kind not in ("auto", "sparse"):
+        return kind
+    missing = missing_for_sparse(device)
+    n_missing = int(group.add_up(torch.tensor(int(missing is not None))))
+    if n_missing == 0:
+        return kind
+    reason = missing or f"{n_missing} of {group.size} processes cannot take the sparse step, whose output says why"
+    if kind == "sparse":
+        raise SettingsError(f"kernel: sparse: {reason}; or use auto or dense")
+    logger.info("steps are dense in all processes: %s", reason)
+    return "dense"
 
 
 def takes_pairs(settings: TrainSettings, group: Group | None) -> bool:

@@ -52,9 +52,15 @@ class TorchOptimiser:
     """Any of torch's optimisers, with projection, clipping and normalisation as passes of their own."""
 
     def __init__(
-        self, transcoder: Transcoder, optimisers: list[torch.optim.Optimizer], *, clip: float | None = None
+        self,
+        transcoder: Transcoder,
+        optimisers: list[torch.optim.Optimizer],
+        *,
+        clip: float | None = None,
+        gradients: DeviceGradients | None = None,
     ) -> None:
         self._transcoder, self._optimisers, self._clip = transcoder, optimisers, clip
+        self._gradients = gradients
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in transcoder.named_parameters()}
 
     def step(self, lr: float) -> None:
@@ -65,6 +71,9 @@ class TorchOptimiser:
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = lr
+            if self._gradients is not None and self._gradients.overflow is not None:
+                # fused optimisers then leave all as it is, as where a gradient scaler overflows
+                optimiser.found_inf = (self._gradients.overflow != 0).float()[0]  # type: ignore[attr-defined]
             optimiser.step()
         self._transcoder.constrain_parameters()
 
@@ -201,4 +210,4 @@ def build_optimiser(
         torch_optimisers = [torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, **fused)]
     else:
         torch_optimisers = [torch.optim.Adam(parameters, lr=lr, **fused)]
-    return TorchOptimiser(transcoder, torch_optimisers, clip=clip)
+    return TorchOptimiser(transcoder, torch_optimisers, clip=clip, gradients=gradients)

@@ -39,7 +39,7 @@ from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep, s
 from tailrace.training.kernels.device.traffic import TRAFFIC, Sizes
 from tailrace.training.kernels.select import Selector
 from tailrace.training.loop import optim
-from tailrace.training.loop.optim import BlockedAdam
+from tailrace.training.loop.optim import BlockedAdam, build_optimiser
 from tailrace.training.rows.batches import Batch
 from tests.support.paths import ROOT
 from tests.support.small_steps import OBJECTIVE, CountedStep, generator, small_step, with_random_weights
@@ -195,6 +195,26 @@ def test_pairs_without_room_change_no_weight() -> None:
     assert int(step.gradients.n_candidates) > 4
 
 
+def test_pairs_without_room_change_no_weight_with_another_optimiser_either() -> None:
+    transcoder, step, _, batch = small_step()
+    step.gradients.fused = False
+    optimiser = build_optimiser("adamw", transcoder, lr=0.1, clip=None, gradients=step.gradients)
+    step(transcoder, batch, OBJECTIVE)
+    optimiser.step(0.1)
+    before = {name: value.clone() for name, value in transcoder.state_dict().items()}
+    moments = {name: value.clone() for name, value in optimiser.state_tensors().items()}
+    step.n_slots = 4
+    step(transcoder, batch, OBJECTIVE)
+    optimiser.step(0.1)
+    for name, value in transcoder.state_dict().items():
+        assert torch.allclose(value, before[name], rtol=1e-6, atol=0), name  # rows of unit norm are divided by it
+    assert all(torch.equal(value, moments[name]) for name, value in optimiser.state_tensors().items())
+    step.n_slots = None
+    step(transcoder, batch, OBJECTIVE)
+    optimiser.step(0.1)
+    assert not torch.equal(transcoder.W_dec, before["W_dec"])
+
+
 @pytest.mark.slow
 def test_pairs_without_room_leave_no_gradient_in_memory() -> None:
     transcoder, step, _, batch = small_step()
@@ -262,7 +282,7 @@ def test_the_optimiser_is_that_of_the_cpu_and_goes_on_from_torchs_state() -> Non
 def test_the_proof_passes_right_programs_and_changes_nothing(name: str) -> None:
     transcoder = with_random_weights(ARCHITECTURES[name].build(D_IN, D_OUT, D_SAE)).float()
     before = {key: value.clone() for key, value in transcoder.state_dict().items()}
-    assert largest_error(DeviceStep(), transcoder, single(random_batch()), OBJECTIVE) < 5e-4
+    assert largest_error(DeviceStep(), transcoder, single(random_batch()), OBJECTIVE) < 1e-5  # what a run says of it
     assert all(torch.equal(value, before[key]) for key, value in transcoder.state_dict().items())
     assert all(value.grad is None for value in transcoder.parameters())
 

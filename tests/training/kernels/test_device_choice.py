@@ -15,6 +15,7 @@ from tailrace.storage.errors import SettingsError
 from tailrace.training.architectures import ReLU, TopK
 from tailrace.training.kernels.device.choice import DeviceChoice
 from tailrace.training.kernels.device.step import DeviceStep
+from tailrace.training.rows.batches import Batch
 from tests.support.small_steps import OBJECTIVE, CountedStep, small_step, with_random_weights
 
 assert interpreted.__doc__
@@ -41,9 +42,39 @@ def test_room_follows_what_was_wanted_two_steps_ago_and_a_resumed_run_has_as_muc
     most = 5 * 12
     assert room == [None, None, most, most, most, most]
     assert not caplog.records
-    step.n_slots = 40
-    choice(transcoder, batch, OBJECTIVE)
-    assert "had 50 candidate pairs and room for 40; it changed no weight" in caplog.text
+
+
+def test_each_step_that_had_too_little_room_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    transcoder = with_random_weights(ReLU(l1=0.1).build(4, 3, 12)).float()
+    _, _, _, batch = small_step()
+    step = CountedStep()
+    choice = DeviceChoice(step, "float32", name="run", prove=False)
+    wide = Batch(batch.inputs.repeat(8, 1), batch.outputs.repeat(8, 1))
+    room: list[int | None] = []
+    for n_wanted in (20, 20, 20, 100, 100, 100, 100, 100):
+        step.n_wanted = n_wanted
+        choice(transcoder, wide, OBJECTIVE)
+        room.append(step.n_slots)
+    assert room == [None, None, 64, 64, 64, 256, 256, 256]
+    said = (
+        "run: a step had 100 candidate pairs and room for 64; it changed no weight, and there is more room from now on"
+    )
+    assert [record.message for record in caplog.records] == [said, said]
+
+
+def test_a_smaller_batch_in_between_takes_no_room_away(caplog: pytest.LogCaptureFixture) -> None:
+    transcoder, _, _, batch = small_step()
+    step = CountedStep()
+    choice = DeviceChoice(step, "float32", name="run", prove=False)
+    wide = Batch(batch.inputs.repeat(8, 1), batch.outputs.repeat(8, 1))
+    room: list[int | None] = []
+    most = 40 * 12
+    for n_wanted, rows in ((160, wide), (160, wide), (20, batch), (160, wide), (160, wide), (160, wide)):
+        step.n_wanted = n_wanted
+        choice(transcoder, rows, OBJECTIVE)
+        room.append(step.n_slots)
+    assert room == [None, None, 60, most, most, most]
+    assert not caplog.records
 
 
 def test_a_penalty_begins_dense_and_goes_sparse_two_steps_after_few_features_fire() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.support import interpreted  # isort: skip  (before anything that imports the programs)
 
 import copy
+import json
+import logging
 from functools import partial
 from typing import Any
 from unittest.mock import Mock
@@ -13,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tailrace.training.architectures import BatchTopK, JumpReLU, TopK
+from tailrace.storage.errors import SettingsError
+from tailrace.training.architectures import BatchTopK, JumpReLU, ReLU, TopK
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.cross_layer.device import DeviceStackStep
 from tailrace.training.cross_layer.stack import build_stack
@@ -22,8 +25,10 @@ from tailrace.training.kernels.device import choice, operators
 from tailrace.training.kernels.device.choice import DeviceChoice
 from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep
 from tailrace.training.kernels.kernel import StepKernel, StepResult
+from tailrace.training.loop import build
 from tailrace.training.loop.distributed import DistributedStep, Group, rows_of_rank
 from tailrace.training.loop.shards import FeatureShards, ShardedStep, join, split_parameters
+from tailrace.training.rows.batch_reductions import BatchReductions
 from tailrace.training.rows.batches import Batch
 from tests.support.sharded_runs import cut, in_threads
 from tests.support.small_steps import OBJECTIVE, CountedStep, with_random_weights
@@ -197,6 +202,83 @@ def chosen(times: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[str 
         return kernel.choice
 
     return in_threads(2, work)
+
+
+class Part(BatchReductions):
+    """The reductions of one of ``n`` processes which all have the same."""
+
+    def __init__(self, n: int, *, features: bool) -> None:
+        self._n, self._features = n, features
+
+    def n_rows(self, own: int) -> int:
+        return own if self._features else own * self._n
+
+    def n_features(self, own: int) -> int:
+        return own * self._n if self._features else own
+
+    def total(self, counts: Tensor) -> Tensor:
+        return counts if self._features else counts * self._n
+
+    def over_features(self, own: Tensor) -> Tensor:
+        return own * self._n if self._features else own
+
+
+@pytest.mark.parametrize("features", [True, False])
+def test_dense_steps_of_a_share_find_no_room_too_small(features: bool, caplog: pytest.LogCaptureFixture) -> None:
+    whole = with_random_weights(ReLU(l1=0.1).build(D_IN, D_OUT, D_SAE)).float()  # half of the features fire
+    kernel = DeviceChoice(CountedStep(), "float32", name="run")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(6):
+            kernel(whole, single(random_batch()), OBJECTIVE, reductions=Part(4, features=features))
+    assert kernel.is_sparse is False
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("features", [True, False])
+def test_a_run_that_goes_on_in_fewer_processes_has_room_for_what_they_had_together(features: bool) -> None:
+    whole = with_random_weights(TopK(k=2).build(D_IN, D_OUT, D_SAE)).float()
+    batch = single(random_batch())
+    step = CountedStep()
+    step.n_wanted = 30
+    kernel = DeviceChoice(step, "float32", name="run", prove=False)
+    for _ in range(4):
+        kernel(whole, batch, OBJECTIVE, reductions=Part(4, features=features))
+    assert step.n_slots == 64
+    state = json.loads(json.dumps(kernel.state()))
+    for n, room in ((1, 4 * 64), (2, 2 * 64), (4, 64)):
+        step = CountedStep()
+        step.n_wanted = 30 * 4 // n
+        resumed = DeviceChoice(step, "float32", name="run", prove=False)
+        resumed.load_state(state)
+        assert json.loads(json.dumps(resumed.state())) == state  # before a step, too
+        if n == 4:
+            resumed(whole, batch, OBJECTIVE, reductions=Part(4, features=features))
+            assert step.n_slots == room
+            assert json.loads(json.dumps(resumed.state()))["n_slots"] == state["n_slots"]
+        else:
+            resumed._take_share(1 / n)
+            assert step.n_slots == room
+
+
+class Missing(Part):
+    """A group as ``kernel_of_all`` asks it."""
+
+    size, rank = 2, 0
+
+    def add_up(self, values: Tensor) -> Tensor:
+        return values + 1  # the other process lacks it
+
+
+@pytest.mark.parametrize("kind", ["auto", "sparse"])
+def test_processes_of_which_one_has_no_sparse_step_are_all_dense(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "missing_for_sparse", lambda device: None)
+    group: Any = Missing(2, features=True)
+    if kind == "auto":
+        assert build.kernel_of_all(kind, torch.device("cuda", 0), group) == "dense"
+    else:
+        with pytest.raises(SettingsError, match="kernel: sparse: 1 of 2 processes cannot take the sparse step"):
+            build.kernel_of_all(kind, torch.device("cuda", 0), group)
+    assert build.kernel_of_all(kind, torch.device("cpu"), group) == kind
 
 
 @pytest.mark.parametrize(

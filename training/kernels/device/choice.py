@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from tailrace.training.architectures.objectives import Objective
 from tailrace.training.kernels.dense import DenseStep
 from tailrace.training.kernels.device.graph import CapturedStep
 from tailrace.training.kernels.device.proof import largest_error, unchanged
+from tailrace.training.kernels.device.screen import Screen
 from tailrace.training.kernels.device.step import DeviceGradients, DeviceStep, slots_for
 from tailrace.training.kernels.kernel import ExtraLoss, Precision, StepKernel, StepResult, suits_sparse
 from tailrace.training.rows.batch_reductions import ALONE, BatchReductions
@@ -58,7 +59,11 @@ class DeviceChoice:
         """``sparse`` or ``dense``; None before the proof."""
         self.is_sparse: bool | None = None
         """Whether few enough features fire; None before the first step."""
-        self._late: deque[tuple[int, Callable[[], int], Callable[[], int]]] = deque()
+        self._late: deque[_Late] = deque()
+        self._share = 1.0
+        """The part of all rows × features that was here in the latest step."""
+        self._is_of_all = False
+        """Whether the numbers at hand are of a checkpoint, which are as if all rows and features were here."""
         self._has_run = False
         self.gradients.trusted = not prove
 
@@ -78,8 +83,9 @@ class DeviceChoice:
         reductions: BatchReductions = ALONE,
     ) -> StepResult:
         """Set ``.grad`` of every parameter, or leave it to ``gradients``, and return the loss terms."""
-        d_sae = reductions.n_features(transcoder.d_sae)
-        self._read_late(transcoder, len(batch.inputs), d_sae)
+        n_rows, d_sae = reductions.n_rows(len(batch.inputs)), reductions.n_features(transcoder.d_sae)
+        self._take_share(len(batch.inputs) * transcoder.d_sae / (n_rows * d_sae))
+        self._read_late(transcoder, len(batch.inputs), n_rows, d_sae)
         self._choose_by_density(transcoder, d_sae)
         if self.is_sparse and self.choice is None:
             self._put_to_the_proof(transcoder, batch, objective, reductions)
@@ -132,28 +138,43 @@ class DeviceChoice:
             logger.info("%s: %.2f%% of activations are not zero, steps are %s", self._name, 100 * density, kind)
 
     def _remember(self, result: StepResult, n_candidates: Tensor | None, reductions: BatchReductions) -> None:
-        """Have the numbers of a step sent to the host, to be read later."""
-        active = on_its_way(reductions.over_features(result.n_active.sum()))  # what all processes choose by
-        self._late.append((result.n_rows, active, active if n_candidates is None else on_its_way(n_candidates)))
+        """Have the numbers of a step sent to the host, to be read later: what all processes choose by."""
+        active = on_its_way(reductions.over_features(result.n_active.sum()))
+        if n_candidates is not None and reductions is not ALONE:
+            n_candidates = -reductions.least(-n_candidates)
+        wanted = None if n_candidates is None else on_its_way(n_candidates)
+        self._late.append(_Late(result.n_rows, active, wanted, self._sparse.n_slots))
 
-    def _read_late(self, transcoder: Transcoder, n_rows: int, d_sae: int) -> None:
+    def _take_share(self, share: float) -> None:
+        """Note which part of all rows × features is here, of which the numbers of a checkpoint are to be."""
+        self._share = share
+        if self._is_of_all:
+            self._is_of_all = False
+            if self._sparse.n_slots is not None:
+                self._sparse.n_slots = max(1, round(self._sparse.n_slots * share))
+            self._late = deque(one.times(share) for one in self._late)
+
+    def _read_late(self, transcoder: Transcoder, own_rows: int, n_rows: int, d_sae: int) -> None:
         """Take note of what happened two steps ago: how many pairs were active, and whether there was room for them."""
         while len(self._late) >= LAG:
-            of_rows, active, candidates = self._late.popleft()
-            n_candidates = candidates()
-            n_slots, selection = self._sparse.n_slots, transcoder.selection()
+            late = self._late.popleft()
+            n_active = late.active()
+            # a dense step had no candidates; what was active, twice of which there is room for, is about as many
+            n_candidates = round(n_active * self._share) if late.wanted is None else late.wanted()
+            selection = transcoder.selection()
             if isinstance(selection, Above):
-                self._by_density(active() / (of_rows * d_sae))
-            if n_slots is not None and n_candidates > n_slots:
+                self._by_density(n_active / (late.n_rows * d_sae))
+            if late.wanted is not None and late.n_slots is not None and n_candidates > late.n_slots:
                 logger.warning(
                     "%s: a step had %d candidate pairs and room for %d; it changed no weight, and there is more room "
                     "from now on",
                     self._name,
                     n_candidates,
-                    n_slots,
+                    late.n_slots,
                 )
-            least = 1 if isinstance(selection, Above) else slots_for(selection, n_rows, transcoder.d_sae)
-            self._sparse.n_slots = _room(n_candidates, n_slots, least, n_rows * transcoder.d_sae)
+            least = 1 if isinstance(selection, Above) else slots_for(selection, own_rows, transcoder.d_sae)
+            n_likely = n_candidates * n_rows // late.n_rows  # batches may differ
+            self._sparse.n_slots = _room(n_likely, self._sparse.n_slots, least, own_rows * transcoder.d_sae)
 
     def _put_to_the_proof(
         self, transcoder: Transcoder, batch: Batch, objective: Objective, reductions: BatchReductions
@@ -175,6 +196,8 @@ class DeviceChoice:
         self.choice = "sparse" if is_right and sparse_time < dense_time else "dense"
         self.gradients.trusted = is_right
         self.gradients.at_pairs.clear()
+        if self.choice == "dense":
+            self.gradients.screen = Screen()  # its memory, which no step will read
         if not is_right:
             versions = (
                 f"GPU {torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
@@ -197,13 +220,14 @@ class DeviceChoice:
 
     def state(self) -> dict[str, Any]:
         """Return what was chosen, and the numbers that are still to be read, as JSON."""
-        late = [(n_rows, active(), candidates()) for n_rows, active, candidates in self._late]
+        times = 1.0 if self._is_of_all else 1 / self._share
+        of_all = [late.times(times) for late in self._late]
         return {
             "is_sparse": self.is_sparse,
             "choice": self.choice,
             "is_trusted": self.gradients.trusted,
-            "n_slots": self._sparse.n_slots,
-            "late": late,
+            "n_slots": None if self._sparse.n_slots is None else round(self._sparse.n_slots * times),
+            "late": [late.as_json() for late in of_all],
         }
 
     def load_state(self, state: dict[str, Any] | None) -> None:
@@ -212,9 +236,37 @@ class DeviceChoice:
             return
         self.is_sparse, self.choice = state["is_sparse"], state["choice"] if self._prove else "sparse"
         self.gradients.trusted = state["is_trusted"] or not self._prove
-        self._sparse.n_slots = state["n_slots"]
-        self._late = deque(
-            (numbers[0], partial(int, numbers[1]), partial(int, numbers[2])) for numbers in state["late"]
+        self._sparse.n_slots, self._is_of_all = state["n_slots"], True
+        self._late = deque(_Late.of(*numbers) for numbers in state["late"])
+
+
+class _Late(NamedTuple):
+    """What is still to be read of a step."""
+
+    n_rows: int
+    """Of all processes."""
+    active: Callable[[], int]
+    """How many pairs of all processes were active."""
+    wanted: Callable[[], int] | None
+    """For how many pairs there had to be room, in the process where they were most; None of a dense step."""
+    n_slots: int | None
+    """For how many there was; None where it was not known yet what is needed, and in checkpoints of older versions."""
+
+    @classmethod
+    def of(cls, n_rows: int, active: int, wanted: int | None, n_slots: int | None = None) -> _Late:
+        """Return what ``as_json`` gave."""
+        return cls(n_rows, partial(int, active), None if wanted is None else partial(int, wanted), n_slots)
+
+    def as_json(self) -> list[int | None]:
+        """Wait for the numbers and return them."""
+        return [self.n_rows, self.active(), None if self.wanted is None else self.wanted(), self.n_slots]
+
+    def times(self, factor: float) -> _Late:
+        """Return the same of a process that has so many times the rows × features."""
+        wanted, n_slots = self.wanted, self.n_slots
+        return self._replace(
+            wanted=None if wanted is None else lambda: round(wanted() * factor),
+            n_slots=None if n_slots is None else round(n_slots * factor),
         )
 
 

@@ -120,5 +120,5 @@ def _of_adam(parameter: Tensor, at_pairs: PairGradient, gradient: Tensor, unit_n
     moved = torch.linalg.vector_norm(after - before).clamp_min(1e-30)
     errors = [torch.linalg.vector_norm(rows.double() - after) / moved / 10, _relative(mean, first)]
     if screened is not None:
-        errors.append(_relative(screened[:, : rows.shape[1]], rows) / 10)  # of bfloat16, up to 4e-3
+        errors.append(_relative(screened[:, : rows.shape[1]], rows.bfloat16()))
     return torch.stack([value.double() for value in errors]).max()
