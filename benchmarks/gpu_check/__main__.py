@@ -98,11 +98,12 @@ def checks(bench: Bench, chosen: argparse.Namespace, uncompiled: bool) -> Iterat
         yield from group("machine", "cost", bench)
     if not chosen.dry:
         yield from group("correctness", "correctness", bench)
-        yield from group("processes", "correctness", bench)
     if costs:
         yield from group("step_cost", "cost", bench)
         yield from group("peers", "cost", bench)
         yield from group("stage_cost", "cost", bench, uncompiled=uncompiled)
+    if not chosen.dry:  # last: each of these starts processes, and a machine with one GPU has none of them
+        yield from group("processes", "correctness", bench)
 
 
 def group(name: str, kind: Kind, bench: Bench, **more: Any) -> Iterator[Check]:

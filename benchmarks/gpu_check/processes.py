@@ -32,7 +32,6 @@ SETTINGS = {
 }
 BATCH_TOPK = {"kind": "batch_topk", "k": 4}
 CASES: Mapping[str, dict[str, Any]] = {
-    "rows shared, topk": {},
     "rows shared, batch_topk": {"architecture": BATCH_TOPK},
     "features shared, topk": {},
     "features shared, batch_topk": {"architecture": BATCH_TOPK},
@@ -45,11 +44,10 @@ def checks(bench: Bench) -> Iterator[Check]:
     """Yield a check for each case and kernel."""
     if not bench.is_cuda:
         return  # tests have processes without a GPU
-    for kernel in ("dense", "sparse"):
-        for name in CASES:
-            yield Check(
-                f"two GPUs, {name}, {kernel}", "correctness", 40, partial(compared, bench.device, bench, name, kernel)
-            )
+    for name, kernel in (*((name, "sparse") for name in CASES), ("rows shared, batch_topk", "auto")):
+        yield Check(
+            f"two GPUs, {name}, {kernel}", "correctness", 30, partial(compared, bench.device, bench, name, kernel)
+        )
 
 
 def compared(device: str, bench: Bench, name: str, kernel: str) -> Numbers:
@@ -69,9 +67,16 @@ def in_processes(folder: Path, name: str, kernel: str, device: str, n: int = 2) 
     paths = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     prepare(folder, settings_of(name, kernel))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=SECONDS)
-    if done.returncode:
-        raise RuntimeError(f"torchrun ended with {done.returncode}: {done.stderr[-2000:]}")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as started:
+        try:
+            said = started.communicate(timeout=SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            started.terminate()  # torchrun ends its processes, which keep the GPUs if it is killed
+            raise
+    if started.returncode:
+        raise RuntimeError(f"torchrun ended with {started.returncode}: {said[-2000:]}")
     return trained(folder, "together", settings_of(name, kernel), device, shard_features=False)  # published: read
 
 

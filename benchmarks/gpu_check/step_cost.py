@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +96,7 @@ def steps(bench: Bench, size: Size, kind: str, kernel: str) -> Numbers:
 
         for _ in range(1 if bench.small else WARM_STEPS):
             step()
+        n_waits = waits(bench, step)
         bench.forget_peak()
         timing = bench.time(step, 10, 2)
     assert run.latest is not None
@@ -103,9 +105,28 @@ def steps(bench: Bench, size: Size, kind: str, kernel: str) -> Numbers:
         "wall ms": 1e3 * timing.wall,
         "rows/s": BATCH_ROWS / timing.wall,
         "peak GB": bench.peak_gb(),
+        "waits a step": n_waits,
         "active a row": float(run.latest.n_active.sum()) / run.latest_rows,
         "said": lines[:4],
     }
+
+
+def waits(bench: Bench, step: Callable[[], object], n: int = 4) -> float | None:
+    """Return how often the host waits for the device in a step, as torch sees it; None on a CPU.
+
+    That a number of two steps ago has arrived is waited for by an event, which is not counted.
+    """
+    if not bench.is_cuda:
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(n):
+                step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in seen) / n
 
 
 def settings_of(kind: str, size: Size, kernel: str) -> TrainSettings:

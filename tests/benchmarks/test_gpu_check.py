@@ -292,7 +292,7 @@ def test_processes_of_torchrun_are_compared_with_one(name: str, tmp_path: Path) 
 def test_a_machine_with_one_gpu_says_that_two_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(NotHereError, match="one GPU is here, and two are needed"):
-        processes.compared("cuda", Bench("cuda", tmp_path), "rows shared, topk", "dense")
+        processes.compared("cuda", Bench("cuda", tmp_path), "features shared, topk", "sparse")
 
 
 def test_steps_are_timed_at_small_sizes(tmp_path: Path) -> None:
