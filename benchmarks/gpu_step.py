@@ -120,10 +120,10 @@ class Counting(TorchDispatchMode):
         elif name == "aten::sort":
             moved = accessed = 4 * moved  # a pass for eight bits of the key
         elif name in GATHERED:
-            where, which, times = GATHERED[name]
+            where, which, n_times = GATHERED[name]
             table, n_rows = args[where], args[which].numel()
-            found = Traffic(times * n_rows * (table.nbytes // len(table)), table.nbytes, False, times == 2)
-            moved += found.from_memory - times * table.nbytes
+            found = Traffic(n_times * n_rows * (table.nbytes // len(table)), table.nbytes, False, n_times == 2)
+            moved += found.from_memory - n_times * table.nbytes
             accessed = moved + found.from_cache - found.from_memory
         flops = 0.0
         if func._overloadpacket in flop_registry:
