@@ -131,8 +131,10 @@ def caching(storage_dtype: str) -> Case:
             assert n_waits() - asked[4] <= len(asked) - 4 + in_flight, "one wait a batch, for rows on their way"
         errors = [report.relative_error for report in check_pairs(done.path, n_contexts=3, compute=compute)]
         rows = rows_of(done.cache)
-        wide = cache.widen(done.path, "1", compute=compute)
-        return {"sites": n_sites, "largest error": max(errors), **rows, **rows_of(wide.cache)}
+        wide = rows_of(cache.widen(done.path, "1", compute=compute).cache)
+        long = cache.extend(done.path, done.cache.split("train").n_rows + 300, compute=compute).cache
+        longer = {f"extended {name}": value for name, value in rows_of(long).items()}
+        return {"sites": n_sites, "largest error": max(errors), **rows, **wide, **longer}
 
     return case
 

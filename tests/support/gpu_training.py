@@ -176,8 +176,8 @@ def across_layers(kind: str, **changes: Any) -> Case:
     return case
 
 
-def sharing_features(size: int, **changes: Any) -> Case:
-    """Return a case in which ``size`` processes share the features and two go on from their checkpoint."""
+def sharing(size: int, *, features: bool = True, **changes: Any) -> Case:
+    """Return a case in which ``size`` processes share the features or the rows and two go on from their checkpoint."""
 
     def case(folder: Path, device: str) -> dict[str, float]:
         settings = TrainSettings.read(BASE, changes)
@@ -189,6 +189,7 @@ def sharing_features(size: int, **changes: Any) -> Case:
                 raise Killed
 
         shared: dict[str, Any] = {"device": device, "cache": cache, "output": output, "checkpoint_steps": 3}
+        shared["features"] = features
         try:
             publish_sharded(size, settings, hooks=[(1, kill)], **shared)
         except Killed:
@@ -241,9 +242,11 @@ TRAINED: dict[str, Case] = {
     "sweep": sweeping,
     "sweep resumed": sweep_resumed,
     **{f"across layers, {kind}": across_layers(kind) for kind in ("batch_topk", "jumprelu", "relu")},
-    "features shared, topk": sharing_features(4),
-    "features shared, batch_topk": sharing_features(2, architecture={"kind": "batch_topk", "k": 4}),
-    "features shared, across layers": sharing_features(
+    "rows shared, topk": sharing(4, features=False),
+    "rows shared, batch_topk": sharing(3, features=False, architecture={"kind": "batch_topk", "k": 4}),
+    "features shared, topk": sharing(4),
+    "features shared, batch_topk": sharing(2, architecture={"kind": "batch_topk", "k": 4}),
+    "features shared, across layers": sharing(
         4, cross_layer=True, architecture={"kind": "batch_topk"}, gradient_clip=0.3
     ),
     "live": living,

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
@@ -61,6 +62,7 @@ class _Meeting:
     def __init__(self, size: int) -> None:
         self.box: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=120)
+        self.letters: list[SimpleQueue[Tensor]] = [SimpleQueue() for _ in range(size)]
         self.turn = threading.Lock()
         """One works at a time: what interprets the programs of a GPU cannot be used by two threads."""
 
@@ -68,8 +70,10 @@ class _Meeting:
 class ThreadGroup(Group):
     """A group whose processes are threads of this one. Sums are taken in the order of ranks."""
 
+    shards_features = True
+
     def __init__(self, rank: int, size: int, meeting: _Meeting, device: torch.device) -> None:
-        self.rank, self.size, self.device, self.shards_features = rank, size, device, True
+        self.rank, self.size, self.device = rank, size, device
         self._meeting = meeting
 
     def _exchange(self, value: Any) -> list[Any]:
@@ -109,6 +113,19 @@ class ThreadGroup(Group):
     def share_first(self, value: Any) -> Any:
         return self._exchange(value)[0]
 
+    def send(self, values: Tensor, rank: int) -> None:
+        self._meeting.letters[rank].put(values.clone())
+
+    def receive(self, values: Tensor) -> Tensor:
+        self._meeting.turn.release()
+        try:
+            return values.copy_(self._meeting.letters[self.rank].get(timeout=120))
+        finally:
+            self._meeting.turn.acquire()
+
+    def wait(self) -> None:
+        self._exchange(None)
+
     def close(self) -> None:
         pass
 
@@ -139,12 +156,14 @@ def in_threads(size: int, work: Callable[[Group], Result], device: torch.device 
 _of_thread = threading.local()
 
 
-def publish_sharded(size: int, settings: TrainSettings, *, device: str = "cpu", **arguments: Any) -> TrainResult:
-    """Train and publish a transcoder as ``size`` processes do that torchrun started with ``--shard-features``."""
+def publish_sharded(
+    size: int, settings: TrainSettings, *, device: str = "cpu", features: bool = True, **arguments: Any
+) -> TrainResult:
+    """Train and publish a transcoder as ``size`` processes do that torchrun started, ``--shard-features`` or not."""
 
     def work(group: Group) -> TrainResult:
-        _of_thread.group = group
-        return train.run(settings, compute=Compute(device=device, quiet=True), shard_features=True, **arguments)
+        _of_thread.group, group.shards_features = group, features
+        return train.run(settings, compute=Compute(device=device, quiet=True), shard_features=features, **arguments)
 
     on = torch.device("cuda", 0) if device == "cuda" else CPU
     with mock.patch.object(train, "open_group", side_effect=lambda *_, **__: _of_thread.group):
