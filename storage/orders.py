@@ -102,6 +102,11 @@ class _Compared:
         if not is_first or segment == self.n_segments - 1:
             self._comparison.result()
 
+    def confirm(self) -> None:
+        """Wait for the comparison, if it has begun. Raises ArtifactCorrupt."""
+        if self._comparison is not None:
+            self._comparison.result()
+
     def close(self) -> None:
         """Wait for the comparison and its thread. Raises ArtifactCorrupt."""
         self._executor.shutdown()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -156,6 +157,8 @@ class RowStream(Iterator[RowBatch]):
         self._ready: queue.SimpleQueue[Segment] = queue.SimpleQueue()
         self._current: Segment | None = None
         self._prefetcher: threading.Thread | None = None
+        self._reading: GatheredOrder | MaterialisedOrder | None = None
+        """Of the epoch that is read."""
         self._closing = threading.Event()
 
     def _sample(self, n_rows: int) -> tuple[int, ...]:
@@ -200,6 +203,7 @@ class RowStream(Iterator[RowBatch]):
         """Return the next batch as stored, by array name: views that stay valid until the next is asked for."""
         span = self.position.advance()
         if span is None:
+            self.confirm()
             self.close()
             raise StopIteration
         return span, self._rows(*span)
@@ -244,7 +248,8 @@ class RowStream(Iterator[RowBatch]):
         n_rows = min(order.segment_rows, self.n_rows)
         for _ in range(order.n_buffers):
             self._free.put(Segment(self._buffers(n_rows)))
-        self._prefetcher = threading.Thread(target=self._prefetch, args=(epoch, row), daemon=True)
+        # the thread does not keep a stream that nobody has any more
+        self._prefetcher = threading.Thread(target=_prefetch, args=(weakref.ref(self), epoch, row), daemon=True)
         self._prefetcher.start()
 
     def open_order(
@@ -264,30 +269,16 @@ class RowStream(Iterator[RowBatch]):
             )
         return GatheredOrder(self._split, plan, self.specs, self._pool)
 
-    def _prefetch(self, epoch: int, row: int) -> None:
-        """Fill free segments in the order they will be asked for, until the stream is closed."""
-        try:
-            while (n_epochs := self.position.n_epochs) is None or epoch < n_epochs:
-                with closing(self.open_order(epoch, self.batch_rows)) as order:
-                    for index in range(row // order.segment_rows, order.n_segments):
-                        segment = self._free.get()
-                        if segment is None or self._closing.is_set():
-                            return
-                        rows = order.n_rows(index)
-                        # an epoch read the other way may have longer segments than the buffers were made for
-                        if any(len(stored) < rows for stored in segment.stored.values()):
-                            segment.stored = self._buffers(rows)
-                        order.load(index, segment.stored)
-                        segment.epoch, segment.start = epoch, index * order.segment_rows
-                        segment.stop = segment.start + rows
-                        self._ready.put(segment)
-                epoch, row = epoch + 1, 0
-        except BaseException as error:
-            # handed to the consumer, which raises it
-            self._ready.put(Segment({}, error=error))
-
     def _buffers(self, n_rows: int) -> dict[str, np.ndarray]:
-        return {spec.name: aligned_rows(n_rows, spec.width, spec.memory_dtype) for spec in self.specs}
+        return _buffers(self.specs, n_rows)
+
+    def confirm(self) -> None:
+        """Wait until the shards that are compared in this epoch are; raise ArtifactCorrupt for a damaged one.
+
+        For whoever ends before the epoch does: rows of its first segment are served while shards are compared.
+        """
+        if self._reading is not None:
+            self._reading.confirm()
 
     def close(self) -> None:
         """Stop prefetching and let the memory go; a closed stream serves nothing more."""
@@ -298,7 +289,12 @@ class RowStream(Iterator[RowBatch]):
             self._prefetcher = None
         self._pool.shutdown()
         self.position.n_epochs = 0
-        self._current = None
+        self._current = self._reading = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_prefetcher", None) is not None:  # else it could not be opened
+            self._closing.set()
+            self._free.put(None)
 
     def __enter__(self) -> Self:
         return self
@@ -306,4 +302,44 @@ class RowStream(Iterator[RowBatch]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if error is None:
+                self.confirm()
+        finally:
+            self.close()
+
+
+def _prefetch(of: weakref.ref[RowStream], epoch: int, row: int) -> None:
+    """Fill a stream's free segments in the order they will be asked for, until it is closed or gone."""
+    stream = of()
+    if stream is None:
+        return
+    free, ready, is_closing, position = stream._free, stream._ready, stream._closing, stream.position
+    specs, batch_rows = stream.specs, stream.batch_rows
+    try:
+        while (n_epochs := position.n_epochs) is None or epoch < n_epochs:
+            if (stream := of()) is None:
+                return
+            opened = stream._reading = stream.open_order(epoch, batch_rows)
+            del stream
+            with closing(opened) as order:
+                for index in range(row // order.segment_rows, order.n_segments):
+                    segment = free.get()
+                    if segment is None or is_closing.is_set():
+                        return
+                    rows = order.n_rows(index)
+                    # an epoch read the other way may have longer segments than the buffers were made for
+                    if any(len(stored) < rows for stored in segment.stored.values()):
+                        segment.stored = _buffers(specs, rows)
+                    order.load(index, segment.stored)
+                    segment.epoch, segment.start = epoch, index * order.segment_rows
+                    segment.stop = segment.start + rows
+                    ready.put(segment)
+            epoch, row = epoch + 1, 0
+    except BaseException as error:
+        # handed to the consumer, which raises it
+        ready.put(Segment({}, error=error))
+
+
+def _buffers(specs: Iterable[ArraySpec], n_rows: int) -> dict[str, np.ndarray]:
+    return {spec.name: aligned_rows(n_rows, spec.width, spec.memory_dtype) for spec in specs}

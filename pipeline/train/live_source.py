@@ -210,6 +210,9 @@ class LiveRows:
         """Return the number of steps; ``rows`` or ``steps`` is given."""
         return settings.n_steps(settings.batch_rows, 1)
 
+    def confirm(self) -> None:
+        """Do nothing: live rows are read from no file."""
+
     def fresh_rows(self, site: Site, seed: int) -> None:  # noqa: ARG002
         """Return nothing: the text is read once, in its order."""
         return

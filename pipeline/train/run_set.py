@@ -306,6 +306,7 @@ def train_beside(source: TrainingSource, settings: TrainSettings, context: RunCo
 def _publish(
     draft: RunDraft, session: Session, source: TrainingSource, rows: TrainingRows, context: RunContext
 ) -> None:
+    rows.confirm()
     files = session.export()
     described = _describe(draft, session, source, rows, context)
     draft.draft.publish(described, files, beside=_BESIDE, written=session.written)

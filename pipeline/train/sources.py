@@ -55,6 +55,10 @@ class TrainingRows(Protocol):
         """Return what gives further training rows on demand, or None where rows come in one order only."""
         ...
 
+    def confirm(self) -> None:
+        """Raise ArtifactCorrupt if rows that were served may be damaged, before what was learnt from them counts."""
+        ...
+
 
 class TrainingSource(Protocol):
     """Training rows that can be opened."""
@@ -202,6 +206,10 @@ class CachedRows:
     def fresh_rows(self, site: Site, seed: int) -> RowSource:
         """Return samples of the cache's training rows."""
         return CacheRows(self._split, site, seed=seed, device=self._device)
+
+    def confirm(self) -> None:
+        """Wait for the shards that are compared in this epoch."""
+        self.stream.confirm()
 
 
 def choose_sites(settings: TrainSettings, source: TrainingSource) -> list[Site]:

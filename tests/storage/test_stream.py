@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from tailrace.storage.artifact import MANIFEST, describe_files, read_json, seal
 from tailrace.storage.bfloat16 import bits_to_float32
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
 from tailrace.storage.formats import Compression
+from tailrace.storage.generations import Generations
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.stream import RowStream
 from tests.support.quick import diagonal
 from tests.support.synthetic_cache import (
     expected_rows,
+    extend_in_steps,
     memory_directory,
     running_threads,
     store_as,
@@ -230,6 +233,43 @@ def test_closing_a_stream_anywhere_leaves_no_threads(cache: ActivationCache) -> 
         assert running_threads() <= before, n_batches
         with pytest.raises(StopIteration):
             next(stream)
+
+
+def test_a_stream_that_nobody_has_any_more_ends_and_lets_its_generation_go(directory: Path) -> None:
+    write_synthetic_cache(directory / "cache", n_contexts=40)
+    for _ in extend_in_steps(directory / "cache", n_contexts=50):
+        pass
+    before = running_threads()
+    gc.disable()
+    try:
+        stream = open_cache(directory / "cache", 0).split("train").stream(["layer0/in"], batch_rows=16)
+        next(stream)
+        started = running_threads() - before
+        assert started
+        del stream
+        for thread in started:
+            thread.join(10)
+        assert not running_threads() - before
+    finally:
+        gc.enable()
+    Generations(directory / "cache").prune(1)
+
+
+def test_damage_is_told_to_whoever_ends_within_the_first_bucket(directory: Path) -> None:
+    shape = {"n_contexts": 200, "n_heldout_contexts": 0, "context_length": 9}
+    write_synthetic_cache(directory / "cache", **shape, shard_rows=64, chunk_rows=16, bucket_rows=512)
+    split = open_cache(directory / "cache").split("train")
+    for shard in (split.root / "train/sites/layer0/in").rglob("c/*/0"):
+        data = bytearray(shard.read_bytes())
+        data[3] ^= 1
+        shard.write_bytes(data)
+    with pytest.raises(ArtifactCorrupt, match="checksum is"), split.stream(["layer0/in"], batch_rows=16) as stream:
+        next(stream)
+    stream = split.stream(["layer0/in"], batch_rows=16)
+    next(stream)
+    with pytest.raises(ArtifactCorrupt, match="checksum is"):
+        stream.confirm()
+    stream.close()
 
 
 def test_a_stream_without_end_goes_on_and_closes(cache: ActivationCache) -> None:

@@ -123,6 +123,9 @@ class _HostRows:
             for name, array in arrays.items()
         }
 
+    def confirm(self) -> None:
+        self._stream.confirm()
+
     def close(self) -> None:
         self._stream.close()
 
@@ -194,6 +197,10 @@ class CacheBatches:
         """Continue with the batch at ``state``."""
         self._rows.close()
         self._open(state["epoch"], state["step"])
+
+    def confirm(self) -> None:
+        """Wait until the shards that are compared in this epoch are; raise ArtifactCorrupt for a damaged one."""
+        self._rows.confirm()
 
     def close(self) -> None:
         """Stop reading ahead."""

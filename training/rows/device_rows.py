@@ -71,6 +71,7 @@ class DeviceRows:
         """Return the next batch. The host waits for the reading threads alone, never for the device."""
         span = self._position.advance()
         if span is None:
+            self.confirm()
             self.close()
             raise StopIteration
         if self._loader is None:
@@ -153,6 +154,11 @@ class DeviceRows:
         segments = [_Segment(stored, bucket_rows, self._device) for _ in range(2)]
         return _Loader(lambda epoch: stream.open_order(epoch, bucket_rows, kept), segments, at, self._position.n_epochs)
 
+    def confirm(self) -> None:
+        """Do what ``RowStream.confirm`` does."""
+        if self._loader is not None:
+            self._loader.confirm()
+
     def close(self) -> None:
         """Stop reading, and let the memory go."""
         if self._loader is not None:
@@ -226,6 +232,7 @@ class _Order(Protocol):
     def served(self, segment: int) -> np.ndarray | None: ...
     def pieces(self, segment: int, most_bytes: int) -> Iterator[Piece]: ...
     def read(self, piece: Piece, rows: np.ndarray) -> None: ...
+    def confirm(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -251,6 +258,9 @@ class _HostBatches:
     def read(self, piece: Piece, rows: np.ndarray) -> None:
         (span,) = piece.spans
         np.copyto(rows, self._stored[piece.spec.name][span.start : span.stop])
+
+    def confirm(self) -> None:
+        self._stream.confirm()
 
     def close(self) -> None: ...
 
@@ -281,6 +291,7 @@ class _Loader:
             self._free.put(segment)
         self._ready: queue.SimpleQueue[_Segment | BaseException] = queue.SimpleQueue()
         self._current: _Segment | None = None
+        self._order: _Order | None = None
         self._is_closing = threading.Event()
         # else a thread's first call would take memory on the first GPU, whichever the rows go to
         self._pool = ThreadPoolExecutor(N_READERS, "rows", torch.cuda.set_device, (self._device,))
@@ -307,7 +318,8 @@ class _Loader:
         try:
             torch.cuda.set_device(self._device)
             while self._n_epochs is None or epoch < self._n_epochs:
-                with closing(self._open_order(epoch)) as order:
+                self._order = self._open_order(epoch)
+                with closing(self._order) as order:
                     for index in range(row // order.segment_rows, order.n_segments):
                         segment = self._free.get()
                         if segment is None or self._is_closing.is_set():
@@ -351,6 +363,11 @@ class _Loader:
                 slot.is_free.record(self._copying)
         finally:
             self._slots.put(slot)
+
+    def confirm(self) -> None:
+        """Do what ``RowStream.confirm`` does."""
+        if self._order is not None:
+            self._order.confirm()
 
     def close(self) -> None:
         """Stop; wait until nothing writes to the segments any more."""
