@@ -78,6 +78,10 @@ class UnitBuffer:
         self._first: tuple[int, int] | None = None
         self.statistics: dict[str, SiteStatistics] = {}
 
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
     @property
     def is_full(self) -> bool:
         """Whether every row of the unit has been filled."""

@@ -33,19 +33,19 @@ def run(
     Streams use it by themselves when they come to that epoch. Raises StorageFull before writing if it does not fit.
     """
     require_linux("shuffling")
-    opened = open_cache(cache)
-    rows = opened.split(split)
-    plan = plan_epoch(rows, opened.seed if seed is None else seed, epoch)
-    if find_materialised(rows, plan) is None:
-        _check_room(epoch_path(opened.path, plan, opened.generation), rows)
+    with open_cache(cache) as opened:
+        rows = opened.split(split)
+        plan = plan_epoch(rows, opened.seed if seed is None else seed, epoch)
+        if find_materialised(rows, plan) is None:
+            _check_room(epoch_path(opened.path, plan, opened.generation), rows)
 
-    def run_tasks(task: Callable[[int], None], buckets: Iterable[int]) -> None:
-        waiting = list(buckets)
-        with Progress(len(waiting), "shuffling", "buckets", quiet=compute.quiet) as bar:
-            for _ in _completed(task, waiting, compute.workers):
-                bar.update()
+        def run_tasks(task: Callable[[int], None], buckets: Iterable[int]) -> None:
+            waiting = list(buckets)
+            with Progress(len(waiting), "shuffling", "buckets", quiet=compute.quiet) as bar:
+                for _ in _completed(task, waiting, compute.workers):
+                    bar.update()
 
-    return materialise_epoch(rows, seed=plan.seed, epoch=epoch, run_tasks=run_tasks)
+        return materialise_epoch(rows, seed=plan.seed, epoch=epoch, run_tasks=run_tasks)
 
 
 def _check_room(path: Path, rows: CacheSplit) -> None:

@@ -140,9 +140,10 @@ class UnitWriter:
 
     def __init__(self, files: UnitFiles, bar: RowProgress) -> None:
         self._files, self._bar = files, bar
+        self._buffers = [files.buffer() for _ in range(2)]
         self._free: SimpleQueue[UnitBuffer] = SimpleQueue()
-        for _ in range(2):
-            self._free.put(files.buffer())
+        for buffer in self._buffers:
+            self._free.put(buffer)
         self._filler, self._committer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._pending: deque[Future[Any]] = deque()
         self._room = threading.Semaphore(_BATCHES_WAITING)
@@ -206,6 +207,8 @@ class UnitWriter:
         # on an error, units whose rows were all handed over are still worth keeping
         self._filler.shutdown()
         self._committer.shutdown()
+        for buffer in self._buffers:
+            buffer.close()
 
 
 @dataclass(frozen=True)

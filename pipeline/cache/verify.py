@@ -222,8 +222,9 @@ def check_bytes(path: Path, *, quiet: bool = True, sample: Sample | None = None)
         def note(n_bytes: int) -> None:
             bar.update(n_bytes)
 
-        with suppress(ActionableError, OSError, KeyError):  # the damage is what verify_bytes reports
-            bar.total = total_bytes(open_cache(path))
+        # the damage is what verify_bytes reports
+        with suppress(ActionableError, OSError, KeyError), open_cache(path) as cache:
+            bar.total = total_bytes(cache)
         return verify_bytes(path, note, (sample or Sample(1.0)).reads)
 
 
@@ -239,8 +240,7 @@ def check_pairs(
 
     ``model`` says where the model lies if it moved. Raises ArtifactMismatch if it is not the recorded one.
     """
-    cache = open_cache(path)
-    with compute.opened():
+    with open_cache(path) as cache, compute.opened():
         checker = _PairChecker(open_recorded_model(cache, model=model, device=compute.device_name))
         reports = []
         for name in cache.manifest.splits:
@@ -333,18 +333,20 @@ def check_shuffle(
     Reads provenance only. Batches are of 4096 rows, fewer where that would not make 16 of them. Raises SettingsError
     if there are too few rows for a report.
     """
-    cache = open_cache(path)
-    split = cache.split("train")
-    batch_rows = batch_rows or max(1, min(4096, split.n_rows // 16))
-    token_order = _token_order(split)
-    served: dict[str, list[np.ndarray]] = {"context": [], "position": [], "document": []}
-    with split.stream(list(served), batch_rows=batch_rows, epoch=epoch, seed=seed, n_epochs=epoch + 1) as stream:
-        for batch in stream:
-            for name, values in served.items():
-                values.append(batch.arrays[name].copy())
-    rows = {name: np.concatenate(values) for name, values in served.items()}
-    index = token_order.index_of(rows["context"], rows["position"])
-    return shuffle_evidence(index, rows["document"], batch_rows=batch_rows, seed=cache.seed if seed is None else seed)
+    with open_cache(path) as cache:
+        split = cache.split("train")
+        batch_rows = batch_rows or max(1, min(4096, split.n_rows // 16))
+        token_order = _token_order(split)
+        served: dict[str, list[np.ndarray]] = {"context": [], "position": [], "document": []}
+        with split.stream(list(served), batch_rows=batch_rows, epoch=epoch, seed=seed, n_epochs=epoch + 1) as stream:
+            for batch in stream:
+                for name, values in served.items():
+                    values.append(batch.arrays[name].copy())
+        rows = {name: np.concatenate(values) for name, values in served.items()}
+        index = token_order.index_of(rows["context"], rows["position"])
+        return shuffle_evidence(
+            index, rows["document"], batch_rows=batch_rows, seed=cache.seed if seed is None else seed
+        )
 
 
 @dataclass(frozen=True)

@@ -97,30 +97,30 @@ def run(
     Raises ArtifactMismatch if a transcoder belongs to another model or site, if the model is not the cache's, or if
     another evaluation lies at ``output``; SettingsError if two transcoders replace the same site.
     """
-    opened = reopen_cache(cache, output)
-    split = opened.split(settings.split)
-    given = _check_fit(opened, open_transcoders(transcoders))
-    digests = {name: {"digest": one.manifest.digest} for name, one in _named(given, "cross-layer").items()}
-    inputs = {"cache": opened.reference, "transcoders": digests}
+    with reopen_cache(cache, output) as opened:
+        split = opened.split(settings.split)
+        given = _check_fit(opened, open_transcoders(transcoders))
+        digests = {name: {"digest": one.manifest.digest} for name, one in _named(given, "cross-layer").items()}
+        inputs = {"cache": opened.reference, "transcoders": digests}
 
-    def make(path: Path) -> Made:
-        recorded = open_recorded_model(opened, model=model, device=compute.device_name)
-        recorded = _only_learnt(recorded, layers_of(given))
-        groups = {name: _open_spliced(recorded, one) for name, one in _named(given, ALL_SITES).items()}
-        evaluation = Evaluation(recorded.bridge, groups)
-        rows = _evaluate(evaluation, recorded, split, settings, compute.quiet)
-        n_rows = write_table(path / TOKENS, TOKEN_SCHEMA, rows)
-        record = {
-            "model": opened.manifest.model,
-            "sites": {layer.site.name: layer.site.as_json() for layer in layers_of(given)},
-            "scores": [{"name": name, **score.record()} for name, score in evaluation.scores().items()],
-            "tables": {"tokens": {"n_rows": n_rows}},
-        }
-        return Made(record, [TOKENS], MODEL_LIBRARIES)
+        def make(path: Path) -> Made:
+            recorded = open_recorded_model(opened, model=model, device=compute.device_name)
+            recorded = _only_learnt(recorded, layers_of(given))
+            groups = {name: _open_spliced(recorded, one) for name, one in _named(given, ALL_SITES).items()}
+            evaluation = Evaluation(recorded.bridge, groups)
+            rows = _evaluate(evaluation, recorded, split, settings, compute.quiet)
+            n_rows = write_table(path / TOKENS, TOKEN_SCHEMA, rows)
+            record = {
+                "model": opened.manifest.model,
+                "sites": {layer.site.name: layer.site.as_json() for layer in layers_of(given)},
+                "scores": [{"name": name, **score.record()} for name, score in evaluation.scores().items()],
+                "tables": {"tokens": {"n_rows": n_rows}},
+            }
+            return Made(record, [TOKENS], MODEL_LIBRARIES)
 
-    with compute.opened():
-        publish_stage(output, KIND, {"settings": settings.model_dump(mode="json"), "inputs": inputs}, make)
-    return read_result(output)
+        with compute.opened():
+            publish_stage(output, KIND, {"settings": settings.model_dump(mode="json"), "inputs": inputs}, make)
+        return read_result(output)
 
 
 def read_result(path: Path) -> EvaluateResult:

@@ -20,7 +20,7 @@ from tailrace.storage.activation_cache import CacheSplit, open_cache
 from tailrace.storage.artifact import make_directory
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
-from tailrace.storage.generations import CachePath
+from tailrace.storage.generations import CacheAt, CachePath
 from tailrace.storage.names import folder_problem, matching
 from tailrace.storage.tables import TablesManifest, read_table
 from tailrace.training.architectures.transcoder import write_tensors
@@ -66,14 +66,15 @@ def open_tables(paths: Sequence[Path], cache: CachePath | None, module: str | No
             f"{', '.join(missing)}: hold no activations; run pipeline analyze again with --activations all"
         )
     problems, found = [], []
+    home = cache.path if isinstance(cache, CacheAt) else cache  # each of the tables knows its own generation
     for path, manifest in manifests.items():
         recorded = manifest.inputs.cache
         if recorded is None:
             problems.append(f"{path}: was made from fresh text (--live), and delphi reads a cache; analyze a cache")
             continue
-        opened = open_cache(cache, recorded.generation)
+        opened = open_cache(home, recorded.generation)
         if differences := list_differences(opened.reference, recorded.as_json()):
-            problems.append(f"{cache}: is not the cache that {path} was made from: {'; '.join(differences)}")
+            problems.append(f"{home}: is not the cache that {path} was made from: {'; '.join(differences)}")
         else:
             split = opened.split(manifest.settings["split"])
             found.append(LatentTables(path, manifest, split))

@@ -24,12 +24,12 @@ from tailrace.pipeline.formats.calibration import Calibration
 from tailrace.pipeline.formats.conversion import Converted, Written, convert
 from tailrace.pipeline.formats.hooks import NORMALISED_IN, STREAM_OUT, is_normalised_otherwise, layer_hooks
 from tailrace.pipeline.formats.settings import TABLE_FORMATS, ExportSettings, Format
-from tailrace.storage.activation_cache import open_cache
+from tailrace.storage.activation_cache import open_cache, reopen_cache
 from tailrace.storage.artifact import MANIFEST, canonical_json, read_sealed
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, TRANSCODER_KINDS
-from tailrace.storage.generations import CachePath
+from tailrace.storage.generations import CacheAt, CachePath
 
 KIND = ExportManifest.of_kind
 FORMAT_VERSION = ARTIFACT_FORMATS[KIND]
@@ -71,6 +71,10 @@ def run(
         raise SettingsError("\n".join(problems))
     sources = each_artifact(sources, *((TABLES_KIND,) if to in TABLE_FORMATS else TRANSCODER_KINDS))
     inputs = [{"digest": _digest(path)} for path in sources]
+    reference = None
+    if cache is not None:
+        with reopen_cache(cache, output) as opened:  # which may have grown since the export was begun
+            reference, cache = opened.reference, CacheAt(opened.path, opened.generation)
     job = _Job(settings, to, sources, cache, model)
     job.check()
     request = {
@@ -78,7 +82,7 @@ def run(
         "to": to,
         "settings": settings.model_dump(mode="json"),
         "inputs": inputs,
-        "cache": None if cache is None else open_cache(cache).reference,
+        "cache": reference,
         **job.renamed_hooks(),
     }
     _refuse_former_names(output, request)
@@ -209,7 +213,11 @@ class _Job:
         }
 
     def _write_saelens(self, directory: Path, layer: TranscoderLayer) -> Written:
-        text = saelens.trained_on(layer.manifest.inputs, None if self._cache is None else open_cache(self._cache))
+        if self._cache is None:
+            text = saelens.trained_on(layer.manifest.inputs, None)
+        else:
+            with open_cache(self._cache) as opened:
+                text = saelens.trained_on(layer.manifest.inputs, opened)
         name = self._name(layer.model)
         if saelens.is_topk_autoencoder(layer):
             return saelens.write_topk_autoencoder(directory, layer, name, text)

@@ -27,7 +27,7 @@ from tailrace.pipeline.formats.foreign import Foreign, ForeignRecord
 from tailrace.pipeline.formats.hooks import hooked_transformer_name
 from tailrace.pipeline.formats.settings import ORIGINS, ImportSettings, Origin
 from tailrace.pipeline.shared.compute import Compute
-from tailrace.storage.activation_cache import ActivationCache, open_cache
+from tailrace.storage.activation_cache import ActivationCache, reopen_cache
 from tailrace.storage.artifact import checksum_file
 from tailrace.storage.cache_format import Site
 from tailrace.storage.compared import refuse_changed
@@ -103,43 +103,43 @@ def run(
     them where the files do not. Raises the errors of reading the files, ArtifactMismatch if the cache lacks sites or
     has them of other widths, SettingsError if the sites are not known.
     """
-    opened = open_cache(cache)
-    source = _folder_of_files(source, origin)
-    checksums = _checksums(source, origin)
-    request = {
-        "imported": {"origin": origin, "files": checksums},
-        "settings": settings.model_dump(mode="json"),
-        "cache": opened.reference,
-    }
-    foreign = _READERS[origin](source)
-    sites = _choose_sites(settings.site, foreign, opened, source)
-    kind = CROSS_LAYER_KIND if isinstance(foreign, ForeignLayers) else KIND
-    with Draft(output, kind, request) as draft:
-        if not draft.published:
-            transcoder = foreign.build(source)
-            save_weights(output / WEIGHTS, transcoder)
-            with compute.opened() as device:
-                split, scores = _measure(transcoder.to(device), opened, sites, settings.rows)
-            draft.publish(
-                {
-                    "format": ARTIFACT_FORMATS[kind],
-                    "model": opened.manifest.model,
-                    "inputs": {"cache": opened.reference, "imported": checksums},
-                    "origin": {
-                        "format": origin,
-                        "model_name": foreign.model_name,
-                        "facts": foreign.facts,
-                        **_firing_rates(foreign),
+    with reopen_cache(cache, output) as opened:
+        source = _folder_of_files(source, origin)
+        checksums = _checksums(source, origin)
+        request = {
+            "imported": {"origin": origin, "files": checksums},
+            "settings": settings.model_dump(mode="json"),
+            "cache": opened.reference,
+        }
+        foreign = _READERS[origin](source)
+        sites = _choose_sites(settings.site, foreign, opened, source)
+        kind = CROSS_LAYER_KIND if isinstance(foreign, ForeignLayers) else KIND
+        with Draft(output, kind, request) as draft:
+            if not draft.published:
+                transcoder = foreign.build(source)
+                save_weights(output / WEIGHTS, transcoder)
+                with compute.opened() as device:
+                    split, scores = _measure(transcoder.to(device), opened, sites, settings.rows)
+                draft.publish(
+                    {
+                        "format": ARTIFACT_FORMATS[kind],
+                        "model": opened.manifest.model,
+                        "inputs": {"cache": opened.reference, "imported": checksums},
+                        "origin": {
+                            "format": origin,
+                            "model_name": foreign.model_name,
+                            "facts": foreign.facts,
+                            **_firing_rates(foreign),
+                        },
+                        "architecture": foreign.recorded_architecture,
+                        "precision": "float32",
+                        "notes": _notes(foreign, scores, opened, sites),
+                        "versions": describe_versions(),
+                        **(_of_layers if kind == CROSS_LAYER_KIND else _of_one_layer)(transcoder, sites, split, scores),
                     },
-                    "architecture": foreign.recorded_architecture,
-                    "precision": "float32",
-                    "notes": _notes(foreign, scores, opened, sites),
-                    "versions": describe_versions(),
-                    **(_of_layers if kind == CROSS_LAYER_KIND else _of_one_layer)(transcoder, sites, split, scores),
-                },
-                [WEIGHTS],
-            )
-    return read_result(output)
+                    [WEIGHTS],
+                )
+        return read_result(output)
 
 
 _Scores = Mapping[str, HeldoutScore]

@@ -30,7 +30,7 @@ from tailrace.pipeline.train.model_scores import ModelScores
 from tailrace.pipeline.train.run_set import RunContext, RunDraft, has_ended, read_mark, train_drafts
 from tailrace.pipeline.train.settings import CACHE_DTYPE, TOGETHER_BYTES, CircuitsModelSettings, ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource
-from tailrace.storage.activation_cache import ActivationCache
+from tailrace.storage.activation_cache import ActivationCache, reopen_cache
 from tailrace.storage.artifact import MANIFEST
 from tailrace.storage.draft import Draft
 from tailrace.storage.errors import NonFiniteActivation, StorageFull
@@ -98,19 +98,20 @@ def run(
         if problem := disk_problem(budget, cost, folder):
             raise StorageFull(problem)
     say("1/3 cache: every layer's MLP inputs and outputs, from one run of the model")
-    cached = cache.run(caching, output=folder / "cache", compute=compute)
-    sites = list(cached.cache.sites)
-    n_together = together or fitting_together(cached.cache, settings.d_sae, together_bytes(compute.device_name))
-    say(f"2/3 train: {len(sites)} transcoders, at most {min(n_together, len(sites))} side by side")
-    return _train(
-        settings,
-        cached.cache,
-        folder / KIND,
-        n_together,
-        compute=compute,
-        checkpoint_steps=checkpoint_steps,
-        say=say,
-    )
+    made = cache.run(caching, output=folder / "cache", compute=compute)
+    with reopen_cache(made.path, folder / KIND) as cached:  # which may have grown since the transcoders were begun
+        sites = list(cached.sites)
+        n_together = together or fitting_together(cached, settings.d_sae, together_bytes(compute.device_name))
+        say(f"2/3 train: {len(sites)} transcoders, at most {min(n_together, len(sites))} side by side")
+        return _train(
+            settings,
+            cached,
+            folder / KIND,
+            n_together,
+            compute=compute,
+            checkpoint_steps=checkpoint_steps,
+            say=say,
+        )
 
 
 def together_bytes(device: str) -> int:

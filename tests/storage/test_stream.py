@@ -256,8 +256,8 @@ def test_a_stream_that_nobody_has_any_more_ends_and_lets_its_generation_go(direc
 
 
 def test_damage_is_told_to_whoever_ends_within_the_first_bucket(directory: Path) -> None:
-    shape = {"n_contexts": 200, "n_heldout_contexts": 0, "context_length": 9}
-    write_synthetic_cache(directory / "cache", **shape, shard_rows=64, chunk_rows=16, bucket_rows=512)
+    rows: dict[str, Any] = {"n_contexts": 200, "n_heldout_contexts": 0, "context_length": 9}
+    write_synthetic_cache(directory / "cache", **rows, shard_rows=64, chunk_rows=16, bucket_rows=512)
     split = open_cache(directory / "cache").split("train")
     for shard in (split.root / "train/sites/layer0/in").rglob("c/*/0"):
         data = bytearray(shard.read_bytes())
