@@ -37,7 +37,7 @@ from tests.support.layered_transcoders import (
     random_transcoder,
     sae_site,
 )
-from tests.support.synthetic_cache import write_synthetic_cache
+from tests.support.synthetic_cache import extend_in_steps, write_synthetic_cache
 
 INPUTS = torch.randn(200, 8, generator=torch.Generator().manual_seed(5))
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -158,6 +158,26 @@ def test_an_imported_transcoder_is_analysed_like_a_trained_one(tmp_path):
     )
     assert tables.fvu == pytest.approx(result.fvu[0], rel=1e-5)
     assert tables.l0 == pytest.approx(result.l0[0])
+
+
+def test_a_cache_that_has_grown_changes_no_import_and_no_export_that_was_begun_before(tmp_path):
+    opened = write_synthetic_cache(tmp_path / "cache", n_heldout_contexts=20)
+    site = opened.sites["layer0"]
+    publish_transcoder(
+        tmp_path / "ours", random_transcoder(TopK(k=4), site), TopK(k=4), site, model=opened.manifest.model
+    )
+
+    def both():
+        given = {"to": "saelens", "sources": [tmp_path / "ours"], "output": tmp_path / "theirs"}
+        exported = export.run(ExportSettings(), cache=tmp_path / "cache", **given)
+        return exported, take("saelens", tmp_path / "theirs", tmp_path / "cache", tmp_path / "back")
+
+    before = both()
+    for _ in extend_in_steps(tmp_path / "cache", n_contexts=opened.split("train").n_contexts + 10):
+        pass
+    assert both() == before
+    shutil.rmtree(tmp_path / "back")
+    assert take("saelens", tmp_path / "theirs", tmp_path / "cache", tmp_path / "back").fvu == before[1].fvu
 
 
 # SAELens
