@@ -90,6 +90,7 @@ class CacheResult:
 
     path: Path
     cache: ActivationCache
+    """Open: until it is closed, or nobody has it any more, its generation is not pruned."""
     warnings: tuple[str, ...]
     n_new_rows: int
     seconds: float

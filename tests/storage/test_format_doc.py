@@ -17,8 +17,9 @@ from tailrace.pipeline.cache.context_packing import CHECKPOINT
 from tailrace.pipeline.cache.draft import LOG, PLAN
 from tailrace.storage.activation_cache import ActivationCache, open_cache
 from tailrace.storage.artifact import canonical_json
-from tailrace.storage.cache_format import BEGUN, documents_name, packing_name
+from tailrace.storage.cache_format import BEGUN, documents_name, packing_name, seal_path
 from tailrace.storage.formats import Compression
+from tailrace.storage.generations import PRUNED
 from tailrace.storage.layout import ArraySpec, array_metadata
 from tailrace.storage.materialise import materialise_epoch
 from tailrace.storage.names import LOCK
@@ -110,8 +111,9 @@ def test_every_array_and_every_folder_above_one_has_its_metadata(caches: list[Ac
 
 def test_what_the_pipeline_adds_is_documented() -> None:
     kept = documents_name(0, "<split>", 0).replace("/0/", "/<generation>/")
-    written = {packing_name(0).replace("0", "<generation>"), kept, LOG, BEGUN, PLAN, CHECKPOINT, LOCK}
-    assert {path for path, _ in table("Files", 1)} == written
+    written = [packing_name(0).replace("0", "<generation>"), kept, LOG, BEGUN, PLAN, CHECKPOINT, LOCK, PRUNED]
+    written.append(seal_path(Path(), "<file>").as_posix())
+    assert sorted(path for path, _ in table("Files", 1)) == sorted(written)  # each once
 
 
 def arrays_of(group: zarr.Group, prefix: str = "") -> Iterator[tuple[str, zarr.Array]]:
