@@ -17,6 +17,7 @@ traceback. A message says what, where, what was there, what was wanted, and the 
     │   ├── ArtifactMismatch     made from other settings, another model or another input
     │   ├── LabelConflict        another edit of the same label came first
     │   └── ArtifactCorrupt      bytes differ from their recorded checksum, or a file is gone
+    ├── WorkerLostError          worker processes ended in the middle of a task
     ├── NonFiniteActivation      NaN or infinity where an activation should be
     ├── ActivationOverflow       a value that the chosen storage dtype cannot hold
     └── StorageFull              the disk is full or refuses to be written
@@ -49,6 +50,10 @@ class OutOfMemoryError(ModelError):
 
 class DeviceLostError(ModelError):
     """A GPU stopped working in the middle; the message says how to go on."""
+
+
+class WorkerLostError(ActionableError):
+    """A task cost every worker process that it got; no setting is wrong, and what is finished is kept."""
 
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")

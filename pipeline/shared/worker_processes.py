@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from tailrace.storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError, WorkerLostError
 
 ATTEMPTS = 3
 """How many workers a task may cost before it is given up."""
@@ -118,7 +118,7 @@ class WorkerProcess:
         self._start()
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Return what the task returns or raise what it raises; SettingsError if it costs too many processes."""
+        """Return what the task returns or raise what it raises; WorkerLostError if it costs too many processes."""
         # not by `send`: torch would pass its tensors through a socket that it listens on
         task = pickle.dumps((function, arguments))
         for _ in range(ATTEMPTS):
@@ -131,7 +131,7 @@ class WorkerProcess:
             if error is not None:
                 raise error
             return result
-        raise SettingsError(
+        raise WorkerLostError(
             f"--workers: {ATTEMPTS} worker processes in a row were lost on the same task, the last with exit code "
             f"{self._exit_code}. {self._advice()}; what is finished is kept"
         )
@@ -158,7 +158,7 @@ class WorkerProcess:
     def _replace(self) -> None:
         with self._lock:
             if self._is_killed:
-                raise SettingsError("the workers were told to end")
+                raise WorkerLostError("the workers were told to end")
             self.close()
             self._exit_code = self._process.exitcode
             self._start()

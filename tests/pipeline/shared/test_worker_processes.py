@@ -16,7 +16,7 @@ from tailrace.pipeline.cache import shuffle
 from tailrace.pipeline.shared import compute
 from tailrace.pipeline.shared.compute import Compute, device_of_worker
 from tailrace.pipeline.shared.worker_processes import completed, open_workers, worker_number
-from tailrace.storage.errors import SettingsError
+from tailrace.storage.errors import SettingsError, WorkerLostError
 from tests.support.cache_jobs import run_cache
 from tests.support.paths import ROOT
 
@@ -74,11 +74,11 @@ def test_no_command_listens(tmp_path: Path) -> None:
 
 def test_a_task_that_costs_every_worker_it_gets_ends_as_one_sentence() -> None:
     with (
-        pytest.raises(SettingsError, match=r"3 worker processes in a row .*code 1.*__main__"),
+        pytest.raises(WorkerLostError, match=r"3 worker processes in a row .*code 1.*__main__"),
         open_workers(1) as submit,
     ):
         submit(os._exit, 1).result()
-    with pytest.raises(SettingsError, match="memory runs out: use fewer workers"), open_workers(1) as submit:
+    with pytest.raises(WorkerLostError, match="memory runs out: use fewer workers"), open_workers(1) as submit:
         submit(signal.raise_signal, signal.SIGKILL).result()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tailrace.pipeline import cli
+from tailrace.pipeline.shared import worker_processes
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
 from tailrace.pipeline.train import sweep
@@ -18,6 +21,7 @@ from tailrace.pipeline.train.grid import expand
 from tailrace.storage.errors import NonFiniteActivation, SettingsError
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.checkpoint import Checkpoints, RunCheckpoint
+from tailrace.training.loop.loggers import Logger
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.train_all import continued_together
 from tests.pipeline.train.test_resume import results
@@ -219,6 +223,49 @@ def test_workers_that_share_a_sweep_end_with_the_bytes_of_one_process(cache: Pat
         checkpoint.unlink()
     go_on(cache, tmp_path / "cut", 2)
     assert results(tmp_path / "cut") == expected
+
+
+class KillsItsWorker:
+    """A logger that ends its process when the longest run comes past the end of the shortest."""
+
+    name = "the one that kills"
+
+    def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:
+        """Remember whose numbers come."""
+        self._is_longest = config["steps"] == 23
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """End the process, as the system does when memory runs out."""
+        if self._is_longest and step > 9:
+            signal.raise_signal(signal.SIGKILL)
+
+    def log_histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """Take no histogram."""
+
+    def close(self) -> None:
+        """Have nothing to close."""
+
+
+def killing_loggers() -> list[Logger]:
+    return [KillsItsWorker()]
+
+
+def test_a_lost_worker_costs_no_run_that_is_finished(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker_processes, "ATTEMPTS", 1)  # each takes seconds to start
+    output = tmp_path / "sweep"
+
+    def lose_it() -> None:
+        compute = Compute(device="cpu", threads=1, workers=1, quiet=True)
+        sweep.run(plain_runs(), cache=cache, output=output, compute=compute, loggers=killing_loggers)
+
+    monkeypatch.setattr(cli.cli, "main", lambda **_: lose_it())
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["sweep"])
+    assert "what is finished is kept" in capsys.readouterr().err
+    assert stopped.value.code == 1  # no setting is wrong
+    assert (output / "runs" / "steps=9" / "manifest.json").exists()
 
 
 def test_workers_are_for_sweeps_of_a_cache(cache: Path, tmp_path: Path) -> None:
