@@ -19,6 +19,7 @@ traceback. A message says what, where, what was there, what was wanted, and the 
     │   └── ArtifactCorrupt      bytes differ from their recorded checksum, or a file is gone
     ├── WorkerLostError          worker processes ended in the middle of a task
     ├── NonFiniteActivation      NaN or infinity where an activation should be
+    ├── NoOrdinaryRows           a step of training that max_norm_multiple leaves no row
     ├── ActivationOverflow       a value that the chosen storage dtype cannot hold
     └── StorageFull              the disk is full or refuses to be written
 """
@@ -103,6 +104,10 @@ class ArtifactCorrupt(ArtifactError):
 
 class NonFiniteActivation(ActionableError):
     """A NaN or infinite activation or loss."""
+
+
+class NoOrdinaryRows(ActionableError):
+    """All rows of a step are longer than ``max_norm_multiple`` allows, which only the step itself shows."""
 
 
 class ActivationOverflow(ActionableError):

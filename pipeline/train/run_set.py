@@ -25,7 +25,7 @@ from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.artifact import read_own, seal, write_atomically
 from tailrace.storage.cache_format import Site
 from tailrace.storage.draft import Draft
-from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation, SettingsError
+from tailrace.storage.errors import ActionableError, ArtifactCorrupt, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS, CROSS_LAYER_KIND
 from tailrace.training.architectures.manifest import BASELINES, CHECKPOINTS, KIND, MARK, TIMING
 from tailrace.training.architectures.transcoder import describe_versions
@@ -135,7 +135,7 @@ def train_drafts(
     """Train the unpublished drafts, by name, from where they were left, and publish each when it is done.
 
     All have the same ``batch_rows`` and ``order_seed``. ``output`` is the artifact they belong to. With
-    ``others_go_on``, a run that stops being finite leaves a mark (``has_ended``) and not the others.
+    ``others_go_on``, a run that cannot go on (``ENDS_A_RUN``) leaves a mark (``has_ended``) and not the others.
     """
     sites = {site.name: site for draft in drafts.values() for site in draft.sites}
     shapes = [(draft.settings, [(site.d_in, site.d_out) for site in draft.sites]) for draft in drafts.values()]
@@ -207,7 +207,7 @@ def read_mark(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _mark_diverged(session: Session, error: NonFiniteActivation) -> None:
+def _mark_diverged(session: Session, error: ActionableError) -> None:
     """Leave a mark that outlives this process: continued, the run would end here again."""
     name = session.run.name
     reason = str(error) if str(error).startswith(name) else f"{name}: {error}"

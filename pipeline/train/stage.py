@@ -28,10 +28,10 @@ from tailrace.storage.activation_cache import open_cache, reopen_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from tailrace.storage.display import card, share
 from tailrace.storage.draft import Draft, Lock
-from tailrace.storage.errors import ArtifactMismatch, DeviceLostError, SettingsError
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, DeviceLostError, SettingsError
 from tailrace.storage.generations import CachePath
 from tailrace.storage.names import LOCK, matching
-from tailrace.training.architectures.manifest import CHECKPOINTS, read_either_manifest
+from tailrace.training.architectures.manifest import CHECKPOINTS, MARK, METRICS, read_either_manifest
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.cost import check_memory
 from tailrace.training.loop.distributed import device_of_process, open_group
@@ -205,18 +205,30 @@ def checkpoint_named(output: Path) -> Iterator[None]:
 
 @contextmanager
 def nothing_left_if_refused(output: Path) -> Iterator[None]:
-    """Delete a draft that was begun inside for settings that turn out wrong: it would refuse the right ones."""
+    """Delete a draft that was begun inside for settings that turn out wrong: it would refuse the right ones.
+
+    What steps have left is kept, whatever is refused after them.
+    """
     begun = (output / REQUEST).exists()
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         yield
     except SettingsError:
         if not begun:
-            discard_draft(output)
+            with suppress(ActionableError, OSError):  # the refusal is reported
+                if not _holds_work(output):
+                    discard_draft(output)
             for folder in missing:
                 with suppress(OSError):
                     folder.rmdir()
         raise
+
+
+def _holds_work(path: Path) -> bool:
+    """Return whether training has left anything at ``path``: weights, a checkpoint, a line of metrics, a run's end."""
+    if any(matching(path, f"**/{name}") for name in (MANIFEST, MARK, "*.safetensors")):
+        return True
+    return any(log.stat().st_size for log in matching(path, f"**/{METRICS}"))
 
 
 def discard_draft(path: Path) -> None:

@@ -1,8 +1,9 @@
 """Sweeps: many settings trained side by side from one reading of the rows.
 
 Every run lies in ``runs/<name>`` of the sweep and is the transcoder that ``pipeline train`` would have made of its
-settings, byte for byte. A run whose loss or weights stop being finite leaves a mark and keeps its last checkpoints; the
-others go on. The sweep is published when all have ended, with one row for each in ``runs.parquet``.
+settings, byte for byte. A run whose loss or weights stop being finite, or that has no row to learn from, leaves a mark
+and keeps its last checkpoints; the others go on. The sweep is published when all have ended, with one row for each in
+``runs.parquet``.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ def _publish(sweep: Draft, drafts: Mapping[str, Draft]) -> None:
         reasons = "\n".join(f"  {read_mark(draft.path / MARK)['reason']}" for draft in drafts.values())
         raise NonFiniteActivation(
             f"{sweep.path}: all {len(outcomes)} runs diverged, so there is nothing to publish; start with --fresh and "
-            f"lower learning rates, or verify the cache:\n{reasons}"
+            f"settings that these reasons ask for, or verify the cache:\n{reasons}"
         )
     write_runs(sweep.path / RUNS_TABLE, outcomes)
     digests = {

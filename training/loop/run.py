@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailrace.storage.errors import NonFiniteActivation, SettingsError
+from tailrace.storage.errors import NonFiniteActivation, NoOrdinaryRows
 from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.objectives import Objective
 from tailrace.training.architectures.schedule import Schedule
@@ -80,7 +80,10 @@ class TrainingRun:
         self._parameters = dict(transcoder.named_parameters())
 
     def step(self, batches: SiteBatches) -> None:
-        """Take one optimiser step on raw rows. Raises NonFiniteActivation before a bad loss reaches the weights."""
+        """Take one optimiser step on raw rows.
+
+        Raises NonFiniteActivation before a bad loss reaches the weights, NoOrdinaryRows where nothing can be learnt.
+        """
         batch = self._learnt_from(batches)
         self.transcoder.begin_step(self.n_steps_done)
         per_row = self.wants_rows(self.n_steps_done + 1)
@@ -103,9 +106,10 @@ class TrainingRun:
         batch = self._rows_on_device(raw)
         if not len(batch.inputs):
             n_rows = len(raw[self.rows.sites[0]].inputs)
-            raise SettingsError(
+            raise NoOrdinaryRows(
                 f"{self.name}: max_norm_multiple leaves none of the {n_rows} rows of step {self.n_steps_done + 1} to "
-                "learn from; raise it, or batch_rows"
+                "learn from. Checkpoints from before are kept, but continuing would end here again: start afresh and "
+                "raise it, or batch_rows"
             )
         return batch
 

@@ -1,7 +1,8 @@
 """The training loop: every batch of a stream goes to every run that is still under way.
 
-Each run learns as if it were alone. Runs may end at different steps, and one whose numbers stop being finite may leave
-without the others. A run alone, a sweep, a transcoder for each layer and a cross-layer transcoder are all trained here.
+Each run learns as if it were alone. Runs may end at different steps, and one whose numbers stop being finite, or that
+has no row to learn from, may leave without the others. A run alone, a sweep, a transcoder for each layer and a
+cross-layer transcoder are all trained here.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Protocol
 
 import torch
 
-from tailrace.storage.errors import NonFiniteActivation
+from tailrace.storage.errors import ActionableError, NonFiniteActivation, NoOrdinaryRows
 from tailrace.training.loop.checkpoint import CheckpointClock, CheckpointWriter
 from tailrace.training.loop.session import Session, StepCallback
 from tailrace.training.rows.batches import BatchStream, SiteBatches
+
+ENDS_A_RUN = (NonFiniteActivation, NoOrdinaryRows)
+"""Errors of one run, which would come again if it were continued, and which say nothing of those beside it."""
 
 
 class LearnsFromBatches(Protocol):
@@ -36,8 +40,8 @@ class ScheduledRun:
     """In order, after each step."""
     finish: Callable[[], None] | None = None
     """Called once, after the last step and its callbacks."""
-    give_up: Callable[[NonFiniteActivation], None] | None = None
-    """Called when loss or weights stop being finite, after which the others go on; None: the error is raised."""
+    give_up: Callable[[ActionableError], None] | None = None
+    """Called with an error of ``ENDS_A_RUN``, after which the others go on; None: the error is raised."""
 
     def advance(self, batches: SiteBatches, step: int) -> bool:
         """Take step number ``step``, counted from 1; return whether there are more to take."""
@@ -48,7 +52,7 @@ class ScheduledRun:
                     callback.action(step)
             if step == self.n_steps and self.finish is not None:
                 self.finish()
-        except NonFiniteActivation as error:
+        except ENDS_A_RUN as error:
             if self.give_up is None:
                 raise
             self.give_up(error)
@@ -82,7 +86,7 @@ def train_all(
     sessions: Sequence[Session],
     *,
     checkpoint_steps: int | None,
-    give_up: Callable[[Session, NonFiniteActivation], None] | None = None,
+    give_up: Callable[[Session, ActionableError], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     before_first_step: Callable[[], None] | None = None,
 ) -> None:
@@ -117,7 +121,7 @@ def _scheduled(
     stream: BatchStream,
     clock: CheckpointClock,
     writer: CheckpointWriter,
-    give_up: Callable[[Session, NonFiniteActivation], None] | None,
+    give_up: Callable[[Session, ActionableError], None] | None,
 ) -> ScheduledRun:
     return ScheduledRun(
         session.run,

@@ -23,6 +23,7 @@ from tailrace.storage.errors import (
     ArtifactMismatch,
     ArtifactMissing,
     DeviceLostError,
+    NoOrdinaryRows,
     OutOfMemoryError,
     SettingsError,
     StorageFull,
@@ -175,6 +176,35 @@ def test_fresh_throws_away_an_unfinished_run_but_never_a_published_one(
     assert run(other, cache=cache, output=output, compute=Compute(quiet=True), fresh=True).metrics["steps"] == 60
     with pytest.raises(ArtifactMismatch, match="is published"):
         run(settings, cache=cache, output=trained.path, compute=Compute(quiet=True), fresh=True)
+
+
+def test_a_step_without_a_row_to_learn_from_keeps_the_checkpoints_before_it(cache: Path, tmp_path: Path) -> None:
+    output, strict = tmp_path / "transcoder", {"batch_rows": 1, "max_norm_multiple": 1.6}
+    with pytest.raises(NoOrdinaryRows, match="Checkpoints from before are kept"):
+        run(
+            TrainSettings.read(QUICK, strict),
+            cache=cache,
+            output=output,
+            compute=Compute(quiet=True),
+            checkpoint_steps=1,
+        )
+    assert list((output / "checkpoints").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kept", ["snapshots", "metrics", None])
+def test_what_is_refused_after_a_step_deletes_only_a_draft_that_holds_nothing(
+    cache: Path, tmp_path: Path, kept: str | None
+) -> None:
+    def refuse(step: int, transcoder: Transcoder) -> None:
+        raise SettingsError("as whatever a step calls may")
+
+    output = tmp_path / "new" / "transcoder"
+    changes = {"snapshots": {"snapshots": 30}, "metrics": {"log_every": 2}, None: {}}[kept]
+    settings = TrainSettings.read(QUICK, {"log_every": 50, "evaluate_every": 50, **changes})
+    with pytest.raises(SettingsError, match="whatever a step calls"):
+        run(settings, cache=cache, output=output, compute=Compute(quiet=True), hooks=[(5, refuse)])
+    assert (tmp_path / "new").exists() == (kept is not None)
+    assert (output / "request.json").exists() == (kept is not None)
 
 
 def test_a_misspelt_site_is_answered_with_the_near_ones(cache: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tailrace.storage.artifact import verify_artifact
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, NonFiniteActivation, SettingsError
 from tailrace.storage.orders import GatheredOrder
 from tailrace.storage.tables import describe, read_schema, read_table
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.architectures.transcoder import load_transcoder
 from tailrace.training.loop.settings import TrainSettings
 from tests.pipeline.train.test_resume import results
@@ -211,6 +212,29 @@ def test_when_all_runs_diverge_nothing_is_published(cache: Path, tmp_path: Path)
     assert not (tmp_path / "sweep" / "manifest.json").exists()
     good = {"good": settings(steps=3), "better": settings(steps=4)}
     assert len(run_sweep(good, cache, tmp_path / "sweep", fresh=True).runs) == 2
+
+
+def test_a_run_without_a_row_to_learn_from_stops_alone_and_what_is_finished_stays(cache: Path, tmp_path: Path) -> None:
+    few = {"batch_rows": 1, "steps": 40}
+    runs = {"short": settings(batch_rows=1, steps=2), "strict": settings(**few, max_norm_multiple=1.6)}
+    swept = run_sweep({**runs, "long": settings(**few)}, cache, tmp_path / "sweep")
+    assert [(one.name, one.status) for one in swept.runs] == [
+        ("short", "finished"), ("strict", "diverged"), ("long", "finished"),
+    ]  # fmt: skip
+    mark = json.loads((swept.path / "runs" / "strict" / "diverged.json").read_text())
+    assert "strict: max_norm_multiple leaves none of the 1 rows of step" in mark["reason"]
+
+
+def test_what_is_refused_after_a_run_has_ended_deletes_nothing(cache: Path, tmp_path: Path) -> None:
+    def refuse(step: int, transcoder: Transcoder) -> None:
+        if step == 4:  # hooks are called at the end of the short run too
+            raise SettingsError("as whatever a step calls may")
+
+    runs = {"short": settings(steps=2), "long": settings()}
+    with pytest.raises(SettingsError, match="whatever a step calls"):
+        run_sweep(runs, cache, tmp_path / "sweep", hooks=[(4, refuse)])
+    assert (tmp_path / "sweep" / "runs" / "short" / "manifest.json").exists()
+    assert [one.status for one in run_sweep(runs, cache, tmp_path / "sweep").runs] == ["finished", "finished"]
 
 
 def test_weights_that_are_not_finite_after_the_last_step_are_not_published(cache: Path, tmp_path: Path) -> None:

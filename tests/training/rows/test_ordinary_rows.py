@@ -15,7 +15,7 @@ from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train.stage import TrainResult, run
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_format import Site
-from tailrace.storage.errors import SettingsError
+from tailrace.storage.errors import NoOrdinaryRows
 from tailrace.storage.layout import Side
 from tailrace.storage.statistics import SiteStatistics
 from tailrace.training.loop.build import build_run
@@ -136,7 +136,7 @@ def test_a_step_learns_from_the_ordinary_rows_and_from_nothing_else() -> None:
 
 def test_a_batch_without_an_ordinary_row_says_what_to_change() -> None:
     batch = Batch(*map(torch.from_numpy, rows(1, N_TRAIN)))
-    with pytest.raises(SettingsError, match=r"max_norm_multiple leaves none of the 8 rows of step 1 .* raise it"):
+    with pytest.raises(NoOrdinaryRows, match=r"max_norm_multiple leaves none of the 8 rows of step 1 .* raise it"):
         hand_built_run(batch).step({"mlp": Batch(batch.inputs[IS_MASSIVE], batch.outputs[IS_MASSIVE])})
 
 
