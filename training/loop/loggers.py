@@ -274,14 +274,17 @@ class Loggers:
     def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:
         """Start all of them. Raises SettingsError with what is wrong with each that cannot be."""
         problems = []
-        for active in self._active:
-            try:
-                active.start(directory, run_name, config, first_step)
-            except SettingsError as error:
-                problems.append(str(error))
-        if problems:
+        try:
+            for active in self._active:
+                try:
+                    active.start(directory, run_name, config, first_step)
+                except SettingsError as error:
+                    problems.append(str(error))
+            if problems:
+                raise SettingsError("\n".join(problems))
+        except BaseException:  # a disk that refuses, Ctrl-C: those that started are not left open
             self.close()
-            raise SettingsError("\n".join(problems))
+            raise
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Log the numbers among ``values``."""

@@ -113,8 +113,12 @@ class RunLog:
         self._loggers = Loggers(loggers)
         self._reference_names = any(getattr(logger, "reference_names", False) for logger in loggers)
         self._loggers.start(directory, run_name, config, first_step)
-        self._metrics = JsonLines(directory / METRICS, extent)
-        self._timing = JsonLines(directory / TIMING, _whole_lines(directory / TIMING))
+        try:
+            self._metrics = JsonLines(directory / METRICS, extent)
+            self._timing = JsonLines(directory / TIMING, _whole_lines(directory / TIMING))
+        except BaseException:
+            self._loggers.close()  # nobody else can: this log is never handed out
+            raise
         self._started, self._first_row = time.monotonic(), first_row
 
     def write(self, step: int, rows: int, split: str, record: Mapping[str, Any]) -> None:

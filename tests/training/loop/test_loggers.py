@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tailrace.storage.cache_format import Site
-from tailrace.storage.errors import SettingsError
+from tailrace.storage.errors import ArtifactCorrupt, SettingsError
 from tailrace.training.loop.build import build_run
 from tailrace.training.loop.firing_frequency import EDGES
 from tailrace.training.loop.loggers import Logger, Loggers, TensorBoardLogger, WandbLogger, build_loggers
@@ -113,6 +113,21 @@ def test_all_loggers_that_cannot_start_are_named_before_anything_is_written(tmp_
         open_log(tmp_path, [Missing(), started, Missing()])
     assert started.closed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_logger_stays_open_where_the_log_or_another_logger_is_refused(tmp_path: Path) -> None:
+    class Refused(Recorder):
+        def start(self, directory: Path, run_name: str, config: Mapping[str, Any], first_step: int) -> None:
+            raise PermissionError("the disk refuses")
+
+    common: dict[str, Any] = {"run_name": "run", "config": {}, "first_step": 3, "first_row": 0}
+    changed, beside = Recorder(), Recorder()
+    with pytest.raises(ArtifactCorrupt, match="is not what the run had written"):
+        RunLog(tmp_path, loggers=[changed], extent=Extent(7), **common)
+    assert changed.closed
+    with pytest.raises(PermissionError):
+        RunLog(tmp_path, loggers=[beside, Refused()], extent=NOTHING, **common)
+    assert beside.closed
 
 
 def test_a_missing_package_names_the_extra_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
