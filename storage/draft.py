@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,11 @@ def _shown(value: Any) -> str:
 _TRIES = 100
 _LISTED = 5
 """Files that a refusal names."""
+
+
+def some_of(names: Sequence[object]) -> str:
+    """Return the names that a refusal lists of those that are in its way."""
+    return ", ".join(map(str, names[:_LISTED])) + (" and more" if len(names) > _LISTED else "")
 
 
 class Lock:
@@ -361,10 +366,9 @@ class Draft:
         names = [path.relative_to(self.path) for path in entries_below(self.path)]
         others = [name for name in names if not known & {str(part) for part in (name, *name.parents)}]
         if others:
-            listed = ", ".join(map(str, others[:_LISTED])) + (" and more" if len(others) > _LISTED else "")
             raise ArtifactMismatch(
-                f"{self.path}: holds files that are no part of the {self.kind}: {listed}. Move them away and run the "
-                "same command again: all that is finished is kept"
+                f"{self.path}: holds files that are no part of the {self.kind}: {some_of(others)}. Move them "
+                "away and run the same command again: all that is finished is kept"
             )
 
     def __enter__(self) -> Self:

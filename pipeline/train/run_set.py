@@ -46,7 +46,7 @@ from tailrace.training.rows.normalisation import JoinedNormalisation
 from tailrace.training.rows.ordinary_rows import massive_warning
 from tailrace.training.rows.row_source import RowSource
 
-_BESIDE = (BASELINES, CHECKPOINTS, TIMING, TENSORBOARD, WANDB)
+BESIDE = (BASELINES, CHECKPOINTS, TIMING, TENSORBOARD, WANDB)
 """What lies in a transcoder's folder and is no part of it."""
 _BASELINE_ROWS, _PIECE_ROWS, _BASELINE_STEP = 16_384, 4096, 1 << 40
 """A linear map is fitted to so many rows or 16 for each input width, in pieces drawn for steps that no run comes to."""
@@ -309,7 +309,7 @@ def _publish(
     rows.confirm()
     files = session.export()
     described = _describe(draft, session, source, rows, context)
-    draft.draft.publish(described, files, beside=_BESIDE, written=session.written)
+    draft.draft.publish(described, files, beside=BESIDE, written=session.written)
     Checkpoints(draft.path / CHECKPOINTS).discard_after(-1)
     logger.info("%s: published after %d steps", draft.path, session.run.n_steps_done)
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,41 @@ from tailrace.pipeline.live.settings import LiveSettings
 from tailrace.pipeline.shared.compute import Compute, require_linux
 from tailrace.pipeline.train.cost import Planned, cost_line
 from tailrace.pipeline.train.model_scores import ModelScores
-from tailrace.pipeline.train.run_set import RunContext, RunDraft, kind_of, train_beside, train_drafts
+from tailrace.pipeline.train.run_set import BESIDE, RunContext, RunDraft, kind_of, train_beside, train_drafts
+from tailrace.pipeline.train.runs_table import RUNS_TABLE
 from tailrace.pipeline.train.settings import ModelScoreSettings
 from tailrace.pipeline.train.sources import CacheSource, TrainingSource, choose_sites
 from tailrace.pipeline.train.warm_start import WarmStart
 from tailrace.storage.activation_cache import open_cache, reopen_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from tailrace.storage.display import card, share
-from tailrace.storage.draft import Draft, Lock
+from tailrace.storage.draft import Draft, Lock, some_of
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, DeviceLostError, SettingsError
 from tailrace.storage.generations import CachePath
-from tailrace.storage.names import LOCK, matching
-from tailrace.training.architectures.manifest import CHECKPOINTS, MARK, METRICS, read_either_manifest
+from tailrace.storage.names import LOCK, files_below, is_temporary, matching
+from tailrace.training.architectures.manifest import (
+    CHECKPOINTS,
+    MARK,
+    METRICS,
+    SNAPSHOTS,
+    WEIGHTS,
+    read_either_manifest,
+)
 from tailrace.training.loop.checkpoint import Checkpoints
 from tailrace.training.loop.cost import check_memory
 from tailrace.training.loop.distributed import device_of_process, open_group
-from tailrace.training.loop.loggers import Logger
-from tailrace.training.loop.session import PeriodicHook
+from tailrace.training.loop.loggers import RUNS, Logger
+from tailrace.training.loop.session import BEST, PeriodicHook, log_sparsity_name
 from tailrace.training.loop.settings import TrainSettings
 from tailrace.training.loop.shards import refuse_shards
 
+_OF_A_RUN = (
+    *(LOCK, REQUEST, MANIFEST, MARK, METRICS, WEIGHTS, BEST),
+    *map(log_sparsity_name, (WEIGHTS, BEST)),
+    f"{SNAPSHOTS}/[0-9]*.safetensors",
+    *BESIDE,
+)
+"""Files and folders that training may leave in a run's folder."""
 _ALONE = (
     "--shard-features: shares the features out to the processes that torchrun starts, and this is the only one; use "
     "torchrun --standalone --nproc-per-node N, or leave it out"
@@ -234,7 +250,8 @@ def _holds_work(path: Path) -> bool:
 def discard_draft(path: Path) -> None:
     """Delete an unfinished run, so that the next one starts from nothing.
 
-    Raises ArtifactMismatch where something published lies, or a request that no run wrote: a flag never deletes these.
+    Raises ArtifactMismatch where something published lies, a request that no run wrote, or a file that is no part of a
+    run: a flag never deletes these.
     """
     if not (path / REQUEST).exists():
         return
@@ -242,6 +259,11 @@ def discard_draft(path: Path) -> None:
         raise ArtifactMismatch(f"{path}: is published; delete it yourself, or choose another path, to train anew")
     if not _is_run(path / REQUEST):
         raise ArtifactMismatch(f"{path}: its {REQUEST} is not that of a run, so it is left alone; choose another path")
+    if others := _files_of_others(path):
+        raise ArtifactMismatch(
+            f"{path}: holds files that are no part of a run: {some_of(others)}. Nothing was deleted: move them "
+            "away and run the same command again, or choose another path"
+        )
     lock = Lock(path)
     try:
         # The request goes last: a deletion that is cut short is still recognised as a draft.
@@ -254,6 +276,21 @@ def discard_draft(path: Path) -> None:
         lock.release()
         raise
     lock.remove()
+
+
+def _files_of_others(path: Path) -> list[Path]:
+    """Return the files below a run's draft, or below a sweep's, that training did not write, as ``publish`` does."""
+    request = read_json(path / REQUEST)
+    names = request.get("runs") if isinstance(request, dict) else None
+    runs = {path / RUNS / name for name in (names if isinstance(names, dict) else ())}
+    others = []
+    for folder, known in [(path, (*_OF_A_RUN, RUNS_TABLE)), *((run, _OF_A_RUN) for run in sorted(runs))]:
+        for file in files_below(folder, but=runs.__contains__):
+            name = file.relative_to(folder)
+            parts = [str(part) for part in (name, *name.parents)]
+            if not is_temporary(name.name) and not any(fnmatchcase(part, one) for part in parts for one in known):
+                others.append(file.relative_to(path))
+    return others
 
 
 def _is_run(request: Path) -> bool:

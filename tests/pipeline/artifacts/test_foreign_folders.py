@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +15,12 @@ from tailrace.pipeline.blind.study import BlindStudy
 from tailrace.pipeline.cache import stage
 from tailrace.pipeline.shared.compute import Compute
 from tailrace.pipeline.train import stage as train
+from tailrace.pipeline.train import sweep
 from tailrace.storage.artifact import REQUEST
-from tailrace.storage.errors import ActionableError, ArtifactMissing, SettingsError
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, ArtifactMissing, SettingsError
 from tailrace.storage.names import LOCK
 from tailrace.training.architectures import TopK
+from tailrace.training.architectures.base import Transcoder
 from tailrace.training.loop.settings import TrainSettings
 from tests.support.cache_jobs import HERE, command, model_folder, run_cache, text_file
 from tests.support.dashboard_tables import make_tables
@@ -166,16 +170,39 @@ def test_fresh_throws_nothing_away_where_another_program_wrote_a_request(thesis:
 
 def test_a_run_thrown_away_leaves_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: object, **__: object) -> None:
-        (tmp_path / "run" / "half").write_bytes(b"half")
+        (tmp_path / "run" / "weights.safetensors").write_bytes(b"half")
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_drafts", stopped)
         with pytest.raises(ZeroDivisionError):
             train.run(TRAINING, cache=made / "cache", output=tmp_path / "run")
-    assert (tmp_path / "run" / "half").exists()
+    assert (tmp_path / "run" / "weights.safetensors").exists()
     train.discard_draft(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["", "snapshots", "runs/steps=40"])
+def test_fresh_throws_no_file_of_the_user_away(made: Path, tmp_path: Path, folder: str) -> None:
+    def interrupt(step: int, transcoder: Transcoder) -> None:
+        raise KeyboardInterrupt
+
+    output, is_sweep = tmp_path / "run", folder.startswith("runs")
+    settings = TRAINING.model_copy(update={"steps": 40, "snapshots": 12, "keep_best": True, "evaluate_every": 2})
+    arguments: dict[str, Any] = {"cache": made / "cache", "output": output, "checkpoint_steps": 4}
+    begin = partial(sweep.run, {"steps=40": settings}) if is_sweep else partial(train.run, settings)
+    for fresh in (False, True):  # what a run writes itself is in no flag's way
+        with pytest.raises(KeyboardInterrupt):
+            begin(**arguments, hooks=[(10, interrupt)], fresh=fresh)
+    notes = output / folder / "notes.txt"
+    notes.write_text("weeks of thought")
+    before = snapshot(output)
+    with pytest.raises(ArtifactMismatch, match=f"no part of a run: {notes.relative_to(output)}. Nothing was deleted"):
+        train.discard_draft(output)
+    assert snapshot(output) == before
+    notes.unlink()
+    train.discard_draft(output)
+    assert list(output.iterdir()) == []
 
 
 STUDY: dict[str, Callable[[BlindStudy], object]] = {
