@@ -110,6 +110,7 @@ is a median over interleaved rounds, which can be trusted; absolute speeds belon
 | rows per second over SAELens' cache writer | {saelens_cache[write_vs_saelens]:t} | [saelens_cache](#saelens_cache) |
 | … over its cached reader: gathered / materialised | {saelens_cache[gathered_read_vs_saelens]:t} / {saelens_cache[materialised_read_vs_saelens]:t} | [saelens_cache](#saelens_cache) |
 | `pipeline cache` over the language model alone: SmolLM2 in bfloat16 / in float32, a short run | {cache_stage[stage_vs_model_smollm2_bfloat16]:t} / {cache_stage[stage_vs_model_smollm2_float32]} | [cache_stage](#cache_stage) |
+| … a run of 400,000 tokens; and what any run of the tiny model costs beside its rows, in seconds | {cache_stage[long_stage_vs_model_smollm2_bfloat16]:t} / {cache_stage[long_stage_vs_model_smollm2_float32]}; {cache_stage[fixed_seconds_tiny]:t} | [cache_stage](#cache_stage) |
 | processor time over that of 286d158, before drafts had seals and reads were compared (less is better): caching / training / reading | {before_after[cache_processor]:4t} / {before_after[train_processor]:4t} / {before_after[read_processor]:4t} | [before_after](#before_after) |
 | peak memory at 8 times the rows: caching / streaming | {memory[cache_peak_8x_rows]:3t} / {memory[stream_peak_8x_rows]:t} | [memory](#memory) |
 | planning the shuffle, nanoseconds a row: 60 million / a billion rows | {shuffle_plan[plan_nanoseconds_per_row_60M]} / {shuffle_plan[plan_nanoseconds_per_row_1G]} | [shuffle_plan](#shuffle_plan) |
