@@ -9,6 +9,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,13 +32,17 @@ from tailrace.storage.artifact import (
     FileRecord,
     canonical_json,
     check_files,
+    checksum_bytes,
     checksum_file,
+    describe_files,
     make_directory,
     read_json,
     read_sealed,
+    remove_directory,
     sync_directory,
     write_atomically,
 )
+from tailrace.storage.cache_format import DRAFT, seal_path
 from tailrace.storage.draft import Lock
 from tailrace.storage.errors import ArtifactError, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
@@ -45,6 +50,7 @@ from tailrace.storage.labels import Label, labels_digest, read_labels
 from tailrace.storage.names import LOCK, entries_below
 
 KIND = DashboardManifest.of_kind
+_SEALS = seal_path(Path(), ".").as_posix()
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +82,8 @@ def run(
 
     A folder stands for the tables in it; ``matches`` are files of `pipeline compare` about some of them. Of
     several, features are chosen as ``layer8:89``, and tables of which none is chosen are left out. A run that was
-    interrupted continues with the pages that are missing. Raises ArtifactMissing, ArtifactIncomplete or
-    ArtifactMismatch for what is no tables artifact or another site at ``output``, SettingsError for features that
+    interrupted continues with the pages that are missing or changed since. Raises ArtifactMissing, ArtifactIncomplete
+    or ArtifactMismatch for what is no tables artifact or another site at ``output``, SettingsError for features that
     do not exist and for tables of different models, StorageFull.
     """
     opened = sites.open_tables([tables] if isinstance(tables, Path) else tables)
@@ -91,7 +97,8 @@ def run(
         inputs["matches"] = sorted(checksum_file(path) for path in matches)
 
     def make(path: Path) -> Made:
-        files = (_write_blind if settings.blind else _write_site)(parts, settings, path, quiet)
+        written = {} if settings.blind else _write_site(parts, settings, path, quiet)
+        files = _write_blind(parts, settings, path, quiet) if settings.blind else list(written)
         first = next(iter(parts.values())).tables.manifest
         several = {key: part.tables.manifest.site.as_json() for key, part in parts.items()}
         record = {
@@ -100,11 +107,14 @@ def run(
             **({} if "" in parts else {"sites": several}),
             "n_features": sum(len(part.features) for part in parts.values()),
         }
-        return Made(record, files, ("tailrace", "pyarrow"))
+        return Made(record, files, ("tailrace", "pyarrow"), beside=[_SEALS], written=written)
 
     request = {"settings": settings.model_dump(mode="json"), "inputs": inputs}
     _reopen_for_labels(output, request)
     publish_stage(output, KIND, request, make)
+    remove_directory(output / _SEALS)  # also what a process left that was killed right after it had published
+    with suppress(OSError):  # there is none, or it holds what is not ours
+        (output / DRAFT).rmdir()
     return read_result(output)
 
 
@@ -131,6 +141,8 @@ def _reopen_for_labels(output: Path, request: Mapping[str, JSON]) -> None:
             sync_directory(output)
         left = {name for name in files if stays and name.startswith("data/")}
         left -= {name for name in left if check_files(output, {name: files[name]})}
+        for name in left:
+            _seal(output, name, files[name].checksum)
         for path in entries_below(output):
             name = path.relative_to(output).as_posix()
             if name not in {*left, LOCK, REQUEST} and (name in files or name.startswith(("data/", "site/"))):
@@ -198,38 +210,60 @@ def read_result(path: Path) -> DashboardResult:
     return DashboardResult(path, manifest.n_features, len(files), sum(file.bytes for file in files))
 
 
-def _write_site(parts: Mapping[str, _Part], settings: DashboardSettings, output: Path, quiet: bool) -> list[str]:
-    """Write everything that is not there yet; return the names of all files."""
+def _write_site(parts: Mapping[str, _Part], settings: DashboardSettings, output: Path, quiet: bool) -> dict[str, JSON]:
+    """Write everything that is not there as it was written; return what ``describe_files`` says of all files."""
     tables = {key: part.tables for key, part in parts.items()}
-    names = []
+    written = {}
     for folder in ("data", "site"):
         make_directory(output / folder)
     for name, path in site_files().items():
         content = sites.index_page(tables) if name == "index.html" else path.read_bytes()
-        write_atomically(output / name, content)
-        names.append(name)
+        written[name] = _write(output, name, content)
     if "" not in parts:
-        write_atomically(output / sites.SITES, sites.sites_file(tables))
-        names.append(sites.SITES)
+        written[sites.SITES] = _write(output, sites.SITES, sites.sites_file(tables))
     with Progress(0, "dashboard", "files", quiet=quiet) as bar:
         for key, part in parts.items():
-            names += _write_data(part, settings, output, f"data/{key}".rstrip("/"), bar)
-    return names
+            written |= _write_data(part, settings, output, f"data/{key}".rstrip("/"), bar)
+    return written
 
 
-def _write_data(part: _Part, settings: DashboardSettings, output: Path, folder: str, bar: Progress) -> list[str]:
-    """Write the data of some tables; return the names of the files."""
+def _write_data(part: _Part, settings: DashboardSettings, output: Path, folder: str, bar: Progress) -> dict[str, JSON]:
+    """Write the data of some tables; return what ``describe_files`` says of the files."""
     data = SiteData(part.tables, part.features, settings.window, similar=part.similar)
     make_directory(output / folder)
-    names = [f"{folder}/{name}.js" for name in data.names()]
-    missing = {Path(name).stem for name in names if not (output / name).exists()}
+    names = {name: f"{folder}/{name}.js" for name in data.names()}
+    written: dict[str, JSON] = {path: record for path in names.values() if (record := _recall(output, path))}
+    missing = {name for name, path in names.items() if path not in written}
     logger.info("writing %d of %d files of pages", len(missing), len(names))
     bar.total = (bar.total or 0) + len(missing)
     for name, content in data.pages(missing):
-        write_atomically(output / folder / f"{name}.js", content)
+        _seal(output, names[name], checksum_bytes(content))
+        written[names[name]] = _write(output, names[name], content)
         bar.update()
-    write_atomically(output / folder / f"{INDEX}.js", data.index(part.labels))
-    return [*names, f"{folder}/{INDEX}.js"]
+    index = f"{folder}/{INDEX}.js"
+    return {**written, index: _write(output, index, data.index(part.labels))}
+
+
+def _write(output: Path, name: str, content: bytes) -> JSON:
+    """Write a file of a site; return what ``describe_files`` says of it if nobody changes it."""
+    write_atomically(output / name, content)
+    return {"bytes": len(content), "checksum": checksum_bytes(content)}
+
+
+def _seal(output: Path, name: str, checksum: str) -> None:
+    """Vouch for a file of pages until there is a manifest: a killed run continues with files as they were written."""
+    path = seal_path(output, name)
+    make_directory(path.parent)
+    write_atomically(path, checksum.encode())
+
+
+def _recall(output: Path, name: str) -> JSON | None:
+    """Return what ``describe_files`` says of a file that a killed run left; None if it is not as it was written."""
+    try:
+        record = describe_files(output, [name])[name]
+        return record if seal_path(output, name).read_bytes() == record["checksum"].encode() else None
+    except (ArtifactError, OSError):  # is made again
+        return None
 
 
 def site_files() -> dict[str, Path]:

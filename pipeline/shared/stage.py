@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tailrace.storage.artifact import JSON
 from tailrace.storage.draft import Draft
 from tailrace.storage.formats import ARTIFACT_FORMATS
 
@@ -27,6 +28,8 @@ class Made:
     """Packages whose versions had a say in it."""
     beside: Iterable[str] = ()
     """Names of files that users put there, and that are no part of it."""
+    written: Mapping[str, JSON] = field(default_factory=dict)
+    """What ``describe_files`` says of files, as they were written; what differs by then is not published."""
 
 
 def open_draft(output: Path, kind: str, request: Mapping[str, Any]) -> Draft:
@@ -47,4 +50,4 @@ def publish_stage(output: Path, kind: str, request: Mapping[str, Any], make: Cal
         made = make(draft.path)
         about = {"format": ARTIFACT_FORMATS[kind], "inputs": request["inputs"], **made.record}
         about["versions"] = {name: version(name) for name in made.libraries}
-        draft.publish(about, made.files, beside=made.beside)
+        draft.publish(about, made.files, beside=made.beside, written=made.written)

@@ -60,6 +60,7 @@ TRAIN = Draft(
     "000000008.safetensors",
 )
 CACHE = Draft(f"{_CACHE} --tokens 192", "commits/0/train-unit-000001", inputs=())
+DASHBOARD = Draft(_LINES["dashboards/topk"], "data/index.js", inputs=("tables/topk",))
 DRAFTS = {
     "train": TRAIN,
     "cache": CACHE,
@@ -87,6 +88,7 @@ DRAFTS = {
         inputs=(),
     ),
     "analyze": Draft(_LINES["tables/topk"], "features.parquet", inputs=("caches/float32", "transcoders/topk")),
+    "dashboard": DASHBOARD,
     "live": Draft(_LINES["drafts/live"], "000000008.safetensors", inputs=()),
 }
 
@@ -164,6 +166,11 @@ def test_a_damaged_checkpoint_snapshot_or_log_is_not_continued_from(
     names = ("checkpoints/000000008", "snapshots/000000006.s", "metrics", "request")
     outcomes = try_damages(capsys, tmp_path, TRAIN, (flip,), names)
     assert outcomes == Outcomes(1, 3, [])  # the snapshot comes again after the checkpoint before it
+
+
+def test_damaged_pages_of_a_dashboard_are_made_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    outcomes = try_damages(capsys, tmp_path, DASHBOARD, (flip,), ("data/",))
+    assert outcomes == Outcomes(5, 0, [])  # the list, two files of data and their seals
 
 
 def test_a_unit_of_which_any_file_changed_counts_as_not_written(tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(
     assert (tmp_path / "site" / "data" / f"{made_files[0]}.js").stat().st_mtime_ns == first
 
 
+def test_seals_that_a_killed_run_left_beside_a_finished_site_are_deleted(made: MadeTables, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dashboard, "remove_directory", lambda _: None)
+        dashboard.run(DashboardSettings(), tables=made.path, output=tmp_path / "site", quiet=True)
+    assert (tmp_path / "site" / "draft").exists()
+    dashboard.run(DashboardSettings(), tables=made.path, output=tmp_path / "site", quiet=True)
+    assert not (tmp_path / "site" / "draft").exists()
+
+
 def test_another_site_is_not_written_over(made: MadeTables, tmp_path: Path) -> None:
     dashboard.run(DashboardSettings(feature=("1",)), tables=made.path, output=tmp_path / "site", quiet=True)
     with pytest.raises(ArtifactMismatch, match=r"feature: there it is \['1'\], asked for \['2'\]"):
