@@ -56,12 +56,18 @@ class Ledger:
         return _read(self.path, text)
 
     def append(
-        self, event: str, check: Callable[[list[Entry]], None] = lambda _: None, *, begins: bool = False, **facts: Any
+        self,
+        event: str,
+        check: Callable[[list[Entry]], dict[str, Any] | None] = lambda _: None,
+        *,
+        begins: bool = False,
+        **facts: Any,
     ) -> Entry:
         """Add an entry with the time, on disk when this returns; return it.
 
-        ``check`` is given what is there already while no other process can add to it, and may raise. The file is made
-        by the entry that ``begins`` it only. Raises ArtifactMissing without one, StorageFull if the disk refuses.
+        ``check`` is given what is there already while no other process can add to it, and may raise, or return more
+        facts. The file is made by the entry that ``begins`` it only. Raises ArtifactMissing without one, StorageFull if
+        the disk refuses.
         """
         if begins:
             make_directory(self.path.parent)
@@ -73,8 +79,8 @@ class Ledger:
                 file.seek(0)
                 text = file.read()
                 entries = _read(self.path, text)
-                check(entries)
-                entry = self._entry(entries, event, facts)
+                found = check(entries) or {}
+                entry = self._entry(entries, event, {**facts, **found})
                 file.truncate(text.rfind(b"\n") + 1)
                 file.write(_line(entry))
                 file.flush()

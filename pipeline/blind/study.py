@@ -102,15 +102,15 @@ class BlindStudy:
         """
         if source not in get_args(Source):
             raise SettingsError(f"source {source!r}: wanted {' or '.join(get_args(Source))}")
-        number = len(self.evidence()) + 1
-        commitment = seal(self._path(number), {"content": content})
+        number = 0
 
-        def check(entries: list[Entry]) -> None:
-            if len(_events(entries, "evidence")) != number - 1:
-                raise ArtifactMismatch(f"{self.directory}: another process added evidence; add yours again")
+        def seal_next(entries: list[Entry]) -> dict[str, Any]:
+            nonlocal number  # known under the ledger's lock only: two at once would seal over each other
+            number = len(_events(entries, "evidence")) + 1
+            return {"commitment": seal(self._path(number), {"content": content})}
 
-        self._ledger.append("evidence", check, kind=kind, source=source, about=about, commitment=commitment)
-        return Evidence(number, kind, source, about, commitment)
+        entry = self._ledger.append("evidence", seal_next, kind=kind, source=source, about=about)
+        return Evidence(number, kind, source, about, entry["commitment"])
 
     def view(self, number: int) -> Any:
         """Return a piece of evidence: what the mode leaves of it, or, after the reveal, all of it.

@@ -8,6 +8,7 @@ import json
 import os
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from threading import Thread
 from unittest.mock import Mock
 
 import pyarrow as pa
@@ -17,7 +18,9 @@ from tailrace.analysis.blind.withholding import WITHHELD, withhold
 from tailrace.analysis.circuits.documents import describe_node
 from tailrace.analysis.circuits.nodes import Kind, Node
 from tailrace.pipeline import cli
+from tailrace.pipeline.blind import study as blind_study
 from tailrace.pipeline.blind.ledger import Ledger
+from tailrace.pipeline.blind.sealed import seal
 from tailrace.pipeline.blind.study import BlindStudy, begin_from_tables
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactMissing, SettingsError, StorageFull
 from tailrace.storage.tables import write_table
@@ -248,6 +251,21 @@ def test_evidence_that_was_exchanged_is_noticed(study):
     with pytest.raises(ArtifactCorrupt, match="is not what was sealed"):
         study.view(1)
     assert [entry["event"] for entry in study.entries()] == ["begin", "evidence"]
+
+
+def test_evidence_that_two_add_at_once_is_all_kept(study, monkeypatch):
+    other = Thread(target=BlindStudy(study.directory).add, args=("paths", ["theirs"]), kwargs={"source": "weights"})
+
+    def seal_late(path, content):
+        monkeypatch.undo()
+        other.start()
+        other.join(0.2)  # it ends, unless it waits for the ledger's lock
+        return seal(path, content)
+
+    monkeypatch.setattr(blind_study, "seal", seal_late)
+    study.add("paths", ["ours"], source="weights")
+    other.join()
+    assert [study.view(one.number) for one in study.evidence()[1:]] == [["ours"], ["theirs"]]
 
 
 def test_a_file_system_without_locks_is_refused_by_name(tmp_path, monkeypatch) -> None:
