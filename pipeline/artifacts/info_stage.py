@@ -272,11 +272,19 @@ def _score(heldout: Scores) -> str:
 def _summarise_tables(manifest: TablesManifest) -> Iterator[tuple[str, Any]]:
     yield from _origin(manifest, [manifest.site])
     yield "transcoder", manifest.inputs.transcoder.digest
-    settings = manifest.settings
-    split = "" if manifest.inputs.cache is None else f" {settings['split']}"
-    yield "rows read", f"all{split} rows" if settings["rows"] is None else f"the first {settings['rows']:,}{split} rows"
+    yield "rows read", _rows_read(manifest)
     yield from _tables(manifest.tables)
     yield "everything else", "--json"
+
+
+def _rows_read(manifest: TablesManifest) -> str:
+    asked, drawn = manifest.settings["rows"], manifest.inputs.rows
+    split = "" if manifest.inputs.cache is None else f" {manifest.settings['split']}"
+    if asked is not None and drawn is None:  # live, or of a release that read the first of a cache
+        return f"the first {asked:,}{split} rows"
+    if drawn is None or "n_rows" not in drawn:  # as many as there are, or more, were asked for
+        return f"all{split} rows"
+    return f"{drawn['n_rows']:,} of {drawn.get('of_rows', 0):,}{split} rows, drawn: {drawn.get('drawn')}"
 
 
 def _tables(tables: Mapping[str, TableRecord]) -> Iterator[tuple[str, Any]]:

@@ -66,11 +66,16 @@ def test_an_export_that_was_published_is_shown(tmp_path: Path) -> None:
     assert summarise(tmp_path) == {"kind": "export", "written for": "sparsify", "files": 1, "everything else": "--json"}
 
 
+DRAWN = {"drawn": "contexts, uniformly", "n_contexts": 39, "of_contexts": 157, "n_rows": 4992, "of_rows": 20000}
+
+
 @pytest.mark.parametrize(
     ("inputs", "rows", "said"),
     [
         (CACHE, None, "all heldout rows"),
         (CACHE, 5000, "the first 5,000 heldout rows"),
+        ({**CACHE, "rows": DRAWN}, 5000, "4,992 of 20,000 heldout rows, drawn: contexts, uniformly"),
+        ({**CACHE, "rows": {"drawn": "contexts, uniformly"}}, 50_000, "all heldout rows"),
         ({"live": {}}, 5000, "the first 5,000 rows"),
     ],
 )
