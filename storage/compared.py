@@ -42,20 +42,20 @@ def refuse_damaged(root: Path, name: str, recorded: FileRecord, *, largest: int 
     Of a file of more than ``largest`` bytes, if that is given, only the size is compared. Once is enough for a process,
     until the file changes.
     """
-    _refuse_damaged(root, name, recorded, largest, _state_of(root / name))
+    _refuse_damaged(root, name, recorded, largest, state_of(root / name))
 
 
 def refuse_changed(file: Path, *, largest: int | None = SMALL) -> None:
     """Do the same for a file that the manifest of the artifact it lies in lists; nothing for any other file."""
     for root in (file.parent, file.parent.parent):
-        if state := _state_of(root / MANIFEST):
+        if state := state_of(root / MANIFEST):
             recorded = _listed_files(root / MANIFEST, state).get(name := file.relative_to(root).as_posix())
             if recorded is not None:
                 refuse_damaged(root, name, recorded, largest=largest)
             return
 
 
-def _state_of(path: Path) -> tuple[int, ...]:
+def state_of(path: Path) -> tuple[int, ...]:
     """Return what changes when a file does; nothing if it cannot be looked at."""
     try:
         status = path.stat()

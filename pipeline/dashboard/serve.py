@@ -24,7 +24,8 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,8 +44,9 @@ from tailrace.pipeline.dashboard.site_data import INDEX, Similar, SiteData
 from tailrace.pipeline.dashboard.sites import SITES, index_page, open_tables, read_matches, sites_file
 from tailrace.pipeline.dashboard.stage import KIND, site_files
 from tailrace.pipeline.shared.pages import content_policy, stated_policy
-from tailrace.storage.artifact import published_kind
-from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, SettingsError
+from tailrace.storage.artifact import MANIFEST, FileRecord, published_kind, read_bytes, unreadable
+from tailrace.storage.compared import refuse_damaged, state_of
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, SettingsError
 from tailrace.storage.labels import Label, login, read_labels
 from tailrace.storage.names import inside
 from tailrace.training.loop.curves import find_runs, read_all
@@ -86,17 +88,24 @@ class PublishedSite(ServedSite):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._files = set(DashboardManifest.read(path).files)
+        self._listed = self._read_manifest()
 
     def read(self, name: str) -> bytes | None:
-        """Return the bytes of a listed file; None for one that is gone or lies elsewhere."""
-        if name not in self._files:
+        """Return the bytes of a listed file, compared with its record when it is first read and after it changes.
+
+        Raises ArtifactCorrupt for one that is not as it was published, is gone or lies elsewhere.
+        """
+        if self._listed[0] != state_of(self._path / MANIFEST):  # the site was made again, with other labels
+            self._listed = self._read_manifest()
+        recorded = self._listed[1].get(name)
+        if recorded is None:
             return None
-        try:
-            return inside(self._path, name).read_bytes()
-        except (ArtifactCorrupt, OSError) as error:
-            logger.warning("%s", error)
-            return None
+        refuse_damaged(self._path, name, recorded)
+        return read_bytes(inside(self._path, name))
+
+    def _read_manifest(self) -> tuple[tuple[int, ...], Mapping[str, FileRecord]]:
+        state = state_of(self._path / MANIFEST)  # before it is read: what replaces it meanwhile is seen next time
+        return state, DashboardManifest.read(self._path).files
 
 
 class TablesSite(ServedSite):
@@ -293,7 +302,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a page of this server."""
-        status, answer = self._answer()
+        try:
+            status, answer = self._answer()
+        except _Damage as error:
+            status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": str(error)}
         content = json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
         self._send(status, "application/json", content, with_body=True)
 
@@ -317,7 +329,9 @@ class _Handler(BaseHTTPRequestHandler):
             asked = None
         if not isinstance(asked, dict):
             return HTTPStatus.BAD_REQUEST, {"error": "wanted a JSON object"}
-        return answers.answer(self.path.removeprefix("/"), asked)
+        name = self.path.removeprefix("/")
+        with _told(name):
+            return answers.answer(name, asked)
 
     def _is_from_here(self) -> bool:
         """Return whether the browser calls this server by a name of the machine itself.
@@ -357,7 +371,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_let_in():
             return
         name = unquote(urlsplit(self.path).path).removeprefix("/") or "index.html"
-        content = SERVED_FILES[name].read_bytes() if name in SERVED_FILES else self.served.read(name)
+        try:
+            with _told(name):
+                content = SERVED_FILES[name].read_bytes() if name in SERVED_FILES else self.served.read(name)
+        except _Damage as error:
+            said = f"{error}\n".encode(errors="replace")
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", said, with_body)
+            return
         if content is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
@@ -390,6 +410,23 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
         """Log to our logger: requests are of interest to nobody by default."""
         logger.info("%s %s", self.address_string(), format % arguments)
+
+
+class _Damage(Exception):
+    """What cannot be read or written while the server runs, in a sentence."""
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Log an error that a user can act on, or of the disk, and raise it as what is answered; others are faults."""
+    try:
+        yield
+    except (ActionableError, OSError) as error:
+        said = str(error)
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            said = str(unreadable(error, Path(error.filename)))
+        logger.warning("%s was not answered: %s", name, said)
+        raise _Damage(said) from error
 
 
 def _is_same(given: str, secret: str) -> bool:

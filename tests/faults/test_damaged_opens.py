@@ -8,6 +8,7 @@ is drawn in that epoch or pass; and of tables of more than 16 MiB the footer, or
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from tailrace.pipeline.artifacts.manifests import DashboardManifest
+from tailrace.pipeline.dashboard.serve import open_site
+from tailrace.storage.errors import ArtifactCorrupt
 from tests.faults.campaigns import second_opinion
 from tests.faults.damage import DAMAGES, Damage, contents, files_below, flip, is_refusal, pipeline, released
 from tests.support.cache_jobs import Answer, differing
@@ -134,6 +138,21 @@ def test_damaged_rows_are_not_trained_on(capsys: pytest.CaptureFixture[str], tmp
     assert is_refusal(answer)
     assert f"{shard.relative_to(tmp_path)}: checksum is" in answer.err
     assert "pipeline verify" in answer.err
+
+
+def test_no_damaged_file_of_a_dashboard_is_served(tmp_path: Path) -> None:
+    site = released(tmp_path, "dashboards/topk") / "dashboards/topk"
+    expected, random = contents(site), np.random.Generator(np.random.Philox(5))
+    server = open_site([site])
+    for name in sorted(DashboardManifest.read(site).files):
+        assert server.read(name) == expected[name]
+        for damage in DAMAGES:
+            damage(site / name, random)
+            if contents(site) != expected:
+                with pytest.raises(ArtifactCorrupt, match=re.escape(f"{site / name}: ")):
+                    server.read(name)
+            (site / name).write_bytes(expected[name])
+            assert server.read(name) == expected[name]
 
 
 @pytest.mark.slow

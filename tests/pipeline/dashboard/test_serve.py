@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import http.client
 import itertools
+import json
+import os
 import re
+import shutil
 import socket
 import threading
 import urllib.error
@@ -16,14 +20,19 @@ from contextlib import contextmanager, suppress
 from email.message import Message
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tailrace.pipeline.dashboard import serve
 from tailrace.pipeline.dashboard import stage as dashboard
+from tailrace.pipeline.dashboard.answers import Answers
 from tailrace.pipeline.dashboard.serve import PAGES_KEPT, TablesSite, open_server
 from tailrace.pipeline.dashboard.settings import DashboardSettings
 from tailrace.pipeline.dashboard.site_data import SiteData, unpack
+from tailrace.storage.artifact import describe_files, read_sealed, seal
 from tailrace.storage.errors import ArtifactMissing, SettingsError
+from tailrace.storage.labels import LabelEdit, edit_labels
+from tests.faults.damage import flip
 from tests.support.dashboard_tables import MadeTables, make_tables
 from tests.support.many_clients import ask_often, serving, site_contents
 from tests.support.run_logs import write_run
@@ -52,7 +61,7 @@ def get(address: str) -> tuple[int, bytes, str]:
             return answer.status, answer.read(), answer.headers["Content-Type"]
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, b"", ""
+            return error.code, error.read(), error.headers["Content-Type"]
 
 
 def headers(address: str) -> Mapping[str, str]:
@@ -110,6 +119,10 @@ def test_a_page_is_made_once(made: MadeTables, monkeypatch: pytest.MonkeyPatch) 
 def test_the_server_says_a_policy_for_a_site_that_states_none(made: MadeTables, tmp_path: Path) -> None:
     published = dashboard.run(DashboardSettings(), tables=made.path, output=tmp_path / "site", quiet=True).path
     (published / "index.html").write_text("<script>alert(1)</script>")
+    manifest = read_sealed(published / "manifest.json")
+    manifest["files"] |= describe_files(published, ["index.html"])
+    del manifest["digest"]
+    (published / "manifest.json").write_bytes(seal(manifest))
     write_run(tmp_path / "run", n_lines=3)
     for path, scripts in ((published, "'self'"), (made.path, "'self'"), (tmp_path / "run", "'sha256-")):
         with served(path) as address:
@@ -120,6 +133,65 @@ def test_the_server_says_a_policy_for_a_site_that_states_none(made: MadeTables, 
                 assert policy["script-src"].startswith(scripts)
                 assert "unsafe" not in policy["script-src"]
                 assert (policy["connect-src"], policy["frame-ancestors"]) == ("'self'", "'self'")
+
+
+def test_a_published_file_that_changed_is_not_served(made: MadeTables, tmp_path: Path) -> None:
+    published = dashboard.run(DashboardSettings(), tables=made.path, output=tmp_path / "site", quiet=True).path
+    page, lost = published / "data" / "features-000000.js", published / "data" / "passages.js"
+    kept = page.read_bytes()
+    flip(page, np.random.Generator(np.random.Philox(0)))
+    with served(published) as address:
+        status, said, kind = get(f"{address}/data/{page.name}")
+        assert (status, kind) == (500, "text/plain; charset=utf-8")
+        assert f"{page}: checksum is" in said.decode()
+        assert "pipeline verify" in said.decode()
+        page.write_bytes(kept)
+        assert get(f"{address}/data/{page.name}")[:2] == (200, kept)
+        lost.unlink()
+        assert get(f"{address}/data/{lost.name}")[0] == 500
+        assert get(f"{address}/index.html")[0] == 200
+
+
+def test_a_site_that_is_made_again_is_served_as_it_is_now(tmp_path: Path) -> None:
+    tables = make_tables(tmp_path / "tables", d_sae=8).path
+    site = dashboard.run(DashboardSettings(), tables=tables, output=tmp_path / "site", quiet=True).path
+    with served(site) as address:
+        assert get(f"{address}/data/index.js")[0] == 200
+        edit_labels(tables, [LabelEdit(1, "anne", "a word")])
+        dashboard.run(DashboardSettings(), tables=tables, output=site, quiet=True)
+        assert get(f"{address}/data/index.js")[:2] == (200, (site / "data" / "index.js").read_bytes())
+
+
+def test_damage_while_it_runs_is_told_and_logged(
+    made: MadeTables, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables, run = shutil.copytree(made.path, tmp_path / "tables"), tmp_path / "run"
+    write_run(run, n_lines=3)
+    with served(tables) as of_tables, served(run) as of_run:
+        (tables / "examples.parquet").unlink()
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write("no line of a log\n")
+        for address, where in (
+            (f"{of_tables}/data/features-000000.js", tables / "examples.parquet"),
+            (f"{of_run}/curves.json", run / "metrics.jsonl"),
+        ):
+            status, said, _ = get(address)
+            assert (status, said.decode().startswith(f"{where}: ")) == (500, True)
+            assert f"was not answered: {where}: " in caplog.text
+
+
+def test_an_edit_that_the_disk_refuses_is_told(made: MadeTables, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "labels.parquet")
+
+    monkeypatch.setattr(Answers, "answer", refuse)
+    with served(made.path) as address:
+        (token,) = re.findall(r'name="token" content="([^"]*)"', get(address)[1].decode())
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+        connection.request("POST", "/label", "{}", {"Origin": address, serve.TOKEN_HEADER: token})
+        answer = connection.getresponse()
+        assert (answer.status, json.load(answer)["error"].partition(" (")[0]) == (500, "labels.parquet: cannot be read")
+        connection.close()
 
 
 def test_an_address_that_is_taken_is_told(made: MadeTables) -> None:
