@@ -387,12 +387,6 @@ class CacheReference(Record):
     digest: str
 
 
-class _DrawnRows(Record):
-    drawn: str = ""
-    n_rows: Count = 0
-    of_rows: Count = 0
-
-
 class Inputs(Record):
     """What an artifact was made from."""
 
@@ -401,7 +395,7 @@ class Inputs(Record):
     """What decides the rows, where the model ran for them."""
     text: dict[str, JSON] | None = None
     """Identity of the fresh text that was read."""
-    rows: Annotated[dict[str, JSON], shaped(_DrawnRows)] | None = None
+    rows: dict[str, JSON] | None = None
     """Which rows of a cache were read, if not all."""
     imported: dict[str, str] | None = None
     """Checksums of another tool's files."""

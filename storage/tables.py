@@ -55,10 +55,17 @@ class TableRecord(Record):
     n_rows: Count
 
 
+class _DrawnRows(Record):
+    drawn: str = ""
+    n_rows: Count = 0
+    of_rows: Count = 0
+
+
 class TablesInputs(Inputs):
     """What tables were made from."""
 
     transcoder: Reference
+    rows: Annotated[dict[str, JSON], shaped(_DrawnRows)] | None = None
 
 
 class _TablesSettings(Record):
