@@ -13,7 +13,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from tailrace.storage.artifact import (
 )
 from tailrace.storage.cache_format import EPOCHS, SPLITS, CacheManifest, manifest_name, packing_name
 from tailrace.storage.draft import NO_LOCKS, Lock, unlockable
-from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch
+from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch, StorageFull
 from tailrace.storage.names import files_below, inside, matching, remove_temporary
 
 PRUNED = "pruned.json"
@@ -233,23 +233,57 @@ def _raise_unless_gone(error: OSError) -> None:
 @contextmanager
 def _unread(root: Path, numbers: Sequence[int], newest: int) -> Iterator[None]:
     """Keep new readers of some generations waiting inside; raise ArtifactBusy if there are any."""
-    held: dict[int, int] = {}
+    with _held(root, [manifest_name(number) for number in numbers]) as read:
+        if read:
+            first = min(number for number in numbers if manifest_name(number) in read)
+            raise ArtifactBusy(f"{_are_read(root, read)}, or keep more, with --keep {newest - first + 1}")
+        yield
+
+
+@contextmanager
+def unread(root: Path) -> Iterator[None]:
+    """Keep new readers of a cache waiting inside; raise ArtifactBusy if there are any, of whatever generation.
+
+    Of what is no cache nothing is held, nor on a file system without locks, where no reader holds anything either.
+    """
+    with ExitStack() as stack:
+        read: list[str] = []
+        with suppress(OSError, StorageFull):
+            names = [file.name for file in matching(root, manifest_name("[0-9]*")) if file.is_file()]
+            read = stack.enter_context(_held(root, names))
+        if read:
+            raise ArtifactBusy(_are_read(root, read))
+        yield
+
+
+def _are_read(root: Path, manifests: Sequence[str]) -> str:
+    numbers = [Path(name).stem.rpartition("-")[2] for name in manifests]
+    one = f"generation {numbers[0]} is" if len(numbers) == 1 else f"generations {', '.join(numbers)} are"
+    return f"{root}: {one} being read; wait until that is done"
+
+
+@contextmanager
+def _held(root: Path, manifests: Sequence[str]) -> Iterator[list[str]]:
+    """Hold the locks of generations' manifests alone inside; yield those that somebody reads."""
+    held: dict[str, int] = {}
     try:
-        for number in numbers:
-            held[number] = os.open(root / manifest_name(number), os.O_RDWR | os.O_CLOEXEC)
-        read = [number for number, file in held.items() if not _locked(file, root)]
+        for name in manifests:
+            held[name] = _opened(root / name)
+        read = [name for name, file in held.items() if not _locked(file, root)]
         if read:
             gc.collect()  # a reader of this process that nothing uses any more, but for itself
-            read = [number for number in read if not _locked(held[number], root)]
-        if read:
-            one = f"generation {read[0]} is" if len(read) == 1 else f"generations {', '.join(map(str, read))} are"
-            raise ArtifactBusy(
-                f"{root}: {one} being read; wait until that is done, or keep more, with --keep {newest - read[0] + 1}"
-            )
-        yield
+            read = [name for name in read if not _locked(held[name], root)]
+        yield read
     finally:
         for file in held.values():
             os.close(file)
+
+
+def _opened(manifest: Path) -> int:
+    try:
+        return os.open(manifest, os.O_RDWR | os.O_CLOEXEC)  # NFS takes a lock alone only where one may write
+    except PermissionError:
+        return os.open(manifest, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _locked(file: int, root: Path) -> bool:

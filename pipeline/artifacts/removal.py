@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tailrace.pipeline.artifacts.listing import Listed, list_artifacts
 from tailrace.storage.artifact import storage_refused, sync_directory
 from tailrace.storage.draft import Lock
-from tailrace.storage.errors import ActionableError, ArtifactMismatch, ArtifactMissing, raise_together
-from tailrace.storage.generations import Generations
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, ArtifactMissing, StorageFull, raise_together
+from tailrace.storage.generations import Generations, unread
 from tailrace.storage.labels import FILE as LABELS
 from tailrace.storage.labels import read_labels
 from tailrace.storage.names import is_temporary, temporary_path, temporary_paths_of
@@ -126,19 +127,17 @@ def _named(artifacts: Sequence[Listed]) -> str:
 def remove(doomed: Sequence[Listed], paths: Sequence[Path] = ()) -> None:
     """Remove artifacts; what is inside another goes with it, and so does what a killed command left of ``paths``.
 
-    Raises ArtifactBusy for a draft that a process is writing, and StorageFull if the disk refuses.
+    Raises ArtifactBusy for what a process is writing, and for a cache that one is reading; StorageFull if the disk
+    refuses.
     """
     for one in doomed:
         if not one.path.exists():
             continue  # was inside another
-        lock = None if one.is_finished else Lock(one.path)
-        try:
-            _put_aside(one.path)
-        except OSError as error:
-            raise storage_refused(error, one.path) from error
-        finally:
-            if lock is not None:
-                lock.release()
+        with _held(one.path):
+            try:
+                _put_aside(one.path)
+            except OSError as error:
+                raise storage_refused(error, one.path) from error
     for path in (*(one.path for one in doomed), *paths):
         try:
             for aside in left_of(path):
@@ -150,6 +149,26 @@ def remove(doomed: Sequence[Listed], paths: Sequence[Path] = ()) -> None:
             continue  # was inside another
         except OSError as error:
             raise storage_refused(error, path) from error
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keep writers of an artifact, and readers of a cache, out; raise ArtifactBusy if there are any.
+
+    A finished one, too: a cache grows, tables get labels. Where no lock can be had, no process of this project writes.
+    """
+    lock = None
+    with suppress(StorageFull):
+        lock = Lock(path)
+    try:
+        with unread(path):
+            yield
+    except BaseException:
+        if lock is not None:
+            lock.take_back()
+        raise
+    if lock is not None:
+        lock.release()
 
 
 def _put_aside(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.artifacts.listing import list_artifacts, made_from
 from tailrace.pipeline.shared import units
+from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import seal
 from tailrace.storage.draft import Lock
 from tailrace.storage.errors import ActionableError, ArtifactBusy, ArtifactCorrupt
@@ -246,6 +248,40 @@ def test_a_run_that_is_being_written_stays(made: Path) -> None:
     lock.release()
     removal.remove(removal.plan([made / "drafts/transcoder"], [made]))
     assert not (made / "drafts/transcoder").exists()
+
+
+def test_a_cache_that_grows_stays(made: Path) -> None:
+    cache = made / "caches/float32"
+    (cache / ".lock").touch()
+    lock = Lock(cache)
+    with pytest.raises(ArtifactBusy, match="another process is writing here"):
+        removal.remove(removal.plan([cache], [made], is_forced=True))
+    lock.release()
+    removal.remove(removal.plan([cache], [made], is_forced=True))
+    assert not cache.exists()
+
+
+def test_a_cache_that_is_read_stays_with_nothing_added(made: Path) -> None:
+    cache = made / "caches/float32"
+    shutil.copy(RELEASED / "caches/float32/manifest-0.json", cache)
+    (cache / "manifest-0.json").chmod(0o444)
+    reader, before = open_cache(cache), sorted(cache.iterdir())
+    with pytest.raises(ArtifactBusy, match=r"caches/float32: generation 0 is being read; wait until that is done$"):
+        removal.remove(removal.plan([cache], [made], is_forced=True))
+    assert sorted(cache.iterdir()) == before
+    del reader
+    removal.remove(removal.plan([cache], [made], is_forced=True))
+    assert not cache.exists()
+
+
+def test_artifacts_are_removed_where_nothing_can_be_locked(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    shutil.copy(RELEASED / "caches/float32/manifest-0.json", made / "caches/float32")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    removal.remove(removal.plan([made / "caches/float32"], [made], is_forced=True))
+    assert not (made / "caches/float32").exists()
 
 
 @pytest.mark.parametrize("kind", [{}, {"kind": ["transcoder"]}])
