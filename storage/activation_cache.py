@@ -41,7 +41,7 @@ from tailrace.storage.generations import PRUNED, CacheAt, CachePath, Generations
 from tailrace.storage.layout import ArraySpec, Side
 from tailrace.storage.names import NO_FILE, folder_problem, home_path, inside, matching
 from tailrace.storage.orders import Read
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_regular
 from tailrace.storage.shard import read_rows
 from tailrace.storage.shuffle import philox
 from tailrace.storage.statistics import SiteStatistics
@@ -110,7 +110,7 @@ def reopen_cache(path: CachePath, output: Path) -> ActivationCache:
         return cache
     for request in (output / REQUEST, *matching(output, f"*/{REQUEST}")):
         with suppress(*NO_FILE, ValueError):
-            begun = _generation_in(parse_json(request.read_bytes()), cache.cache_id)
+            begun = _generation_in(parse_json(read_regular(request)), cache.cache_id)
             if begun is not None and begun < cache.generation:
                 newest = cache.generation
                 logger.warning("%s: generation %d of 0 to %d is read: %s began with it", path, begun, newest, output)

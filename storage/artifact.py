@@ -41,7 +41,7 @@ from tailrace.storage.names import (
     temporary_path,
     with_article,
 )
-from tailrace.storage.parsing import parse_json, shown
+from tailrace.storage.parsing import parse_json, read_regular, shown
 
 logger = logging.getLogger(__name__)
 
@@ -226,9 +226,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return what a file holds; raise ArtifactCorrupt if it is gone or the disk refuses."""
+    """Return what a file holds; raise ArtifactCorrupt if it is gone, the disk refuses or it may never end."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
+    except ValueError as error:
+        raise ArtifactCorrupt(f"{path}: {error}; {RESTORE}") from error
     except FileNotFoundError as error:
         raise ArtifactCorrupt(f"{path}: is missing; {RESTORE}") from error
     except OSError as error:
@@ -555,11 +557,12 @@ def check_request(path: Path, recorded: Mapping[str, JSON]) -> list[str]:
     """Compare ``request.json`` with the request that a manifest records; return the difference."""
     request = path / REQUEST
     try:
-        if not request.exists() or request.read_bytes() != canonical_json(recorded):
-            return [f"{request}: differs from the request in the manifest"]
+        is_same = request.exists() and read_bytes(request) == canonical_json(recorded)
     except OSError as error:
         return [str(unreadable(error, request))]
-    return []
+    except ArtifactCorrupt as error:
+        return [str(error)]
+    return [] if is_same else [f"{request}: differs from the request in the manifest"]
 
 
 def check_files(

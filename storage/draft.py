@@ -47,7 +47,7 @@ from tailrace.storage.names import (
     remove_temporary,
     with_article,
 )
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_regular
 
 _DIGEST = re.compile(r"(\w+:[0-9a-f]{12})[0-9a-f]{20,}")
 _NAMED = 3
@@ -401,7 +401,7 @@ def _foreign(directory: Path) -> list[str]:
 def _is_request(path: Path) -> bool:
     """Return whether a file is a draft's request; other programs have files of that name too."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         request = parse_json(data)
     except (*NO_FILE, ValueError):
         return False
@@ -424,7 +424,7 @@ def holds_artifact(folder: Path) -> bool:
             return True
         if (folder / MANIFEST).is_file() and _is_request(folder / REQUEST):
             return True  # of which the manifest may be damaged, and the lock lost by git or a copy
-        manifest = parse_json((folder / MANIFEST).read_bytes())
+        manifest = parse_json(read_regular(folder / MANIFEST))
     except (*NO_FILE, ValueError):
         return False
     return isinstance(manifest, dict) and {"kind", "digest"} <= manifest.keys()

@@ -241,7 +241,7 @@ def discard(temporary: Path) -> None:
 def is_being_written(path: Path) -> bool:
     """Return whether a process holds the lock of an artifact that it makes or changes."""
     try:
-        file = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

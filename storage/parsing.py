@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
+import os
 import re
 import reprlib
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -16,6 +19,8 @@ from tailrace.storage.errors import SettingsError
 
 LONGEST_TEXT = 1 << 28
 """Bytes of a text that is read at once."""
+LONGEST_LOG = 1 << 32
+"""Bytes of a log that is read at once: a line of each of ten million steps."""
 LONGEST_YAML = 1 << 20
 """Bytes of a file of settings: ten thousand runs of a sweep take a fifth of it."""
 MOST_YAML_VALUES = 200_000
@@ -30,6 +35,41 @@ _LONGEST_SHOWN = 200
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxdict, _SHOWN.maxlist, _SHOWN.maxtuple, _SHOWN.maxset = 3, 20, 20, 20, 20
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = _LONGEST_SHOWN
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Return a file of an artifact, opened; raise ValueError for a pipe or a device, which may never end, and OSError.
+
+    A link to a regular file is one.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe waits for its writer otherwise
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise ValueError(_IRREGULAR) from error
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise ValueError(_IRREGULAR)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+_IRREGULAR = "is no regular file but a pipe or a device, which may never end"
+
+
+def read_regular(path: Path, longest: int = LONGEST_TEXT) -> bytes:
+    """Return what a file of an artifact holds; raise what ``open_regular`` does, and ValueError if it is too long."""
+    with open_regular(path) as file:
+        data = file.read(longest + 1)
+    if len(data) > longest:
+        raise ValueError(f"is longer than {longest >> 20:,} MiB, which no such file is")
+    return data
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

@@ -19,7 +19,7 @@ from tailrace.storage.draft import holds_artifact
 from tailrace.storage.errors import ArtifactCorrupt
 from tailrace.storage.formats import CROSS_LAYER_KIND, TABLES_KIND, TRANSCODER_KINDS
 from tailrace.storage.names import NO_FILE, files_below
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import open_regular, parse_json, read_regular
 
 _HOLDERS = ("sweep", "transcoders")
 """Kinds whose folder has other artifacts in it."""
@@ -134,7 +134,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     """Return a JSON object, an empty one if there is none; raise OSError if it cannot be read."""
     try:
-        content = parse_json(file.read_bytes())
+        content = parse_json(read_regular(file))
     except (*NO_FILE, ValueError):
         return {}
     return _object(content)
@@ -262,10 +262,10 @@ def progress(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
 def _last_of_training(log: Path) -> dict[str, Any] | None:
     """Return the last line of a run's log that is of training."""
     try:
-        with log.open("rb") as file:
+        with open_regular(log) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            lines = file.read().splitlines()
-    except NO_FILE:
+            lines = file.read(_TAIL).splitlines()
+    except (*NO_FILE, ValueError):
         return None
     for line in reversed(lines):
         try:

@@ -19,7 +19,7 @@ from tailrace.storage.artifact import is_disk_refusal, make_directory, storage_r
 from tailrace.storage.draft import NO_LOCKS, unlockable
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.formats import refuse_newer
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_regular
 
 KIND = "blind-study"
 """What a ledger is the record of; its first entry says in which format, if not the first."""
@@ -50,9 +50,11 @@ class Ledger:
         A last line without an end is one that was being written when the process was killed: it never happened.
         """
         try:
-            text = self.path.read_bytes()
+            text = read_regular(self.path)
         except FileNotFoundError as error:
             raise _missing(self.path) from error
+        except ValueError as error:
+            raise ArtifactCorrupt(f"{self.path}: {error}; restore it") from error
         return _read(self.path, text)
 
     def append(

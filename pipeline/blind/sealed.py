@@ -17,7 +17,7 @@ from typing import Any
 
 from tailrace.storage.artifact import write_atomically
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_regular
 
 _WARNING = "The answers, encoded so that they are not read by accident. `pipeline blind tally` opens them after rating."
 
@@ -33,11 +33,13 @@ def seal(path: Path, content: dict[str, Any]) -> str:
 def unseal(path: Path, commitment: str) -> dict[str, Any]:
     """Return what was sealed. Raises ArtifactMissing, or ArtifactCorrupt if it is not what the commitment is of."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path).splitlines()
     except FileNotFoundError as error:
         raise ArtifactMissing(
             f"{path}: the sealed key is gone; restore it, or draw again with the same seed"
         ) from error
+    except ValueError as error:
+        raise ArtifactCorrupt(f"{path}: {error}; restore it") from error
     try:
         text = zlib.decompress(base64.b64decode(b"".join(lines[1:]), validate=True))
     except (binascii.Error, zlib.error) as error:

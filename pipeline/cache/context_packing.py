@@ -26,6 +26,7 @@ from tailrace.storage.cache_format import CacheFormat, documents_name, packing_n
 from tailrace.storage.cache_publish import write_file
 from tailrace.storage.cache_writer import ContextBlocks, write_sealed
 from tailrace.storage.errors import ActionableError
+from tailrace.storage.parsing import LONGEST_LOG, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class ContextPacker:
         if not path.exists():
             return False
         try:
-            with np.load(io.BytesIO(path.read_bytes())) as saved:  # a zip file: every part has a checksum
+            with np.load(io.BytesIO(read_regular(path, LONGEST_LOG))) as saved:  # a zip file: every part has a checksum
                 parts = {name: saved[name] for name in saved.files}
             checkpoint = json.loads(parts["state"].tobytes())
             for split, blocks in self._blocks.items():

@@ -20,7 +20,7 @@ from tailrace.storage.cache_writer import read_sealed_file, write_sealed
 from tailrace.storage.draft import list_differences
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMismatch, StorageFull
 from tailrace.storage.names import LOCK
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def begun_request(root: Path) -> dict[str, Any]:
     """Return the request of the cache that lies at a path, finished or not; nothing if none can be read."""
     for name, part in ((MANIFEST, "request"), (REQUEST, None)):
         with suppress(OSError, ValueError):
-            content = parse_json((root / name).read_bytes())
+            content = parse_json(read_regular(root / name))
             content = content.get(part) if part and isinstance(content, dict) else content
             if isinstance(content, dict):
                 return content

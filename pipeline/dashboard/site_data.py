@@ -31,7 +31,7 @@ from tailrace.analysis.dashboards.values import Vocabulary, rounded, visible_tex
 from tailrace.storage.artifact import MANIFEST, REQUEST, read_json, unreadable
 from tailrace.storage.labels import Label
 from tailrace.storage.names import NO_FILE, matching
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_regular
 from tailrace.storage.tables import TablesManifest
 
 FEATURES_PER_FILE = 32
@@ -175,8 +175,8 @@ def _nearby(tables: Path, text: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     manifests = (path for folder in (home, home.parent) for pattern in patterns for path in matching(folder, pattern))
     for path in itertools.islice(manifests, MANIFESTS_READ):
         try:
-            data = path.read_bytes()
-        except NO_FILE:  # removed a moment ago, or no file
+            data = read_regular(path)
+        except (*NO_FILE, ValueError):  # removed a moment ago, or no file
             continue
         except OSError as error:
             raise unreadable(error, path) from error

@@ -29,7 +29,7 @@ from tailrace.storage.compared import refuse_changed
 from tailrace.storage.errors import ArtifactMismatch, SettingsError
 from tailrace.storage.labels import LABELS, SCHEMA, labels_file
 from tailrace.storage.names import home_path
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import open_regular, parse_json
 from tailrace.storage.tables import TableColumn, describe, read_schema, schema_of, table_of
 from tailrace.training.architectures.manifest import METRICS, TIMING
 from tailrace.training.loop.curves import find_runs
@@ -144,10 +144,10 @@ class LogView(View):
 
 
 def _first_and_last_lines(path: Path, n_bytes: int = 1 << 17) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as log:
+    with open_regular(path) as log:
         head = log.read(n_bytes)
         log.seek(max(len(head), path.stat().st_size - n_bytes))
-        for line in (head + log.read()).splitlines():
+        for line in (head + log.read(n_bytes)).splitlines():
             with suppress(ValueError):  # where the parts meet, and where a line is being written
                 yield parse_json(line)
 
@@ -156,7 +156,7 @@ def _log_views(schema: str | None, path: Path) -> list[View]:
     """Return ``metrics`` and ``timing`` of the runs at ``path``, finished or not; nothing where none lies."""
     views: list[View] = []
     for log in (METRICS, TIMING):
-        logs = {run: folder / log for run, folder in find_runs(path).items() if (folder / log).exists()}
+        logs = {run: folder / log for run, folder in find_runs(path).items() if (folder / log).is_file()}
         if logs:
             views.append(LogView(schema, log.partition(".")[0], tuple(logs.values()), tuple(logs)))
     return views

@@ -33,6 +33,7 @@ from tailrace.storage.draft import Draft, Lock, some_of
 from tailrace.storage.errors import ActionableError, ArtifactMismatch, DeviceLostError, SettingsError
 from tailrace.storage.generations import CachePath
 from tailrace.storage.names import LOCK, files_below, is_temporary, matching
+from tailrace.storage.parsing import read_regular
 from tailrace.training.architectures.manifest import (
     CHECKPOINTS,
     MARK,
@@ -298,4 +299,4 @@ def _is_run(request: Path) -> bool:
     content = read_json(request)
     settings = content.get("settings") if isinstance(content, dict) else None
     is_run = (isinstance(settings, dict) and "steps" in settings) or (isinstance(content, dict) and "runs" in content)
-    return is_run and request.read_bytes() == canonical_json(content)
+    return is_run and read_regular(request) == canonical_json(content)

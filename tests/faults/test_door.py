@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tailrace.pipeline.train.grid import MOST_RUNS, read_grid
 from tailrace.storage.artifact import check_members, seal, write_output
 from tailrace.storage.cache_format import HookName
 from tailrace.storage.errors import ActionableError, ArtifactCorrupt, ArtifactMismatch, ModelError, SettingsError
+from tailrace.storage.parsing import read_regular
 from tailrace.training.loop.curves import read_run
 from tailrace.training.loop.settings import TrainSettings
 from tests.faults.inputs import RELEASED
@@ -299,3 +302,90 @@ def test_members_that_are_none_are_damage(tmp_path: Path) -> None:
         f"{tmp_path}/manifest.json: lists {shown} as an artifact inside; wanted its path and digest"
         for shown in ("5", "{'path': 'a'}")
     ]
+
+
+@pytest.fixture
+def in_a_moment() -> Iterator[None]:
+    """End a test that waits for a pipe, or reads a device that never ends."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError("it does not end")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+ENDLESS = pytest.mark.parametrize("make", [_pipe, _device])
+
+
+@ENDLESS
+@pytest.mark.parametrize("words", ["info", "verify", "ls", "ls ..", "verify ..", "curves", "rm --force"])
+@pytest.mark.usefixtures("in_a_moment")
+def test_a_manifest_that_never_ends_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], words: str
+) -> None:
+    run = tmp_path / "folder/run"
+    shutil.copytree(RELEASED / "transcoders/topk", run)
+    make(run / "manifest.json")
+    name, *more = words.split()
+    answer = command(capsys, name, str(run.parent if more == [".."] else run), *([] if more == [".."] else more))
+    assert answer.code in (0, 1), answer
+    if name in ("info", "verify"):
+        assert "run/manifest.json: is no regular file but a pipe or a device" in answer.err + answer.out
+
+
+@ENDLESS
+@pytest.mark.parametrize("words", ["ls {folder}", "verify {folder}", "verify {run}", "rm --force {run}"])
+@pytest.mark.usefixtures("in_a_moment")
+def test_a_request_that_never_ends_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], words: str
+) -> None:
+    run = tmp_path / "folder/run"
+    shutil.copytree(RELEASED / "transcoders/topk", run)
+    make(run / "request.json")
+    answer = command(capsys, *words.format(folder=tmp_path, run=run).split())
+    assert answer.code == (1 if "verify" in words else 0), answer
+    if "verify" in words:
+        assert "run/request.json: is no regular file" in answer.err + answer.out
+    elif "rm" in words:
+        assert not run.exists()
+
+
+@ENDLESS
+@pytest.mark.usefixtures("in_a_moment")
+def test_a_log_and_a_lock_that_never_end_are_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None]
+) -> None:
+    (tmp_path / "request.json").write_text("{}")
+    make(tmp_path / ".lock")
+    make(tmp_path / "metrics.jsonl")
+    assert command(capsys, "info", str(tmp_path)).code in (0, 1)
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").touch()
+    assert command(capsys, "ls", str(tmp_path)).code == 0
+    answer = command(capsys, "curves", str(tmp_path))
+    assert answer.code == 1
+    assert "metrics.jsonl: is no regular file but a pipe or a device, which may never end; restore it" in answer.err
+
+
+def test_a_file_of_an_artifact_may_be_a_link_and_has_an_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"four")
+    (tmp_path / "link").symlink_to("file")
+    assert read_regular(tmp_path / "link", 4) == b"four"
+    with pytest.raises(ValueError, match="is longer than 0 MiB"):
+        read_regular(tmp_path / "link", 3)
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path)

@@ -451,7 +451,7 @@ def test_a_manifest_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch:
     def refused(path: Path) -> bytes:  # injected: the disk's answer
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(artifact, "read_regular", refused)
     with pytest.raises(ArtifactCorrupt, match=r"manifest.json: cannot be read \(Permission denied\); check"):
         Manifest.read(tmp_path / "a", "table")
 

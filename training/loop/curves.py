@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from tailrace.storage.artifact import MANIFEST, canonical_json, read_json, write_atomically
+from tailrace.storage.artifact import MANIFEST, canonical_json, read_json, unreadable, write_atomically
 from tailrace.storage.compared import refuse_changed
 from tailrace.storage.errors import ArtifactCorrupt, ArtifactMissing
 from tailrace.storage.names import by_number, matching
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import LONGEST_LOG, parse_json, read_regular
 from tailrace.training.architectures.manifest import BASELINES, MARK, METRICS, TIMING
 
 MEASURES = ("loss", "fvu", "fvu_ordinary", "l0", "dead_fraction", "lr")
@@ -170,7 +170,7 @@ def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     Raises ArtifactCorrupt for anything else that is no line of a log.
     """
     refuse_changed(path)
-    content = path.read_bytes() if path.exists() else b""
+    content = _read_log(path)
     lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n") and not line.startswith(b"\0")]
     try:  # Arrow's reader ends the process on some lines that are none
         rows = parse_json(b"[" + b",".join(lines) + b"]")
@@ -180,6 +180,17 @@ def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     except (ValueError, OverflowError) as error:
         raise ArtifactCorrupt(f"{path}: has a line that is none of a log ({error}); restore it") from error
     return {**numbers, "split": np.array([row.get("split") for row in rows], dtype=object)}
+
+
+def _read_log(path: Path) -> bytes:
+    try:
+        return read_regular(path, LONGEST_LOG)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise unreadable(error, path) from error
+    except ValueError as error:
+        raise ArtifactCorrupt(f"{path}: {error}; restore it") from error
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:

@@ -19,6 +19,7 @@ from tailrace.pipeline.artifacts.folders import artifacts_inside
 from tailrace.pipeline.artifacts.info_stage import summarise
 from tailrace.pipeline.artifacts.listing import list_artifacts, made_from
 from tailrace.pipeline.shared import units
+from tailrace.storage import artifact
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import seal
 from tailrace.storage.draft import Lock
@@ -226,16 +227,12 @@ def test_a_folder_that_cannot_be_read_stops_neither_a_listing_nor_a_check(
 def test_a_folder_without_rights_is_no_mistake_in_the_command(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_bytes = Path.read_bytes
-
     def refuse(path: Path) -> bytes:
-        if path.name == "manifest.json":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return read_bytes(path)
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
     assert command(capsys, "info", "transcoders/topk").code == 0
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(artifact, "read_regular", refuse)
     answer = command(capsys, "info", "transcoders/topk")
     assert answer.code == 1
     assert "manifest.json: " in answer.err
