@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from tailrace.storage.artifact import digest
 from tailrace.storage.draft import Lock
-from tailrace.storage.errors import ArtifactBusy, ArtifactMismatch, LabelConflict, SettingsError
+from tailrace.storage.errors import ArtifactBusy, ArtifactCorrupt, ArtifactMismatch, LabelConflict, SettingsError
 from tailrace.storage.tables import TablesManifest, column, read_schema, read_table, write_table
 
 LABELS = "labels"
@@ -98,8 +98,12 @@ def labels_file(tables: Path) -> Path | None:
     if not path.exists():
         return None
     owner = owner_of(TablesManifest.read(tables))
-    facts = read_schema(path).metadata or {}
+    schema = read_schema(path)
+    facts = schema.metadata or {}
     refuse_other_owner(path, {key: facts[key.encode()].decode() for key in owner if key.encode() in facts}, owner)
+    kinds = {field.name: field.type for field in schema}
+    if others := [field.name for field in SCHEMA if kinds.get(field.name) != field.type]:
+        raise ArtifactCorrupt(f"{path}: its columns {', '.join(others)} are not those of labels; restore it")
     return path
 
 

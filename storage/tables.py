@@ -11,9 +11,11 @@ read plain Parquet, DuckDB among them, see names and types only.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -250,20 +252,40 @@ def read_table(path: Path, columns: Sequence[str] | None = None, where: pc.Expre
     and a small file with the manifest that lists it. Raises ArtifactMissing or ArtifactCorrupt.
     """
     refuse_changed(path)
-    try:
-        wanted = list(columns) if columns is not None else None
-        file = inside(path.parent, path.name)
-        return pq.read_table(file, columns=wanted, filters=where, page_checksum_verification=True)
-    except FileNotFoundError as error:
-        raise ArtifactMissing(f"{path}: there is no such table; run the command that makes it") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ArtifactCorrupt(f"{path}: cannot be read as Parquet ({error}); restore it or rebuild it") from error
+    wanted = list(columns) if columns is not None else None
+    with _parquet(path):
+        try:
+            file = inside(path.parent, path.name)
+            table = pq.read_table(file, columns=wanted, filters=where, page_checksum_verification=True)
+        except FileNotFoundError as error:
+            raise ArtifactMissing(f"{path}: there is no such table; run the command that makes it") from error
+        _refuse_no_text(table.schema)
+        table.validate(full=True)  # texts that are none, else met wherever one is used
+        return table
 
 
 def read_schema(path: Path) -> pa.Schema:
     """Return the schema of a Parquet file, with the meanings of its columns. Raises ArtifactCorrupt for no file."""
     refuse_changed(path)
+    with _parquet(path):
+        schema = pq.read_schema(inside(path.parent, path.name))
+        _refuse_no_text(schema)
+        return schema
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[None]:
+    """Raise ArtifactCorrupt for what pyarrow says of a damaged file, by whatever class it says it."""
     try:
-        return pq.read_schema(inside(path.parent, path.name))
-    except (pa.ArrowInvalid, OSError) as error:
+        yield
+    except pa.ArrowMemoryError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ArtifactCorrupt(f"{path}: cannot be read as Parquet ({error}); restore it or rebuild it") from error
+
+
+def _refuse_no_text(schema: pa.Schema) -> None:
+    """Raise UnicodeDecodeError for names and metadata that are no text: no checksum covers a file's footer."""
+    for metadata in (schema.metadata, *(field.metadata for field in schema)):
+        for part in itertools.chain.from_iterable((metadata or {}).items()):
+            part.decode()

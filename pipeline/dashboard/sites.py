@@ -53,6 +53,10 @@ def open_tables(paths: Sequence[Path]) -> dict[str, FeatureTables]:
     return opened
 
 
+_MATCHES = ("side", "feature", "cosine", "cosine_feature", "phi", "phi_feature")
+"""Columns of `pipeline compare` that a site shows."""
+
+
 def read_matches(paths: Sequence[Path], tables: Mapping[str, FeatureTables]) -> dict[str, dict[int, list[list[Any]]]]:
     """Return for tables of a site the most similar features of others, from files of `pipeline compare`.
 
@@ -61,17 +65,19 @@ def read_matches(paths: Sequence[Path], tables: Mapping[str, FeatureTables]) -> 
     found: dict[str, dict[int, list[list[Any]]]] = {}
     for path in paths:
         compared = read_table(path)
-        summary = parse_json((compared.schema.metadata or {}).get(b"summary", b"null"))
-        if not isinstance(summary, dict):
-            raise SettingsError(f"--matches {path}: holds no matches; give a .parquet of `pipeline compare --out`")
-        keys = [
-            next((key for key, one in tables.items() if one.manifest.digest == summary[side]["digest"]), None)
-            for side in ("a", "b")
-        ]
+        try:
+            summary = parse_json((compared.schema.metadata or {}).get(b"summary", b"null"))
+            digests = [summary[side]["digest"] for side in ("a", "b")]
+            compared = compared.select(_MATCHES)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SettingsError(
+                f"--matches {path}: holds no matches; give a .parquet of `pipeline compare --out`"
+            ) from error
+        keys = [next((key for key, one in tables.items() if one.manifest.digest == of), None) for of in digests]
         if None in keys:
             raise SettingsError(
-                f"--matches {path}: compares {summary['a']['tables']} and {summary['b']['tables']}, both of which "
-                "a site must show; give it these tables too, or another file"
+                f"--matches {path}: compares {summary['a'].get('tables')} and {summary['b'].get('tables')}, both of "
+                "which a site must show; give it these tables too, or another file"
             )
         about = [tables[key].descriptions() for key in keys if key is not None]
         for row in compared.to_pylist():

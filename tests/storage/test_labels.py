@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tailrace.storage.artifact import MANIFEST, verify_artifact
 from tailrace.storage.draft import Lock
-from tailrace.storage.errors import ArtifactBusy, ArtifactMismatch, LabelConflict, SettingsError
-from tailrace.storage.labels import FILE, MOST_CHARACTERS, Label, LabelEdit, edit_labels, labels_digest, read_labels
-from tailrace.storage.tables import describe, read_schema
+from tailrace.storage.errors import (
+    ActionableError,
+    ArtifactBusy,
+    ArtifactCorrupt,
+    ArtifactMismatch,
+    LabelConflict,
+    SettingsError,
+)
+from tailrace.storage.labels import (
+    FILE,
+    MOST_CHARACTERS,
+    SCHEMA,
+    Label,
+    LabelEdit,
+    edit_labels,
+    labels_digest,
+    read_labels,
+)
+from tailrace.storage.tables import describe, read_schema, read_table
 from tests.support.tables_by_hand import feature_row, publish_tables
 
 
@@ -147,3 +166,34 @@ def test_an_edit_waits_for_the_lock_and_says_so_if_it_is_not_given_back(
 def test_the_digest_of_labels_is_of_what_they_say_alone() -> None:
     one, same, other = Label(1, "a", author="ann"), Label(1, "a", author="bob"), Label(1, "a", starred=True)
     assert labels_digest({1: one}) == labels_digest({1: same}) != labels_digest({1: other})
+
+
+def test_damaged_labels_are_refused_in_a_sentence(tables: Path) -> None:
+    edit_labels(tables, [LabelEdit(0, "me", label="äx"), LabelEdit(1, "me", note="a note")])
+    whole = (tables / FILE).read_bytes()
+    for place in range(len(whole) * 2 // 3, len(whole), 3):
+        for bit in (1, 255):
+            (tables / FILE).write_bytes(_changed(whole, place, bit))
+            with contextlib.suppress(ActionableError):  # or it makes no difference
+                read_labels(tables)
+
+
+def _changed(data: bytes, place: int, bits: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :]
+
+
+def test_texts_that_are_none_are_refused(tables: Path) -> None:
+    edit_labels(tables, [LabelEdit(0, "me", label="zzzz")])
+    rows = read_table(tables / FILE)
+    broken = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(rows.set_column(1, SCHEMA.field("label"), broken), tables / FILE)
+    with pytest.raises(ArtifactCorrupt, match=r"labels.parquet: cannot be read as Parquet \(.*UTF8.*restore it"):
+        read_labels(tables)
+
+
+def test_columns_of_another_type_are_refused(tables: Path) -> None:
+    edit_labels(tables, [LabelEdit(0, "me", label="zzzz")])
+    rows = read_table(tables / FILE)
+    pq.write_table(rows.set_column(1, "label", pa.array([7])).drop_columns("note"), tables / FILE)
+    with pytest.raises(ArtifactCorrupt, match=r"its columns label, note are not those of labels; restore it$"):
+        read_labels(tables)

@@ -120,6 +120,11 @@ def test_similar_features_are_linked_both_ways_and_files_about_other_tables_are_
             matches=[paths[0] / "features.parquet"],
             quiet=True,
         )
+    for summary in ("{", '{"a": 1}', json.dumps(sides)):  # the last without the columns
+        other = tmp_path / "other.parquet"
+        pq.write_table(table.select(["feature"]).replace_schema_metadata({"summary": summary}), other)
+        with pytest.raises(SettingsError, match=r"other.parquet: holds no matches"):
+            dashboard.run(DashboardSettings(), tables=paths, output=tmp_path / "t", matches=[other], quiet=True)
 
 
 def features_of(data: Path) -> list[dict[str, Any]]:
