@@ -94,6 +94,17 @@ def open_cache(path: CachePath | str, generation: int | None = None) -> Activati
     return ActivationCache(root, manifest, pin)
 
 
+def open_alone(root: Path, generation: int) -> ActivationCache:
+    """Return a cache as one generation's own manifest has it, whatever became of the newest: to see what is damaged.
+
+    Raises ArtifactCorrupt.
+    """
+    pin = Pin.of(root, generation)
+    manifest = CacheManifest.read_file(root / manifest_name(generation))
+    _check_names(root, manifest)
+    return ActivationCache(root, manifest, pin)
+
+
 def _unknown_generation(root: Path, number: int, problem: str) -> ArtifactMissing:
     lines = "".join(f"\n  {line}" for line in Generations(root).lines())
     return ArtifactMissing(f"{root}: {problem} {number}; read one of those that are kept:{lines}")

@@ -7,23 +7,33 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_cache, read_settled
-from tailrace.storage.artifact import MANIFEST, FileRecord, Reads, check_files, check_request, verify_artifact
+from tailrace.storage.activation_cache import ActivationCache, CacheSplit, open_alone, open_cache, read_settled
+from tailrace.storage.artifact import (
+    MANIFEST,
+    FileRecord,
+    Reads,
+    check_files,
+    check_request,
+    read_bytes,
+    unreadable,
+    verify_artifact,
+)
 from tailrace.storage.cache_format import (
     EPOCH_KIND,
     EPOCHS,
     SPLITS,
     CacheFormat,
+    CacheManifest,
     EpochManifest,
     manifest_name,
     superseded_path,
     unit_record_name,
 )
 from tailrace.storage.errors import ArtifactCorrupt
-from tailrace.storage.generations import read_pruned
+from tailrace.storage.generations import numbered, read_pruned
 from tailrace.storage.layout import ArraySpec, array_metadata
 from tailrace.storage.names import matching
-from tailrace.storage.parsing import parse_json
+from tailrace.storage.parsing import parse_json, read_regular
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just checked."""
@@ -31,7 +41,7 @@ Progress = Callable[[int], None]
 
 def total_bytes(cache: ActivationCache) -> int:
     """Return the bytes of the shards that verifying a cache reads."""
-    return sum(recorded.bytes for _, _, recorded in _shards(_generations(cache)))
+    return sum(recorded.bytes for _, _, recorded in _shards(_readable(cache.path)[0]))
 
 
 def verify_bytes(path: Path, progress: Progress = lambda _: None, reads: Reads = lambda _: True) -> list[str]:
@@ -41,54 +51,90 @@ def verify_bytes(path: Path, progress: Progress = lambda _: None, reads: Reads =
     except that nothing is known of shards whose record is damaged. Raises ArtifactMissing or ArtifactIncomplete where
     there is nothing published.
     """
-    try:
-        cache = open_cache(path)
-        generations = _generations(cache)
-    except ArtifactCorrupt as error:
-        return [str(error)]
-    problems = _check_manifests(generations)
-    problems += check_request(path, cache.manifest.request)
-    problems += _check_metadata(cache)
+    generations, problems = _readable(path)
+    for check in _checks(path, generations, progress, reads):
+        try:
+            problems += check()
+        except ArtifactCorrupt as error:
+            problems.append(str(error))
+        except OSError as error:  # a bad sector: the others are checked all the same
+            problems.append(str(unreadable(error, Path(error.filename or path))))
+    return list(dict.fromkeys(problems))
+
+
+def _checks(
+    path: Path, generations: list[ActivationCache], progress: Progress, reads: Reads
+) -> Iterator[Callable[[], list[str]]]:
+    """Yield what there is to check; each returns a sentence for every difference."""
+    if generations:
+        newest = generations[0]
+        yield partial(_check_copy, newest)
+        yield partial(_check_manifests, generations)
+        yield partial(check_request, path, newest.manifest.request)
+        yield partial(_check_metadata, newest)
     for generation in generations:
-        problems += _check_superseded_metadata(generation)
+        yield partial(_check_superseded_metadata, generation)
     for split, name, recorded in _shards(generations):
-        problems += read_settled(
-            partial(split.group_of, name), partial(check_files, files={name: recorded}, reads=reads)
+        yield partial(
+            read_settled, partial(split.group_of, name), partial(check_files, files={name: recorded}, reads=reads)
         )
         progress(recorded.bytes)
     for epoch in matching(path / EPOCHS, "*"):
         if (epoch / MANIFEST).exists():
-            problems += verify_artifact(epoch, EPOCH_KIND)
-            problems += check_files(epoch, _epoch_shards(epoch), reads=reads)
-    return problems
+            yield partial(verify_artifact, epoch, EPOCH_KIND)
+            yield partial(_check_epoch_shards, epoch, reads)
 
 
-def _generations(cache: ActivationCache) -> list[ActivationCache]:
-    """Return the cache at every generation that is kept, the newest first."""
-    older = range(cache.generation - 1, read_pruned(cache.path).oldest - 1, -1)
-    return [cache, *(open_cache(cache.path, generation) for generation in older)]
+def _readable(path: Path) -> tuple[list[ActivationCache], list[str]]:
+    """Return the cache at every generation that is kept and can be read, the newest first, and a sentence of others.
 
-
-def _epoch_shards(epoch: Path) -> dict[str, FileRecord]:
+    Where nothing says which those are, they are all that have a manifest of their own.
+    """
     try:
-        return EpochManifest.read(epoch).shards
-    except ArtifactCorrupt:
-        return {}
+        newest = open_cache(path)
+        oldest = read_pruned(path).oldest
+    except ArtifactCorrupt as error:
+        found, problems, numbers = [], [str(error)], numbered(path)
+    else:
+        found, problems = [newest], []
+        numbers = list(range(newest.generation - 1, oldest - 1, -1))
+    opened: Callable[[Path, int], ActivationCache] = open_cache if found else open_alone
+    for number in numbers:
+        try:
+            found.append(opened(path, number))
+        except ArtifactCorrupt as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def _check_epoch_shards(epoch: Path, reads: Reads) -> list[str]:
+    try:
+        shards = EpochManifest.read(epoch).shards
+    except ArtifactCorrupt:  # which verify_artifact says
+        return []
+    return check_files(epoch, shards, reads=reads)
+
+
+def _check_copy(newest: ActivationCache) -> list[str]:
+    """Check that a cache's manifest lies there under the name of its generation too."""
+    copy = newest.path / manifest_name(newest.generation)
+    try:
+        CacheManifest.read(newest.path)
+    except ArtifactCorrupt:  # which was said on opening it
+        return []
+    return [] if read_bytes(copy) == read_bytes(newest.path / MANIFEST) else [f"{copy}: differs from {MANIFEST}"]
 
 
 def _check_manifests(generations: list[ActivationCache]) -> list[str]:
     """Check that manifests form one line of generations, and the files that each vouches for."""
-    cache = generations[0]
+    path = generations[0].path
     problems: dict[str, None] = {}
-    newest = cache.path / manifest_name(cache.generation)
-    if not newest.exists() or newest.read_bytes() != (cache.path / MANIFEST).read_bytes():
-        problems[f"{newest}: differs from {MANIFEST}"] = None
     for later, at in pairwise(generations):
-        if at.manifest.digest != later.manifest.previous:
-            name = cache.path / manifest_name(at.generation)
+        if at.generation + 1 == later.generation and at.manifest.digest != later.manifest.previous:
+            name = path / manifest_name(at.generation)
             problems[f"{name}: generation {later.generation} grew on another one"] = None
     for at in generations:
-        problems |= dict.fromkeys(check_files(cache.path, at.manifest.files))
+        problems |= dict.fromkeys(check_files(path, at.manifest.files))
     return list(problems)
 
 
@@ -107,8 +153,8 @@ def _check_metadata(cache: ActivationCache) -> list[str]:
 
 def _is_lengthened(file: Path, spec: ArraySpec) -> bool:
     try:
-        n_rows = int(parse_json(file.read_bytes())["shape"][0])
-        return file.read_bytes() == array_metadata(spec, n_rows, {})
+        n_rows = int(parse_json(data := read_regular(file))["shape"][0])
+        return data == array_metadata(spec, n_rows, {})
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False
 
@@ -125,7 +171,11 @@ def _shards(generations: list[ActivationCache]) -> Iterator[tuple[CacheSplit, st
             split = cache.split(name)
             for record in split.readable_records():
                 for shard, recorded in record.shards.items():
-                    if (key := (split.group_of(shard) / shard, recorded.checksum)) not in seen:
+                    try:
+                        key = split.group_of(shard) / shard, recorded.checksum
+                    except ArtifactCorrupt:  # the note of what was pruned, which was said on opening
+                        continue
+                    if key not in seen:
                         seen.add(key)
                         yield split, shard, recorded
 
@@ -139,6 +189,9 @@ def _check_superseded_metadata(cache: ActivationCache) -> list[str]:
             n_rows = split.n_contexts if spec.name.startswith("contexts/") else split.n_rows
             file = aside / spec.name / "zarr.json"
             is_kept = (aside / spec.shard_name(n_rows // spec.shard_rows)).exists()
-            if is_kept and not (file.exists() and file.read_bytes() == array_metadata(spec, n_rows, {})):
-                problems.append(f"{file}: differs from the metadata of the generation it belongs to")
+            try:
+                if is_kept and read_bytes(file) != array_metadata(spec, n_rows, {}):
+                    problems.append(f"{file}: differs from the metadata of the generation it belongs to")
+            except ArtifactCorrupt as error:
+                problems.append(str(error))
     return problems

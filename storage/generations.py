@@ -230,6 +230,12 @@ def _raise_unless_gone(error: OSError) -> None:
         raise error
 
 
+def numbered(root: Path) -> list[int]:
+    """Return the generations of a cache that have a manifest of their own, the newest first."""
+    parts = [file.stem.rpartition("-")[2] for file in matching(root, "manifest-[0-9]*.json") if file.is_file()]
+    return sorted((int(part) for part in parts if part.isascii() and part.isdecimal()), reverse=True)
+
+
 @contextmanager
 def _unread(root: Path, numbers: Sequence[int], newest: int) -> Iterator[None]:
     """Keep new readers of some generations waiting inside; raise ArtifactBusy if there are any."""
@@ -249,15 +255,14 @@ def unread(root: Path) -> Iterator[None]:
     with ExitStack() as stack:
         read: list[str] = []
         with suppress(OSError, StorageFull):
-            names = [file.name for file in matching(root, manifest_name("[0-9]*")) if file.is_file()]
-            read = stack.enter_context(_held(root, names))
+            read = stack.enter_context(_held(root, [manifest_name(number) for number in numbered(root)]))
         if read:
             raise ArtifactBusy(_are_read(root, read))
         yield
 
 
 def _are_read(root: Path, manifests: Sequence[str]) -> str:
-    numbers = [Path(name).stem.rpartition("-")[2] for name in manifests]
+    numbers = sorted(Path(name).stem.rpartition("-")[2] for name in manifests)
     one = f"generation {numbers[0]} is" if len(numbers) == 1 else f"generations {', '.join(numbers)} are"
     return f"{root}: {one} being read; wait until that is done"
 

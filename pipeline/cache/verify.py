@@ -120,6 +120,14 @@ def _artifacts(path: Path) -> Iterator[Path | ArtifactCorrupt]:
             yield path
             if (path / MANIFEST).is_file():
                 return
+    except OSError as error:
+        yield unreadable(error, path)
+        return
+    yield from _below(path)
+
+
+def _below(path: Path) -> Iterator[Path | ArtifactCorrupt]:
+    try:
         folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
     except OSError as error:
         yield unreadable(error, path)
@@ -156,13 +164,13 @@ def run(
     is_folder = holds_others(path)
     if not (is_folder or any((path / name).exists() for name in (MANIFEST, REQUEST))):
         raise ArtifactMissing.at(path)
-    kind = kind_of(path)
+    kind = _kind_if_known(path)
     if is_folder or kind != KIND:
         refuse_generation(path, generation)
     if is_folder:
         done = _check_folder(path, drawn, finished, quiet=compute.quiet)
     elif kind != KIND:
-        done = Verification(path, kind, verify_artifact(path, kind, drawn.reads))
+        done = Verification(path, *_damage_of(path, drawn, quiet=compute.quiet))
         finished(done)
     else:
         done = Verification(path, KIND)
@@ -178,11 +186,32 @@ def run(
     return replace(done, sampled=_sentence(drawn)) if sample < 1 else done
 
 
+def _kind_if_known(path: Path) -> str:
+    """Return the kind of an artifact; with a damaged manifest a cache is known by its folders, another is any."""
+    try:
+        return kind_of(path)
+    except ArtifactCorrupt:
+        return KIND if (path / "commits").is_dir() else "artifact"
+
+
+def _damage_of(path: Path, sample: Sample, *, quiet: bool) -> tuple[str, list[str]]:
+    """Return the kind of an artifact, and what is wrong with it: if its manifest is damaged, also with those inside."""
+    if (kind := _kind_if_known(path)) == KIND:
+        return kind, check_bytes(path, quiet=quiet, sample=sample)
+    try:
+        kind_of(path)
+    except ArtifactCorrupt as error:
+        inside = _check_folder(path, sample, lambda _: None, quiet=quiet, below=True)
+        return kind, [str(error), *inside.damage, *(problem for one in inside.inside for problem in one.damage)]
+    return kind, verify_artifact(path, kind, sample.reads)
+
+
 def _check_folder(
-    path: Path, sample: Sample, finished: Callable[[Verification], object], *, quiet: bool
+    path: Path, sample: Sample, finished: Callable[[Verification], object], *, quiet: bool, below: bool = False
 ) -> Verification:
+    """Check the artifacts at ``path`` and below it, or only those ``below``."""
     done = Verification(path)
-    for artifact in _artifacts(path):
+    for artifact in _below(path) if below else _artifacts(path):
         kind = ""
         if isinstance(artifact, ArtifactCorrupt):
             done.damage.append(str(artifact))
@@ -192,10 +221,7 @@ def _check_folder(
             if not (artifact / MANIFEST).exists():
                 done.unfinished.append(artifact)
                 continue
-            if (kind := kind_of(artifact)) == KIND:
-                damage = check_bytes(artifact, quiet=quiet, sample=sample)
-            else:
-                damage = verify_artifact(artifact, kind, sample.reads)
+            kind, damage = _damage_of(artifact, sample, quiet=quiet)
         except ActionableError as error:  # the others are checked all the same
             damage = [str(error)]
         except OSError as error:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from tailrace.storage import parsing
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, seal
 from tailrace.storage.cache_format import KIND, VOCABULARY
@@ -126,6 +130,36 @@ def test_all_damaged_shards_are_listed(copied: Path) -> None:
     problems = verify_bytes(copied)
     assert len(problems) == 2
     assert all("is missing" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("manifest", ["manifest-0.json", MANIFEST, "manifest-2.json"])
+def test_a_damaged_manifest_hides_no_other_damage(copied: Path, manifest: str) -> None:
+    for name in (manifest, VOCABULARY, "train/token_id/c/0"):
+        data = bytearray((copied / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (copied / name).write_bytes(data)
+    problems = verify_bytes(copied)
+    for name in (manifest, VOCABULARY, "train/token_id/c/0"):
+        assert any(f"{copied / name}: " in problem for problem in problems), (name, problems)
+    assert len(problems) == 3
+
+
+@pytest.mark.parametrize("refused", ["manifest-2.json", "manifest-1.json", "zarr.json"])
+def test_a_file_that_the_disk_refuses_hides_no_other_damage(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    (copied / "train/token_id/c/0").unlink()
+    opened = parsing.open_regular
+
+    def bad_sector(path: Path) -> BinaryIO:  # injected: the disk's answer
+        if path.name == refused:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path)
+
+    monkeypatch.setattr(parsing, "open_regular", bad_sector)
+    problems = verify_bytes(copied)
+    assert any(f"{refused}: cannot be read (Input/output error)" in problem for problem in problems)
+    assert any("train/token_id/c/0: is missing" in problem for problem in problems)
 
 
 def test_a_manifest_that_was_lost_is_told_from_one_that_never_was(copied: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tailrace.pipeline.shared.compute import Compute
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.cache_verify import verify_bytes
 from tailrace.storage.errors import ArtifactMismatch
+from tests.faults.inputs import RELEASED
 from tests.support.cache_jobs import HERE, command, copy_cache, model_folder, reseal, run_cache, small_blocks
 
 WIDTH = 16
@@ -188,3 +190,20 @@ def test_what_was_never_published_cannot_be_verified(
     answer = command(capsys, "verify", tmp_path)
     assert answer.code == 1
     assert f"error: {tmp_path}: {message}" in answer.err
+
+
+@pytest.mark.parametrize("folder", ["sweep", "."])
+def test_a_damaged_manifest_of_a_sweep_hides_no_damaged_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    sweep = tmp_path / "folder/sweep"
+    shutil.copytree(RELEASED / "sweep", sweep)
+    weights = next(sweep.glob("runs/*/*.safetensors"))
+    for file in (sweep / "manifest.json", weights):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    answer = command(capsys, "verify", str(tmp_path / "folder" / folder))
+    assert answer.code == 1
+    assert f"{sweep}/manifest.json: " in answer.err
+    assert f"{weights}: checksum is" in answer.err
