@@ -28,6 +28,7 @@ from tailrace.storage.errors import (
     ArtifactMismatch,
     ArtifactMissing,
     StorageFull,
+    explained,
 )
 from tailrace.storage.formats import refuse_newer
 from tailrace.storage.names import (
@@ -76,21 +77,19 @@ def checksum_file(path: Path) -> str:
 
 def storage_refused(error: OSError, path: Path) -> StorageFull:
     """Return the error, with its next step, for an OSError of a write to ``path``."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
+    reason, step = explained(error, "free some space or fix the permissions")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return StorageFull(f"{path}: cannot be written ({reason}); choose another path")
     return StorageFull(
         f"{path}: cannot be written ({reason}). Everything finished so far is kept: "
-        "free some space or fix the permissions, then run the same command again to continue"
+        f"{step}, then run the same command again to continue"
     )
 
 
 def unreadable(error: OSError, path: Path) -> ArtifactCorrupt:
     """Return the error, with its next step, for an OSError of a read of ``path``."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return ArtifactCorrupt(
-        f"{path}: cannot be read ({reason}); check its permissions and the disk, or restore it from a copy"
-    )
+    reason, step = explained(error, "check its permissions and the disk, or restore it from a copy")
+    return ArtifactCorrupt(f"{path}: cannot be read ({reason}); {step}")
 
 
 def is_disk_refusal(error: OSError) -> bool:

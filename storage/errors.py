@@ -26,6 +26,8 @@ traceback. A message says what, where, what was there, what was wanted, and the 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 
 
@@ -55,6 +57,20 @@ class DeviceLostError(ModelError):
 
 class WorkerLostError(ActionableError):
     """A task cost every worker process that it got; no setting is wrong, and what is finished is kept."""
+
+
+def explained(error: OSError, otherwise: str) -> tuple[str, str]:
+    """Return why the system refused, and the next step: ``otherwise`` unless the reason asks for another."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return reason, _NEXT_STEPS.get(error.errno or 0, otherwise)
+
+
+_MORE_FILES = "raise the limit of open files (ulimit -n) or do less at once"
+_NEXT_STEPS = {
+    errno.EMFILE: _MORE_FILES,
+    errno.ENFILE: _MORE_FILES,
+    errno.ELOOP: "a link there leads in a circle, or is none that may be followed; replace it by a file or folder",
+}
 
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")

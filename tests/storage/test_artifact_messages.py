@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from tailrace.storage.artifact import Manifest
+from tailrace.storage.artifact import Manifest, read_bytes
 from tailrace.storage.draft import Draft
-from tailrace.storage.errors import ArtifactIncomplete, ArtifactMismatch, ArtifactMissing
+from tailrace.storage.errors import ArtifactCorrupt, ArtifactIncomplete, ArtifactMismatch, ArtifactMissing, StorageFull
+from tailrace.training.loop.run_log import JsonLines
 
 
 def publish(path: Path) -> None:
@@ -59,3 +62,26 @@ def test_a_part_that_only_one_side_has_is_named_without_all_it_holds(tmp_path: P
         "  runs.k=1: is there, not asked for",
         "  runs.k=2: is not there, asked for",
     ]
+
+
+def test_too_many_open_files_are_no_fault_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:  # injected: the system's answer
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    publish(tmp_path / "a")
+    (tmp_path / "log").write_text("")
+    limit = "raise the limit of open files .ulimit -n. or do less at once"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(ArtifactCorrupt, match=rf"cannot be read \(Too many open files\); {limit}$"):
+            Manifest.read(tmp_path / "a", "table")
+        with pytest.raises(StorageFull, match=rf"kept: {limit}, then run the same command again"):
+            JsonLines(tmp_path / "log")
+
+
+def test_a_link_that_leads_in_a_circle_is_no_fault_of_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "log").symlink_to("log")
+    with pytest.raises(StorageFull, match="a link there leads in a circle, or is none that may be followed; replace"):
+        JsonLines(tmp_path / "log")
+    with pytest.raises(ArtifactCorrupt, match="a link there leads in a circle, or is none that may be followed; repl"):
+        read_bytes(tmp_path / "log")
