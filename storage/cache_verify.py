@@ -23,7 +23,6 @@ from tailrace.storage.cache_format import (
     EPOCHS,
     SPLITS,
     CacheFormat,
-    CacheManifest,
     EpochManifest,
     manifest_name,
     superseded_path,
@@ -119,7 +118,7 @@ def _check_copy(newest: ActivationCache) -> list[str]:
     """Check that a cache's manifest lies there under the name of its generation too."""
     copy = newest.path / manifest_name(newest.generation)
     try:
-        CacheManifest.read(newest.path)
+        open_cache(newest.path)
     except ArtifactCorrupt:  # which was said on opening it
         return []
     return [] if read_bytes(copy) == read_bytes(newest.path / MANIFEST) else [f"{copy}: differs from {MANIFEST}"]
