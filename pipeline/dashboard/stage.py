@@ -48,6 +48,7 @@ from tailrace.storage.errors import ArtifactError, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.labels import Label, labels_digest, read_labels
 from tailrace.storage.names import LOCK, entries_below
+from tailrace.storage.parsing import read_regular
 
 KIND = DashboardManifest.of_kind
 _SEALS = seal_path(Path(), ".").as_posix()
@@ -261,8 +262,8 @@ def _recall(output: Path, name: str) -> JSON | None:
     """Return what ``describe_files`` says of a file that a killed run left; None if it is not as it was written."""
     try:
         record = describe_files(output, [name])[name]
-        return record if seal_path(output, name).read_bytes() == record["checksum"].encode() else None
-    except (ArtifactError, OSError):  # is made again
+        return record if read_regular(seal_path(output, name)) == record["checksum"].encode() else None
+    except (ArtifactError, OSError, ValueError):  # is made again
         return None
 
 
