@@ -262,7 +262,7 @@ def unread(root: Path) -> Iterator[None]:
 
 
 def _are_read(root: Path, manifests: Sequence[str]) -> str:
-    numbers = sorted(Path(name).stem.rpartition("-")[2] for name in manifests)
+    numbers = sorted((Path(name).stem.rpartition("-")[2] for name in manifests), key=int)
     one = f"generation {numbers[0]} is" if len(numbers) == 1 else f"generations {', '.join(numbers)} are"
     return f"{root}: {one} being read; wait until that is done"
 

@@ -66,10 +66,9 @@ _IRREGULAR = "is no regular file but a pipe or a device, which may never end"
 def read_regular(path: Path, longest: int = LONGEST_TEXT) -> bytes:
     """Return what a file of an artifact holds; raise what ``open_regular`` does, and ValueError if it is too long."""
     with open_regular(path) as file:
-        data = file.read(longest + 1)
-    if len(data) > longest:
-        raise ValueError(f"is longer than {longest >> 20:,} MiB, which no such file is")
-    return data
+        if os.fstat(file.fileno()).st_size > longest:
+            raise ValueError(f"is longer than {longest >> 20:,} MiB, which no such file is")
+        return file.read()  # to be given a length, it would take memory of that length first
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tailrace.pipeline.artifacts.listing import Listed, list_artifacts
 from tailrace.storage.artifact import storage_refused, sync_directory
-from tailrace.storage.draft import Lock
-from tailrace.storage.errors import ActionableError, ArtifactMismatch, ArtifactMissing, StorageFull, raise_together
+from tailrace.storage.draft import NO_LOCKS, Lock
+from tailrace.storage.errors import (
+    ActionableError,
+    ArtifactBusy,
+    ArtifactMismatch,
+    ArtifactMissing,
+    StorageFull,
+    raise_together,
+)
 from tailrace.storage.generations import Generations, unread
 from tailrace.storage.labels import FILE as LABELS
 from tailrace.storage.labels import read_labels
-from tailrace.storage.names import is_temporary, temporary_path, temporary_paths_of
+from tailrace.storage.names import is_being_written, is_temporary, temporary_path, temporary_paths_of
 
 _REMOVED = "removed"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NAMED = 10
 """Artifacts whose paths a message names."""
 
@@ -138,28 +147,41 @@ def remove(doomed: Sequence[Listed], paths: Sequence[Path] = ()) -> None:
                 _put_aside(one.path)
             except OSError as error:
                 raise storage_refused(error, one.path) from error
+        _delete_put_aside(one.path)  # at once: the next one may be refused
     for path in (*(one.path for one in doomed), *paths):
-        try:
-            for aside in left_of(path):
-                shutil.rmtree(aside)
-            for entry in path.absolute().parent.iterdir():  # what killed commands left of others
-                if is_temporary(entry.name) and (entry / _REMOVED).is_dir():
-                    shutil.rmtree(entry, ignore_errors=True)
-        except FileNotFoundError:
-            continue  # was inside another
-        except OSError as error:
-            raise storage_refused(error, path) from error
+        _delete_put_aside(path)
+
+
+def _delete_put_aside(path: Path) -> None:
+    """Delete what was taken away of an artifact, and what killed commands left of others beside it."""
+    try:
+        for aside in left_of(path):
+            shutil.rmtree(aside)
+        for entry in path.absolute().parent.iterdir():
+            if is_temporary(entry.name) and (entry / _REMOVED).is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+    except FileNotFoundError:
+        return  # was inside another
+    except OSError as error:
+        raise storage_refused(error, path) from error
 
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
     """Keep writers of an artifact, and readers of a cache, out; raise ArtifactBusy if there are any.
 
-    A finished one, too: a cache grows, tables get labels. Where no lock can be had, no process of this project writes.
+    A finished one, too: a cache grows, tables get labels. Runs of a sweep are written under the sweep's lock. Where the
+    file system has no locks, no process of this project writes; and a full disk is what this makes room on.
     """
+    for outer in path.absolute().parents[:2]:
+        if is_being_written(outer):
+            raise ArtifactBusy(f"{path}: a process is writing in {outer}; wait for it to finish")
     lock = None
-    with suppress(StorageFull):
+    try:
         lock = Lock(path)
+    except StorageFull as error:
+        if getattr(error.__cause__, "errno", None) not in (*NO_LOCKS, *_NO_ROOM):
+            raise
     try:
         with unread(path):
             yield

@@ -44,7 +44,7 @@ from tailrace.storage.artifact import (
 )
 from tailrace.storage.cache_format import DRAFT, seal_path
 from tailrace.storage.draft import Lock
-from tailrace.storage.errors import ArtifactError, SettingsError
+from tailrace.storage.errors import ArtifactBusy, ArtifactError, SettingsError
 from tailrace.storage.formats import ARTIFACT_FORMATS
 from tailrace.storage.labels import Label, labels_digest, read_labels
 from tailrace.storage.names import LOCK, entries_below
@@ -113,10 +113,21 @@ def run(
     request = {"settings": settings.model_dump(mode="json"), "inputs": inputs}
     _reopen_for_labels(output, request)
     publish_stage(output, KIND, request, make)
-    remove_directory(output / _SEALS)  # also what a process left that was killed right after it had published
-    with suppress(OSError):  # there is none, or it holds what is not ours
-        (output / DRAFT).rmdir()
+    _remove_seals(output)  # also what a process left that was killed right after it had published
     return read_result(output)
+
+
+def _remove_seals(output: Path) -> None:
+    """Delete the seals of a published site, unless a process is making it anew already."""
+    with suppress(ArtifactBusy):
+        lock = Lock(output)
+        try:
+            if (output / MANIFEST).exists():
+                remove_directory(output / _SEALS)
+                with suppress(OSError):  # there is none, or it holds what is not ours
+                    (output / DRAFT).rmdir()
+        finally:
+            lock.release()
 
 
 def _reopen_for_labels(output: Path, request: Mapping[str, JSON]) -> None:

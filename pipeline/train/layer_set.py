@@ -198,7 +198,7 @@ def _publish(model_set: Draft, cached: ActivationCache, drafts: Mapping[str, Dra
     outcomes = [_outcome(cached, site, draft, device) for site, draft in drafts.items()]
     if not any(outcome.is_finished for outcome in outcomes):
         raise NonFiniteActivation(
-            f"{model_set.path}: every layer's training diverged; delete it and use a lower --lr:\n"
+            f"{model_set.path}: every layer's training diverged; delete it and use settings for these reasons:\n"
             + "\n".join(f"  {outcome.site}: {outcome.note}" for outcome in outcomes)
         )
     write_layers(model_set.path / LAYERS, outcomes)

@@ -30,7 +30,7 @@ from tailrace.storage.activation_cache import open_cache, reopen_cache
 from tailrace.storage.artifact import MANIFEST, REQUEST, canonical_json, read_json
 from tailrace.storage.display import card, share
 from tailrace.storage.draft import Draft, Lock, some_of
-from tailrace.storage.errors import ActionableError, ArtifactMismatch, DeviceLostError, SettingsError
+from tailrace.storage.errors import ActionableError, ArtifactMismatch, DeviceLostError, NoOrdinaryRows, SettingsError
 from tailrace.storage.generations import CachePath
 from tailrace.storage.names import LOCK, files_below, is_temporary, matching
 from tailrace.storage.parsing import read_regular
@@ -230,7 +230,7 @@ def nothing_left_if_refused(output: Path) -> Iterator[None]:
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         yield
-    except SettingsError:
+    except (SettingsError, NoOrdinaryRows):
         if not begun:
             with suppress(ActionableError, OSError):  # the refusal is reported
                 if not _holds_work(output):

@@ -108,8 +108,8 @@ class TrainingRun:
             n_rows = len(raw[self.rows.sites[0]].inputs)
             raise NoOrdinaryRows(
                 f"{self.name}: max_norm_multiple leaves none of the {n_rows} rows of step {self.n_steps_done + 1} to "
-                "learn from. Checkpoints from before are kept, but continuing would end here again: start afresh and "
-                "raise it, or batch_rows"
+                "learn from. What there is from before is kept, but continuing would end here again: raise it, or "
+                "batch_rows, and start anew, with --fresh"
             )
         return batch
 

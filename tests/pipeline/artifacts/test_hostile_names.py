@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def test_a_dashboard_hands_out_its_own_files_only(tmp_path: Path, place: Path) -
         shutil.move(place / entry, site / entry)
     add_files(site, HOSTILE)
     served = PublishedSite(site)
-    assert [served.read(name) for name in HOSTILE] == [None] * len(HOSTILE)
+    for name in HOSTILE:
+        with suppress(ArtifactCorrupt):  # a refusal names what the manifest lists
+            assert served.read(name) is None, name
     assert served.read("index.html") == (site / "index.html").read_bytes()
 
 

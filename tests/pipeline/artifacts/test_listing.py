@@ -23,7 +23,7 @@ from tailrace.storage import artifact
 from tailrace.storage.activation_cache import open_cache
 from tailrace.storage.artifact import seal
 from tailrace.storage.draft import Lock
-from tailrace.storage.errors import ActionableError, ArtifactBusy, ArtifactCorrupt
+from tailrace.storage.errors import ActionableError, ArtifactBusy, ArtifactCorrupt, StorageFull
 from tailrace.storage.labels import LabelEdit, edit_labels
 from tests.support.cache_jobs import Answer, command
 from tests.support.paths import ROOT
@@ -245,6 +245,35 @@ def test_a_run_that_is_being_written_stays(made: Path) -> None:
     lock.release()
     removal.remove(removal.plan([made / "drafts/transcoder"], [made]))
     assert not (made / "drafts/transcoder").exists()
+
+
+def test_a_run_of_a_sweep_that_is_being_written_stays(made: Path) -> None:
+    run = next(path.parent for path in sorted((made / "sweep").rglob("*/manifest.json")))
+    (made / "sweep/.lock").touch()
+    lock = Lock(made / "sweep")
+    with pytest.raises(ArtifactBusy, match="a process is writing in"):
+        removal.remove(removal.plan([run], [made], is_forced=True))
+    assert run.exists()
+    lock.release()
+
+
+def test_what_was_removed_before_a_refusal_is_gone_whole(made: Path) -> None:
+    gone, busy = made / "dashboards/topk", made / "drafts/transcoder"
+    lock = Lock(busy)
+    with pytest.raises(ArtifactBusy):
+        removal.remove(removal.plan([gone, busy], [made], is_forced=True))
+    lock.release()
+    assert list(gone.parent.iterdir()) == []
+
+
+def test_nothing_is_removed_where_the_lock_cannot_be_looked_at(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageFull, match="Input/output error"):
+        removal.remove(removal.plan([made / "transcoders/relu"], [made], is_forced=True))
+    assert (made / "transcoders/relu").exists()
 
 
 def test_a_cache_that_grows_stays(made: Path) -> None:
