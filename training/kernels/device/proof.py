@@ -120,5 +120,7 @@ def _of_adam(parameter: Tensor, at_pairs: PairGradient, gradient: Tensor, unit_n
     moved = torch.linalg.vector_norm(after - before).clamp_min(1e-30)
     errors = [torch.linalg.vector_norm(rows.double() - after) / moved / 10, _relative(mean, first)]
     if screened is not None:
-        errors.append(_relative(screened[:, : rows.shape[1]], rows.bfloat16()))
+        rounded = torch.empty_like(screened)  # as it is made anew, to whichever side this device rounds
+        operators.screen_vectors(rows, rounded, rows.new_empty(n), False)
+        errors.append(_relative(screened[:, : rows.shape[1]], rounded[:, : rows.shape[1]]))
     return torch.stack([value.double() for value in errors]).max()
