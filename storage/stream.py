@@ -213,7 +213,7 @@ class RowStream(Iterator[RowBatch]):
         if stop <= segment.stop:
             return self._cut(segment, start, stop)
         if not self._stitched:
-            self._stitched = self._buffers(self.batch_rows)
+            self._stitched = _buffers(self.specs, self.batch_rows)
         filled = 0
         while start + filled < stop:
             segment = self._segment_at(epoch, start + filled)
@@ -247,7 +247,7 @@ class RowStream(Iterator[RowBatch]):
         order = self.open_order(epoch, self.batch_rows)
         n_rows = min(order.segment_rows, self.n_rows)
         for _ in range(order.n_buffers):
-            self._free.put(Segment(self._buffers(n_rows)))
+            self._free.put(Segment(_buffers(self.specs, n_rows)))
         # the thread does not keep a stream that nobody has any more
         self._prefetcher = threading.Thread(target=_prefetch, args=(weakref.ref(self), epoch, row), daemon=True)
         self._prefetcher.start()
@@ -268,9 +268,6 @@ class RowStream(Iterator[RowBatch]):
                 "materialised; run `pipeline shuffle`, or read with order='gathered'"
             )
         return GatheredOrder(self._split, plan, self.specs, self._pool)
-
-    def _buffers(self, n_rows: int) -> dict[str, np.ndarray]:
-        return _buffers(self.specs, n_rows)
 
     def confirm(self) -> None:
         """Wait until the shards that are compared in this epoch are; raise ArtifactCorrupt for a damaged one.

@@ -140,15 +140,14 @@ def remove(doomed: Sequence[Listed], paths: Sequence[Path] = ()) -> None:
     refuses.
     """
     for one in doomed:
-        if not one.path.exists():
-            continue  # was inside another
-        with _held(one.path):
-            try:
-                _put_aside(one.path)
-            except OSError as error:
-                raise storage_refused(error, one.path) from error
+        if one.path.exists():  # else it was inside another
+            with _held(one.path):
+                try:
+                    _put_aside(one.path)
+                except OSError as error:
+                    raise storage_refused(error, one.path) from error
         _delete_put_aside(one.path)  # at once: the next one may be refused
-    for path in (*(one.path for one in doomed), *paths):
+    for path in paths:
         _delete_put_aside(path)
 
 

@@ -328,6 +328,14 @@ def _device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
+def _run_with(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a released transcoder of which one file is made into something else."""
+    run = folder / "folder/run"
+    shutil.copytree(RELEASED / "transcoders/topk", run)
+    make(run / name)
+    return run
+
+
 ENDLESS = pytest.mark.parametrize("make", [_pipe, _device])
 
 
@@ -337,9 +345,7 @@ ENDLESS = pytest.mark.parametrize("make", [_pipe, _device])
 def test_a_manifest_that_never_ends_is_not_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], words: str
 ) -> None:
-    run = tmp_path / "folder/run"
-    shutil.copytree(RELEASED / "transcoders/topk", run)
-    make(run / "manifest.json")
+    run = _run_with(tmp_path, "manifest.json", make)
     name, *more = words.split()
     answer = command(capsys, name, str(run.parent if more == [".."] else run), *([] if more == [".."] else more))
     assert answer.code in (0, 1), answer
@@ -353,9 +359,7 @@ def test_a_manifest_that_never_ends_is_not_read(
 def test_a_request_that_never_ends_is_not_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], words: str
 ) -> None:
-    run = tmp_path / "folder/run"
-    shutil.copytree(RELEASED / "transcoders/topk", run)
-    make(run / "request.json")
+    run = _run_with(tmp_path, "request.json", make)
     answer = command(capsys, *words.format(folder=tmp_path, run=run).split())
     assert answer.code == (1 if "verify" in words else 0), answer
     if "verify" in words:

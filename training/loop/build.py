@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -94,13 +94,7 @@ def build_run(
         transcoder.to(device),
         objective,
         rows,
-        build_kernel(
-            kernel_of_all(settings.kernel, device, group),
-            precision,
-            device,
-            name=name,
-            fused=takes_pairs(settings, group),
-        ),
+        _kernel(build_kernel, settings, precision, device, name, group),
         means,
         extra=[] if connection is None else [connection],
         n_steps=n_steps,
@@ -162,13 +156,7 @@ def build_cross_layer_run(
         stack.to(device),
         objective,
         rows,
-        build_stack_kernel(
-            kernel_of_all(settings.kernel, device, group),
-            precision,
-            device,
-            name=name,
-            fused=takes_pairs(settings, group),
-        ),
+        _kernel(build_stack_kernel, settings, precision, device, name, group),
         means,
         n_steps=n_steps,
         name=name,
@@ -193,6 +181,18 @@ def _ordinary(
     limits = OrdinaryRows.within(settings.max_norm_multiple, statistics)
     source = _needed(row_source, f"max_norm_multiple: {settings.max_norm_multiple:g}")
     return limits, limits.statistics(site.name, site.sides, source)
+
+
+def _kernel(
+    build: Callable[..., StepKernel],
+    settings: TrainSettings,
+    precision: Precision,
+    device: torch.device,
+    name: str,
+    group: Group | None,
+) -> StepKernel:
+    kind = kernel_of_all(settings.kernel, device, group)
+    return build(kind, precision, device, name=name, fused=takes_pairs(settings, group))
 
 
 def kernel_of_all(kind: KernelKind, device: torch.device, group: Group | None) -> KernelKind:
