@@ -170,7 +170,7 @@ def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     Raises ArtifactCorrupt for anything else that is no line of a log.
     """
     refuse_changed(path)
-    content = _read_log(path)
+    content = read_log(path)
     lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n") and not line.startswith(b"\0")]
     try:  # Arrow's reader ends the process on some lines that are none
         rows = parse_json(b"[" + b",".join(lines) + b"]")
@@ -182,7 +182,8 @@ def _read_lines(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     return {**numbers, "split": np.array([row.get("split") for row in rows], dtype=object)}
 
 
-def _read_log(path: Path) -> bytes:
+def read_log(path: Path) -> bytes:
+    """Return what a log holds, nothing if there is none; raise ArtifactCorrupt if it cannot be read or never ends."""
     try:
         return read_regular(path, LONGEST_LOG)
     except FileNotFoundError:

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
-from tailrace.storage.artifact import storage_refused, sync_directory, unreadable
+from tailrace.storage.artifact import storage_refused, sync_directory
 from tailrace.storage.errors import ArtifactCorrupt, NonFiniteActivation
-from tailrace.storage.parsing import LONGEST_LOG, read_regular
 from tailrace.training.architectures.manifest import METRICS, TIMING
+from tailrace.training.loop.curves import read_log
 from tailrace.training.loop.firing_frequency import EDGES
 from tailrace.training.loop.loggers import Logger, Loggers, tag
 
@@ -158,14 +158,7 @@ class RunLog:
 
 def _whole_lines(path: Path) -> Extent:
     """Return what a log holds up to the end of its last line; a killed process may have written half of the next."""
-    try:
-        return Extent(read_regular(path, LONGEST_LOG).rfind(b"\n") + 1)
-    except FileNotFoundError:
-        return NOTHING
-    except OSError as error:
-        raise unreadable(error, path) from error
-    except ValueError as error:
-        raise ArtifactCorrupt(f"{path}: {error}; restore it") from error
+    return Extent(read_log(path).rfind(b"\n") + 1)
 
 
 def _is_number(value: Any) -> bool:
